@@ -1,0 +1,92 @@
+//! One message to bytes and back: the only module that knows which codec is used.
+//!
+//! The codec is serde over bincode 2.0.1, configured as `standard()`: integers little-endian with
+//! variable length, lengths before lists. bincode is frozen upstream; what it does to our messages
+//! is held fast by the golden bytes beside each message, and another codec would be swapped in here.
+
+use serde::{Serialize, de::DeserializeOwned};
+
+/// The most bytes a message's body may have, whatever its kind.
+///
+/// It bounds what a peer can make us allocate for one message. The largest honest message is a
+/// hello with a service-account token (about 2 KiB) and 64 identifiers.
+//= docs/protocol.md#3-frames
+pub const MAX_BODY_LEN: usize = 16 * 1024;
+
+const CONFIG: bincode::config::Configuration<
+    bincode::config::LittleEndian,
+    bincode::config::Varint,
+    bincode::config::Limit<MAX_BODY_LEN>,
+> = bincode::config::standard().with_limit::<MAX_BODY_LEN>();
+
+/// A body could not be read as the message that its frame announced.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// The bytes are not an encoding of the message, or a field broke its limit.
+    #[error("malformed body: {0}")]
+    Malformed(String),
+    /// The message ended before its frame did.
+    #[error("{0} bytes after the end of the message")]
+    TrailingBytes(usize),
+}
+
+/// A message was larger than [`MAX_BODY_LEN`] when encoded; the fault is ours.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("message does not fit its frame: {0}")]
+pub struct EncodeError(String);
+
+impl EncodeError {
+    pub(crate) fn too_long(length: usize, limit: usize) -> Self {
+        Self(format!("{length} bytes, at most {limit} are allowed"))
+    }
+}
+
+/// Appends the message's encoding to `out`.
+///
+/// # Errors
+/// When the encoding is longer than [`MAX_BODY_LEN`]; `out` may then hold part of it.
+pub fn encode<M: Serialize>(message: &M, out: &mut Vec<u8>) -> Result<(), EncodeError> {
+    let body = bincode::serde::encode_to_vec(message, CONFIG)
+        .map_err(|error| EncodeError(error.to_string()))?;
+    if body.len() > MAX_BODY_LEN {
+        return Err(EncodeError::too_long(body.len(), MAX_BODY_LEN));
+    }
+    out.extend_from_slice(&body);
+    Ok(())
+}
+
+/// Reads a message that takes up the whole of `body`.
+///
+/// # Errors
+/// When the bytes are not such a message, or more bytes follow it.
+pub fn decode<M: DeserializeOwned>(body: &[u8]) -> Result<M, DecodeError> {
+    let (message, used) = bincode::serde::decode_from_slice(body, CONFIG)
+        .map_err(|error| DecodeError::Malformed(error.to_string()))?;
+    match body.len() - used {
+        0 => Ok(message),
+        trailing => Err(DecodeError::TrailingBytes(trailing)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trailing_bytes_are_refused() {
+        assert_eq!(decode::<u8>(&[7]), Ok(7));
+        assert_eq!(decode::<u8>(&[7, 0, 0]), Err(DecodeError::TrailingBytes(2)));
+    }
+
+    #[test]
+    fn a_length_beyond_the_limit_is_refused_before_it_is_allocated() {
+        // 0xfd: a u64 follows; it claims 2^40 bytes of string.
+        let claim = [&[0xfd][..], &(1_u64 << 40).to_le_bytes()].concat();
+        assert!(matches!(decode::<String>(&claim), Err(DecodeError::Malformed(_))));
+    }
+
+    #[test]
+    fn a_message_beyond_the_limit_is_not_encoded() {
+        assert!(encode(&"x".repeat(MAX_BODY_LEN), &mut Vec::new()).is_err());
+    }
+}

@@ -1,0 +1,209 @@
+//! The messages of the control stream, the first stream of every tunnel.
+//!
+//! The agent opens it and says hello; the server answers with welcome or closes the tunnel with a
+//! code that says why not. After that either side may send any of the other messages at any time.
+//= docs/protocol.md#5-control-stream
+
+use std::fmt;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    codec::EncodeError,
+    extension::Extensions,
+    frame::{self, Frame, FrameError, Message},
+    ids::{AgentId, InstanceId, ServerId},
+    route::Identifiers,
+    text::{List, Text},
+    version::Features,
+};
+
+/// The agent's introduction: the first message on the control stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// The agent's [`crate::version::REVISION`].
+    pub revision: u16,
+    /// What the agent offers.
+    pub features: Features,
+    /// Who it is.
+    pub agent_id: AgentId,
+    /// Which process of that name it is.
+    pub instance: InstanceId,
+    /// What it announces that it stands for.
+    pub identifiers: Identifiers,
+    /// A service-account token, where agents prove themselves by one.
+    pub token: Option<Secret>,
+    /// Name and version of the software, for logs alone.
+    pub software: Text<64>,
+    /// What later revisions add.
+    pub extensions: Extensions,
+}
+
+impl Message for Hello {
+    const KIND: u8 = 0x01;
+}
+
+/// The server's answer to a hello that it accepts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// The server's [`crate::version::REVISION`].
+    pub revision: u16,
+    /// What both offer.
+    pub features: Features,
+    /// Which server replica this is.
+    pub server_id: ServerId,
+    /// How many replicas there are.
+    pub server_count: u32,
+    /// The replicas that the server knows of, itself included; empty when it knows none.
+    pub servers: List<ServerEntry, 64>,
+    /// The most data streams that the server will keep open on this tunnel.
+    pub max_streams: u32,
+    /// What later revisions add.
+    pub extensions: Extensions,
+}
+
+impl Message for Welcome {
+    const KIND: u8 = 0x02;
+}
+
+/// One server replica and where it is reached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerEntry {
+    /// The replica's name.
+    pub id: ServerId,
+    /// `host:port`, or empty when it is behind the address that the agent already has.
+    pub address: Text<255>,
+}
+
+/// Asks the peer to answer at once with a pong that carries the same bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ping {
+    /// Means something to the sender alone.
+    pub echo: u64,
+}
+
+impl Message for Ping {
+    const KIND: u8 = 0x03;
+}
+
+/// The answer to a ping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pong {
+    /// What the ping carried.
+    pub echo: u64,
+}
+
+impl Message for Pong {
+    const KIND: u8 = 0x04;
+}
+
+/// Announces that the sender will go away: no new dials on this tunnel, old streams may end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drain {
+    /// Milliseconds from now until the sender closes the tunnel, whatever is still open then.
+    pub deadline_millis: u32,
+}
+
+impl Message for Drain {
+    const KIND: u8 = 0x05;
+}
+
+/// The last message: the sender closes the tunnel after it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Goodbye {
+    /// The code with which the tunnel will be closed, a [`crate::CloseCode`].
+    pub code: u32,
+    /// Why, for people.
+    pub reason: Text<255>,
+}
+
+impl Message for Goodbye {
+    const KIND: u8 = 0x06;
+}
+
+/// A bearer token. It never shows in logs.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(Text<8192>);
+
+impl Secret {
+    /// The token with this text.
+    ///
+    /// # Errors
+    /// When it has more than 8192 bytes.
+    pub fn new(token: &str) -> Result<Self, crate::text::TooLong> {
+        token.try_into().map(Self)
+    }
+
+    /// The token itself, for whoever checks it.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(…)")
+    }
+}
+
+/// Any message of the control stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ControlMessage {
+    /// See [`Hello`].
+    Hello(Box<Hello>),
+    /// See [`Welcome`].
+    Welcome(Box<Welcome>),
+    /// See [`Ping`].
+    Ping(Ping),
+    /// See [`Pong`].
+    Pong(Pong),
+    /// See [`Drain`].
+    Drain(Drain),
+    /// See [`Goodbye`].
+    Goodbye(Goodbye),
+    /// A message of a later revision, which may be ignored.
+    Unknown {
+        /// The frame's first byte.
+        kind: u8,
+    },
+}
+
+impl ControlMessage {
+    /// Reads a frame of the control stream.
+    ///
+    /// # Errors
+    /// When the frame belongs on a data stream, or its body is not the message its kind says.
+    pub fn decode(frame: &Frame) -> Result<Self, FrameError> {
+        Ok(match frame.kind {
+            Hello::KIND => Self::Hello(Box::new(frame.message()?)),
+            Welcome::KIND => Self::Welcome(Box::new(frame.message()?)),
+            Ping::KIND => Self::Ping(frame.message()?),
+            Pong::KIND => Self::Pong(frame.message()?),
+            Drain::KIND => Self::Drain(frame.message()?),
+            Goodbye::KIND => Self::Goodbye(frame.message()?),
+            // Kinds from 0x10 to 0x1f head data streams and have no business here.
+            found @ 0x10..=0x1f => {
+                return Err(FrameError::UnexpectedKind { found, expected: Hello::KIND });
+            }
+            kind => Self::Unknown { kind },
+        })
+    }
+
+    /// The frame that carries the message; an unknown one has none and becomes no bytes.
+    ///
+    /// # Errors
+    /// When the message is longer than its kind allows; the fault is ours.
+    pub fn encode(&self) -> Result<Bytes, EncodeError> {
+        match self {
+            Self::Hello(message) => frame::encode(&**message),
+            Self::Welcome(message) => frame::encode(&**message),
+            Self::Ping(message) => frame::encode(message),
+            Self::Pong(message) => frame::encode(message),
+            Self::Drain(message) => frame::encode(message),
+            Self::Goodbye(message) => frame::encode(message),
+            Self::Unknown { .. } => Ok(Bytes::new()),
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! The head of a data stream: what the server asks the agent to dial, and the answer.
+//!
+//! The request is the first frame on the server's half, the reply the first on the agent's. After
+//! each comes the proxied connection's bytes, raw, until finish or reset.
+//= docs/protocol.md#6-data-streams
+
+use std::{fmt, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    extension::Extensions, frame::Message, ids::DialId, target::Target, text::Text,
+};
+
+/// How the target is spoken to. Only TCP is carried; the variants differ in address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Network {
+    /// TCP over whichever address family the host has.
+    Tcp,
+    /// TCP over IPv4 alone.
+    Tcp4,
+    /// TCP over IPv6 alone.
+    Tcp6,
+}
+
+impl Network {
+    /// The name that Go's `net.Dial` and the Konnectivity protocol give it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Tcp4 => "tcp4",
+            Self::Tcp6 => "tcp6",
+        }
+    }
+
+    /// The network with this name, if it is one that is carried.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Tcp, Self::Tcp4, Self::Tcp6].into_iter().find(|network| network.name() == name)
+    }
+}
+
+/// What a connection is for, as far as a frontend knows. It decides nothing but where the stream
+/// starts in the scheduler, and which label it is counted under.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct StreamKind(u8);
+
+impl StreamKind {
+    /// The names of the kinds, at the position of their number.
+    const NAMES: [&str; 8] =
+        ["unknown", "exec", "attach", "logs", "port-forward", "metrics", "health", "webhook"];
+
+    /// Nothing was declared: kube-apiserver's own traffic, which is TLS end to end.
+    pub const UNKNOWN: Self = Self(0);
+    /// An interactive command.
+    pub const EXEC: Self = Self(1);
+    /// A terminal attached to a running container.
+    pub const ATTACH: Self = Self(2);
+    /// A log tail.
+    pub const LOGS: Self = Self(3);
+    /// A forwarded port.
+    pub const PORT_FORWARD: Self = Self(4);
+    /// A metrics scrape.
+    pub const METRICS: Self = Self(5);
+    /// A health check.
+    pub const HEALTH: Self = Self(6);
+    /// An admission webhook or an aggregated API.
+    pub const WEBHOOK: Self = Self(7);
+
+    /// The kind's name; `unknown` for a number this build has no name for.
+    pub fn name(self) -> &'static str {
+        Self::NAMES.get(usize::from(self.0)).copied().unwrap_or("unknown")
+    }
+
+    /// The kind with this name; [`Self::UNKNOWN`] when there is none.
+    pub fn from_name(name: &str) -> Self {
+        let position = Self::NAMES.iter().position(|known| *known == name).unwrap_or(0);
+        Self(u8::try_from(position).unwrap_or(0))
+    }
+}
+
+impl fmt::Debug for StreamKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Carries a request's place in a distributed trace (W3C Trace Context §3).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TraceContext {
+    /// The `traceparent` header's value; 55 characters in the version of today.
+    pub traceparent: Text<128>,
+    /// The `tracestate` header's value, possibly empty.
+    pub tracestate: Text<512>,
+}
+
+/// Asks the agent to connect to a target.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DialRequest {
+    /// Names this dial in both sides' logs.
+    pub id: DialId,
+    /// How the target is spoken to.
+    pub network: Network,
+    /// What is to be reached.
+    pub target: Target,
+    /// What the connection is for.
+    pub kind: StreamKind,
+    /// How long the server will wait for the reply, in milliseconds; 0 is without limit.
+    pub timeout_millis: u32,
+    /// The request's place in a trace, if the frontend was told one.
+    pub trace: Option<TraceContext>,
+    /// What later revisions add.
+    pub extensions: Extensions,
+}
+
+impl Message for DialRequest {
+    const KIND: u8 = 0x10;
+    const MAX_LEN: usize = 4 * 1024;
+}
+
+/// Why a dial failed, for machines; the text beside it is for people.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct DialErrorKind(u8);
+
+impl DialErrorKind {
+    const NAMES: [&str; 9] = [
+        "other",
+        "refused",
+        "timeout",
+        "unresolvable",
+        "unreachable",
+        "reset",
+        "forbidden",
+        "overloaded",
+        "draining",
+    ];
+
+    /// None of the reasons below.
+    pub const OTHER: Self = Self(0);
+    /// The target refused the connection.
+    pub const REFUSED: Self = Self(1);
+    /// The target did not answer in time.
+    pub const TIMEOUT: Self = Self(2);
+    /// The host name has no address.
+    pub const UNRESOLVABLE: Self = Self(3);
+    /// There is no way to the target's address.
+    pub const UNREACHABLE: Self = Self(4);
+    /// The target reset the connection while it was being made.
+    pub const RESET: Self = Self(5);
+    /// The agent's egress policy does not allow the target.
+    pub const FORBIDDEN: Self = Self(6);
+    /// A limit of the agent is reached: streams or file descriptors.
+    pub const OVERLOADED: Self = Self(7);
+    /// The agent takes no new dials.
+    pub const DRAINING: Self = Self(8);
+
+    /// The reason's name; `other` for a number this build has no name for.
+    pub fn name(self) -> &'static str {
+        Self::NAMES.get(usize::from(self.0)).copied().unwrap_or("other")
+    }
+}
+
+impl fmt::Debug for DialErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Why a dial failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{text}")]
+pub struct DialFailure {
+    /// The reason, for machines.
+    pub kind: DialErrorKind,
+    /// The reason in the words users know from Go, such as
+    /// `dial tcp 10.0.0.9:10250: connect: connection refused`.
+    pub text: Text<1024>,
+}
+
+impl DialFailure {
+    /// The failure of this kind; a text that is too long is cut.
+    pub fn new(kind: DialErrorKind, text: impl Into<String>) -> Self {
+        Self { kind, text: Text::truncated(text.into()) }
+    }
+}
+
+/// Where the agent's time went while it dialed, in microseconds each.
+///
+/// A stage that was not reached is 0; one longer than 71 minutes is told as `u32::MAX`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DialTiming {
+    /// From the stream's arrival to the policy's verdict.
+    pub policy_micros: u32,
+    /// The look-up of the host's name.
+    pub resolve_micros: u32,
+    /// The TCP handshake, over all addresses tried.
+    pub connect_micros: u32,
+}
+
+impl DialTiming {
+    /// A duration as it is told in a timing.
+    pub fn micros(duration: Duration) -> u32 {
+        u32::try_from(duration.as_micros()).unwrap_or(u32::MAX)
+    }
+
+    /// The whole time that the agent spent.
+    pub fn total(self) -> Duration {
+        [self.policy_micros, self.resolve_micros, self.connect_micros]
+            .into_iter()
+            .map(|micros| Duration::from_micros(micros.into()))
+            .sum()
+    }
+}
+
+/// The agent's answer to a dial.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DialReply {
+    /// Whether the target's bytes follow, or why they do not.
+    pub outcome: Result<(), DialFailure>,
+    /// Where the time went.
+    pub timing: DialTiming,
+    /// What later revisions add.
+    pub extensions: Extensions,
+}
+
+impl Message for DialReply {
+    const KIND: u8 = 0x11;
+    const MAX_LEN: usize = 4 * 1024;
+}

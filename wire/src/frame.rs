@@ -1,0 +1,154 @@
+//! How a message is cut out of a stream: one byte of kind, two of length, then the body.
+//!
+//! ```text
+//!  0       1               3
+//!  +-------+---------------+----------------
+//!  | kind  | length (BE)   | body (length bytes)
+//!  +-------+---------------+----------------
+//! ```
+//= docs/protocol.md#3-frames
+
+use bytes::Bytes;
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::codec::{self, DecodeError, EncodeError, MAX_BODY_LEN};
+
+/// Bytes before a frame's body.
+pub const HEAD_LEN: usize = 3;
+
+/// What a frame carries. The number crosses the wire and is never given a second meaning.
+pub trait Message: Serialize + DeserializeOwned {
+    /// The frame's first byte.
+    const KIND: u8;
+    /// The most bytes the body may have; never more than [`MAX_BODY_LEN`].
+    const MAX_LEN: usize = MAX_BODY_LEN;
+}
+
+/// The first three bytes of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Which message follows.
+    pub kind: u8,
+    /// How many bytes it has.
+    pub length: usize,
+}
+
+impl Head {
+    /// The head that these bytes are; every three bytes are one.
+    pub const fn decode([kind, high, low]: [u8; HEAD_LEN]) -> Self {
+        Self { kind, length: u16::from_be_bytes([high, low]) as usize }
+    }
+}
+
+/// A frame whose body has arrived but has not been looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// Which message the body is.
+    pub kind: u8,
+    /// The encoded message.
+    pub body: Bytes,
+}
+
+/// A peer's bytes were not a frame that belongs where it came.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// The announced body is longer than this place allows.
+    #[error("frame of kind {kind:#04x} announces {length} bytes, at most {limit} are allowed")]
+    Oversized {
+        /// The frame's first byte.
+        kind: u8,
+        /// What its head announced.
+        length: usize,
+        /// What this place allows.
+        limit: usize,
+    },
+    /// Another message was due.
+    #[error("frame of kind {found:#04x} where {expected:#04x} was due")]
+    UnexpectedKind {
+        /// What came.
+        found: u8,
+        /// What was due.
+        expected: u8,
+    },
+    /// The body is not the message its kind says.
+    #[error("frame of kind {kind:#04x}: {source}")]
+    Body {
+        /// The frame's first byte.
+        kind: u8,
+        /// What is wrong with the body.
+        source: DecodeError,
+    },
+}
+
+impl Frame {
+    /// Reads the body as an `M`.
+    ///
+    /// # Errors
+    /// When the frame is of another kind, or its body is not an `M`.
+    pub fn message<M: Message>(&self) -> Result<M, FrameError> {
+        if self.kind != M::KIND {
+            return Err(FrameError::UnexpectedKind { found: self.kind, expected: M::KIND });
+        }
+        if self.body.len() > M::MAX_LEN {
+            return Err(FrameError::Oversized {
+                kind: self.kind,
+                length: self.body.len(),
+                limit: M::MAX_LEN,
+            });
+        }
+        codec::decode(&self.body).map_err(|source| FrameError::Body { kind: self.kind, source })
+    }
+}
+
+/// The whole frame that carries `message`.
+///
+/// # Errors
+/// When the message is longer than its kind allows; the fault is ours.
+pub fn encode<M: Message>(message: &M) -> Result<Bytes, EncodeError> {
+    let mut out = vec![M::KIND, 0, 0];
+    codec::encode(message, &mut out)?;
+    let length = out.len() - HEAD_LEN;
+    if length > M::MAX_LEN {
+        return Err(EncodeError::too_long(length, M::MAX_LEN));
+    }
+    // MAX_LEN is at most MAX_BODY_LEN, which fits in 16 bits.
+    let length = u16::try_from(length).unwrap_or(u16::MAX);
+    out[1..HEAD_LEN].copy_from_slice(&length.to_be_bytes());
+    Ok(out.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, PartialEq, Serialize, serde::Deserialize)]
+    struct Word(String);
+
+    impl Message for Word {
+        const KIND: u8 = 0x7f;
+        const MAX_LEN: usize = 8;
+    }
+
+    #[test]
+    fn a_frame_is_kind_length_body() {
+        let bytes = encode(&Word("hi".into())).unwrap();
+        assert_eq!(&bytes[..], [0x7f, 0, 3, 2, b'h', b'i']);
+        assert_eq!(Head::decode([0x7f, 0, 3]), Head { kind: 0x7f, length: 3 });
+    }
+
+    #[test]
+    fn each_kind_has_its_own_limit() {
+        assert!(encode(&Word("12345678".into())).is_err());
+        let frame = Frame { kind: Word::KIND, body: vec![0; 9].into() };
+        assert!(matches!(frame.message::<Word>(), Err(FrameError::Oversized { limit: 8, .. })));
+    }
+
+    #[test]
+    fn another_kind_is_not_read() {
+        let frame = Frame { kind: 1, body: Bytes::new() };
+        assert_eq!(
+            frame.message::<Word>(),
+            Err(FrameError::UnexpectedKind { found: 1, expected: 0x7f })
+        );
+    }
+}

@@ -1,0 +1,135 @@
+//! Names of the parties: checked once, then carried as types.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The longest name an agent or a server may have, in bytes.
+///
+/// A UUID has 36 and a DNS name at most 253; both fit.
+pub const MAX_ID_LEN: usize = 255;
+
+/// A name was empty, too long, or held a character that would spoil a log line or a label.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidId {
+    /// The name has no characters.
+    #[error("a name must not be empty")]
+    Empty,
+    /// The name has more than [`MAX_ID_LEN`] bytes.
+    #[error("a name of {0} bytes is longer than {MAX_ID_LEN}")]
+    TooLong(usize),
+    /// The name holds a control character.
+    #[error("a name must not hold control characters")]
+    ControlCharacter,
+}
+
+fn check(id: &str) -> Result<(), InvalidId> {
+    match id {
+        "" => Err(InvalidId::Empty),
+        id if id.len() > MAX_ID_LEN => Err(InvalidId::TooLong(id.len())),
+        id if id.chars().any(char::is_control) => Err(InvalidId::ControlCharacter),
+        _ => Ok(()),
+    }
+}
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            /// The name as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = InvalidId;
+
+            fn try_from(id: String) -> Result<Self, InvalidId> {
+                check(&id)?;
+                Ok(Self(id))
+            }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = InvalidId;
+
+            fn from_str(id: &str) -> Result<Self, InvalidId> {
+                Self::try_from(id.to_owned())
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(id: $name) -> Self {
+                id.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:?}", self.0)
+            }
+        }
+    };
+}
+
+id! {
+    /// The name an agent goes by; two tunnels with the same name lead to the same node.
+    AgentId
+}
+
+id! {
+    /// The name of one server replica.
+    ServerId
+}
+
+/// Tells apart two processes that go by the same [`AgentId`]: drawn at random at start.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct InstanceId(pub [u8; 16]);
+
+impl fmt::Debug for InstanceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// Names one dial in the logs of server and agent alike; drawn at random by the server.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct DialId(pub u64);
+
+impl fmt::Display for DialId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl fmt::Debug for DialId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_checked_once_where_it_enters() {
+        assert_eq!("".parse::<AgentId>(), Err(InvalidId::Empty));
+        assert_eq!("x".repeat(256).parse::<AgentId>(), Err(InvalidId::TooLong(256)));
+        assert_eq!("a\nb".parse::<ServerId>(), Err(InvalidId::ControlCharacter));
+        assert_eq!("node-1".parse::<AgentId>().unwrap().as_str(), "node-1");
+    }
+}

@@ -1,0 +1,163 @@
+//! What is to be reached from the node: a host and a port that were checked where they entered.
+
+use std::{fmt, net::IpAddr, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+/// The longest host name a target may have, in bytes (RFC 1035 §2.3.4 allows 253 visible ones).
+pub const MAX_HOST_LEN: usize = 255;
+
+/// A host (an IP address or a name, without brackets) and a TCP port.
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "(String, u16)", into = "(String, u16)")]
+pub struct Target {
+    host: String,
+    port: u16,
+}
+
+/// An address was not `host:port`; the text is the one users know from Go's `net` package.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidTarget {
+    /// There is no colon before a port.
+    #[error("address {0}: missing port in address")]
+    MissingPort(String),
+    /// A bare IPv6 address, or more than one colon outside brackets.
+    #[error("address {0}: too many colons in address")]
+    TooManyColons(String),
+    /// A bracket opens and does not close, or closes without opening.
+    #[error("address {0}: mismatched bracket in address")]
+    MismatchedBracket(String),
+    /// The port is not a number from 0 to 65535.
+    #[error("address {0}: invalid port")]
+    InvalidPort(String),
+    /// The host has more than [`MAX_HOST_LEN`] bytes or holds control characters or spaces.
+    #[error("lookup {0}: no such host")]
+    InvalidHost(String),
+}
+
+impl Target {
+    /// The target with this host and port.
+    ///
+    /// # Errors
+    /// When the host is longer than [`MAX_HOST_LEN`] or cannot be one.
+    pub fn new(host: impl Into<String>, port: u16) -> Result<Self, InvalidTarget> {
+        let host = host.into();
+        let odd = |c: char| c.is_control() || c.is_whitespace();
+        if host.len() > MAX_HOST_LEN || host.contains(odd) {
+            let shown: String = host.chars().filter(|c| !odd(*c)).take(64).collect();
+            return Err(InvalidTarget::InvalidHost(shown));
+        }
+        Ok(Self { host, port })
+    }
+
+    /// The host as it was asked for: an address or a name, without brackets.
+    ///
+    /// It may be empty, which stands for the node itself as it does in Go.
+    pub fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// The host when it is an IP address and needs no lookup.
+    pub fn ip(&self) -> Option<IpAddr> {
+        self.host.parse().ok()
+    }
+
+    /// The TCP port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+}
+
+impl TryFrom<(String, u16)> for Target {
+    type Error = InvalidTarget;
+
+    fn try_from((host, port): (String, u16)) -> Result<Self, InvalidTarget> {
+        Self::new(host, port)
+    }
+}
+
+impl From<Target> for (String, u16) {
+    fn from(target: Target) -> Self {
+        (target.host, target.port)
+    }
+}
+
+impl FromStr for Target {
+    type Err = InvalidTarget;
+
+    /// Splits `host:port`, `[ipv6]:port` or `:port` by the rules of Go's `net.SplitHostPort`.
+    fn from_str(address: &str) -> Result<Self, InvalidTarget> {
+        let shown = || address.chars().filter(|c| !c.is_control()).take(300).collect::<String>();
+        let (host, port) = if let Some(rest) = address.strip_prefix('[') {
+            let (host, tail) =
+                rest.split_once(']').ok_or_else(|| InvalidTarget::MismatchedBracket(shown()))?;
+            let port =
+                tail.strip_prefix(':').ok_or_else(|| InvalidTarget::MissingPort(shown()))?;
+            (host, port)
+        } else {
+            let (host, port) =
+                address.rsplit_once(':').ok_or_else(|| InvalidTarget::MissingPort(shown()))?;
+            if host.contains(':') {
+                return Err(InvalidTarget::TooManyColons(shown()));
+            }
+            (host, port)
+        };
+        if host.contains(['[', ']']) || port.contains(['[', ']']) {
+            return Err(InvalidTarget::MismatchedBracket(shown()));
+        }
+        let digits = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
+        match port.parse() {
+            Ok(port) if digits => Self::new(host, port),
+            _ => Err(InvalidTarget::InvalidPort(port.chars().take(64).collect())),
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+impl fmt::Debug for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_split_as_go_splits_it() {
+        let ok = |address: &str, host: &str, port| {
+            let target: Target = address.parse().unwrap();
+            assert_eq!((target.host(), target.port()), (host, port), "{address}");
+            assert_eq!(target.to_string(), address);
+        };
+        ok("10.0.0.9:10250", "10.0.0.9", 10250);
+        ok("node-1:80", "node-1", 80);
+        ok("[fd00::1]:443", "fd00::1", 443);
+        ok("[fe80::1%eth0]:443", "fe80::1%eth0", 443);
+        ok(":80", "", 80);
+    }
+
+    #[test]
+    fn a_fault_is_told_in_gos_words() {
+        let text = |address: &str| address.parse::<Target>().unwrap_err().to_string();
+        assert_eq!(text("127.0.0.1"), "address 127.0.0.1: missing port in address");
+        assert_eq!(text("::1"), "address ::1: too many colons in address");
+        assert_eq!(text("[::1]"), "address [::1]: missing port in address");
+        assert_eq!(text("[::1:80"), "address [::1:80: mismatched bracket in address");
+        assert_eq!(text("host:70000"), "address 70000: invalid port");
+        assert_eq!(text("host:"), "address : invalid port");
+        assert_eq!(text("host:+1"), "address +1: invalid port");
+        assert_eq!(text("a b:80"), "lookup ab: no such host");
+        assert!(Target::new("x".repeat(256), 1).is_err());
+    }
+}

@@ -1,0 +1,388 @@
+//! The seam between Culvert and what carries it, in QUIC's own vocabulary.
+//!
+//! A [`Tunnel`] is one authenticated connection between one agent and one server. Either side
+//! opens streams on it; each stream has two halves that end on their own: a [`SendHalf`] is
+//! finished or reset, a [`RecvHalf`] runs to its end or is stopped. Nothing above this module knows
+//! which carrier it is on. Today there is one: QUIC, in [`quic`].
+//!
+//! Two guards live here because forgetting them loses data in silence:
+//! - a half that is dropped before it ended is reset (or stopped), never finished, so that a task
+//!   that crashed cannot look like a clean end;
+//! - a frame is read exactly, so the bytes behind it stay in the stream.
+
+pub mod quic;
+mod udp;
+
+use std::{fmt, net::SocketAddr, time::Duration};
+
+use bytes::Bytes;
+use rustls_pki_types::CertificateDer;
+
+use crate::{
+    code::{CloseCode, StreamCode},
+    frame::{Frame, FrameError, HEAD_LEN, Head},
+};
+
+/// One authenticated connection between one agent and one server.
+///
+/// Clones are handles to the same tunnel. It lives until one side closes it or the path dies;
+/// dropping every handle closes it with [`CloseCode::DONE`].
+#[derive(Clone)]
+pub struct Tunnel {
+    carrier: quic::Connection,
+}
+
+impl Tunnel {
+    /// Opens a data stream. Nothing is sent until the first write.
+    ///
+    /// Waits while the peer's limit of open streams is reached.
+    ///
+    /// # Errors
+    /// When the tunnel is lost.
+    ///
+    /// # Cancel safety
+    /// Dropping the future opens nothing.
+    pub async fn open(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
+        self.carrier.open().await
+    }
+
+    /// The next stream that the peer opened, in the order in which it opened them.
+    ///
+    /// # Errors
+    /// When the tunnel is lost.
+    ///
+    /// # Cancel safety
+    /// Dropping the future loses no stream.
+    pub async fn accept(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
+        self.carrier.accept().await
+    }
+
+    /// Closes the tunnel at once; whatever is on its way on any stream is lost.
+    pub fn close(&self, code: CloseCode, reason: &str) {
+        self.carrier.close(code, reason);
+    }
+
+    /// Why the tunnel ended, once it has.
+    pub async fn closed(&self) -> TunnelLost {
+        self.carrier.closed().await
+    }
+
+    /// Waits until a closed tunnel's last packets are out, at most `limit`.
+    pub async fn flushed(&self, limit: Duration) {
+        self.carrier.flushed(limit).await;
+    }
+
+    /// Completes each time the network says that nobody listens at the peer's address any more.
+    ///
+    /// It is a hint and can be forged by whoever sees the packets: ask the peer before believing.
+    pub async fn unreachable(&self) {
+        self.carrier.unreachable().await;
+    }
+
+    /// How many streams the peer may have open at once; takes effect within a round trip.
+    pub fn set_max_streams(&self, count: u32) {
+        self.carrier.set_max_streams(count);
+    }
+
+    /// Where the peer's packets come from now; it changes when the peer's address does.
+    pub fn remote_address(&self) -> SocketAddr {
+        self.carrier.remote_address()
+    }
+
+    /// The peer's certificate chain, leaf first, if it presented one.
+    pub fn peer_certificates(&self) -> Option<Vec<CertificateDer<'static>>> {
+        self.carrier.peer_certificates()
+    }
+
+    /// What the carrier measured so far. Takes the tunnel's lock: sample, do not poll.
+    pub fn stats(&self) -> TunnelStats {
+        self.carrier.stats()
+    }
+
+    /// The carrier's name for logs and metric labels.
+    pub fn transport(&self) -> &'static str {
+        "quic"
+    }
+}
+
+impl fmt::Debug for Tunnel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tunnel").field("remote", &self.remote_address()).finish_non_exhaustive()
+    }
+}
+
+/// A tunnel's path as the carrier sees it. Counters run from the tunnel's start.
+#[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
+pub struct TunnelStats {
+    /// Smoothed round-trip time.
+    pub rtt: Duration,
+    /// Congestion window in bytes.
+    pub cwnd: u64,
+    /// Largest UDP payload the path is known to carry, in bytes.
+    pub mtu: u16,
+    /// Packets sent.
+    pub sent_packets: u64,
+    /// Packets declared lost.
+    pub lost_packets: u64,
+    /// Bytes in the packets declared lost.
+    pub lost_bytes: u64,
+    /// Times the congestion window was cut.
+    pub congestion_events: u64,
+    /// Times the path was found to swallow large packets.
+    pub black_holes: u64,
+    /// UDP payload bytes sent.
+    pub sent_bytes: u64,
+    /// UDP payload bytes received.
+    pub received_bytes: u64,
+}
+
+/// Why a tunnel ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TunnelLost {
+    /// The peer closed it and said why.
+    #[error("closed by the peer: {code}{}{reason}", if reason.is_empty() { "" } else { ": " })]
+    ClosedByPeer {
+        /// The peer's code.
+        code: CloseCode,
+        /// The peer's words, possibly none.
+        reason: String,
+    },
+    /// This side closed it.
+    #[error("closed by this side")]
+    ClosedHere,
+    /// Nothing came for the whole idle time-out.
+    #[error("nothing came within the idle time-out")]
+    TimedOut,
+    /// The peer does not know the tunnel any more: its process started anew.
+    #[error("the peer has restarted and forgot the tunnel")]
+    PeerRestarted,
+    /// The peer refused the handshake or broke the carrier's protocol.
+    #[error("{0}")]
+    Transport(String),
+}
+
+impl TunnelLost {
+    /// A short word for metric labels.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::ClosedByPeer { code, .. } => code.name(),
+            Self::ClosedHere => "closed_here",
+            Self::TimedOut => "timed_out",
+            Self::PeerRestarted => "peer_restarted",
+            Self::Transport(_) => "transport",
+        }
+    }
+}
+
+/// Why nothing more can be written to a stream.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WriteError {
+    /// The peer stopped the stream: nobody reads it any more.
+    #[error("stopped by the peer: {0}")]
+    Stopped(StreamCode),
+    /// The tunnel is lost.
+    #[error("tunnel lost: {0}")]
+    Lost(#[from] TunnelLost),
+    /// This side has ended the stream already; the fault is ours.
+    #[error("stream has ended already")]
+    Ended,
+}
+
+/// Why nothing more can be read from a stream.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// The peer reset the stream: what it had sent is incomplete.
+    #[error("reset by the peer: {0}")]
+    Reset(StreamCode),
+    /// The tunnel is lost.
+    #[error("tunnel lost: {0}")]
+    Lost(#[from] TunnelLost),
+    /// This side has stopped the stream already; the fault is ours.
+    #[error("stream has been stopped already")]
+    Ended,
+}
+
+/// Why a frame could not be read from a stream.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReadFrameError {
+    /// The stream ended between frames.
+    #[error("the stream ended")]
+    End,
+    /// The stream ended inside a frame.
+    #[error("the stream ended inside a frame")]
+    Truncated,
+    /// The frame breaks the protocol.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// The stream cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+}
+
+/// The half of a stream that this side writes.
+///
+/// Dropping it before [`finish`](Self::finish) or [`reset`](Self::reset) resets it with
+/// [`StreamCode::ABANDONED`].
+pub struct SendHalf {
+    carrier: quic::SendStream,
+    ended: bool,
+}
+
+impl SendHalf {
+    fn new(carrier: quic::SendStream) -> Self {
+        Self { carrier, ended: false }
+    }
+
+    /// Queues the whole chunk without copying it, waiting while the windows are full.
+    ///
+    /// # Errors
+    /// When the peer stopped the stream or the tunnel is lost.
+    ///
+    /// # Cancel safety
+    /// Not cancel safe: an unknown part of the chunk may have been queued. Reset the half then.
+    pub async fn write_chunk(&mut self, chunk: Bytes) -> Result<(), WriteError> {
+        self.carrier.write_chunk(chunk).await
+    }
+
+    /// Ends the stream cleanly behind everything written. Returns at once; delivery goes on.
+    pub fn finish(&mut self) {
+        if !self.ended {
+            self.ended = true;
+            self.carrier.finish();
+        }
+    }
+
+    /// Abandons the stream: unsent bytes are dropped, and the peer sees `code`, never an end.
+    pub fn reset(&mut self, code: StreamCode) {
+        if !self.ended {
+            self.ended = true;
+            self.carrier.reset(code);
+        }
+    }
+
+    /// Completes when the peer is done with the stream: with a code when it stopped it, with
+    /// `None` when it has everything up to the finish.
+    ///
+    /// The future does not borrow the half, so it can be watched while writing.
+    pub fn stopped(
+        &self,
+    ) -> impl Future<Output = Result<Option<StreamCode>, TunnelLost>> + Send + Sync + 'static {
+        self.carrier.stopped()
+    }
+
+    /// Says how urgent the stream is among the tunnel's others; higher goes first, 0 is usual.
+    pub fn set_priority(&self, priority: i32) {
+        self.carrier.set_priority(priority);
+    }
+}
+
+impl Drop for SendHalf {
+    fn drop(&mut self) {
+        self.reset(StreamCode::ABANDONED);
+    }
+}
+
+impl fmt::Debug for SendHalf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SendHalf").field("ended", &self.ended).finish_non_exhaustive()
+    }
+}
+
+/// The half of a stream that this side reads.
+///
+/// Dropping it before its end stops it with [`StreamCode::ABANDONED`].
+pub struct RecvHalf {
+    carrier: quic::RecvStream,
+    ended: bool,
+}
+
+impl RecvHalf {
+    fn new(carrier: quic::RecvStream) -> Self {
+        Self { carrier, ended: false }
+    }
+
+    /// Fills the front of `chunks` with what has arrived, in order and without copying, waiting
+    /// for the first. `None` is the clean end.
+    ///
+    /// # Errors
+    /// When the peer reset the stream or the tunnel is lost.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: nothing is taken before the future completes.
+    pub async fn read_chunks(&mut self, chunks: &mut [Bytes]) -> Result<Option<usize>, ReadError> {
+        let result = self.carrier.read_chunks(chunks).await;
+        self.ended |= !matches!(result, Ok(Some(_)));
+        result
+    }
+
+    /// The next frame, if its body has at most `limit` bytes. Bytes behind it stay in the stream.
+    ///
+    /// # Errors
+    /// When the stream ends, fails, or announces more than `limit`.
+    ///
+    /// # Cancel safety
+    /// Not cancel safe: part of a frame may have been taken. Stop the half then.
+    pub async fn read_frame(&mut self, limit: usize) -> Result<Frame, ReadFrameError> {
+        let mut head = [0; HEAD_LEN];
+        match self.read_full(&mut head).await? {
+            0 => return Err(ReadFrameError::End),
+            HEAD_LEN => {}
+            _ => return Err(ReadFrameError::Truncated),
+        }
+        let Head { kind, length } = Head::decode(head);
+        if length > limit {
+            return Err(FrameError::Oversized { kind, length, limit }.into());
+        }
+        let mut body = vec![0; length];
+        if self.read_full(&mut body).await? < length {
+            return Err(ReadFrameError::Truncated);
+        }
+        Ok(Frame { kind, body: body.into() })
+    }
+
+    /// Fills `buf` unless the stream ends first; how far it came.
+    async fn read_full(&mut self, buf: &mut [u8]) -> Result<usize, ReadError> {
+        let mut filled = 0;
+        while filled < buf.len() {
+            match self.carrier.read(&mut buf[filled..]).await {
+                Ok(Some(count)) => filled += count,
+                Ok(None) => {
+                    self.ended = true;
+                    break;
+                }
+                Err(error) => {
+                    self.ended = true;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(filled)
+    }
+
+    /// Refuses the rest of the stream: what has arrived is dropped and the peer sees `code`.
+    pub fn stop(&mut self, code: StreamCode) {
+        if !self.ended {
+            self.ended = true;
+            self.carrier.stop(code);
+        }
+    }
+
+    /// Completes when the peer resets the stream or the tunnel is lost, and never on a clean end:
+    /// for whoever holds bytes back and still must notice.
+    pub async fn failed(&mut self) -> ReadError {
+        self.carrier.failed().await
+    }
+}
+
+impl Drop for RecvHalf {
+    fn drop(&mut self) {
+        self.stop(StreamCode::ABANDONED);
+    }
+}
+
+impl fmt::Debug for RecvHalf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RecvHalf").field("ended", &self.ended).finish_non_exhaustive()
+    }
+}

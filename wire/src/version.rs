@@ -1,0 +1,73 @@
+//! The protocol's name and version, and how two peers agree on what both can do.
+
+use serde::{Deserialize, Serialize};
+
+/// Names the protocol and its major version in TLS (ALPN, RFC 7301).
+///
+/// A new name means that peers of the old one cannot take part at all. Everything smaller is
+/// negotiated with [`Features`] inside one name.
+//= docs/protocol.md#2-version-and-features
+pub const ALPN: &[u8] = b"culvert/1";
+
+/// Revision of the protocol below the ALPN name, told in hello and welcome.
+///
+/// It informs logs and metrics; behaviour is decided by [`Features`] alone.
+pub const REVISION: u16 = 1;
+
+/// The optional behaviours a peer offers, as a set of bits.
+///
+/// Both peers use the intersection of what they offered. Bits that a peer does not know are kept
+/// while it compares and then fall out of the intersection, so a newer peer can offer anything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Features(u64);
+
+impl Features {
+    /// No optional behaviour.
+    pub const NONE: Self = Self(0);
+    /// Pings on the control stream are answered.
+    pub const PING: Self = Self(1 << 0);
+    /// A drain message is understood: no new dials, old ones end, then the tunnel closes.
+    pub const DRAIN: Self = Self(1 << 1);
+
+    /// Everything this build knows.
+    pub const fn supported() -> Self {
+        Self(Self::PING.0 | Self::DRAIN.0)
+    }
+
+    /// What both peers offered.
+    #[must_use]
+    pub const fn intersection(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// What either set holds.
+    #[must_use]
+    pub const fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether every bit of `other` is in this set.
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// The set as it crosses the wire.
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_bits_fall_out_of_the_intersection() {
+        let newer = Features(u64::MAX);
+        let agreed = newer.intersection(Features::supported());
+        assert_eq!(agreed, Features::supported());
+        assert!(agreed.contains(Features::PING));
+        assert!(!Features::NONE.contains(Features::DRAIN));
+    }
+}
