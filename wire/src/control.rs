@@ -4,6 +4,8 @@
 //! code that says why not. After that either side may send any of the other messages at any time.
 //= docs/protocol.md#5-control-stream
 
+mod stream;
+
 use std::fmt;
 
 use bytes::Bytes;
@@ -18,6 +20,8 @@ use crate::{
     text::{List, Text},
     version::Features,
 };
+
+pub use stream::{ControlError, ControlStream};
 
 /// The agent's introduction: the first message on the control stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

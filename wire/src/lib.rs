@@ -21,6 +21,7 @@ pub mod extension;
 pub mod frame;
 pub mod ids;
 pub mod route;
+pub mod splice;
 pub mod target;
 pub mod text;
 pub mod tls;

@@ -18,6 +18,8 @@ use std::{fmt, net::SocketAddr, time::Duration};
 use bytes::Bytes;
 use rustls_pki_types::CertificateDer;
 
+pub use udp::{BindError, BufferSizes};
+
 use crate::{
     code::{CloseCode, StreamCode},
     frame::{Frame, FrameError, HEAD_LEN, Head},

@@ -391,7 +391,7 @@ impl Neighbours {
     /// Wakes the tunnel behind each address that the network reports as unreachable, for as long
     /// as the socket lives.
     fn listen(self: &Arc<Self>, errors: Option<udp::ErrorQueue>) {
-        let Some(mut errors) = errors else { return };
+        let Some(errors) = errors else { return };
         let neighbours = Arc::downgrade(self);
         tokio::spawn(async move {
             while let Some(address) = errors.next().await {

@@ -176,11 +176,13 @@ impl ErrorQueue {
             setsockopt(socket, sockopt::Ipv6RecvErr, &true)?;
         }
         let fd = OwnedFd::from(socket.try_clone()?);
-        Ok(Self { socket: AsyncFd::with_interest(fd, Interest::PRIORITY)? })
+        #[expect(deprecated, reason = "sound for an OwnedFd, which stays open while it lives")]
+        let socket = AsyncFd::with_interest(fd, Interest::PRIORITY)?;
+        Ok(Self { socket })
     }
 
     /// The next peer that a packet could not be delivered to; `None` when the socket is unusable.
-    pub(super) async fn next(&mut self) -> Option<SocketAddr> {
+    pub(super) async fn next(&self) -> Option<SocketAddr> {
         loop {
             let mut ready = self.socket.ready(Interest::PRIORITY | Interest::ERROR).await.ok()?;
             match take_error(ready.get_inner().as_raw_fd()) {
