@@ -20,6 +20,8 @@ pub mod dial;
 pub mod extension;
 pub mod frame;
 pub mod ids;
+#[cfg(feature = "process")]
+pub mod process;
 pub mod route;
 pub mod splice;
 pub mod target;

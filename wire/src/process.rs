@@ -1,0 +1,11 @@
+//! What every Culvert process has around the tunnel, so that server and agent say it once.
+//!
+//! Nothing in here knows a tunnel. [`go_flags`], [`go_duration`] and [`klog`] keep Konnectivity's
+//! command lines working; [`faults`] collects what is wrong with one; [`tunnel_flags`] are the
+//! options both sides share; [`logging`], [`metrics`], [`admin`] and [`signals`] are what an
+//! operator sees of a running process.
+//!
+//! Start with [`go_flags::parse_or_exit`], which is the first line of each `main`.
+
+pub mod byte_size;
+pub mod go_duration;
