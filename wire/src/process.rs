@@ -9,3 +9,5 @@
 
 pub mod byte_size;
 pub mod go_duration;
+pub mod go_flags;
+pub mod invocation;

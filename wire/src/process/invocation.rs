@@ -1,0 +1,63 @@
+//! The name a process was started by, which decides its default ports.
+
+use std::ffi::OsStr;
+use std::path::Path;
+
+/// Whose defaults apply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Invocation {
+    /// Started as `proxy-server` or `proxy-agent`: a swapped image, so Konnectivity's own ports.
+    Stock,
+    /// Started by any other name: the ports Kubernetes' manifests use (8132, 8133, 8134).
+    Culvert,
+}
+
+impl Invocation {
+    /// From `argv[0]`, of which only the last path component counts.
+    pub fn from_argv0(argv0: Option<&OsStr>) -> Self {
+        let name = argv0
+            .and_then(|argv0| Path::new(argv0).file_name())
+            .and_then(OsStr::to_str);
+        match name {
+            Some(name) if name.starts_with("proxy-") => Self::Stock,
+            _ => Self::Culvert,
+        }
+    }
+
+    /// Of this very process.
+    pub fn current() -> Self {
+        Self::from_argv0(std::env::args_os().next().as_deref())
+    }
+
+    /// The default that applies of the two.
+    pub fn choose<T>(self, stock: T, culvert: T) -> T {
+        match self {
+            Self::Stock => stock,
+            Self::Culvert => culvert,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_last_component_of_the_path_decides() {
+        for (argv0, invocation) in [
+            ("/proxy-server", Invocation::Stock),
+            ("proxy-agent", Invocation::Stock),
+            ("./bin/proxy-agent", Invocation::Stock),
+            ("/proxy-server/culvert-server", Invocation::Culvert),
+            ("culvert-agent", Invocation::Culvert),
+            ("", Invocation::Culvert),
+        ] {
+            assert_eq!(
+                Invocation::from_argv0(Some(OsStr::new(argv0))),
+                invocation,
+                "{argv0}"
+            );
+        }
+        assert_eq!(Invocation::from_argv0(None), Invocation::Culvert);
+    }
+}
