@@ -8,6 +8,7 @@
 //! Start with [`go_flags::parse_or_exit`], which is the first line of each `main`.
 
 pub mod byte_size;
+pub mod faults;
 pub mod go_duration;
 pub mod go_flags;
 pub mod invocation;

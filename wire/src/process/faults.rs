@@ -1,0 +1,360 @@
+//! What is wrong with a configuration, all of it at once, each fault naming its flag.
+//!
+//! A person who mistyped three flags should not have to start the process three times. The
+//! checks both sides need are methods here: each notes a fault and hands back a harmless
+//! stand-in, so that checking goes on to the end.
+
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::go_duration::GoDuration;
+
+/// Ports above this are ephemeral (RFC 6335 §6); stock refuses them on the server.
+const LAST_REGISTERED_PORT: i64 = 49151;
+/// Ports below this are for the super-user; stock refuses them on the server.
+const FIRST_REGISTERED_PORT: i64 = 1024;
+/// Longest name of a server or an agent: a DNS name (253 bytes) fits, which nodes are named by.
+const MAX_ID_BYTES: usize = 255;
+
+/// One thing that keeps a process from starting.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("--{flag}: {reason}")]
+pub struct ConfigError {
+    /// The flag to change, without its hyphens.
+    pub flag: &'static str,
+    /// What is wrong and what would be right.
+    pub reason: String,
+}
+
+/// Everything that keeps a process from starting; never empty. Exit code 1.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigErrors(Vec<ConfigError>);
+
+impl ConfigErrors {
+    /// The faults, in the order they were found.
+    pub fn iter(&self) -> impl Iterator<Item = &ConfigError> {
+        self.0.iter()
+    }
+}
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the configuration cannot be used:")?;
+        self.0.iter().try_for_each(|error| write!(f, "\n  {error}"))
+    }
+}
+
+impl std::error::Error for ConfigErrors {}
+
+/// A certificate chain and its private key, both PEM files that exist.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CertificatePair {
+    /// Chain, leaf first.
+    pub certificate: PathBuf,
+    /// Private key of the leaf.
+    pub key: PathBuf,
+}
+
+/// Faults and warnings found so far.
+#[derive(Debug, Default)]
+pub struct Faults {
+    errors: Vec<ConfigError>,
+    warnings: Vec<String>,
+}
+
+impl Faults {
+    /// Nothing found yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Notes a fault of `flag`.
+    pub fn add(&mut self, flag: &'static str, reason: impl Into<String>) {
+        self.errors.push(ConfigError {
+            flag,
+            reason: reason.into(),
+        });
+    }
+
+    /// Notes a fault unless `fine`.
+    pub fn require(&mut self, fine: bool, flag: &'static str, reason: impl Into<String>) {
+        if !fine {
+            self.add(flag, reason);
+        }
+    }
+
+    /// Notes something worth a line in the log at start, but no reason not to start.
+    pub fn warn(&mut self, flag: &'static str, text: impl fmt::Display) {
+        self.warnings.push(format!("--{flag}: {text}"));
+    }
+
+    /// The warnings, when there is no fault.
+    ///
+    /// # Errors
+    /// All faults, when there is one.
+    pub fn finish(self) -> Result<Vec<String>, ConfigErrors> {
+        if self.errors.is_empty() {
+            Ok(self.warnings)
+        } else {
+            Err(ConfigErrors(self.errors))
+        }
+    }
+
+    /// `path` if it names something that exists; an empty one is simply not given.
+    pub fn file(&mut self, flag: &'static str, path: &str) -> Option<PathBuf> {
+        if path.is_empty() {
+            return None;
+        }
+        let path = PathBuf::from(path);
+        // As stock: only absence is a fault now. Permissions may still change before it is read.
+        if let Err(error) = std::fs::metadata(&path)
+            && error.kind() == io::ErrorKind::NotFound
+        {
+            self.add(flag, format!("{} does not exist", path.display()));
+        }
+        Some(path)
+    }
+
+    /// A certificate and its key: both or neither.
+    pub fn pair(
+        &mut self,
+        (certificate_flag, certificate): (&'static str, &str),
+        (key_flag, key): (&'static str, &str),
+    ) -> Option<CertificatePair> {
+        let certificate = self.file(certificate_flag, certificate);
+        let key = self.file(key_flag, key);
+        match (certificate, key) {
+            (Some(certificate), Some(key)) => Some(CertificatePair { certificate, key }),
+            (None, None) => None,
+            (Some(_), None) => {
+                self.add(
+                    key_flag,
+                    format!("must be given along with --{certificate_flag}"),
+                );
+                None
+            }
+            (None, Some(_)) => {
+                self.add(
+                    certificate_flag,
+                    format!("must be given along with --{key_flag}"),
+                );
+                None
+            }
+        }
+    }
+
+    /// A port to listen on that is neither ephemeral nor the super-user's.
+    pub fn registered_port(&mut self, flag: &'static str, port: i64) -> u16 {
+        if port > LAST_REGISTERED_PORT {
+            self.add(
+                flag,
+                format!("{port} is an ephemeral port; use one up to 49151"),
+            );
+        } else if port < FIRST_REGISTERED_PORT {
+            self.add(
+                flag,
+                format!("{port} is a reserved port; use one from 1024 up"),
+            );
+        }
+        u16::try_from(port).unwrap_or_default()
+    }
+
+    /// Any port but 0.
+    pub fn port(&mut self, flag: &'static str, port: i64) -> u16 {
+        match u16::try_from(port) {
+            Ok(port) if port > 0 => port,
+            _ => {
+                self.add(
+                    flag,
+                    format!("{port} is not a port; use one from 1 to 65535"),
+                );
+                0
+            }
+        }
+    }
+
+    /// Where to listen: `host` is an address, a name of this machine, or empty for every interface.
+    ///
+    /// Every interface is `[::]`, to be bound for both address families
+    /// ([`listen::tcp`](super::listen::tcp) does). A name is looked up once, here, and IPv4 is
+    /// preferred, as Go's `net.Listen` prefers it.
+    pub fn bind_address(&mut self, flag: &'static str, host: &str, port: u16) -> SocketAddr {
+        let every_interface = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+        if host.is_empty() {
+            return every_interface;
+        }
+        let bare = host
+            .strip_prefix('[')
+            .and_then(|host| host.strip_suffix(']'))
+            .unwrap_or(host);
+        if let Ok(address) = bare.parse::<IpAddr>() {
+            return (address, port).into();
+        }
+        match (host, port).to_socket_addrs() {
+            Ok(found) => found
+                .min_by_key(|address| address.is_ipv6())
+                .unwrap_or(every_interface),
+            Err(error) => {
+                self.add(
+                    flag,
+                    format!("{host:?} is no address and cannot be looked up: {error}"),
+                );
+                every_interface
+            }
+        }
+    }
+
+    /// A span of time from zero up.
+    pub fn duration(&mut self, flag: &'static str, duration: GoDuration) -> Duration {
+        duration.non_negative().unwrap_or_else(|| {
+            self.add(flag, format!("must not be negative, got {duration}"));
+            Duration::ZERO
+        })
+    }
+
+    /// A span of time above zero.
+    pub fn positive_duration(&mut self, flag: &'static str, duration: GoDuration) -> Duration {
+        match duration.non_negative() {
+            Some(duration) if !duration.is_zero() => duration,
+            _ => {
+                self.add(flag, format!("must be longer than 0, got {duration}"));
+                Duration::ZERO
+            }
+        }
+    }
+
+    /// A count from `least` up to what 32 bits hold.
+    pub fn count(&mut self, flag: &'static str, count: i64, least: u32) -> u32 {
+        match u32::try_from(count) {
+            Ok(count) if count >= least => count,
+            _ => {
+                self.add(
+                    flag,
+                    format!("must be from {least} to {}, got {count}", u32::MAX),
+                );
+                least
+            }
+        }
+    }
+
+    /// A name for a server or an agent; `None` when none was given. It travels in an HTTP header,
+    /// so it must be visible ASCII.
+    pub fn id(&mut self, flag: &'static str, id: Option<&str>) -> Option<String> {
+        let id = id.filter(|id| !id.is_empty())?;
+        let fine = id.len() <= MAX_ID_BYTES && id.bytes().all(|byte| byte.is_ascii_graphic());
+        let reason = format!("{id:?} must be visible ASCII of at most {MAX_ID_BYTES} bytes");
+        self.require(fine, flag, reason);
+        Some(id.to_owned())
+    }
+
+    /// `key=value` pairs separated by commas; at least one.
+    pub fn labels(&mut self, flag: &'static str, text: &str) -> Vec<(String, String)> {
+        let mut labels = Vec::new();
+        for pair in text.split(',') {
+            match pair.split_once('=') {
+                Some((key, value)) if !value.contains('=') => {
+                    labels.push((key.trim().to_owned(), value.trim().to_owned()));
+                }
+                _ => self.add(flag, format!("{pair:?} is not of the form key=value")),
+            }
+        }
+        labels
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn faults_of(check: impl FnOnce(&mut Faults)) -> String {
+        let mut faults = Faults::new();
+        check(&mut faults);
+        faults
+            .finish()
+            .map_or_else(|errors| errors.to_string(), |_| String::new())
+    }
+
+    #[test]
+    fn faults_are_reported_together_and_warnings_only_without_any() {
+        let mut faults = Faults::new();
+        faults.warn("mode", "odd");
+        faults.add("a", "is wrong");
+        faults.add("b", "is worse");
+        let errors = faults.finish().unwrap_err();
+        let text = "the configuration cannot be used:\n  --a: is wrong\n  --b: is worse";
+        assert_eq!(errors.to_string(), text);
+
+        let mut faults = Faults::new();
+        faults.warn("mode", "odd");
+        assert_eq!(faults.finish().unwrap(), ["--mode: odd"]);
+    }
+
+    #[test]
+    fn ports_have_stocks_bounds() {
+        for (port, fine) in [
+            (1023, false),
+            (1024, true),
+            (49151, true),
+            (49152, false),
+            (-1, false),
+        ] {
+            let text = faults_of(|faults| {
+                faults.registered_port("agent-port", port);
+            });
+            assert_eq!(text.is_empty(), fine, "{port}: {text}");
+        }
+        for (port, fine) in [
+            (0, false),
+            (1, true),
+            (65535, true),
+            (65536, false),
+            (-1, false),
+        ] {
+            let text = faults_of(|faults| {
+                faults.port("health-server-port", port);
+            });
+            assert_eq!(text.is_empty(), fine, "{port}: {text}");
+        }
+    }
+
+    #[test]
+    fn bind_addresses_are_literals_names_or_everything() {
+        let mut faults = Faults::new();
+        for (host, address) in [
+            ("", "[::]:7"),
+            ("127.0.0.1", "127.0.0.1:7"),
+            ("::1", "[::1]:7"),
+            ("[::1]", "[::1]:7"),
+            ("localhost", "127.0.0.1:7"),
+        ] {
+            assert_eq!(
+                faults.bind_address("x", host, 7).to_string(),
+                address,
+                "{host}"
+            );
+        }
+        faults.finish().unwrap();
+        let text = faults_of(|faults| {
+            faults.bind_address("x", "no such host", 7);
+        });
+        assert!(text.contains("--x: \"no such host\""), "{text}");
+    }
+
+    #[test]
+    fn labels_are_pairs() {
+        let mut faults = Faults::new();
+        let labels = faults.labels("lease-label", "k8s-app=konnectivity-server, a=");
+        assert_eq!(labels[0], ("k8s-app".into(), "konnectivity-server".into()));
+        assert_eq!(labels[1], ("a".into(), String::new()));
+        faults.finish().unwrap();
+        for text in ["", "a", "a=b=c", "a=b,"] {
+            assert!(
+                !faults_of(|faults| drop(faults.labels("x", text))).is_empty(),
+                "{text}"
+            );
+        }
+    }
+}
