@@ -12,3 +12,6 @@ pub mod faults;
 pub mod go_duration;
 pub mod go_flags;
 pub mod invocation;
+pub mod klog;
+pub mod logging;
+pub mod tunnel_flags;

@@ -1,0 +1,90 @@
+//! klog's flags: every stock binary has them, so manifests pass them and they must be accepted.
+//!
+//! Only the verbosity means something here. Culvert writes its log to standard error and leaves
+//! files, rotation and headers to whoever collects it.
+
+use clap::Args;
+
+use super::faults::Faults;
+
+/// The flags of klog, with klog's names (hyphens for underscores) and stock's defaults.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Logging")]
+pub struct KlogFlags {
+    /// How much to log: 0 to 4 what an operator wants to know, 5 to 9 what helps to find a fault,
+    /// 10 and more everything down to packets. The environment variable RUST_LOG beats it
+    #[arg(short = 'v', long = "v", value_name = "LEVEL", default_value_t = 4)]
+    pub v: i32,
+
+    /// Log levels of single source files. Accepted and ignored: use RUST_LOG
+    #[arg(long, value_name = "PATTERN=LEVEL,…", default_value = "")]
+    pub vmodule: String,
+
+    /// Log to standard error. Always so; accepted for the sake of manifests
+    #[arg(long, default_value_t = true)]
+    pub logtostderr: bool,
+
+    /// Log to files and to standard error. Accepted and ignored
+    #[arg(long)]
+    pub alsologtostderr: bool,
+
+    /// Accepted and ignored
+    #[arg(long, value_name = "SEVERITY", default_value = "")]
+    pub alsologtostderrthreshold: String,
+
+    /// Accepted and ignored
+    #[arg(long, value_name = "SEVERITY", default_value = "2")]
+    pub stderrthreshold: String,
+
+    /// Accepted and ignored
+    #[arg(long, default_value_t = true)]
+    pub legacy_stderr_threshold_behavior: bool,
+
+    /// File to log to. Accepted and ignored: the log goes to standard error
+    #[arg(long, value_name = "FILE", default_value = "")]
+    pub log_file: String,
+
+    /// Size at which a log file is begun anew, in MiB. Accepted and ignored
+    #[arg(long, value_name = "MIB", default_value_t = 1800)]
+    pub log_file_max_size: u64,
+
+    /// Directory of log files. Accepted and ignored: the log goes to standard error
+    #[arg(long, value_name = "DIR", default_value = "")]
+    pub log_dir: String,
+
+    /// Accepted and ignored
+    #[arg(long)]
+    pub add_dir_header: bool,
+
+    /// Accepted and ignored
+    #[arg(long)]
+    pub skip_headers: bool,
+
+    /// Accepted and ignored
+    #[arg(long)]
+    pub skip_log_headers: bool,
+
+    /// Accepted and ignored
+    #[arg(long)]
+    pub one_output: bool,
+
+    /// Accepted and ignored
+    #[arg(long, value_name = "FILE:LINE", default_value = ":0")]
+    pub log_backtrace_at: String,
+}
+
+impl KlogFlags {
+    /// Warns of the flags whose being ignored would surprise: those that send the log elsewhere.
+    pub fn check(&self, faults: &mut Faults) {
+        const ELSEWHERE: &str = "has no effect, the log goes to standard error";
+        if !self.log_file.is_empty() {
+            faults.warn("log-file", ELSEWHERE);
+        }
+        if !self.log_dir.is_empty() {
+            faults.warn("log-dir", ELSEWHERE);
+        }
+        if !self.vmodule.is_empty() {
+            faults.warn("vmodule", "has no effect, set RUST_LOG instead");
+        }
+    }
+}
