@@ -7,11 +7,13 @@
 //!
 //! Start with [`go_flags::parse_or_exit`], which is the first line of each `main`.
 
+pub mod admin;
 pub mod byte_size;
 pub mod faults;
 pub mod go_duration;
 pub mod go_flags;
 pub mod invocation;
 pub mod klog;
+pub mod listen;
 pub mod logging;
 pub mod tunnel_flags;

@@ -1,0 +1,356 @@
+//! The small HTTP servers beside the tunnel: liveness, readiness and metrics.
+//!
+//! Their ports may face a whole network, and a liveness probe that goes unanswered restarts the
+//! process. So everything a client can hold is bounded, and when too many connections are open
+//! the oldest one gives way: whoever hoards them cannot keep the kubelet out.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::header::{CONTENT_TYPE, HOST, HeaderValue, LOCATION};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinHandle, JoinSet};
+
+use super::listen;
+use super::logging::RateLimited;
+
+/// Time for a client to send its request's head, and to sit idle between two; stock's value.
+const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(60);
+/// Bytes of a request's head. Probes and scrapers send a few hundred.
+const MAX_HEADER_BYTES: usize = 64 << 10;
+/// Connections open at once; one more ends the oldest.
+const MAX_CONNECTIONS: usize = 256;
+/// Time for answers on their way when the server stops.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+/// Wait after a failed accept: it fails for want of file descriptors, which takes a moment.
+const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Page {
+    /// Status line.
+    pub status: StatusCode,
+    /// Media type of the body.
+    pub content_type: &'static str,
+    /// Where to go instead, for redirects.
+    pub location: Option<String>,
+    /// Body.
+    pub body: String,
+}
+
+impl Page {
+    /// Plain text.
+    pub fn text(status: StatusCode, body: impl Into<String>) -> Self {
+        let content_type = "text/plain; charset=utf-8";
+        Self {
+            status,
+            content_type,
+            location: None,
+            body: body.into(),
+        }
+    }
+
+    fn redirect(location: String) -> Self {
+        let body = format!("moved to {location}\n");
+        Self {
+            location: Some(location),
+            ..Self::text(StatusCode::MOVED_PERMANENTLY, body)
+        }
+    }
+
+    fn into_response(self) -> Response<Full<Bytes>> {
+        let mut response = Response::new(Full::from(self.body));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(self.content_type));
+        if let Some(location) = self.location.and_then(|to| HeaderValue::try_from(to).ok()) {
+            headers.insert(LOCATION, location);
+        }
+        response
+    }
+}
+
+/// Readiness of a server as stock words it: 200 `ok`, or 500 while no agent is connected.
+pub fn server_readiness(has_backend: bool) -> Page {
+    if has_backend {
+        Page::text(StatusCode::OK, "ok")
+    } else {
+        Page::text(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "no connection to any proxy agent",
+        )
+    }
+}
+
+/// Readiness of an agent as stock words it: 200 `ok` (or the list of checks, when `verbose`), or
+/// 503 and the list while no server is connected.
+pub fn agent_readiness(connected: bool, verbose: bool) -> Page {
+    match (connected, verbose) {
+        (true, false) => Page::text(StatusCode::OK, "ok"),
+        (true, true) => Page::text(
+            StatusCode::OK,
+            "[+]ping ok\n[+]server-connected ok\ncheck passed\n",
+        ),
+        (false, _) => Page::text(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "[+]ping ok\n[-]server-connected failed: no servers connected\n",
+        ),
+    }
+}
+
+/// What a handler may know of the request.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Ask<'a> {
+    /// Behind the question mark, as sent.
+    pub query: &'a str,
+    /// The Host header, with port if it has one.
+    pub host: &'a str,
+}
+
+impl Ask<'_> {
+    /// Whether the query has `verbose`, with or without a value.
+    pub fn is_verbose(&self) -> bool {
+        self.query
+            .split('&')
+            .any(|pair| pair.split('=').next() == Some("verbose"))
+    }
+}
+
+type Handler = Box<dyn Fn(Ask<'_>) -> Page + Send + Sync>;
+
+/// Paths and what answers them; every other path is a 404.
+#[derive(Default)]
+pub struct Routes {
+    table: Vec<(&'static str, Handler)>,
+}
+
+impl fmt::Debug for Routes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list()
+            .entries(self.table.iter().map(|(path, _)| path))
+            .finish()
+    }
+}
+
+impl Routes {
+    /// No path yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds one path. The handler runs on the runtime and must not block.
+    pub fn on(
+        mut self,
+        path: &'static str,
+        handler: impl Fn(Ask<'_>) -> Page + Send + Sync + 'static,
+    ) -> Self {
+        self.table.push((path, Box::new(handler)));
+        self
+    }
+
+    /// Adds `/healthz`: 200 `ok` for as long as the process answers at all.
+    pub fn healthz(self) -> Self {
+        self.on("/healthz", |_| Page::text(StatusCode::OK, "ok"))
+    }
+
+    /// Adds `/readyz` and its old name `/ready`; see [`server_readiness`], [`agent_readiness`].
+    pub fn readyz(self, ready: impl Fn(Ask<'_>) -> Page + Send + Sync + 'static) -> Self {
+        let ready = Arc::new(ready);
+        let same = Arc::clone(&ready);
+        self.on("/readyz", move |ask| ready(ask))
+            .on("/ready", move |ask| same(ask))
+    }
+
+    /// Adds `/metrics`: what `render` gives, as Prometheus' text format.
+    pub fn metrics(self, render: impl Fn() -> String + Send + Sync + 'static) -> Self {
+        self.on("/metrics", move |_| Page {
+            content_type: "text/plain; version=0.0.4; charset=utf-8",
+            ..Page::text(StatusCode::OK, render())
+        })
+    }
+
+    /// Adds `/metrics` as a 301 to the same path on another port of the same host, which is how
+    /// a stock agent's admin port answers.
+    pub fn metrics_on_port(self, port: u16) -> Self {
+        self.on("/metrics", move |ask| {
+            let host = host_without_port(ask.host);
+            let mark = if ask.query.is_empty() { "" } else { "?" };
+            Page::redirect(format!("//{host}:{port}/metrics{mark}{}", ask.query))
+        })
+    }
+
+    fn answer<B>(&self, request: &Request<B>) -> Page {
+        let path = request.uri().path();
+        let Some((_, handler)) = self.table.iter().find(|(known, _)| *known == path) else {
+            return Page::text(StatusCode::NOT_FOUND, "404 page not found\n");
+        };
+        let host = request
+            .headers()
+            .get(HOST)
+            .and_then(|host| host.to_str().ok());
+        handler(Ask {
+            query: request.uri().query().unwrap_or_default(),
+            host: host.unwrap_or_default(),
+        })
+    }
+}
+
+fn host_without_port(host: &str) -> &str {
+    match host.rsplit_once(':') {
+        Some((name, _)) if !name.contains(':') || name.ends_with(']') => name,
+        _ => host,
+    }
+}
+
+/// A port could not be listened on.
+#[derive(Debug, thiserror::Error)]
+#[error("--{flag}: cannot listen on {address}: {source}")]
+pub struct BindError {
+    /// The flag that chose the port, without its hyphens.
+    pub flag: &'static str,
+    /// What was to be bound.
+    pub address: SocketAddr,
+    /// The kernel's reason.
+    pub source: io::Error,
+}
+
+/// A running server; owns its task and connections, all of which end when it is dropped.
+#[derive(Debug)]
+pub struct AdminServer {
+    local_address: SocketAddr,
+    stop: watch::Sender<bool>,
+    task: JoinHandle<()>,
+}
+
+impl AdminServer {
+    /// Listens on `address` (port 0 picks a free one) and answers `routes`. Needs a tokio
+    /// runtime.
+    ///
+    /// # Errors
+    /// When the port cannot be had; `flag` is the one to blame.
+    pub fn bind(
+        flag: &'static str,
+        address: SocketAddr,
+        routes: Routes,
+    ) -> Result<Self, BindError> {
+        let blame = |source| BindError {
+            flag,
+            address,
+            source,
+        };
+        let listener = listen::tcp(address).map_err(blame)?;
+        let local_address = listener.local_addr().map_err(blame)?;
+        let (stop, stopped) = watch::channel(false);
+        let task = tokio::spawn(accept_loop(listener, Arc::new(routes), stopped));
+        Ok(Self {
+            local_address,
+            stop,
+            task,
+        })
+    }
+
+    /// The address in use, with the port that port 0 became.
+    pub fn local_address(&self) -> SocketAddr {
+        self.local_address
+    }
+
+    /// Takes no new connection, lets answers on their way out for a second, and ends.
+    pub async fn stop(mut self) {
+        self.stop.send_replace(true);
+        let _ = tokio::time::timeout(STOP_TIMEOUT, &mut self.task).await;
+    }
+}
+
+impl Drop for AdminServer {
+    fn drop(&mut self) {
+        self.task.abort(); // drops the set of connections with it
+    }
+}
+
+/// Waits for the word to stop, or for the loss of whoever could give it.
+async fn told(stopped: &mut watch::Receiver<bool>) {
+    let _ = stopped.wait_for(|stop| *stop).await;
+}
+
+async fn accept_loop(
+    listener: TcpListener,
+    routes: Arc<Routes>,
+    mut stopped: watch::Receiver<bool>,
+) {
+    static ACCEPT_FAILED: RateLimited = RateLimited::new(Duration::from_secs(10));
+    let mut connections = JoinSet::new();
+    let mut by_age = VecDeque::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = connections.join_next(), if !connections.is_empty() => continue,
+            () = told(&mut stopped) => break,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                make_room(&mut by_age);
+                let serving = serve(stream, Arc::clone(&routes), stopped.clone());
+                by_age.push_back(connections.spawn(serving));
+            }
+            Err(error) => {
+                if let Some(suppressed) = ACCEPT_FAILED.admit(Instant::now()) {
+                    tracing::warn!(%error, suppressed, "admin connection not accepted");
+                }
+                tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
+            }
+        }
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+}
+
+/// Forgets connections that ended and, when there are still too many, ends the oldest.
+fn make_room(by_age: &mut VecDeque<AbortHandle>) {
+    if by_age.len() < MAX_CONNECTIONS {
+        return;
+    }
+    by_age.retain(|connection| !connection.is_finished());
+    if by_age.len() >= MAX_CONNECTIONS
+        && let Some(oldest) = by_age.pop_front()
+    {
+        oldest.abort();
+    }
+}
+
+async fn serve(stream: TcpStream, routes: Arc<Routes>, mut stopped: watch::Receiver<bool>) {
+    let service = service_fn(move |request| {
+        let page = routes.answer(&request);
+        async move { Ok::<_, Infallible>(page.into_response()) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_READ_TIMEOUT)
+        .max_buf_size(MAX_HEADER_BYTES)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = told(&mut stopped) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "admin connection ended");
+    }
+}
+
+#[cfg(test)]
+mod tests;

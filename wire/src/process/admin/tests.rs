@@ -1,0 +1,145 @@
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::*;
+
+fn serve_on_free_port(routes: Routes) -> AdminServer {
+    AdminServer::bind("health-port", "127.0.0.1:0".parse().unwrap(), routes).unwrap()
+}
+
+/// The whole answer to one request on a connection of its own.
+async fn exchange(server: &AdminServer, request: &str) -> String {
+    let mut stream = TcpStream::connect(server.local_address()).await.unwrap();
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+async fn get(server: &AdminServer, path: &str) -> (u16, String) {
+    let request = format!("GET {path} HTTP/1.1\r\nhost: node:1\r\nconnection: close\r\n\r\n");
+    let answer = exchange(server, &request).await;
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head[9..12].parse().unwrap(), body.to_owned())
+}
+
+#[tokio::test]
+async fn a_server_answers_as_stock_does() {
+    for (has_backend, expected) in [
+        (true, (200, "ok")),
+        (false, (500, "no connection to any proxy agent")),
+    ] {
+        let routes = Routes::new()
+            .healthz()
+            .readyz(move |_| server_readiness(has_backend));
+        let server = serve_on_free_port(routes);
+        for path in ["/readyz", "/ready", "/readyz?verbose"] {
+            let (status, body) = get(&server, path).await;
+            assert_eq!((status, body.as_str()), expected, "{path}");
+        }
+        assert_eq!(get(&server, "/healthz").await, (200, "ok".to_owned()));
+        for path in ["/", "/healthz/", "/debug/pprof/", "/metrics"] {
+            assert_eq!(get(&server, path).await.0, 404, "{path}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_agent_answers_as_stock_does() {
+    const FAILED: &str = "[+]ping ok\n[-]server-connected failed: no servers connected\n";
+    const PASSED: &str = "[+]ping ok\n[+]server-connected ok\ncheck passed\n";
+    for (connected, path, expected) in [
+        (true, "/readyz", (200, "ok")),
+        (true, "/ready?verbose", (200, PASSED)),
+        (true, "/ready?a=b&verbose=1", (200, PASSED)),
+        (true, "/ready?verbosely", (200, "ok")),
+        (false, "/readyz", (503, FAILED)),
+        (false, "/readyz?verbose", (503, FAILED)),
+    ] {
+        let routes = Routes::new().readyz(move |ask| agent_readiness(connected, ask.is_verbose()));
+        let (status, body) = get(&serve_on_free_port(routes), path).await;
+        assert_eq!((status, body.as_str()), expected, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn metrics_come_as_text_or_from_another_port() {
+    let server = serve_on_free_port(Routes::new().metrics(|| "a 1\n".to_owned()));
+    let answer = exchange(&server, "GET /metrics HTTP/1.0\r\n\r\n").await;
+    assert!(
+        answer.contains("content-type: text/plain; version=0.0.4"),
+        "{answer}"
+    );
+    assert!(answer.ends_with("\r\n\r\na 1\n"), "{answer}");
+
+    let server = serve_on_free_port(Routes::new().metrics_on_port(8134));
+    for (host, target, location) in [
+        ("node:8133", "/metrics", "//node:8134/metrics"),
+        ("node", "/metrics?x=1", "//node:8134/metrics?x=1"),
+        ("[::1]:8133", "/metrics", "//[::1]:8134/metrics"),
+        ("[::1]", "/metrics", "//[::1]:8134/metrics"),
+    ] {
+        let request = format!("GET {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
+        let answer = exchange(&server, &request).await;
+        assert!(answer.starts_with("HTTP/1.1 301 "), "{answer}");
+        assert!(
+            answer.contains(&format!("location: {location}\r\n")),
+            "{answer}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn an_endless_head_is_refused() {
+    let server = serve_on_free_port(Routes::new().healthz());
+    let request = format!(
+        "GET /healthz HTTP/1.1\r\nx: {}",
+        "y".repeat(MAX_HEADER_BYTES)
+    );
+    let answer = exchange(&server, &request).await;
+    assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
+}
+
+#[tokio::test]
+async fn hoarded_connections_give_way_to_a_probe() {
+    let server = serve_on_free_port(Routes::new().healthz());
+    let mut hoard = Vec::new();
+    for _ in 0..MAX_CONNECTIONS {
+        hoard.push(TcpStream::connect(server.local_address()).await.unwrap());
+    }
+    assert_eq!(get(&server, "/healthz").await.0, 200);
+    let mut rest = Vec::new();
+    let oldest = hoard[0].read_to_end(&mut rest).await;
+    assert!(
+        rest.is_empty() && oldest.is_ok_and(|read| read == 0),
+        "the oldest was ended"
+    );
+}
+
+#[tokio::test]
+async fn stopping_ends_idle_connections_and_frees_the_port() {
+    let server = serve_on_free_port(Routes::new().healthz());
+    let address = server.local_address();
+    let mut idle = TcpStream::connect(address).await.unwrap();
+    idle.write_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n")
+        .await
+        .unwrap();
+    let mut first = [0];
+    idle.read_exact(&mut first).await.unwrap();
+    server.stop().await;
+    let mut rest = String::new();
+    idle.read_to_string(&mut rest).await.unwrap();
+    assert!(rest.ends_with("ok"), "{rest}");
+    AdminServer::bind("health-port", address, Routes::new()).unwrap();
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_names_its_flag() {
+    let server = serve_on_free_port(Routes::new());
+    let taken = server.local_address();
+    let error = AdminServer::bind("admin-port", taken, Routes::new()).unwrap_err();
+    let text = error.to_string();
+    assert!(
+        text.starts_with("--admin-port: cannot listen on 127.0.0.1:"),
+        "{text}"
+    );
+}

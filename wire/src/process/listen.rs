@@ -1,0 +1,70 @@
+//! TCP listeners as Go opens them, so that an image swap listens where the old one did.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+
+use nix::errno::Errno;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::TcpListener;
+
+/// Connections the kernel may hold ready for accept; it caps the number at net.core.somaxconn.
+const BACKLOG: i32 = 1024;
+
+/// A listener on `address`; `[::]` takes both address families, or IPv4 alone on a machine
+/// without IPv6. Port 0 picks a free one. Needs a tokio runtime.
+///
+/// # Errors
+/// The kernel's.
+pub fn tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    match bind(address) {
+        Err(error) if lacks_ipv6(&error) && address.ip().is_unspecified() => {
+            bind((Ipv4Addr::UNSPECIFIED, address.port()).into())
+        }
+        outcome => outcome,
+    }
+}
+
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM,
+        Some(Protocol::TCP),
+    )?;
+    if address.is_ipv6() {
+        socket.set_only_v6(!address.ip().is_unspecified())?;
+    }
+    socket.set_reuse_address(true)?; // a restart must not wait for old connections to time out
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+fn lacks_ipv6(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn every_interface_means_both_address_families() {
+        let listener = tcp("[::]:0".parse().unwrap()).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (connected, accepted) = tokio::join!(
+            tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)),
+            listener.accept()
+        );
+        connected.unwrap();
+        accepted.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_taken_port_is_refused() {
+        let first = tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+        let error = tcp(first.local_addr().unwrap()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+    }
+}
