@@ -16,4 +16,5 @@ pub mod invocation;
 pub mod klog;
 pub mod listen;
 pub mod logging;
+pub mod metrics;
 pub mod tunnel_flags;
