@@ -17,4 +17,5 @@ pub mod klog;
 pub mod listen;
 pub mod logging;
 pub mod metrics;
+pub mod signals;
 pub mod tunnel_flags;
