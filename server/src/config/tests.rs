@@ -1,0 +1,417 @@
+use std::ffi::OsString;
+
+use super::*;
+
+/// A directory with the files that flags may name.
+struct Files {
+    dir: tempfile::TempDir,
+}
+
+impl Files {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["crt", "key", "ca", "kubeconfig", "reset"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        Self { dir }
+    }
+
+    /// `args` with `@name` standing for the path of that file.
+    fn expand(&self, args: &[&str]) -> Vec<String> {
+        let dir = format!("{}/", self.dir.path().display());
+        args.iter().map(|arg| arg.replace('@', &dir)).collect()
+    }
+
+    fn config_as(&self, argv0: &str, args: &[&str]) -> Result<Config, String> {
+        let args = self.expand(args);
+        let args = [argv0]
+            .into_iter()
+            .chain(args.iter().map(String::as_str))
+            .map(OsString::from);
+        let flags: Flags = go_flags::try_parse_from(args).map_err(|exit| exit.text)?;
+        let invocation = Invocation::from_argv0(Some(argv0.as_ref()));
+        Config::from_flags(flags, invocation).map_err(|errors| errors.to_string())
+    }
+
+    /// As a Culvert server with a Unix socket and certificates, unless `args` say otherwise.
+    fn config(&self, args: &[&str]) -> Result<Config, String> {
+        self.config_as("culvert-server", &[&MINIMAL[..], args].concat())
+    }
+}
+
+const MINIMAL: [&str; 5] = [
+    "--uds-name=/run/culvert.socket",
+    "--server-port=0",
+    "--cluster-cert=@crt",
+    "--cluster-key=@key",
+    "--cluster-ca-cert=@ca",
+];
+
+/// What Kamaji starts the server with, in its order; the paths are ours.
+const KAMAJI: [&str; 13] = [
+    "--admin-port=8133",
+    "--agent-namespace=kube-system",
+    "--agent-port=8132",
+    "--agent-service-account=konnectivity-agent",
+    "--authentication-audience=system:konnectivity-server",
+    "--cluster-cert=@crt",
+    "--cluster-key=@key",
+    "--health-port=8134",
+    "--kubeconfig=@kubeconfig",
+    "--mode=grpc",
+    "--server-count=2",
+    "--server-port=0",
+    "--uds-name=/run/konnectivity/konnectivity-server.socket",
+];
+
+#[test]
+fn default_ports_depend_on_the_name_of_the_program() {
+    let files = Files::new();
+    for (argv0, ports) in [
+        ("/proxy-server", [8091, 8092, 8095]),
+        ("/culvert-server", [8132, 8134, 8133]),
+        ("culvert", [8132, 8134, 8133]),
+    ] {
+        let config = files.config_as(argv0, &MINIMAL).unwrap();
+        let addresses = [
+            config.agents.address,
+            config.health_address,
+            config.admin_address,
+        ];
+        assert_eq!(addresses.map(|address| address.port()), ports, "{argv0}");
+        let hosts = addresses.map(|address| address.ip().to_string());
+        assert_eq!(hosts, ["::", "::", "127.0.0.1"]);
+    }
+}
+
+#[test]
+fn defaults_are_stocks_but_for_the_dial_timeout() {
+    let config = Files::new().config(&[]).unwrap();
+    assert_eq!(config.server_count, 1);
+    assert_eq!(config.server_id.len(), 36, "a UUID: {}", config.server_id);
+    assert_eq!(config.frontend.mode, Mode::Grpc);
+    let path = PathBuf::from("/run/culvert.socket");
+    assert_eq!(
+        config.frontend.listen,
+        FrontendListen::Unix {
+            path,
+            delete_existing: true
+        }
+    );
+    assert_eq!(
+        config.frontend.keep_alive_interval,
+        Duration::from_secs(3600)
+    );
+    assert_eq!(config.frontend.header_timeout, Duration::from_secs(10));
+    assert_eq!(config.frontend.max_connections, 20_000);
+    assert_eq!(config.agents.keep_alive_interval, Duration::from_secs(3600));
+    assert_eq!(config.agents.strategies, [Strategy::Default]);
+    assert_eq!(config.agents.dial_timeout, Some(Duration::from_secs(10)));
+    assert_eq!(config.agents.max_streams, 10_000);
+    assert_eq!(config.agents.token, None);
+    assert_eq!(config.tunnel, TunnelConfig::default());
+    assert_eq!(config.graceful_shutdown_timeout, Duration::ZERO);
+    assert_eq!(config.leases, None);
+    assert_eq!(config.warnings, [""; 0]);
+}
+
+#[test]
+fn an_explicit_zero_lets_dials_wait_for_ever() {
+    let files = Files::new();
+    for (arg, timeout) in [
+        ("--backend-dial-timeout=0", None),
+        ("--backend-dial-timeout=0s", None),
+        (
+            "--backend-dial-timeout=1m30s",
+            Some(Duration::from_secs(90)),
+        ),
+    ] {
+        assert_eq!(
+            files.config(&[arg]).unwrap().agents.dial_timeout,
+            timeout,
+            "{arg}"
+        );
+    }
+}
+
+#[test]
+fn kamajis_command_line_starts_only_when_told_that_agents_go_unauthenticated() {
+    let files = Files::new();
+    let text = files.config_as("/proxy-server", &KAMAJI).unwrap_err();
+    assert!(
+        text.contains("--agent-namespace: agent tokens cannot be checked"),
+        "{text}"
+    );
+    assert_eq!(text.lines().count(), 2, "that alone: {text}");
+
+    let args = [&KAMAJI[..], &["--insecure-allow-unauthenticated-agents"]].concat();
+    let config = files.config_as("/proxy-server", &args).unwrap();
+    assert_eq!(config.agents.address, "[::]:8132".parse().unwrap());
+    assert_eq!(config.admin_address, "127.0.0.1:8133".parse().unwrap());
+    assert_eq!(config.health_address, "[::]:8134".parse().unwrap());
+    assert_eq!(config.server_count, 2);
+    let token = config.agents.token.unwrap();
+    assert_eq!(token.namespace, "kube-system");
+    assert_eq!(token.service_account, "konnectivity-agent");
+    assert_eq!(token.audience, "system:konnectivity-server");
+    assert!(
+        config.warnings[0].contains("NOT AUTHENTICATED"),
+        "{:?}",
+        config.warnings
+    );
+
+    let args = [&KAMAJI[..], &["--cluster-ca-cert=@ca"]].concat();
+    let config = files.config_as("/proxy-server", &args).unwrap();
+    assert!(config.agents.client_ca.is_some());
+    assert!(
+        config.warnings[0].contains("certificates alone"),
+        "{:?}",
+        config.warnings
+    );
+}
+
+/// Every stock flag as `--name=value`, the way upstream's test runners write them.
+#[test]
+fn every_stock_flag_parses_as_go_prints_it() {
+    let args = [
+        "--admin-bind-address=127.0.0.1",
+        "--admin-port=8095",
+        "--agent-bind-address=127.0.0.1",
+        "--agent-namespace=",
+        "--agent-port=8091",
+        "--agent-service-account=",
+        "--authentication-audience=",
+        "--backend-dial-timeout=0s",
+        "--cipher-suites=[]",
+        "--cluster-ca-cert=@ca",
+        "--cluster-cert=@crt",
+        "--cluster-key=@key",
+        "--delete-existing-uds-file=true",
+        "--enable-contention-profiling=false",
+        "--enable-lease-controller=false",
+        "--enable-profiling=false",
+        "--frontend-keepalive-time=1h0m0s",
+        "--graceful-shutdown-timeout=0s",
+        "--health-bind-address=127.0.0.1",
+        "--health-port=8092",
+        "--keepalive-time=1h0m0s",
+        "--kube-api-content-type=application/vnd.kubernetes.protobuf",
+        "--kubeconfig-burst=0",
+        "--kubeconfig-qps=0",
+        "--kubeconfig=",
+        "--lease-label=k8s-app=konnectivity-server",
+        "--lease-namespace=kube-system",
+        "--mode=grpc",
+        "--proxy-strategies=default",
+        "--server-bind-address=",
+        "--server-ca-cert=",
+        "--server-cert=",
+        "--server-count=1",
+        "--server-id=d7b1a2a6-98f3-4b56-a4a1-2ea0a8a8b1c5",
+        "--server-key=",
+        "--server-port=0",
+        "--tls-min-version=",
+        "--uds-name=/tmp/x.sock",
+        "--warn-on-channel-limit=true",
+        "--xfr-channel-size=10",
+    ];
+    let config = Files::new().config_as("proxy-server", &args).unwrap();
+    assert_eq!(config.server_id, "d7b1a2a6-98f3-4b56-a4a1-2ea0a8a8b1c5");
+    assert_eq!(config.agents.dial_timeout, None);
+    assert_eq!(config.warnings, [""; 0]);
+}
+
+#[test]
+fn tcp_mode_takes_certificates_and_a_client_ca() {
+    let files = Files::new();
+    let tcp = [
+        "--uds-name=",
+        "--server-port=8090",
+        "--server-cert=@crt",
+        "--server-key=@key",
+        "--server-ca-cert=@ca",
+    ];
+    let config = files.config(&tcp).unwrap();
+    let FrontendListen::Tcp { address, .. } = config.frontend.listen else {
+        panic!("{:?}", config.frontend.listen)
+    };
+    assert_eq!(address, "[::]:8090".parse().unwrap());
+    for (last, flag) in [
+        ("--server-ca-cert=", "--server-ca-cert:"),
+        ("--server-cert=", "--server-cert:"),
+        ("--server-key=", "--server-key:"),
+        ("--server-port=0", "--server-port:"),
+        ("--server-port=80", "--server-port:"),
+        ("--server-port=49152", "--server-port:"),
+    ] {
+        let text = files.config(&[&tcp[..], &[last]].concat()).unwrap_err();
+        assert!(text.contains(flag), "{last}: {text}");
+        assert_eq!(text.lines().count(), 2, "{last}: {text}");
+    }
+}
+
+#[test]
+fn each_rule_names_its_flag() {
+    let files = Files::new();
+    for args in [
+        &["--mode=socks"][..],
+        &["--server-port=8090"],
+        &["--server-cert=@crt"],
+        &["--server-key=@key"],
+        &["--server-ca-cert=@ca"],
+        &["--cluster-cert=@absent"],
+        &["--cluster-key=@absent"],
+        &["--cluster-ca-cert=@absent"],
+        &["--cluster-cert="],
+        &["--cluster-key="],
+        &["--cluster-ca-cert="],
+        &["--agent-port=1023"],
+        &["--agent-port=49152"],
+        &["--agent-port=0"],
+        &["--agent-port=-1"],
+        &["--admin-port=80"],
+        &["--admin-port=65536"],
+        &["--health-port=443"],
+        &["--health-port=50000"],
+        &["--agent-bind-address=no such host"],
+        &["--admin-bind-address=no such host"],
+        &["--health-bind-address=no such host"],
+        &["--enable-contention-profiling"],
+        &[
+            "--agent-namespace=",
+            "--agent-service-account=a",
+            "--authentication-audience=b",
+        ],
+        &[
+            "--agent-service-account=",
+            "--agent-namespace=a",
+            "--authentication-audience=b",
+        ],
+        &[
+            "--authentication-audience=",
+            "--agent-namespace=a",
+            "--agent-service-account=b",
+        ],
+        &["--kubeconfig=@absent"],
+        &["--kubeconfig-burst=-1"],
+        &["--proxy-strategies="],
+        &["--proxy-strategies=,"],
+        &["--proxy-strategies=default,destCIDR"],
+        &["--xfr-channel-size=0"],
+        &["--xfr-channel-size=-1"],
+        &["--tls-min-version=VersionTLS14"],
+        &["--cipher-suites=TLS_AES_128_GCM_SHA256,TLS_RSA_WITH_RC4_128_SHA"],
+        &["--lease-label=a", "--enable-lease-controller"],
+        &["--graceful-shutdown-timeout=-1s"],
+        &["--backend-dial-timeout=-1s"],
+        &["--keepalive-time=-1s"],
+        &["--frontend-keepalive-time=-1s"],
+        &["--frontend-header-timeout=0"],
+        &["--max-frontend-connections=0"],
+        &["--max-streams-per-agent=0"],
+        &["--server-count=-1"],
+        &["--server-id=a b"],
+        &["--reset-key-file=@absent"],
+        &["--mtu-cap=100"],
+    ] {
+        let flag = args[0].split('=').next().unwrap();
+        let text = files.config(args).unwrap_err();
+        assert!(text.contains(&format!("{flag}: ")), "{args:?}: {text}");
+    }
+}
+
+#[test]
+fn several_faults_are_reported_together() {
+    let text = Files::new()
+        .config_as(
+            "proxy-server",
+            &["--mode=x", "--agent-port=1", "--xfr-channel-size=0"],
+        )
+        .unwrap_err();
+    for flag in [
+        "--mode: ",
+        "--server-cert: ",
+        "--server-ca-cert: ",
+        "--cluster-cert: ",
+        "--cluster-ca-cert: ",
+        "--agent-port: ",
+        "--xfr-channel-size: ",
+    ] {
+        assert!(text.contains(flag), "{flag} in {text}");
+    }
+}
+
+#[test]
+fn what_has_no_effect_is_warned_of() {
+    let files = Files::new();
+    for arg in [
+        "--cipher-suites=TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256",
+        "--tls-min-version=VersionTLS10",
+        "--enable-lease-controller",
+        "--enable-profiling",
+        "--xfr-channel-size=20",
+        "--log-file=/var/log/server.log",
+        "--insecure-allow-unauthenticated-agents",
+    ] {
+        let flag = arg.split('=').next().unwrap();
+        let warnings = files.config(&[arg]).unwrap().warnings;
+        assert_eq!(warnings.len(), 1, "{arg}: {warnings:?}");
+        assert!(
+            warnings[0].starts_with(&format!("{flag}: ")),
+            "{warnings:?}"
+        );
+    }
+}
+
+#[test]
+fn parsed_values_reach_the_configuration() {
+    let config = Files::new()
+        .config(&[
+            "--mode=grpc",
+            "--mode=http-connect",
+            "--delete-existing-uds-file=false",
+            "--proxy-strategies=destHost,defaultRoute,default",
+            "--tls-min-version=VersionTLS13",
+            "--server-id=one",
+            "--server-count=0",
+            "--kubeconfig-qps=2.5",
+            "--reset-key-file=@reset",
+            "--graceful-shutdown-timeout=30s",
+            "--enable-lease-controller=true",
+            "--agent_bind_address=127.0.0.1",
+        ])
+        .unwrap();
+    assert_eq!(config.frontend.mode, Mode::HttpConnect);
+    let strategies = [
+        Strategy::DestHost,
+        Strategy::DefaultRoute,
+        Strategy::Default,
+    ];
+    assert_eq!(config.agents.strategies, strategies);
+    assert_eq!(config.tls.min_version, TlsVersion::Tls13);
+    assert_eq!((config.server_id.as_str(), config.server_count), ("one", 1));
+    assert_eq!(config.kubernetes.qps, 2.5);
+    assert!(config.agents.reset_key_file.is_some());
+    assert_eq!(config.graceful_shutdown_timeout, Duration::from_secs(30));
+    let labels = vec![("k8s-app".to_owned(), "konnectivity-server".to_owned())];
+    assert_eq!(config.leases.unwrap().labels, labels);
+    assert!(config.agents.address.ip().is_loopback());
+}
+
+#[test]
+fn help_mentions_every_flag_with_words_of_its_own() {
+    let mut command = go_flags::command::<Flags>();
+    let help = command.render_help().to_string();
+    for arg in command.get_arguments() {
+        let name = arg.get_long().unwrap();
+        assert!(
+            arg.is_hide_set() || help.contains(&format!("--{name}")),
+            "{name} in {help}"
+        );
+        assert!(arg.get_help().is_some(), "{name} has no help");
+        assert!(
+            arg.get_help_heading().is_some() || ["completion", "help", "version"].contains(&name),
+            "{name} belongs under a heading"
+        );
+    }
+}
