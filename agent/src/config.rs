@@ -1,0 +1,296 @@
+//! What an agent is told to do, checked: [`Flags`] in, [`Config`] or all their faults out.
+//!
+//! Flags, defaults and rules are those of Konnectivity v0.36 (`cmd/agent/app/options`), so that
+//! an image swap starts; what Culvert adds is listed in docs/configuration.md. `Config` holds
+//! parsed types only and may be built by hand, with port 0 anywhere, which flags refuse.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use culvert_wire::process::faults::Faults;
+pub use culvert_wire::process::faults::{CertificatePair, ConfigError, ConfigErrors};
+use culvert_wire::process::go_flags;
+use culvert_wire::process::invocation::Invocation;
+use culvert_wire::process::logging::LogConfig;
+use culvert_wire::process::tunnel_flags::TunnelConfig;
+use rustls::pki_types::ServerName;
+use uuid::Uuid;
+
+mod flags;
+mod identifiers;
+
+pub use flags::Flags;
+
+/// Everything an agent needs to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Name of this agent, unlike any other's.
+    pub agent_id: String,
+    /// What the agent announces it can reach, as the URL query stock sends; valid.
+    pub identifiers: String,
+    /// The same, decoded: keys are ipv4, ipv6, host, cidr and default-route.
+    pub identifier_pairs: Vec<(String, String)>,
+    /// Where the servers are and how they are known.
+    pub servers: ServersConfig,
+    /// How many servers to look for, and how often.
+    pub sync: SyncConfig,
+    /// How tunnels behave.
+    pub tunnel: TunnelConfig,
+    /// Time to connect to a target.
+    pub dial_timeout: Duration,
+    /// Streams one tunnel may carry at once.
+    pub max_streams: u32,
+    /// Time for open streams to end after SIGTERM.
+    pub drain_timeout: Duration,
+    /// Address of /healthz, /readyz and /metrics.
+    pub health_address: SocketAddr,
+    /// Address of the admin port.
+    pub admin_address: SocketAddr,
+    /// How to log.
+    pub log: LogConfig,
+    /// What the operator should know at start, a line each.
+    pub warnings: Vec<String>,
+}
+
+/// Where the servers are, how they are known, and how the agent proves itself to them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServersConfig {
+    /// Address or DNS name of all servers together; an IPv6 address has no brackets.
+    pub host: String,
+    /// Agent port, UDP and TCP.
+    pub port: u16,
+    /// What the servers' certificate must be for; sent as SNI when it is a name.
+    pub name: ServerName<'static>,
+    /// CA of the servers.
+    pub ca: PathBuf,
+    /// What the agent shows, if anything.
+    pub certificate: Option<CertificatePair>,
+    /// File with the agent's token, if it has one.
+    pub token_file: Option<PathBuf>,
+    /// ALPN names offered to a stock server before `h2`.
+    pub extra_alpn: Vec<String>,
+    /// Quiet time after which a stock server is pinged; zero never pings.
+    pub keep_alive_interval: Duration,
+}
+
+/// How many servers to look for, and how often.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SyncConfig {
+    /// Interval between looks.
+    pub interval: Duration,
+    /// What failures may stretch it to; never below `interval`.
+    pub interval_cap: Duration,
+    /// Interval at which the connection to a stock server is checked.
+    pub probe_interval: Duration,
+    /// Whether to look on once all servers were found.
+    pub forever: bool,
+    /// Leases to count servers by, if that is wanted.
+    pub leases: Option<LeaseConfig>,
+    /// Which count holds when Leases are counted.
+    pub count_source: CountSource,
+}
+
+/// Leases of the servers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeaseConfig {
+    /// Namespace.
+    pub namespace: String,
+    /// Labels, in the order given.
+    pub labels: Vec<(String, String)>,
+    /// Kubeconfig; `None` is the pod's own service account.
+    pub kubeconfig: Option<PathBuf>,
+    /// Media type of requests.
+    pub content_type: String,
+}
+
+/// Which count of servers holds when Leases are counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CountSource {
+    /// The Leases'.
+    Leases,
+    /// The larger of the Leases' and the servers' own.
+    Larger,
+}
+
+/// Longest ALPN name (RFC 7301 §3.1).
+const MAX_ALPN_BYTES: usize = 255;
+
+impl Config {
+    /// The configuration `flags` describe, with the default ports of `invocation`.
+    ///
+    /// Looks whether the files named exist, and resolves bind addresses given as names.
+    ///
+    /// # Errors
+    /// All faults together, each naming its flag.
+    pub fn from_flags(flags: Flags, invocation: Invocation) -> Result<Self, ConfigErrors> {
+        let mut faults = Faults::new();
+        let servers = servers(&flags, invocation, &mut faults);
+        let sync = sync(&flags, &mut faults);
+        let agent_id = faults.id("agent-id", flags.agent_id.as_deref());
+        let identifier_pairs = identifiers::check(&flags.agent_identifiers, &mut faults);
+        let health_port = flags
+            .health_server_port
+            .unwrap_or_else(|| invocation.choose(8093, 8134));
+        let health_port = faults.port("health-server-port", health_port);
+        let health_address =
+            faults.bind_address("health-server-host", &flags.health_server_host, health_port);
+        let admin_port = flags
+            .admin_server_port
+            .unwrap_or_else(|| invocation.choose(8094, 8133));
+        let admin_port = faults.port("admin-server-port", admin_port);
+        let admin_address =
+            faults.bind_address("admin-bind-address", &flags.admin_bind_address, admin_port);
+        let dial_timeout = faults.positive_duration("dial-timeout", flags.dial_timeout);
+        let drain_timeout = faults.duration("drain-timeout", flags.drain_timeout);
+        let max_streams = faults.count("max-streams", flags.max_streams, 1);
+        without_effect(&flags, &mut faults);
+        let (tunnel, log) = flags.tunnel.check(&mut faults);
+        let warnings = faults.finish()?;
+        Ok(Self {
+            agent_id: agent_id.unwrap_or_else(|| Uuid::new_v4().to_string()),
+            identifiers: flags.agent_identifiers,
+            identifier_pairs,
+            servers: servers.expect("servers without a name or --ca-cert are a fault"),
+            sync,
+            tunnel,
+            dial_timeout,
+            max_streams,
+            drain_timeout,
+            health_address,
+            admin_address,
+            log,
+            warnings,
+        })
+    }
+}
+
+/// `None` only along with a fault.
+fn servers(flags: &Flags, invocation: Invocation, faults: &mut Faults) -> Option<ServersConfig> {
+    let host = flags.proxy_server_host.clone();
+    let port = flags
+        .proxy_server_port
+        .unwrap_or_else(|| invocation.choose(8091, 8132));
+    let port = faults.port("proxy-server-port", port);
+    let own_name = server_name("proxy-server-host", &host, faults);
+    let name = if flags.server_name.is_empty() {
+        own_name
+    } else {
+        server_name("server-name", &flags.server_name, faults)
+    };
+    let ca = faults.file("ca-cert", &flags.ca_cert);
+    faults.require(
+        ca.is_some(),
+        "ca-cert",
+        "must be given: servers are known by it alone",
+    );
+    let certificate = faults.pair(
+        ("agent-cert", &flags.agent_cert),
+        ("agent-key", &flags.agent_key),
+    );
+    let token_file = faults.file(
+        "service-account-token-path",
+        &flags.service_account_token_path,
+    );
+    let extra_alpn = go_flags::parse_list(&flags.alpn_proto);
+    faults.require(
+        extra_alpn.iter().all(|name| name.len() <= MAX_ALPN_BYTES),
+        "alpn-proto",
+        "a name must not be longer than 255 bytes",
+    );
+    let keep_alive_interval = faults.duration("keepalive-time", flags.keepalive_time);
+    Some(ServersConfig {
+        host,
+        port,
+        name: name?,
+        ca: ca?,
+        certificate,
+        token_file,
+        extra_alpn,
+        keep_alive_interval,
+    })
+}
+
+/// An address or a DNS name; `None` only along with a fault.
+fn server_name(flag: &'static str, text: &str, faults: &mut Faults) -> Option<ServerName<'static>> {
+    let name = ServerName::try_from(text.to_owned()).ok();
+    let reason = format!(
+        "{text:?} is neither an IPv4 address, an IPv6 address without brackets, nor a DNS name"
+    );
+    faults.require(name.is_some(), flag, reason);
+    name
+}
+
+fn sync(flags: &Flags, faults: &mut Faults) -> SyncConfig {
+    let interval = faults.positive_duration("sync-interval", flags.sync_interval);
+    let interval_cap = faults.duration("sync-interval-cap", flags.sync_interval_cap);
+    faults.require(
+        interval <= interval_cap,
+        "sync-interval-cap",
+        format!(
+            "must not be shorter than --sync-interval={}",
+            flags.sync_interval
+        ),
+    );
+    let count_source = match flags.server_count_source.as_str() {
+        "" | "default" => CountSource::Leases,
+        "max" => CountSource::Larger,
+        other => {
+            faults.add(
+                "server-count-source",
+                format!("must be default or max, got {other:?}"),
+            );
+            CountSource::Leases
+        }
+    };
+    let kubeconfig = faults.file("kubeconfig", &flags.kubeconfig);
+    let leases = flags.count_server_leases.then(|| LeaseConfig {
+        namespace: flags.lease_namespace.clone(),
+        labels: faults.labels("lease-label-selector", &flags.lease_label_selector),
+        kubeconfig,
+        content_type: flags.kube_api_content_type.clone(),
+    });
+    SyncConfig {
+        interval,
+        interval_cap,
+        probe_interval: faults.duration("probe-interval", flags.probe_interval),
+        forever: flags.sync_forever,
+        leases,
+        count_source,
+    }
+}
+
+/// Stock's rules for flags that do nothing here, and a warning for each that is set.
+fn without_effect(flags: &Flags, faults: &mut Faults) {
+    faults.require(
+        flags.enable_profiling || !flags.enable_contention_profiling,
+        "enable-contention-profiling",
+        "needs --enable-profiling",
+    );
+    faults.require(
+        flags.xfr_channel_size > 0,
+        "xfr-channel-size",
+        format!("must be greater than 0, got {}", flags.xfr_channel_size),
+    );
+    if flags.enable_profiling {
+        faults.warn(
+            "enable-profiling",
+            "has no effect, there is no Go profiler here",
+        );
+    }
+    if flags.xfr_channel_size != 150 {
+        faults.warn(
+            "xfr-channel-size",
+            "has no effect, see --stream-receive-window",
+        );
+    }
+    if flags.count_server_leases {
+        faults.warn(
+            "count-server-leases",
+            "has no effect yet, servers say how many they are",
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,272 @@
+//! The flags of `culvert-agent`: every one a stock `proxy-agent` has, and ours.
+
+use clap::Parser;
+use culvert_wire::process::go_duration::GoDuration;
+use culvert_wire::process::tunnel_flags::TunnelFlags;
+
+/// The node side of Culvert: keeps a tunnel to every server of the control plane and connects
+/// the streams that come through to kubelets, pods and services.
+///
+/// A drop-in for Konnectivity's proxy-agent. It connects out and is never connected to, save for
+/// health checks and administration.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "culvert-agent", version, max_term_width = 100)]
+pub struct Flags {
+    /// Where the servers are: an IPv4 address, an IPv6 address without brackets, or a DNS name.
+    /// One address for all of them, such as a load balancer's
+    #[arg(
+        long,
+        help_heading = "Servers",
+        value_name = "HOST",
+        default_value = "127.0.0.1"
+    )]
+    pub proxy_server_host: String,
+
+    /// Agent port of the servers, UDP and TCP [default: 8132, or 8091 when started as proxy-agent]
+    #[arg(long, help_heading = "Servers", value_name = "PORT")]
+    pub proxy_server_port: Option<i64>,
+
+    /// Name or address the servers' certificate must carry [default: --proxy-server-host]
+    #[arg(
+        long,
+        help_heading = "Servers",
+        value_name = "NAME",
+        default_value = ""
+    )]
+    pub server_name: String,
+
+    /// CA that the servers' certificate must come from, PEM. Mandatory
+    #[arg(
+        long,
+        help_heading = "Servers",
+        value_name = "FILE",
+        default_value = ""
+    )]
+    pub ca_cert: String,
+
+    /// Certificate chain the agent proves itself with, PEM
+    #[arg(
+        long,
+        help_heading = "Servers",
+        value_name = "FILE",
+        default_value = ""
+    )]
+    pub agent_cert: String,
+
+    /// Private key of --agent-cert, PEM
+    #[arg(
+        long,
+        help_heading = "Servers",
+        value_name = "FILE",
+        default_value = ""
+    )]
+    pub agent_key: String,
+
+    /// Service-account token the agent proves itself with; read anew for each tunnel
+    #[arg(
+        long,
+        help_heading = "Servers",
+        value_name = "FILE",
+        default_value = ""
+    )]
+    pub service_account_token_path: String,
+
+    /// ALPN names offered before h2 to a stock server, separated by commas: tells this traffic
+    /// from kube-apiserver's where both share an address
+    #[arg(
+        long,
+        help_heading = "Servers",
+        value_name = "LIST",
+        default_value = ""
+    )]
+    pub alpn_proto: String,
+
+    /// Quiet time after which the connection to a stock server is pinged. Tunnels have
+    /// --tunnel-keep-alive-interval
+    #[arg(
+        long,
+        help_heading = "Servers",
+        value_name = "DURATION",
+        default_value = "1h"
+    )]
+    pub keepalive_time: GoDuration,
+
+    /// Interval at which missing servers are looked for
+    #[arg(
+        long,
+        help_heading = "Server set",
+        value_name = "DURATION",
+        default_value = "1s"
+    )]
+    pub sync_interval: GoDuration,
+
+    /// Longest interval that failed attempts may stretch --sync-interval to
+    #[arg(
+        long,
+        help_heading = "Server set",
+        value_name = "DURATION",
+        default_value = "10s"
+    )]
+    pub sync_interval_cap: GoDuration,
+
+    /// Interval at which the connection to a stock server is checked
+    #[arg(
+        long,
+        help_heading = "Server set",
+        value_name = "DURATION",
+        default_value = "1s"
+    )]
+    pub probe_interval: GoDuration,
+
+    /// Keep looking for servers after as many were found as there are said to be
+    #[arg(long, help_heading = "Server set")]
+    pub sync_forever: bool,
+
+    /// Count the servers by their Leases
+    #[arg(long, help_heading = "Server set")]
+    pub count_server_leases: bool,
+
+    /// Namespace of the servers' Leases
+    #[arg(
+        long,
+        help_heading = "Server set",
+        value_name = "NAMESPACE",
+        default_value = "kube-system"
+    )]
+    pub lease_namespace: String,
+
+    /// Labels of the servers' Leases, key=value pairs separated by commas (older name:
+    /// --lease-label)
+    #[arg(
+        long,
+        alias = "lease-label",
+        help_heading = "Server set",
+        value_name = "LABELS",
+        default_value = "k8s-app=konnectivity-server"
+    )]
+    pub lease_label_selector: String,
+
+    /// Which count of servers holds when Leases are counted: default (the Leases') or max (the
+    /// larger of that and what the servers say)
+    #[arg(
+        long,
+        help_heading = "Server set",
+        value_name = "SOURCE",
+        default_value = "default"
+    )]
+    pub server_count_source: String,
+
+    /// Kubeconfig for listing Leases; empty is the pod's own
+    #[arg(
+        long,
+        help_heading = "Server set",
+        value_name = "FILE",
+        default_value = ""
+    )]
+    pub kubeconfig: String,
+
+    /// Media type of requests to kube-apiserver
+    #[arg(
+        long,
+        help_heading = "Server set",
+        value_name = "TYPE",
+        default_value = "application/vnd.kubernetes.protobuf"
+    )]
+    pub kube_api_content_type: String,
+
+    /// Name of this agent; must differ among agents [default: a random UUID]
+    #[arg(
+        long,
+        help_heading = "Agent",
+        value_name = "ID",
+        env = "PROXY_AGENT_ID",
+        hide_env_values = true
+    )]
+    pub agent_id: Option<String>,
+
+    /// What this agent can reach, as a URL query with the keys ipv4, ipv6, host, cidr and
+    /// default-route, such as host=node1&ipv4=10.0.0.7&default-route=true
+    #[arg(long, help_heading = "Agent", value_name = "QUERY", default_value = "")]
+    pub agent_identifiers: String,
+
+    /// Time to connect to a target
+    #[arg(
+        long,
+        help_heading = "Agent",
+        value_name = "DURATION",
+        default_value = "5s"
+    )]
+    pub dial_timeout: GoDuration,
+
+    /// Proxied connections that one tunnel may carry at once
+    #[arg(
+        long,
+        help_heading = "Agent",
+        value_name = "COUNT",
+        default_value_t = 10_000
+    )]
+    pub max_streams: i64,
+
+    /// Time for proxied connections to end after SIGTERM, in which servers send no new ones; then
+    /// the agent exits. Keep it below the pod's terminationGracePeriodSeconds
+    #[arg(
+        long,
+        help_heading = "Agent",
+        value_name = "DURATION",
+        default_value = "20s"
+    )]
+    pub drain_timeout: GoDuration,
+
+    /// Queue length of a stock agent. Accepted and ignored: each stream has a window of its own
+    #[arg(
+        long,
+        help_heading = "Agent",
+        value_name = "COUNT",
+        default_value_t = 150
+    )]
+    pub xfr_channel_size: i64,
+
+    /// Accepted and ignored: there is no queue to be full
+    #[arg(long, help_heading = "Agent")]
+    pub warn_on_channel_limit: bool,
+
+    /// Port for /healthz, /readyz and /metrics [default: 8134, or 8093 when started as
+    /// proxy-agent]
+    #[arg(long, help_heading = "Health and administration", value_name = "PORT")]
+    pub health_server_port: Option<i64>,
+
+    /// Address to listen on for health checks; empty is every interface
+    #[arg(
+        long,
+        help_heading = "Health and administration",
+        value_name = "ADDRESS",
+        default_value = ""
+    )]
+    pub health_server_host: String,
+
+    /// Port for administration (/metrics, which leads to the health port's) [default: 8133, or
+    /// 8094 when started as proxy-agent]
+    #[arg(long, help_heading = "Health and administration", value_name = "PORT")]
+    pub admin_server_port: Option<i64>,
+
+    /// Address to listen on for administration; empty is every interface
+    #[arg(
+        long,
+        help_heading = "Health and administration",
+        value_name = "ADDRESS",
+        default_value = "127.0.0.1"
+    )]
+    pub admin_bind_address: String,
+
+    /// Go's profiler on the admin port. Accepted and ignored
+    #[arg(long, help_heading = "Health and administration")]
+    pub enable_profiling: bool,
+
+    /// Lock profiling, with --enable-profiling. Accepted and ignored
+    #[arg(long, help_heading = "Health and administration")]
+    pub enable_contention_profiling: bool,
+
+    /// Shared with the server.
+    #[command(flatten)]
+    pub tunnel: TunnelFlags,
+}

@@ -1,0 +1,300 @@
+use std::ffi::OsString;
+
+use super::*;
+
+/// A directory with the files that flags may name.
+struct Files {
+    dir: tempfile::TempDir,
+}
+
+impl Files {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["crt", "key", "ca", "kubeconfig", "token"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        Self { dir }
+    }
+
+    /// The configuration of `args`, with `@name` standing for the path of that file.
+    fn config_as(&self, argv0: &str, args: &[&str]) -> Result<Config, String> {
+        let dir = format!("{}/", self.dir.path().display());
+        let args = args
+            .iter()
+            .map(|arg| OsString::from(arg.replace('@', &dir)));
+        let args = [OsString::from(argv0)].into_iter().chain(args);
+        let flags: Flags = go_flags::try_parse_from(args).map_err(|exit| exit.text)?;
+        let invocation = Invocation::from_argv0(Some(argv0.as_ref()));
+        Config::from_flags(flags, invocation).map_err(|errors| errors.to_string())
+    }
+
+    /// As a Culvert agent with a CA, unless `args` say otherwise.
+    fn config(&self, args: &[&str]) -> Result<Config, String> {
+        self.config_as("culvert-agent", &[&["--ca-cert=@ca"], args].concat())
+    }
+}
+
+#[test]
+fn default_ports_depend_on_the_name_of_the_program() {
+    let files = Files::new();
+    for (argv0, ports) in [
+        ("/proxy-agent", [8091, 8093, 8094]),
+        ("/culvert-agent", [8132, 8134, 8133]),
+    ] {
+        let config = files.config_as(argv0, &["--ca-cert=@ca"]).unwrap();
+        let found = [
+            config.servers.port,
+            config.health_address.port(),
+            config.admin_address.port(),
+        ];
+        assert_eq!(found, ports, "{argv0}");
+        assert_eq!(config.health_address.ip().to_string(), "::");
+        assert_eq!(config.admin_address.ip().to_string(), "127.0.0.1");
+    }
+}
+
+#[test]
+fn defaults_are_stocks() {
+    let config = Files::new().config(&[]).unwrap();
+    assert_eq!(config.agent_id.len(), 36, "a UUID: {}", config.agent_id);
+    assert_eq!(config.servers.host, "127.0.0.1");
+    assert_eq!(config.servers.certificate, None);
+    assert_eq!(config.servers.token_file, None);
+    assert_eq!(
+        config.servers.keep_alive_interval,
+        Duration::from_secs(3600)
+    );
+    let sync = SyncConfig {
+        interval: Duration::from_secs(1),
+        interval_cap: Duration::from_secs(10),
+        probe_interval: Duration::from_secs(1),
+        forever: false,
+        leases: None,
+        count_source: CountSource::Leases,
+    };
+    assert_eq!(config.sync, sync);
+    assert_eq!(config.tunnel, TunnelConfig::default());
+    assert_eq!(config.dial_timeout, Duration::from_secs(5));
+    assert_eq!(config.drain_timeout, Duration::from_secs(20));
+    assert_eq!(config.max_streams, 10_000);
+    assert_eq!(config.warnings, [""; 0]);
+}
+
+#[test]
+fn kamajis_command_line_is_understood() {
+    let config = Files::new()
+        .config_as(
+            "/proxy-agent",
+            &[
+                "--admin-server-port=8133",
+                "--ca-cert=@ca",
+                "--health-server-port=8134",
+                "--logtostderr=true",
+                "--proxy-server-host=fd00::7",
+                "--proxy-server-port=8132",
+                "--service-account-token-path=@token",
+                "-v=8",
+            ],
+        )
+        .unwrap();
+    assert_eq!(
+        (config.servers.host.as_str(), config.servers.port),
+        ("fd00::7", 8132)
+    );
+    assert!(config.servers.token_file.is_some());
+    assert_eq!(config.health_address, "[::]:8134".parse().unwrap());
+    assert_eq!(config.admin_address, "127.0.0.1:8133".parse().unwrap());
+    assert_eq!(config.log.verbosity, 8);
+    assert_eq!(config.warnings, [""; 0]);
+}
+
+/// Every stock flag as `--name=value`, the way upstream's test runner writes them.
+#[test]
+fn every_stock_flag_parses_as_go_prints_it() {
+    let args = [
+        "--admin-bind-address=127.0.0.1",
+        "--admin-server-port=50001",
+        "--agent-cert=@crt",
+        "--agent-id=the-agent",
+        "--agent-identifiers=",
+        "--agent-key=@key",
+        "--alpn-proto=[]",
+        "--ca-cert=@ca",
+        "--count-server-leases=false",
+        "--enable-contention-profiling=false",
+        "--enable-profiling=false",
+        "--health-server-host=127.0.0.1",
+        "--health-server-port=50000",
+        "--keepalive-time=1h0m0s",
+        "--kube-api-content-type=application/vnd.kubernetes.protobuf",
+        "--kubeconfig=",
+        "--lease-label=k8s-app=konnectivity-server",
+        "--lease-namespace=kube-system",
+        "--probe-interval=100ms",
+        "--proxy-server-host=127.0.0.1",
+        "--proxy-server-port=40001",
+        "--server-count-source=default",
+        "--service-account-token-path=",
+        "--sync-forever=false",
+        "--sync-interval-cap=1s",
+        "--sync-interval=100ms",
+        "--warn-on-channel-limit=false",
+        "--xfr-channel-size=150",
+    ];
+    let config = Files::new().config_as("proxy-agent", &args).unwrap();
+    assert_eq!(config.agent_id, "the-agent");
+    assert_eq!(config.servers.extra_alpn, [""; 0]);
+    assert!(config.servers.certificate.is_some());
+    assert_eq!(config.sync.interval, Duration::from_millis(100));
+    assert_eq!(config.health_address, "127.0.0.1:50000".parse().unwrap());
+    assert_eq!(config.warnings, [""; 0]);
+}
+
+#[test]
+fn servers_are_known_by_their_host_or_by_the_name_given() {
+    let files = Files::new();
+    for (host, name) in [
+        ("10.0.0.1", "10.0.0.1"),
+        ("fd00::1", "fd00::1"),
+        ("konnectivity.example.com", "konnectivity.example.com"),
+    ] {
+        let config = files.config(&["--proxy-server-host", host]).unwrap();
+        assert_eq!(config.servers.name.to_str(), name);
+    }
+    let args = [
+        "--proxy-server-host=10.0.0.1",
+        "--server-name=konnectivity.example.com",
+    ];
+    let servers = files.config(&args).unwrap().servers;
+    assert_eq!(servers.host, "10.0.0.1");
+    assert_eq!(servers.name.to_str(), "konnectivity.example.com");
+}
+
+#[test]
+fn each_rule_names_its_flag() {
+    let files = Files::new();
+    for args in [
+        &["--ca-cert="][..],
+        &["--ca-cert=@absent"],
+        &["--agent-cert=@absent", "--agent-key=@key"],
+        &["--agent-cert=", "--agent-key=@key"],
+        &["--agent-key=", "--agent-cert=@crt"],
+        &["--agent-key=@absent", "--agent-cert=@crt"],
+        &["--service-account-token-path=@absent"],
+        &["--proxy-server-host="],
+        &["--proxy-server-host=[fd00::1]"],
+        &["--proxy-server-host=a b"],
+        &["--server-name=a b"],
+        &["--proxy-server-port=0"],
+        &["--proxy-server-port=65536"],
+        &["--health-server-port=0"],
+        &["--health-server-port=-1"],
+        &["--admin-server-port=0"],
+        &["--health-server-host=no such host"],
+        &["--admin-bind-address=no such host"],
+        &["--xfr-channel-size=0"],
+        &["--enable-contention-profiling"],
+        &["--sync-interval=0"],
+        &["--sync-interval=-1s"],
+        &["--sync-interval-cap=999ms"],
+        &["--sync-interval-cap=-1s"],
+        &["--probe-interval=-1s"],
+        &["--keepalive-time=-1s"],
+        &["--agent-identifiers=uid=1"],
+        &["--agent-id=a b"],
+        &["--kubeconfig=@absent"],
+        &["--lease-label-selector=", "--count-server-leases"],
+        &["--server-count-source=min"],
+        &["--dial-timeout=0"],
+        &["--drain-timeout=-1s"],
+        &["--max-streams=0"],
+        &["--mtu-cap=100"],
+    ] {
+        let flag = args[0].split('=').next().unwrap();
+        let text = files.config(args).unwrap_err();
+        assert!(text.contains(&format!("{flag}: ")), "{args:?}: {text}");
+    }
+}
+
+#[test]
+fn several_faults_are_reported_together() {
+    let text = Files::new()
+        .config_as(
+            "proxy-agent",
+            &["--sync-interval=20s", "--xfr-channel-size=0", "--mtu-cap=1"],
+        )
+        .unwrap_err();
+    for flag in [
+        "--ca-cert: ",
+        "--sync-interval-cap: ",
+        "--xfr-channel-size: ",
+        "--mtu-cap: ",
+    ] {
+        assert!(text.contains(flag), "{flag} in {text}");
+    }
+}
+
+#[test]
+fn what_has_no_effect_is_warned_of() {
+    let files = Files::new();
+    for arg in [
+        "--enable-profiling",
+        "--xfr-channel-size=20",
+        "--count-server-leases",
+        "--log-dir=/var/log",
+    ] {
+        let flag = arg.split('=').next().unwrap();
+        let warnings = files.config(&[arg]).unwrap().warnings;
+        assert_eq!(warnings.len(), 1, "{arg}: {warnings:?}");
+        assert!(
+            warnings[0].starts_with(&format!("{flag}: ")),
+            "{warnings:?}"
+        );
+    }
+}
+
+#[test]
+fn parsed_values_reach_the_configuration() {
+    let config = Files::new()
+        .config(&[
+            "--agent-id=node-1",
+            "--agent-identifiers=ipv4=10.0.0.7&default-route=true",
+            "--alpn-proto=a,b",
+            "--sync-forever",
+            "--server-count-source=max",
+            "--count-server-leases",
+            "--lease-label-selector=a=b",
+            "--drain-timeout=0",
+        ])
+        .unwrap();
+    assert_eq!(config.agent_id, "node-1");
+    assert_eq!(config.identifiers, "ipv4=10.0.0.7&default-route=true");
+    let pairs = [("ipv4", "10.0.0.7"), ("default-route", "true")];
+    assert_eq!(
+        config.identifier_pairs,
+        pairs.map(|(key, value)| (key.into(), value.into()))
+    );
+    assert_eq!(config.servers.extra_alpn, ["a", "b"]);
+    assert!(config.sync.forever);
+    assert_eq!(config.sync.count_source, CountSource::Larger);
+    assert_eq!(
+        config.sync.leases.unwrap().labels,
+        [("a".to_owned(), "b".to_owned())]
+    );
+    assert_eq!(config.drain_timeout, Duration::ZERO);
+}
+
+#[test]
+fn help_mentions_every_flag_with_words_of_its_own() {
+    let mut command = go_flags::command::<Flags>();
+    let help = command.render_help().to_string();
+    for arg in command.get_arguments() {
+        let name = arg.get_long().unwrap();
+        assert!(help.contains(&format!("--{name}")), "{name} in {help}");
+        assert!(arg.get_help().is_some(), "{name} has no help");
+        assert!(
+            arg.get_help_heading().is_some() || ["completion", "help", "version"].contains(&name),
+            "{name} belongs under a heading"
+        );
+    }
+}
