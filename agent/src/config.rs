@@ -129,15 +129,11 @@ impl Config {
         let sync = sync(&flags, &mut faults);
         let agent_id = faults.id("agent-id", flags.agent_id.as_deref());
         let identifier_pairs = identifiers::check(&flags.agent_identifiers, &mut faults);
-        let health_port = flags
-            .health_server_port
-            .unwrap_or_else(|| invocation.choose(8093, 8134));
+        let health_port = flags.health_server_port.unwrap_or_else(|| invocation.choose(8093, 8134));
         let health_port = faults.port("health-server-port", health_port);
         let health_address =
             faults.bind_address("health-server-host", &flags.health_server_host, health_port);
-        let admin_port = flags
-            .admin_server_port
-            .unwrap_or_else(|| invocation.choose(8094, 8133));
+        let admin_port = flags.admin_server_port.unwrap_or_else(|| invocation.choose(8094, 8133));
         let admin_port = faults.port("admin-server-port", admin_port);
         let admin_address =
             faults.bind_address("admin-bind-address", &flags.admin_bind_address, admin_port);
@@ -168,9 +164,7 @@ impl Config {
 /// `None` only along with a fault.
 fn servers(flags: &Flags, invocation: Invocation, faults: &mut Faults) -> Option<ServersConfig> {
     let host = flags.proxy_server_host.clone();
-    let port = flags
-        .proxy_server_port
-        .unwrap_or_else(|| invocation.choose(8091, 8132));
+    let port = flags.proxy_server_port.unwrap_or_else(|| invocation.choose(8091, 8132));
     let port = faults.port("proxy-server-port", port);
     let own_name = server_name("proxy-server-host", &host, faults);
     let name = if flags.server_name.is_empty() {
@@ -179,19 +173,10 @@ fn servers(flags: &Flags, invocation: Invocation, faults: &mut Faults) -> Option
         server_name("server-name", &flags.server_name, faults)
     };
     let ca = faults.file("ca-cert", &flags.ca_cert);
-    faults.require(
-        ca.is_some(),
-        "ca-cert",
-        "must be given: servers are known by it alone",
-    );
-    let certificate = faults.pair(
-        ("agent-cert", &flags.agent_cert),
-        ("agent-key", &flags.agent_key),
-    );
-    let token_file = faults.file(
-        "service-account-token-path",
-        &flags.service_account_token_path,
-    );
+    faults.require(ca.is_some(), "ca-cert", "must be given: servers are known by it alone");
+    let certificate =
+        faults.pair(("agent-cert", &flags.agent_cert), ("agent-key", &flags.agent_key));
+    let token_file = faults.file("service-account-token-path", &flags.service_account_token_path);
     let extra_alpn = go_flags::parse_list(&flags.alpn_proto);
     faults.require(
         extra_alpn.iter().all(|name| name.len() <= MAX_ALPN_BYTES),
@@ -227,19 +212,13 @@ fn sync(flags: &Flags, faults: &mut Faults) -> SyncConfig {
     faults.require(
         interval <= interval_cap,
         "sync-interval-cap",
-        format!(
-            "must not be shorter than --sync-interval={}",
-            flags.sync_interval
-        ),
+        format!("must not be shorter than --sync-interval={}", flags.sync_interval),
     );
     let count_source = match flags.server_count_source.as_str() {
         "" | "default" => CountSource::Leases,
         "max" => CountSource::Larger,
         other => {
-            faults.add(
-                "server-count-source",
-                format!("must be default or max, got {other:?}"),
-            );
+            faults.add("server-count-source", format!("must be default or max, got {other:?}"));
             CountSource::Leases
         }
     };
@@ -273,22 +252,13 @@ fn without_effect(flags: &Flags, faults: &mut Faults) {
         format!("must be greater than 0, got {}", flags.xfr_channel_size),
     );
     if flags.enable_profiling {
-        faults.warn(
-            "enable-profiling",
-            "has no effect, there is no Go profiler here",
-        );
+        faults.warn("enable-profiling", "has no effect, there is no Go profiler here");
     }
     if flags.xfr_channel_size != 150 {
-        faults.warn(
-            "xfr-channel-size",
-            "has no effect, see --stream-receive-window",
-        );
+        faults.warn("xfr-channel-size", "has no effect, see --stream-receive-window");
     }
     if flags.count_server_leases {
-        faults.warn(
-            "count-server-leases",
-            "has no effect yet, servers say how many they are",
-        );
+        faults.warn("count-server-leases", "has no effect yet, servers say how many they are");
     }
 }
 

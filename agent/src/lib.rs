@@ -1,2 +1,18 @@
-//! placeholder
+//! The node side of Culvert: keeps a tunnel up and dials targets for it.
+//!
+//! The life of one stream, in order:
+//! 1. [`connector`] keeps a tunnel to the server, whatever happens to the network;
+//! 2. [`tunnel`] introduces the agent and accepts the server's streams;
+//! 3. [`egress`] reads what each stream wants dialed, dials it and answers;
+//! 4. the target and the stream are spliced until both directions have ended.
+
+pub mod agent;
+pub mod backoff;
 pub mod config;
+pub mod connector;
+pub mod egress;
+pub mod metrics;
+pub mod tunnel;
+
+pub use agent::{Agent, StartError};
+pub use config::Config;

@@ -49,9 +49,8 @@ mod tests {
 
     #[test]
     fn an_odd_extension_must_be_understood_and_an_even_one_may_be_ignored() {
-        let one = |kind| {
-            Extensions::try_from(vec![Extension { kind, value: List::default() }]).unwrap()
-        };
+        let one =
+            |kind| Extensions::try_from(vec![Extension { kind, value: List::default() }]).unwrap();
         assert_eq!(one(0x10).require_known(), Ok(()));
         assert_eq!(one(0x11).require_known(), Err(UnknownExtension(0x11)));
     }

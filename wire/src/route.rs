@@ -32,9 +32,11 @@ impl Identifiers {
 
     /// Whether the agent offers to reach targets that nobody announced.
     pub fn is_default_route(&self) -> bool {
-        self.iter()
-            .find(|identifier| identifier.key.as_str() == "default-route")
-            .is_some_and(|identifier| matches!(identifier.value.as_str(), "true" | "1" | "t" | "T" | "TRUE" | "True"))
+        self.iter().find(|identifier| identifier.key.as_str() == "default-route").is_some_and(
+            |identifier| {
+                matches!(identifier.value.as_str(), "true" | "1" | "t" | "T" | "TRUE" | "True")
+            },
+        )
     }
 }
 

@@ -79,8 +79,10 @@ pub trait LocalRead: Send {
 /// Where bytes for the local side go.
 pub trait LocalWrite: Send {
     /// Writes all of `chunks`, waiting while the local side does not read.
-    fn write(&mut self, chunks: &mut [Bytes])
-    -> impl Future<Output = Result<(), LocalFault>> + Send;
+    fn write(
+        &mut self,
+        chunks: &mut [Bytes],
+    ) -> impl Future<Output = Result<(), LocalFault>> + Send;
 
     /// Ends the local side's input cleanly.
     fn finish(&mut self) -> impl Future<Output = Result<(), LocalFault>> + Send;

@@ -91,8 +91,7 @@ impl FromStr for Target {
         let (host, port) = if let Some(rest) = address.strip_prefix('[') {
             let (host, tail) =
                 rest.split_once(']').ok_or_else(|| InvalidTarget::MismatchedBracket(shown()))?;
-            let port =
-                tail.strip_prefix(':').ok_or_else(|| InvalidTarget::MissingPort(shown()))?;
+            let port = tail.strip_prefix(':').ok_or_else(|| InvalidTarget::MissingPort(shown()))?;
             (host, port)
         } else {
             let (host, port) =

@@ -94,7 +94,9 @@ pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsErro
 ///
 /// # Errors
 /// When one of them cannot be a trust anchor.
-pub fn authorities(certificates: &[CertificateDer<'static>]) -> Result<Arc<RootCertStore>, TlsError> {
+pub fn authorities(
+    certificates: &[CertificateDer<'static>],
+) -> Result<Arc<RootCertStore>, TlsError> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates {
         roots.add(certificate.clone()).map_err(|error| TlsError::Authority(error.to_string()))?;
@@ -108,11 +110,12 @@ fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
 
 /// Which key exchanges are offered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "process", derive(clap::ValueEnum))]
 pub enum KeyExchange {
-    /// Post-quantum hybrid (X25519MLKEM768) first, classic groups after it.
+    /// Post-quantum first (X25519 with ML-KEM-768), elliptic curves for peers without it
     #[default]
     Hybrid,
-    /// Classic groups alone: the way out where a middlebox cannot bear a two-packet hello.
+    /// Elliptic curves only: a first flight small enough for paths that drop large ones
     Classic,
 }
 
@@ -141,8 +144,8 @@ pub fn tunnel_server(
     key_exchange: KeyExchange,
 ) -> Result<ServerConfig, TlsError> {
     let provider = key_exchange.provider();
-    let builder = ServerConfig::builder_with_provider(provider.clone())
-        .with_protocol_versions(&[&TLS13])?;
+    let builder =
+        ServerConfig::builder_with_provider(provider.clone()).with_protocol_versions(&[&TLS13])?;
     let builder = match client_ca {
         Some(roots) => {
             let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider)

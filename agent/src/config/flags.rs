@@ -14,12 +14,7 @@ use culvert_wire::process::tunnel_flags::TunnelFlags;
 pub struct Flags {
     /// Where the servers are: an IPv4 address, an IPv6 address without brackets, or a DNS name.
     /// One address for all of them, such as a load balancer's
-    #[arg(
-        long,
-        help_heading = "Servers",
-        value_name = "HOST",
-        default_value = "127.0.0.1"
-    )]
+    #[arg(long, help_heading = "Servers", value_name = "HOST", default_value = "127.0.0.1")]
     pub proxy_server_host: String,
 
     /// Agent port of the servers, UDP and TCP [default: 8132, or 8091 when started as proxy-agent]
@@ -27,95 +22,45 @@ pub struct Flags {
     pub proxy_server_port: Option<i64>,
 
     /// Name or address the servers' certificate must carry [default: --proxy-server-host]
-    #[arg(
-        long,
-        help_heading = "Servers",
-        value_name = "NAME",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Servers", value_name = "NAME", default_value = "")]
     pub server_name: String,
 
     /// CA that the servers' certificate must come from, PEM. Mandatory
-    #[arg(
-        long,
-        help_heading = "Servers",
-        value_name = "FILE",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
     pub ca_cert: String,
 
     /// Certificate chain the agent proves itself with, PEM
-    #[arg(
-        long,
-        help_heading = "Servers",
-        value_name = "FILE",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
     pub agent_cert: String,
 
     /// Private key of --agent-cert, PEM
-    #[arg(
-        long,
-        help_heading = "Servers",
-        value_name = "FILE",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
     pub agent_key: String,
 
     /// Service-account token the agent proves itself with; read anew for each tunnel
-    #[arg(
-        long,
-        help_heading = "Servers",
-        value_name = "FILE",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
     pub service_account_token_path: String,
 
     /// ALPN names offered before h2 to a stock server, separated by commas: tells this traffic
     /// from kube-apiserver's where both share an address
-    #[arg(
-        long,
-        help_heading = "Servers",
-        value_name = "LIST",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Servers", value_name = "LIST", default_value = "")]
     pub alpn_proto: String,
 
     /// Quiet time after which the connection to a stock server is pinged. Tunnels have
     /// --tunnel-keep-alive-interval
-    #[arg(
-        long,
-        help_heading = "Servers",
-        value_name = "DURATION",
-        default_value = "1h"
-    )]
+    #[arg(long, help_heading = "Servers", value_name = "DURATION", default_value = "1h")]
     pub keepalive_time: GoDuration,
 
     /// Interval at which missing servers are looked for
-    #[arg(
-        long,
-        help_heading = "Server set",
-        value_name = "DURATION",
-        default_value = "1s"
-    )]
+    #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "1s")]
     pub sync_interval: GoDuration,
 
     /// Longest interval that failed attempts may stretch --sync-interval to
-    #[arg(
-        long,
-        help_heading = "Server set",
-        value_name = "DURATION",
-        default_value = "10s"
-    )]
+    #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "10s")]
     pub sync_interval_cap: GoDuration,
 
     /// Interval at which the connection to a stock server is checked
-    #[arg(
-        long,
-        help_heading = "Server set",
-        value_name = "DURATION",
-        default_value = "1s"
-    )]
+    #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "1s")]
     pub probe_interval: GoDuration,
 
     /// Keep looking for servers after as many were found as there are said to be
@@ -148,21 +93,11 @@ pub struct Flags {
 
     /// Which count of servers holds when Leases are counted: default (the Leases') or max (the
     /// larger of that and what the servers say)
-    #[arg(
-        long,
-        help_heading = "Server set",
-        value_name = "SOURCE",
-        default_value = "default"
-    )]
+    #[arg(long, help_heading = "Server set", value_name = "SOURCE", default_value = "default")]
     pub server_count_source: String,
 
     /// Kubeconfig for listing Leases; empty is the pod's own
-    #[arg(
-        long,
-        help_heading = "Server set",
-        value_name = "FILE",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Server set", value_name = "FILE", default_value = "")]
     pub kubeconfig: String,
 
     /// Media type of requests to kube-apiserver
@@ -190,40 +125,20 @@ pub struct Flags {
     pub agent_identifiers: String,
 
     /// Time to connect to a target
-    #[arg(
-        long,
-        help_heading = "Agent",
-        value_name = "DURATION",
-        default_value = "5s"
-    )]
+    #[arg(long, help_heading = "Agent", value_name = "DURATION", default_value = "5s")]
     pub dial_timeout: GoDuration,
 
     /// Proxied connections that one tunnel may carry at once
-    #[arg(
-        long,
-        help_heading = "Agent",
-        value_name = "COUNT",
-        default_value_t = 10_000
-    )]
+    #[arg(long, help_heading = "Agent", value_name = "COUNT", default_value_t = 10_000)]
     pub max_streams: i64,
 
     /// Time for proxied connections to end after SIGTERM, in which servers send no new ones; then
     /// the agent exits. Keep it below the pod's terminationGracePeriodSeconds
-    #[arg(
-        long,
-        help_heading = "Agent",
-        value_name = "DURATION",
-        default_value = "20s"
-    )]
+    #[arg(long, help_heading = "Agent", value_name = "DURATION", default_value = "20s")]
     pub drain_timeout: GoDuration,
 
     /// Queue length of a stock agent. Accepted and ignored: each stream has a window of its own
-    #[arg(
-        long,
-        help_heading = "Agent",
-        value_name = "COUNT",
-        default_value_t = 150
-    )]
+    #[arg(long, help_heading = "Agent", value_name = "COUNT", default_value_t = 150)]
     pub xfr_channel_size: i64,
 
     /// Accepted and ignored: there is no queue to be full

@@ -32,10 +32,7 @@ fn check_value(key: &str, value: &str, faults: &mut Faults) {
         ("ipv4", Ok(IpAddr::V4(_))) | ("ipv6", Ok(IpAddr::V6(_))) => {}
         // Common where a manifest says ipv4=$(HOST_IP) and the node has IPv6 only; stock takes it.
         ("ipv4" | "ipv6", Ok(_)) => {
-            faults.warn(
-                FLAG,
-                format!("{key}={value} is an address of the other family"),
-            );
+            faults.warn(FLAG, format!("{key}={value} is an address of the other family"));
         }
         ("ipv4" | "ipv6", Err(_)) => {
             faults.add(FLAG, format!("{key}={value} is not an address"));
@@ -105,10 +102,7 @@ mod tests {
              ipv6=fd00%3A%3a1&cidr=fd00::%2F8&default%2droute=true",
         )
         .unwrap();
-        let pairs: Vec<_> = pairs
-            .iter()
-            .map(|(key, value)| (&key[..], &value[..]))
-            .collect();
+        let pairs: Vec<_> = pairs.iter().map(|(key, value)| (&key[..], &value[..])).collect();
         let expected = [
             ("host", "localhost"),
             ("host", "node1.example.com"),
@@ -152,10 +146,7 @@ mod tests {
             "host=a;host=b",
         ] {
             let refused = checked(text).unwrap_err();
-            assert!(
-                refused.contains("--agent-identifiers: "),
-                "{text}: {refused}"
-            );
+            assert!(refused.contains("--agent-identifiers: "), "{text}: {refused}");
         }
     }
 }

@@ -19,9 +19,7 @@ impl Files {
     /// The configuration of `args`, with `@name` standing for the path of that file.
     fn config_as(&self, argv0: &str, args: &[&str]) -> Result<Config, String> {
         let dir = format!("{}/", self.dir.path().display());
-        let args = args
-            .iter()
-            .map(|arg| OsString::from(arg.replace('@', &dir)));
+        let args = args.iter().map(|arg| OsString::from(arg.replace('@', &dir)));
         let args = [OsString::from(argv0)].into_iter().chain(args);
         let flags: Flags = go_flags::try_parse_from(args).map_err(|exit| exit.text)?;
         let invocation = Invocation::from_argv0(Some(argv0.as_ref()));
@@ -37,16 +35,12 @@ impl Files {
 #[test]
 fn default_ports_depend_on_the_name_of_the_program() {
     let files = Files::new();
-    for (argv0, ports) in [
-        ("/proxy-agent", [8091, 8093, 8094]),
-        ("/culvert-agent", [8132, 8134, 8133]),
-    ] {
+    for (argv0, ports) in
+        [("/proxy-agent", [8091, 8093, 8094]), ("/culvert-agent", [8132, 8134, 8133])]
+    {
         let config = files.config_as(argv0, &["--ca-cert=@ca"]).unwrap();
-        let found = [
-            config.servers.port,
-            config.health_address.port(),
-            config.admin_address.port(),
-        ];
+        let found =
+            [config.servers.port, config.health_address.port(), config.admin_address.port()];
         assert_eq!(found, ports, "{argv0}");
         assert_eq!(config.health_address.ip().to_string(), "::");
         assert_eq!(config.admin_address.ip().to_string(), "127.0.0.1");
@@ -60,10 +54,7 @@ fn defaults_are_stocks() {
     assert_eq!(config.servers.host, "127.0.0.1");
     assert_eq!(config.servers.certificate, None);
     assert_eq!(config.servers.token_file, None);
-    assert_eq!(
-        config.servers.keep_alive_interval,
-        Duration::from_secs(3600)
-    );
+    assert_eq!(config.servers.keep_alive_interval, Duration::from_secs(3600));
     let sync = SyncConfig {
         interval: Duration::from_secs(1),
         interval_cap: Duration::from_secs(10),
@@ -97,10 +88,7 @@ fn kamajis_command_line_is_understood() {
             ],
         )
         .unwrap();
-    assert_eq!(
-        (config.servers.host.as_str(), config.servers.port),
-        ("fd00::7", 8132)
-    );
+    assert_eq!((config.servers.host.as_str(), config.servers.port), ("fd00::7", 8132));
     assert!(config.servers.token_file.is_some());
     assert_eq!(config.health_address, "[::]:8134".parse().unwrap());
     assert_eq!(config.admin_address, "127.0.0.1:8133".parse().unwrap());
@@ -161,10 +149,7 @@ fn servers_are_known_by_their_host_or_by_the_name_given() {
         let config = files.config(&["--proxy-server-host", host]).unwrap();
         assert_eq!(config.servers.name.to_str(), name);
     }
-    let args = [
-        "--proxy-server-host=10.0.0.1",
-        "--server-name=konnectivity.example.com",
-    ];
+    let args = ["--proxy-server-host=10.0.0.1", "--server-name=konnectivity.example.com"];
     let servers = files.config(&args).unwrap().servers;
     assert_eq!(servers.host, "10.0.0.1");
     assert_eq!(servers.name.to_str(), "konnectivity.example.com");
@@ -219,17 +204,9 @@ fn each_rule_names_its_flag() {
 #[test]
 fn several_faults_are_reported_together() {
     let text = Files::new()
-        .config_as(
-            "proxy-agent",
-            &["--sync-interval=20s", "--xfr-channel-size=0", "--mtu-cap=1"],
-        )
+        .config_as("proxy-agent", &["--sync-interval=20s", "--xfr-channel-size=0", "--mtu-cap=1"])
         .unwrap_err();
-    for flag in [
-        "--ca-cert: ",
-        "--sync-interval-cap: ",
-        "--xfr-channel-size: ",
-        "--mtu-cap: ",
-    ] {
+    for flag in ["--ca-cert: ", "--sync-interval-cap: ", "--xfr-channel-size: ", "--mtu-cap: "] {
         assert!(text.contains(flag), "{flag} in {text}");
     }
 }
@@ -246,10 +223,7 @@ fn what_has_no_effect_is_warned_of() {
         let flag = arg.split('=').next().unwrap();
         let warnings = files.config(&[arg]).unwrap().warnings;
         assert_eq!(warnings.len(), 1, "{arg}: {warnings:?}");
-        assert!(
-            warnings[0].starts_with(&format!("{flag}: ")),
-            "{warnings:?}"
-        );
+        assert!(warnings[0].starts_with(&format!("{flag}: ")), "{warnings:?}");
     }
 }
 
@@ -270,17 +244,11 @@ fn parsed_values_reach_the_configuration() {
     assert_eq!(config.agent_id, "node-1");
     assert_eq!(config.identifiers, "ipv4=10.0.0.7&default-route=true");
     let pairs = [("ipv4", "10.0.0.7"), ("default-route", "true")];
-    assert_eq!(
-        config.identifier_pairs,
-        pairs.map(|(key, value)| (key.into(), value.into()))
-    );
+    assert_eq!(config.identifier_pairs, pairs.map(|(key, value)| (key.into(), value.into())));
     assert_eq!(config.servers.extra_alpn, ["a", "b"]);
     assert!(config.sync.forever);
     assert_eq!(config.sync.count_source, CountSource::Larger);
-    assert_eq!(
-        config.sync.leases.unwrap().labels,
-        [("a".to_owned(), "b".to_owned())]
-    );
+    assert_eq!(config.sync.leases.unwrap().labels, [("a".to_owned(), "b".to_owned())]);
     assert_eq!(config.drain_timeout, Duration::ZERO);
 }
 

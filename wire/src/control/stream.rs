@@ -27,6 +27,9 @@ pub enum ControlError {
     /// The peer finished the stream, which only ends with the tunnel.
     #[error("the peer ended the control stream")]
     Ended,
+    /// The peer sent a message that has no place where it came.
+    #[error("a message that has no place here")]
+    Unexpected,
     /// The peer's bytes break the protocol.
     #[error(transparent)]
     Frame(#[from] FrameError),

@@ -54,20 +54,12 @@ impl Page {
     /// Plain text.
     pub fn text(status: StatusCode, body: impl Into<String>) -> Self {
         let content_type = "text/plain; charset=utf-8";
-        Self {
-            status,
-            content_type,
-            location: None,
-            body: body.into(),
-        }
+        Self { status, content_type, location: None, body: body.into() }
     }
 
     fn redirect(location: String) -> Self {
         let body = format!("moved to {location}\n");
-        Self {
-            location: Some(location),
-            ..Self::text(StatusCode::MOVED_PERMANENTLY, body)
-        }
+        Self { location: Some(location), ..Self::text(StatusCode::MOVED_PERMANENTLY, body) }
     }
 
     fn into_response(self) -> Response<Full<Bytes>> {
@@ -87,10 +79,7 @@ pub fn server_readiness(has_backend: bool) -> Page {
     if has_backend {
         Page::text(StatusCode::OK, "ok")
     } else {
-        Page::text(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "no connection to any proxy agent",
-        )
+        Page::text(StatusCode::INTERNAL_SERVER_ERROR, "no connection to any proxy agent")
     }
 }
 
@@ -99,10 +88,9 @@ pub fn server_readiness(has_backend: bool) -> Page {
 pub fn agent_readiness(connected: bool, verbose: bool) -> Page {
     match (connected, verbose) {
         (true, false) => Page::text(StatusCode::OK, "ok"),
-        (true, true) => Page::text(
-            StatusCode::OK,
-            "[+]ping ok\n[+]server-connected ok\ncheck passed\n",
-        ),
+        (true, true) => {
+            Page::text(StatusCode::OK, "[+]ping ok\n[+]server-connected ok\ncheck passed\n")
+        }
         (false, _) => Page::text(
             StatusCode::SERVICE_UNAVAILABLE,
             "[+]ping ok\n[-]server-connected failed: no servers connected\n",
@@ -122,9 +110,7 @@ pub struct Ask<'a> {
 impl Ask<'_> {
     /// Whether the query has `verbose`, with or without a value.
     pub fn is_verbose(&self) -> bool {
-        self.query
-            .split('&')
-            .any(|pair| pair.split('=').next() == Some("verbose"))
+        self.query.split('&').any(|pair| pair.split('=').next() == Some("verbose"))
     }
 }
 
@@ -138,9 +124,7 @@ pub struct Routes {
 
 impl fmt::Debug for Routes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list()
-            .entries(self.table.iter().map(|(path, _)| path))
-            .finish()
+        f.debug_list().entries(self.table.iter().map(|(path, _)| path)).finish()
     }
 }
 
@@ -169,8 +153,7 @@ impl Routes {
     pub fn readyz(self, ready: impl Fn(Ask<'_>) -> Page + Send + Sync + 'static) -> Self {
         let ready = Arc::new(ready);
         let same = Arc::clone(&ready);
-        self.on("/readyz", move |ask| ready(ask))
-            .on("/ready", move |ask| same(ask))
+        self.on("/readyz", move |ask| ready(ask)).on("/ready", move |ask| same(ask))
     }
 
     /// Adds `/metrics`: what `render` gives, as Prometheus' text format.
@@ -196,10 +179,7 @@ impl Routes {
         let Some((_, handler)) = self.table.iter().find(|(known, _)| *known == path) else {
             return Page::text(StatusCode::NOT_FOUND, "404 page not found\n");
         };
-        let host = request
-            .headers()
-            .get(HOST)
-            .and_then(|host| host.to_str().ok());
+        let host = request.headers().get(HOST).and_then(|host| host.to_str().ok());
         handler(Ask {
             query: request.uri().query().unwrap_or_default(),
             host: host.unwrap_or_default(),
@@ -245,20 +225,12 @@ impl AdminServer {
         address: SocketAddr,
         routes: Routes,
     ) -> Result<Self, BindError> {
-        let blame = |source| BindError {
-            flag,
-            address,
-            source,
-        };
+        let blame = |source| BindError { flag, address, source };
         let listener = listen::tcp(address).map_err(blame)?;
         let local_address = listener.local_addr().map_err(blame)?;
         let (stop, stopped) = watch::channel(false);
         let task = tokio::spawn(accept_loop(listener, Arc::new(routes), stopped));
-        Ok(Self {
-            local_address,
-            stop,
-            task,
-        })
+        Ok(Self { local_address, stop, task })
     }
 
     /// The address in use, with the port that port 0 became.

@@ -73,10 +73,7 @@ impl Faults {
 
     /// Notes a fault of `flag`.
     pub fn add(&mut self, flag: &'static str, reason: impl Into<String>) {
-        self.errors.push(ConfigError {
-            flag,
-            reason: reason.into(),
-        });
+        self.errors.push(ConfigError { flag, reason: reason.into() });
     }
 
     /// Notes a fault unless `fine`.
@@ -96,11 +93,7 @@ impl Faults {
     /// # Errors
     /// All faults, when there is one.
     pub fn finish(self) -> Result<Vec<String>, ConfigErrors> {
-        if self.errors.is_empty() {
-            Ok(self.warnings)
-        } else {
-            Err(ConfigErrors(self.errors))
-        }
+        if self.errors.is_empty() { Ok(self.warnings) } else { Err(ConfigErrors(self.errors)) }
     }
 
     /// `path` if it names something that exists; an empty one is simply not given.
@@ -130,17 +123,11 @@ impl Faults {
             (Some(certificate), Some(key)) => Some(CertificatePair { certificate, key }),
             (None, None) => None,
             (Some(_), None) => {
-                self.add(
-                    key_flag,
-                    format!("must be given along with --{certificate_flag}"),
-                );
+                self.add(key_flag, format!("must be given along with --{certificate_flag}"));
                 None
             }
             (None, Some(_)) => {
-                self.add(
-                    certificate_flag,
-                    format!("must be given along with --{key_flag}"),
-                );
+                self.add(certificate_flag, format!("must be given along with --{key_flag}"));
                 None
             }
         }
@@ -149,15 +136,9 @@ impl Faults {
     /// A port to listen on that is neither ephemeral nor the super-user's.
     pub fn registered_port(&mut self, flag: &'static str, port: i64) -> u16 {
         if port > LAST_REGISTERED_PORT {
-            self.add(
-                flag,
-                format!("{port} is an ephemeral port; use one up to 49151"),
-            );
+            self.add(flag, format!("{port} is an ephemeral port; use one up to 49151"));
         } else if port < FIRST_REGISTERED_PORT {
-            self.add(
-                flag,
-                format!("{port} is a reserved port; use one from 1024 up"),
-            );
+            self.add(flag, format!("{port} is a reserved port; use one from 1024 up"));
         }
         u16::try_from(port).unwrap_or_default()
     }
@@ -167,10 +148,7 @@ impl Faults {
         match u16::try_from(port) {
             Ok(port) if port > 0 => port,
             _ => {
-                self.add(
-                    flag,
-                    format!("{port} is not a port; use one from 1 to 65535"),
-                );
+                self.add(flag, format!("{port} is not a port; use one from 1 to 65535"));
                 0
             }
         }
@@ -186,22 +164,14 @@ impl Faults {
         if host.is_empty() {
             return every_interface;
         }
-        let bare = host
-            .strip_prefix('[')
-            .and_then(|host| host.strip_suffix(']'))
-            .unwrap_or(host);
+        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
         if let Ok(address) = bare.parse::<IpAddr>() {
             return (address, port).into();
         }
         match (host, port).to_socket_addrs() {
-            Ok(found) => found
-                .min_by_key(|address| address.is_ipv6())
-                .unwrap_or(every_interface),
+            Ok(found) => found.min_by_key(|address| address.is_ipv6()).unwrap_or(every_interface),
             Err(error) => {
-                self.add(
-                    flag,
-                    format!("{host:?} is no address and cannot be looked up: {error}"),
-                );
+                self.add(flag, format!("{host:?} is no address and cannot be looked up: {error}"));
                 every_interface
             }
         }
@@ -231,10 +201,7 @@ impl Faults {
         match u32::try_from(count) {
             Ok(count) if count >= least => count,
             _ => {
-                self.add(
-                    flag,
-                    format!("must be from {least} to {}, got {count}", u32::MAX),
-                );
+                self.add(flag, format!("must be from {least} to {}, got {count}", u32::MAX));
                 least
             }
         }
@@ -272,9 +239,7 @@ mod tests {
     fn faults_of(check: impl FnOnce(&mut Faults)) -> String {
         let mut faults = Faults::new();
         check(&mut faults);
-        faults
-            .finish()
-            .map_or_else(|errors| errors.to_string(), |_| String::new())
+        faults.finish().map_or_else(|errors| errors.to_string(), |_| String::new())
     }
 
     #[test]
@@ -294,25 +259,15 @@ mod tests {
 
     #[test]
     fn ports_have_stocks_bounds() {
-        for (port, fine) in [
-            (1023, false),
-            (1024, true),
-            (49151, true),
-            (49152, false),
-            (-1, false),
-        ] {
+        for (port, fine) in
+            [(1023, false), (1024, true), (49151, true), (49152, false), (-1, false)]
+        {
             let text = faults_of(|faults| {
                 faults.registered_port("agent-port", port);
             });
             assert_eq!(text.is_empty(), fine, "{port}: {text}");
         }
-        for (port, fine) in [
-            (0, false),
-            (1, true),
-            (65535, true),
-            (65536, false),
-            (-1, false),
-        ] {
+        for (port, fine) in [(0, false), (1, true), (65535, true), (65536, false), (-1, false)] {
             let text = faults_of(|faults| {
                 faults.port("health-server-port", port);
             });
@@ -330,11 +285,7 @@ mod tests {
             ("[::1]", "[::1]:7"),
             ("localhost", "127.0.0.1:7"),
         ] {
-            assert_eq!(
-                faults.bind_address("x", host, 7).to_string(),
-                address,
-                "{host}"
-            );
+            assert_eq!(faults.bind_address("x", host, 7).to_string(), address, "{host}");
         }
         faults.finish().unwrap();
         let text = faults_of(|faults| {
@@ -351,10 +302,7 @@ mod tests {
         assert_eq!(labels[1], ("a".into(), String::new()));
         faults.finish().unwrap();
         for text in ["", "a", "a=b=c", "a=b,"] {
-            assert!(
-                !faults_of(|faults| drop(faults.labels("x", text))).is_empty(),
-                "{text}"
-            );
+            assert!(!faults_of(|faults| drop(faults.labels("x", text))).is_empty(), "{text}");
         }
     }
 }

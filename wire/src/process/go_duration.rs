@@ -40,9 +40,7 @@ const HOUR: i128 = 60 * MINUTE;
 impl GoDuration {
     /// The duration of that many whole seconds.
     pub const fn from_secs(seconds: u32) -> Self {
-        Self {
-            nanos: seconds as i64 * 1_000_000_000,
-        }
+        Self { nanos: seconds as i64 * 1_000_000_000 }
     }
 
     /// True below zero; Go allows it, most flags do not.
@@ -103,9 +101,7 @@ fn take_term(text: &str) -> Result<(i128, &str), ParseDurationError> {
     if whole.is_empty() && fraction.is_empty() {
         return Err(ParseDurationError::Malformed);
     }
-    let unit_end = rest
-        .find(|c: char| c == '.' || c.is_ascii_digit())
-        .unwrap_or(rest.len());
+    let unit_end = rest.find(|c: char| c == '.' || c.is_ascii_digit()).unwrap_or(rest.len());
     let (unit, rest) = rest.split_at(unit_end);
     let unit = match unit {
         "" => return Err(ParseDurationError::MissingUnit),
@@ -124,9 +120,7 @@ fn take_term(text: &str) -> Result<(i128, &str), ParseDurationError> {
     let whole = whole.checked_mul(unit).ok_or(ParseDurationError::TooLong)?;
     let (mut part, mut scale) = (0_i64, 1_f64);
     for digit in fraction.bytes() {
-        let longer = part
-            .checked_mul(10)
-            .and_then(|p| p.checked_add(i64::from(digit - b'0')));
+        let longer = part.checked_mul(10).and_then(|p| p.checked_add(i64::from(digit - b'0')));
         let Some(longer) = longer else { break }; // digits too small to count
         part = longer;
         scale *= 10.0;
@@ -138,9 +132,7 @@ fn take_term(text: &str) -> Result<(i128, &str), ParseDurationError> {
 }
 
 fn take_digits(text: &str) -> (&str, &str) {
-    let end = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     text.split_at(end)
 }
 

@@ -50,16 +50,13 @@ pub fn try_parse_from<F: Parser>(args: impl IntoIterator<Item = OsString>) -> Re
 
 /// The clap command for `F` with pflag's manners: what help and completion are made from.
 pub fn command<F: Parser>() -> Command {
-    F::command()
-        .args_override_self(true)
-        .mut_args(|arg| quiet_default(go_boolean(arg)))
-        .arg(
-            Arg::new(COMPLETION)
-                .long(COMPLETION)
-                .value_name("SHELL")
-                .value_parser(clap::value_parser!(Shell))
-                .help("Print a completion script for this shell and exit"),
-        )
+    F::command().args_override_self(true).mut_args(|arg| quiet_default(go_boolean(arg))).arg(
+        Arg::new(COMPLETION)
+            .long(COMPLETION)
+            .value_name("SHELL")
+            .value_parser(clap::value_parser!(Shell))
+            .help("Print a completion script for this shell and exit"),
+    )
 }
 
 impl Exit {
@@ -80,10 +77,7 @@ impl From<clap::Error> for Exit {
             ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => 0,
             _ => 1,
         };
-        Self {
-            code,
-            text: error.render().to_string(),
-        }
+        Self { code, text: error.render().to_string() }
     }
 }
 
@@ -109,15 +103,8 @@ pub fn parse_bool(text: &str) -> Result<bool, String> {
 ///
 /// Upstream's test runner passes every flag as Go printed it, so the brackets must be understood.
 pub fn parse_list(text: &str) -> Vec<String> {
-    let inner = text
-        .strip_prefix('[')
-        .and_then(|text| text.strip_suffix(']'))
-        .unwrap_or(text);
-    inner
-        .split(',')
-        .filter(|item| !item.is_empty())
-        .map(str::to_owned)
-        .collect()
+    let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    inner.split(',').filter(|item| !item.is_empty()).map(str::to_owned).collect()
 }
 
 const COMPLETION: &str = "completion";
@@ -135,24 +122,13 @@ fn go_boolean(arg: Arg) -> Arg {
         .default_missing_value("true")
         .value_name("BOOL")
         .value_parser(ValueParser::new(parse_bool));
-    if defaulted {
-        arg
-    } else {
-        arg.default_value("false")
-    }
+    if defaulted { arg } else { arg.default_value("false") }
 }
 
 /// Keeps `[default: ""]` out of help: an empty default is no value, and its help says so.
 fn quiet_default(arg: Arg) -> Arg {
-    let empty = arg
-        .get_default_values()
-        .iter()
-        .all(|value| value.is_empty());
-    if empty {
-        arg.hide_default_value(true)
-    } else {
-        arg
-    }
+    let empty = arg.get_default_values().iter().all(|value| value.is_empty());
+    if empty { arg.hide_default_value(true) } else { arg }
 }
 
 /// `args` with hyphens for underscores in names, and `--name value` joined to `--name=value`.
@@ -197,9 +173,7 @@ fn joined(name: &str, value: Option<&OsStr>) -> OsString {
 fn wants_value(command: &Command, name: &str) -> bool {
     let is_named = |arg: &&Arg| {
         arg.get_long() == Some(name)
-            || arg
-                .get_all_aliases()
-                .is_some_and(|aliases| aliases.contains(&name))
+            || arg.get_all_aliases().is_some_and(|aliases| aliases.contains(&name))
     };
     command
         .get_arguments()
@@ -211,10 +185,7 @@ fn completion(command: &mut Command, shell: Shell) -> Exit {
     let name = command.get_name().to_owned();
     let mut script = Vec::new();
     clap_complete::generate(shell, command, name, &mut script);
-    Exit {
-        code: 0,
-        text: String::from_utf8_lossy(&script).into_owned(),
-    }
+    Exit { code: 0, text: String::from_utf8_lossy(&script).into_owned() }
 }
 
 #[cfg(test)]
@@ -268,11 +239,7 @@ mod tests {
             let flags = parse(args).unwrap();
             assert_eq!((flags.off, flags.on), (off, on), "{args:?}");
         }
-        assert_eq!(
-            parse(&["--off", "true"]).unwrap_err().code,
-            1,
-            "a stray word"
-        );
+        assert_eq!(parse(&["--off", "true"]).unwrap_err().code, 1, "a stray word");
         for args in [["--off=yes"], ["--off="], ["--off=tRue"]] {
             let exit = parse(&args).unwrap_err();
             assert_eq!(exit.code, 1);
@@ -282,14 +249,9 @@ mod tests {
 
     #[test]
     fn the_last_of_a_repeated_flag_wins() {
-        let flags = parse(&[
-            "--name=a", "--off", "-v=8", "--off=f", "--name", "b", "--v=3",
-        ])
-        .unwrap();
-        assert_eq!(
-            (flags.name.as_str(), flags.off, flags.verbosity),
-            ("b", false, 3)
-        );
+        let flags =
+            parse(&["--name=a", "--off", "-v=8", "--off=f", "--name", "b", "--v=3"]).unwrap();
+        assert_eq!((flags.name.as_str(), flags.off, flags.verbosity), ("b", false, 3));
     }
 
     #[test]
@@ -301,13 +263,7 @@ mod tests {
 
     #[test]
     fn verbosity_has_all_of_pflags_forms() {
-        for args in [
-            &["-v=8"][..],
-            &["-v", "8"],
-            &["-v8"],
-            &["--v=8"],
-            &["--v", "8"],
-        ] {
+        for args in [&["-v=8"][..], &["-v", "8"], &["-v8"], &["--v=8"], &["--v", "8"]] {
             assert_eq!(parse(args).unwrap().verbosity, 8, "{args:?}");
         }
         assert_eq!(parse(&["-v"]).unwrap_err().code, 1);

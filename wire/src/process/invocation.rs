@@ -15,9 +15,7 @@ pub enum Invocation {
 impl Invocation {
     /// From `argv[0]`, of which only the last path component counts.
     pub fn from_argv0(argv0: Option<&OsStr>) -> Self {
-        let name = argv0
-            .and_then(|argv0| Path::new(argv0).file_name())
-            .and_then(OsStr::to_str);
+        let name = argv0.and_then(|argv0| Path::new(argv0).file_name()).and_then(OsStr::to_str);
         match name {
             Some(name) if name.starts_with("proxy-") => Self::Stock,
             _ => Self::Culvert,
@@ -52,11 +50,7 @@ mod tests {
             ("culvert-agent", Invocation::Culvert),
             ("", Invocation::Culvert),
         ] {
-            assert_eq!(
-                Invocation::from_argv0(Some(OsStr::new(argv0))),
-                invocation,
-                "{argv0}"
-            );
+            assert_eq!(Invocation::from_argv0(Some(OsStr::new(argv0))), invocation, "{argv0}");
         }
         assert_eq!(Invocation::from_argv0(None), Invocation::Culvert);
     }

@@ -115,22 +115,13 @@ struct Admitted {
 impl RateLimited {
     /// At most one line per `interval`; the first is always let through.
     pub const fn new(interval: Duration) -> Self {
-        Self {
-            interval,
-            state: Mutex::new(Admitted {
-                last: None,
-                suppressed: 0,
-            }),
-        }
+        Self { interval, state: Mutex::new(Admitted { last: None, suppressed: 0 }) }
     }
 
     /// `Some` with the number of lines held back since the last one, when a line may be written
     /// at `now`; `None` when it is to be held back.
     pub fn admit(&self, now: Instant) -> Option<u64> {
-        let mut state = self
-            .state
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut state = self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         match state.last {
             Some(last) if now.saturating_duration_since(last) < self.interval => {
                 state.suppressed += 1;
@@ -180,16 +171,9 @@ mod tests {
 
     #[test]
     fn verbosity_maps_to_levels_and_libraries_stay_quiet_at_debug() {
-        for (verbosity, lines) in [
-            (-1, 1),
-            (0, 1),
-            (4, 1),
-            (5, 2),
-            (8, 2),
-            (9, 2),
-            (10, 4),
-            (99, 4),
-        ] {
+        for (verbosity, lines) in
+            [(-1, 1), (0, 1), (4, 1), (5, 2), (8, 2), (9, 2), (10, 4), (99, 4)]
+        {
             let text = logged(LogFormat::Text, verbosity, None);
             assert_eq!(text.lines().count(), lines, "-v={verbosity}: {text}");
         }
@@ -199,28 +183,17 @@ mod tests {
     fn the_environment_beats_verbosity() {
         assert_eq!(logged(LogFormat::Text, 10, Some("warn")), "");
         assert_eq!(logged(LogFormat::Text, 4, Some("")).lines().count(), 1);
-        let config = LogConfig {
-            format: LogFormat::Text,
-            verbosity: 4,
-        };
-        let refused = subscriber(config, Some("a=b=c"), io::sink, false)
-            .map(drop)
-            .unwrap_err();
+        let config = LogConfig { format: LogFormat::Text, verbosity: 4 };
+        let refused = subscriber(config, Some("a=b=c"), io::sink, false).map(drop).unwrap_err();
         assert!(refused.to_string().contains("RUST_LOG"), "{refused}");
     }
 
     #[test]
     fn lines_are_plain_text_or_json() {
         let text = logged(LogFormat::Text, 4, None);
-        assert!(
-            text.contains("ours at info port=8132") && !text.contains('\u{1b}'),
-            "{text}"
-        );
+        assert!(text.contains("ours at info port=8132") && !text.contains('\u{1b}'), "{text}");
         let json = logged(LogFormat::Json, 4, None);
-        assert!(
-            json.starts_with('{') && json.contains(r#""port":8132"#),
-            "{json}"
-        );
+        assert!(json.starts_with('{') && json.contains(r#""port":8132"#), "{json}");
     }
 
     #[test]
@@ -236,11 +209,7 @@ mod tests {
             (60, Some(1)),
             (70, Some(0)),
         ] {
-            assert_eq!(
-                limit.admit(start + Duration::from_secs(seconds)),
-                admitted,
-                "{seconds}"
-            );
+            assert_eq!(limit.admit(start + Duration::from_secs(seconds)), admitted, "{seconds}");
         }
     }
 }

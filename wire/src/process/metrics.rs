@@ -8,9 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use metrics::{Counter, Gauge, Histogram, Key, Label, Level, Metadata, Recorder, SharedString};
+pub use metrics_exporter_prometheus::BuildError;
 use metrics_exporter_prometheus::{
-    BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
+    Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
+
+use crate::splice::Meter;
+use crate::transport::TunnelStats;
 
 mod own_process;
 
@@ -49,24 +53,15 @@ impl Metrics {
             builder = builder.set_buckets_for_metric(Matcher::Full((*name).to_owned()), bounds)?;
         }
         let recorder = builder.build_recorder();
-        let metrics = Self {
-            handle: recorder.handle(),
-            recorder: Arc::new(recorder),
-        };
-        metrics.describe_gauge(
-            "culvert_build_info",
-            "Always 1; the label tells the version.",
-        );
-        metrics
-            .gauge("culvert_build_info", &[("version", version)])
-            .set(1.0);
+        let metrics = Self { handle: recorder.handle(), recorder: Arc::new(recorder) };
+        metrics.describe_gauge("culvert_build_info", "Always 1; the label tells the version.");
+        metrics.gauge("culvert_build_info", &[("version", version)]).set(1.0);
         Ok(metrics)
     }
 
     /// Gives a counter its HELP text.
     pub fn describe_counter(&self, name: &'static str, help: &'static str) {
-        self.recorder
-            .describe_counter(name.into(), None, help.into());
+        self.recorder.describe_counter(name.into(), None, help.into());
     }
 
     /// Gives a gauge its HELP text.
@@ -76,14 +71,12 @@ impl Metrics {
 
     /// Gives a histogram its HELP text.
     pub fn describe_histogram(&self, name: &'static str, help: &'static str) {
-        self.recorder
-            .describe_histogram(name.into(), None, help.into());
+        self.recorder.describe_histogram(name.into(), None, help.into());
     }
 
     /// The counter of that name and those labels; from now on part of every scrape.
     pub fn counter(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Counter {
-        self.recorder
-            .register_counter(&key(name, labels), &METADATA)
+        self.recorder.register_counter(&key(name, labels), &METADATA)
     }
 
     /// The gauge of that name and those labels; from now on part of every scrape.
@@ -93,8 +86,7 @@ impl Metrics {
 
     /// The histogram of that name and those labels; from now on part of every scrape.
     pub fn histogram(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Histogram {
-        self.recorder
-            .register_histogram(&key(name, labels), &METADATA)
+        self.recorder.register_histogram(&key(name, labels), &METADATA)
     }
 
     /// Everything in Prometheus' text format 0.0.4, with the `process_*` metrics read just now.
@@ -137,19 +129,105 @@ fn key(name: &'static str, labels: &[(&'static str, &str)]) -> Key {
     Key::from_parts(name, labels.iter().map(label).collect::<Vec<_>>())
 }
 
+/// Whether a family's values only ever grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// They only grow.
+    Counter,
+    /// They go up and down.
+    Gauge,
+}
+
+/// Appends a family whose values are read at scrape time: a line for each set of labels, and
+/// nothing at all without one.
+pub fn append_family<V: std::fmt::Display>(
+    text: &mut String,
+    name: &str,
+    kind: Kind,
+    help: &str,
+    rows: impl IntoIterator<Item = (Vec<(&'static str, String)>, V)>,
+) {
+    let kind = match kind {
+        Kind::Counter => "counter",
+        Kind::Gauge => "gauge",
+    };
+    let mut rows = rows.into_iter().peekable();
+    if rows.peek().is_none() {
+        return;
+    }
+    // Writing to a String cannot fail.
+    let _ = write!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
+    for (labels, value) in rows {
+        let labels: Vec<_> =
+            labels.iter().map(|(label, value)| format!("{label}=\"{}\"", escape(value))).collect();
+        let _ = match labels.is_empty() {
+            true => writeln!(text, "{name} {value}"),
+            false => writeln!(text, "{name}{{{}}} {value}", labels.join(",")),
+        };
+    }
+    text.push('\n');
+}
+
+fn escape(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+/// One tunnel in a scrape: the label that names its peer, its transport, and its path.
+pub type TunnelRow = ((&'static str, String), &'static str, TunnelStats);
+
+/// Appends the paths of tunnels, in families that begin with `prefix`.
+pub fn append_tunnels(text: &mut String, prefix: &str, tunnels: &[TunnelRow]) {
+    let mut family = |name, kind, help, value: fn(&TunnelStats) -> f64| {
+        let rows = tunnels.iter().map(|(peer, transport, stats)| {
+            (vec![peer.clone(), ("transport", (*transport).to_owned())], value(stats))
+        });
+        append_family(text, &format!("{prefix}_{name}"), kind, help, rows);
+    };
+    #[expect(clippy::cast_precision_loss, reason = "no counter of a tunnel reaches 2^52")]
+    {
+        let help = "Smoothed round-trip time of the tunnel's path, in seconds.";
+        family("rtt_seconds", Kind::Gauge, help, |stats| stats.rtt.as_secs_f64());
+        let help = "Congestion window of the tunnel, in bytes.";
+        family("cwnd_bytes", Kind::Gauge, help, |stats| stats.cwnd as f64);
+        let help = "Largest UDP payload that the path is known to carry, in bytes.";
+        family("mtu_bytes", Kind::Gauge, help, |stats| f64::from(stats.mtu));
+        let help = "Packets sent on the tunnel.";
+        family("sent_packets_total", Kind::Counter, help, |stats| stats.sent_packets as f64);
+        let help = "Packets of the tunnel declared lost.";
+        family("lost_packets_total", Kind::Counter, help, |stats| stats.lost_packets as f64);
+        let help = "Times the tunnel's congestion window was cut.";
+        family("congestion_events_total", Kind::Counter, help, |stats| {
+            stats.congestion_events as f64
+        });
+        let help = "Times the tunnel's path was found to swallow large packets.";
+        family("black_holes_total", Kind::Counter, help, |stats| stats.black_holes as f64);
+        let help = "UDP payload bytes sent on the tunnel.";
+        family("sent_bytes_total", Kind::Counter, help, |stats| stats.sent_bytes as f64);
+        let help = "UDP payload bytes received on the tunnel.";
+        family("received_bytes_total", Kind::Counter, help, |stats| stats.received_bytes as f64);
+    }
+}
+
+/// Appends what a meter has counted; `directions` are the labels of the bytes to the tunnel and of
+/// those from it.
+pub fn append_meter(text: &mut String, name: &str, meter: &Meter, directions: [&str; 2]) {
+    let bytes = [meter.to_tunnel(), meter.from_tunnel()];
+    let rows = directions
+        .into_iter()
+        .zip(bytes)
+        .map(|(direction, bytes)| (vec![("direction", direction.to_owned())], bytes));
+    append_family(text, name, Kind::Counter, "Bytes spliced, by direction.", rows);
+}
+
 /// One metric without labels, in text format.
 fn append_one(
     text: &mut String,
     name: &str,
-    kind: &str,
+    kind: Kind,
     help: &str,
     value: impl std::fmt::Display,
 ) {
-    // Writing to a String cannot fail.
-    let _ = write!(
-        text,
-        "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}\n\n"
-    );
+    append_family(text, name, kind, help, [(vec![], value)]);
 }
 
 #[cfg(test)]
@@ -157,31 +235,29 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_family_escapes_its_labels_and_is_left_out_without_rows() {
+        let mut text = String::new();
+        let rows = [(vec![("agent_id", "a\"b\\c\nd".to_owned())], 1)];
+        append_family(&mut text, "x", Kind::Gauge, "Help.", rows);
+        assert_eq!(text, "# HELP x Help.\n# TYPE x gauge\nx{agent_id=\"a\\\"b\\\\c\\nd\"} 1\n\n");
+        text.clear();
+        append_tunnels(&mut text, "culvert_server_tunnel", &[]);
+        assert_eq!(text, "");
+    }
+
+    #[test]
     fn instances_do_not_share_what_they_count() {
-        let (one, other) = (
-            Metrics::new("1", &[]).unwrap(),
-            Metrics::new("2", &[]).unwrap(),
-        );
+        let (one, other) = (Metrics::new("1", &[]).unwrap(), Metrics::new("2", &[]).unwrap());
         one.describe_counter("dials_total", "Dials, by outcome.");
-        one.counter("dials_total", &[("outcome", "ok")])
-            .increment(3);
+        one.counter("dials_total", &[("outcome", "ok")]).increment(3);
         let text = one.render();
-        assert!(
-            text.contains("# HELP dials_total Dials, by outcome.\n"),
-            "{text}"
-        );
+        assert!(text.contains("# HELP dials_total Dials, by outcome.\n"), "{text}");
         assert!(text.contains("# TYPE dials_total counter\n"), "{text}");
         assert!(text.contains("dials_total{outcome=\"ok\"} 3\n"), "{text}");
-        assert!(
-            text.contains("culvert_build_info{version=\"1\"} 1\n"),
-            "{text}"
-        );
+        assert!(text.contains("culvert_build_info{version=\"1\"} 1\n"), "{text}");
         let text = other.render();
         assert!(!text.contains("dials_total"), "{text}");
-        assert!(
-            text.contains("culvert_build_info{version=\"2\"} 1\n"),
-            "{text}"
-        );
+        assert!(text.contains("culvert_build_info{version=\"2\"} 1\n"), "{text}");
     }
 
     #[test]

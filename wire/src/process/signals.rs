@@ -58,10 +58,7 @@ mod tests {
         let mut signals = StopSignals::catch().unwrap();
         let own_pid = std::process::id().to_string();
         for (option, name) in [("-TERM", "SIGTERM"), ("-INT", "SIGINT")] {
-            let sent = tokio::process::Command::new("kill")
-                .args([option, &own_pid])
-                .status()
-                .await;
+            let sent = tokio::process::Command::new("kill").args([option, &own_pid]).status().await;
             assert!(sent.unwrap().success());
             assert_eq!(signals.next().await, name);
         }

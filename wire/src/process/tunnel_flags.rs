@@ -2,13 +2,15 @@
 
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
 use super::byte_size::ByteSize;
 use super::faults::Faults;
 use super::go_duration::GoDuration;
 use super::klog::KlogFlags;
 use super::logging::{LogConfig, LogFormat};
+use crate::tls::KeyExchange;
+use crate::transport::quic::Settings;
 
 /// Shared flags, to be flattened into those of a process.
 #[derive(Debug, Clone, Args)]
@@ -43,26 +45,12 @@ pub struct TunnelFlags {
     pub tls_kx: KeyExchange,
 
     /// Form of the log lines
-    #[arg(
-        long,
-        value_name = "FORMAT",
-        default_value = "text",
-        help_heading = "Logging"
-    )]
+    #[arg(long, value_name = "FORMAT", default_value = "text", help_heading = "Logging")]
     pub log_format: LogFormat,
 
     /// klog's own.
     #[command(flatten)]
     pub klog: KlogFlags,
-}
-
-/// How the two sides of a tunnel agree on keys.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum KeyExchange {
-    /// Post-quantum first (X25519 with ML-KEM-768), elliptic curves for peers without it
-    Hybrid,
-    /// Elliptic curves only: a first flight small enough for paths that drop large ones
-    Classic,
 }
 
 /// How a tunnel behaves, checked.
@@ -106,6 +94,20 @@ impl Default for TunnelConfig {
     }
 }
 
+impl TunnelConfig {
+    /// What a carrier is set up with, when the peer may have `max_streams` open at first.
+    pub fn settings(&self, max_streams: u32) -> Settings {
+        Settings {
+            idle_timeout: self.idle_timeout,
+            keep_alive_interval: self.keep_alive_interval,
+            stream_receive_window: self.stream_receive_window,
+            max_streams,
+            mtu_cap: self.mtu_cap,
+            udp_buffer_size: self.udp_buffer_size as usize,
+        }
+    }
+}
+
 impl TunnelFlags {
     /// The checked options; what is wrong with them goes to `faults`.
     pub fn check(&self, faults: &mut Faults) -> (TunnelConfig, LogConfig) {
@@ -116,17 +118,12 @@ impl TunnelFlags {
             "tunnel-idle-timeout",
             format!("must be at least 1s, got {}", self.tunnel_idle_timeout),
         );
-        let keep_alive = faults.duration(
-            "tunnel-keep-alive-interval",
-            self.tunnel_keep_alive_interval,
-        );
+        let keep_alive =
+            faults.duration("tunnel-keep-alive-interval", self.tunnel_keep_alive_interval);
         faults.require(
             keep_alive.is_zero() || keep_alive < idle_timeout,
             "tunnel-keep-alive-interval",
-            format!(
-                "must be shorter than --tunnel-idle-timeout={}",
-                self.tunnel_idle_timeout
-            ),
+            format!("must be shorter than --tunnel-idle-timeout={}", self.tunnel_idle_timeout),
         );
         let window = self.stream_receive_window;
         faults.require(
@@ -153,13 +150,7 @@ impl TunnelFlags {
             mtu_cap: u16::try_from(self.mtu_cap).unwrap_or_default(),
             key_exchange: self.tls_kx,
         };
-        (
-            tunnel,
-            LogConfig {
-                format: self.log_format,
-                verbosity: self.klog.v,
-            },
-        )
+        (tunnel, LogConfig { format: self.log_format, verbosity: self.klog.v })
     }
 }
 
@@ -189,13 +180,7 @@ mod tests {
     fn no_flags_give_the_documented_defaults() {
         let (tunnel, log, warnings) = check(&[]).unwrap();
         assert_eq!(tunnel, TunnelConfig::default());
-        assert_eq!(
-            log,
-            LogConfig {
-                format: LogFormat::Text,
-                verbosity: 4
-            }
-        );
+        assert_eq!(log, LogConfig { format: LogFormat::Text, verbosity: 4 });
         assert!(warnings.is_empty());
     }
 
@@ -221,13 +206,7 @@ mod tests {
             key_exchange: KeyExchange::Classic,
         };
         assert_eq!(tunnel, expected);
-        assert_eq!(
-            log,
-            LogConfig {
-                format: LogFormat::Json,
-                verbosity: 8
-            }
-        );
+        assert_eq!(log, LogConfig { format: LogFormat::Json, verbosity: 8 });
     }
 
     #[test]
@@ -270,10 +249,7 @@ mod tests {
             "--vmodule=a=3,b=4",
         ])
         .unwrap();
-        let flags: Vec<_> = warnings
-            .iter()
-            .filter_map(|text| text.split(':').next())
-            .collect();
+        let flags: Vec<_> = warnings.iter().filter_map(|text| text.split(':').next()).collect();
         assert_eq!(flags, ["--log-file", "--log-dir", "--vmodule"]);
     }
 }

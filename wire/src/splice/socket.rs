@@ -249,6 +249,13 @@ fn advance(chunks: &mut [Bytes], mut written: usize) -> usize {
 #[derive(Debug)]
 pub struct SocketAbort<S>(Arc<S>);
 
+impl<S> SocketAbort<S> {
+    /// Resets this socket, whoever else holds it.
+    pub fn new(socket: Arc<S>) -> Self {
+        Self(socket)
+    }
+}
+
 impl<S: SpliceSocket> Abort for SocketAbort<S> {
     fn abort(&self) {
         // Fails only on a socket that is not connected any more.

@@ -110,9 +110,8 @@ impl Settings {
     }
 
     fn endpoint(&self, reset_key: Option<&ResetKey>) -> EndpointConfig {
-        let mut endpoint = reset_key
-            .map(|key| EndpointConfig::new(Arc::new(key.hmac())))
-            .unwrap_or_default();
+        let mut endpoint =
+            reset_key.map(|key| EndpointConfig::new(Arc::new(key.hmac()))).unwrap_or_default();
         // The cap is checked where it is configured; out of range leaves quinn's default.
         let _ = endpoint.max_udp_payload_size(self.mtu_cap.max(1200));
         endpoint
@@ -297,7 +296,8 @@ impl Incoming {
     /// # Errors
     /// When the peer goes away, is refused, or speaks another protocol.
     pub async fn complete(self) -> Result<Tunnel, ConnectError> {
-        let connection = self.incoming.await.map_err(|error| ConnectError::Handshake(lost(error)))?;
+        let connection =
+            self.incoming.await.map_err(|error| ConnectError::Handshake(lost(error)))?;
         drop(self.pending);
         Connection::established(connection, self.endpoint, self.neighbours)
     }
@@ -421,7 +421,8 @@ impl Connection {
         endpoint: quinn::Endpoint,
         neighbours: Arc<Neighbours>,
     ) -> Result<Tunnel, ConnectError> {
-        let data = connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
+        let data =
+            connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
         if data.and_then(|data| data.protocol).as_deref() != Some(ALPN) {
             connection.close(CloseCode::INCOMPATIBLE.as_u32().into(), b"no protocol agreed on");
             return Err(ConnectError::Protocol);

@@ -24,13 +24,10 @@ async fn get(server: &AdminServer, path: &str) -> (u16, String) {
 
 #[tokio::test]
 async fn a_server_answers_as_stock_does() {
-    for (has_backend, expected) in [
-        (true, (200, "ok")),
-        (false, (500, "no connection to any proxy agent")),
-    ] {
-        let routes = Routes::new()
-            .healthz()
-            .readyz(move |_| server_readiness(has_backend));
+    for (has_backend, expected) in
+        [(true, (200, "ok")), (false, (500, "no connection to any proxy agent"))]
+    {
+        let routes = Routes::new().healthz().readyz(move |_| server_readiness(has_backend));
         let server = serve_on_free_port(routes);
         for path in ["/readyz", "/ready", "/readyz?verbose"] {
             let (status, body) = get(&server, path).await;
@@ -65,10 +62,7 @@ async fn an_agent_answers_as_stock_does() {
 async fn metrics_come_as_text_or_from_another_port() {
     let server = serve_on_free_port(Routes::new().metrics(|| "a 1\n".to_owned()));
     let answer = exchange(&server, "GET /metrics HTTP/1.0\r\n\r\n").await;
-    assert!(
-        answer.contains("content-type: text/plain; version=0.0.4"),
-        "{answer}"
-    );
+    assert!(answer.contains("content-type: text/plain; version=0.0.4"), "{answer}");
     assert!(answer.ends_with("\r\n\r\na 1\n"), "{answer}");
 
     let server = serve_on_free_port(Routes::new().metrics_on_port(8134));
@@ -81,20 +75,14 @@ async fn metrics_come_as_text_or_from_another_port() {
         let request = format!("GET {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
         let answer = exchange(&server, &request).await;
         assert!(answer.starts_with("HTTP/1.1 301 "), "{answer}");
-        assert!(
-            answer.contains(&format!("location: {location}\r\n")),
-            "{answer}"
-        );
+        assert!(answer.contains(&format!("location: {location}\r\n")), "{answer}");
     }
 }
 
 #[tokio::test]
 async fn an_endless_head_is_refused() {
     let server = serve_on_free_port(Routes::new().healthz());
-    let request = format!(
-        "GET /healthz HTTP/1.1\r\nx: {}",
-        "y".repeat(MAX_HEADER_BYTES)
-    );
+    let request = format!("GET /healthz HTTP/1.1\r\nx: {}", "y".repeat(MAX_HEADER_BYTES));
     let answer = exchange(&server, &request).await;
     assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
 }
@@ -109,10 +97,7 @@ async fn hoarded_connections_give_way_to_a_probe() {
     assert_eq!(get(&server, "/healthz").await.0, 200);
     let mut rest = Vec::new();
     let oldest = hoard[0].read_to_end(&mut rest).await;
-    assert!(
-        rest.is_empty() && oldest.is_ok_and(|read| read == 0),
-        "the oldest was ended"
-    );
+    assert!(rest.is_empty() && oldest.is_ok_and(|read| read == 0), "the oldest was ended");
 }
 
 #[tokio::test]
@@ -120,9 +105,7 @@ async fn stopping_ends_idle_connections_and_frees_the_port() {
     let server = serve_on_free_port(Routes::new().healthz());
     let address = server.local_address();
     let mut idle = TcpStream::connect(address).await.unwrap();
-    idle.write_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n")
-        .await
-        .unwrap();
+    idle.write_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
     let mut first = [0];
     idle.read_exact(&mut first).await.unwrap();
     server.stop().await;
@@ -138,8 +121,5 @@ async fn a_port_that_is_taken_names_its_flag() {
     let taken = server.local_address();
     let error = AdminServer::bind("admin-port", taken, Routes::new()).unwrap_err();
     let text = error.to_string();
-    assert!(
-        text.starts_with("--admin-port: cannot listen on 127.0.0.1:"),
-        "{text}"
-    );
+    assert!(text.starts_with("--admin-port: cannot listen on 127.0.0.1:"), "{text}");
 }

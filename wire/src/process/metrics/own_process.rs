@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use super::append_one;
+use super::{Kind, append_one};
 
 /// Clock ticks per second in /proc/self/stat: Linux's USER_HZ, 100 wherever we run.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -14,15 +14,11 @@ pub(super) fn append(text: &mut String) {
     // The name in field 2 may hold spaces and parentheses; fields are counted behind its end.
     let behind_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
     let ticks = |field: usize| -> Option<f64> {
-        behind_name
-            .split_ascii_whitespace()
-            .nth(field - 3)?
-            .parse()
-            .ok()
+        behind_name.split_ascii_whitespace().nth(field - 3)?.parse().ok()
     };
     let mut gauge = |name: &str, help: &str, value: Option<f64>| {
         if let Some(value) = value {
-            append_one(text, name, "gauge", help, value);
+            append_one(text, name, Kind::Gauge, help, value);
         }
     };
     gauge(
@@ -35,11 +31,7 @@ pub(super) fn append(text: &mut String) {
         "Virtual memory size in bytes.",
         kibibytes(&status, "VmSize:"),
     );
-    gauge(
-        "process_open_fds",
-        "Number of open file descriptors.",
-        open_files(),
-    );
+    gauge("process_open_fds", "Number of open file descriptors.", open_files());
     gauge(
         "process_max_fds",
         "Maximum number of open file descriptors.",
@@ -56,7 +48,7 @@ pub(super) fn append(text: &mut String) {
         append_one(
             text,
             "process_cpu_seconds_total",
-            "counter",
+            Kind::Counter,
             "Total user and system CPU time spent in seconds.",
             (user + system) / TICKS_PER_SECOND,
         );
@@ -71,24 +63,16 @@ fn kibibytes(status: &str, name: &str) -> Option<f64> {
 
 fn open_files() -> Option<f64> {
     // One of the entries is the listing's own.
-    fs::read_dir("/proc/self/fd")
-        .ok()
-        .map(|entries| entries.count().saturating_sub(1) as f64)
+    fs::read_dir("/proc/self/fd").ok().map(|entries| entries.count().saturating_sub(1) as f64)
 }
 
 fn max_files(limits: &str) -> Option<f64> {
-    let line = limits
-        .lines()
-        .find_map(|line| line.strip_prefix("Max open files"))?;
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
     line.split_ascii_whitespace().next()?.parse().ok()
 }
 
 fn boot_time(stat: &str) -> Option<f64> {
-    stat.lines()
-        .find_map(|line| line.strip_prefix("btime "))?
-        .trim()
-        .parse()
-        .ok()
+    stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -99,21 +83,15 @@ mod tests {
         let mut text = String::new();
         super::append(&mut text);
         let value = |name: &str| -> f64 {
-            let line = text
-                .lines()
-                .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-            line.unwrap_or_else(|| panic!("{name} in {text}"))
-                .parse()
-                .unwrap()
+            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            line.unwrap_or_else(|| panic!("{name} in {text}")).parse().unwrap()
         };
         assert!(value("process_resident_memory_bytes") > 1e5);
         assert!(value("process_virtual_memory_bytes") >= value("process_resident_memory_bytes"));
         assert!(value("process_open_fds") >= 1.0);
         assert!(value("process_max_fds") >= value("process_open_fds"));
         assert!(value("process_cpu_seconds_total") >= 0.0);
-        let now = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .unwrap();
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
         let age = now.as_secs_f64() - value("process_start_time_seconds");
         assert!((-5.0..86_400.0).contains(&age), "started {age} s ago");
     }

@@ -1,0 +1,129 @@
+//! A whole agent: its ports bound, its tunnel kept up until told to stop, then drained.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use culvert_wire::{
+    InstanceId,
+    ids::InvalidId,
+    process::{
+        admin::{self, AdminServer, Routes},
+        metrics::{BuildError, Upkeep},
+    },
+    route::{Identifier, Identifiers},
+    text::TooLong,
+    tls::TlsError,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::{
+    backoff::Backoff,
+    config::Config,
+    connector::Connector,
+    egress::Egress,
+    metrics::AgentMetrics,
+    tunnel::{FIRST_STREAM_LIMIT, TunnelContext},
+};
+
+/// An agent could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Certificate, key or CA cannot be used.
+    #[error("--ca-cert, --agent-cert, --agent-key: {0}")]
+    Tls(#[from] TlsError),
+    /// The agent's name cannot be used.
+    #[error("--agent-id: {0}")]
+    AgentId(#[from] InvalidId),
+    /// The identifiers are too many or too long.
+    #[error("--agent-identifiers: {0}")]
+    Identifiers(#[from] TooLong),
+    /// The health port cannot be listened on.
+    #[error(transparent)]
+    Admin(#[from] admin::BindError),
+    /// A metric is misdeclared; the fault is ours.
+    #[error(transparent)]
+    Metrics(#[from] BuildError),
+}
+
+/// An agent that has bound its ports and connects to nothing yet.
+#[derive(Debug)]
+pub struct Agent {
+    connector: Connector,
+    context: Arc<TunnelContext>,
+    health: AdminServer,
+    admin: Option<AdminServer>,
+    metrics: Arc<AgentMetrics>,
+    _upkeep: Upkeep,
+}
+
+impl Agent {
+    /// Checks the files and binds health and admin. Needs a tokio runtime.
+    ///
+    /// An admin port that cannot be had is told in the log and done without: on the host's
+    /// network another process may own it, and the tunnel matters more.
+    ///
+    /// # Errors
+    /// When a file cannot be used or the health port cannot be had.
+    pub fn bind(config: &Config) -> Result<Self, StartError> {
+        let metrics = Arc::new(AgentMetrics::new()?);
+        let first = FIRST_STREAM_LIMIT.min(config.max_streams);
+        let connector = Connector {
+            servers: config.servers.clone(),
+            settings: config.tunnel.settings(first),
+            key_exchange: config.tunnel.key_exchange,
+            backoff: Backoff::new(config.sync.interval, config.sync.interval_cap),
+            metrics: metrics.clone(),
+        };
+        connector.check_files()?;
+        let context = Arc::new(TunnelContext {
+            egress: Egress { dial_timeout: config.dial_timeout, metrics: metrics.clone() },
+            agent_id: config.agent_id.parse()?,
+            instance: InstanceId(std::array::from_fn(|_| fastrand::u8(..))),
+            identifiers: identifiers(&config.identifier_pairs)?,
+            max_streams: config.max_streams,
+            drain_timeout: config.drain_timeout,
+            draining: CancellationToken::new(),
+        });
+        let upkeep = metrics.inner().spawn_upkeep();
+        let (ready, rendered) = (metrics.clone(), metrics.clone());
+        let routes = Routes::new()
+            .healthz()
+            .readyz(move |ask| admin::agent_readiness(ready.is_connected(), ask.is_verbose()))
+            .metrics(move || rendered.render());
+        let health = AdminServer::bind("health-server-port", config.health_address, routes)?;
+        let routes = Routes::new().metrics_on_port(health.local_address().port());
+        let admin = AdminServer::bind("admin-server-port", config.admin_address, routes)
+            .inspect_err(|error| warn!(%error, "going on without the admin port"))
+            .ok();
+        Ok(Self { connector, context, health, admin, metrics, _upkeep: upkeep })
+    }
+
+    /// Where health, readiness and metrics are served.
+    pub fn health_address(&self) -> SocketAddr {
+        self.health.local_address()
+    }
+
+    /// What the agent counts.
+    pub fn metrics(&self) -> &Arc<AgentMetrics> {
+        &self.metrics
+    }
+
+    /// Keeps a tunnel up until `stop` completes, then drains for the configured time.
+    pub async fn run(self, stop: impl Future<Output = ()>) {
+        let connecting = tokio::spawn(self.connector.run(self.context.clone()));
+        stop.await;
+        self.context.draining.cancel();
+        // Ends within the time to drain, which the tunnel itself keeps.
+        let _ = connecting.await;
+        self.health.stop().await;
+        if let Some(admin) = self.admin {
+            admin.stop().await;
+        }
+    }
+}
+
+fn identifiers(pairs: &[(String, String)]) -> Result<Identifiers, TooLong> {
+    let identifiers: Result<Vec<_>, _> =
+        pairs.iter().map(|(key, value)| Identifier::new(key, value)).collect();
+    identifiers?.try_into()
+}

@@ -1,0 +1,208 @@
+//! Everything the agent counts: each name once, in this file.
+//!
+//! Where Konnectivity has a metric for the same thing, its name and HELP text are kept; what it
+//! has no word for begins with `culvert_agent_`. What describes the state of now is read when it
+//! is scraped, so it cannot go stale.
+
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicU64, Ordering},
+};
+
+use culvert_wire::{
+    ServerId,
+    dial::DialErrorKind,
+    process::metrics::{BuildError, Kind, Metrics, append_family, append_meter, append_tunnels},
+    splice::{HalfEnd, Meter, Outcome},
+    transport::{BufferSizes, Tunnel},
+};
+use metrics::Histogram;
+
+const DIAL_DURATION: &str = "konnectivity_network_proxy_agent_dial_duration_seconds";
+const DIAL_FAILURES: &str = "konnectivity_network_proxy_agent_endpoint_dial_failure_total";
+const OPEN_SERVERS: &str = "konnectivity_network_proxy_agent_open_server_connections";
+const OPEN_TARGETS: &str = "konnectivity_network_proxy_agent_open_endpoint_connections";
+const KNOWN_SERVERS: &str = "konnectivity_network_proxy_agent_known_server_count";
+const DIAL_FAILURE_KINDS: &str = "culvert_agent_dial_failures_total";
+const STREAM_ENDS: &str = "culvert_agent_stream_ends_total";
+const STREAM_BYTES: &str = "culvert_agent_stream_bytes_total";
+const STREAMS: &str = "culvert_agent_streams_total";
+const CONNECT_ATTEMPTS: &str = "culvert_agent_connect_attempts_total";
+const TUNNELS_LOST: &str = "culvert_agent_tunnels_lost_total";
+const UDP_BUFFER: &str = "culvert_agent_udp_buffer_bytes";
+
+/// Bounds of dial durations: Konnectivity's, with the range of a node's own network made finer.
+const DIAL_BUCKETS: &[f64] =
+    &[0.0001, 0.0005, 0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+
+/// The agent's metrics. Shared by everything that counts.
+#[derive(Debug)]
+pub struct AgentMetrics {
+    metrics: Metrics,
+    /// Time of a look-up and connection that succeeded.
+    pub dial_duration: Histogram,
+    /// Bytes spliced in either direction.
+    pub meter: Meter,
+    open_targets: Arc<AtomicU64>,
+    streams: AtomicU64,
+    known_servers: AtomicU64,
+    tunnels: Arc<Mutex<Vec<(ServerId, Tunnel)>>>,
+}
+
+impl AgentMetrics {
+    /// Nothing counted yet.
+    ///
+    /// # Errors
+    /// When a histogram has no bounds; the fault is ours.
+    pub fn new() -> Result<Self, BuildError> {
+        let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), &[(DIAL_DURATION, DIAL_BUCKETS)])?;
+        metrics
+            .describe_histogram(DIAL_DURATION, "Latency of dial to the remote endpoint in seconds");
+        metrics.describe_counter(
+            DIAL_FAILURES,
+            "Number of failures dialing the remote endpoint, by reason (example: timeout).",
+        );
+        metrics.describe_counter(DIAL_FAILURE_KINDS, "Dials that failed, by kind.");
+        metrics.describe_counter(
+            STREAM_ENDS,
+            "Ends of spliced streams by direction, manner and code.",
+        );
+        metrics
+            .describe_counter(CONNECT_ATTEMPTS, "Attempts to get a tunnel to a server, by result.");
+        metrics.describe_counter(TUNNELS_LOST, "Tunnels that ended, by reason.");
+        metrics.describe_gauge(
+            UDP_BUFFER,
+            "Kernel buffer granted to the tunnel's UDP socket, in bytes.",
+        );
+        Ok(Self {
+            dial_duration: metrics.histogram(DIAL_DURATION, &[]),
+            meter: Meter::default(),
+            open_targets: Arc::default(),
+            streams: AtomicU64::new(0),
+            known_servers: AtomicU64::new(0),
+            tunnels: Arc::default(),
+            metrics,
+        })
+    }
+
+    /// Counts a dial that failed; Konnectivity's metric knows time-outs and the rest.
+    pub fn dial_failed(&self, kind: DialErrorKind) {
+        let reason = if kind == DialErrorKind::TIMEOUT { "timeout" } else { "unknown" };
+        self.metrics.counter(DIAL_FAILURES, &[("reason", reason)]).increment(1);
+        self.metrics.counter(DIAL_FAILURE_KINDS, &[("kind", kind.name())]).increment(1);
+    }
+
+    /// Counts a stream that is being spliced.
+    pub fn stream_open(&self) -> OpenTarget {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+        self.open_targets.fetch_add(1, Ordering::Relaxed);
+        OpenTarget(self.open_targets.clone())
+    }
+
+    /// Counts how a splice ended.
+    pub fn stream_ended(&self, outcome: &Outcome) {
+        let count = |direction, manner, code| {
+            let labels = [("direction", direction), ("manner", manner), ("code", code)];
+            self.metrics.counter(STREAM_ENDS, &labels).increment(1);
+        };
+        let half = |direction, end: HalfEnd| match end {
+            HalfEnd::Finished => count(direction, "finished", "none"),
+            HalfEnd::Stopped(code) => count(direction, "stopped", code.name()),
+        };
+        match &outcome.end {
+            Ok((to_server, from_server)) => {
+                half("to_server", *to_server);
+                half("from_server", *from_server);
+            }
+            Err(cut) => count("both", "reset", cut.code().name()),
+        }
+    }
+
+    /// Counts an attempt to get a tunnel.
+    pub fn connect_attempt(&self, result: &'static str) {
+        self.metrics.counter(CONNECT_ATTEMPTS, &[("result", result)]).increment(1);
+    }
+
+    /// Shows a tunnel's path, and what the kernel granted its socket, while the guard lives.
+    pub fn tunnel_open(
+        &self,
+        server_id: ServerId,
+        server_count: u32,
+        tunnel: Tunnel,
+        buffers: BufferSizes,
+    ) -> TunnelShown {
+        self.known_servers.store(server_count.into(), Ordering::Relaxed);
+        #[expect(clippy::cast_precision_loss, reason = "buffers are far below 2^52 bytes")]
+        for (direction, size) in [("receive", buffers.receive), ("send", buffers.send)] {
+            self.metrics.gauge(UDP_BUFFER, &[("direction", direction)]).set(size as f64);
+        }
+        let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+        tunnels.push((server_id.clone(), tunnel));
+        TunnelShown { tunnels: self.tunnels.clone(), server_id }
+    }
+
+    /// Counts a tunnel that ended.
+    pub fn tunnel_lost(&self, reason: &'static str) {
+        self.metrics.counter(TUNNELS_LOST, &[("reason", reason)]).increment(1);
+    }
+
+    /// Whether a server has taken the agent in: what stock calls ready.
+    pub fn is_connected(&self) -> bool {
+        !self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
+    /// The metrics to keep in shape between scrapes.
+    pub fn inner(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// Everything, in Prometheus' text format.
+    pub fn render(&self) -> String {
+        let mut text = self.metrics.render();
+        let now = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut one = |name, kind, help, value| {
+            append_family(&mut text, name, kind, help, [(vec![], value)]);
+        };
+        let help = "Current number of open server connections.";
+        one(OPEN_SERVERS, Kind::Gauge, help, tunnels.len() as u64);
+        let help = "Current number of open endpoint connections.";
+        one(OPEN_TARGETS, Kind::Gauge, help, now(&self.open_targets));
+        let help = "Current number of servers that the agent knows of.";
+        one(KNOWN_SERVERS, Kind::Gauge, help, now(&self.known_servers));
+        one(STREAMS, Kind::Counter, "Streams that were spliced.", now(&self.streams));
+        append_meter(&mut text, STREAM_BYTES, &self.meter, ["to_server", "from_server"]);
+        let paths: Vec<_> = tunnels
+            .iter()
+            .map(|(id, tunnel)| (("server_id", id.to_string()), tunnel.transport(), tunnel.stats()))
+            .collect();
+        append_tunnels(&mut text, "culvert_agent_tunnel", &paths);
+        text
+    }
+}
+
+/// Counts one open connection to a target for as long as it lives.
+#[derive(Debug)]
+pub struct OpenTarget(Arc<AtomicU64>);
+
+impl Drop for OpenTarget {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Shows one tunnel in every scrape for as long as it lives.
+#[derive(Debug)]
+pub struct TunnelShown {
+    tunnels: Arc<Mutex<Vec<(ServerId, Tunnel)>>>,
+    server_id: ServerId,
+}
+
+impl Drop for TunnelShown {
+    fn drop(&mut self) {
+        let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(index) = tunnels.iter().position(|(id, _)| *id == self.server_id) {
+            tunnels.remove(index);
+        }
+    }
+}

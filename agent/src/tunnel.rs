@@ -1,0 +1,221 @@
+//! One tunnel to a server, from hello to loss.
+
+use std::{sync::Arc, time::Duration};
+
+use culvert_wire::{
+    AgentId, CloseCode, InstanceId, StreamCode,
+    control::{ControlError, ControlMessage, ControlStream, Drain, Goodbye, Hello, Welcome},
+    extension::Extensions,
+    route::Identifiers,
+    text::Text,
+    transport::{Tunnel, TunnelLost},
+    version::{Features, REVISION},
+};
+use tokio::time::timeout;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::info;
+
+use crate::egress::Egress;
+
+/// Time for the server to answer the hello.
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
+/// Streams the server may open at first. Slots cost memory ahead, so more are granted as they
+/// are used.
+pub const FIRST_STREAM_LIMIT: u32 = 256;
+/// Time for the last packets of a closed tunnel.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What every tunnel of one agent has in common.
+#[derive(Debug)]
+pub struct TunnelContext {
+    /// How streams are served.
+    pub egress: Egress,
+    /// The agent's name.
+    pub agent_id: AgentId,
+    /// This process among those of the name.
+    pub instance: InstanceId,
+    /// What the agent announces.
+    pub identifiers: Identifiers,
+    /// Streams the server may have open at most.
+    pub max_streams: u32,
+    /// How long streams may go on once the agent drains.
+    pub drain_timeout: Duration,
+    /// Told when the agent is to go away.
+    pub draining: CancellationToken,
+}
+
+/// Why the server did not take the agent in.
+#[derive(Debug, thiserror::Error)]
+pub enum JoinError {
+    /// No welcome came.
+    #[error("no welcome within {WELCOME_TIMEOUT:?}")]
+    TimedOut,
+    /// The tunnel was lost first; the server's reason is in it.
+    #[error("{0}")]
+    Lost(#[from] TunnelLost),
+    /// The control stream failed.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The server answered with something else.
+    #[error("the server answered with another message than welcome")]
+    NotWelcome,
+}
+
+/// A tunnel whose server has taken the agent in.
+#[derive(Debug)]
+pub struct Joined {
+    /// What the server said.
+    pub welcome: Welcome,
+    tunnel: Tunnel,
+    control: ControlStream,
+}
+
+/// Says hello on a fresh tunnel and waits for the welcome.
+///
+/// # Errors
+/// When the server does not answer, or not with a welcome; the tunnel is closed then.
+pub async fn join(tunnel: Tunnel, context: &TunnelContext) -> Result<Joined, JoinError> {
+    let introduced = timeout(WELCOME_TIMEOUT, introduce(&tunnel, context)).await;
+    let result = introduced.unwrap_or(Err(JoinError::TimedOut));
+    match result {
+        Ok((welcome, control)) => Ok(Joined { welcome, tunnel, control }),
+        Err(error) => {
+            tunnel.close(CloseCode::PROTOCOL_VIOLATION, &error.to_string());
+            Err(error)
+        }
+    }
+}
+
+async fn introduce(
+    tunnel: &Tunnel,
+    context: &TunnelContext,
+) -> Result<(Welcome, ControlStream), JoinError> {
+    let mut control = ControlStream::new(tunnel.clone(), tunnel.open().await?);
+    let hello = Hello {
+        revision: REVISION,
+        features: Features::supported(),
+        agent_id: context.agent_id.clone(),
+        instance: context.instance,
+        identifiers: context.identifiers.clone(),
+        token: None,
+        software: Text::truncated(format!("culvert-agent {}", env!("CARGO_PKG_VERSION"))),
+        extensions: Extensions::default(),
+    };
+    control.send(&ControlMessage::Hello(Box::new(hello))).await?;
+    match control.next().await {
+        Ok(ControlMessage::Welcome(welcome)) => Ok((*welcome, control)),
+        Ok(_) => Err(JoinError::NotWelcome),
+        // The server's reason to close says more than the stream's end.
+        Err(ControlError::Read(culvert_wire::transport::ReadError::Lost(lost))) => Err(lost.into()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+impl Joined {
+    /// The tunnel itself.
+    pub fn tunnel(&self) -> &Tunnel {
+        &self.tunnel
+    }
+
+    /// Serves the server's streams until the tunnel is gone or the agent has drained; why it went.
+    pub async fn serve(mut self, context: Arc<TunnelContext>) -> TunnelLost {
+        let streams = TaskTracker::new();
+        let result = tokio::select! {
+            biased;
+            lost = self.tunnel.closed() => return lost,
+            result = converse(&mut self.control) => result,
+            lost = accept(&self.tunnel, &context, &streams) => return lost,
+            () = context.draining.cancelled() => Ok(()),
+        };
+        let result = match result {
+            Ok(()) => self.drain(&context, &streams).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = result {
+            self.tunnel.close(error.close_code(), &error.to_string());
+            self.tunnel.flushed(FLUSH_TIMEOUT).await;
+            return match self.tunnel.closed().await {
+                // The code says more than "closed here": it is our reason.
+                TunnelLost::ClosedHere => TunnelLost::Transport(error.to_string()),
+                lost => lost,
+            };
+        }
+        self.tunnel.closed().await
+    }
+
+    /// Asks for no new dials, lets the streams end, and closes the tunnel.
+    async fn drain(
+        &mut self,
+        context: &Arc<TunnelContext>,
+        streams: &TaskTracker,
+    ) -> Result<(), ControlError> {
+        let limit = context.drain_timeout;
+        info!(streams = streams.len(), ?limit, "draining");
+        let deadline_millis = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+        self.control.send(&ControlMessage::Drain(Drain { deadline_millis })).await?;
+        streams.close();
+        let ended = async {
+            tokio::select! {
+                () = streams.wait() => Ok(()),
+                result = converse(&mut self.control) => result,
+                // A dial that was on its way when the server heard of the drain is still served.
+                _ = accept(&self.tunnel, context, streams) => Ok(()),
+            }
+        };
+        let drained = timeout(limit, ended).await;
+        let cut = streams.len();
+        let (code, reason) = match drained {
+            Ok(result) => result.map(|()| (CloseCode::DONE, "the agent has drained"))?,
+            Err(_) => (CloseCode::SHUTDOWN, "the agent's time to drain is over"),
+        };
+        info!(cut, reason, "leaving");
+        let goodbye = Goodbye { code: code.as_u32(), reason: Text::truncated(reason.into()) };
+        let told = self.control.send(&ControlMessage::Goodbye(goodbye)).await;
+        self.tunnel.close(code, reason);
+        self.tunnel.flushed(FLUSH_TIMEOUT).await;
+        told
+    }
+}
+
+/// Answers the server's messages; ends only with an error.
+async fn converse(control: &mut ControlStream) -> Result<(), ControlError> {
+    loop {
+        match control.next().await? {
+            ControlMessage::Drain(drain) => {
+                info!(deadline_millis = drain.deadline_millis, "the server drains");
+            }
+            ControlMessage::Goodbye(goodbye) => {
+                info!(reason = %goodbye.reason, "the server says goodbye")
+            }
+            // A second welcome, or a hello from the wrong side.
+            _ => return Err(ControlError::Unexpected),
+        }
+    }
+}
+
+/// Serves each stream in a task of its own, and grants more as they are used up.
+async fn accept(
+    tunnel: &Tunnel,
+    context: &Arc<TunnelContext>,
+    streams: &TaskTracker,
+) -> TunnelLost {
+    let mut limit = FIRST_STREAM_LIMIT.min(context.max_streams);
+    loop {
+        let (mut send, mut recv) = match tunnel.accept().await {
+            Ok(stream) => stream,
+            Err(lost) => return lost,
+        };
+        let open = u32::try_from(streams.len()).unwrap_or(u32::MAX);
+        if open >= context.max_streams {
+            send.reset(StreamCode::OVERLOADED);
+            recv.stop(StreamCode::OVERLOADED);
+            continue;
+        }
+        if open >= limit / 2 && limit < context.max_streams {
+            limit = limit.saturating_mul(2).min(context.max_streams);
+            tunnel.set_max_streams(limit);
+        }
+        let context = context.clone();
+        streams.spawn(async move { context.egress.serve((send, recv)).await });
+    }
+}
