@@ -216,18 +216,11 @@ impl Config {
         let tls = tls(&flags, &mut faults);
         let kubernetes = kubernetes(&flags, &mut faults);
         let leases = leases(&flags, &mut faults);
-        let health_port = flags
-            .health_port
-            .unwrap_or_else(|| invocation.choose(8092, 8134));
+        let health_port = flags.health_port.unwrap_or_else(|| invocation.choose(8092, 8134));
         let health_port = faults.registered_port("health-port", health_port);
-        let health_address = faults.bind_address(
-            "health-bind-address",
-            &flags.health_bind_address,
-            health_port,
-        );
-        let admin_port = flags
-            .admin_port
-            .unwrap_or_else(|| invocation.choose(8095, 8133));
+        let health_address =
+            faults.bind_address("health-bind-address", &flags.health_bind_address, health_port);
+        let admin_port = flags.admin_port.unwrap_or_else(|| invocation.choose(8095, 8133));
         let admin_port = faults.registered_port("admin-port", admin_port);
         let admin_address =
             faults.bind_address("admin-bind-address", &flags.admin_bind_address, admin_port);
@@ -263,10 +256,7 @@ fn frontend(flags: &Flags, faults: &mut Faults) -> Option<FrontendConfig> {
         "grpc" => Mode::Grpc,
         "http-connect" => Mode::HttpConnect,
         other => {
-            faults.add(
-                "mode",
-                format!("must be grpc or http-connect, got {other:?}"),
-            );
+            faults.add("mode", format!("must be grpc or http-connect, got {other:?}"));
             Mode::Grpc
         }
     };
@@ -279,11 +269,8 @@ fn frontend(flags: &Flags, faults: &mut Faults) -> Option<FrontendConfig> {
         faults.duration("frontend-keepalive-time", flags.frontend_keepalive_time);
     let header_timeout =
         faults.positive_duration("frontend-header-timeout", flags.frontend_header_timeout);
-    let max_connections = faults.count(
-        "max-frontend-connections",
-        flags.max_frontend_connections,
-        1,
-    );
+    let max_connections =
+        faults.count("max-frontend-connections", flags.max_frontend_connections, 1);
     Some(FrontendConfig {
         mode,
         listen: listen?,
@@ -304,11 +291,7 @@ fn frontend_on_unix(flags: &Flags, faults: &mut Faults) -> FrontendListen {
         ("server-key", &flags.server_key),
         ("server-ca-cert", &flags.server_ca_cert),
     ] {
-        faults.require(
-            path.is_empty(),
-            flag,
-            "must not be given along with --uds-name",
-        );
+        faults.require(path.is_empty(), flag, "must not be given along with --uds-name");
     }
     FrontendListen::Unix {
         path: PathBuf::from(&flags.uds_name),
@@ -319,10 +302,8 @@ fn frontend_on_unix(flags: &Flags, faults: &mut Faults) -> FrontendListen {
 fn frontend_on_tcp(flags: &Flags, faults: &mut Faults) -> Option<FrontendListen> {
     let port = faults.registered_port("server-port", flags.server_port);
     let address = faults.bind_address("server-bind-address", &flags.server_bind_address, port);
-    let certificate = faults.pair(
-        ("server-cert", &flags.server_cert),
-        ("server-key", &flags.server_key),
-    );
+    let certificate =
+        faults.pair(("server-cert", &flags.server_cert), ("server-key", &flags.server_key));
     if flags.server_cert.is_empty() && flags.server_key.is_empty() {
         faults.add("server-cert", "must be given unless --uds-name is");
     }
@@ -332,29 +313,18 @@ fn frontend_on_tcp(flags: &Flags, faults: &mut Faults) -> Option<FrontendListen>
         "server-ca-cert",
         "must be given unless --uds-name is: without it anyone could pose as kube-apiserver",
     );
-    Some(FrontendListen::Tcp {
-        address,
-        certificate: certificate?,
-        client_ca: client_ca?,
-    })
+    Some(FrontendListen::Tcp { address, certificate: certificate?, client_ca: client_ca? })
 }
 
 /// `None` only along with a fault.
 fn agents(flags: &Flags, invocation: Invocation, faults: &mut Faults) -> Option<AgentsConfig> {
-    let port = flags
-        .agent_port
-        .unwrap_or_else(|| invocation.choose(8091, 8132));
+    let port = flags.agent_port.unwrap_or_else(|| invocation.choose(8091, 8132));
     let port = faults.registered_port("agent-port", port);
     let address = faults.bind_address("agent-bind-address", &flags.agent_bind_address, port);
-    let certificate = faults.pair(
-        ("cluster-cert", &flags.cluster_cert),
-        ("cluster-key", &flags.cluster_key),
-    );
+    let certificate =
+        faults.pair(("cluster-cert", &flags.cluster_cert), ("cluster-key", &flags.cluster_key));
     if flags.cluster_cert.is_empty() && flags.cluster_key.is_empty() {
-        faults.add(
-            "cluster-cert",
-            "must be given: agents need something to know the server by",
-        );
+        faults.add("cluster-cert", "must be given: agents need something to know the server by");
     }
     let client_ca = faults.file("cluster-ca-cert", &flags.cluster_ca_cert);
     let token = token(flags, faults);
@@ -372,10 +342,7 @@ fn agents(flags: &Flags, invocation: Invocation, faults: &mut Faults) -> Option<
         format!("must be greater than 0, got {}", flags.xfr_channel_size),
     );
     if flags.xfr_channel_size != 10 {
-        faults.warn(
-            "xfr-channel-size",
-            "has no effect, see --stream-receive-window",
-        );
+        faults.warn("xfr-channel-size", "has no effect, see --stream-receive-window");
     }
     let strategies = strategies(&flags.proxy_strategies, faults);
     let keep_alive_interval = faults.duration("keepalive-time", flags.keepalive_time);
@@ -410,11 +377,7 @@ fn token(flags: &Flags, faults: &mut Faults) -> Option<TokenConfig> {
         faults.require(!value.is_empty(), flag, reason);
     }
     let [namespace, service_account, audience] = parts.map(|(_, value)| value.clone());
-    Some(TokenConfig {
-        namespace,
-        service_account,
-        audience,
-    })
+    Some(TokenConfig { namespace, service_account, audience })
 }
 
 /// Refuses to let agents in unproven unless told to; tokens do not prove anything yet.
@@ -470,11 +433,7 @@ fn strategies(text: &str, faults: &mut Faults) -> Vec<Strategy> {
         }
     }
     let named_none = text.split(',').all(str::is_empty);
-    faults.require(
-        !named_none,
-        "proxy-strategies",
-        "must name at least one strategy",
-    );
+    faults.require(!named_none, "proxy-strategies", "must name at least one strategy");
     strategies
 }
 
@@ -483,10 +442,7 @@ fn tls(flags: &Flags, faults: &mut Faults) -> TlsConfig {
         "" | "VersionTLS12" => TlsVersion::Tls12,
         "VersionTLS13" => TlsVersion::Tls13,
         "VersionTLS10" | "VersionTLS11" => {
-            faults.warn(
-                "tls-min-version",
-                "TLS below 1.2 is insecure (RFC 8996) and stays off",
-            );
+            faults.warn("tls-min-version", "TLS below 1.2 is insecure (RFC 8996) and stays off");
             TlsVersion::Tls12
         }
         other => {
@@ -506,15 +462,9 @@ fn tls(flags: &Flags, faults: &mut Faults) -> TlsConfig {
         );
     }
     if !cipher_suites.is_empty() {
-        faults.warn(
-            "cipher-suites",
-            "has no effect yet, the TLS library's safe choice is used",
-        );
+        faults.warn("cipher-suites", "has no effect yet, the TLS library's safe choice is used");
     }
-    TlsConfig {
-        min_version,
-        cipher_suites,
-    }
+    TlsConfig { min_version, cipher_suites }
 }
 
 fn kubernetes(flags: &Flags, faults: &mut Faults) -> KubernetesConfig {
@@ -530,15 +480,9 @@ fn leases(flags: &Flags, faults: &mut Faults) -> Option<LeaseConfig> {
     if !flags.enable_lease_controller {
         return None;
     }
-    faults.warn(
-        "enable-lease-controller",
-        "has no effect yet, no Leases are published",
-    );
+    faults.warn("enable-lease-controller", "has no effect yet, no Leases are published");
     let labels = faults.labels("lease-label", &flags.lease_label);
-    Some(LeaseConfig {
-        namespace: flags.lease_namespace.clone(),
-        labels,
-    })
+    Some(LeaseConfig { namespace: flags.lease_namespace.clone(), labels })
 }
 
 fn profiling(flags: &Flags, faults: &mut Faults) {
@@ -548,10 +492,7 @@ fn profiling(flags: &Flags, faults: &mut Faults) {
         "needs --enable-profiling",
     );
     if flags.enable_profiling {
-        faults.warn(
-            "enable-profiling",
-            "has no effect, there is no Go profiler here",
-        );
+        faults.warn("enable-profiling", "has no effect, there is no Go profiler here");
     }
 }
 

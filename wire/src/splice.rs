@@ -317,7 +317,11 @@ impl<'a> Pumps<'a> {
             let Some(chunk) = chunk else {
                 send.finish();
                 let _ = self.local_ended.set(());
-                return Ok(HalfEnd::Finished);
+                // Not over before the other side has everything: a loss until then is a cut.
+                return Ok(match stop.await? {
+                    None => HalfEnd::Finished,
+                    Some(code) => HalfEnd::Stopped(code),
+                });
             };
             let length = chunk.len();
             let written = select! {

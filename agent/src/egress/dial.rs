@@ -186,7 +186,10 @@ mod tests {
     #[tokio::test]
     async fn an_address_of_the_other_family_does_not_suit() {
         let failure = failure(Network::Tcp6, "127.0.0.1:80").await;
-        assert_eq!(failure.text.as_str(), "dial tcp6: address 127.0.0.1: no suitable address found");
+        assert_eq!(
+            failure.text.as_str(),
+            "dial tcp6: address 127.0.0.1: no suitable address found"
+        );
     }
 
     #[tokio::test]

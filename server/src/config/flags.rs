@@ -15,22 +15,12 @@ use culvert_wire::process::tunnel_flags::TunnelFlags;
 pub struct Flags {
     /// Protocol kube-apiserver speaks to us: grpc or http-connect, as in its egress selector
     /// configuration
-    #[arg(
-        long,
-        help_heading = "Frontend",
-        value_name = "MODE",
-        default_value = "grpc"
-    )]
+    #[arg(long, help_heading = "Frontend", value_name = "MODE", default_value = "grpc")]
     pub mode: String,
 
     /// Path of the Unix socket for kube-apiserver. Needs --server-port=0 and no --server-cert,
     /// --server-key or --server-ca-cert: the socket's file mode is its protection
-    #[arg(
-        long,
-        help_heading = "Frontend",
-        value_name = "PATH",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Frontend", value_name = "PATH", default_value = "")]
     pub uds_name: String,
 
     /// Remove a socket left behind at --uds-name before listening there
@@ -38,75 +28,35 @@ pub struct Flags {
     pub delete_existing_uds_file: bool,
 
     /// TCP port for kube-apiserver, 1024 to 49151; 0 goes with --uds-name
-    #[arg(
-        long,
-        help_heading = "Frontend",
-        value_name = "PORT",
-        default_value_t = 8090
-    )]
+    #[arg(long, help_heading = "Frontend", value_name = "PORT", default_value_t = 8090)]
     pub server_port: i64,
 
     /// Address to listen on for kube-apiserver; empty is every interface
-    #[arg(
-        long,
-        help_heading = "Frontend",
-        value_name = "ADDRESS",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Frontend", value_name = "ADDRESS", default_value = "")]
     pub server_bind_address: String,
 
     /// Certificate chain shown to kube-apiserver, PEM. TCP only
-    #[arg(
-        long,
-        help_heading = "Frontend",
-        value_name = "FILE",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Frontend", value_name = "FILE", default_value = "")]
     pub server_cert: String,
 
     /// Private key of --server-cert, PEM
-    #[arg(
-        long,
-        help_heading = "Frontend",
-        value_name = "FILE",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Frontend", value_name = "FILE", default_value = "")]
     pub server_key: String,
 
     /// CA that kube-apiserver's client certificate must come from, PEM. Mandatory on TCP
-    #[arg(
-        long,
-        help_heading = "Frontend",
-        value_name = "FILE",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Frontend", value_name = "FILE", default_value = "")]
     pub server_ca_cert: String,
 
     /// Quiet time after which a gRPC connection of kube-apiserver is pinged
-    #[arg(
-        long,
-        help_heading = "Frontend",
-        value_name = "DURATION",
-        default_value = "1h"
-    )]
+    #[arg(long, help_heading = "Frontend", value_name = "DURATION", default_value = "1h")]
     pub frontend_keepalive_time: GoDuration,
 
     /// Connections of kube-apiserver open at once; more wait to be accepted
-    #[arg(
-        long,
-        help_heading = "Frontend",
-        value_name = "COUNT",
-        default_value_t = 20_000
-    )]
+    #[arg(long, help_heading = "Frontend", value_name = "COUNT", default_value_t = 20_000)]
     pub max_frontend_connections: i64,
 
     /// Time for kube-apiserver to say what it wants once connected
-    #[arg(
-        long,
-        help_heading = "Frontend",
-        value_name = "DURATION",
-        default_value = "10s"
-    )]
+    #[arg(long, help_heading = "Frontend", value_name = "DURATION", default_value = "10s")]
     pub frontend_header_timeout: GoDuration,
 
     /// Port for agents, UDP and TCP, 1024 to 49151 [default: 8132, or 8091 when started as
@@ -115,12 +65,7 @@ pub struct Flags {
     pub agent_port: Option<i64>,
 
     /// Address to listen on for agents, UDP and TCP; empty is every interface
-    #[arg(
-        long,
-        help_heading = "Agents",
-        value_name = "ADDRESS",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Agents", value_name = "ADDRESS", default_value = "")]
     pub agent_bind_address: String,
 
     /// Certificate chain shown to agents, PEM. Mandatory
@@ -137,22 +82,12 @@ pub struct Flags {
 
     /// Quiet time after which a stock agent's gRPC connection is pinged. Tunnels have
     /// --tunnel-keep-alive-interval
-    #[arg(
-        long,
-        help_heading = "Agents",
-        value_name = "DURATION",
-        default_value = "1h"
-    )]
+    #[arg(long, help_heading = "Agents", value_name = "DURATION", default_value = "1h")]
     pub keepalive_time: GoDuration,
 
     /// How agents are chosen for a target, in order of trial: default (any), destHost (the agent
     /// that announced the host), defaultRoute (an agent that announced the default route)
-    #[arg(
-        long,
-        help_heading = "Agents",
-        value_name = "LIST",
-        default_value = "default"
-    )]
+    #[arg(long, help_heading = "Agents", value_name = "LIST", default_value = "default")]
     pub proxy_strategies: String,
 
     /// Time for an agent to answer a dial; 0 waits for ever, which is stock's default
@@ -161,21 +96,11 @@ pub struct Flags {
     pub backend_dial_timeout: Option<GoDuration>,
 
     /// Proxied connections that one agent may carry at once
-    #[arg(
-        long,
-        help_heading = "Agents",
-        value_name = "COUNT",
-        default_value_t = 10_000
-    )]
+    #[arg(long, help_heading = "Agents", value_name = "COUNT", default_value_t = 10_000)]
     pub max_streams_per_agent: i64,
 
     /// Queue length of a stock server. Accepted and ignored: each stream has a window of its own
-    #[arg(
-        long,
-        help_heading = "Agents",
-        value_name = "COUNT",
-        default_value_t = 10
-    )]
+    #[arg(long, help_heading = "Agents", value_name = "COUNT", default_value_t = 10)]
     pub xfr_channel_size: i64,
 
     /// Accepted and ignored, as stock does
@@ -184,30 +109,15 @@ pub struct Flags {
 
     /// Namespace an agent's token must come from. Token authentication takes this,
     /// --agent-service-account and --authentication-audience together
-    #[arg(
-        long,
-        help_heading = "Agent tokens",
-        value_name = "NAMESPACE",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Agent tokens", value_name = "NAMESPACE", default_value = "")]
     pub agent_namespace: String,
 
     /// Service account an agent's token must belong to
-    #[arg(
-        long,
-        help_heading = "Agent tokens",
-        value_name = "NAME",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Agent tokens", value_name = "NAME", default_value = "")]
     pub agent_service_account: String,
 
     /// Audience an agent's token must be meant for
-    #[arg(
-        long,
-        help_heading = "Agent tokens",
-        value_name = "AUDIENCE",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Agent tokens", value_name = "AUDIENCE", default_value = "")]
     pub authentication_audience: String,
 
     /// Start even though agents need not prove who they are: anyone who reaches the agent port
@@ -216,30 +126,15 @@ pub struct Flags {
     pub insecure_allow_unauthenticated_agents: bool,
 
     /// Kubeconfig for asking kube-apiserver about tokens and leases; empty is the pod's own
-    #[arg(
-        long,
-        help_heading = "Kubernetes client",
-        value_name = "FILE",
-        default_value = ""
-    )]
+    #[arg(long, help_heading = "Kubernetes client", value_name = "FILE", default_value = "")]
     pub kubeconfig: String,
 
     /// Requests per second to kube-apiserver; 0 is the client's default
-    #[arg(
-        long,
-        help_heading = "Kubernetes client",
-        value_name = "RATE",
-        default_value_t = 0.0
-    )]
+    #[arg(long, help_heading = "Kubernetes client", value_name = "RATE", default_value_t = 0.0)]
     pub kubeconfig_qps: f32,
 
     /// Requests to kube-apiserver that may exceed the rate for a moment; 0 is the client's default
-    #[arg(
-        long,
-        help_heading = "Kubernetes client",
-        value_name = "COUNT",
-        default_value_t = 0
-    )]
+    #[arg(long, help_heading = "Kubernetes client", value_name = "COUNT", default_value_t = 0)]
     pub kubeconfig_burst: i64,
 
     /// Media type of requests to kube-apiserver
@@ -262,12 +157,7 @@ pub struct Flags {
     pub server_id: Option<String>,
 
     /// How many servers there are, told to agents, which connect to that many
-    #[arg(
-        long,
-        help_heading = "Server set",
-        value_name = "COUNT",
-        default_value_t = 1
-    )]
+    #[arg(long, help_heading = "Server set", value_name = "COUNT", default_value_t = 1)]
     pub server_count: i64,
 
     /// Publish a Lease for this server and remove those of servers gone
@@ -293,12 +183,7 @@ pub struct Flags {
     pub lease_label: String,
 
     /// Time for open connections to end after the first SIGTERM; 0 ends them at once
-    #[arg(
-        long,
-        help_heading = "Server set",
-        value_name = "DURATION",
-        default_value = "0"
-    )]
+    #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "0")]
     pub graceful_shutdown_timeout: GoDuration,
 
     /// File with a secret from which stateless-reset tokens are derived, so that a restarted

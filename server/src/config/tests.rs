@@ -24,10 +24,7 @@ impl Files {
 
     fn config_as(&self, argv0: &str, args: &[&str]) -> Result<Config, String> {
         let args = self.expand(args);
-        let args = [argv0]
-            .into_iter()
-            .chain(args.iter().map(String::as_str))
-            .map(OsString::from);
+        let args = [argv0].into_iter().chain(args.iter().map(String::as_str)).map(OsString::from);
         let flags: Flags = go_flags::try_parse_from(args).map_err(|exit| exit.text)?;
         let invocation = Invocation::from_argv0(Some(argv0.as_ref()));
         Config::from_flags(flags, invocation).map_err(|errors| errors.to_string())
@@ -73,11 +70,7 @@ fn default_ports_depend_on_the_name_of_the_program() {
         ("culvert", [8132, 8134, 8133]),
     ] {
         let config = files.config_as(argv0, &MINIMAL).unwrap();
-        let addresses = [
-            config.agents.address,
-            config.health_address,
-            config.admin_address,
-        ];
+        let addresses = [config.agents.address, config.health_address, config.admin_address];
         assert_eq!(addresses.map(|address| address.port()), ports, "{argv0}");
         let hosts = addresses.map(|address| address.ip().to_string());
         assert_eq!(hosts, ["::", "::", "127.0.0.1"]);
@@ -91,17 +84,8 @@ fn defaults_are_stocks_but_for_the_dial_timeout() {
     assert_eq!(config.server_id.len(), 36, "a UUID: {}", config.server_id);
     assert_eq!(config.frontend.mode, Mode::Grpc);
     let path = PathBuf::from("/run/culvert.socket");
-    assert_eq!(
-        config.frontend.listen,
-        FrontendListen::Unix {
-            path,
-            delete_existing: true
-        }
-    );
-    assert_eq!(
-        config.frontend.keep_alive_interval,
-        Duration::from_secs(3600)
-    );
+    assert_eq!(config.frontend.listen, FrontendListen::Unix { path, delete_existing: true });
+    assert_eq!(config.frontend.keep_alive_interval, Duration::from_secs(3600));
     assert_eq!(config.frontend.header_timeout, Duration::from_secs(10));
     assert_eq!(config.frontend.max_connections, 20_000);
     assert_eq!(config.agents.keep_alive_interval, Duration::from_secs(3600));
@@ -121,16 +105,9 @@ fn an_explicit_zero_lets_dials_wait_for_ever() {
     for (arg, timeout) in [
         ("--backend-dial-timeout=0", None),
         ("--backend-dial-timeout=0s", None),
-        (
-            "--backend-dial-timeout=1m30s",
-            Some(Duration::from_secs(90)),
-        ),
+        ("--backend-dial-timeout=1m30s", Some(Duration::from_secs(90))),
     ] {
-        assert_eq!(
-            files.config(&[arg]).unwrap().agents.dial_timeout,
-            timeout,
-            "{arg}"
-        );
+        assert_eq!(files.config(&[arg]).unwrap().agents.dial_timeout, timeout, "{arg}");
     }
 }
 
@@ -138,10 +115,7 @@ fn an_explicit_zero_lets_dials_wait_for_ever() {
 fn kamajis_command_line_starts_only_when_told_that_agents_go_unauthenticated() {
     let files = Files::new();
     let text = files.config_as("/proxy-server", &KAMAJI).unwrap_err();
-    assert!(
-        text.contains("--agent-namespace: agent tokens cannot be checked"),
-        "{text}"
-    );
+    assert!(text.contains("--agent-namespace: agent tokens cannot be checked"), "{text}");
     assert_eq!(text.lines().count(), 2, "that alone: {text}");
 
     let args = [&KAMAJI[..], &["--insecure-allow-unauthenticated-agents"]].concat();
@@ -154,20 +128,12 @@ fn kamajis_command_line_starts_only_when_told_that_agents_go_unauthenticated() {
     assert_eq!(token.namespace, "kube-system");
     assert_eq!(token.service_account, "konnectivity-agent");
     assert_eq!(token.audience, "system:konnectivity-server");
-    assert!(
-        config.warnings[0].contains("NOT AUTHENTICATED"),
-        "{:?}",
-        config.warnings
-    );
+    assert!(config.warnings[0].contains("NOT AUTHENTICATED"), "{:?}", config.warnings);
 
     let args = [&KAMAJI[..], &["--cluster-ca-cert=@ca"]].concat();
     let config = files.config_as("/proxy-server", &args).unwrap();
     assert!(config.agents.client_ca.is_some());
-    assert!(
-        config.warnings[0].contains("certificates alone"),
-        "{:?}",
-        config.warnings
-    );
+    assert!(config.warnings[0].contains("certificates alone"), "{:?}", config.warnings);
 }
 
 /// Every stock flag as `--name=value`, the way upstream's test runners write them.
@@ -277,21 +243,9 @@ fn each_rule_names_its_flag() {
         &["--admin-bind-address=no such host"],
         &["--health-bind-address=no such host"],
         &["--enable-contention-profiling"],
-        &[
-            "--agent-namespace=",
-            "--agent-service-account=a",
-            "--authentication-audience=b",
-        ],
-        &[
-            "--agent-service-account=",
-            "--agent-namespace=a",
-            "--authentication-audience=b",
-        ],
-        &[
-            "--authentication-audience=",
-            "--agent-namespace=a",
-            "--agent-service-account=b",
-        ],
+        &["--agent-namespace=", "--agent-service-account=a", "--authentication-audience=b"],
+        &["--agent-service-account=", "--agent-namespace=a", "--authentication-audience=b"],
+        &["--authentication-audience=", "--agent-namespace=a", "--agent-service-account=b"],
         &["--kubeconfig=@absent"],
         &["--kubeconfig-burst=-1"],
         &["--proxy-strategies="],
@@ -323,10 +277,7 @@ fn each_rule_names_its_flag() {
 #[test]
 fn several_faults_are_reported_together() {
     let text = Files::new()
-        .config_as(
-            "proxy-server",
-            &["--mode=x", "--agent-port=1", "--xfr-channel-size=0"],
-        )
+        .config_as("proxy-server", &["--mode=x", "--agent-port=1", "--xfr-channel-size=0"])
         .unwrap_err();
     for flag in [
         "--mode: ",
@@ -356,10 +307,7 @@ fn what_has_no_effect_is_warned_of() {
         let flag = arg.split('=').next().unwrap();
         let warnings = files.config(&[arg]).unwrap().warnings;
         assert_eq!(warnings.len(), 1, "{arg}: {warnings:?}");
-        assert!(
-            warnings[0].starts_with(&format!("{flag}: ")),
-            "{warnings:?}"
-        );
+        assert!(warnings[0].starts_with(&format!("{flag}: ")), "{warnings:?}");
     }
 }
 
@@ -382,11 +330,7 @@ fn parsed_values_reach_the_configuration() {
         ])
         .unwrap();
     assert_eq!(config.frontend.mode, Mode::HttpConnect);
-    let strategies = [
-        Strategy::DestHost,
-        Strategy::DefaultRoute,
-        Strategy::Default,
-    ];
+    let strategies = [Strategy::DestHost, Strategy::DefaultRoute, Strategy::Default];
     assert_eq!(config.agents.strategies, strategies);
     assert_eq!(config.tls.min_version, TlsVersion::Tls13);
     assert_eq!((config.server_id.as_str(), config.server_count), ("one", 1));
@@ -404,10 +348,7 @@ fn help_mentions_every_flag_with_words_of_its_own() {
     let help = command.render_help().to_string();
     for arg in command.get_arguments() {
         let name = arg.get_long().unwrap();
-        assert!(
-            arg.is_hide_set() || help.contains(&format!("--{name}")),
-            "{name} in {help}"
-        );
+        assert!(arg.is_hide_set() || help.contains(&format!("--{name}")), "{name} in {help}");
         assert!(arg.get_help().is_some(), "{name} has no help");
         assert!(
             arg.get_help_heading().is_some() || ["completion", "help", "version"].contains(&name),

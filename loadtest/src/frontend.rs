@@ -1,0 +1,3 @@
+//! Coming in as kube-apiserver does.
+
+pub mod connect;

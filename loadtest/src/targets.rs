@@ -1,0 +1,179 @@
+//! What can be dialed: well-behaved and ill-behaved TCP servers on loopback, each in tasks that
+//! end when it is dropped.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use socket2::SockRef;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::mpsc,
+    task::JoinHandle,
+};
+
+/// A TCP server that treats each connection the same way.
+#[derive(Debug)]
+pub struct Target {
+    address: SocketAddr,
+    task: JoinHandle<()>,
+}
+
+impl Target {
+    /// Listens on a free port and gives each connection to `serve`.
+    ///
+    /// # Errors
+    /// When no port can be had.
+    pub async fn start<F, S>(serve: S) -> io::Result<Self>
+    where
+        S: Fn(TcpStream) -> F + Send + Sync + 'static,
+        F: Future<Output = io::Result<()>> + Send + 'static,
+    {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let address = listener.local_addr()?;
+        let task = tokio::spawn(async move {
+            let mut connections = tokio::task::JoinSet::new();
+            while let Ok((socket, _)) = listener.accept().await {
+                let _ = socket.set_nodelay(true);
+                connections.spawn(serve(socket));
+                while connections.try_join_next().is_some() {}
+            }
+        });
+        Ok(Self { address, task })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Sends back what it gets, and ends when the peer does.
+///
+/// # Errors
+/// When no port can be had.
+pub async fn echo() -> io::Result<Target> {
+    Target::start(|mut socket| async move {
+        let (mut reader, mut writer) = socket.split();
+        tokio::io::copy_buf(
+            &mut tokio::io::BufReader::with_capacity(65_536, &mut reader),
+            &mut writer,
+        )
+        .await?;
+        writer.shutdown().await
+    })
+    .await
+}
+
+/// Sends `banner` at once and then what it gets.
+///
+/// # Errors
+/// When no port can be had.
+pub async fn banner(banner: &'static str) -> io::Result<Target> {
+    Target::start(move |mut socket| async move {
+        socket.write_all(banner.as_bytes()).await?;
+        let (mut reader, mut writer) = socket.split();
+        tokio::io::copy(&mut reader, &mut writer).await?;
+        writer.shutdown().await
+    })
+    .await
+}
+
+/// Sends `bytes` zeros as soon as it is connected, then ends.
+///
+/// # Errors
+/// When no port can be had.
+pub async fn source(bytes: u64) -> io::Result<Target> {
+    Target::start(move |mut socket| async move {
+        let chunk = vec![0; 65_536];
+        let mut left = bytes;
+        while left > 0 {
+            let length = usize::try_from(left).unwrap_or(usize::MAX).min(chunk.len());
+            socket.write_all(&chunk[..length]).await?;
+            left -= length as u64;
+        }
+        socket.shutdown().await
+    })
+    .await
+}
+
+/// Sends a line of text every `interval`, as a log would.
+///
+/// # Errors
+/// When no port can be had.
+pub async fn log(interval: Duration) -> io::Result<Target> {
+    Target::start(move |mut socket| async move {
+        let mut ticks = tokio::time::interval(interval);
+        for line in 0_u64.. {
+            ticks.tick().await;
+            socket.write_all(format!("line {line} of a container's log\n").as_bytes()).await?;
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// What a [`recorder`] saw of one connection.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Everything that came.
+    pub bytes: Vec<u8>,
+    /// Whether it ended in order, or how it failed.
+    pub end: Result<(), io::ErrorKind>,
+}
+
+/// Reads each connection to its end, then answers `answer` and ends; what came is reported.
+///
+/// # Errors
+/// When no port can be had.
+pub async fn recorder(
+    answer: &'static str,
+) -> io::Result<(Target, mpsc::UnboundedReceiver<Record>)> {
+    let (records, recorded) = mpsc::unbounded_channel();
+    let target = Target::start(move |mut socket| {
+        let records = records.clone();
+        async move {
+            let mut bytes = Vec::new();
+            let end = socket.read_to_end(&mut bytes).await.map(drop).map_err(|e| e.kind());
+            let _ = records.send(Record { bytes, end });
+            socket.write_all(answer.as_bytes()).await?;
+            socket.shutdown().await
+        }
+    })
+    .await?;
+    Ok((target, recorded))
+}
+
+/// Hands each connection to the test.
+///
+/// # Errors
+/// When no port can be had.
+pub async fn handed_over() -> io::Result<(Target, mpsc::UnboundedReceiver<TcpStream>)> {
+    let (sockets, accepted) = mpsc::unbounded_channel();
+    let sockets = Arc::new(sockets);
+    let target = Target::start(move |socket| {
+        let sockets = sockets.clone();
+        async move {
+            let _ = sockets.send(socket);
+            Ok(())
+        }
+    })
+    .await?;
+    Ok((target, accepted))
+}
+
+/// Resets a connection: its close is a RST, and what was not read is lost.
+pub fn reset(socket: TcpStream) {
+    // Fails only on a socket that is not connected any more.
+    let _ = SockRef::from(&socket).set_linger(Some(Duration::ZERO));
+}

@@ -1,0 +1,88 @@
+//! Where kube-apiserver comes in: listeners, and what is done with each accepted connection.
+//!
+//! A frontend asks for a target, gets a stream from the [`Dialer`], and is spliced to it.
+
+pub mod connect;
+pub mod grpc;
+pub mod listen;
+mod tls_socket;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use culvert_wire::{
+    dial::DialTiming,
+    splice::{self, Abort, Cut, HalfEnd, Local, LocalRead, LocalWrite},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::debug;
+
+use crate::{
+    config::Mode,
+    dial::{Dialed, Dialer},
+    metrics::{FrontendKind, ServerMetrics},
+    registry::Candidate,
+};
+
+/// What every frontend connection of one server has in common.
+#[derive(Debug)]
+pub struct FrontendContext {
+    /// How targets are reached.
+    pub dialer: Dialer,
+    /// What is counted.
+    pub metrics: Arc<ServerMetrics>,
+    /// What is spoken.
+    pub mode: Mode,
+    /// Time for a connection to say what it wants.
+    pub header_timeout: Duration,
+    /// Quiet time after which a gRPC connection is pinged; zero never pings.
+    pub keep_alive_interval: Duration,
+    /// Told when no new requests are to be taken.
+    pub stopping: CancellationToken,
+    /// Told when whatever is still open is to be cut off.
+    pub closing: CancellationToken,
+    /// Everything that works for frontends.
+    pub tasks: TaskTracker,
+}
+
+impl FrontendContext {
+    /// Serves one accepted connection to its end.
+    async fn serve<S: connect::FrontendSocket>(self: Arc<Self>, socket: S) {
+        match self.mode {
+            Mode::HttpConnect => {
+                let _counted = self.metrics.frontend_open(FrontendKind::Connect);
+                connect::serve(socket, &self).await;
+            }
+            Mode::Grpc => grpc::serve(socket, self).await,
+        }
+    }
+
+    /// Splices a frontend to its stream; how it ended.
+    async fn carry<R: LocalRead, W: LocalWrite, A: Abort>(
+        &self,
+        local: Local<R, W, A>,
+        dialed: Dialed,
+    ) -> Result<(HalfEnd, HalfEnd), Cut> {
+        let Dialed { id, stream, place, timing } = dialed;
+        let started = Instant::now();
+        let agent_id = place.backend().agent_id().as_str();
+        let DialTiming { policy_micros, resolve_micros, connect_micros } = timing;
+        debug!(dial = %id, agent_id, policy_micros, resolve_micros, connect_micros, "spliced");
+        let counted = self.metrics.stream_open();
+        let outcome = splice::splice(local, stream, &self.metrics.meter).await;
+        drop(counted);
+        self.metrics.stream_ended(started, &outcome);
+        let (up, down) = (outcome.to_tunnel, outcome.from_tunnel);
+        let seconds = started.elapsed().as_secs_f64();
+        match &outcome.end {
+            Ok((to, from)) => debug!(dial = %id, agent_id, up, down, seconds, ?to, ?from, "ended"),
+            Err(cut @ Cut::Lost(_)) => {
+                tracing::info!(dial = %id, agent_id, up, down, seconds, %cut, "cut off")
+            }
+            Err(cut) => debug!(dial = %id, agent_id, up, down, seconds, %cut, "cut off"),
+        }
+        outcome.end
+    }
+}

@@ -1,0 +1,58 @@
+//! The gRPC frontend: `/ProxyService/Proxy`, as kube-apiserver's client library speaks it.
+//!
+//! Each `Proxy` stream carries one proxied connection; a connection from kube-apiserver may carry
+//! many `Proxy` streams. There is no half-close here: CLOSE_REQ and CLOSE_RSP end both directions,
+//! and everything that came before them is still delivered.
+
+pub mod authority;
+mod connection;
+pub mod packet;
+mod proxy;
+mod service;
+
+use std::sync::Arc;
+
+use authority::LegalAuthority;
+use hyper::server::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use service::ProxyService;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tracing::debug;
+
+use super::FrontendContext;
+
+/// Bytes a `Proxy` stream may be ahead of its target: what a fast upload needs to stay fast.
+const STREAM_WINDOW: u32 = 2 * 1024 * 1024;
+/// Bytes all `Proxy` streams of a connection may be ahead of their targets. The HTTP/2 library
+/// ends connections whose unread small frames add up to half of it, so it has to be large.
+const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
+/// `Proxy` streams one connection may have open; grpc-go's own server sets no limit.
+const MAX_STREAMS: u32 = 10_000;
+
+/// Serves one connection of kube-apiserver until it closes or the server stops.
+pub(super) async fn serve<S>(socket: S, context: Arc<FrontendContext>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let mut http = http2::Builder::new(TokioExecutor::new());
+    http.timer(TokioTimer::new())
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(MAX_STREAMS);
+    if !context.keep_alive_interval.is_zero() {
+        http.keep_alive_interval(context.keep_alive_interval);
+    }
+    let stopping = context.stopping.clone();
+    let io = TokioIo::new(LegalAuthority::new(socket));
+    let mut connection = std::pin::pin!(http.serve_connection(io, ProxyService::new(context)));
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = stopping.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        debug!(%error, "a gRPC frontend's connection ended");
+    }
+}

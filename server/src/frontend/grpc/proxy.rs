@@ -1,0 +1,181 @@
+//! One `Proxy` stream from its first packet to its last.
+//!
+//! ```text
+//! Idle ──DIAL_REQ──▶ Dialing ──DIAL_RSP──▶ Connected ──CLOSE_REQ, CLOSE_RSP──▶ Over
+//!  ▲                    │ DIAL_CLS             │ DATA both ways
+//!  └────────────────────┘                      └ any fault: CLOSE_RSP with the reason
+//! ```
+//!
+//! Answers to misplaced packets are Konnectivity's, word for word. One thing differs: a second
+//! DIAL_REQ is refused, where Konnectivity would dial and then kill both connections at the first
+//! byte for the second.
+
+use std::{
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+};
+
+use culvert_wire::{
+    Target,
+    dial::{Network, StreamKind},
+    splice::{Cut, HalfEnd, Local},
+};
+use tonic::Streaming;
+use tracing::debug;
+
+use super::{
+    super::FrontendContext,
+    connection::{self, Registration},
+    packet::{Ask, DialRequest, Packet},
+    service::Outbound,
+};
+use crate::{
+    dial::{DialError, Dialed, Wish},
+    metrics::FrontendKind,
+};
+
+/// Names the connections of this process, from 1; 0 stands for none on the wire.
+static NEXT_CONNECT_ID: AtomicI64 = AtomicI64::new(1);
+
+/// Serves one `Proxy` stream until the frontend ends it or its connection is over.
+pub(super) async fn serve(
+    context: Arc<FrontendContext>,
+    mut inbound: Streaming<Packet>,
+    outbound: Outbound,
+) {
+    let _counted = context.metrics.frontend_open(FrontendKind::Grpc);
+    while let Some(request) = first_dial(&mut inbound, &outbound).await {
+        let random = request.random;
+        let dialed = match dial(&context, request, &mut inbound, &outbound).await {
+            Dialing::Done(dialed) => dialed,
+            Dialing::Cancelled => continue,
+            Dialing::Left => return,
+        };
+        match dialed {
+            Ok(dialed) => return connected(&context, random, *dialed, inbound, outbound).await,
+            Err(error) => {
+                let answer = Packet::dial_response(random, Err(error.to_string()));
+                // A frontend that is gone needs no answer.
+                let _ = outbound.send(Ok(answer)).await;
+                break;
+            }
+        }
+    }
+    ignore_rest(&mut inbound).await;
+}
+
+/// Waits for the packet that asks for a target; `None` when the stream is of no further use.
+async fn first_dial(inbound: &mut Streaming<Packet>, outbound: &Outbound) -> Option<DialRequest> {
+    while let Ok(Some(packet)) = inbound.message().await {
+        match packet.into() {
+            Ask::Dial(request) => return Some(request),
+            Ask::Close(id) => {
+                outbound
+                    .send(Ok(Packet::close_response(id, "backend uninitialized")))
+                    .await
+                    .ok()?;
+            }
+            Ask::Data(data) => {
+                let answer = Packet::close_response(data.connect_id, "backend not initialized");
+                outbound.send(Ok(answer)).await.ok()?;
+                return None;
+            }
+            Ask::CancelDial(_) | Ask::Other => {}
+        }
+    }
+    None
+}
+
+/// What became of a dial.
+enum Dialing {
+    Done(Result<Box<Dialed>, DialError>),
+    /// The frontend gave it up and may ask again.
+    Cancelled,
+    /// The frontend is gone.
+    Left,
+}
+
+/// Dials while listening to what the frontend has to say meanwhile.
+async fn dial(
+    context: &FrontendContext,
+    request: DialRequest,
+    inbound: &mut Streaming<Packet>,
+    outbound: &Outbound,
+) -> Dialing {
+    let wish = match wish(&request) {
+        Ok(wish) => wish,
+        Err(error) => return Dialing::Done(Err(error)),
+    };
+    let mut dialing = pin!(context.dialer.dial(wish));
+    loop {
+        let packet = tokio::select! {
+            result = &mut dialing => return Dialing::Done(result.map(Box::new)),
+            packet = inbound.message() => packet,
+        };
+        let Ok(Some(packet)) = packet else {
+            context.metrics.dial_failed("frontend_close");
+            return Dialing::Left;
+        };
+        let refusal = match packet.into() {
+            Ask::CancelDial(random) if random == request.random => {
+                context.metrics.dial_failed("frontend_close");
+                return Dialing::Cancelled;
+            }
+            Ask::Dial(second) => refuse_second(second.random),
+            Ask::Data(data) if data.connect_id == 0 => continue,
+            Ask::Data(data) => Packet::close_response(data.connect_id, "unrecognized connectID"),
+            Ask::Close(id) => Packet::close_response(id, "Unknown connectID"),
+            Ask::CancelDial(_) | Ask::Other => continue,
+        };
+        if outbound.send(Ok(refusal)).await.is_err() {
+            return Dialing::Left;
+        }
+    }
+}
+
+fn wish(request: &DialRequest) -> Result<Wish, DialError> {
+    let network = Network::from_name(&request.protocol)
+        .ok_or_else(|| DialError::Network(request.protocol.chars().take(32).collect()))?;
+    let target: Target = request.address.parse()?;
+    Ok(Wish { network, target, kind: StreamKind::UNKNOWN, trace: None })
+}
+
+/// The answer to a DIAL_REQ on a stream that has a connection.
+pub(super) fn refuse_second(random: i64) -> Packet {
+    Packet::dial_response(random, Err("this stream carries another connection".into()))
+}
+
+/// Tells the frontend its connection's name and splices it until both directions have ended.
+async fn connected(
+    context: &FrontendContext,
+    random: i64,
+    dialed: Dialed,
+    inbound: Streaming<Packet>,
+    outbound: Outbound,
+) {
+    let id = NEXT_CONNECT_ID.fetch_add(1, Ordering::Relaxed);
+    if outbound.send(Ok(Packet::dial_response(random, Ok(id)))).await.is_err() {
+        return debug!("a frontend left before its dial was answered");
+    }
+    let registration = Registration::begin();
+    let (reader, writer, abort) = connection::halves(id, inbound, outbound.clone(), registration);
+    let closing = writer.closing();
+    let end = context.carry(Local::new(reader, writer, abort), dialed).await;
+    let error = match end {
+        Ok((_, HalfEnd::Finished)) => return, // the writer has sent CLOSE_RSP
+        Ok((HalfEnd::Finished, _)) => String::new(),
+        Ok((HalfEnd::Stopped(code), _)) => format!("target stopped reading: {code}"),
+        Err(Cut::Lost(lost)) => format!("agent lost: {lost}"),
+        Err(cut) => cut.to_string(),
+    };
+    closing.send(error).await;
+}
+
+/// Reads on until the frontend ends the stream: what it sends has no meaning any more, but a
+/// stream that the server ends first would look like a failure.
+async fn ignore_rest(inbound: &mut Streaming<Packet>) {
+    while let Ok(Some(_)) = inbound.message().await {}
+}

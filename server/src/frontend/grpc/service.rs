@@ -1,0 +1,76 @@
+//! HTTP/2 requests to `Proxy` streams, by tonic's server machinery.
+
+use std::{convert::Infallible, future::Ready, pin::Pin, sync::Arc};
+
+use http::{Request, Response};
+use hyper::{body::Incoming, service::Service};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{
+    Status, Streaming,
+    body::Body,
+    server::{Grpc, StreamingService},
+};
+use tonic_prost::ProstCodec;
+
+use super::{super::FrontendContext, packet::Packet, proxy};
+
+/// The one method there is.
+const METHOD: &str = "/ProxyService/Proxy";
+/// The largest packet that is taken. grpc-go sends whatever one write passed; its own receive
+/// limit of 4 MiB is where users' writes end today, and a packet's other fields come on top.
+const MAX_PACKET_LEN: usize = 5 * 1024 * 1024;
+/// Packets that may wait for HTTP/2 to take them. One is being sent while the next is made.
+const OUTBOUND_PACKETS: usize = 2;
+
+/// Where a `Proxy` stream's packets to the frontend go. An error ends the stream.
+pub(super) type Outbound = mpsc::Sender<Result<Packet, Status>>;
+
+/// Answers the requests of one connection.
+#[derive(Clone, Debug)]
+pub(super) struct ProxyService(Arc<FrontendContext>);
+
+impl ProxyService {
+    pub(super) fn new(context: Arc<FrontendContext>) -> Self {
+        Self(context)
+    }
+}
+
+type ResponseFuture = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+impl Service<Request<Incoming>> for ProxyService {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = ResponseFuture;
+
+    fn call(&self, request: Request<Incoming>) -> ResponseFuture {
+        let method = Proxy(self.0.clone());
+        Box::pin(async move {
+            if request.uri().path() != METHOD {
+                let status =
+                    Status::unimplemented(format!("unknown method {}", request.uri().path()));
+                return Ok(status.into_http());
+            }
+            let mut grpc =
+                Grpc::new(ProstCodec::default()).max_decoding_message_size(MAX_PACKET_LEN);
+            Ok(grpc.streaming(method, request).await)
+        })
+    }
+}
+
+/// The method's handler, in the shape that tonic asks for.
+struct Proxy(Arc<FrontendContext>);
+
+impl StreamingService<Packet> for Proxy {
+    type Response = Packet;
+    type ResponseStream = ReceiverStream<Result<Packet, Status>>;
+    type Future = Ready<Result<tonic::Response<Self::ResponseStream>, Status>>;
+
+    fn call(&mut self, request: tonic::Request<Streaming<Packet>>) -> Self::Future {
+        let (outbound, packets) = mpsc::channel(OUTBOUND_PACKETS);
+        let context = self.0.clone();
+        let tasks = context.tasks.clone();
+        tasks.spawn(proxy::serve(context, request.into_inner(), outbound));
+        std::future::ready(Ok(tonic::Response::new(ReceiverStream::new(packets))))
+    }
+}

@@ -1,0 +1,288 @@
+//! Everything the server counts: each name once, in this file.
+//!
+//! Where Konnectivity has a metric for the same thing, its name and HELP text are kept, so that
+//! dashboards and alerts go on working; what it has no word for begins with `culvert_server_`.
+//! What describes the state of now is read when it is scraped, so it cannot go stale.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use culvert_wire::{
+    process::metrics::{BuildError, Kind, Metrics, append_family, append_meter, append_tunnels},
+    splice::{HalfEnd, Meter, Outcome},
+    transport::BufferSizes,
+};
+use metrics::Histogram;
+
+use crate::{
+    backend::{Backend, Backends},
+    config::Strategy,
+    registry::Candidate,
+};
+
+const DIAL_DURATION: &str = "konnectivity_network_proxy_server_dial_duration_seconds";
+const CONNECTION_DURATION: &str = "konnectivity_network_proxy_server_connection_duration_seconds";
+const DIAL_FAILURES: &str = "konnectivity_network_proxy_server_dial_failure_count";
+const PENDING_DIALS: &str = "konnectivity_network_proxy_server_pending_backend_dials";
+const ESTABLISHED: &str = "konnectivity_network_proxy_server_established_connections";
+const GRPC_CONNECTIONS: &str = "konnectivity_network_proxy_server_grpc_connections";
+const HTTP_CONNECTIONS: &str = "konnectivity_network_proxy_server_http_connections";
+const READY_BACKENDS: &str = "konnectivity_network_proxy_server_ready_backends";
+const READY_CONNECTIONS: &str = "konnectivity_network_proxy_server_ready_backend_connections";
+const STREAMS: &str = "culvert_server_streams_total";
+const STREAM_ENDS: &str = "culvert_server_stream_ends_total";
+const STREAM_BYTES: &str = "culvert_server_stream_bytes_total";
+const OPEN_STREAMS: &str = "culvert_server_tunnel_open_streams";
+const TUNNELS: &str = "culvert_server_tunnels";
+const TUNNELS_LOST: &str = "culvert_server_tunnels_lost_total";
+const JOIN_FAILURES: &str = "culvert_server_join_failures_total";
+const UDP_BUFFER: &str = "culvert_server_udp_buffer_bytes";
+
+/// Bounds of dial durations: Konnectivity's, with the range that tunnels live in made finer.
+const DIAL_BUCKETS: &[f64] = &[
+    1e-6, 1e-5, 1e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 12.5,
+];
+/// Bounds of connection durations: Konnectivity's.
+const CONNECTION_BUCKETS: &[f64] =
+    &[1.0, 5.0, 15.0, 30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 14_400.0, 43_200.0, 86_400.0];
+
+/// Which kind of frontend a connection came in by.
+#[derive(Clone, Copy, Debug)]
+pub enum FrontendKind {
+    /// One `Proxy` stream of the gRPC frontend.
+    Grpc,
+    /// One connection of the HTTP CONNECT frontend.
+    Connect,
+}
+
+/// The server's metrics. Shared by everything that counts.
+#[derive(Debug)]
+pub struct ServerMetrics {
+    metrics: Metrics,
+    /// Time from a dial's start to a positive answer.
+    pub dial_duration: Histogram,
+    connection_duration: Histogram,
+    pending_dials: Arc<AtomicU64>,
+    established: Arc<AtomicU64>,
+    grpc_connections: Arc<AtomicU64>,
+    http_connections: Arc<AtomicU64>,
+    streams: AtomicU64,
+    /// Bytes spliced in either direction.
+    pub meter: Meter,
+    tunnels: Arc<Mutex<Vec<Arc<Backend>>>>,
+}
+
+impl ServerMetrics {
+    /// Nothing counted yet.
+    ///
+    /// # Errors
+    /// When a histogram has no bounds; the fault is ours.
+    pub fn new() -> Result<Self, BuildError> {
+        let buckets: &[(&str, &[f64])] =
+            &[(DIAL_DURATION, DIAL_BUCKETS), (CONNECTION_DURATION, CONNECTION_BUCKETS)];
+        let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), buckets)?;
+        metrics
+            .describe_histogram(DIAL_DURATION, "Latency of dial to the remote endpoint in seconds");
+        metrics.describe_histogram(
+            CONNECTION_DURATION,
+            "Time a spliced connection lived, in seconds.",
+        );
+        metrics.describe_counter(
+            DIAL_FAILURES,
+            "Number of dial failures observed. Multiple failures can occur for a single dial request.",
+        );
+        metrics.describe_counter(
+            STREAM_ENDS,
+            "Ends of spliced streams by direction, manner and code.",
+        );
+        metrics.describe_counter(TUNNELS_LOST, "Tunnels that ended, by reason.");
+        metrics.describe_counter(
+            JOIN_FAILURES,
+            "Agents that connected and did not become a backend, by reason.",
+        );
+        Ok(Self {
+            dial_duration: metrics.histogram(DIAL_DURATION, &[]),
+            connection_duration: metrics.histogram(CONNECTION_DURATION, &[]),
+            pending_dials: Arc::default(),
+            established: Arc::default(),
+            grpc_connections: Arc::default(),
+            http_connections: Arc::default(),
+            streams: AtomicU64::new(0),
+            meter: Meter::default(),
+            tunnels: Arc::default(),
+            metrics,
+        })
+    }
+
+    /// Tells the kernel's UDP buffers, which do not change while the server runs.
+    pub fn set_udp_buffers(&self, sizes: BufferSizes) {
+        self.metrics.describe_gauge(
+            UDP_BUFFER,
+            "Kernel buffer granted to the tunnel's UDP socket, in bytes.",
+        );
+        let set = |direction, size| {
+            #[expect(clippy::cast_precision_loss, reason = "buffers are far below 2^52 bytes")]
+            self.metrics.gauge(UDP_BUFFER, &[("direction", direction)]).set(size as f64);
+        };
+        set("receive", sizes.receive);
+        set("send", sizes.send);
+    }
+
+    /// Counts a dial that waits for its answer.
+    pub fn dial_pending(&self) -> Counted {
+        Counted::enter(&self.pending_dials)
+    }
+
+    /// Counts a dial that failed.
+    pub fn dial_failed(&self, reason: &'static str) {
+        self.metrics.counter(DIAL_FAILURES, &[("reason", reason)]).increment(1);
+    }
+
+    /// Counts a frontend's connection.
+    pub fn frontend_open(&self, kind: FrontendKind) -> Counted {
+        Counted::enter(match kind {
+            FrontendKind::Grpc => &self.grpc_connections,
+            FrontendKind::Connect => &self.http_connections,
+        })
+    }
+
+    /// Counts a stream that is being spliced.
+    pub fn stream_open(&self) -> Counted {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+        Counted::enter(&self.established)
+    }
+
+    /// Counts how a splice ended and how long it lived.
+    pub fn stream_ended(&self, started: Instant, outcome: &Outcome) {
+        self.connection_duration.record(started.elapsed());
+        let count = |direction, manner, code| {
+            let labels = [("direction", direction), ("manner", manner), ("code", code)];
+            self.metrics.counter(STREAM_ENDS, &labels).increment(1);
+        };
+        let half = |direction, end: HalfEnd| match end {
+            HalfEnd::Finished => count(direction, "finished", "none"),
+            HalfEnd::Stopped(code) => count(direction, "stopped", code.name()),
+        };
+        match &outcome.end {
+            Ok((to_agent, from_agent)) => {
+                half("to_agent", *to_agent);
+                half("from_agent", *from_agent);
+            }
+            Err(cut) => count("both", "reset", cut.code().name()),
+        }
+    }
+
+    /// Counts a backend's tunnel, and shows its path for as long as the guard lives.
+    pub fn tunnel_open(&self, backend: &Arc<Backend>) -> TunnelShown {
+        self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).push(backend.clone());
+        TunnelShown { tunnels: self.tunnels.clone(), backend: backend.clone() }
+    }
+
+    /// Counts a tunnel that ended.
+    pub fn tunnel_lost(&self, reason: &'static str) {
+        self.metrics.counter(TUNNELS_LOST, &[("reason", reason)]).increment(1);
+    }
+
+    /// Counts an agent that did not become a backend.
+    pub fn join_failed(&self, reason: &'static str) {
+        self.metrics.counter(JOIN_FAILURES, &[("reason", reason)]).increment(1);
+    }
+
+    /// The metrics to keep in shape between scrapes.
+    pub fn inner(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// Everything, in Prometheus' text format.
+    pub fn render(&self, backends: &Backends) -> String {
+        let mut text = self.metrics.render();
+        let now = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let mut gauge = |name, help, rows: Vec<(Vec<(&'static str, String)>, u64)>| {
+            append_family(&mut text, name, Kind::Gauge, help, rows);
+        };
+        let one = |value| vec![(vec![], value)];
+
+        let help = "Current number of pending backend dial requests";
+        gauge(PENDING_DIALS, help, one(now(&self.pending_dials)));
+        let help = "Current number of established end-to-end connections (post-dial).";
+        gauge(ESTABLISHED, help, one(now(&self.established)));
+        let help = "Number of current grpc connections, partitioned by service method.";
+        let proxy = vec![("service_method", "Proxy".to_owned())];
+        gauge(GRPC_CONNECTIONS, help, vec![(proxy, now(&self.grpc_connections))]);
+        let help = "Number of current HTTP CONNECT connections";
+        gauge(HTTP_CONNECTIONS, help, one(now(&self.http_connections)));
+
+        let ready: Vec<_> = backends
+            .counts()
+            .into_iter()
+            .map(|(strategy, count)| {
+                (vec![("proxy_strategy", strategy_name(strategy).to_owned())], count as u64)
+            })
+            .collect();
+        let last = ready.last().map_or(0, |(_, count)| *count);
+        let help = "Number of konnectivity agent connected to the proxy server";
+        gauge(READY_BACKENDS, help, ready);
+        let help = "Number of konnectivity agent connected to the proxy server. DEPRECATED, please use ready_backends";
+        gauge(READY_CONNECTIONS, help, one(last));
+
+        let tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let agent = |backend: &Backend| ("agent_id", backend.agent_id().to_string());
+        gauge(TUNNELS, "Tunnels of agents that have joined.", one(tunnels.len() as u64));
+        let open = tunnels.iter().map(|b| (vec![agent(b)], b.open_streams() as u64)).collect();
+        gauge(OPEN_STREAMS, "Streams being dialed or spliced, by agent.", open);
+        let paths: Vec<_> = tunnels
+            .iter()
+            .map(|backend| (agent(backend), backend.tunnel.transport(), backend.tunnel.stats()))
+            .collect();
+        append_tunnels(&mut text, "culvert_server_tunnel", &paths);
+
+        let help = "Streams that were spliced.";
+        append_family(&mut text, STREAMS, Kind::Counter, help, one(now(&self.streams)));
+        append_meter(&mut text, STREAM_BYTES, &self.meter, ["to_agent", "from_agent"]);
+        text
+    }
+}
+
+fn strategy_name(strategy: Strategy) -> &'static str {
+    match strategy {
+        Strategy::Default => "default",
+        Strategy::DestHost => "destHost",
+        Strategy::DefaultRoute => "defaultRoute",
+    }
+}
+
+/// Counts one thing for as long as it lives.
+#[derive(Debug)]
+pub struct Counted(Arc<AtomicU64>);
+
+impl Counted {
+    fn enter(count: &Arc<AtomicU64>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Shows one tunnel's path in every scrape for as long as it lives.
+#[derive(Debug)]
+pub struct TunnelShown {
+    tunnels: Arc<Mutex<Vec<Arc<Backend>>>>,
+    backend: Arc<Backend>,
+}
+
+impl Drop for TunnelShown {
+    fn drop(&mut self) {
+        let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+        tunnels.retain(|backend| !Arc::ptr_eq(backend, &self.backend));
+    }
+}

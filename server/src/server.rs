@@ -1,0 +1,241 @@
+//! A whole server: every part bound at once, run until told to stop, then taken down in order.
+
+use std::{fs, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use culvert_wire::{
+    CloseCode,
+    ids::InvalidId,
+    process::{
+        admin::{self, AdminServer, Routes},
+        metrics::{BuildError, Upkeep},
+    },
+    tls::{self, Identity, TlsError},
+    transport::quic::{ConnectError, Listener, ResetKey},
+};
+use tokio::time::timeout;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{info, warn};
+
+use crate::{
+    backend::Backends,
+    config::Config,
+    dial::Dialer,
+    frontend::{
+        FrontendContext,
+        listen::{FrontendAddress, FrontendListener, ListenError},
+    },
+    metrics::ServerMetrics,
+    tunnel::{self, TunnelContext},
+};
+
+/// Time for closed tunnels' last packets, and for tasks to notice that they are over.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// A server could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The frontend cannot be listened on.
+    #[error(transparent)]
+    Frontend(#[from] ListenError),
+    /// The tunnel port cannot be listened on.
+    #[error("--agent-port: {0}")]
+    Tunnel(#[from] ConnectError),
+    /// Certificate, key or CA of the tunnel port cannot be used.
+    #[error("--cluster-cert, --cluster-key, --cluster-ca-cert: {0}")]
+    Tls(#[from] TlsError),
+    /// The secret of stateless resets cannot be read.
+    #[error("--reset-key-file: cannot read {path}: {source}")]
+    ResetKey {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The server's name cannot be used.
+    #[error("--server-id: {0}")]
+    ServerId(#[from] InvalidId),
+    /// The health or admin port cannot be listened on.
+    #[error(transparent)]
+    Admin(#[from] admin::BindError),
+    /// A metric is misdeclared; the fault is ours.
+    #[error(transparent)]
+    Metrics(#[from] BuildError),
+    /// The kernel does not tell what was bound.
+    #[error(transparent)]
+    Address(#[from] io::Error),
+}
+
+/// A server that has bound everything it needs and serves nothing yet.
+#[derive(Debug)]
+pub struct Server {
+    frontend: FrontendListener,
+    frontend_context: Arc<FrontendContext>,
+    listener: Listener,
+    tunnel_context: Arc<TunnelContext>,
+    health: AdminServer,
+    admin: AdminServer,
+    grace: Duration,
+    _upkeep: Upkeep,
+}
+
+impl Server {
+    /// Binds the frontend, the tunnel port, health and admin. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// When one of them cannot be had; those bound before it are given back.
+    pub fn bind(config: &Config) -> Result<Self, StartError> {
+        let metrics = Arc::new(ServerMetrics::new()?);
+        let backends = Backends::new(&config.agents.strategies);
+        let listener = bind_tunnels(config)?;
+        metrics.set_udp_buffers(listener.buffer_sizes());
+        let frontend = FrontendListener::bind(&config.frontend, &config.tls)?;
+        let frontend_context = Arc::new(FrontendContext {
+            dialer: Dialer::new(backends.clone(), config.agents.dial_timeout, metrics.clone()),
+            metrics: metrics.clone(),
+            mode: config.frontend.mode,
+            header_timeout: config.frontend.header_timeout,
+            keep_alive_interval: config.frontend.keep_alive_interval,
+            stopping: CancellationToken::new(),
+            closing: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        });
+        let tunnel_context = Arc::new(TunnelContext {
+            backends: backends.clone(),
+            metrics: metrics.clone(),
+            server_id: config.server_id.parse()?,
+            server_count: config.server_count,
+            max_streams: config.agents.max_streams,
+            drain_timeout: config.graceful_shutdown_timeout,
+            draining: CancellationToken::new(),
+            closing: CancellationToken::new(),
+        });
+        let upkeep = metrics.inner().spawn_upkeep();
+        let routes = || {
+            let (metrics, backends) = (metrics.clone(), backends.clone());
+            Routes::new().metrics(move || metrics.render(&backends))
+        };
+        let ready = backends.clone();
+        let health_routes =
+            routes().healthz().readyz(move |_| admin::server_readiness(ready.is_ready()));
+        Ok(Self {
+            health: AdminServer::bind("health-port", config.health_address, health_routes)?,
+            admin: AdminServer::bind("admin-port", config.admin_address, routes())?,
+            frontend,
+            frontend_context,
+            listener,
+            tunnel_context,
+            grace: config.graceful_shutdown_timeout,
+            _upkeep: upkeep,
+        })
+    }
+
+    /// Where frontends are accepted.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn frontend_address(&self) -> io::Result<FrontendAddress> {
+        self.frontend.address()
+    }
+
+    /// Where agents are accepted, over UDP.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn tunnel_address(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// The agents that have joined.
+    pub fn backends(&self) -> &Backends {
+        &self.tunnel_context.backends
+    }
+
+    /// What the server counts.
+    pub fn metrics(&self) -> &Arc<ServerMetrics> {
+        &self.tunnel_context.metrics
+    }
+
+    /// Where health, readiness and metrics are served.
+    pub fn health_address(&self) -> SocketAddr {
+        self.health.local_address()
+    }
+
+    /// Where the admin port is served.
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin.local_address()
+    }
+
+    /// Serves until `stop` completes, then drains for the configured time and takes everything
+    /// down: agents are told, frontends still open are cut off, the Unix socket is removed.
+    pub async fn run(self, stop: impl Future<Output = ()>) {
+        let FrontendContext { stopping, closing, tasks, .. } = &*self.frontend_context;
+        let tunnels = TaskTracker::new();
+        let frontend = tokio::spawn(self.frontend.run(self.frontend_context.clone()));
+        tokio::select! {
+            () = stop => {}
+            () = accept_tunnels(&self.listener, &self.tunnel_context, &tunnels) => {}
+        }
+
+        stopping.cancel();
+        self.listener.refuse_new();
+        self.tunnel_context.draining.cancel();
+        // Ends within a moment: it only waits to be told.
+        let _ = frontend.await;
+        tasks.close();
+        if !self.grace.is_zero() && !tasks.is_empty() {
+            info!(open = tasks.len(), grace = ?self.grace, "draining");
+            let _ = timeout(self.grace, tasks.wait()).await;
+        }
+        let cut = tasks.len();
+        if cut > 0 {
+            warn!(cut, "connections were still open and are cut off");
+        }
+        self.tunnel_context.closing.cancel();
+        tunnels.close();
+        let _ = timeout(CLOSE_TIMEOUT, tunnels.wait()).await;
+        self.listener.close(CloseCode::SHUTDOWN, "the server stops", CLOSE_TIMEOUT).await;
+        closing.cancel();
+        let _ = timeout(CLOSE_TIMEOUT, tasks.wait()).await;
+        self.health.stop().await;
+        self.admin.stop().await;
+    }
+}
+
+async fn accept_tunnels(listener: &Listener, context: &Arc<TunnelContext>, tasks: &TaskTracker) {
+    while let Some(incoming) = listener.accept().await {
+        tasks.spawn(tunnel::serve(incoming, context.clone()));
+    }
+}
+
+fn bind_tunnels(config: &Config) -> Result<Listener, StartError> {
+    let agents = &config.agents;
+    let identity =
+        Identity::from_pem_files(&agents.certificate.certificate, &agents.certificate.key)?;
+    // By default a restart keeps the secret for as long as it keeps the private key.
+    let reset_key = match &agents.reset_key_file {
+        Some(path) => {
+            let secret = fs::read(path)
+                .map_err(|source| StartError::ResetKey { path: path.clone(), source })?;
+            ResetKey::derive(&secret)
+        }
+        None => ResetKey::derive(identity.key.secret_der()),
+    };
+    let client_ca = match &agents.client_ca {
+        Some(path) => Some(tls::authorities(&tls::certificates(path)?)?),
+        None => None,
+    };
+    let server_tls = tls::tunnel_server(identity, client_ca, config.tunnel.key_exchange)?;
+    // Agents open the control stream and nothing else.
+    let settings = config.tunnel.settings(1);
+    let listener =
+        Listener::bind(agents.address, Arc::new(server_tls), &settings, Some(&reset_key))?;
+    let sizes = listener.buffer_sizes();
+    if sizes.is_small() {
+        warn!(
+            receive = sizes.receive,
+            send = sizes.send,
+            "UDP buffers are small; raise net.core.rmem_max and net.core.wmem_max to 8 MiB",
+        );
+    }
+    Ok(listener)
+}

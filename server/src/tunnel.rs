@@ -1,0 +1,225 @@
+//! One agent's tunnel, from handshake to loss: who it is, what it says on the control stream, and
+//! what happens when it falls silent.
+
+use std::{sync::Arc, time::Duration};
+
+use culvert_wire::{
+    CloseCode, ServerId,
+    control::{ControlError, ControlMessage, ControlStream, Drain, Goodbye, Hello, Welcome},
+    extension::Extensions,
+    process::logging::RateLimited,
+    text::{List, Text},
+    transport::{
+        Tunnel, TunnelLost,
+        quic::{ConnectError, Incoming},
+    },
+    version::{Features, REVISION},
+};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    backend::{Backend, Backends, DOUBT_LIMIT},
+    metrics::ServerMetrics,
+    registry::Candidate,
+};
+
+/// Time for an agent to complete the handshake and introduce itself.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What every tunnel of one server has in common.
+#[derive(Debug)]
+pub struct TunnelContext {
+    /// Where a tunnel is entered once its agent is known.
+    pub backends: Backends,
+    /// What is counted.
+    pub metrics: Arc<ServerMetrics>,
+    /// This server's name, told to agents.
+    pub server_id: ServerId,
+    /// How many servers there are, told to agents.
+    pub server_count: u32,
+    /// Streams one agent may carry.
+    pub max_streams: u32,
+    /// How long draining tunnels are kept.
+    pub drain_timeout: Duration,
+    /// Told when agents should look for another server.
+    pub draining: CancellationToken,
+    /// Told when tunnels are to be closed.
+    pub closing: CancellationToken,
+}
+
+/// Why an agent did not become a backend.
+#[derive(Debug, thiserror::Error)]
+enum JoinError {
+    #[error("handshake: {0}")]
+    Handshake(#[from] ConnectError),
+    #[error("no hello within {JOIN_TIMEOUT:?}")]
+    TimedOut,
+    #[error("tunnel lost before the hello: {0}")]
+    Lost(#[from] TunnelLost),
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error("began with another message than hello")]
+    NotHello,
+    #[error("{0}")]
+    Incompatible(String),
+}
+
+impl JoinError {
+    fn label(&self) -> &'static str {
+        match self {
+            Self::Handshake(_) => "handshake",
+            Self::TimedOut => "timed_out",
+            Self::Lost(_) => "lost",
+            Self::Control(_) | Self::NotHello => "protocol_violation",
+            Self::Incompatible(_) => "incompatible",
+        }
+    }
+
+    fn close_code(&self) -> CloseCode {
+        match self {
+            Self::Control(error) => error.close_code(),
+            Self::Incompatible(_) => CloseCode::INCOMPATIBLE,
+            Self::TimedOut => CloseCode::UNRESPONSIVE,
+            _ => CloseCode::PROTOCOL_VIOLATION,
+        }
+    }
+}
+
+/// Serves one agent until its tunnel is gone.
+pub async fn serve(incoming: Incoming, context: Arc<TunnelContext>) {
+    static JOIN_FAILED: RateLimited = RateLimited::new(Duration::from_secs(1));
+    let remote = incoming.remote_address();
+    let joined = timeout(JOIN_TIMEOUT, join(incoming, &context)).await;
+    let (backend, control) = match joined.unwrap_or(Err(JoinError::TimedOut)) {
+        Ok(joined) => joined,
+        Err(error) => {
+            context.metrics.join_failed(error.label());
+            if let Some(suppressed) = JOIN_FAILED.admit(std::time::Instant::now()) {
+                warn!(%remote, %error, suppressed, "an agent did not join");
+            }
+            return;
+        }
+    };
+    let backend = Arc::new(backend);
+    let agent_id = backend.agent_id().clone();
+    info!(
+        agent_id = %agent_id, %remote, transport = backend.tunnel.transport(),
+        instance = ?backend.instance(), "agent connected",
+    );
+    let counted = context.metrics.tunnel_open(&backend);
+    let registered = context.backends.register(backend.clone());
+    let lost = drive(&backend, control, &context).await;
+    drop(registered);
+    drop(counted);
+    context.metrics.tunnel_lost(lost.label());
+    info!(agent_id = %agent_id, %remote, reason = %lost, cut = backend.open_streams(), "agent gone");
+}
+
+/// Does the handshake, reads the hello and answers it.
+async fn join(
+    incoming: Incoming,
+    context: &TunnelContext,
+) -> Result<(Backend, ControlStream), JoinError> {
+    let tunnel = incoming.complete().await?;
+    let closer = tunnel.clone();
+    let joined = introduce(tunnel, context).await;
+    if let Err(error) = &joined {
+        closer.close(error.close_code(), &error.to_string());
+    }
+    joined
+}
+
+async fn introduce(
+    tunnel: Tunnel,
+    context: &TunnelContext,
+) -> Result<(Backend, ControlStream), JoinError> {
+    let mut control = ControlStream::new(tunnel.clone(), tunnel.accept().await?);
+    let ControlMessage::Hello(hello) = control.next().await? else {
+        return Err(JoinError::NotHello);
+    };
+    let incompatible = |error: &dyn std::fmt::Display| JoinError::Incompatible(error.to_string());
+    hello.extensions.require_known().map_err(|error| incompatible(&error))?;
+    control.send(&ControlMessage::Welcome(Box::new(welcome(&hello, context)))).await?;
+    Ok((Backend::new(tunnel, *hello, context.max_streams), control))
+}
+
+fn welcome(hello: &Hello, context: &TunnelContext) -> Welcome {
+    Welcome {
+        revision: REVISION,
+        features: hello.features.intersection(Features::supported()),
+        server_id: context.server_id.clone(),
+        server_count: context.server_count,
+        servers: List::default(),
+        max_streams: context.max_streams,
+        extensions: Extensions::default(),
+    }
+}
+
+/// Runs the control stream until the tunnel is gone; why it went.
+async fn drive(
+    backend: &Backend,
+    mut control: ControlStream,
+    context: &TunnelContext,
+) -> TunnelLost {
+    let tunnel = &backend.tunnel;
+    let result = tokio::select! {
+        biased;
+        lost = tunnel.closed() => return lost,
+        () = context.closing.cancelled() => goodbye(&mut control, tunnel).await,
+        result = converse(backend, &mut control, context) => result,
+    };
+    match result {
+        Ok(()) => TunnelLost::ClosedHere,
+        Err(error) => {
+            tunnel.close(error.close_code(), &error.to_string());
+            match tunnel.closed().await {
+                // The code says more than "closed here": it is our reason.
+                TunnelLost::ClosedHere => TunnelLost::Transport(error.to_string()),
+                lost => lost,
+            }
+        }
+    }
+}
+
+/// Answers the agent's messages and passes doubts and drains on; ends only with an error.
+async fn converse(
+    backend: &Backend,
+    control: &mut ControlStream,
+    context: &TunnelContext,
+) -> Result<(), ControlError> {
+    let mut told = false;
+    loop {
+        tokio::select! {
+            message = control.next() => match message? {
+                ControlMessage::Drain(drain) => {
+                    backend.drain();
+                    info!(agent_id = %backend.agent_id(), deadline_millis = drain.deadline_millis, "agent drains");
+                }
+                ControlMessage::Goodbye(goodbye) => {
+                    backend.drain();
+                    info!(agent_id = %backend.agent_id(), reason = %goodbye.reason, "agent says goodbye");
+                }
+                // A second introduction, or an answer to none.
+                _ => return Err(ControlError::Unexpected),
+            },
+            () = backend.doubted() => control.ask(DOUBT_LIMIT).await?,
+            () = context.draining.cancelled(), if !told => {
+                told = true;
+                let deadline_millis =
+                    u32::try_from(context.drain_timeout.as_millis()).unwrap_or(u32::MAX);
+                control.send(&ControlMessage::Drain(Drain { deadline_millis })).await?;
+            }
+        }
+    }
+}
+
+async fn goodbye(control: &mut ControlStream, tunnel: &Tunnel) -> Result<(), ControlError> {
+    let code = CloseCode::SHUTDOWN;
+    let reason = "the server stops";
+    let goodbye = Goodbye { code: code.as_u32(), reason: Text::truncated(reason.into()) };
+    let told = control.send(&ControlMessage::Goodbye(goodbye)).await;
+    tunnel.close(code, reason);
+    told
+}
