@@ -13,7 +13,7 @@ use culvert_wire::{
     text::TooLong,
     tls::TlsError,
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::warn;
 
 use crate::{
@@ -110,7 +110,8 @@ impl Agent {
 
     /// Keeps a tunnel up until `stop` completes, then drains for the configured time.
     pub async fn run(self, stop: impl Future<Output = ()>) {
-        let connecting = tokio::spawn(self.connector.run(self.context.clone()));
+        let connecting =
+            AbortOnDropHandle::new(tokio::spawn(self.connector.run(self.context.clone())));
         stop.await;
         self.context.draining.cancel();
         // Ends within the time to drain, which the tunnel itself keeps.

@@ -8,6 +8,7 @@
 
 pub mod agent;
 pub mod backoff;
+pub mod cli;
 pub mod config;
 pub mod connector;
 pub mod egress;

@@ -1,57 +1,7 @@
-//! `culvert-agent`: flags, logs, runtime, signals; the rest is in the library.
+//! `culvert-agent`; everything is in the library.
 
 use std::process::ExitCode;
 
-use culvert_agent::{Agent, Config, config::Flags};
-use culvert_wire::process::{go_flags, invocation::Invocation, logging, signals::StopSignals};
-use tracing::{info, warn};
-
 fn main() -> ExitCode {
-    let flags: Flags = go_flags::parse_or_exit();
-    let config = match Config::from_flags(flags, Invocation::current()) {
-        Ok(config) => config,
-        Err(faults) => return fail(&faults),
-    };
-    if let Err(error) = logging::init(config.log) {
-        return fail(&error);
-    }
-    config.warnings.iter().for_each(|warning| warn!("{warning}"));
-    // One tunnel is one connection: a second worker would only flush small writes early.
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let result =
-        runtime.map_err(anyhow::Error::from).and_then(|runtime| runtime.block_on(run(config)));
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&format!("{error:#}")),
-    }
-}
-
-async fn run(config: Config) -> anyhow::Result<()> {
-    let mut signals = StopSignals::catch()?;
-    let agent = Agent::bind(&config)?;
-    info!(
-        version = env!("CARGO_PKG_VERSION"), agent_id = %config.agent_id,
-        server = %config.servers.host, port = config.servers.port,
-        health = %agent.health_address(), "culvert-agent runs",
-    );
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let running = agent.run(async { drop(stopped.await) });
-    let signalled = async {
-        let signal = signals.next().await;
-        info!(signal, "told to stop");
-        drop(stop);
-        signals.exit_at_next().await
-    };
-    tokio::select! {
-        () = running => {}
-        never = signalled => match never {},
-    }
-    info!("culvert-agent ends");
-    Ok(())
-}
-
-fn fail(error: &dyn std::fmt::Display) -> ExitCode {
-    eprintln!("culvert-agent: {error}");
-    ExitCode::FAILURE
+    culvert_agent::cli::main(std::env::args_os())
 }

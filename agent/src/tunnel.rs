@@ -61,7 +61,7 @@ pub enum JoinError {
     NotWelcome,
 }
 
-/// A tunnel whose server has taken the agent in.
+/// A tunnel whose server has taken the agent in. Dropping it closes the tunnel.
 #[derive(Debug)]
 pub struct Joined {
     /// What the server said.
@@ -108,6 +108,13 @@ async fn introduce(
         // The server's reason to close says more than the stream's end.
         Err(ControlError::Read(culvert_wire::transport::ReadError::Lost(lost))) => Err(lost.into()),
         Err(error) => Err(error.into()),
+    }
+}
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        // Does nothing when the tunnel is closed already.
+        self.tunnel.close(CloseCode::ABANDONED, "");
     }
 }
 

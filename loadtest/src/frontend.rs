@@ -1,3 +1,206 @@
-//! Coming in as kube-apiserver does.
+//! Coming in as kube-apiserver does: by each of the server's front doors, with one interface.
 
 pub mod connect;
+pub mod proxy;
+
+use std::{io, sync::Arc, time::Duration};
+
+use culvert_server::{config::Mode, frontend::listen::FrontendAddress};
+use culvert_wire::tls::{Identity, KeyExchange, authorities, certificates};
+use rustls::{ClientConfig, pki_types::ServerName};
+use socket2::SockRef;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpStream, UnixStream},
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use crate::{
+    frontend::{connect::ConnectError, proxy::ProxyConnection},
+    rig::{Rig, Running},
+};
+
+/// One way into a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// HTTP CONNECT on a Unix socket.
+    ConnectUnix,
+    /// HTTP CONNECT over TCP with mutual TLS.
+    ConnectTls,
+    /// gRPC on a Unix socket.
+    GrpcUnix,
+    /// gRPC over TCP with mutual TLS.
+    GrpcTls,
+}
+
+impl Door {
+    /// Every way there is.
+    pub const ALL: [Self; 4] = [Self::ConnectUnix, Self::ConnectTls, Self::GrpcUnix, Self::GrpcTls];
+    /// Those that can end one direction and keep the other.
+    pub const WITH_HALF_CLOSE: [Self; 2] = [Self::ConnectUnix, Self::ConnectTls];
+
+    /// Whether it speaks gRPC.
+    pub fn is_grpc(self) -> bool {
+        matches!(self, Self::GrpcUnix | Self::GrpcTls)
+    }
+
+    /// A rig that has this door.
+    pub fn rig(self) -> Rig {
+        let mode = if self.is_grpc() { Mode::Grpc } else { Mode::HttpConnect };
+        let rig = Rig::new().mode(mode);
+        match self {
+            Self::ConnectTls | Self::GrpcTls => rig.tcp_frontend(),
+            Self::ConnectUnix | Self::GrpcUnix => rig,
+        }
+    }
+
+    /// Dials `target` through this door of `rig`.
+    ///
+    /// # Errors
+    /// When the frontend cannot be reached, or refuses the dial.
+    pub async fn dial(
+        self,
+        rig: &Running,
+        target: impl ToString,
+    ) -> Result<Connection, ConnectError> {
+        let target = target.to_string();
+        Ok(match self {
+            Self::ConnectUnix => Connection::Unix(connect::dial(&rig.uds(), target).await?),
+            Self::ConnectTls => {
+                let mut socket = tls(rig, b"http/1.1").await?;
+                connect::request(&mut socket, &target).await?;
+                Connection::Tls(Box::new(socket))
+            }
+            Self::GrpcUnix => {
+                let socket = UnixStream::connect(rig.uds()).await?;
+                Connection::Proxy(ProxyConnection::dial(socket, &target).await?)
+            }
+            Self::GrpcTls => {
+                let socket = tls(rig, b"h2").await?;
+                Connection::Proxy(ProxyConnection::dial(socket, &target).await?)
+            }
+        })
+    }
+}
+
+/// A TLS connection to the frontend's TCP port, with the frontend's client certificate.
+///
+/// # Errors
+/// When the port cannot be reached or the handshake fails.
+pub async fn tls(rig: &Running, alpn: &[u8]) -> io::Result<TlsStream<TcpStream>> {
+    let FrontendAddress::Tcp(address) = rig.server.frontend else {
+        return Err(io::Error::other("this rig takes frontends in on a Unix socket"));
+    };
+    let pair = rig.certificates().frontend();
+    let identity = Identity::from_pem_files(&pair.certificate, &pair.key);
+    let identity = identity.map_err(io::Error::other)?;
+    let roots = certificates(&rig.certificates().ca()).and_then(|ca| authorities(&ca));
+    let mut config = ClientConfig::builder_with_provider(KeyExchange::Hybrid.provider())
+        .with_safe_default_protocol_versions()
+        .map_err(io::Error::other)?
+        .with_root_certificates(roots.map_err(io::Error::other)?)
+        .with_client_auth_cert(identity.chain, identity.key)
+        .map_err(io::Error::other)?;
+    config.alpn_protocols = vec![alpn.to_vec()];
+    let socket = TcpStream::connect(address).await?;
+    socket.set_nodelay(true)?;
+    TlsConnector::from(Arc::new(config)).connect(ServerName::from(address.ip()), socket).await
+}
+
+/// A connection to a target through some door.
+#[derive(Debug)]
+pub enum Connection {
+    /// Through CONNECT on a Unix socket.
+    Unix(UnixStream),
+    /// Through CONNECT over TLS.
+    Tls(Box<TlsStream<TcpStream>>),
+    /// Through gRPC.
+    Proxy(ProxyConnection),
+}
+
+impl Connection {
+    /// Writes all of `bytes`.
+    ///
+    /// # Errors
+    /// When the connection is over.
+    pub async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Unix(socket) => socket.write_all(bytes).await,
+            Self::Tls(socket) => {
+                socket.write_all(bytes).await?;
+                socket.flush().await
+            }
+            Self::Proxy(connection) => connection.write(bytes).await,
+        }
+    }
+
+    /// Appends what comes next to `bytes`; how much, 0 at the clean end.
+    ///
+    /// # Errors
+    /// When the connection was cut off.
+    pub async fn read(&mut self, bytes: &mut Vec<u8>) -> io::Result<usize> {
+        match self {
+            Self::Unix(socket) => socket.read_buf(bytes).await,
+            Self::Tls(socket) => socket.read_buf(bytes).await,
+            Self::Proxy(connection) => connection.read(bytes).await,
+        }
+    }
+
+    /// Reads until there are `count` bytes or the connection ends.
+    ///
+    /// # Errors
+    /// When the connection was cut off.
+    pub async fn read_count(&mut self, count: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        while bytes.len() < count && self.read(&mut bytes).await? > 0 {}
+        Ok(bytes)
+    }
+
+    /// Reads to the clean end.
+    ///
+    /// # Errors
+    /// When the connection was cut off.
+    pub async fn read_to_end(&mut self) -> io::Result<Vec<u8>> {
+        self.read_count(usize::MAX).await
+    }
+
+    /// Ends this direction and keeps the other.
+    ///
+    /// # Errors
+    /// When the connection is over; gRPC has no such thing.
+    pub async fn finish(&mut self) -> io::Result<()> {
+        match self {
+            Self::Unix(socket) => socket.shutdown().await,
+            Self::Tls(socket) => socket.shutdown().await,
+            Self::Proxy(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// Closes both directions in order, as the end of a process that is done would.
+    ///
+    /// # Errors
+    /// When gRPC's closing is answered with an error.
+    pub async fn close(self) -> io::Result<()> {
+        match self {
+            Self::Unix(socket) => {
+                drop(socket);
+                Ok(())
+            }
+            Self::Tls(mut socket) => socket.shutdown().await,
+            Self::Proxy(connection) => connection.close().await,
+        }
+    }
+
+    /// Cuts the connection off, as a crash would: TLS by a reset of its TCP socket, gRPC by
+    /// cancelling its stream. A Unix socket has no reset.
+    pub fn abort(self) {
+        match self {
+            Self::Unix(socket) => drop(socket),
+            Self::Tls(socket) => {
+                // Fails only on a socket that is not connected any more.
+                let _ = SockRef::from(socket.get_ref().0).set_linger(Some(Duration::ZERO));
+            }
+            Self::Proxy(connection) => connection.cancel(),
+        }
+    }
+}

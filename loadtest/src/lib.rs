@@ -8,5 +8,6 @@
 
 pub mod certificates;
 pub mod frontend;
+pub mod peer;
 pub mod rig;
 pub mod targets;

@@ -7,6 +7,7 @@
 //! 4. the frontend and the stream are spliced until both directions have ended.
 
 pub mod backend;
+pub mod cli;
 pub mod config;
 pub mod dial;
 pub mod frontend;

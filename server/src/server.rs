@@ -13,7 +13,10 @@ use culvert_wire::{
     transport::quic::{ConnectError, Listener, ResetKey},
 };
 use tokio::time::timeout;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{AbortOnDropHandle, TaskTracker},
+};
 use tracing::{info, warn};
 
 use crate::{
@@ -170,7 +173,8 @@ impl Server {
     pub async fn run(self, stop: impl Future<Output = ()>) {
         let FrontendContext { stopping, closing, tasks, .. } = &*self.frontend_context;
         let tunnels = TaskTracker::new();
-        let frontend = tokio::spawn(self.frontend.run(self.frontend_context.clone()));
+        let frontend =
+            AbortOnDropHandle::new(tokio::spawn(self.frontend.run(self.frontend_context.clone())));
         tokio::select! {
             () = stop => {}
             () = accept_tunnels(&self.listener, &self.tunnel_context, &tunnels) => {}

@@ -8,6 +8,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::process::ExitCode;
 
 use clap::builder::ValueParser;
 use clap::error::ErrorKind;
@@ -18,20 +19,9 @@ use clap_complete::Shell;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Exit {
     /// 0 when the text is what was asked for, 1 when the command line was wrong (clap alone: 2).
-    pub code: i32,
+    pub code: u8,
     /// What to print: to standard output for code 0, to standard error otherwise.
     pub text: String,
-}
-
-/// Flags of this process, or its end.
-///
-/// Prints and exits for `--help`, `--version`, `--completion=SHELL` (code 0) and for a command
-/// line that cannot be read (code 1). For `main` only.
-pub fn parse_or_exit<F: Parser>() -> F {
-    match try_parse_from(std::env::args_os()) {
-        Ok(flags) => flags,
-        Err(exit) => exit.print_and_leave(),
-    }
 }
 
 /// Flags read from `args`, whose first item is the program's own name.
@@ -60,14 +50,14 @@ pub fn command<F: Parser>() -> Command {
 }
 
 impl Exit {
-    /// Prints the text where it belongs and ends the process.
-    pub fn print_and_leave(&self) -> ! {
+    /// Prints the text where it belongs; the code to leave with.
+    pub fn print(&self) -> ExitCode {
         if self.code == 0 {
             print!("{}", self.text);
         } else {
             eprint!("{}", self.text);
         }
-        std::process::exit(self.code)
+        ExitCode::from(self.code)
     }
 }
 

@@ -22,11 +22,6 @@ impl Invocation {
         }
     }
 
-    /// Of this very process.
-    pub fn current() -> Self {
-        Self::from_argv0(std::env::args_os().next().as_deref())
-    }
-
     /// The default that applies of the two.
     pub fn choose<T>(self, stock: T, culvert: T) -> T {
         match self {

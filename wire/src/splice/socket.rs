@@ -74,8 +74,13 @@ impl SpliceSocket for UnixStream {
         self.ready(interest)
     }
 
+    /// A Unix socket reports a reset when its peer closed without having read everything. That
+    /// says nothing about what the peer wrote, all of which comes first: it is an end.
     fn try_read(&self, buf: &mut BytesMut) -> io::Result<usize> {
-        self.try_read_buf(buf)
+        match self.try_read_buf(buf) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(0),
+            result => result,
+        }
     }
 
     fn try_write(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {

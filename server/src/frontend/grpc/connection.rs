@@ -69,7 +69,7 @@ pub(super) fn halves(
 ) -> (ProxyRead, ProxyWrite, ProxyAbort) {
     let closing = Closing { id, outbound, registration, sent: Arc::new(AtomicBool::new(false)) };
     let reader = ProxyRead { inbound, closing: closing.clone(), first_id: None, ended: false };
-    (reader, ProxyWrite { closing: closing.clone() }, ProxyAbort(closing))
+    (reader, ProxyWrite { closing }, ProxyAbort)
 }
 
 /// The connection's CLOSE_RSP, which is sent once.
@@ -163,10 +163,11 @@ impl LocalRead for ProxyRead {
                     Some(data) if !data.is_empty() => return Ok(Some(data)),
                     _ => {}
                 },
-                Ok(None) => self.ended = true,
-                // A frontend that was told of the end leaves by cancelling its stream.
-                Err(_) if self.closing.is_sent() => self.ended = true,
-                Err(_) => return Err(cancelled()),
+                // A frontend that was told of the end leaves by ending or cancelling its stream.
+                Ok(None) | Err(_) if self.closing.is_sent() => self.ended = true,
+                // Without a CLOSE_REQ it was cut off: HTTP/2's layers show a cancelled stream as
+                // an ended one, and the client library never just ends it.
+                Ok(None) | Err(_) => return Err(cancelled()),
             }
         }
         Ok(None)
@@ -229,15 +230,23 @@ impl LocalWrite for ProxyWrite {
     async fn gone(&mut self) {}
 }
 
-/// Cuts the connection off for the frontend when the splice is dropped half-way.
+/// Nothing to be done here: whoever awaits the splice's end tells it to the frontend.
 #[derive(Debug)]
-pub(super) struct ProxyAbort(Closing);
+pub(super) struct ProxyAbort;
 
 impl Abort for ProxyAbort {
-    fn abort(&self) {
-        // Whoever saw the splice's end tells its reason; this is for those who did not get there.
+    fn abort(&self) {}
+}
+
+/// Cuts the connection off for the frontend when nobody comes to tell how it ended.
+#[derive(Debug)]
+pub(super) struct CutOnDrop(pub(super) Closing);
+
+impl Drop for CutOnDrop {
+    fn drop(&mut self) {
         if !self.0.is_sent() {
             let status = tonic::Status::aborted("the connection was cut off");
+            // Without room the stream's own end, short of a CLOSE_RSP, has to do.
             let _ = self.0.outbound.try_send(Err(status));
         }
     }

@@ -28,7 +28,7 @@ use tracing::debug;
 
 use super::{
     super::FrontendContext,
-    connection::{self, Registration},
+    connection::{self, CutOnDrop, Registration},
     packet::{Ask, DialRequest, Packet},
     service::Outbound,
 };
@@ -162,7 +162,7 @@ async fn connected(
     }
     let registration = Registration::begin();
     let (reader, writer, abort) = connection::halves(id, inbound, outbound.clone(), registration);
-    let closing = writer.closing();
+    let CutOnDrop(closing) = &CutOnDrop(writer.closing());
     let end = context.carry(Local::new(reader, writer, abort), dialed).await;
     let error = match end {
         Ok((_, HalfEnd::Finished)) => return, // the writer has sent CLOSE_RSP

@@ -1,0 +1,103 @@
+package main
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"math"
+	"slices"
+	"time"
+)
+
+// setupPing sends on a schedule that does not wait for the answers. A ping that
+// is late because an earlier write blocked counts from when it was due, so that
+// a stall shows in every ping it delayed.
+func setupPing(fs *flag.FlagSet) func(*dialer) error {
+	count := fs.Int("count", 100, "`number` of pings")
+	interval := fs.Duration("interval", 10*time.Millisecond, "time between pings")
+	size := fs.Int("bytes", 64, "bytes per ping")
+	return func(d *dialer) error {
+		if err := errors.Join(
+			atLeast("count", *count, 1),
+			atLeast("interval", *interval, time.Nanosecond),
+			atLeast("bytes", *size, 1),
+		); err != nil {
+			return err
+		}
+		c, err := d.dial()
+		if err != nil {
+			return err
+		}
+		defer func() { _ = c.Close() }()
+
+		// Room for all, so that the schedule never waits for the reader.
+		sent := make(chan time.Time, *count)
+		writing := make(chan error, 1)
+		go func() {
+			writing <- sendPings(c, sent, *count, *interval, *size)
+			close(sent)
+		}()
+		latencies := make([]time.Duration, 0, *count)
+		got := make([]byte, *size)
+		for at := range sent {
+			i := len(latencies)
+			if _, err := io.ReadFull(c, got); err != nil {
+				c.cut()
+				return fmt.Errorf("ping %d: read error %q, write error %q", i, err, errorText(<-writing))
+			}
+			latencies = append(latencies, time.Since(at))
+			if !bytes.Equal(got, pingBytes(i, *size)) {
+				return fmt.Errorf("ping %d: the answer differs from what was sent", i)
+			}
+		}
+		if err := <-writing; err != nil {
+			return err
+		}
+		slices.Sort(latencies)
+		printJSON(struct {
+			P50   float64 `json:"p50_ms"`
+			P99   float64 `json:"p99_ms"`
+			Max   float64 `json:"max_ms"`
+			Count int     `json:"count"`
+		}{quantile(latencies, 0.50), quantile(latencies, 0.99), quantile(latencies, 1), len(latencies)})
+		return nil
+	}
+}
+
+// sendPings writes the pings and gives the time each one counts from.
+func sendPings(w io.Writer, sent chan<- time.Time, count int, interval time.Duration, size int) error {
+	start := time.Now()
+	for i := range count {
+		from := start.Add(time.Duration(i) * interval)
+		if wait := time.Until(from); wait > 0 {
+			time.Sleep(wait)
+			// A timer that fires late is not the tunnel's latency.
+			from = time.Now()
+		}
+		sent <- from
+		if _, err := w.Write(pingBytes(i, size)); err != nil {
+			return fmt.Errorf("ping %d: write: %w", i, err)
+		}
+	}
+	return nil
+}
+
+// pingBytes is ping i: its number, repeated, cut to size.
+func pingBytes(i, size int) []byte {
+	b := binary.BigEndian.AppendUint64(nil, uint64(i))
+	// The low byte goes first, so that even one-byte pings differ.
+	slices.Reverse(b)
+	return bytes.Repeat(b, size/len(b)+1)[:size]
+}
+
+// quantile is the nearest-rank quantile of sorted, in milliseconds.
+func quantile(sorted []time.Duration, q float64) float64 {
+	if len(sorted) == 0 {
+		return 0
+	}
+	rank := int(math.Ceil(q * float64(len(sorted))))
+	return float64(sorted[max(rank, 1)-1]) / float64(time.Millisecond)
+}

@@ -1,0 +1,159 @@
+// Command stockclient drives a tunnel server with the unmodified upstream
+// Konnectivity client library, used the way kube-apiserver uses it.
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"k8s.io/klog/v2"
+	"sigs.k8s.io/apiserver-network-proxy/konnectivity-client/pkg/client"
+)
+
+const (
+	exitOK     = 0
+	exitFailed = 1
+	exitDial   = 3
+)
+
+// command is one subcommand. setup registers its flags and returns what runs
+// once they have been parsed.
+type command struct {
+	name  string
+	brief string
+	setup func(*flag.FlagSet) func(*dialer) error
+}
+
+var commands = []command{
+	{"echo", "send bytes to an echo server and compare what comes back", setupEcho},
+	{"upload", "send bytes and close at once, or after a one-line answer", setupUpload},
+	{"download", "read a number of bytes, or until the end of the stream", setupDownload},
+	{"ping", "echo latency at a fixed rate on one connection", setupPing},
+	{"dials", "open and close many connections", setupDials},
+	{"banner", "read the first line of a server that speaks first", setupBanner},
+	{"slow-close", "close in the middle of an endless stream", setupSlowClose},
+	{"cut", "show how the end of a connection looks", setupCut},
+	{"hold", "keep connections open until stdin is closed", setupHold},
+}
+
+// errQuietFailure ends the program with exit status 1 when the JSON line has
+// already said what went wrong.
+var errQuietFailure = errors.New("the run failed")
+
+// dialError marks an error of the dial itself.
+type dialError struct{ error }
+
+func (e dialError) Unwrap() error { return e.error }
+
+func main() {
+	os.Exit(run(os.Args[1:]))
+}
+
+func run(args []string) int {
+	if len(args) == 0 {
+		usage(os.Stderr)
+		return exitFailed
+	}
+	switch args[0] {
+	case "help", "-h", "-help", "--help":
+		usage(os.Stdout)
+		return exitOK
+	}
+	for _, c := range commands {
+		if c.name == args[0] {
+			return c.run(args[1:])
+		}
+	}
+	fmt.Fprintf(os.Stderr, "stockclient: no command %q\n", args[0])
+	usage(os.Stderr)
+	return exitFailed
+}
+
+func (c command) run(args []string) int {
+	var d dialer
+	var verbose bool
+	fs := flag.NewFlagSet("stockclient "+c.name, flag.ContinueOnError)
+	fs.StringVar(&d.uds, "uds", "", "the server's unix socket `path`")
+	fs.StringVar(&d.target, "target", "", "`host:port` to dial through the tunnel")
+	fs.DurationVar(&d.timeout, "timeout", time.Minute, "limit of one dial, one read or one write")
+	fs.BoolVar(&verbose, "verbose", false, "let the client library log to stderr")
+	exec := c.setup(fs)
+	if err := fs.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return exitOK
+		}
+		return exitFailed
+	}
+	if err := d.check(fs.Args()); err != nil {
+		fmt.Fprintf(os.Stderr, "stockclient %s: %v\n", c.name, err)
+		return exitFailed
+	}
+	setLogging(verbose)
+
+	err := exec(&d)
+	var failed dialError
+	switch {
+	case err == nil:
+		return exitOK
+	case errors.As(err, &failed):
+		_, reason := client.GetDialFailureReason(failed)
+		printJSON(struct {
+			Error  string `json:"error"`
+			Reason string `json:"reason"`
+		}{failed.Error(), string(reason)})
+		return exitDial
+	case errors.Is(err, errQuietFailure):
+		return exitFailed
+	default:
+		fmt.Fprintf(os.Stderr, "stockclient %s: %v\n", c.name, err)
+		return exitFailed
+	}
+}
+
+func usage(w io.Writer) {
+	fmt.Fprintln(w, "usage: stockclient COMMAND --uds PATH --target HOST:PORT [--timeout 60s] [--verbose] [flags]")
+	fmt.Fprintln(w)
+	for _, c := range commands {
+		fmt.Fprintf(w, "  %-11s %s\n", c.name, c.brief)
+	}
+	fmt.Fprintln(w)
+	fmt.Fprintln(w, "stockclient COMMAND --help lists the flags of one command.")
+}
+
+// setLogging discards what the client library logs, or shows all of it.
+func setLogging(verbose bool) {
+	settings := map[string]string{"v": "5"}
+	if !verbose {
+		// Errors go to stderr by their severity, whatever the output is.
+		settings = map[string]string{"logtostderr": "false", "stderrthreshold": "FATAL"}
+		klog.SetOutput(io.Discard)
+	}
+	fs := flag.NewFlagSet("klog", flag.ContinueOnError)
+	klog.InitFlags(fs)
+	for name, value := range settings {
+		if err := fs.Set(name, value); err != nil {
+			fmt.Fprintf(os.Stderr, "stockclient: log setting %s: %v\n", name, err)
+		}
+	}
+}
+
+// printJSON prints v as one line.
+func printJSON(v any) {
+	if err := json.NewEncoder(os.Stdout).Encode(v); err != nil {
+		fmt.Fprintf(os.Stderr, "stockclient: cannot print the result: %v\n", err)
+		os.Exit(exitFailed)
+	}
+}
+
+// atLeast reports a flag value below its minimum.
+func atLeast[T int | int64 | time.Duration](name string, value, minimum T) error {
+	if value < minimum {
+		return fmt.Errorf("--%s must be at least %v, not %v", name, minimum, value)
+	}
+	return nil
+}

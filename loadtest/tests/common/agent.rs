@@ -1,0 +1,52 @@
+//! An agent that does what the test says, and nothing else.
+
+use std::sync::Arc;
+
+use culvert_loadtest::rig::Running;
+use culvert_wire::{
+    InstanceId,
+    control::{ControlMessage, ControlStream, Hello},
+    extension::Extensions,
+    route::Identifiers,
+    text::Text,
+    tls::{Identity, KeyExchange, authorities, certificates, tunnel_client},
+    transport::{
+        Tunnel,
+        quic::{Settings, connect},
+    },
+    version::{Features, REVISION},
+};
+
+/// A tunnel to the rig's server on which nothing has been said.
+pub(crate) async fn tunnel(rig: &Running) -> Tunnel {
+    let pair = rig.certificates().agent();
+    let identity = Identity::from_pem_files(&pair.certificate, &pair.key).unwrap();
+    let roots = authorities(&certificates(&rig.certificates().ca()).unwrap()).unwrap();
+    let tls = tunnel_client(roots, Some(identity), KeyExchange::Hybrid).unwrap();
+    let address = rig.server.tunnel;
+    let name = address.ip().to_string();
+    connect(address, &name, Arc::new(tls), &Settings::default()).await.unwrap().0
+}
+
+/// A hello of this name.
+pub(crate) fn hello(name: &str) -> ControlMessage {
+    ControlMessage::Hello(Box::new(Hello {
+        revision: REVISION,
+        features: Features::supported(),
+        agent_id: name.parse().unwrap(),
+        instance: InstanceId([7; 16]),
+        identifiers: Identifiers::default(),
+        token: None,
+        software: Text::default(),
+        extensions: Extensions::default(),
+    }))
+}
+
+/// A tunnel whose agent the server has taken in.
+pub(crate) async fn joined(rig: &Running, name: &str) -> (Tunnel, ControlStream) {
+    let tunnel = tunnel(rig).await;
+    let mut control = ControlStream::new(tunnel.clone(), tunnel.open().await.unwrap());
+    control.send(&hello(name)).await.unwrap();
+    assert!(matches!(control.next().await.unwrap(), ControlMessage::Welcome(_)));
+    (tunnel, control)
+}

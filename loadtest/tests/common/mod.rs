@@ -1,0 +1,42 @@
+//! What every test of the whole tunnel uses.
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+pub(crate) mod agent;
+
+use std::{future::Future, time::Duration};
+
+use tokio::time::timeout;
+
+/// Long enough for a loaded machine, short enough to name the test that hangs.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// Runs a test, and fails it when it hangs.
+pub(crate) async fn within<T>(test: impl Future<Output = T>) -> T {
+    timeout(PATIENCE, test).await.expect("the test hangs")
+}
+
+/// `count` bytes that differ from their neighbours, the same for the same seed.
+pub(crate) fn noise(seed: u64, count: usize) -> Vec<u8> {
+    println!("seed {seed}");
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut bytes = vec![0; count];
+    random.fill(&mut bytes);
+    bytes
+}
+
+/// Waits until something has become true that nobody announces.
+pub(crate) async fn eventually(what: &str, mut is_true: impl FnMut() -> bool) {
+    let looking = async {
+        let mut looks = tokio::time::interval(Duration::from_millis(2));
+        while !is_true() {
+            looks.tick().await;
+        }
+    };
+    timeout(PATIENCE, looking).await.unwrap_or_else(|_| panic!("never: {what}"));
+}
+
+/// The value of one line of a scrape; 0 when it is not there.
+pub(crate) fn metric(scrape: &str, line: &str) -> f64 {
+    let value = scrape.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(' '));
+    value.map_or(0.0, |value| value.parse().expect("a number"))
+}
