@@ -141,11 +141,6 @@ impl Joined {
         if let Err(error) = result {
             self.tunnel.close(error.close_code(), &error.to_string());
             self.tunnel.flushed(FLUSH_TIMEOUT).await;
-            return match self.tunnel.closed().await {
-                // The code says more than "closed here": it is our reason.
-                TunnelLost::ClosedHere => TunnelLost::Transport(error.to_string()),
-                lost => lost,
-            };
         }
         self.tunnel.closed().await
     }

@@ -73,11 +73,11 @@ impl Door {
             }
             Self::GrpcUnix => {
                 let socket = UnixStream::connect(rig.uds()).await?;
-                Connection::Proxy(ProxyConnection::dial(socket, &target).await?)
+                Connection::Proxy(Box::new(ProxyConnection::dial(socket, &target).await?))
             }
             Self::GrpcTls => {
                 let socket = tls(rig, b"h2").await?;
-                Connection::Proxy(ProxyConnection::dial(socket, &target).await?)
+                Connection::Proxy(Box::new(ProxyConnection::dial(socket, &target).await?))
             }
         })
     }
@@ -88,20 +88,40 @@ impl Door {
 /// # Errors
 /// When the port cannot be reached or the handshake fails.
 pub async fn tls(rig: &Running, alpn: &[u8]) -> io::Result<TlsStream<TcpStream>> {
-    let FrontendAddress::Tcp(address) = rig.server.frontend else {
-        return Err(io::Error::other("this rig takes frontends in on a Unix socket"));
-    };
     let pair = rig.certificates().frontend();
     let identity = Identity::from_pem_files(&pair.certificate, &pair.key);
     let identity = identity.map_err(io::Error::other)?;
-    let roots = certificates(&rig.certificates().ca()).and_then(|ca| authorities(&ca));
-    let mut config = ClientConfig::builder_with_provider(KeyExchange::Hybrid.provider())
-        .with_safe_default_protocol_versions()
-        .map_err(io::Error::other)?
-        .with_root_certificates(roots.map_err(io::Error::other)?)
+    let mut config = tls_builder(rig)?
         .with_client_auth_cert(identity.chain, identity.key)
         .map_err(io::Error::other)?;
     config.alpn_protocols = vec![alpn.to_vec()];
+    handshake(rig, config).await
+}
+
+/// The same without a certificate, up to the server's first byte or its refusal.
+///
+/// # Errors
+/// When the frontend does as it should.
+pub async fn tls_without_certificate(rig: &Running) -> io::Result<()> {
+    let config = tls_builder(rig)?.with_no_client_auth();
+    // In TLS 1.3 the refusal comes behind the client's own end of the handshake.
+    handshake(rig, config).await?.read_u8().await.map(drop)
+}
+
+fn tls_builder(
+    rig: &Running,
+) -> io::Result<rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>> {
+    let roots = certificates(&rig.certificates().ca()).and_then(|ca| authorities(&ca));
+    Ok(ClientConfig::builder_with_provider(KeyExchange::Hybrid.provider())
+        .with_safe_default_protocol_versions()
+        .map_err(io::Error::other)?
+        .with_root_certificates(roots.map_err(io::Error::other)?))
+}
+
+async fn handshake(rig: &Running, config: ClientConfig) -> io::Result<TlsStream<TcpStream>> {
+    let FrontendAddress::Tcp(address) = rig.server.frontend else {
+        return Err(io::Error::other("this rig takes frontends in on a Unix socket"));
+    };
     let socket = TcpStream::connect(address).await?;
     socket.set_nodelay(true)?;
     TlsConnector::from(Arc::new(config)).connect(ServerName::from(address.ip()), socket).await
@@ -115,7 +135,7 @@ pub enum Connection {
     /// Through CONNECT over TLS.
     Tls(Box<TlsStream<TcpStream>>),
     /// Through gRPC.
-    Proxy(ProxyConnection),
+    Proxy(Box<ProxyConnection>),
 }
 
 impl Connection {

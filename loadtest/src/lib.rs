@@ -10,4 +10,5 @@ pub mod certificates;
 pub mod frontend;
 pub mod peer;
 pub mod rig;
+pub mod stock_client;
 pub mod targets;

@@ -48,6 +48,7 @@ pub struct Rig {
     agent_dial_timeout: Duration,
     max_streams: u32,
     grace: Duration,
+    header_timeout: Duration,
 }
 
 impl Default for Rig {
@@ -68,6 +69,7 @@ impl Rig {
             agent_dial_timeout: Duration::from_secs(5),
             max_streams: 10_000,
             grace: Duration::ZERO,
+            header_timeout: Duration::from_secs(10),
         }
     }
 
@@ -119,6 +121,12 @@ impl Rig {
         Self { grace, ..self }
     }
 
+    /// Gives frontends this long to say what they want.
+    #[must_use]
+    pub fn header_timeout(self, header_timeout: Duration) -> Self {
+        Self { header_timeout, ..self }
+    }
+
     /// Starts everything and waits until every agent has joined.
     ///
     /// # Errors
@@ -159,7 +167,7 @@ impl Rig {
                 mode: self.mode,
                 listen,
                 keep_alive_interval: Duration::from_secs(3600),
-                header_timeout: Duration::from_secs(10),
+                header_timeout: self.header_timeout,
                 max_connections: 20_000,
             },
             agents: AgentsConfig {

@@ -1,4 +1,5 @@
 //! Agents and servers that go away, in order or not, and come back.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod common;
 
@@ -112,6 +113,11 @@ async fn a_frozen_agent_fails_its_dials_and_leaves_readiness() {
         let peer = agent_process(&rig, &[]).await;
         rig.until_joined(1).await.unwrap();
         peer.signal("STOP").await.unwrap();
+        let status = format!("/proc/{}/status", peer.id().unwrap());
+        eventually("the process is frozen", || {
+            std::fs::read_to_string(&status).unwrap().contains("State:\tT")
+        })
+        .await;
         let frozen = Instant::now();
         let refused = door.dial(&rig, "127.0.0.1:9").await.unwrap_err();
         assert!(frozen.elapsed() < Duration::from_secs(4), "{:?}", frozen.elapsed());

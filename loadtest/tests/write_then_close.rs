@@ -1,4 +1,5 @@
 //! What was written and then closed arrives, every byte of it, however large.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod common;
 

@@ -170,17 +170,10 @@ async fn drive(
         () = context.closing.cancelled() => goodbye(&mut control, tunnel).await,
         result = converse(backend, &mut control, context) => result,
     };
-    match result {
-        Ok(()) => TunnelLost::ClosedHere,
-        Err(error) => {
-            tunnel.close(error.close_code(), &error.to_string());
-            match tunnel.closed().await {
-                // The code says more than "closed here": it is our reason.
-                TunnelLost::ClosedHere => TunnelLost::Transport(error.to_string()),
-                lost => lost,
-            }
-        }
+    if let Err(error) = result {
+        tunnel.close(error.close_code(), &error.to_string());
     }
+    tunnel.closed().await
 }
 
 /// Answers the agent's messages and passes doubts and drains on; ends only with an error.

@@ -150,9 +150,14 @@ pub enum TunnelLost {
         /// The peer's words, possibly none.
         reason: String,
     },
-    /// This side closed it.
-    #[error("closed by this side")]
-    ClosedHere,
+    /// This side closed it and knows why.
+    #[error("closed by this side: {code}{}{reason}", if reason.is_empty() { "" } else { ": " })]
+    ClosedHere {
+        /// This side's code.
+        code: CloseCode,
+        /// This side's words, possibly none.
+        reason: String,
+    },
     /// Nothing came for the whole idle time-out.
     #[error("nothing came within the idle time-out")]
     TimedOut,
@@ -168,8 +173,7 @@ impl TunnelLost {
     /// A short word for metric labels.
     pub fn label(&self) -> &'static str {
         match self {
-            Self::ClosedByPeer { code, .. } => code.name(),
-            Self::ClosedHere => "closed_here",
+            Self::ClosedByPeer { code, .. } | Self::ClosedHere { code, .. } => code.name(),
             Self::TimedOut => "timed_out",
             Self::PeerRestarted => "peer_restarted",
             Self::Transport(_) => "transport",

@@ -199,7 +199,7 @@ impl ProxyConnection {
         Ok(Self { stream, connect_id, closed: false, _client: client })
     }
 
-    pub(super) async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+    pub(super) async fn write(&self, bytes: &[u8]) -> io::Result<()> {
         for chunk in bytes.chunks(64 * 1024) {
             let packet = data(self.connect_id, Bytes::copy_from_slice(chunk));
             self.stream.send(packet).await?;

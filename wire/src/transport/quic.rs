@@ -7,7 +7,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{
-        Arc, Mutex, PoisonError, Weak,
+        Arc, Mutex, OnceLock, PoisonError, Weak,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -405,11 +405,39 @@ impl Neighbours {
     }
 }
 
+/// What this side said when it closed the tunnel; its streams tell it as the reason they ended.
+#[derive(Clone, Debug, Default)]
+struct Farewell(Arc<OnceLock<(CloseCode, String)>>);
+
+impl Farewell {
+    /// Why the tunnel ended.
+    fn lost(&self, error: quinn::ConnectionError) -> TunnelLost {
+        match (lost(error), self.0.get()) {
+            (TunnelLost::ClosedHere { .. }, Some((code, reason))) => {
+                TunnelLost::ClosedHere { code: *code, reason: reason.clone() }
+            }
+            (lost, _) => lost,
+        }
+    }
+
+    fn read_error(&self, error: quinn::ReadError) -> ReadError {
+        match error {
+            quinn::ReadError::Reset(code) => ReadError::Reset(stream_code(code)),
+            quinn::ReadError::ConnectionLost(error) => ReadError::Lost(self.lost(error)),
+            // Reads are always ordered, and 0-RTT is never used.
+            quinn::ReadError::ClosedStream
+            | quinn::ReadError::IllegalOrderedRead
+            | quinn::ReadError::ZeroRttRejected => ReadError::Ended,
+        }
+    }
+}
+
 /// One QUIC connection.
 #[derive(Clone, Debug)]
 pub(super) struct Connection {
     connection: quinn::Connection,
     endpoint: quinn::Endpoint,
+    farewell: Farewell,
     doubt: Arc<Notify>,
     /// Keeps the socket's error queue watched for as long as a tunnel uses it.
     _neighbours: Arc<Neighbours>,
@@ -428,23 +456,35 @@ impl Connection {
             return Err(ConnectError::Protocol);
         }
         let doubt = neighbours.enter(canonical(connection.remote_address()));
-        Ok(Tunnel { carrier: Self { connection, endpoint, doubt, _neighbours: neighbours } })
+        let farewell = Farewell::default();
+        let carrier = Self { connection, endpoint, farewell, doubt, _neighbours: neighbours };
+        Ok(Tunnel { carrier })
     }
 
     pub(super) async fn open(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
-        self.connection.open_bi().await.map(halves).map_err(lost)
+        let opened = self.connection.open_bi().await;
+        opened.map(|stream| self.halves(stream)).map_err(|error| self.farewell.lost(error))
     }
 
     pub(super) async fn accept(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
-        self.connection.accept_bi().await.map(halves).map_err(lost)
+        let accepted = self.connection.accept_bi().await;
+        accepted.map(|stream| self.halves(stream)).map_err(|error| self.farewell.lost(error))
+    }
+
+    fn halves(&self, (send, recv): (quinn::SendStream, quinn::RecvStream)) -> (SendHalf, RecvHalf) {
+        let send = SendStream { stream: send, farewell: self.farewell.clone() };
+        let recv = RecvStream { stream: recv, farewell: self.farewell.clone() };
+        (SendHalf::new(send), RecvHalf::new(recv))
     }
 
     pub(super) fn close(&self, code: CloseCode, reason: &str) {
+        // Only the first close counts, for the peer too.
+        let _ = self.farewell.0.set((code, reason.to_owned()));
         self.connection.close(code.as_u32().into(), reason.as_bytes());
     }
 
     pub(super) async fn closed(&self) -> TunnelLost {
-        lost(self.connection.closed().await)
+        self.farewell.lost(self.connection.closed().await)
     }
 
     pub(super) async fn flushed(&self, limit: Duration) {
@@ -486,13 +526,16 @@ impl Connection {
 }
 
 /// The half of a QUIC stream that this side writes.
-pub(super) struct SendStream(quinn::SendStream);
+pub(super) struct SendStream {
+    stream: quinn::SendStream,
+    farewell: Farewell,
+}
 
 impl SendStream {
     pub(super) async fn write_chunk(&mut self, chunk: Bytes) -> Result<(), WriteError> {
-        self.0.write_chunk(chunk).await.map_err(|error| match error {
+        self.stream.write_chunk(chunk).await.map_err(|error| match error {
             quinn::WriteError::Stopped(code) => WriteError::Stopped(stream_code(code)),
-            quinn::WriteError::ConnectionLost(error) => WriteError::Lost(lost(error)),
+            quinn::WriteError::ConnectionLost(error) => WriteError::Lost(self.farewell.lost(error)),
             // 0-RTT is never used.
             quinn::WriteError::ClosedStream | quinn::WriteError::ZeroRttRejected => {
                 WriteError::Ended
@@ -502,77 +545,68 @@ impl SendStream {
 
     pub(super) fn finish(&mut self) {
         // Fails only on a stream that has ended, which SendHalf excludes.
-        let _ = self.0.finish();
+        let _ = self.stream.finish();
     }
 
     pub(super) fn reset(&mut self, code: StreamCode) {
-        let _ = self.0.reset(code.as_u32().into());
+        let _ = self.stream.reset(code.as_u32().into());
     }
 
     pub(super) fn stopped(
         &self,
     ) -> impl Future<Output = Result<Option<StreamCode>, TunnelLost>> + Send + Sync + 'static {
-        let stopped = self.0.stopped();
+        let stopped = self.stream.stopped();
+        let farewell = self.farewell.clone();
         async move {
             match stopped.await {
                 Ok(code) => Ok(code.map(stream_code)),
-                Err(quinn::StoppedError::ConnectionLost(error)) => Err(lost(error)),
+                Err(quinn::StoppedError::ConnectionLost(error)) => Err(farewell.lost(error)),
                 Err(quinn::StoppedError::ZeroRttRejected) => Ok(None),
             }
         }
     }
 
     pub(super) fn set_priority(&self, priority: i32) {
-        let _ = self.0.set_priority(priority);
+        let _ = self.stream.set_priority(priority);
     }
 }
 
 /// The half of a QUIC stream that this side reads.
-pub(super) struct RecvStream(quinn::RecvStream);
+pub(super) struct RecvStream {
+    stream: quinn::RecvStream,
+    farewell: Farewell,
+}
 
 impl RecvStream {
     pub(super) async fn read_chunks(
         &mut self,
         chunks: &mut [Bytes],
     ) -> Result<Option<usize>, ReadError> {
-        self.0.read_chunks(chunks).await.map_err(read_error)
+        self.stream.read_chunks(chunks).await.map_err(|error| self.farewell.read_error(error))
     }
 
     pub(super) async fn read(&mut self, buf: &mut [u8]) -> Result<Option<usize>, ReadError> {
-        self.0.read(buf).await.map_err(read_error)
+        self.stream.read(buf).await.map_err(|error| self.farewell.read_error(error))
     }
 
     pub(super) fn stop(&mut self, code: StreamCode) {
         // Fails only on a stream that has ended, which has nothing left to stop.
-        let _ = self.0.stop(code.as_u32().into());
+        let _ = self.stream.stop(code.as_u32().into());
     }
 
     pub(super) async fn failed(&mut self) -> ReadError {
-        match self.0.received_reset().await {
+        match self.stream.received_reset().await {
             Ok(Some(code)) => ReadError::Reset(stream_code(code)),
             Ok(None) | Err(quinn::ResetError::ZeroRttRejected) => std::future::pending().await,
-            Err(quinn::ResetError::ConnectionLost(error)) => ReadError::Lost(lost(error)),
+            Err(quinn::ResetError::ConnectionLost(error)) => {
+                ReadError::Lost(self.farewell.lost(error))
+            }
         }
     }
 }
 
-fn halves((send, recv): (quinn::SendStream, quinn::RecvStream)) -> (SendHalf, RecvHalf) {
-    (SendHalf::new(SendStream(send)), RecvHalf::new(RecvStream(recv)))
-}
-
 fn stream_code(code: VarInt) -> StreamCode {
     StreamCode::from_wire(code.into_inner())
-}
-
-fn read_error(error: quinn::ReadError) -> ReadError {
-    match error {
-        quinn::ReadError::Reset(code) => ReadError::Reset(stream_code(code)),
-        quinn::ReadError::ConnectionLost(error) => ReadError::Lost(lost(error)),
-        // Reads are always ordered, and 0-RTT is never used.
-        quinn::ReadError::ClosedStream
-        | quinn::ReadError::IllegalOrderedRead
-        | quinn::ReadError::ZeroRttRejected => ReadError::Ended,
-    }
 }
 
 fn lost(error: quinn::ConnectionError) -> TunnelLost {
@@ -581,7 +615,9 @@ fn lost(error: quinn::ConnectionError) -> TunnelLost {
             code: CloseCode::from_wire(close.error_code.into_inner()),
             reason: String::from_utf8_lossy(&close.reason).into_owned(),
         },
-        quinn::ConnectionError::LocallyClosed => TunnelLost::ClosedHere,
+        quinn::ConnectionError::LocallyClosed => {
+            TunnelLost::ClosedHere { code: CloseCode::ABANDONED, reason: String::new() }
+        }
         quinn::ConnectionError::TimedOut => TunnelLost::TimedOut,
         quinn::ConnectionError::Reset => TunnelLost::PeerRestarted,
         error => TunnelLost::Transport(error.to_string()),

@@ -1,0 +1,84 @@
+//! kube-apiserver's own client library, as a program (see `loadtest/stockclient`).
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+use anyhow::Context as _;
+use tokio::process::{Child, Command};
+
+/// The stock client, built from the pinned Go module.
+#[derive(Clone, Debug)]
+pub struct StockClient {
+    program: PathBuf,
+}
+
+impl StockClient {
+    /// Builds the program into `folder`; `None` where there is no Go.
+    ///
+    /// # Errors
+    /// When Go is there and cannot build it.
+    pub async fn build(folder: &Path) -> anyhow::Result<Option<Self>> {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("stockclient");
+        let program = folder.join("stockclient");
+        let built = Command::new("go")
+            .args(["build", "-o"])
+            .arg(&program)
+            .arg(".")
+            .current_dir(source)
+            .output()
+            .await;
+        match built {
+            Ok(built) if built.status.success() => Ok(Some(Self { program })),
+            Ok(built) => {
+                let error = String::from_utf8_lossy(&built.stderr).into_owned();
+                Err(anyhow::anyhow!(error).context("go build in loadtest/stockclient"))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn command(&self, command: &str, uds: &Path, target: &str, flags: &[&str]) -> Command {
+        let mut run = Command::new(&self.program);
+        run.arg(command).arg("--uds").arg(uds).args(["--target", target]).args(flags);
+        run.kill_on_drop(true).stdin(Stdio::null());
+        run
+    }
+
+    /// Runs one command to its end: the line it printed, and its exit code.
+    ///
+    /// # Errors
+    /// When it cannot be run or prints something else.
+    pub async fn run(
+        &self,
+        command: &str,
+        uds: &Path,
+        target: &str,
+        flags: &[&str],
+    ) -> anyhow::Result<(serde_json::Value, Option<i32>)> {
+        let ended = self.command(command, uds, target, flags).output().await?;
+        let line = String::from_utf8_lossy(&ended.stdout);
+        let answer = serde_json::from_str(&line).with_context(|| {
+            format!("stockclient {command}: {line}{}", String::from_utf8_lossy(&ended.stderr))
+        })?;
+        Ok((answer, ended.status.code()))
+    }
+
+    /// Starts one command that goes on until its standard input ends.
+    ///
+    /// # Errors
+    /// When it cannot be run.
+    pub fn start(
+        &self,
+        command: &str,
+        uds: &Path,
+        target: &str,
+        flags: &[&str],
+    ) -> io::Result<Child> {
+        let mut run = self.command(command, uds, target, flags);
+        run.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()
+    }
+}
