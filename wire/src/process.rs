@@ -5,7 +5,7 @@
 //! options both sides share; [`logging`], [`metrics`], [`admin`] and [`signals`] are what an
 //! operator sees of a running process.
 //!
-//! Start with [`go_flags::parse_or_exit`], which is the first line of each `main`.
+//! Start with [`go_flags::try_parse_from`], with which each process begins.
 
 pub mod admin;
 pub mod byte_size;
