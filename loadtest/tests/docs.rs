@@ -74,3 +74,73 @@ fn sources(folder: &Path) -> Vec<std::path::PathBuf> {
     }
     found
 }
+
+/// `docs/protocol.md`'s headings as their anchors.
+fn anchors(document: &str) -> BTreeSet<String> {
+    let headings = document.lines().filter_map(|line| line.strip_prefix("## "));
+    headings
+        .map(|heading| heading.to_lowercase().replace('.', "").replace(' ', "-"))
+        .collect()
+}
+
+#[test]
+fn every_cited_section_exists() {
+    let anchors = anchors(&read("docs/protocol.md"));
+    let mut cited = 0;
+    for crate_name in ["wire", "server", "agent"] {
+        for source in sources(&root().join(crate_name).join("src")) {
+            let text = fs::read_to_string(&source).unwrap();
+            for citation in text.split("docs/protocol.md#").skip(1) {
+                let anchor = citation.split_whitespace().next().unwrap();
+                assert!(anchors.contains(anchor), "{anchor} of {}", source.display());
+                cited += 1;
+            }
+        }
+    }
+    assert!(cited > 8, "only {cited} citations found");
+}
+
+#[test]
+fn every_code_is_in_the_tables() {
+    let document = read("docs/protocol.md");
+    let codes = culvert_wire::StreamCode::ALL.iter().map(|code| (code.as_u32(), code.name()));
+    let closes = culvert_wire::CloseCode::ALL.iter().map(|code| (code.as_u32(), code.name()));
+    for (number, name) in codes.chain(closes) {
+        let row = format!("| {number:#04x} | {name} | ");
+        assert!(document.contains(&row), "{row} is not in docs/protocol.md");
+    }
+}
+
+#[test]
+fn every_example_frame_decodes_to_what_it_is_called() {
+    use culvert_wire::{
+        control::ControlMessage,
+        dial::{DialReply, DialRequest},
+        frame::{Frame, HEAD_LEN, Head},
+    };
+    let document = read("docs/protocol.md");
+    let mut examples = 0;
+    for block in document.split("```hex ").skip(1) {
+        let (name, rest) = block.split_once('\n').unwrap();
+        let hex: String =
+            rest.split("```").next().unwrap().split_whitespace().collect::<Vec<_>>().concat();
+        let bytes: Vec<u8> = (0..hex.len())
+            .step_by(2)
+            .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap())
+            .collect();
+        let head = Head::decode(*bytes.first_chunk::<HEAD_LEN>().unwrap());
+        assert_eq!(bytes.len(), HEAD_LEN + head.length, "{name}");
+        let frame = Frame { kind: head.kind, body: bytes[HEAD_LEN..].to_vec().into() };
+        let is_right = match name {
+            "dial-request" => frame.message::<DialRequest>().is_ok(),
+            "dial-reply" => frame.message::<DialReply>().is_ok(),
+            name => {
+                let message = format!("{:?}", ControlMessage::decode(&frame).unwrap());
+                message.to_lowercase().starts_with(name)
+            }
+        };
+        assert!(is_right, "{name}");
+        examples += 1;
+    }
+    assert_eq!(examples, 9);
+}

@@ -136,6 +136,12 @@ fn parse(head: &[u8]) -> Result<Request, BadRequest> {
     Ok(Request { address: path.to_owned(), kind, trace })
 }
 
+/// The parser, for the fuzzer.
+#[cfg(fuzzing)]
+pub fn fuzz_parse(head: &[u8]) {
+    let _ = parse(head);
+}
+
 /// Dials the target while watching the frontend; `None` if the frontend left meanwhile.
 async fn dial<S: FrontendSocket>(
     socket: &mut S,
