@@ -1,12 +1,14 @@
 //! What stands on top of server and agent: the demo, measurements, and the parts that every test
 //! of the whole tunnel is made of.
 //!
+//! - [`demo`] shows the tunnel at work in one command;
 //! - [`rig`] runs a server and agents in this process, on loopback, with [`certificates`] made on
 //!   the spot;
 //! - [`targets`] are what can be dialed: echo, sink, source and the ill-behaved ones;
 //! - [`frontend`] comes in as kube-apiserver does, by gRPC or HTTP CONNECT.
 
 pub mod certificates;
+pub mod demo;
 pub mod frontend;
 pub mod peer;
 pub mod rig;

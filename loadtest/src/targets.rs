@@ -123,6 +123,33 @@ pub async fn log(interval: Duration) -> io::Result<Target> {
     .await
 }
 
+/// Answers each HTTP request on a connection with `body` bytes of text; HTTP/1.0 only once.
+///
+/// # Errors
+/// When no port can be had.
+pub async fn http(body: usize) -> io::Result<Target> {
+    Target::start(move |mut socket| async move {
+        let line = "hello from a target behind the tunnel\n";
+        let text = line.repeat(body.div_ceil(line.len()));
+        let answer = format!(
+            "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {body}\r\n\r\n{}",
+            &text[..body]
+        );
+        let mut request = Vec::new();
+        while socket.read_buf(&mut request).await? > 0 {
+            if request.ends_with(b"\r\n\r\n") {
+                socket.write_all(answer.as_bytes()).await?;
+                if request.windows(8).any(|version| version == b"HTTP/1.0") {
+                    break;
+                }
+                request.clear();
+            }
+        }
+        socket.shutdown().await
+    })
+    .await
+}
+
 /// What a [`recorder`] saw of one connection.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Record {

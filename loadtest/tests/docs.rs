@@ -78,9 +78,7 @@ fn sources(folder: &Path) -> Vec<std::path::PathBuf> {
 /// `docs/protocol.md`'s headings as their anchors.
 fn anchors(document: &str) -> BTreeSet<String> {
     let headings = document.lines().filter_map(|line| line.strip_prefix("## "));
-    headings
-        .map(|heading| heading.to_lowercase().replace('.', "").replace(' ', "-"))
-        .collect()
+    headings.map(|heading| heading.to_lowercase().replace('.', "").replace(' ', "-")).collect()
 }
 
 #[test]

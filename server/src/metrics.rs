@@ -183,6 +183,11 @@ impl ServerMetrics {
         TunnelShown { tunnels: self.tunnels.clone(), backend: backend.clone() }
     }
 
+    /// The agents' tunnels that are up now.
+    pub fn tunnels(&self) -> Vec<Arc<Backend>> {
+        self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Counts a tunnel that ended.
     pub fn tunnel_lost(&self, reason: &'static str) {
         self.metrics.counter(TUNNELS_LOST, &[("reason", reason)]).increment(1);
@@ -230,7 +235,7 @@ impl ServerMetrics {
         let help = "Number of konnectivity agent connected to the proxy server. DEPRECATED, please use ready_backends";
         gauge(READY_CONNECTIONS, help, one(last));
 
-        let tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let tunnels = self.tunnels();
         let agent = |backend: &Backend| ("agent_id", backend.agent_id().to_string());
         gauge(TUNNELS, "Tunnels of agents that have joined.", one(tunnels.len() as u64));
         let open = tunnels.iter().map(|b| (vec![agent(b)], b.open_streams() as u64)).collect();

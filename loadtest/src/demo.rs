@@ -1,0 +1,119 @@
+//! One command that shows the tunnel at work.
+//!
+//! ```text
+//! sessions ─ samples ─▶ stage ─▶ table      every quarter of a second, and once at the end
+//! ```
+
+mod poke;
+mod session;
+mod table;
+
+use std::{
+    io::{self, IsTerminal, Write},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use culvert_wire::process::signals::StopSignals;
+use tokio::time::interval;
+
+use crate::rig::{Rig, Running};
+use session::{Report, Sessions};
+
+/// How often the table is drawn anew on a terminal.
+const FRAME: Duration = Duration::from_millis(250);
+
+/// What to show.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Options {
+    /// Number of agents
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=20))]
+    pub agents: u8,
+
+    /// How long the sessions run
+    #[arg(long, default_value_t = 10, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub seconds: u64,
+
+    /// Leave everything up afterwards, until Ctrl-C, and tell how to poke it
+    #[arg(long)]
+    pub hold: bool,
+}
+
+/// Runs the demo.
+///
+/// # Errors
+/// When a part cannot start, a session fails or an answer is wrong.
+pub async fn run(options: &Options) -> anyhow::Result<()> {
+    let mut signals = StopSignals::catch()?;
+    println!("Starting a server and {} agents on loopback …", options.agents);
+    let rig = Rig::new().agents(options.agents.into()).start().await?;
+    let sessions = Sessions::start(&rig).await.context("a session could not start")?;
+    let interrupted = tokio::select! {
+        shown = show(&rig, &sessions, Duration::from_secs(options.seconds)) => {
+            shown?;
+            false
+        }
+        _ = signals.next() => true,
+    };
+    let reports = sessions.stop().await?;
+    println!("\n{}", summary(&reports));
+    if options.hold && !interrupted {
+        let poke = poke::Poke::start(&rig).await?;
+        println!("\n{poke}\nHeld until Ctrl-C.");
+        signals.next().await;
+    }
+    println!("Going down.");
+    stop(rig).await
+}
+
+/// Draws the table until the time is over: in place on a terminal, once at the end otherwise.
+async fn show(rig: &Running, sessions: &Sessions, time: Duration) -> anyhow::Result<()> {
+    let started = Instant::now();
+    let mut frames = interval(FRAME);
+    let in_place = io::stdout().is_terminal();
+    let mut drawn = 0;
+    loop {
+        frames.tick().await;
+        sessions.check()?;
+        let is_over = started.elapsed() >= time;
+        if in_place || is_over {
+            let picture = table::draw(&sessions.reports(), &rig.server.metrics.tunnels());
+            let mut out = io::stdout().lock();
+            if drawn > 0 {
+                // Up to the first line of the last picture, and everything below it away.
+                write!(out, "\x1b[{drawn}A\x1b[J")?;
+            }
+            writeln!(out, "{picture}")?;
+            out.flush()?;
+            drawn = picture.lines().count();
+        }
+        if is_over {
+            return Ok(());
+        }
+    }
+}
+
+/// What was seen, for somebody who sees it for the first time.
+fn summary(reports: &[Report]) -> String {
+    let find = |name: &str| reports.iter().find(|report| report.name == name);
+    let (Some(keys), Some(bulk)) = (find(session::EXEC), find(session::DOWNLOAD)) else {
+        return String::new();
+    };
+    format!(
+        "{} keystrokes were echoed, half of them in {:.2} ms and 99 of 100 in {:.2} ms, while a \
+         download took {:.0} Mbit/s beside them.\nEach session was a QUIC stream of its own on its \
+         agent's one connection: a slow reader or a lost packet holds back one of them, not all.",
+        keys.count,
+        keys.p50.as_secs_f64() * 1e3,
+        keys.p99.as_secs_f64() * 1e3,
+        bulk.megabits_per_second()
+    )
+}
+
+async fn stop(mut rig: Running) -> anyhow::Result<()> {
+    while !rig.agents().is_empty() {
+        rig.drain_agent(0).await?;
+    }
+    rig.stop_server().await
+}

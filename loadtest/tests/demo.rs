@@ -1,0 +1,15 @@
+//! The demo does what it says, in a second.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod common;
+
+use common::within;
+use culvert_loadtest::demo::{self, Options};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_demo_runs_and_goes_down_again() {
+    within(async {
+        demo::run(&Options { agents: 2, seconds: 1, hold: false }).await.unwrap();
+    })
+    .await;
+}
