@@ -6,7 +6,7 @@ use culvert_wire::{
     process::logging::RateLimited,
     tls::{self, Identity, TlsError},
     transport::{
-        BufferSizes, Tunnel,
+        BufferSizes,
         quic::{self, ConnectError, Settings},
     },
 };
@@ -99,6 +99,13 @@ impl Connector {
         let welcome = &joined.welcome;
         let server_id = welcome.server_id.clone();
         info!(%server_id, %address, transport = joined.tunnel().transport(), "server connected");
+        if buffers.is_small() {
+            warn!(
+                receive = buffers.receive,
+                send = buffers.send,
+                "UDP buffers are small; raise net.core.rmem_max and net.core.wmem_max to 8 MiB",
+            );
+        }
         let shown = self.metrics.tunnel_open(
             server_id.clone(),
             welcome.server_count,
@@ -141,7 +148,7 @@ impl Connector {
         context: &TunnelContext,
     ) -> Result<(Joined, BufferSizes), AttemptError> {
         let name = self.servers.name.to_str();
-        let (tunnel, buffers): (Tunnel, _) = quic::connect(address, &name, tls, &self.settings)
+        let (tunnel, buffers) = quic::connect(address, &name, tls, &self.settings)
             .await
             .map_err(|source| AttemptError::Connect { address, source })?;
         let joined = tunnel::join(tunnel, context)

@@ -14,6 +14,7 @@ use culvert_loadtest::{
     rig::Running,
     targets,
 };
+use culvert_wire::dial::{DialRequest, StreamKind};
 use socket2::{Domain, Socket, Type};
 
 /// What the frontend was told.
@@ -185,6 +186,27 @@ async fn an_agent_that_never_answers_costs_the_deadline_and_no_more() {
         })
         .await;
     }
+}
+
+/// A frontend that knows says so, and the agent is told.
+#[tokio::test]
+async fn what_a_frontend_declares_reaches_the_agent() {
+    within(async {
+        let rig = Door::ConnectUnix.rig().agents(0).start().await.unwrap();
+        let (tunnel, _control) = agent::joined(&rig, "curious").await;
+        rig.until_joined(1).await.unwrap();
+        let mut frontend = tokio::net::UnixStream::connect(rig.uds()).await.unwrap();
+        let head = "CONNECT node:10250 HTTP/1.1\r\nCulvert-Kind: exec\r\n\
+                    Traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\r\n\r\n";
+        tokio::io::AsyncWriteExt::write_all(&mut frontend, head.as_bytes()).await.unwrap();
+        let (_send, mut recv) = tunnel.accept().await.unwrap();
+        let request: DialRequest = recv.read_frame(4096).await.unwrap().message().unwrap();
+        assert_eq!(request.target.to_string(), "node:10250");
+        assert_eq!(request.kind, StreamKind::EXEC);
+        assert_eq!(request.timeout_millis, 10_000);
+        assert!(request.trace.unwrap().traceparent.starts_with("00-4bf92f"));
+    })
+    .await;
 }
 
 #[tokio::test]

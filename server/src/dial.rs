@@ -11,10 +11,12 @@ use culvert_wire::{
     dial::{DialFailure, DialReply, DialRequest, DialTiming, Network, StreamKind, TraceContext},
     extension::{Extensions, UnknownExtension},
     frame::{self, FrameError, Message},
+    process::logging::RateLimited,
     target::InvalidTarget,
     transport::{ReadError, ReadFrameError, RecvHalf, SendHalf, TunnelLost, WriteError},
 };
 use tokio::time::{sleep, timeout};
+use tracing::info;
 
 use crate::{
     backend::{Backends, Place},
@@ -141,13 +143,20 @@ impl Dialer {
     /// # Cancel safety
     /// Dropping the future abandons the dial, and the agent gives it up.
     pub async fn dial(&self, wish: Wish) -> Result<Dialed, DialError> {
+        static DIAL_FAILED: RateLimited = RateLimited::new(Duration::from_secs(1));
+        let target = wish.target.clone();
         let pending = self.metrics.dial_pending();
         let started = Instant::now();
         let result = self.try_dial(wish).await;
         drop(pending);
         match &result {
             Ok(_) => self.metrics.dial_duration.record(started.elapsed()),
-            Err(error) => self.metrics.dial_failed(error.reason()),
+            Err(error) => {
+                self.metrics.dial_failed(error.reason());
+                if let Some(suppressed) = DIAL_FAILED.admit(Instant::now()) {
+                    info!(%target, reason = error.reason(), %error, suppressed, "dial failed");
+                }
+            }
         }
         result
     }

@@ -13,7 +13,7 @@ use std::{
 };
 
 use culvert_wire::{
-    dial::DialTiming,
+    dial::{DialTiming, StreamKind, TraceContext},
     splice::{self, Abort, Cut, HalfEnd, Local, LocalRead, LocalWrite},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -25,6 +25,31 @@ use crate::{
     metrics::{FrontendKind, ServerMetrics},
     registry::Candidate,
 };
+
+/// Declares what a connection is for, as a request header or gRPC metadata; kube-apiserver sends
+/// none.
+const KIND_HEADER: &str = "culvert-kind";
+
+/// What a frontend's request says beyond its target.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Declared {
+    kind: StreamKind,
+    trace: Option<TraceContext>,
+}
+
+impl Declared {
+    /// Reads the headers that `header` finds by their lower-case names.
+    fn read<'a>(header: impl Fn(&str) -> Option<&'a str>) -> Self {
+        let trace = header("traceparent").and_then(|traceparent| {
+            Some(TraceContext {
+                traceparent: traceparent.try_into().ok()?,
+                tracestate: header("tracestate").unwrap_or_default().try_into().ok()?,
+            })
+        });
+        let kind = header(KIND_HEADER).map_or(StreamKind::UNKNOWN, StreamKind::from_name);
+        Self { kind, trace }
+    }
+}
 
 /// What every frontend connection of one server has in common.
 #[derive(Debug)]

@@ -39,7 +39,7 @@ impl Network {
 
 /// What a connection is for, as far as a frontend knows. It decides nothing but where the stream
 /// starts in the scheduler, and which label it is counted under.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct StreamKind(u8);
 

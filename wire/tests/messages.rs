@@ -252,7 +252,7 @@ fn a_token_does_not_show_in_a_log() {
 }
 
 fn text<const MAX: usize>() -> impl Strategy<Value = Text<MAX>> {
-    ".{0,40}".prop_map(|text| Text::truncated(text))
+    ".{0,40}".prop_map(Text::truncated)
 }
 
 fn any_extensions() -> impl Strategy<Value = Extensions> {

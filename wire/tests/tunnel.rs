@@ -218,6 +218,18 @@ async fn a_server_of_another_name_or_ca_is_refused() {
     .await;
 }
 
+#[tokio::test]
+async fn an_attempt_at_a_port_where_nobody_listens_fails_at_once() {
+    within(async {
+        let gone = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let authority = Authority::new();
+        let tls = tunnel_client(authority.roots(), None, KeyExchange::Hybrid).unwrap();
+        let attempt = connect(gone, "127.0.0.1", tls.into(), &Settings::default()).await;
+        assert!(matches!(attempt, Err(ConnectError::Refused)));
+    })
+    .await;
+}
+
 /// The control stream of each end.
 async fn controls(pair: &Pair) -> (ControlStream, ControlStream) {
     let mut agent = ControlStream::new(pair.agent.clone(), pair.agent.open().await.unwrap());

@@ -10,7 +10,7 @@ use std::{io, time::Duration};
 use bytes::{Bytes, BytesMut};
 use culvert_wire::{
     Target,
-    dial::{Network, StreamKind, TraceContext},
+    dial::Network,
     splice::{Abort, Local, LocalRead, LocalWrite},
 };
 use tokio::{
@@ -19,7 +19,7 @@ use tokio::{
 };
 use tracing::debug;
 
-use super::FrontendContext;
+use super::{Declared, FrontendContext};
 use crate::dial::{DialError, Dialed, Wish};
 
 /// The most bytes a request's head may have.
@@ -32,9 +32,6 @@ const MAX_READ_AHEAD: usize = 64 * 1024;
 const HANGUP_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a refusal may take to reach its reader.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Declares what a connection is for, as a request header; kube-apiserver sends none.
-const KIND_HEADER: &str = "culvert-kind";
 
 /// A connection that a frontend can be served on and spliced with afterwards.
 pub trait FrontendSocket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
@@ -56,8 +53,7 @@ pub trait FrontendSocket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
 #[derive(Debug, PartialEq, Eq)]
 struct Request {
     address: String,
-    kind: StreamKind,
-    trace: Option<TraceContext>,
+    declared: Declared,
 }
 
 /// A request that was not.
@@ -126,14 +122,7 @@ fn parse(head: &[u8]) -> Result<Request, BadRequest> {
         let header = request.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name));
         header.and_then(|header| std::str::from_utf8(header.value).ok())
     };
-    let trace = header("traceparent").and_then(|traceparent| {
-        Some(TraceContext {
-            traceparent: traceparent.try_into().ok()?,
-            tracestate: header("tracestate").unwrap_or_default().try_into().ok()?,
-        })
-    });
-    let kind = header(KIND_HEADER).map_or(StreamKind::UNKNOWN, StreamKind::from_name);
-    Ok(Request { address: path.to_owned(), kind, trace })
+    Ok(Request { address: path.to_owned(), declared: Declared::read(header) })
 }
 
 /// The parser, for the fuzzer.
@@ -153,7 +142,8 @@ async fn dial<S: FrontendSocket>(
         Ok(target) => target,
         Err(error) => return Some(Err(DialError::Address(error))),
     };
-    let wish = Wish { network: Network::Tcp, target, kind: request.kind, trace: request.trace };
+    let Declared { kind, trace } = request.declared;
+    let wish = Wish { network: Network::Tcp, target, kind, trace };
     tokio::select! {
         result = context.dialer.dial(wish) => Some(result),
         () = gone(socket, buffer) => None,
@@ -261,7 +251,7 @@ fn status(text: &str) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use culvert_wire::dial::{DialErrorKind, DialFailure};
+    use culvert_wire::dial::{DialErrorKind, DialFailure, StreamKind};
 
     use super::*;
 
@@ -274,7 +264,7 @@ mod tests {
         ] {
             let request = parse(head.as_bytes()).unwrap();
             assert_eq!(request.address, "10.0.0.1:10250");
-            assert_eq!(request.kind, StreamKind::UNKNOWN);
+            assert_eq!(request.declared, Declared::default());
         }
     }
 
@@ -286,8 +276,8 @@ mod tests {
         );
         let request = parse(head.as_bytes()).unwrap();
         assert_eq!(request.address, "[fd00::1]:443");
-        assert_eq!(request.kind, StreamKind::LOGS);
-        assert_eq!(request.trace.unwrap().traceparent.as_str(), parent);
+        assert_eq!(request.declared.kind, StreamKind::LOGS);
+        assert_eq!(request.declared.trace.unwrap().traceparent.as_str(), parent);
     }
 
     #[test]

@@ -161,6 +161,9 @@ pub enum ConnectError {
     /// The handshake did not come to its end.
     #[error("{0}")]
     Handshake(TunnelLost),
+    /// The network says that nobody listens at the server's address.
+    #[error("connection refused")]
+    Refused,
     /// The peer speaks QUIC but not this protocol.
     #[error("the peer did not agree on the protocol {}", String::from_utf8_lossy(ALPN))]
     Protocol,
@@ -245,19 +248,6 @@ impl Listener {
         }
     }
 
-    /// Uses other certificates for the handshakes to come; live tunnels keep theirs.
-    ///
-    /// # Errors
-    /// When the TLS configuration cannot carry QUIC.
-    pub fn set_tls(
-        &self,
-        tls: Arc<rustls::ServerConfig>,
-        settings: &Settings,
-    ) -> Result<(), ConnectError> {
-        self.endpoint.set_server_config(Some(server_config(tls, settings)?));
-        Ok(())
-    }
-
     /// Refuses further handshakes; live tunnels go on.
     pub fn refuse_new(&self) {
         self.endpoint.set_server_config(None);
@@ -325,8 +315,8 @@ impl Drop for Pending {
 /// A shared socket would hash to the same replica behind a load balancer every time.
 ///
 /// # Errors
-/// When the socket cannot be had, or the handshake does not come to its end; it gives up after the
-/// idle time-out.
+/// When the socket cannot be had, nobody listens at the address, or the handshake does not come to
+/// its end; it gives up after the idle time-out.
 pub async fn connect(
     remote: SocketAddr,
     server_name: &str,
@@ -347,18 +337,29 @@ pub async fn connect(
     )
     .map_err(|error| BindError::new(local, error))?;
     let neighbours = Arc::new(Neighbours::default());
-    neighbours.listen(bound.errors);
 
     let crypto = QuicClientConfig::try_from(tls).map_err(|e| ConnectError::Tls(e.to_string()))?;
     let mut client = quinn::ClientConfig::new(Arc::new(crypto));
     client.transport_config(Arc::new(settings.transport()));
-    let connection = endpoint
+    let connecting = endpoint
         .connect_with(client, remote, server_name)
-        .map_err(|error| ConnectError::Address(error.to_string()))?
-        .await
-        .map_err(|error| ConnectError::Handshake(lost(error)))?;
+        .map_err(|error| ConnectError::Address(error.to_string()))?;
+    let connection = tokio::select! {
+        connected = connecting => connected.map_err(|error| ConnectError::Handshake(lost(error)))?,
+        () = refused(bound.errors.as_ref()) => return Err(ConnectError::Refused),
+    };
+    neighbours.listen(bound.errors);
     let tunnel = Connection::established(connection, endpoint, neighbours)?;
     Ok((tunnel, bound.buffer_sizes))
+}
+
+/// Completes when a packet of the handshake could not be delivered. The socket has one peer, so
+/// every error is the server's.
+async fn refused(errors: Option<&udp::ErrorQueue>) {
+    match errors {
+        Some(errors) if errors.next().await.is_some() => {}
+        _ => std::future::pending().await,
+    }
 }
 
 fn server_config(

@@ -20,14 +20,14 @@ use std::{
 
 use culvert_wire::{
     Target,
-    dial::{Network, StreamKind},
+    dial::Network,
     splice::{Cut, HalfEnd, Local},
 };
 use tonic::Streaming;
 use tracing::debug;
 
 use super::{
-    super::FrontendContext,
+    super::{Declared, FrontendContext},
     connection::{self, CutOnDrop, Registration},
     packet::{Ask, DialRequest, Packet},
     service::Outbound,
@@ -43,13 +43,14 @@ static NEXT_CONNECT_ID: AtomicI64 = AtomicI64::new(1);
 /// Serves one `Proxy` stream until the frontend ends it or its connection is over.
 pub(super) async fn serve(
     context: Arc<FrontendContext>,
+    declared: Declared,
     mut inbound: Streaming<Packet>,
     outbound: Outbound,
 ) {
     let _counted = context.metrics.frontend_open(FrontendKind::Grpc);
     while let Some(request) = first_dial(&mut inbound, &outbound).await {
         let random = request.random;
-        let dialed = match dial(&context, request, &mut inbound, &outbound).await {
+        let dialed = match dial(&context, &declared, request, &mut inbound, &outbound).await {
             Dialing::Done(dialed) => dialed,
             Dialing::Cancelled => continue,
             Dialing::Left => return,
@@ -101,11 +102,12 @@ enum Dialing {
 /// Dials while listening to what the frontend has to say meanwhile.
 async fn dial(
     context: &FrontendContext,
+    declared: &Declared,
     request: DialRequest,
     inbound: &mut Streaming<Packet>,
     outbound: &Outbound,
 ) -> Dialing {
-    let wish = match wish(&request) {
+    let wish = match wish(declared, &request) {
         Ok(wish) => wish,
         Err(error) => return Dialing::Done(Err(error)),
     };
@@ -136,11 +138,12 @@ async fn dial(
     }
 }
 
-fn wish(request: &DialRequest) -> Result<Wish, DialError> {
+fn wish(declared: &Declared, request: &DialRequest) -> Result<Wish, DialError> {
     let network = Network::from_name(&request.protocol)
         .ok_or_else(|| DialError::Network(request.protocol.chars().take(32).collect()))?;
     let target: Target = request.address.parse()?;
-    Ok(Wish { network, target, kind: StreamKind::UNKNOWN, trace: None })
+    let Declared { kind, trace } = declared.clone();
+    Ok(Wish { network, target, kind, trace })
 }
 
 /// The answer to a DIAL_REQ on a stream that has a connection.

@@ -13,7 +13,11 @@ use tonic::{
 };
 use tonic_prost::ProstCodec;
 
-use super::{super::FrontendContext, packet::Packet, proxy};
+use super::{
+    super::{Declared, FrontendContext},
+    packet::Packet,
+    proxy,
+};
 
 /// The one method there is.
 const METHOD: &str = "/ProxyService/Proxy";
@@ -70,7 +74,9 @@ impl StreamingService<Packet> for Proxy {
         let (outbound, packets) = mpsc::channel(OUTBOUND_PACKETS);
         let context = self.0.clone();
         let tasks = context.tasks.clone();
-        tasks.spawn(proxy::serve(context, request.into_inner(), outbound));
+        let metadata = request.metadata();
+        let declared = Declared::read(|name| metadata.get(name)?.to_str().ok());
+        tasks.spawn(proxy::serve(context, declared, request.into_inner(), outbound));
         std::future::ready(Ok(tonic::Response::new(ReceiverStream::new(packets))))
     }
 }
