@@ -180,11 +180,11 @@ impl Server {
             () = accept_tunnels(&self.listener, &self.tunnel_context, &tunnels) => {}
         }
 
+        // No new requests first; the frontend's task ends within a moment and removes its socket.
         stopping.cancel();
+        let _ = frontend.await;
         self.listener.refuse_new();
         self.tunnel_context.draining.cancel();
-        // Ends within a moment: it only waits to be told.
-        let _ = frontend.await;
         tasks.close();
         if !self.grace.is_zero() && !tasks.is_empty() {
             info!(open = tasks.len(), grace = ?self.grace, "draining");

@@ -104,12 +104,12 @@ pub async fn serve(incoming: Incoming, context: Arc<TunnelContext>) {
     };
     let backend = Arc::new(backend);
     let agent_id = backend.agent_id().clone();
+    let counted = context.metrics.tunnel_open(&backend);
+    let registered = context.backends.register(backend.clone());
     info!(
         agent_id = %agent_id, %remote, transport = backend.tunnel.transport(),
         instance = ?backend.instance(), "agent connected",
     );
-    let counted = context.metrics.tunnel_open(&backend);
-    let registered = context.backends.register(backend.clone());
     let lost = drive(&backend, control, &context).await;
     drop(registered);
     drop(counted);

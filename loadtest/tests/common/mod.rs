@@ -8,7 +8,7 @@ use std::{future::Future, time::Duration};
 use tokio::time::timeout;
 
 /// Long enough for a loaded machine, short enough to name the test that hangs.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Runs a test, and fails it when it hangs.
 pub(crate) async fn within<T>(test: impl Future<Output = T>) -> T {
