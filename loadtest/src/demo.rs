@@ -15,10 +15,10 @@ use std::{
 
 use anyhow::Context as _;
 use culvert_wire::process::signals::StopSignals;
+use session::{Report, Sessions};
 use tokio::time::interval;
 
 use crate::rig::{Rig, Running};
-use session::{Report, Sessions};
 
 /// How often the table is drawn anew on a terminal.
 const FRAME: Duration = Duration::from_millis(250);

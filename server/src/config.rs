@@ -4,16 +4,13 @@
 //! an image swap starts; what Culvert adds is listed in docs/configuration.md. `Config` holds
 //! parsed types only and may be built by hand, with port 0 anywhere, which flags refuse.
 
-use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::time::Duration;
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use culvert_wire::process::faults::Faults;
 pub use culvert_wire::process::faults::{CertificatePair, ConfigError, ConfigErrors};
-use culvert_wire::process::go_flags;
-use culvert_wire::process::invocation::Invocation;
-use culvert_wire::process::logging::LogConfig;
-use culvert_wire::process::tunnel_flags::TunnelConfig;
+use culvert_wire::process::{
+    faults::Faults, go_flags, invocation::Invocation, logging::LogConfig,
+    tunnel_flags::TunnelConfig,
+};
 use uuid::Uuid;
 
 mod flags;

@@ -10,6 +10,7 @@ use std::fmt;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+pub use stream::{ControlError, ControlStream};
 
 use crate::{
     codec::EncodeError,
@@ -20,8 +21,6 @@ use crate::{
     text::{List, Text},
     version::Features,
 };
-
-pub use stream::{ControlError, ControlStream};
 
 /// The agent's introduction: the first message on the control stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -26,15 +26,16 @@ use std::{
 };
 
 use bytes::Bytes;
+pub use socket::{
+    BufferedRead, BufferedWrite, SocketAbort, SocketRead, SocketWrite, SpliceSocket, buffered,
+    halves,
+};
 use tokio::{select, sync::SetOnce};
 
 use crate::{
     code::StreamCode,
     transport::{ReadError, RecvHalf, SendHalf, TunnelLost, WriteError},
 };
-
-pub use socket::{BufferedRead, BufferedWrite, SocketAbort, SocketRead, SocketWrite};
-pub use socket::{SpliceSocket, buffered, halves};
 
 /// Chunks taken from a stream in one go. One chunk is one packet's payload, so this is about
 /// 90 KiB: enough to make the system call cheap, little enough to be fair.

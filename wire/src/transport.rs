@@ -17,7 +17,6 @@ use std::{fmt, net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use rustls_pki_types::CertificateDer;
-
 pub use udp::{BindError, BufferSizes};
 
 use crate::{

@@ -1,8 +1,7 @@
 //! The flags of `culvert-agent`: every one a stock `proxy-agent` has, and ours.
 
 use clap::Parser;
-use culvert_wire::process::go_duration::GoDuration;
-use culvert_wire::process::tunnel_flags::TunnelFlags;
+use culvert_wire::process::{go_duration::GoDuration, tunnel_flags::TunnelFlags};
 
 /// The node side of Culvert: keeps a tunnel to every server of the control plane and connects
 /// the streams that come through to kubelets, pods and services.

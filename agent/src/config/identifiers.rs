@@ -5,8 +5,7 @@
 
 use std::net::IpAddr;
 
-use culvert_wire::process::faults::Faults;
-use culvert_wire::process::go_flags::parse_bool;
+use culvert_wire::process::{faults::Faults, go_flags::parse_bool};
 
 const FLAG: &str = "agent-identifiers";
 

@@ -4,27 +4,31 @@
 //! process. So everything a client can hold is bounded, and when too many connections are open
 //! the oldest one gives way: whoever hoards them cannot keep the kubelet out.
 
-use std::collections::VecDeque;
-use std::convert::Infallible;
-use std::fmt;
-use std::io;
-use std::net::SocketAddr;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    fmt, io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::header::{CONTENT_TYPE, HOST, HeaderValue, LOCATION};
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode};
+use hyper::{
+    Request, Response, StatusCode,
+    header::{CONTENT_TYPE, HOST, HeaderValue, LOCATION},
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
-use tokio::task::{AbortHandle, JoinHandle, JoinSet};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+    task::{AbortHandle, JoinHandle, JoinSet},
+};
 
-use super::listen;
-use super::logging::RateLimited;
+use super::{listen, logging::RateLimited};
 
 /// Time for a client to send its request's head, and to sit idle between two; stock's value.
 const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(60);

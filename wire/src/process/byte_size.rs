@@ -1,7 +1,6 @@
 //! Sizes in bytes with Kubernetes' binary suffixes (`2Mi`, `512Ki`), for flags.
 
-use std::fmt;
-use std::str::FromStr;
+use std::{fmt, str::FromStr};
 
 /// A number of bytes: plain (`2097152`) or with `Ki`, `Mi`, `Gi`, each with or without a `B`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -4,11 +4,12 @@
 //! checks both sides need are methods here: each notes a fault and hands back a harmless
 //! stand-in, so that checking goes on to the end.
 
-use std::fmt;
-use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
-use std::time::Duration;
+use std::{
+    fmt, io,
+    net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs},
+    path::PathBuf,
+    time::Duration,
+};
 
 use super::go_duration::GoDuration;
 

@@ -1,8 +1,6 @@
 //! Durations as Go writes them (`1h0m0s`, `100ms`, `1.5h`), because every stock flag does.
 
-use std::fmt;
-use std::str::FromStr;
-use std::time::Duration;
+use std::{fmt, str::FromStr, time::Duration};
 
 /// A signed span of time in Go's notation; a clap value parser through [`FromStr`].
 ///

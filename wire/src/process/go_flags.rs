@@ -6,13 +6,13 @@
 //! whatever is wrong ends in exit code 1. Structs of flags are ordinary clap derive; every plain
 //! `bool` in them becomes a Go boolean.
 
-use std::ffi::{OsStr, OsString};
-use std::fmt;
-use std::process::ExitCode;
+use std::{
+    ffi::{OsStr, OsString},
+    fmt,
+    process::ExitCode,
+};
 
-use clap::builder::ValueParser;
-use clap::error::ErrorKind;
-use clap::{Arg, ArgAction, Command, Parser};
+use clap::{Arg, ArgAction, Command, Parser, builder::ValueParser, error::ErrorKind};
 use clap_complete::Shell;
 
 /// The process is to end before it began: after `--help` and its like, or over a bad flag.

@@ -1,7 +1,6 @@
 //! The name a process was started by, which decides its default ports.
 
-use std::ffi::OsStr;
-use std::path::Path;
+use std::{ffi::OsStr, path::Path};
 
 /// Whose defaults apply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

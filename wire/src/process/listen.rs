@@ -1,7 +1,9 @@
 //! TCP listeners as Go opens them, so that an image swap listens where the old one did.
 
-use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+};
 
 use nix::errno::Errno;
 use socket2::{Domain, Protocol, Socket, Type};

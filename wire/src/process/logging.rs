@@ -1,14 +1,14 @@
 //! The log of a process: where it goes, how much, and how a repeating fault is kept to a line.
 
-use std::io::{self, IsTerminal};
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::{
+    io::{self, IsTerminal},
+    sync::Mutex,
+    time::{Duration, Instant},
+};
 
 use clap::ValueEnum;
 use tracing::Subscriber;
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::ParseError;
-use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::{EnvFilter, filter::ParseError, fmt::MakeWriter};
 
 /// Environment variable that beats `-v`, in tracing-subscriber's notation.
 const FILTER_VARIABLE: &str = "RUST_LOG";

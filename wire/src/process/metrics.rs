@@ -3,9 +3,7 @@
 //! Tests run several of them in one process, so nothing here is global: a metric is made through
 //! [`Metrics`] and its handle kept by whoever counts.
 
-use std::fmt::Write as _;
-use std::sync::Arc;
-use std::time::Duration;
+use std::{fmt::Write as _, sync::Arc, time::Duration};
 
 use metrics::{Counter, Gauge, Histogram, Key, Label, Level, Metadata, Recorder, SharedString};
 pub use metrics_exporter_prometheus::BuildError;
@@ -13,8 +11,7 @@ use metrics_exporter_prometheus::{
     Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 
-use crate::splice::Meter;
-use crate::transport::TunnelStats;
+use crate::{splice::Meter, transport::TunnelStats};
 
 mod own_process;
 

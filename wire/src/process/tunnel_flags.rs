@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::byte_size::ByteSize;
-use super::faults::Faults;
-use super::go_duration::GoDuration;
-use super::klog::KlogFlags;
-use super::logging::{LogConfig, LogFormat};
-use crate::tls::KeyExchange;
-use crate::transport::quic::Settings;
+use super::{
+    byte_size::ByteSize,
+    faults::Faults,
+    go_duration::GoDuration,
+    klog::KlogFlags,
+    logging::{LogConfig, LogFormat},
+};
+use crate::{tls::KeyExchange, transport::quic::Settings};
 
 /// Shared flags, to be flattened into those of a process.
 #[derive(Debug, Clone, Args)]
