@@ -19,8 +19,6 @@ use quinn::{
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::quic::Settings;
-
 /// Largest payload of one UDP datagram over IPv4, and so of one batch that the kernel segments.
 const MAX_BATCH: usize = 65_507;
 
@@ -66,7 +64,11 @@ pub(super) struct Bound {
 
 /// Binds a UDP port. An unspecified IPv6 address takes IPv4 as well, and falls back to IPv4 alone
 /// on a host without IPv6.
-pub(super) fn bind(address: SocketAddr, settings: &Settings) -> Result<Bound, BindError> {
+pub(super) fn bind(
+    address: SocketAddr,
+    buffer_size: usize,
+    largest_payload: u16,
+) -> Result<Bound, BindError> {
     let result = match open(address) {
         Err(error) if lacks_ipv6(&error) && address.is_ipv6() && address.ip().is_unspecified() => {
             open(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port()))
@@ -74,11 +76,11 @@ pub(super) fn bind(address: SocketAddr, settings: &Settings) -> Result<Bound, Bi
         result => result,
     };
     let prepare = |socket: Socket| {
-        let buffer_sizes = set_buffers(&socket, settings.udp_buffer_size)?;
+        let buffer_sizes = set_buffers(&socket, buffer_size)?;
         // Without the error queue a dead peer shows only by the idle time-out: slower, not wrong.
         let errors = ErrorQueue::of(&socket).ok();
         let inner = TokioRuntime.wrap_udp_socket(socket.into())?;
-        let batch = MAX_BATCH / usize::from(settings.mtu_cap.max(1200));
+        let batch = MAX_BATCH / usize::from(largest_payload.max(1200));
         let socket = Arc::new(Batched { inner, batch });
         Ok(Bound { socket, errors, buffer_sizes })
     };
@@ -216,6 +218,8 @@ fn take_error(fd: i32) -> nix::Result<Option<SocketAddr>> {
 mod tests {
     use super::*;
 
+    const SIZE: usize = 1024 * 1024;
+
     async fn send(socket: &Arc<dyn AsyncUdpSocket>, destination: SocketAddr) {
         let transmit = Transmit {
             destination,
@@ -232,8 +236,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_closed_port_is_reported_with_its_address() {
-        let settings = Settings::default();
-        let bound = bind("127.0.0.1:0".parse().unwrap(), &settings).unwrap();
+        let bound = bind("127.0.0.1:0".parse().unwrap(), SIZE, 1452).unwrap();
         let gone = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         send(&bound.socket, gone).await;
         assert_eq!(bound.errors.unwrap().next().await, Some(gone));
@@ -241,7 +244,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_dual_stack_socket_reports_an_ipv4_peer() {
-        let Ok(bound) = bind("[::]:0".parse().unwrap(), &Settings::default()) else { return };
+        let Ok(bound) = bind("[::]:0".parse().unwrap(), SIZE, 1452) else { return };
         let gone = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let destination = if bound.socket.local_addr().unwrap().is_ipv6() {
             format!("[::ffff:127.0.0.1]:{}", gone.port()).parse().unwrap()
@@ -256,15 +259,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_batch_of_large_packets_fits_one_datagram() {
-        let settings = Settings { mtu_cap: 8952, ..Settings::default() };
-        let bound = bind("127.0.0.1:0".parse().unwrap(), &settings).unwrap();
+        let bound = bind("127.0.0.1:0".parse().unwrap(), SIZE, 8952).unwrap();
         assert!(bound.socket.max_transmit_segments() * 8952 <= MAX_BATCH);
     }
 
     #[tokio::test]
     async fn granted_buffers_are_read_back() {
-        let settings = Settings { udp_buffer_size: 65_536, ..Settings::default() };
-        let bound = bind("127.0.0.1:0".parse().unwrap(), &settings).unwrap();
+        let bound = bind("127.0.0.1:0".parse().unwrap(), 65_536, 1452).unwrap();
         assert!(bound.buffer_sizes.receive >= 32_768, "{:?}", bound.buffer_sizes);
         assert!(bound.buffer_sizes.is_small());
     }

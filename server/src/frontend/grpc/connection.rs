@@ -20,11 +20,7 @@ use tokio::{
 };
 use tonic::Streaming;
 
-use super::{
-    packet::{Ask, Packet},
-    proxy::refuse_second,
-    service::Outbound,
-};
+use super::packet::{Ask, Outbound, Packet};
 
 /// The client library enters a connection a moment after it has taken the DIAL_RSP from the wire,
 /// and kills it when a DATA is faster. The first packet of a target that speaks first is held
@@ -134,7 +130,7 @@ impl ProxyRead {
                 }
                 Packet::close_response(closed, "Unknown connectID")
             }
-            Ask::Dial(second) => refuse_second(second.random),
+            Ask::Dial(second) => Packet::second_dial_refused(second.random),
             Ask::CancelDial(_) | Ask::Other => return Ok(None),
         };
         self.closing.outbound.send(Ok(answer)).await.map_err(|_| cancelled())?;

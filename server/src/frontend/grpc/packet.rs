@@ -4,6 +4,11 @@
 
 use bytes::Bytes;
 use prost::{Enumeration, Message, Oneof};
+use tokio::sync::mpsc;
+use tonic::Status;
+
+/// Where a `Proxy` stream's packets to the frontend go. An error ends the stream.
+pub(super) type Outbound = mpsc::Sender<Result<Packet, Status>>;
 
 /// What a packet is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Enumeration)]
@@ -148,6 +153,11 @@ impl Packet {
         };
         let response = DialResponse { error, connect_id, random };
         Self::new(PacketType::DialRsp, Payload::DialResponse(response))
+    }
+
+    /// The answer to a dial on a stream that carries a connection already.
+    pub fn second_dial_refused(random: i64) -> Self {
+        Self::dial_response(random, Err("this stream carries another connection".into()))
     }
 
     /// Bytes of a connection.

@@ -29,8 +29,7 @@ use tracing::debug;
 use super::{
     super::{Declared, FrontendContext},
     connection::{self, CutOnDrop, Registration},
-    packet::{Ask, DialRequest, Packet},
-    service::Outbound,
+    packet::{Ask, DialRequest, Outbound, Packet},
 };
 use crate::{
     dial::{DialError, Dialed, Wish},
@@ -126,7 +125,7 @@ async fn dial(
                 context.metrics.dial_failed("frontend_close");
                 return Dialing::Cancelled;
             }
-            Ask::Dial(second) => refuse_second(second.random),
+            Ask::Dial(second) => Packet::second_dial_refused(second.random),
             Ask::Data(data) if data.connect_id == 0 => continue,
             Ask::Data(data) => Packet::close_response(data.connect_id, "unrecognized connectID"),
             Ask::Close(id) => Packet::close_response(id, "Unknown connectID"),
@@ -144,11 +143,6 @@ fn wish(declared: &Declared, request: &DialRequest) -> Result<Wish, DialError> {
     let target: Target = request.address.parse()?;
     let Declared { kind, trace } = declared.clone();
     Ok(Wish { network, target, kind, trace })
-}
-
-/// The answer to a DIAL_REQ on a stream that has a connection.
-pub(super) fn refuse_second(random: i64) -> Packet {
-    Packet::dial_response(random, Err("this stream carries another connection".into()))
 }
 
 /// Tells the frontend its connection's name and splices it until both directions have ended.

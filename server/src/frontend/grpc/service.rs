@@ -27,9 +27,6 @@ const MAX_PACKET_LEN: usize = 5 * 1024 * 1024;
 /// Packets that may wait for HTTP/2 to take them. One is being sent while the next is made.
 const OUTBOUND_PACKETS: usize = 2;
 
-/// Where a `Proxy` stream's packets to the frontend go. An error ends the stream.
-pub(super) type Outbound = mpsc::Sender<Result<Packet, Status>>;
-
 /// Answers the requests of one connection.
 #[derive(Clone, Debug)]
 pub(super) struct ProxyService(Arc<FrontendContext>);

@@ -1,0 +1,281 @@
+//! One QUIC connection and its streams, in the seam's vocabulary.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use quinn::{VarInt, crypto::rustls::HandshakeData};
+use rustls_pki_types::CertificateDer;
+use tokio::sync::Notify;
+
+use crate::{
+    code::{CloseCode, StreamCode},
+    transport::{ReadError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, WriteError, udp},
+    version::ALPN,
+};
+
+/// The live tunnels of one socket by the peer's address, so that an ICMP error finds its tunnel.
+#[derive(Debug, Default)]
+pub(super) struct Neighbours(Mutex<HashMap<SocketAddr, Weak<Notify>>>);
+
+impl Neighbours {
+    fn enter(&self, address: SocketAddr) -> Arc<Notify> {
+        let doubt = Arc::new(Notify::new());
+        let mut tunnels = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        tunnels.retain(|_, doubt| doubt.strong_count() > 0);
+        tunnels.insert(address, Arc::downgrade(&doubt));
+        doubt
+    }
+
+    /// Wakes the tunnel behind each address that the network reports as unreachable, for as long
+    /// as the socket lives.
+    pub(super) fn listen(self: &Arc<Self>, errors: Option<udp::ErrorQueue>) {
+        let Some(errors) = errors else { return };
+        let neighbours = Arc::downgrade(self);
+        tokio::spawn(async move {
+            while let Some(address) = errors.next().await {
+                let Some(neighbours) = neighbours.upgrade() else { return };
+                let tunnels = neighbours.0.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(doubt) = tunnels.get(&canonical(address)).and_then(Weak::upgrade) {
+                    doubt.notify_one();
+                }
+            }
+        });
+    }
+}
+
+/// What this side said when it closed the tunnel; its streams tell it as the reason they ended.
+#[derive(Clone, Debug, Default)]
+struct Farewell(Arc<OnceLock<(CloseCode, String)>>);
+
+impl Farewell {
+    /// Why the tunnel ended.
+    fn lost(&self, error: quinn::ConnectionError) -> TunnelLost {
+        match (lost(error), self.0.get()) {
+            (TunnelLost::ClosedHere { .. }, Some((code, reason))) => {
+                TunnelLost::ClosedHere { code: *code, reason: reason.clone() }
+            }
+            (lost, _) => lost,
+        }
+    }
+
+    fn read_error(&self, error: quinn::ReadError) -> ReadError {
+        match error {
+            quinn::ReadError::Reset(code) => ReadError::Reset(stream_code(code)),
+            quinn::ReadError::ConnectionLost(error) => ReadError::Lost(self.lost(error)),
+            // Reads are always ordered, and 0-RTT is never used.
+            quinn::ReadError::ClosedStream
+            | quinn::ReadError::IllegalOrderedRead
+            | quinn::ReadError::ZeroRttRejected => ReadError::Ended,
+        }
+    }
+}
+
+/// One QUIC connection.
+#[derive(Clone, Debug)]
+pub(in crate::transport) struct Connection {
+    connection: quinn::Connection,
+    endpoint: quinn::Endpoint,
+    farewell: Farewell,
+    doubt: Arc<Notify>,
+    /// Keeps the socket's error queue watched for as long as a tunnel uses it.
+    _neighbours: Arc<Neighbours>,
+}
+
+impl Connection {
+    /// The tunnel that a completed handshake is; `None`, and closed, if it did not agree on the
+    /// protocol.
+    pub(super) fn established(
+        connection: quinn::Connection,
+        endpoint: quinn::Endpoint,
+        neighbours: Arc<Neighbours>,
+    ) -> Option<Tunnel> {
+        let data =
+            connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
+        if data.and_then(|data| data.protocol).as_deref() != Some(ALPN) {
+            connection.close(CloseCode::INCOMPATIBLE.as_u32().into(), b"no protocol agreed on");
+            return None;
+        }
+        let doubt = neighbours.enter(canonical(connection.remote_address()));
+        let farewell = Farewell::default();
+        let carrier = Self { connection, endpoint, farewell, doubt, _neighbours: neighbours };
+        Some(Tunnel { carrier })
+    }
+
+    pub(in crate::transport) async fn open(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
+        let opened = self.connection.open_bi().await;
+        opened.map(|stream| self.halves(stream)).map_err(|error| self.farewell.lost(error))
+    }
+
+    pub(in crate::transport) async fn accept(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
+        let accepted = self.connection.accept_bi().await;
+        accepted.map(|stream| self.halves(stream)).map_err(|error| self.farewell.lost(error))
+    }
+
+    fn halves(&self, (send, recv): (quinn::SendStream, quinn::RecvStream)) -> (SendHalf, RecvHalf) {
+        let send = SendStream { stream: send, farewell: self.farewell.clone() };
+        let recv = RecvStream { stream: recv, farewell: self.farewell.clone() };
+        (SendHalf::new(send), RecvHalf::new(recv))
+    }
+
+    pub(in crate::transport) fn close(&self, code: CloseCode, reason: &str) {
+        // Only the first close counts, for the peer too.
+        let _ = self.farewell.0.set((code, reason.to_owned()));
+        self.connection.close(code.as_u32().into(), reason.as_bytes());
+    }
+
+    pub(in crate::transport) async fn closed(&self) -> TunnelLost {
+        self.farewell.lost(self.connection.closed().await)
+    }
+
+    pub(in crate::transport) async fn flushed(&self, limit: Duration) {
+        let _ = tokio::time::timeout(limit, self.endpoint.wait_idle()).await;
+    }
+
+    pub(in crate::transport) async fn unreachable(&self) {
+        self.doubt.notified().await;
+    }
+
+    pub(in crate::transport) fn set_max_streams(&self, count: u32) {
+        self.connection.set_max_concurrent_bi_streams(VarInt::from_u32(count));
+    }
+
+    pub(in crate::transport) fn remote_address(&self) -> SocketAddr {
+        canonical(self.connection.remote_address())
+    }
+
+    pub(in crate::transport) fn peer_certificates(&self) -> Option<Vec<CertificateDer<'static>>> {
+        let chain = self.connection.peer_identity()?.downcast().ok()?;
+        Some(*chain)
+    }
+
+    pub(in crate::transport) fn stats(&self) -> TunnelStats {
+        let stats = self.connection.stats();
+        TunnelStats {
+            rtt: stats.path.rtt,
+            cwnd: stats.path.cwnd,
+            mtu: stats.path.current_mtu,
+            sent_packets: stats.path.sent_packets,
+            lost_packets: stats.path.lost_packets,
+            lost_bytes: stats.path.lost_bytes,
+            congestion_events: stats.path.congestion_events,
+            black_holes: stats.path.black_holes_detected,
+            sent_bytes: stats.udp_tx.bytes,
+            received_bytes: stats.udp_rx.bytes,
+        }
+    }
+}
+
+/// The half of a QUIC stream that this side writes.
+pub(in crate::transport) struct SendStream {
+    stream: quinn::SendStream,
+    farewell: Farewell,
+}
+
+impl SendStream {
+    pub(in crate::transport) async fn write_chunk(
+        &mut self,
+        chunk: Bytes,
+    ) -> Result<(), WriteError> {
+        self.stream.write_chunk(chunk).await.map_err(|error| match error {
+            quinn::WriteError::Stopped(code) => WriteError::Stopped(stream_code(code)),
+            quinn::WriteError::ConnectionLost(error) => WriteError::Lost(self.farewell.lost(error)),
+            // 0-RTT is never used.
+            quinn::WriteError::ClosedStream | quinn::WriteError::ZeroRttRejected => {
+                WriteError::Ended
+            }
+        })
+    }
+
+    pub(in crate::transport) fn finish(&mut self) {
+        // Fails only on a stream that has ended, which SendHalf excludes.
+        let _ = self.stream.finish();
+    }
+
+    pub(in crate::transport) fn reset(&mut self, code: StreamCode) {
+        let _ = self.stream.reset(code.as_u32().into());
+    }
+
+    pub(in crate::transport) fn stopped(
+        &self,
+    ) -> impl Future<Output = Result<Option<StreamCode>, TunnelLost>> + Send + Sync + 'static {
+        let stopped = self.stream.stopped();
+        let farewell = self.farewell.clone();
+        async move {
+            match stopped.await {
+                Ok(code) => Ok(code.map(stream_code)),
+                Err(quinn::StoppedError::ConnectionLost(error)) => Err(farewell.lost(error)),
+                Err(quinn::StoppedError::ZeroRttRejected) => Ok(None),
+            }
+        }
+    }
+
+    pub(in crate::transport) fn set_priority(&self, priority: i32) {
+        let _ = self.stream.set_priority(priority);
+    }
+}
+
+/// The half of a QUIC stream that this side reads.
+pub(in crate::transport) struct RecvStream {
+    stream: quinn::RecvStream,
+    farewell: Farewell,
+}
+
+impl RecvStream {
+    pub(in crate::transport) async fn read_chunks(
+        &mut self,
+        chunks: &mut [Bytes],
+    ) -> Result<Option<usize>, ReadError> {
+        self.stream.read_chunks(chunks).await.map_err(|error| self.farewell.read_error(error))
+    }
+
+    pub(in crate::transport) async fn read(
+        &mut self,
+        buf: &mut [u8],
+    ) -> Result<Option<usize>, ReadError> {
+        self.stream.read(buf).await.map_err(|error| self.farewell.read_error(error))
+    }
+
+    pub(in crate::transport) fn stop(&mut self, code: StreamCode) {
+        // Fails only on a stream that has ended, which has nothing left to stop.
+        let _ = self.stream.stop(code.as_u32().into());
+    }
+
+    pub(in crate::transport) async fn failed(&mut self) -> ReadError {
+        match self.stream.received_reset().await {
+            Ok(Some(code)) => ReadError::Reset(stream_code(code)),
+            Ok(None) | Err(quinn::ResetError::ZeroRttRejected) => std::future::pending().await,
+            Err(quinn::ResetError::ConnectionLost(error)) => {
+                ReadError::Lost(self.farewell.lost(error))
+            }
+        }
+    }
+}
+
+fn stream_code(code: VarInt) -> StreamCode {
+    StreamCode::from_wire(code.into_inner())
+}
+
+pub(super) fn lost(error: quinn::ConnectionError) -> TunnelLost {
+    match error {
+        quinn::ConnectionError::ApplicationClosed(close) => TunnelLost::ClosedByPeer {
+            code: CloseCode::from_wire(close.error_code.into_inner()),
+            reason: String::from_utf8_lossy(&close.reason).into_owned(),
+        },
+        quinn::ConnectionError::LocallyClosed => {
+            TunnelLost::ClosedHere { code: CloseCode::ABANDONED, reason: String::new() }
+        }
+        quinn::ConnectionError::TimedOut => TunnelLost::TimedOut,
+        quinn::ConnectionError::Reset => TunnelLost::PeerRestarted,
+        error => TunnelLost::Transport(error.to_string()),
+    }
+}
+
+/// An IPv4 peer of a dual-stack socket, without the IPv6 mapping.
+pub(super) fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}

@@ -1,0 +1,112 @@
+//! The settings that a tunnel of many small and a few huge streams needs; each says why.
+
+use std::{sync::Arc, time::Duration};
+
+use quinn::{EndpointConfig, TransportConfig, VarInt, congestion::CubicConfig};
+
+/// Unacknowledged and queued bytes per tunnel: four times the bandwidth-delay product of a
+/// 100 Mbit/s, 80 ms path.
+const SEND_WINDOW: u64 = 4 * 1024 * 1024;
+/// First guess of the round-trip time. It sets when a lost first packet is sent again (three times
+/// this); the RFC's 333 ms would make that a second.
+const INITIAL_RTT: Duration = Duration::from_millis(100);
+/// Congestion window at start: 32 packets, so that a dial and its first answer fit without waiting.
+const INITIAL_WINDOW: u64 = 32 * 1200;
+
+/// What both ends of a QUIC tunnel are configured with.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// The tunnel is lost after this long without a packet; the smaller one of both peers' counts.
+    pub idle_timeout: Duration,
+    /// A packet is sent after this long without one, so that NAT mappings live and a dead path
+    /// shows; `None` leaves it to the peer. At most a third of the idle time-out.
+    pub keep_alive_interval: Option<Duration>,
+    /// Bytes per stream that the peer may send ahead of the reader: a stalled stream costs at most
+    /// this much memory, and one stream's rate is at most this per round trip.
+    pub stream_receive_window: u32,
+    /// Streams the peer may have open at once. Slots are allocated ahead, about 1 KiB each; raise
+    /// the number on a live tunnel with [`Tunnel::set_max_streams`].
+    pub max_streams: u32,
+    /// Largest UDP payload that path MTU discovery tries, from 1200 to 65527 bytes.
+    pub mtu_cap: u16,
+    /// Kernel buffer asked for in each direction of the UDP socket, in bytes.
+    pub udp_buffer_size: usize,
+}
+
+impl Default for Settings {
+    /// Fit for a WAN path of up to 100 Mbit/s and 150 ms.
+    fn default() -> Self {
+        Self {
+            idle_timeout: Duration::from_secs(25),
+            keep_alive_interval: Some(Duration::from_secs(5)),
+            stream_receive_window: 2 * 1024 * 1024,
+            max_streams: 256,
+            mtu_cap: 1452,
+            udp_buffer_size: 8 * 1024 * 1024,
+        }
+    }
+}
+
+impl Settings {
+    pub(super) fn transport(&self) -> TransportConfig {
+        let mut congestion = CubicConfig::default();
+        congestion.initial_window(INITIAL_WINDOW);
+        let mut mtu_discovery = quinn::MtuDiscoveryConfig::default();
+        mtu_discovery.upper_bound(self.mtu_cap);
+
+        let mut transport = TransportConfig::default();
+        transport
+            // Beyond what a VarInt of milliseconds holds is "never".
+            .max_idle_timeout(quinn::IdleTimeout::try_from(self.idle_timeout).ok())
+            .keep_alive_interval(self.keep_alive_interval)
+            .max_concurrent_bidi_streams(VarInt::from_u32(self.max_streams))
+            .max_concurrent_uni_streams(VarInt::from_u32(0))
+            .stream_receive_window(VarInt::from_u32(self.stream_receive_window))
+            // A finite one would let a few stalled streams freeze the tunnel; memory is bounded by
+            // streams times stream window instead.
+            .receive_window(VarInt::MAX)
+            .send_window(SEND_WINDOW)
+            .initial_rtt(INITIAL_RTT)
+            .congestion_controller_factory(Arc::new(congestion))
+            .mtu_discovery_config(Some(mtu_discovery))
+            // Datagrams are not part of the protocol.
+            .datagram_receive_buffer_size(None);
+        transport
+    }
+
+    pub(super) fn endpoint(&self, reset_key: Option<&ResetKey>) -> EndpointConfig {
+        let mut endpoint =
+            reset_key.map(|key| EndpointConfig::new(Arc::new(key.hmac()))).unwrap_or_default();
+        // The cap is checked where it is configured; out of range leaves quinn's default.
+        let _ = endpoint.max_udp_payload_size(self.mtu_cap.max(1200));
+        endpoint
+    }
+}
+
+/// The secret that stateless resets are made from (RFC 9000 §10.3).
+///
+/// A server that keeps it over a restart makes its peers notice the restart with their next
+/// packet instead of after the idle time-out.
+#[derive(Clone)]
+pub struct ResetKey([u8; 32]);
+
+impl ResetKey {
+    /// The key derived from a secret of any length, such as a private key that outlives restarts.
+    pub fn derive(secret: &[u8]) -> Self {
+        let salt = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, b"culvert reset key");
+        let tag = aws_lc_rs::hmac::sign(&salt, secret);
+        let mut key = [0; 32];
+        key.copy_from_slice(&tag.as_ref()[..32]);
+        Self(key)
+    }
+
+    fn hmac(&self) -> aws_lc_rs::hmac::Key {
+        aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, &self.0)
+    }
+}
+
+impl std::fmt::Debug for ResetKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ResetKey(…)")
+    }
+}
