@@ -77,7 +77,9 @@ pub(super) async fn serve<S: FrontendSocket>(mut socket: S, context: &FrontendCo
     };
     let answer = match request {
         Ok(request) => match dial(&mut socket, &mut buffer, request, context).await {
-            Some(Ok(dialed)) => return splice(socket, buffer.freeze(), dialed, context).await,
+            Some(Ok(dialed)) => {
+                return establish(socket, buffer.freeze(), dialed, context).await;
+            }
             Some(Err(error)) => refusal(&error),
             None => return debug!("a frontend left while its dial was pending"),
         },
@@ -164,7 +166,8 @@ async fn gone<S: FrontendSocket>(socket: &mut S, buffer: &mut BytesMut) {
     }
 }
 
-async fn splice<S: FrontendSocket>(
+/// Answers that the target is reached, alone and before any of its bytes, and splices.
+async fn establish<S: FrontendSocket>(
     mut socket: S,
     read_ahead: Bytes,
     dialed: Dialed,

@@ -1,7 +1,7 @@
 //! The carrier that QUIC is: this module and those below it are the ones that name quinn.
 //!
-//! Here tunnels are made, from either end; [`settings`] says what they are set up with, and
-//! [`connection`] what becomes of them.
+//! Here tunnels are made, from either end; `settings` says what they are set up with, and
+//! `connection` what becomes of them.
 
 mod connection;
 mod settings;

@@ -25,7 +25,7 @@ pub struct Settings {
     /// this much memory, and one stream's rate is at most this per round trip.
     pub stream_receive_window: u32,
     /// Streams the peer may have open at once. Slots are allocated ahead, about 1 KiB each; raise
-    /// the number on a live tunnel with [`Tunnel::set_max_streams`].
+    /// the number on a live tunnel with [`crate::transport::Tunnel::set_max_streams`].
     pub max_streams: u32,
     /// Largest UDP payload that path MTU discovery tries, from 1200 to 65527 bytes.
     pub mtu_cap: u16,
