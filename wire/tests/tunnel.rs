@@ -272,7 +272,7 @@ async fn a_peer_that_does_not_answer_is_found_unresponsive() {
         let limit = Duration::from_millis(50);
         server.ask(limit).await.unwrap();
         let error = server.next().await.unwrap_err();
-        assert_eq!(error, ControlError::Unresponsive(limit));
+        assert!(matches!(error, ControlError::Unresponsive(waited) if waited >= limit));
         assert_eq!(error.close_code(), CloseCode::UNRESPONSIVE);
     })
     .await;

@@ -17,9 +17,12 @@ use crate::{
     transport::{ReadError, RecvHalf, SendHalf, Tunnel, WriteError},
 };
 
-/// How long a peer may take to answer a ping beyond three round trips, when the network says that
-/// nobody listens at its address: room for one repetition of a lost ping.
-const UNREACHABLE_SLACK: Duration = Duration::from_millis(50);
+/// Time for the answer to a ping, when the network says that nobody listens at the peer's address:
+/// room for one repetition of a lost ping.
+const UNREACHABLE_LIMIT: Duration = Duration::from_millis(50);
+/// The control stream goes before every other: a question about a busy peer must not wait behind
+/// what keeps it busy.
+const PRIORITY: i32 = 100;
 
 /// Why a control stream ended.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -80,6 +83,7 @@ struct Question {
 impl ControlStream {
     /// The control stream that these halves are.
     pub fn new(tunnel: Tunnel, (send, recv): (SendHalf, RecvHalf)) -> Self {
+        send.set_priority(PRIORITY);
         Self { tunnel, send, recv, buffer: BytesMut::new(), question: None, next_echo: 0 }
     }
 
@@ -113,8 +117,7 @@ impl ControlStream {
             let frame = select! {
                 frame = next_frame(&mut self.recv, &mut self.buffer) => frame?,
                 () = self.tunnel.unreachable() => {
-                    let limit = self.tunnel.stats().rtt * 3 + UNREACHABLE_SLACK;
-                    self.ask(limit).await?;
+                    self.ask(UNREACHABLE_LIMIT).await?;
                     continue;
                 }
                 limit = overdue(self.question.as_ref()) => {
@@ -139,7 +142,7 @@ impl ControlStream {
     }
 
     /// Asks the peer to prove that it is alive. [`next`](Self::next) fails when no answer comes
-    /// within `limit`; a question that is already open keeps its deadline.
+    /// within three round trips and `limit`; a question that is already open keeps its deadline.
     ///
     /// # Errors
     /// When the stream is lost.
@@ -150,6 +153,7 @@ impl ControlStream {
         if self.question.is_some() {
             return Ok(());
         }
+        let limit = self.tunnel.stats().rtt * 3 + limit;
         let echo = self.next_echo;
         self.next_echo += 1;
         self.question = Some(Question { echo, limit, deadline: Instant::now() + limit });
