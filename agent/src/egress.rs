@@ -12,7 +12,7 @@ use culvert_wire::{
     dial::{DialErrorKind, DialFailure, DialReply, DialRequest, DialTiming},
     extension::Extensions,
     frame::{self, Message},
-    splice::{self, Cut, Local},
+    splice::{self, Local},
     transport::{RecvHalf, SendHalf},
 };
 use tokio::{net::TcpStream, time::timeout};
@@ -112,9 +112,6 @@ impl Egress {
         let seconds = started.elapsed().as_secs_f64();
         match outcome.end {
             Ok((to, from)) => debug!(%dial, %target, ?kind, up, down, seconds, ?to, ?from, "ended"),
-            Err(cut @ Cut::Lost(_)) => {
-                tracing::info!(%dial, %target, ?kind, up, down, seconds, %cut, "cut off");
-            }
             Err(cut) => debug!(%dial, %target, ?kind, up, down, seconds, %cut, "cut off"),
         }
     }

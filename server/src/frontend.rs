@@ -103,9 +103,6 @@ impl FrontendContext {
         let seconds = started.elapsed().as_secs_f64();
         match &outcome.end {
             Ok((to, from)) => debug!(dial = %id, agent_id, up, down, seconds, ?to, ?from, "ended"),
-            Err(cut @ Cut::Lost(_)) => {
-                tracing::info!(dial = %id, agent_id, up, down, seconds, %cut, "cut off")
-            }
             Err(cut) => debug!(dial = %id, agent_id, up, down, seconds, %cut, "cut off"),
         }
         outcome.end

@@ -1,0 +1,130 @@
+//! What a splice does when it does not come to its end, and what it counts when it does.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::{io, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use culvert_wire::{
+    StreamCode,
+    splice::{HalfEnd, Local, Meter, Outcome, halves, splice},
+    tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
+    transport::{
+        ReadError, RecvHalf, SendHalf, Tunnel,
+        quic::{Listener, Settings, connect},
+    },
+};
+use rcgen::{CertificateParams, KeyPair};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+
+async fn within<T>(test: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(30), test).await.expect("the test hangs")
+}
+
+/// A splice's own ends, and those that the test holds.
+struct Bench {
+    spliced: (TcpStream, (SendHalf, RecvHalf)),
+    socket: TcpStream,
+    stream: (SendHalf, RecvHalf),
+    _tunnels: (Listener, Tunnel, Tunnel),
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new(["127.0.0.1".to_owned()]).unwrap();
+        let certificate = params.self_signed(&key).unwrap().der().clone();
+        let roots = authorities(std::slice::from_ref(&certificate)).unwrap();
+        let key = key.serialize_der().try_into().unwrap();
+        let identity = Identity { chain: vec![certificate], key };
+        let settings = Settings::default();
+        let server = tunnel_server(identity, None, KeyExchange::Hybrid).unwrap();
+        let listener =
+            Listener::bind("127.0.0.1:0".parse().unwrap(), Arc::new(server), &settings, None);
+        let listener = listener.unwrap();
+        let client = Arc::new(tunnel_client(roots, None, KeyExchange::Hybrid).unwrap());
+        let remote = listener.local_addr().unwrap();
+        let accept = async { listener.accept().await.unwrap().complete().await.unwrap() };
+        let connected = async { connect(remote, "127.0.0.1", client, &settings).await.unwrap().0 };
+        let (near, far) = tokio::join!(accept, connected);
+
+        let mut stream = near.open().await.unwrap();
+        // A stream exists for the peer from its first byte.
+        stream.0.write_chunk(Bytes::from_static(b"!")).await.unwrap();
+        let mut held = far.accept().await.unwrap();
+        let mut chunks = [Bytes::new()];
+        held.1.read_chunks(&mut chunks).await.unwrap();
+
+        let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let socket = TcpStream::connect(tcp.local_addr().unwrap()).await.unwrap();
+        let (spliced, _) = tcp.accept().await.unwrap();
+        Self { spliced: (spliced, stream), socket, stream: held, _tunnels: (listener, near, far) }
+    }
+}
+
+async fn run(socket: TcpStream, stream: (SendHalf, RecvHalf), meter: &Meter) -> Outcome {
+    let (reader, writer, abort) = halves(socket);
+    splice(Local::new(reader, writer, abort), stream, meter).await
+}
+
+#[tokio::test]
+async fn the_crash_of_a_splice_is_a_reset_on_both_sides() {
+    within(async {
+        let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _tunnels } =
+            Bench::new().await;
+        peer.write_all(b"half a sent").await.unwrap();
+        let task = tokio::spawn(async move { run(socket, stream, &Meter::default()).await });
+        let mut chunks = [Bytes::new()];
+        assert_eq!(held.1.read_chunks(&mut chunks).await.unwrap(), Some(1));
+        task.abort();
+        let error = held.1.read_chunks(&mut chunks).await.unwrap_err();
+        assert_eq!(error, ReadError::Reset(StreamCode::ABANDONED));
+        assert_eq!(held.0.stopped().await.unwrap(), Some(StreamCode::ABANDONED));
+        let error = peer.read_u8().await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn both_directions_are_counted_and_their_ends_told() {
+    within(async {
+        let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _tunnels } =
+            Bench::new().await;
+        let meter = Arc::new(Meter::default());
+        let counted = meter.clone();
+        let task = tokio::spawn(async move { run(socket, stream, &counted).await });
+        peer.write_all(b"12345").await.unwrap();
+        peer.shutdown().await.unwrap();
+        held.0.write_chunk(Bytes::from_static(b"123")).await.unwrap();
+        held.0.finish();
+        let mut chunks = [const { Bytes::new() }; 8];
+        while held.1.read_chunks(&mut chunks).await.unwrap().is_some() {}
+        let mut answer = Vec::new();
+        peer.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, b"123");
+        let outcome = task.await.unwrap();
+        assert_eq!((outcome.to_tunnel, outcome.from_tunnel), (5, 3));
+        assert!(matches!(outcome.end, Ok((HalfEnd::Finished, HalfEnd::Finished))));
+        assert_eq!((meter.to_tunnel(), meter.from_tunnel()), (5, 3));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_splice_is_over_only_when_the_other_side_has_everything() {
+    within(async {
+        let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _tunnels } =
+            Bench::new().await;
+        held.0.finish();
+        peer.write_all(b"never read by the other side").await.unwrap();
+        peer.shutdown().await.unwrap();
+        held.1.stop(StreamCode::BROKEN_PIPE);
+        let outcome = run(socket, stream, &Meter::default()).await;
+        let code = StreamCode::BROKEN_PIPE;
+        assert!(matches!(outcome.end, Ok((HalfEnd::Stopped(found), _)) if found == code));
+    })
+    .await;
+}
