@@ -80,6 +80,7 @@ impl Agent {
             agent_id: config.agent_id.parse()?,
             instance: InstanceId(std::array::from_fn(|_| fastrand::u8(..))),
             identifiers: identifiers(&config.identifier_pairs)?,
+            token_file: config.servers.token_file.clone(),
             max_streams: config.max_streams,
             drain_timeout: config.drain_timeout,
             draining: CancellationToken::new(),

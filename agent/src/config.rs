@@ -255,7 +255,10 @@ fn without_effect(flags: &Flags, faults: &mut Faults) {
         faults.warn("xfr-channel-size", "has no effect, see --stream-receive-window");
     }
     if flags.count_server_leases {
-        faults.warn("count-server-leases", "has no effect yet, servers say how many they are");
+        faults.warn("count-server-leases", "has no effect yet, one tunnel is kept");
+    }
+    if flags.sync_forever {
+        faults.warn("sync-forever", "has no effect yet, one tunnel is kept");
     }
 }
 

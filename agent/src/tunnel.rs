@@ -1,10 +1,17 @@
 //! One tunnel to a server, from hello to loss.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use culvert_wire::{
     AgentId, CloseCode, InstanceId, StreamCode,
-    control::{ControlError, ControlMessage, ControlStream, Drain, Goodbye, Hello, Welcome},
+    control::{
+        ControlError, ControlMessage, ControlStream, Drain, Goodbye, Hello, Secret, Welcome,
+    },
     extension::Extensions,
     route::Identifiers,
     text::Text,
@@ -36,6 +43,8 @@ pub struct TunnelContext {
     pub instance: InstanceId,
     /// What the agent announces.
     pub identifiers: Identifiers,
+    /// Where its token is, if it has one; read anew for each tunnel, because it is replaced.
+    pub token_file: Option<PathBuf>,
     /// Streams the server may have open at most.
     pub max_streams: u32,
     /// How long streams may go on once the agent drains.
@@ -56,6 +65,9 @@ pub enum JoinError {
     /// The control stream failed.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// The agent's own token cannot be read.
+    #[error("--service-account-token-path: {0}")]
+    Token(#[from] io::Error),
     /// The server answered with something else.
     #[error("the server answered with another message than welcome")]
     NotWelcome,
@@ -90,6 +102,10 @@ async fn introduce(
     tunnel: &Tunnel,
     context: &TunnelContext,
 ) -> Result<(Welcome, ControlStream), JoinError> {
+    let token = match &context.token_file {
+        Some(path) => Some(read_token(path).await?),
+        None => None,
+    };
     let mut control = ControlStream::new(tunnel.clone(), tunnel.open().await?);
     let hello = Hello {
         revision: REVISION,
@@ -97,7 +113,7 @@ async fn introduce(
         agent_id: context.agent_id.clone(),
         instance: context.instance,
         identifiers: context.identifiers.clone(),
-        token: None,
+        token,
         software: Text::truncated(format!("culvert-agent {}", env!("CARGO_PKG_VERSION"))),
         extensions: Extensions::default(),
     };
@@ -109,6 +125,11 @@ async fn introduce(
         Err(ControlError::Read(culvert_wire::transport::ReadError::Lost(lost))) => Err(lost.into()),
         Err(error) => Err(error.into()),
     }
+}
+
+async fn read_token(path: &Path) -> io::Result<Secret> {
+    let token = tokio::fs::read_to_string(path).await?;
+    Secret::new(token.trim()).map_err(io::Error::other)
 }
 
 impl Drop for Joined {

@@ -4,13 +4,13 @@
 mod common;
 
 use bytes::Bytes;
-use common::{agent, eventually, metric, within};
-use culvert_loadtest::{frontend::Door, rig::Running, targets};
-use culvert_wire::{
-    control::ControlMessage,
-    frame,
-    transport::{Tunnel, TunnelLost},
+use common::{
+    agent, eventually, metric,
+    server::{self, FakeServer},
+    within,
 };
+use culvert_loadtest::{frontend::Door, rig::Running, targets};
+use culvert_wire::{frame, transport::TunnelLost};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{UdpSocket, UnixStream},
@@ -153,8 +153,8 @@ async fn an_agent_that_answers_dials_with_nonsense_costs_those_dials() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_malformed_data_stream_costs_itself() {
     within(async {
-        let fake = FakeServer::start().await;
-        let (tunnel, _control) = fake.agent_joins().await;
+        let fake = FakeServer::start(|_| {}).await;
+        let (tunnel, _control, _hello) = fake.agent_joins().await;
         let mut random = random();
         for round in 0..200 {
             let (mut send, mut recv) = tunnel.open().await.unwrap();
@@ -170,7 +170,7 @@ async fn a_malformed_data_stream_costs_itself() {
         }
         // And an honest one still works.
         let echo = targets::echo().await.unwrap();
-        let request = fake.request(&echo.address().to_string());
+        let request = server::request(&echo.address().to_string());
         let (mut send, mut recv) = tunnel.open().await.unwrap();
         send.write_chunk(frame::encode(&request).unwrap()).await.unwrap();
         let reply: culvert_wire::dial::DialReply =
@@ -178,75 +178,4 @@ async fn a_malformed_data_stream_costs_itself() {
         assert_eq!(reply.outcome, Ok(()));
     })
     .await;
-}
-
-/// A listener that does what the test says, and one agent that looks for it.
-struct FakeServer {
-    listener: culvert_wire::transport::quic::Listener,
-    agent: tokio::task::JoinHandle<()>,
-    _rig: Running,
-}
-
-impl FakeServer {
-    async fn start() -> Self {
-        use culvert_wire::{
-            tls::{Identity, KeyExchange, authorities, certificates, tunnel_server},
-            transport::quic::{Listener, Settings},
-        };
-        // The rig lends its certificates; its own server is not asked.
-        let rig = Door::ConnectUnix.rig().agents(0).start().await.unwrap();
-        let pair = rig.certificates().server();
-        let identity = Identity::from_pem_files(&pair.certificate, &pair.key).unwrap();
-        let roots = authorities(&certificates(&rig.certificates().ca()).unwrap()).unwrap();
-        let tls = tunnel_server(identity, Some(roots), KeyExchange::Hybrid).unwrap();
-        let address = "127.0.0.1:0".parse().unwrap();
-        let listener = Listener::bind(address, tls.into(), &Settings::default(), None).unwrap();
-        let mut config = rig.agent_config("agent");
-        config.servers.port = listener.local_addr().unwrap().port();
-        let agent = culvert_agent::Agent::bind(&config).unwrap();
-        let agent = tokio::spawn(agent.run(std::future::pending()));
-        Self { listener, agent, _rig: rig }
-    }
-
-    async fn agent_joins(&self) -> (Tunnel, culvert_wire::control::ControlStream) {
-        use culvert_wire::{
-            control::{ControlStream, Welcome},
-            extension::Extensions,
-            text::List,
-            version::{Features, REVISION},
-        };
-        let incoming = self.listener.accept().await.unwrap();
-        let tunnel = incoming.complete().await.unwrap();
-        let mut control = ControlStream::new(tunnel.clone(), tunnel.accept().await.unwrap());
-        assert!(matches!(control.next().await.unwrap(), ControlMessage::Hello(_)));
-        let welcome = Welcome {
-            revision: REVISION,
-            features: Features::supported(),
-            server_id: "fake".parse().unwrap(),
-            server_count: 1,
-            servers: List::default(),
-            max_streams: 100,
-            extensions: Extensions::default(),
-        };
-        control.send(&ControlMessage::Welcome(Box::new(welcome))).await.unwrap();
-        (tunnel, control)
-    }
-
-    fn request(&self, target: &str) -> culvert_wire::dial::DialRequest {
-        culvert_wire::dial::DialRequest {
-            id: culvert_wire::DialId(1),
-            network: culvert_wire::dial::Network::Tcp,
-            target: target.parse().unwrap(),
-            kind: culvert_wire::dial::StreamKind::UNKNOWN,
-            timeout_millis: 0,
-            trace: None,
-            extensions: culvert_wire::extension::Extensions::default(),
-        }
-    }
-}
-
-impl Drop for FakeServer {
-    fn drop(&mut self) {
-        self.agent.abort();
-    }
 }

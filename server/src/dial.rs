@@ -175,8 +175,9 @@ impl Dialer {
             extensions: Extensions::default(),
         };
         let mut pending = PendingStream(None);
+        let limit = self.limit.unwrap_or(Duration::MAX);
         let asked = tokio::select! {
-            asked = timeout(self.limit.unwrap_or(Duration::MAX), ask(&place, &request, &mut pending)) => asked,
+            asked = timeout(limit, ask(&place, &request, &mut pending)) => asked,
             never = doubt_when_slow(&place) => match never {},
         };
         let reply = match asked {

@@ -114,7 +114,8 @@ pub async fn serve(incoming: Incoming, context: Arc<TunnelContext>) {
     drop(registered);
     drop(counted);
     context.metrics.tunnel_lost(lost.label());
-    info!(agent_id = %agent_id, %remote, reason = %lost, cut = backend.open_streams(), "agent gone");
+    let cut = backend.open_streams();
+    info!(agent_id = %agent_id, %remote, reason = %lost, cut, "agent gone");
 }
 
 /// Does the handshake, reads the hello and answers it.
@@ -186,13 +187,13 @@ async fn converse(
     loop {
         tokio::select! {
             message = control.next() => match message? {
-                ControlMessage::Drain(drain) => {
+                ControlMessage::Drain(Drain { deadline_millis }) => {
                     backend.drain();
-                    info!(agent_id = %backend.agent_id(), deadline_millis = drain.deadline_millis, "agent drains");
+                    info!(agent_id = %backend.agent_id(), deadline_millis, "agent drains");
                 }
-                ControlMessage::Goodbye(goodbye) => {
+                ControlMessage::Goodbye(Goodbye { reason, .. }) => {
                     backend.drain();
-                    info!(agent_id = %backend.agent_id(), reason = %goodbye.reason, "agent says goodbye");
+                    info!(agent_id = %backend.agent_id(), %reason, "agent says goodbye");
                 }
                 // A second introduction, or an answer to none.
                 _ => return Err(ControlError::Unexpected),

@@ -3,8 +3,8 @@
 use clap::Parser;
 use culvert_wire::process::{go_duration::GoDuration, tunnel_flags::TunnelFlags};
 
-/// The node side of Culvert: keeps a tunnel to every server of the control plane and connects
-/// the streams that come through to kubelets, pods and services.
+/// The node side of Culvert: keeps a tunnel to the server of the control plane and connects the
+/// streams that come through to kubelets, pods and services.
 ///
 /// A drop-in for Konnectivity's proxy-agent. It connects out and is never connected to, save for
 /// health checks and administration.
@@ -16,7 +16,7 @@ pub struct Flags {
     #[arg(long, help_heading = "Servers", value_name = "HOST", default_value = "127.0.0.1")]
     pub proxy_server_host: String,
 
-    /// Agent port of the servers, UDP and TCP [default: 8132, or 8091 when started as proxy-agent]
+    /// Agent port of the servers, UDP [default: 8132, or 8091 when started as proxy-agent]
     #[arg(long, help_heading = "Servers", value_name = "PORT")]
     pub proxy_server_port: Option<i64>,
 
@@ -62,11 +62,12 @@ pub struct Flags {
     #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "1s")]
     pub probe_interval: GoDuration,
 
-    /// Keep looking for servers after as many were found as there are said to be
+    /// Keep looking for servers after as many were found as there are said to be. Not yet: one
+    /// tunnel is kept
     #[arg(long, help_heading = "Server set")]
     pub sync_forever: bool,
 
-    /// Count the servers by their Leases
+    /// Count the servers by their Leases. Not yet: one tunnel is kept
     #[arg(long, help_heading = "Server set")]
     pub count_server_leases: bool,
 

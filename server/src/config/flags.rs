@@ -7,7 +7,7 @@ use culvert_wire::process::{go_duration::GoDuration, tunnel_flags::TunnelFlags};
 /// services and carries each to an agent through a QUIC tunnel.
 ///
 /// A drop-in for Konnectivity's proxy-server. It listens in four places: for kube-apiserver
-/// (a Unix socket, or TCP with client certificates), for agents (the same port on UDP and TCP),
+/// (a Unix socket, or TCP with client certificates), for agents (UDP),
 /// for health checks, and for administration.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "culvert-server", version, max_term_width = 100)]
@@ -58,12 +58,12 @@ pub struct Flags {
     #[arg(long, help_heading = "Frontend", value_name = "DURATION", default_value = "10s")]
     pub frontend_header_timeout: GoDuration,
 
-    /// Port for agents, UDP and TCP, 1024 to 49151 [default: 8132, or 8091 when started as
+    /// Port for agents, UDP, 1024 to 49151 [default: 8132, or 8091 when started as
     /// proxy-server]
     #[arg(long, help_heading = "Agents", value_name = "PORT")]
     pub agent_port: Option<i64>,
 
-    /// Address to listen on for agents, UDP and TCP; empty is every interface
+    /// Address to listen on for agents; empty is every interface
     #[arg(long, help_heading = "Agents", value_name = "ADDRESS", default_value = "")]
     pub agent_bind_address: String,
 
