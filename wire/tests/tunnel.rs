@@ -264,8 +264,9 @@ async fn a_peer_that_answers_pings_is_never_found_unresponsive() {
     .await;
 }
 
+/// Its QUIC acknowledges what nobody reads: that buys it time, but not for ever.
 #[tokio::test]
-async fn a_peer_that_does_not_answer_is_found_unresponsive() {
+async fn a_peer_that_is_heard_and_does_not_answer_is_found_unresponsive() {
     within(async {
         let pair = Pair::new().await;
         let (mut server, _agent) = controls(&pair).await;

@@ -20,6 +20,9 @@ use crate::{
 /// Time for the answer to a ping, when the network says that nobody listens at the peer's address:
 /// room for one repetition of a lost ping.
 const UNREACHABLE_LIMIT: Duration = Duration::from_millis(50);
+/// How often a question's time begins anew because the peer was heard meanwhile: a busy node
+/// answers late, and only silence is death. A peer that is heard and never answers is broken.
+const MAX_RENEWALS: u32 = 5;
 /// The control stream goes before every other: a question about a busy peer must not wait behind
 /// what keeps it busy.
 const PRIORITY: i32 = 100;
@@ -78,6 +81,9 @@ struct Question {
     echo: u64,
     limit: Duration,
     deadline: Instant,
+    /// Bytes that had come from the peer when its time began.
+    heard: u64,
+    renewals: u32,
 }
 
 impl ControlStream {
@@ -103,7 +109,7 @@ impl ControlStream {
     /// this build does not know.
     ///
     /// Meanwhile it answers the peer's pings. When the network says that the peer is gone it asks,
-    /// and gives up on a peer that does not answer.
+    /// and gives up on a peer that is silent. One that is heard but does not answer gets more time.
     ///
     /// # Errors
     /// When the peer breaks the protocol, ends the stream or is found unresponsive. The tunnel is
@@ -120,8 +126,9 @@ impl ControlStream {
                     self.ask(UNREACHABLE_LIMIT).await?;
                     continue;
                 }
-                limit = overdue(self.question.as_ref()) => {
-                    return Err(ControlError::Unresponsive(limit));
+                () = overdue(self.question.as_ref()) => {
+                    self.renew()?;
+                    continue;
                 }
             };
             match ControlMessage::decode(&frame)? {
@@ -142,7 +149,8 @@ impl ControlStream {
     }
 
     /// Asks the peer to prove that it is alive. [`next`](Self::next) fails when no answer comes
-    /// within three round trips and `limit`; a question that is already open keeps its deadline.
+    /// within three round trips and `limit`, or five times that for one that is heard. A question
+    /// that is already open keeps its deadline.
     ///
     /// # Errors
     /// When the stream is lost.
@@ -153,21 +161,33 @@ impl ControlStream {
         if self.question.is_some() {
             return Ok(());
         }
-        let limit = self.tunnel.stats().rtt * 3 + limit;
+        let stats = self.tunnel.stats();
+        let limit = stats.rtt * 3 + limit;
         let echo = self.next_echo;
         self.next_echo += 1;
-        self.question = Some(Question { echo, limit, deadline: Instant::now() + limit });
+        let (deadline, heard) = (Instant::now() + limit, stats.received_bytes);
+        self.question = Some(Question { echo, limit, deadline, heard, renewals: 0 });
         self.send(&ControlMessage::Ping(Ping { echo })).await
+    }
+
+    /// Gives a question whose time is over more of it, if the peer was heard meanwhile.
+    fn renew(&mut self) -> Result<(), ControlError> {
+        let heard = self.tunnel.stats().received_bytes;
+        let Some(question) = &mut self.question else { return Ok(()) };
+        if heard == question.heard || question.renewals == MAX_RENEWALS {
+            return Err(ControlError::Unresponsive(question.limit * (question.renewals + 1)));
+        }
+        question.renewals += 1;
+        question.heard = heard;
+        question.deadline = Instant::now() + question.limit;
+        Ok(())
     }
 }
 
-/// Completes when the question's deadline has passed, with how long it was.
-async fn overdue(question: Option<&Question>) -> Duration {
+/// Completes when the question's deadline has passed.
+async fn overdue(question: Option<&Question>) {
     match question {
-        Some(question) => {
-            sleep_until(question.deadline).await;
-            question.limit
-        }
+        Some(question) => sleep_until(question.deadline).await,
         None => std::future::pending().await,
     }
 }
