@@ -1,8 +1,8 @@
 //! Strings and lists with a hard limit, so that no message can carry more than it should.
 
-use std::{fmt, ops::Deref};
+use std::{fmt, marker::PhantomData, ops::Deref};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 
 /// A value was longer than its place in the protocol allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -78,9 +78,8 @@ impl<const MAX: usize> fmt::Debug for Text<MAX> {
 }
 
 /// A list of at most `MAX` items.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "Vec<T>", into = "Vec<T>")]
-#[serde(bound(serialize = "T: Clone + Serialize", deserialize = "T: Deserialize<'de>"))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(into = "Vec<T>", bound = "T: Clone + Serialize")]
 pub struct List<T, const MAX: usize>(Vec<T>);
 
 impl<T, const MAX: usize> Default for List<T, MAX> {
@@ -114,6 +113,39 @@ impl<T, const MAX: usize> Deref for List<T, MAX> {
     }
 }
 
+/// Refuses a list by the length it announces, before an item is read or room is made for it.
+impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for List<T, MAX> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(Items(PhantomData))
+    }
+}
+
+struct Items<T, const MAX: usize>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>, const MAX: usize> de::Visitor<'de> for Items<T, MAX> {
+    type Value = List<T, MAX>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a list of at most {MAX} items")
+    }
+
+    fn visit_seq<A: de::SeqAccess<'de>>(self, mut sequence: A) -> Result<Self::Value, A::Error> {
+        let too_long = |length| de::Error::custom(TooLong { length, limit: MAX });
+        let announced = sequence.size_hint().unwrap_or(0);
+        if announced > MAX {
+            return Err(too_long(announced));
+        }
+        let mut items = Vec::with_capacity(announced);
+        while let Some(item) = sequence.next_element()? {
+            if items.len() == MAX {
+                return Err(too_long(MAX + 1));
+            }
+            items.push(item);
+        }
+        Ok(List(items))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,5 +165,17 @@ mod tests {
     fn list_refuses_one_item_more_than_its_limit() {
         assert!(List::<u8, 2>::try_from(vec![1, 2]).is_ok());
         assert!(List::<u8, 2>::try_from(vec![1, 2, 3]).is_err());
+    }
+
+    #[test]
+    fn list_is_refused_while_it_is_read_whether_or_not_its_length_is_announced() {
+        type Fault = de::value::Error;
+        let read = |items: &mut dyn Iterator<Item = u8>| {
+            List::<u8, 2>::deserialize(de::value::SeqDeserializer::<_, Fault>::new(items))
+        };
+        assert_eq!(read(&mut [1, 2].into_iter()), Ok(List(vec![1, 2])));
+        assert!(read(&mut [1, 2, 3].into_iter()).is_err());
+        assert_eq!(read(&mut [1, 2].into_iter().filter(|_| true)), Ok(List(vec![1, 2])));
+        assert!(read(&mut (1..).filter(|_| true)).is_err());
     }
 }
