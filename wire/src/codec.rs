@@ -13,11 +13,16 @@ use serde::{Serialize, de::DeserializeOwned};
 //= docs/protocol.md#3-frames
 pub const MAX_BODY_LEN: usize = 16 * 1024;
 
+/// What one body may cost while it is read, as bincode counts: an integer counts at its full
+/// width, however short it is on the wire. Twice the body is room for that in every message, and
+/// bounds what a lying length can make us allocate.
+const READ_LIMIT: usize = 2 * MAX_BODY_LEN;
+
 const CONFIG: bincode::config::Configuration<
     bincode::config::LittleEndian,
     bincode::config::Varint,
-    bincode::config::Limit<MAX_BODY_LEN>,
-> = bincode::config::standard().with_limit::<MAX_BODY_LEN>();
+    bincode::config::Limit<READ_LIMIT>,
+> = bincode::config::standard().with_limit::<READ_LIMIT>();
 
 /// A body could not be read as the message that its frame announced.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -25,6 +30,9 @@ pub enum DecodeError {
     /// The bytes are not an encoding of the message, or a field broke its limit.
     #[error("malformed body: {0}")]
     Malformed(String),
+    /// The body is longer than [`MAX_BODY_LEN`].
+    #[error("{0} bytes, at most {MAX_BODY_LEN} are allowed")]
+    TooLong(usize),
     /// The message ended before its frame did.
     #[error("{0} bytes after the end of the message")]
     TrailingBytes(usize),
@@ -58,8 +66,11 @@ pub fn encode<M: Serialize>(message: &M, out: &mut Vec<u8>) -> Result<(), Encode
 /// Reads a message that takes up the whole of `body`.
 ///
 /// # Errors
-/// When the bytes are not such a message, or more bytes follow it.
+/// When the bytes are not such a message, more bytes follow it, or they are too many.
 pub fn decode<M: DeserializeOwned>(body: &[u8]) -> Result<M, DecodeError> {
+    if body.len() > MAX_BODY_LEN {
+        return Err(DecodeError::TooLong(body.len()));
+    }
     let (message, used) = bincode::serde::decode_from_slice(body, CONFIG)
         .map_err(|error| DecodeError::Malformed(error.to_string()))?;
     match body.len() - used {
@@ -86,7 +97,9 @@ mod tests {
     }
 
     #[test]
-    fn a_message_beyond_the_limit_is_not_encoded() {
+    fn a_message_beyond_the_limit_is_neither_written_nor_read() {
         assert!(encode(&"x".repeat(MAX_BODY_LEN), &mut Vec::new()).is_err());
+        let too_long = vec![0; MAX_BODY_LEN + 1];
+        assert_eq!(decode::<String>(&too_long), Err(DecodeError::TooLong(MAX_BODY_LEN + 1)));
     }
 }
