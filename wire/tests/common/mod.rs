@@ -1,0 +1,238 @@
+//! What several test files share: every message with its exact bytes.
+#![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a helper that fails has to fail its test")]
+
+use bytes::Bytes;
+use culvert_wire::{
+    CloseCode, DialId, InstanceId, Target,
+    codec::{EncodeError, MAX_BODY_LEN},
+    control::{ControlMessage, Drain, Goodbye, Hello, Ping, Pong, Secret, ServerEntry, Welcome},
+    dial::{
+        DialErrorKind, DialFailure, DialReply, DialRequest, DialTiming, Network, StreamKind,
+        TraceContext,
+    },
+    extension::{Extension, Extensions},
+    frame::{self, Frame, FrameError, HEAD_LEN, Head, Message as _},
+    route::{Identifier, Identifiers},
+    text::{List, Text},
+    version::Features,
+};
+
+/// Any message that a peer can send, wherever it belongs.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Message {
+    Control(ControlMessage),
+    Request(Box<DialRequest>),
+    Reply(Box<DialReply>),
+}
+
+impl Message {
+    /// The whole frame that carries the message.
+    pub(crate) fn encode(&self) -> Result<Bytes, EncodeError> {
+        match self {
+            Self::Control(message) => message.encode(),
+            Self::Request(message) => frame::encode(&**message),
+            Self::Reply(message) => frame::encode(&**message),
+        }
+    }
+
+    /// The message that this frame is, read by the decoder of the place where its kind belongs.
+    pub(crate) fn decode(frame: &Frame) -> Result<Self, FrameError> {
+        match frame.kind {
+            DialRequest::KIND => frame.message().map(Box::new).map(Self::Request),
+            DialReply::KIND => frame.message().map(Box::new).map(Self::Reply),
+            _ => ControlMessage::decode(frame).map(Self::Control),
+        }
+    }
+
+    /// The most bytes that the message's body may have.
+    pub(crate) fn max_len(&self) -> usize {
+        match self {
+            Self::Control(_) => MAX_BODY_LEN,
+            Self::Request(_) => DialRequest::MAX_LEN,
+            Self::Reply(_) => DialReply::MAX_LEN,
+        }
+    }
+}
+
+/// The first frame of these bytes, if the whole of it is there.
+pub(crate) fn first_frame(bytes: &[u8]) -> Option<Frame> {
+    let (head, rest) = bytes.split_first_chunk::<HEAD_LEN>()?;
+    let Head { kind, length } = Head::decode(*head);
+    let body = rest.get(..length)?;
+    Some(Frame { kind, body: Bytes::copy_from_slice(body) })
+}
+
+/// The bytes in hexadecimal, without spaces.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The bytes that this hexadecimal text stands for; white space counts for nothing.
+pub(crate) fn unhex(text: &str) -> Option<Vec<u8>> {
+    let digits: Vec<u8> = text
+        .chars()
+        .filter(|c| !c.is_whitespace())
+        .map(|c| c.to_digit(16))
+        .map(|digit| digit.and_then(|digit| u8::try_from(digit).ok()))
+        .collect::<Option<_>>()?;
+    let (pairs, odd) = digits.as_chunks::<2>();
+    odd.is_empty().then(|| pairs.iter().map(|[high, low]| high << 4 | low).collect())
+}
+
+/// A message and the frame that it is on the wire, for good.
+pub(crate) struct Example {
+    pub(crate) name: &'static str,
+    pub(crate) message: Message,
+    pub(crate) hex: &'static str,
+}
+
+/// Every message of the protocol at least once.
+pub(crate) fn examples() -> Vec<Example> {
+    let control = |name, message, hex| Example { name, message: Message::Control(message), hex };
+    let request =
+        |name, message, hex| Example { name, message: Message::Request(Box::new(message)), hex };
+    let reply =
+        |name, message, hex| Example { name, message: Message::Reply(Box::new(message)), hex };
+    vec![
+        control("hello", ControlMessage::Hello(Box::new(hello())), HELLO),
+        control("hello-bare", ControlMessage::Hello(Box::new(bare_hello())), HELLO_BARE),
+        control("welcome", ControlMessage::Welcome(Box::new(welcome())), WELCOME),
+        control("ping", ControlMessage::Ping(Ping { echo: 7 }), "03000107"),
+        control("pong", ControlMessage::Pong(Pong { echo: 7 }), "04000107"),
+        control("pong-wide", ControlMessage::Pong(Pong { echo: 0x0123_4567_89ab_cdef }), PONG_WIDE),
+        control("drain", ControlMessage::Drain(Drain { deadline_millis: 30_000 }), "050003fb3075"),
+        control("goodbye", ControlMessage::Goodbye(goodbye()), GOODBYE),
+        request("dial-request", dial_request(), DIAL_REQUEST),
+        request("dial-request-bare", bare_dial_request(), DIAL_REQUEST_BARE),
+        reply("dial-reply", dial_reply(), DIAL_REPLY),
+        reply("dial-reply-failure", failed_dial_reply(), DIAL_REPLY_FAILURE),
+    ]
+}
+
+const HELLO: &str = "0100440103066e6f64652d31000102030405060708090a0b0c0d0e0f0104697076340831302e302e302e\
+    310105746f6b656e0d63756c766572742f302e312e3001fb0001020203";
+const HELLO_BARE: &str = "010018010001610000000000000000000000000000000000000000";
+const WELCOME: &str = "0200320103087365727665722d610202087365727665722d6100087365727665722d620d31302e302e30\
+    2e323a38313332fb001000";
+const PONG_WIDE: &str = "040009fdefcdab8967452301";
+const GOODBYE: &str = "06000901075349475445524d";
+const DIAL_REQUEST: &str = "10005efdefcdab8967452301000831302e302e302e39fb0a2801fb1027013730302d3061663736353139\
+    3136636434336464383434386562323131633830333139632d623761643662373136393230333333312d\
+    3031036b3d760120046576656e";
+const DIAL_REQUEST_BARE: &str = "100011010207666430303a3a31fbbb0100000000";
+const DIAL_REPLY: &str = "11000b000cfb5401fc60e3160000";
+const DIAL_REPLY_FAILURE: &str = "11003b0101346469616c207463702031302e302e302e393a31303235303a20636f6e6e6563743a20636f\
+    6e6e656374696f6e20726566757365640c00fa00";
+
+/// A hello with everything in it.
+pub(crate) fn hello() -> Hello {
+    Hello {
+        revision: 1,
+        features: Features::supported(),
+        agent_id: "node-1".parse().unwrap(),
+        instance: InstanceId(std::array::from_fn(|index| index as u8)),
+        identifiers: identifiers(&[("ipv4", "10.0.0.1")]),
+        token: Some(Secret::new("token").unwrap()),
+        software: text("culvert/0.1.0"),
+        extensions: extensions(&[(0x0100, &[2, 3])]),
+    }
+}
+
+/// A hello with nothing in it that may be left out.
+pub(crate) fn bare_hello() -> Hello {
+    Hello {
+        revision: 1,
+        features: Features::NONE,
+        agent_id: "a".parse().unwrap(),
+        instance: InstanceId([0; 16]),
+        identifiers: Identifiers::default(),
+        token: None,
+        software: text(""),
+        extensions: Extensions::default(),
+    }
+}
+
+pub(crate) fn welcome() -> Welcome {
+    let servers = vec![
+        ServerEntry { id: "server-a".parse().unwrap(), address: text("") },
+        ServerEntry { id: "server-b".parse().unwrap(), address: text("10.0.0.2:8132") },
+    ];
+    Welcome {
+        revision: 1,
+        features: Features::supported(),
+        server_id: "server-a".parse().unwrap(),
+        server_count: 2,
+        servers: List::try_from(servers).unwrap(),
+        max_streams: 4096,
+        extensions: Extensions::default(),
+    }
+}
+
+pub(crate) fn goodbye() -> Goodbye {
+    Goodbye { code: CloseCode::SHUTDOWN.as_u32(), reason: text("SIGTERM") }
+}
+
+/// A dial request with everything in it.
+pub(crate) fn dial_request() -> DialRequest {
+    DialRequest {
+        id: DialId(0x0123_4567_89ab_cdef),
+        network: Network::Tcp,
+        target: Target::new("10.0.0.9", 10250).unwrap(),
+        kind: StreamKind::EXEC,
+        timeout_millis: 10_000,
+        trace: Some(TraceContext {
+            traceparent: text("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+            tracestate: text("k=v"),
+        }),
+        extensions: extensions(&[(0x20, b"even")]),
+    }
+}
+
+/// A dial request with nothing in it that may be left out.
+pub(crate) fn bare_dial_request() -> DialRequest {
+    DialRequest {
+        id: DialId(1),
+        network: Network::Tcp6,
+        target: Target::new("fd00::1", 443).unwrap(),
+        kind: StreamKind::UNKNOWN,
+        timeout_millis: 0,
+        trace: None,
+        extensions: Extensions::default(),
+    }
+}
+
+pub(crate) fn dial_reply() -> DialReply {
+    DialReply {
+        outcome: Ok(()),
+        timing: DialTiming { policy_micros: 12, resolve_micros: 340, connect_micros: 1_500_000 },
+        extensions: Extensions::default(),
+    }
+}
+
+pub(crate) fn failed_dial_reply() -> DialReply {
+    let text = "dial tcp 10.0.0.9:10250: connect: connection refused";
+    DialReply {
+        outcome: Err(DialFailure::new(DialErrorKind::REFUSED, text)),
+        timing: DialTiming { policy_micros: 12, resolve_micros: 0, connect_micros: 250 },
+        extensions: Extensions::default(),
+    }
+}
+
+pub(crate) fn text<const MAX: usize>(text: &str) -> Text<MAX> {
+    text.try_into().unwrap()
+}
+
+pub(crate) fn identifiers(pairs: &[(&str, &str)]) -> Identifiers {
+    let identifiers: Vec<_> =
+        pairs.iter().map(|(key, value)| Identifier::new(key, value).unwrap()).collect();
+    identifiers.try_into().unwrap()
+}
+
+pub(crate) fn extensions(pairs: &[(u16, &[u8])]) -> Extensions {
+    let extensions: Vec<_> = pairs
+        .iter()
+        .map(|&(kind, value)| Extension { kind, value: value.to_vec().try_into().unwrap() })
+        .collect();
+    extensions.try_into().unwrap()
+}
