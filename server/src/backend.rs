@@ -199,4 +199,4 @@ impl Drop for Registered {
 
 /// How long a doubted agent may take to answer before its tunnel is closed: well above the pause
 /// of a busy node, well below what a person waits for.
-pub const DOUBT_LIMIT: Duration = Duration::from_secs(2);
+pub const DOUBT_LIMIT: Duration = Duration::from_millis(1500);
