@@ -19,10 +19,8 @@ mod socket;
 use std::{
     io,
     pin::pin,
-    sync::{
-        OnceLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -30,7 +28,7 @@ pub use socket::{
     BufferedRead, BufferedWrite, SocketAbort, SocketRead, SocketWrite, SpliceSocket, buffered,
     halves,
 };
-use tokio::{select, sync::SetOnce};
+use tokio::{select, sync::SetOnce, time::sleep};
 
 use crate::{
     code::StreamCode,
@@ -40,6 +38,10 @@ use crate::{
 /// Chunks taken from a stream in one go. One chunk is one packet's payload, so this is about
 /// 90 KiB: enough to make the system call cheap, little enough to be fair.
 const CHUNKS: usize = 64;
+/// How long a local peer may take no byte once the other side has closed: what it was sent is kept
+/// for it that long, and then lost, visibly. Without a limit a target that hangs would keep the
+/// streams of everybody who gave up on it.
+const STUCK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What went wrong on the local side, as the other side of the tunnel will be told.
 #[derive(Debug, thiserror::Error)]
@@ -114,12 +116,21 @@ pub struct Local<R, W, A: Abort> {
     reader: R,
     writer: W,
     guard: AbortGuard<A>,
+    stuck_timeout: Duration,
 }
 
 impl<R: LocalRead, W: LocalWrite, A: Abort> Local<R, W, A> {
     /// The connection that reads from `reader`, writes to `writer` and is reset by `abort`.
     pub fn new(reader: R, writer: W, abort: A) -> Self {
-        Self { reader, writer, guard: AbortGuard(Some(abort)) }
+        let guard = AbortGuard(Some(abort));
+        Self { reader, writer, guard, stuck_timeout: STUCK_TIMEOUT }
+    }
+
+    /// Keeps what a peer does not take, once the other side has closed, for this long instead of
+    /// a minute.
+    #[must_use]
+    pub fn with_stuck_timeout(self, stuck_timeout: Duration) -> Self {
+        Self { stuck_timeout, ..self }
     }
 }
 
@@ -177,6 +188,9 @@ pub enum Cut {
     /// The other side of the tunnel reset the stream.
     #[error("reset from the other side: {0}")]
     Reset(StreamCode),
+    /// The other side has closed, and the local peer does not take what it was sent before.
+    #[error("the other side has closed and nobody takes what it had sent")]
+    Stuck,
     /// The tunnel is lost.
     #[error("tunnel lost: {0}")]
     Lost(#[from] TunnelLost),
@@ -188,6 +202,7 @@ impl Cut {
         match self {
             Self::Local(fault) => fault.code,
             Self::Reset(code) => *code,
+            Self::Stuck => StreamCode::IO_ERROR,
             Self::Lost(_) => StreamCode::TUNNEL_LOST,
         }
     }
@@ -214,7 +229,10 @@ pub async fn splice<R: LocalRead, W: LocalWrite, A: Abort>(
     meter: &Meter,
 ) -> Outcome {
     let pumps = Pumps::new(meter);
-    let end = pumps.run(&mut local.reader, &mut local.writer, &mut send, &mut recv).await;
+    let end = select! {
+        end = pumps.run(&mut local.reader, &mut local.writer, &mut send, &mut recv) => end,
+        cut = pumps.stuck(local.stuck_timeout) => Err(cut),
+    };
     match &end {
         Ok((HalfEnd::Stopped(code), _)) => {
             pumps.discard_until_flushed(&mut local.reader, &mut local.writer).await;
@@ -261,7 +279,9 @@ struct Pumps<'a> {
     /// The direction from the tunnel has ended.
     from_ended: AtomicBool,
     /// The other side refuses to read; what the local side sends is thrown away.
-    stopped: OnceLock<StreamCode>,
+    stopped: SetOnce<StreamCode>,
+    /// Something is being written to the local side.
+    writing: AtomicBool,
 }
 
 impl<'a> Pumps<'a> {
@@ -271,7 +291,8 @@ impl<'a> Pumps<'a> {
             from: Count::new(&meter.from_tunnel),
             local_ended: SetOnce::new(),
             from_ended: AtomicBool::new(false),
-            stopped: OnceLock::new(),
+            stopped: SetOnce::new(),
+            writing: AtomicBool::new(false),
         }
     }
 
@@ -359,13 +380,14 @@ impl<'a> Pumps<'a> {
             };
             let written = match count {
                 Some(count) => {
-                    let chunks = &mut chunks[..count];
-                    let length: usize = chunks.iter().map(Bytes::len).sum();
-                    select! {
+                    self.writing.store(true, Ordering::Relaxed);
+                    let written = select! {
                         biased;
-                        written = writer.write(chunks) => written.map(|()| self.from.add(length)),
+                        written = self.write(&mut chunks[..count], writer) => written,
                         error = recv.failed() => return Err(Self::cut(error)),
-                    }
+                    };
+                    self.writing.store(false, Ordering::Relaxed);
+                    written
                 }
                 None => match writer.finish().await {
                     Ok(()) => return Ok(HalfEnd::Finished),
@@ -378,6 +400,38 @@ impl<'a> Pumps<'a> {
                     return Ok(self.refuse(recv));
                 }
                 Err(fault) => return Err(fault.into()),
+            }
+        }
+    }
+
+    /// Writes all of `chunks`: at once, or one by one when somebody watches for progress.
+    async fn write(
+        &self,
+        chunks: &mut [Bytes],
+        writer: &mut impl LocalWrite,
+    ) -> Result<(), LocalFault> {
+        let batch = if self.stopped.initialized() { 1 } else { CHUNKS };
+        for chunks in chunks.chunks_mut(batch) {
+            let length = chunks.iter().map(Bytes::len).sum();
+            writer.write(chunks).await?;
+            self.from.add(length);
+        }
+        Ok(())
+    }
+
+    /// Completes when the other side has closed and the local peer has not taken a byte for
+    /// `timeout`, though there are some.
+    async fn stuck(&self, timeout: Duration) -> Cut {
+        let code = *self.stopped.wait().await;
+        if code != StreamCode::CLOSED {
+            // Somebody is still there who may wait for the local peer.
+            std::future::pending::<()>().await;
+        }
+        loop {
+            let before = self.from.count();
+            sleep(timeout).await;
+            if self.writing.load(Ordering::Relaxed) && self.from.count() == before {
+                return Cut::Stuck;
             }
         }
     }

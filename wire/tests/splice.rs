@@ -6,10 +6,10 @@ use std::{io, sync::Arc, time::Duration};
 use bytes::Bytes;
 use culvert_wire::{
     StreamCode,
-    splice::{HalfEnd, Local, Meter, Outcome, halves, splice},
+    splice::{Cut, HalfEnd, Local, Meter, Outcome, halves, splice},
     tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
     transport::{
-        ReadError, RecvHalf, SendHalf, Tunnel,
+        ReadError, RecvHalf, SendHalf, Tunnel, WriteError,
         quic::{Listener, Settings, connect},
     },
 };
@@ -109,6 +109,33 @@ async fn both_directions_are_counted_and_their_ends_told() {
         assert_eq!((outcome.to_tunnel, outcome.from_tunnel), (5, 3));
         assert!(matches!(outcome.end, Ok((HalfEnd::Finished, HalfEnd::Finished))));
         assert_eq!((meter.to_tunnel(), meter.from_tunnel()), (5, 3));
+    })
+    .await;
+}
+
+/// A hung target, and a user who gave up on it: the stream must not stay for ever.
+#[tokio::test]
+async fn a_peer_that_takes_nothing_after_the_close_is_cut_off() {
+    within(async {
+        let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _tunnels } =
+            Bench::new().await;
+        // More than all buffers on the way hold, and then the close.
+        let flood = tokio::spawn(async move {
+            held.1.stop(StreamCode::CLOSED);
+            loop {
+                if let Err(error) = held.0.write_chunk(vec![0; 65_536].into()).await {
+                    return error;
+                }
+            }
+        });
+        let (reader, writer, abort) = halves(socket);
+        let limit = Duration::from_millis(200);
+        let local = Local::new(reader, writer, abort).with_stuck_timeout(limit);
+        let outcome = splice(local, stream, &Meter::default()).await;
+        assert!(matches!(outcome.end, Err(Cut::Stuck)), "{outcome:?}");
+        assert_eq!(flood.await.unwrap(), WriteError::Stopped(StreamCode::IO_ERROR));
+        let error = peer.read_to_end(&mut Vec::new()).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     })
     .await;
 }
