@@ -300,11 +300,13 @@ impl fmt::Debug for SendHalf {
 pub struct RecvHalf {
     carrier: quic::RecvStream,
     ended: bool,
+    /// What ended it, unless that was the clean end or this side.
+    fault: Option<ReadError>,
 }
 
 impl RecvHalf {
     fn new(carrier: quic::RecvStream) -> Self {
-        Self { carrier, ended: false }
+        Self { carrier, ended: false, fault: None }
     }
 
     /// Fills the front of `chunks` with what has arrived, in order and without copying, waiting
@@ -316,9 +318,9 @@ impl RecvHalf {
     /// # Cancel safety
     /// Cancel safe: nothing is taken before the future completes.
     pub async fn read_chunks(&mut self, chunks: &mut [Bytes]) -> Result<Option<usize>, ReadError> {
+        self.check()?;
         let result = self.carrier.read_chunks(chunks).await;
-        self.ended |= !matches!(result, Ok(Some(_)));
-        result
+        self.note(result)
     }
 
     /// The next frame, if its body has at most `limit` bytes. Bytes behind it stay in the stream.
@@ -350,19 +352,26 @@ impl RecvHalf {
     async fn read_full(&mut self, buf: &mut [u8]) -> Result<usize, ReadError> {
         let mut filled = 0;
         while filled < buf.len() {
-            match self.carrier.read(&mut buf[filled..]).await {
-                Ok(Some(count)) => filled += count,
-                Ok(None) => {
-                    self.ended = true;
-                    break;
-                }
-                Err(error) => {
-                    self.ended = true;
-                    return Err(error);
-                }
+            self.check()?;
+            let result = self.carrier.read(&mut buf[filled..]).await;
+            match self.note(result)? {
+                Some(count) => filled += count,
+                None => break,
             }
         }
         Ok(filled)
+    }
+
+    /// Fails once the half has failed: a carrier may tell a fault once and a clean end after it.
+    fn check(&self) -> Result<(), ReadError> {
+        self.fault.clone().map_or(Ok(()), Err)
+    }
+
+    /// Remembers how the half ended, if this is its end.
+    fn note(&mut self, read: Result<Option<usize>, ReadError>) -> Result<Option<usize>, ReadError> {
+        self.ended |= !matches!(read, Ok(Some(_)));
+        self.fault = read.as_ref().err().cloned();
+        read
     }
 
     /// Refuses the rest of the stream: what has arrived is dropped and the peer sees `code`.
@@ -375,8 +384,16 @@ impl RecvHalf {
 
     /// Completes when the peer resets the stream or the tunnel is lost, and never on a clean end:
     /// for whoever holds bytes back and still must notice.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
     pub async fn failed(&mut self) -> ReadError {
-        self.carrier.failed().await
+        if let Some(fault) = &self.fault {
+            return fault.clone();
+        }
+        let fault = self.carrier.failed().await;
+        self.ended = true;
+        self.fault.insert(fault).clone()
     }
 }
 

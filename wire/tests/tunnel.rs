@@ -74,6 +74,15 @@ async fn within<T>(test: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(30), test).await.expect("the test hangs")
 }
 
+/// Whether the future completes at once; it is dropped in any case.
+async fn is_ready(future: impl Future) -> bool {
+    tokio::select! {
+        biased;
+        _ = future => true,
+        () = std::future::ready(()) => false,
+    }
+}
+
 #[tokio::test]
 async fn a_dropped_sender_is_a_reset_and_never_an_end() {
     within(async {
@@ -134,6 +143,74 @@ async fn a_reset_is_noticed_by_a_reader_that_holds_back() {
         let (_send, mut recv) = pair.agent.accept().await.unwrap();
         send.reset(StreamCode::PEER_RESET);
         assert_eq!(recv.failed().await, ReadError::Reset(StreamCode::PEER_RESET));
+    })
+    .await;
+}
+
+/// Watching must leave nothing behind in the tunnel: neither a panic nor a waker, and no byte less.
+#[tokio::test]
+async fn a_stream_that_was_watched_for_a_reset_is_read_to_its_clean_end() {
+    within(async {
+        let pair = Pair::new().await;
+        for bytes in ["", "unread"] {
+            let (mut send, _recv) = pair.server.open().await.unwrap();
+            send.write_chunk(Bytes::from_static(b"first")).await.unwrap();
+            let (_send, mut recv) = pair.agent.accept().await.unwrap();
+            let mut chunks = [const { Bytes::new() }; 4];
+            assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), Some(1));
+            send.write_chunk(Bytes::from_static(bytes.as_bytes())).await.unwrap();
+            send.finish();
+            // All of it has arrived before anybody watches.
+            assert_eq!(send.stopped().await.unwrap(), None);
+            assert!(!is_ready(recv.failed()).await);
+            let mut rest = Vec::new();
+            while let Some(count) = recv.read_chunks(&mut chunks).await.unwrap() {
+                rest.extend(chunks[..count].concat());
+            }
+            assert_eq!(rest, bytes.as_bytes());
+            assert!(!is_ready(recv.failed()).await);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_lost_tunnel_is_noticed_by_a_reader_that_holds_back() {
+    within(async {
+        for bytes in ["", "unread"] {
+            let pair = Pair::new().await;
+            let (mut send, _recv) = pair.server.open().await.unwrap();
+            send.write_chunk(Bytes::from_static(b"first")).await.unwrap();
+            let (_send, mut recv) = pair.agent.accept().await.unwrap();
+            recv.read_chunks(&mut [Bytes::new()]).await.unwrap();
+            send.write_chunk(Bytes::from_static(bytes.as_bytes())).await.unwrap();
+            pair.server.close(CloseCode::SHUTDOWN, "");
+            let code = CloseCode::SHUTDOWN;
+            let lost = TunnelLost::ClosedByPeer { code, reason: String::new() };
+            assert_eq!(recv.failed().await, ReadError::Lost(lost));
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_reset_stays_a_reset_however_often_it_is_asked_for() {
+    within(async {
+        let pair = Pair::new().await;
+        let reset = ReadError::Reset(StreamCode::CANCELLED);
+        for watched in [false, true] {
+            let (mut send, _recv) = pair.server.open().await.unwrap();
+            send.reset(StreamCode::CANCELLED);
+            let (_send, mut recv) = pair.agent.accept().await.unwrap();
+            if watched {
+                assert_eq!(recv.failed().await, reset);
+            }
+            for _ in 0..2 {
+                assert_eq!(recv.read_chunks(&mut [Bytes::new()]).await, Err(reset.clone()));
+                assert_eq!(recv.read_frame(8).await.unwrap_err(), reset.clone().into());
+            }
+            assert_eq!(recv.failed().await, reset);
+        }
     })
     .await;
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
+    pin::pin,
     sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
     time::Duration,
 };
@@ -10,13 +11,17 @@ use std::{
 use bytes::Bytes;
 use quinn::{VarInt, crypto::rustls::HandshakeData};
 use rustls_pki_types::CertificateDer;
-use tokio::sync::Notify;
+use tokio::{select, sync::Notify, time::sleep};
 
 use crate::{
     code::{CloseCode, StreamCode},
     transport::{ReadError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, WriteError, udp},
     version::ALPN,
 };
+
+/// How often a stream with unread bytes is asked whether the peer has reset it: soon enough for
+/// whoever waits at the other end, seldom enough for a thousand stalled streams.
+const RESET_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The live tunnels of one socket by the peer's address, so that an ICMP error finds its tunnel.
 #[derive(Debug, Default)]
@@ -118,7 +123,8 @@ impl Connection {
 
     fn halves(&self, (send, recv): (quinn::SendStream, quinn::RecvStream)) -> (SendHalf, RecvHalf) {
         let send = SendStream { stream: send, farewell: self.farewell.clone() };
-        let recv = RecvStream { stream: recv, farewell: self.farewell.clone() };
+        let (connection, farewell) = (self.connection.clone(), self.farewell.clone());
+        let recv = RecvStream { stream: recv, connection, farewell };
         (SendHalf::new(send), RecvHalf::new(recv))
     }
 
@@ -222,6 +228,7 @@ impl SendStream {
 /// The half of a QUIC stream that this side reads.
 pub(in crate::transport) struct RecvStream {
     stream: quinn::RecvStream,
+    connection: quinn::Connection,
     farewell: Farewell,
 }
 
@@ -245,12 +252,26 @@ impl RecvStream {
         let _ = self.stream.stop(code.as_u32().into());
     }
 
+    /// Looks for a reset by reading nothing, again and again while bytes wait to be read.
+    ///
+    /// quinn could wake us, but its `received_reset` leaves our waker in the connection when the
+    /// future is dropped and the rest of the stream has arrived already: a leak, and a panic in
+    /// debug builds. Reading nothing waits only where more has to arrive, which clears it.
     pub(in crate::transport) async fn failed(&mut self) -> ReadError {
-        match self.stream.received_reset().await {
-            Ok(Some(code)) => ReadError::Reset(stream_code(code)),
-            Ok(None) | Err(quinn::ResetError::ZeroRttRejected) => std::future::pending().await,
-            Err(quinn::ResetError::ConnectionLost(error)) => {
-                ReadError::Lost(self.farewell.lost(error))
+        let mut closed = pin!(self.connection.closed());
+        loop {
+            select! {
+                biased;
+                read = self.stream.read_chunk(0, true) => match read {
+                    Ok(Some(_)) => {}
+                    Ok(None) => std::future::pending().await,
+                    Err(error) => return self.farewell.read_error(error),
+                },
+                error = &mut closed => return ReadError::Lost(self.farewell.lost(error)),
+            }
+            select! {
+                () = sleep(RESET_INTERVAL) => {}
+                error = &mut closed => return ReadError::Lost(self.farewell.lost(error)),
             }
         }
     }
