@@ -10,6 +10,7 @@
 pub mod certificates;
 pub mod demo;
 pub mod frontend;
+pub mod link;
 pub mod peer;
 pub mod rig;
 pub mod stock_client;

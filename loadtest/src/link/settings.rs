@@ -1,0 +1,179 @@
+//! What a link is like. Plain data, written in scenarios.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// A link between the control plane and the node.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LinkSettings {
+    /// What each direction is like, unless it has settings of its own.
+    pub each_way: Direction,
+    /// The direction to the node, where it differs.
+    pub to_node: Option<Direction>,
+    /// The direction to the server, where it differs.
+    pub to_server: Option<Direction>,
+    /// Largest IP packet in bytes that the devices send: 576 to 9000.
+    pub mtu: u16,
+}
+
+impl Default for LinkSettings {
+    fn default() -> Self {
+        Self { each_way: Direction::default(), to_node: None, to_server: None, mtu: 1500 }
+    }
+}
+
+/// One direction of a link.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Direction {
+    /// Rate in Mbit/s, with IP headers; without one there is no queue.
+    pub rate_mbit: Option<f64>,
+    /// How much may wait for its turn: in milliseconds at the rate. Without any limit: 100 ms.
+    pub buffer_ms: Option<f64>,
+    /// The same in bytes, which counts where both are given.
+    pub buffer_bytes: Option<u64>,
+    /// Time on the way in milliseconds, without waiting.
+    pub delay_ms: f64,
+    /// Each packet's delay is up to this many milliseconds longer, evenly distributed.
+    pub jitter_ms: f64,
+    /// The share of packets that take the delay alone and so overtake those that jitter holds:
+    /// 0 to 1. Without any, jitter never changes the order.
+    pub reorder: f64,
+    /// The share of packets that are lost, each on its own: 0 to 1.
+    pub loss: f64,
+    /// Losses in bursts, on top of the others.
+    pub bursts: Option<Bursts>,
+    /// Packets that waited longer than this many milliseconds and allow it are marked with ECN CE.
+    pub ecn_ms: Option<f64>,
+}
+
+/// The Gilbert–Elliott model: a link that is good or bad, and changes with each packet by chance.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bursts {
+    /// Chance that a good link turns bad: 0 to 1.
+    pub begin: f64,
+    /// Chance that a bad link turns good: 0 to 1; its inverse is the mean length of a burst.
+    pub end: f64,
+    /// The share of packets lost while it is bad: 0 to 1.
+    #[serde(default = "whole")]
+    pub loss: f64,
+}
+
+fn whole() -> f64 {
+    1.0
+}
+
+impl LinkSettings {
+    /// What the direction to the node is like.
+    pub fn to_node(&self) -> Direction {
+        self.to_node.unwrap_or(self.each_way)
+    }
+
+    /// What the direction to the server is like.
+    pub fn to_server(&self) -> Direction {
+        self.to_server.unwrap_or(self.each_way)
+    }
+
+    /// Everything that cannot be, in words.
+    pub fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        if !(576..=9000).contains(&self.mtu) {
+            faults.push(format!("link.mtu is {} and must be 576 to 9000", self.mtu));
+        }
+        let named = [
+            ("each_way", Some(self.each_way)),
+            ("to_node", self.to_node),
+            ("to_server", self.to_server),
+        ];
+        for (name, direction) in named {
+            let direction = direction.unwrap_or_default();
+            faults
+                .extend(direction.faults().into_iter().map(|fault| format!("link.{name}.{fault}")));
+        }
+        faults
+    }
+}
+
+impl Direction {
+    /// How many bytes may wait, if there is a rate.
+    pub fn buffer(&self) -> Option<f64> {
+        let rate = self.bytes_per_second()?;
+        let bytes = self.buffer_bytes.map(|bytes| bytes as f64);
+        Some(bytes.unwrap_or_else(|| rate * self.buffer_ms.unwrap_or(100.0) / 1000.0))
+    }
+
+    /// The rate in bytes per second, if there is one.
+    pub fn bytes_per_second(&self) -> Option<f64> {
+        self.rate_mbit.map(|rate| rate * 1e6 / 8.0)
+    }
+
+    fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        let bursts = self.bursts.unwrap_or(Bursts { begin: 0.0, end: 0.0, loss: 0.0 });
+        let shares = [
+            ("loss", self.loss),
+            ("reorder", self.reorder),
+            ("bursts.begin", bursts.begin),
+            ("bursts.end", bursts.end),
+            ("bursts.loss", bursts.loss),
+        ];
+        for (name, share) in shares {
+            if !(0.0..=1.0).contains(&share) {
+                faults.push(format!("{name} is {share} and must be 0 to 1"));
+            }
+        }
+        let spans = [
+            ("delay_ms", Some(self.delay_ms)),
+            ("jitter_ms", Some(self.jitter_ms)),
+            ("buffer_ms", self.buffer_ms),
+            ("ecn_ms", self.ecn_ms),
+        ];
+        for (name, span) in spans {
+            if span.is_some_and(|span| !(0.0..=60_000.0).contains(&span)) {
+                faults
+                    .push(format!("{name} is {} and must be 0 to 60000", span.unwrap_or_default()));
+            }
+        }
+        if self.rate_mbit.is_some_and(|rate| !(0.01..=100_000.0).contains(&rate)) {
+            faults.push("rate_mbit must be 0.01 to 100000".into());
+        }
+        faults
+    }
+}
+
+impl fmt::Display for LinkSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.to_node(), self.to_server()) {
+            (to_node, to_server) if to_node == to_server => write!(f, "each way {to_node}")?,
+            (to_node, to_server) => write!(f, "to the node {to_node}; to the server {to_server}")?,
+        }
+        if self.mtu == 1500 { Ok(()) } else { write!(f, "; MTU {}", self.mtu) }
+    }
+}
+
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ms", self.delay_ms)?;
+        if self.jitter_ms > 0.0 {
+            write!(f, " + up to {} ms", self.jitter_ms)?;
+        }
+        if self.reorder > 0.0 {
+            write!(f, ", {} % overtake", self.reorder * 100.0)?;
+        }
+        if let (Some(rate), Some(buffer)) = (self.rate_mbit, self.buffer()) {
+            write!(f, ", {rate} Mbit/s, buffer {:.0} KB", buffer / 1000.0)?;
+        }
+        write!(f, ", loss {} %", self.loss * 100.0)?;
+        if let Some(bursts) = self.bursts {
+            let length = 1.0 / bursts.end;
+            write!(f, " and bursts of {length:.0} packets, {} % of them", bursts.loss * 100.0)?;
+        }
+        if let Some(ecn) = self.ecn_ms {
+            write!(f, ", ECN above {ecn} ms")?;
+        }
+        Ok(())
+    }
+}
