@@ -49,7 +49,7 @@ func setupPing(fs *flag.FlagSet) func(*dialer) error {
 				return fmt.Errorf("ping %d: read error %q, write error %q", i, err, errorText(<-writing))
 			}
 			latencies = append(latencies, time.Since(at))
-			if !bytes.Equal(got, pingBytes(i, *size)) {
+			if !isPing(got, uint64(i)) {
 				return fmt.Errorf("ping %d: the answer differs from what was sent", i)
 			}
 		}
@@ -70,27 +70,59 @@ func setupPing(fs *flag.FlagSet) func(*dialer) error {
 // sendPings writes the pings and gives the time each one counts from.
 func sendPings(w io.Writer, sent chan<- time.Time, count int, interval time.Duration, size int) error {
 	start := time.Now()
+	ping := make([]byte, size)
 	for i := range count {
-		from := start.Add(time.Duration(i) * interval)
-		if wait := time.Until(from); wait > 0 {
-			time.Sleep(wait)
-			// A timer that fires late is not the tunnel's latency.
-			from = time.Now()
-		}
+		from, _ := whenDue(start.Add(time.Duration(i)*interval), nil)
 		sent <- from
-		if _, err := w.Write(pingBytes(i, size)); err != nil {
+		fillPing(ping, uint64(i))
+		if _, err := w.Write(ping); err != nil {
 			return fmt.Errorf("ping %d: write: %w", i, err)
 		}
 	}
 	return nil
 }
 
-// pingBytes is ping i: its number, repeated, cut to size.
-func pingBytes(i, size int) []byte {
-	b := binary.BigEndian.AppendUint64(nil, uint64(i))
-	// The low byte goes first, so that even one-byte pings differ.
-	slices.Reverse(b)
-	return bytes.Repeat(b, size/len(b)+1)[:size]
+// whenDue waits until due and gives the time that a message sent then counts
+// from. A timer that fires late is not the tunnel's latency; but whoever comes
+// only after the message was due has been held up by earlier ones. It is false
+// if stop is closed first.
+func whenDue(due time.Time, stop <-chan struct{}) (from time.Time, ok bool) {
+	select {
+	case <-stop:
+		return time.Time{}, false
+	default:
+	}
+	wait := time.Until(due)
+	if wait <= 0 {
+		return due, true
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return time.Now(), true
+	case <-stop:
+		return time.Time{}, false
+	}
+}
+
+// fillPing makes b ping i: its number, again and again. The low byte goes first,
+// so that even one-byte pings differ.
+func fillPing(b []byte, i uint64) {
+	var number [8]byte
+	binary.LittleEndian.PutUint64(number[:], i)
+	for n := copy(b, number[:]); n < len(b); {
+		n += copy(b[n:], b[:n])
+	}
+}
+
+// isPing tells whether b is ping i.
+func isPing(b []byte, i uint64) bool {
+	var number [8]byte
+	binary.LittleEndian.PutUint64(number[:], i)
+	first := min(len(b), len(number))
+	// What repeats itself is the same when it is moved on by one repetition.
+	return bytes.Equal(b[:first], number[:first]) && bytes.Equal(b[first:], b[:len(b)-first])
 }
 
 // quantile is the nearest-rank quantile of sorted, in milliseconds.

@@ -27,18 +27,21 @@ type command struct {
 	name  string
 	brief string
 	setup func(*flag.FlagSet) func(*dialer) error
+	// findsTarget is for a command that is not told its target by a flag.
+	findsTarget bool
 }
 
 var commands = []command{
-	{"echo", "send bytes to an echo server and compare what comes back", setupEcho},
-	{"upload", "send bytes and close at once, or after a one-line answer", setupUpload},
-	{"download", "read a number of bytes, or until the end of the stream", setupDownload},
-	{"ping", "echo latency at a fixed rate on one connection", setupPing},
-	{"dials", "open and close many connections", setupDials},
-	{"banner", "read the first line of a server that speaks first", setupBanner},
-	{"slow-close", "close in the middle of an endless stream", setupSlowClose},
-	{"cut", "show how the end of a connection looks", setupCut},
-	{"hold", "keep connections open until stdin is closed", setupHold},
+	{name: "echo", brief: "send bytes to an echo server and compare what comes back", setup: setupEcho},
+	{name: "upload", brief: "send bytes and close at once, or after a one-line answer", setup: setupUpload},
+	{name: "download", brief: "read a number of bytes, or until the end of the stream", setup: setupDownload},
+	{name: "ping", brief: "echo latency at a fixed rate on one connection", setup: setupPing},
+	{name: "dials", brief: "open and close many connections", setup: setupDials},
+	{name: "banner", brief: "read the first line of a server that speaks first", setup: setupBanner},
+	{name: "slow-close", brief: "close in the middle of an endless stream", setup: setupSlowClose},
+	{name: "cut", brief: "show how the end of a connection looks", setup: setupCut},
+	{name: "hold", brief: "keep connections open until stdin is closed", setup: setupHold},
+	{name: "load", brief: "carry out a plan of workloads from stdin", setup: setupLoad, findsTarget: true},
 }
 
 // errQuietFailure ends the program with exit status 1 when the JSON line has
@@ -79,7 +82,9 @@ func (c command) run(args []string) int {
 	var verbose bool
 	fs := flag.NewFlagSet("stockclient "+c.name, flag.ContinueOnError)
 	fs.StringVar(&d.uds, "uds", "", "the server's unix socket `path`")
-	fs.StringVar(&d.target, "target", "", "`host:port` to dial through the tunnel")
+	if !c.findsTarget {
+		fs.StringVar(&d.target, "target", "", "`host:port` to dial through the tunnel")
+	}
 	fs.DurationVar(&d.timeout, "timeout", time.Minute, "limit of one dial, one read or one write")
 	fs.BoolVar(&verbose, "verbose", false, "let the client library log to stderr")
 	exec := c.setup(fs)
@@ -89,7 +94,7 @@ func (c command) run(args []string) int {
 		}
 		return exitFailed
 	}
-	if err := d.check(fs.Args()); err != nil {
+	if err := errors.Join(d.check(fs.Args()), c.checkTarget(d.target)); err != nil {
 		fmt.Fprintf(os.Stderr, "stockclient %s: %v\n", c.name, err)
 		return exitFailed
 	}
@@ -115,6 +120,13 @@ func (c command) run(args []string) int {
 	}
 }
 
+func (c command) checkTarget(target string) error {
+	if target == "" && !c.findsTarget {
+		return errors.New("--target is required")
+	}
+	return nil
+}
+
 func usage(w io.Writer) {
 	fmt.Fprintln(w, "usage: stockclient COMMAND --uds PATH --target HOST:PORT [--timeout 60s] [--verbose] [flags]")
 	fmt.Fprintln(w)
@@ -122,6 +134,7 @@ func usage(w io.Writer) {
 		fmt.Fprintf(w, "  %-11s %s\n", c.name, c.brief)
 	}
 	fmt.Fprintln(w)
+	fmt.Fprintln(w, "load has no --target: its plan names the target.")
 	fmt.Fprintln(w, "stockclient COMMAND --help lists the flags of one command.")
 }
 

@@ -32,8 +32,6 @@ func (d *dialer) check(rest []string) error {
 		return fmt.Errorf("unexpected argument %q", rest[0])
 	case d.uds == "":
 		return errors.New("--uds is required")
-	case d.target == "":
-		return errors.New("--target is required")
 	case d.timeout <= 0:
 		return errors.New("--timeout must be positive")
 	}
