@@ -11,6 +11,8 @@ use rcgen::{
     KeyPair, KeyUsagePurpose,
 };
 
+use crate::link;
+
 /// Certificates in a folder that is removed with this value.
 #[derive(Debug)]
 pub struct Certificates {
@@ -18,7 +20,8 @@ pub struct Certificates {
 }
 
 impl Certificates {
-    /// Makes a CA and three certificates of it, each for `localhost` and the loopback addresses.
+    /// Makes a CA and three certificates of it, each for `localhost`, the loopback addresses and
+    /// the server's host on a [`Link`](crate::link::Link).
     ///
     /// # Errors
     /// When the folder cannot be written.
@@ -73,7 +76,8 @@ impl Certificates {
 }
 
 fn leaf(name: &str, ca: &CertifiedIssuer<'_, KeyPair>) -> io::Result<(String, String)> {
-    let names = ["localhost", "127.0.0.1", "::1"].map(str::to_owned);
+    let mut names = ["localhost", "127.0.0.1", "::1"].map(str::to_owned).to_vec();
+    names.push(link::SERVER.to_string());
     let mut params = CertificateParams::new(names).map_err(io::Error::other)?;
     params.distinguished_name.push(DnType::CommonName, format!("culvert loadtest {name}"));
     params.extended_key_usages =

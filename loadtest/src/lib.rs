@@ -8,10 +8,15 @@
 //! - [`frontend`] comes in as kube-apiserver does, by gRPC or HTTP CONNECT.
 
 pub mod certificates;
+pub mod compare;
 pub mod demo;
 pub mod frontend;
 pub mod link;
+pub mod load;
 pub mod peer;
+pub mod process;
+pub mod report;
 pub mod rig;
+pub mod scenario;
 pub mod stock_client;
 pub mod targets;

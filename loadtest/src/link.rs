@@ -12,6 +12,7 @@
 
 mod bridge;
 mod direction;
+pub mod exec;
 mod host;
 mod loopback;
 mod packet;
@@ -36,6 +37,8 @@ use bridge::{Bridge, Command};
 pub const SERVER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 /// Where the node's host is, until its address is changed.
 pub const NODE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
+/// An address that nobody has: packets to it are lost.
+pub const NOWHERE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 99);
 /// Bits of the network that both are in.
 const PREFIX: u8 = 24;
 /// Packets that a device holds for the bridge: 5 ms at a million packets per second, so that none
@@ -63,9 +66,9 @@ pub enum LinkError {
 /// in the hosts.
 pub struct Link {
     /// Where server and frontends are.
-    pub server: Host,
+    pub server: Arc<Host>,
     /// Where agent and targets are.
-    pub node: Host,
+    pub node: Arc<Host>,
     bridge: Bridge,
     node_device: Arc<SyncDevice>,
     node_address: Mutex<Ipv4Addr>,
@@ -81,7 +84,7 @@ impl Link {
         if !faults.is_empty() {
             return Err(LinkError::Settings(faults.join("; ")));
         }
-        let (server, node) = (Host::new()?, Host::new()?);
+        let (server, node) = (Arc::new(Host::new()?), Arc::new(Host::new()?));
         let device = |host: &Host, address| {
             host.run(|| device(address, settings.mtu)).map(Arc::new).map_err(LinkError::Device)
         };

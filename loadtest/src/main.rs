@@ -1,11 +1,17 @@
 //! `culvert-loadtest`: what an operator looks at before switching.
 
-use std::process::ExitCode;
+use std::{ffi::OsString, fs, path::PathBuf, process::ExitCode};
 
-use clap::{Parser, Subcommand};
-use culvert_loadtest::demo::{self, Options};
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+use culvert_loadtest::{
+    compare::{self, Comparison},
+    demo, link,
+    report::table::table,
+    scenario::Scenario,
+};
 
-/// Culvert on one machine: a demo, and later the measurements.
+/// Culvert on one machine: a demo, and measurements beside Konnectivity and plain TCP.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 struct Flags {
@@ -17,20 +23,103 @@ struct Flags {
 enum Command {
     /// Run server, agents and targets in this process, with certificates made on the spot, and
     /// show sessions like exec, logs and port-forward at work through the tunnel
-    Demo(Options),
+    Demo(demo::Options),
+    /// Run scenarios through Culvert, Konnectivity and plain TCP in turn, and compare
+    ///
+    /// Needs root, or a user namespace: `unshare -Urn culvert-loadtest compare …`. Konnectivity
+    /// and the gRPC front door need Go.
+    Compare(Compare),
+    /// List the scenarios
+    Scenarios,
+}
+
+#[derive(Debug, Args)]
+struct Compare {
+    /// Run this scenario, by its name or the path of a TOML file; may be given several times
+    #[arg(long = "scenario", value_name = "NAME", required_unless_present = "all")]
+    scenarios: Vec<String>,
+    /// Run every scenario that is built in
+    #[arg(long, conflicts_with = "scenarios")]
+    all: bool,
+    /// Exit with code 2 when a goal is missed
+    #[arg(long)]
+    check: bool,
+    /// Write everything that was measured to this file, as JSON
+    #[arg(long, value_name = "PATH")]
+    json: Option<PathBuf>,
+    /// Write a page with plots to this file
+    #[arg(long, value_name = "PATH")]
+    html: Option<PathBuf>,
+    #[command(flatten)]
+    options: compare::Options,
 }
 
 fn main() -> ExitCode {
-    let Flags { command: Command::Demo(options) } = Flags::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let result = runtime
-        .map_err(anyhow::Error::from)
-        .and_then(|runtime| runtime.block_on(demo::run(&options)));
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("culvert-loadtest: {error:#}");
-            ExitCode::FAILURE
+    // What is started with a side's name is that side, with its own flags.
+    let mut args = std::env::args_os().skip(1);
+    match args.next().as_deref().and_then(|side| side.to_str()) {
+        Some("server") => culvert_server::cli::main(named("culvert-server", args)),
+        Some("agent") => culvert_agent::cli::main(named("culvert-agent", args)),
+        Some("exec") => link::exec::main(args),
+        _ => run(Flags::parse().command),
+    }
+}
+
+fn named(name: &str, args: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
+    std::iter::once(name.into()).chain(args)
+}
+
+fn run(command: Command) -> ExitCode {
+    let result = match command {
+        Command::Demo(options) => run_demo(&options),
+        Command::Compare(options) => run_compare(options),
+        Command::Scenarios => list_scenarios(),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("culvert-loadtest: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run_demo(options: &demo::Options) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(demo::run(options))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list_scenarios() -> anyhow::Result<ExitCode> {
+    for name in Scenario::names() {
+        println!("{name:24} {}", Scenario::load(name)?.title);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_compare(compare: Compare) -> anyhow::Result<ExitCode> {
+    let names = match compare.all {
+        true => Scenario::names().into_iter().map(str::to_owned).collect(),
+        false => compare.scenarios,
+    };
+    // All faults before the first run.
+    let scenarios =
+        names.iter().map(|name| Scenario::load(name)).collect::<anyhow::Result<Vec<_>>>()?;
+    let words: Vec<_> = std::env::args().skip(1).collect();
+    let command = format!("culvert-loadtest {}", words.join(" "));
+    let loadtest = std::env::current_exe().context("cannot tell where this program is")?;
+    let comparison = Comparison::prepare(compare.options, loadtest)?;
+    let mut reports = Vec::new();
+    for scenario in &scenarios {
+        let report = comparison.run(scenario, &command)?;
+        println!("{}", table(&report));
+        reports.push(report);
+        // After each, so that what has been measured survives whatever comes.
+        if let Some(path) = &compare.json {
+            write(path, &serde_json::to_string(&reports)?)?;
         }
     }
+    let reached = reports.iter().flat_map(|report| &report.goals).all(|goal| goal.reached);
+    Ok(if compare.check && !reached { ExitCode::from(2) } else { ExitCode::SUCCESS })
+}
+
+fn write(path: &PathBuf, text: &str) -> anyhow::Result<()> {
+    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }

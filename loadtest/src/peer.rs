@@ -1,107 +1,154 @@
-//! Servers and agents as processes of their own, for what cannot be done inside one: killing,
-//! freezing and weighing them.
+//! What is compared: ways from a front door beside kube-apiserver to a target on the node.
+//!
+//! Every peer is one small file that starts it on the two hosts of a [`Stage`].
 
-use std::{
-    io,
-    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
-    path::Path,
-    process::{ExitStatus, Stdio},
-    time::Duration,
-};
+mod culvert;
+mod daemon;
+mod direct;
+mod flags;
+pub mod konnectivity;
 
-use anyhow::Context as _;
-use tokio::{
-    io::{AsyncBufReadExt, BufReader, Lines},
-    process::{Child, ChildStderr, Command},
-    time::timeout,
-};
+use std::{fmt, net::IpAddr, path::PathBuf, str::FromStr, sync::Arc};
 
-/// How long a process may take to say what it is waited for.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub use daemon::{Daemon, Signal};
+use tokio::runtime::Handle;
 
-/// A process that writes its log as JSON lines. It is killed when this is dropped.
-#[derive(Debug)]
-pub struct Peer {
-    child: Child,
-    log: Lines<BufReader<ChildStderr>>,
+use crate::{certificates::Certificates, link::Host};
+
+/// Who carries the bytes, and through which front door they come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Peer {
+    /// Culvert's server and agent.
+    Culvert(Frontend),
+    /// Upstream's own server and agent.
+    Konnectivity(Frontend),
+    /// Nobody: one TCP connection for each session, which the control plane of a real cluster
+    /// behind NAT cannot have.
+    Direct,
+}
+
+/// A front door.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Frontend {
+    /// gRPC on a Unix socket, knocked at by kube-apiserver's own client library.
+    Grpc,
+    /// HTTP CONNECT on a Unix socket.
+    Connect,
 }
 
 impl Peer {
-    /// Starts `program` (a path of `culvert-peer`) as this side, with these flags.
-    ///
-    /// # Errors
-    /// When it cannot be started.
-    pub fn start(program: &Path, side: &str, flags: &[String]) -> io::Result<Self> {
-        let mut child = Command::new(program)
-            .arg(side)
-            .args(flags)
-            .args(["--log-format=json", "-v=5"])
-            .env_remove("RUST_LOG")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()?;
-        let stderr = child.stderr.take().ok_or(io::ErrorKind::BrokenPipe)?;
-        Ok(Self { child, log: BufReader::new(stderr).lines() })
+    /// Every peer, in the order in which reports show them.
+    pub const ALL: [Self; 5] = [
+        Self::Culvert(Frontend::Grpc),
+        Self::Culvert(Frontend::Connect),
+        Self::Konnectivity(Frontend::Grpc),
+        Self::Konnectivity(Frontend::Connect),
+        Self::Direct,
+    ];
+
+    /// Whether its tunnel is a TCP connection, whose congestion control is the kernel's.
+    pub fn rides_on_tcp(self) -> bool {
+        !matches!(self, Self::Culvert(_))
     }
 
-    /// Waits for a log line with this message.
-    ///
-    /// # Errors
-    /// When it does not come in time, or the process ends first; what it logged is told.
-    pub async fn until_logged(&mut self, message: &str) -> anyhow::Result<serde_json::Value> {
-        let mut seen = String::new();
-        let found = timeout(PATIENCE, async {
-            while let Some(line) = self.log.next_line().await? {
-                if let Ok(event) = serde_json::from_str::<serde_json::Value>(&line)
-                    && event["message"] == message
-                {
-                    return Ok(event);
-                }
-                seen.push_str(&line);
-                seen.push('\n');
-            }
-            Err(io::Error::from(io::ErrorKind::UnexpectedEof))
-        });
-        let found = found.await.map_err(anyhow::Error::from).and_then(|found| Ok(found?));
-        found.with_context(|| format!("waited for {message:?}, saw:\n{seen}"))
+    /// Whether it is ours.
+    pub fn is_culvert(self) -> bool {
+        matches!(self, Self::Culvert(_))
     }
 
-    /// The process's id.
-    pub fn id(&self) -> Option<u32> {
-        self.child.id()
+    /// Whom it has to beat: the incumbent through the same front door.
+    pub fn incumbent(self) -> Option<Self> {
+        match self {
+            Self::Culvert(frontend) => Some(Self::Konnectivity(frontend)),
+            _ => None,
+        }
     }
 
-    /// Sends a signal by its name, such as `TERM`.
-    ///
-    /// # Errors
-    /// When the process is gone.
-    pub async fn signal(&self, name: &str) -> io::Result<()> {
-        let id = self.id().ok_or(io::ErrorKind::NotFound)?;
-        let sent = Command::new("kill").args([format!("-{name}"), id.to_string()]).status().await?;
-        if sent.success() { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
+    /// The front door it is reached through.
+    pub fn frontend(self) -> Option<Frontend> {
+        match self {
+            Self::Culvert(frontend) | Self::Konnectivity(frontend) => Some(frontend),
+            Self::Direct => None,
+        }
     }
 
-    /// Waits for the process to end; how it ended.
+    /// Starts it on the stage and waits until it is ready.
     ///
     /// # Errors
-    /// When it does not end in time.
-    pub async fn ended(&mut self) -> io::Result<ExitStatus> {
-        timeout(PATIENCE, self.child.wait()).await?
+    /// When it cannot be started or does not become ready; its log is told.
+    pub async fn start(self, stage: &Stage) -> anyhow::Result<Started> {
+        match self {
+            Self::Culvert(frontend) => culvert::start(stage, frontend).await,
+            Self::Konnectivity(frontend) => konnectivity::start(stage, frontend).await,
+            Self::Direct => Ok(direct::start()),
+        }
     }
 }
 
-/// A port that TCP and UDP both have free on loopback, inside the range that flags accept.
-///
-/// # Errors
-/// When none is found.
-pub fn free_port() -> io::Result<u16> {
-    for _ in 0..1000 {
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, fastrand::u16(20_000..32_000)));
-        if TcpListener::bind(address).is_ok() && UdpSocket::bind(address).is_ok() {
-            return Ok(address.port());
-        }
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Culvert(Frontend::Grpc) => "culvert-grpc",
+            Self::Culvert(Frontend::Connect) => "culvert-connect",
+            Self::Konnectivity(Frontend::Grpc) => "konnectivity-grpc",
+            Self::Konnectivity(Frontend::Connect) => "konnectivity-connect",
+            Self::Direct => "direct",
+        })
     }
-    Err(io::ErrorKind::AddrInUse.into())
+}
+
+impl FromStr for Peer {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        Self::ALL.into_iter().find(|peer| peer.to_string() == name).ok_or_else(|| {
+            let names: Vec<_> = Self::ALL.iter().map(ToString::to_string).collect();
+            format!("{name:?} is none of {}", names.join(", "))
+        })
+    }
+}
+
+/// Where a peer is started.
+#[derive(Debug)]
+pub struct Stage {
+    /// Where the server is.
+    pub server: Arc<Host>,
+    /// Where the agent and the target are; the same host when nothing lies between.
+    pub node: Arc<Host>,
+    /// Where the agent finds the server.
+    pub server_address: IpAddr,
+    /// Tasks spawned on it are on the server's host.
+    pub server_runtime: Handle,
+    /// Tasks spawned on it are on the node's host.
+    pub node_runtime: Handle,
+    /// Whom everybody trusts. Its folder is free for sockets and logs.
+    pub certificates: Arc<Certificates>,
+    /// The programs.
+    pub programs: Programs,
+}
+
+/// What is started.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    /// `culvert-loadtest`, which is also Culvert's server and agent and starts every process.
+    pub loadtest: PathBuf,
+    /// Culvert's server, unless that in `loadtest` will do.
+    pub server: Option<PathBuf>,
+    /// Culvert's agent, unless that in `loadtest` will do.
+    pub agent: Option<PathBuf>,
+    /// More flags for Culvert's server and agent.
+    pub culvert_flags: Vec<String>,
+    /// Upstream's programs, where they could be built.
+    pub konnectivity: Option<konnectivity::Programs>,
+}
+
+/// A peer that is ready.
+#[derive(Debug)]
+pub struct Started {
+    /// Where sessions come in; without one they go to the target themselves.
+    pub socket: Option<PathBuf>,
+    /// Its server.
+    pub server: Option<Daemon>,
+    /// Its agent.
+    pub agent: Option<Daemon>,
 }

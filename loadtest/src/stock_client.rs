@@ -7,7 +7,16 @@ use std::{
 };
 
 use anyhow::Context as _;
-use tokio::process::{Child, Command};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+    process::{Child, Command},
+    sync::mpsc::UnboundedSender,
+};
+
+use crate::{
+    link::Host,
+    load::{Plan, Sample},
+};
 
 /// The stock client, built from the pinned Go module.
 #[derive(Clone, Debug)]
@@ -80,5 +89,44 @@ impl StockClient {
     ) -> io::Result<Child> {
         let mut run = self.command(command, uds, target, flags);
         run.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()
+    }
+
+    /// Carries a plan out on `host` through the server's socket, and tells what happens.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub async fn load(
+        &self,
+        loadtest: &Path,
+        host: &Host,
+        uds: &Path,
+        plan: &Plan,
+        samples: UnboundedSender<Sample>,
+    ) -> anyhow::Result<()> {
+        let mut child = Command::new(loadtest)
+            .arg("exec")
+            .arg(host.path())
+            .arg(&self.program)
+            .args(["load", "--uds"])
+            .arg(uds)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let mut stdin = child.stdin.take().context("the stock client has no input")?;
+        let stdout = child.stdout.take().context("the stock client has no output")?;
+        stdin.write_all(&serde_json::to_vec(plan)?).await?;
+        drop(stdin);
+        tokio::spawn(async move {
+            let _child = child;
+            let mut lines = BufReader::new(stdout).lines();
+            while let Ok(Some(line)) = lines.next_line().await {
+                let Ok(sample) = serde_json::from_str(&line) else { return };
+                if samples.send(sample).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(())
     }
 }

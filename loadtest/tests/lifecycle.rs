@@ -15,7 +15,7 @@ use culvert_loadtest::{
         Connection, Door,
         connect::{self, ConnectError},
     },
-    peer::{Peer, free_port},
+    process::{Process, free_port},
     rig::Running,
     targets,
 };
@@ -24,12 +24,12 @@ use tokio::io::AsyncReadExt;
 /// What a loaded test machine may add to "at once".
 const AT_ONCE: Duration = Duration::from_secs(3);
 
-fn peer_program() -> &'static Path {
-    Path::new(env!("CARGO_BIN_EXE_culvert-peer"))
+fn program() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_culvert-loadtest"))
 }
 
 /// An agent as a process, joined to the rig's server.
-async fn agent_process(rig: &Running, flags: &[&str]) -> Peer {
+async fn agent_process(rig: &Running, flags: &[&str]) -> Process {
     let (certificates, tunnel) = (rig.certificates(), rig.server.tunnel);
     let pair = certificates.agent();
     let mut all = vec![
@@ -45,7 +45,7 @@ async fn agent_process(rig: &Running, flags: &[&str]) -> Peer {
         format!("--admin-server-port={}", free_port().unwrap()),
     ];
     all.extend(flags.iter().map(|flag| (*flag).to_owned()));
-    let mut peer = Peer::start(peer_program(), "agent", &all).unwrap();
+    let mut peer = Process::start(program(), "agent", &all).unwrap();
     peer.until_logged("server connected").await.unwrap();
     peer
 }
@@ -222,7 +222,7 @@ async fn a_second_signal_ends_an_agent_at_once() {
 
 /// A server as a process, and where its frontend and tunnel are.
 struct ServerProcess {
-    peer: Peer,
+    peer: Process,
     certificates: Certificates,
     tunnel_port: u16,
     flags: Vec<String>,
@@ -247,12 +247,12 @@ impl ServerProcess {
             format!("--admin-port={}", free_port().unwrap()),
         ];
         all.extend(flags.iter().map(|flag| (*flag).to_owned()));
-        let mut peer = Peer::start(peer_program(), "server", &all).unwrap();
+        let mut peer = Process::start(program(), "server", &all).unwrap();
         peer.until_logged("culvert-server runs").await.unwrap();
         Self { peer, certificates, tunnel_port, flags: all }
     }
 
-    async fn agent(&self) -> Peer {
+    async fn agent(&self) -> Process {
         let pair = self.certificates.agent();
         let flags = [
             "--proxy-server-host=127.0.0.1".to_owned(),
@@ -265,7 +265,7 @@ impl ServerProcess {
             format!("--health-server-port={}", free_port().unwrap()),
             format!("--admin-server-port={}", free_port().unwrap()),
         ];
-        let mut peer = Peer::start(peer_program(), "agent", &flags).unwrap();
+        let mut peer = Process::start(program(), "agent", &flags).unwrap();
         peer.until_logged("server connected").await.unwrap();
         peer
     }
@@ -300,7 +300,7 @@ async fn a_server_killed_ends_the_targets_and_the_agent_comes_back() {
 
         // What a crash leaves behind must not be in the way.
         assert!(server.uds().exists());
-        server.peer = Peer::start(peer_program(), "server", &server.flags).unwrap();
+        server.peer = Process::start(program(), "server", &server.flags).unwrap();
         server.peer.until_logged("agent connected").await.unwrap();
         let echo = targets::echo().await.unwrap();
         server.dial(&echo).await.unwrap();

@@ -102,7 +102,7 @@ async fn an_agents_series_go_with_it() {
 
 /// Exit code and standard error of a side started with these arguments.
 async fn run(args: &[&str]) -> (Option<i32>, String) {
-    let ended = Command::new(env!("CARGO_BIN_EXE_culvert-peer"))
+    let ended = Command::new(env!("CARGO_BIN_EXE_culvert-loadtest"))
         .args(args)
         .stdin(Stdio::null())
         .output()

@@ -1,0 +1,161 @@
+//! The same load through every peer, one after another, and what came of it.
+
+mod collect;
+pub mod goals;
+mod machine;
+mod progress;
+mod run;
+
+use std::{path::PathBuf, time::SystemTime};
+
+use anyhow::Context as _;
+use tempfile::TempDir;
+
+use crate::{
+    peer::{Frontend, Peer, Programs, konnectivity},
+    report::{Report, Run},
+    scenario::{Congestion, Scenario},
+    stock_client::StockClient,
+};
+
+/// What to leave out, and where Culvert's programs are.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Options {
+    /// Compare only these peers
+    #[arg(long = "peer", value_name = "PEER")]
+    pub peers: Vec<Peer>,
+    /// Run each peer this many times, instead of as often as the scenario says
+    #[arg(long)]
+    pub seeds: Option<u64>,
+    /// Measure for this many seconds, instead of as long as the scenario says
+    #[arg(long)]
+    pub seconds: Option<f64>,
+    /// Use this program as Culvert's server, instead of the one that is built in
+    #[arg(long, value_name = "PATH")]
+    pub server_program: Option<PathBuf>,
+    /// Use this program as Culvert's agent, instead of the one that is built in
+    #[arg(long, value_name = "PATH")]
+    pub agent_program: Option<PathBuf>,
+    /// Give Culvert's server and agent this flag too, such as --culvert-flag=--congestion=cubic
+    #[arg(long, value_name = "FLAG", allow_hyphen_values = true)]
+    pub culvert_flag: Vec<String>,
+}
+
+/// Everything that is built once for many scenarios.
+#[derive(Debug)]
+pub struct Comparison {
+    options: Options,
+    programs: Programs,
+    stock_client: Option<StockClient>,
+    _folder: TempDir,
+}
+
+impl Comparison {
+    /// Builds the stock programs, where Go is installed; says so where it is not.
+    ///
+    /// # Errors
+    /// When Go is there and cannot build them.
+    pub fn prepare(options: Options, loadtest: PathBuf) -> anyhow::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("culvert-programs-").tempdir()?;
+        eprintln!("building the stock programs; the first time takes some minutes");
+        let runtime = tokio::runtime::Runtime::new()?;
+        let (stock_client, konnectivity) = runtime.block_on(async {
+            anyhow::Ok((
+                StockClient::build(folder.path()).await?,
+                konnectivity::Programs::build(folder.path()).await?,
+            ))
+        })?;
+        if stock_client.is_none() {
+            eprintln!("Go is not installed: only culvert-connect and direct can be compared");
+        }
+        let programs = Programs {
+            loadtest,
+            server: options.server_program.clone(),
+            agent: options.agent_program.clone(),
+            culvert_flags: options.culvert_flag.clone(),
+            konnectivity,
+        };
+        Ok(Self { options, programs, stock_client, _folder: folder })
+    }
+
+    /// Runs a scenario: every seed through every peer in turn, so that what changes on the machine
+    /// meanwhile meets them all.
+    ///
+    /// # Errors
+    /// When it cannot be set up. A peer that fails is told in its run.
+    pub fn run(&self, scenario: &Scenario, command: &str) -> anyhow::Result<Report> {
+        let mut scenario = scenario.clone();
+        scenario.seconds = self.options.seconds.unwrap_or(scenario.seconds);
+        scenario.seeds = self.options.seeds.unwrap_or(scenario.seeds);
+        let started = SystemTime::UNIX_EPOCH.elapsed().context("the clock is before 1970")?;
+        let mut runs = Vec::new();
+        for seed in 1..=scenario.seeds {
+            for (peer, congestion) in self.field(&scenario) {
+                runs.push(self.run_one(&scenario, peer, congestion, seed)?);
+            }
+        }
+        let link = scenario.link.map_or_else(|| "loopback".into(), |link| link.to_string());
+        let goals = goals::judge(&scenario, &runs);
+        Ok(Report {
+            version: 1,
+            scenario: scenario.name,
+            title: scenario.title,
+            link,
+            command: command.into(),
+            machine: machine::description(),
+            commit: machine::commit(),
+            started: started.as_secs(),
+            runs,
+            goals,
+        })
+    }
+
+    /// Who runs, and with which TCP.
+    fn field(&self, scenario: &Scenario) -> Vec<(Peer, Congestion)> {
+        let chosen = |peer: &Peer| {
+            let options = &self.options.peers;
+            let possible = match peer {
+                Peer::Culvert(Frontend::Connect) | Peer::Direct => true,
+                Peer::Culvert(Frontend::Grpc) => self.stock_client.is_some(),
+                Peer::Konnectivity(_) => self.programs.konnectivity.is_some(),
+            };
+            possible && (options.is_empty() || options.contains(peer))
+        };
+        let mut field = Vec::new();
+        for peer in scenario.peers.iter().copied().filter(chosen) {
+            let variants = if peer.rides_on_tcp() { scenario.congestion.len() } else { 1 };
+            field.extend(scenario.congestion.iter().take(variants).map(|tcp| (peer, *tcp)));
+        }
+        field
+    }
+
+    fn run_one(
+        &self,
+        scenario: &Scenario,
+        peer: Peer,
+        congestion: Congestion,
+        seed: u64,
+    ) -> anyhow::Result<Run> {
+        let stock_client =
+            self.stock_client.as_ref().filter(|_| peer.frontend() == Some(Frontend::Grpc));
+        let name = name(peer, congestion);
+        let attempt = run::Attempt {
+            scenario,
+            peer,
+            name: &name,
+            congestion,
+            seed,
+            programs: &self.programs,
+            stock_client,
+        };
+        attempt.run()
+    }
+}
+
+/// What a run is called in reports.
+fn name(peer: Peer, congestion: Congestion) -> String {
+    match congestion {
+        Congestion::Cubic => peer.to_string(),
+        Congestion::Bbr => format!("{peer}-bbr"),
+    }
+}

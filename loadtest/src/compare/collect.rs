@@ -1,0 +1,287 @@
+//! Samples of one run added up.
+
+use std::collections::BTreeMap;
+
+use hdrhistogram::Histogram;
+
+use crate::{
+    load::{Kind, Sample, Workload},
+    report::{DistributionPoint, Latency, LatencyPoint, ThroughputPoint, WorkloadResult},
+};
+
+/// Length of a slice of time in the plots, in microseconds.
+const SLICE: i64 = 250_000;
+/// What belongs to the measured part may be told this much after its end, in microseconds.
+const SECOND: i64 = 1_000_000;
+/// Shares of the distribution that are told beside the even ones, where the tail is.
+const TAIL: [f64; 6] = [0.99, 0.995, 0.999, 0.9995, 0.9999, 1.0];
+
+/// Adds up the samples of a run whose first part is not measured.
+#[derive(Debug)]
+pub(super) struct Collector {
+    warmup: i64,
+    end: i64,
+    workloads: Vec<Tally>,
+}
+
+#[derive(Debug)]
+struct Tally {
+    workload: Workload,
+    micros: Histogram<u64>,
+    /// How long those without an answer had waited at the end.
+    overdue: Vec<u64>,
+    bytes: u64,
+    latency_slices: BTreeMap<i64, Vec<u64>>,
+    byte_slices: BTreeMap<i64, u64>,
+    errors: BTreeMap<String, u64>,
+}
+
+impl Collector {
+    /// For a run of these workloads with these many seconds before and in the measured part.
+    pub(super) fn new(workloads: &[Workload], warmup: f64, seconds: f64) -> Self {
+        let micros = |seconds: f64| (seconds * 1e6) as i64;
+        let tally = |workload: &Workload| Tally {
+            workload: workload.clone(),
+            // Three digits, from a microsecond to an hour.
+            micros: Histogram::new_with_max(3_600_000_000, 3).expect("the bounds are sound"),
+            overdue: Vec::new(),
+            bytes: 0,
+            latency_slices: BTreeMap::new(),
+            byte_slices: BTreeMap::new(),
+            errors: BTreeMap::new(),
+        };
+        Self {
+            warmup: micros(warmup),
+            end: micros(warmup + seconds),
+            workloads: workloads.iter().map(tally).collect(),
+        }
+    }
+
+    /// Takes one sample in. It belongs to the measured part if it ended there: a stall that began
+    /// before counts.
+    pub(super) fn take(&mut self, sample: &Sample) {
+        match sample {
+            Sample::Latency(workload, at, took) => self.latency(*workload, *at, *took, false),
+            Sample::Overdue(workload, at, waited) => self.latency(*workload, *at, *waited, true),
+            Sample::Bytes(workload, at, bytes) => self.bytes(*workload, *at, *bytes),
+            Sample::Error(workload, at, text) => {
+                let measured = self.is_measured(*at);
+                if let Some(tally) = self.workloads.get_mut(*workload).filter(|_| measured) {
+                    *tally.errors.entry(text.clone()).or_default() += 1;
+                }
+            }
+            Sample::Start(_) | Sample::Ready(_) | Sample::Done(_) => {}
+        }
+    }
+
+    /// Takes in bytes that the target has counted.
+    pub(super) fn uploaded(&mut self, at: u64, bytes: u64) {
+        let upload = |tally: &Tally| tally.workload.kind == Kind::Upload;
+        if let Some(index) = self.workloads.iter().position(upload) {
+            self.bytes(index, at, bytes);
+        }
+    }
+
+    /// Takes in messages that came short at the target.
+    pub(super) fn short(&mut self, count: u64) {
+        let closes = |tally: &&mut Tally| tally.workload.kind == Kind::WriteClose;
+        if let Some(tally) = self.workloads.iter_mut().find(closes).filter(|_| count > 0) {
+            tally.errors.insert("what was written came short".into(), count);
+        }
+    }
+
+    fn is_measured(&self, at: u64) -> bool {
+        (self.warmup..=self.end + SECOND).contains(&at.cast_signed())
+    }
+
+    fn latency(&mut self, workload: usize, at: u64, took: u64, overdue: bool) {
+        let measured = self.is_measured(at + took);
+        let slice = (at.cast_signed() - self.warmup).div_euclid(SLICE);
+        let Some(tally) = self.workloads.get_mut(workload) else { return };
+        if overdue {
+            tally.overdue.extend(measured.then_some(took));
+            return;
+        }
+        tally.latency_slices.entry(slice).or_default().push(took);
+        if measured {
+            tally.micros.saturating_record(took);
+        }
+    }
+
+    fn bytes(&mut self, workload: usize, at: u64, bytes: u64) {
+        let measured = self.is_measured(at);
+        let slice = (at.cast_signed() - self.warmup).div_euclid(SLICE);
+        let Some(tally) = self.workloads.get_mut(workload) else { return };
+        *tally.byte_slices.entry(slice).or_default() += bytes;
+        if measured {
+            tally.bytes += bytes;
+        }
+    }
+
+    /// Payload bytes that arrived in the measured part, both ways.
+    pub(super) fn payload(&self) -> u64 {
+        let payload = |tally: &Tally| {
+            let answers = tally.micros.len();
+            let sent = match tally.workload.kind {
+                Kind::Echo => 2 * answers * tally.workload.size.max(8),
+                Kind::Send | Kind::WriteClose | Kind::HalfClose | Kind::Dial => {
+                    answers * tally.workload.size
+                }
+                _ => 0,
+            };
+            sent + tally.bytes
+        };
+        self.workloads.iter().map(payload).sum()
+    }
+
+    /// The latest slices in one line, for whoever watches.
+    pub(super) fn glance(&self) -> String {
+        let mut parts = Vec::new();
+        for tally in &self.workloads {
+            if let Some((_, micros)) = tally.latency_slices.iter().next_back() {
+                let mut micros = micros.clone();
+                micros.sort_unstable();
+                let p50 = micros[micros.len() / 2] as f64 / 1000.0;
+                parts.push(format!("{} {p50:.1} ms", tally.workload.name));
+            } else if let Some((_, bytes)) = tally.byte_slices.iter().rev().nth(1) {
+                parts.push(format!("{} {:.1} Mbit/s", tally.workload.name, mbit(*bytes, SLICE)));
+            }
+        }
+        parts.join(", ")
+    }
+
+    /// What each workload saw.
+    pub(super) fn results(&self) -> Vec<WorkloadResult> {
+        self.workloads.iter().map(|tally| tally.result(self.end - self.warmup)).collect()
+    }
+}
+
+impl Tally {
+    fn result(&self, measured: i64) -> WorkloadResult {
+        let answers = self.micros.len();
+        let bulk =
+            matches!(self.workload.kind, Kind::Download | Kind::Upload | Kind::Fetch | Kind::Stall);
+        let point = |(slice, bytes): (&i64, &u64)| ThroughputPoint {
+            second: second(*slice),
+            mbit: mbit(*bytes, SLICE),
+        };
+        let timed = self.workload.kind.is_timed();
+        WorkloadResult {
+            name: self.workload.name.clone(),
+            kind: self.workload.kind,
+            latency: timed.then(|| self.latency()),
+            mbit_per_second: bulk.then(|| mbit(self.bytes, measured)),
+            throughput: if bulk {
+                self.byte_slices.iter().map(point).collect()
+            } else {
+                Vec::new()
+            },
+            per_second: timed.then(|| answers as f64 / (measured as f64 / 1e6)),
+            errors: self.errors.clone(),
+        }
+    }
+
+    fn latency(&self) -> Latency {
+        let millis = |micros: u64| micros as f64 / 1000.0;
+        // What was asked a moment ago is not late: only what has waited longer than most do.
+        let usual = self.micros.value_at_quantile(0.5);
+        let overdue: Vec<_> = self.overdue.iter().filter(|waited| **waited > usual).collect();
+        let mut micros = self.micros.clone();
+        overdue.iter().for_each(|waited| micros.saturating_record(**waited));
+        let at = |share: f64| millis(micros.value_at_quantile(share));
+        let shares = (0..99).map(|percent| f64::from(percent) / 100.0).chain(TAIL);
+        let over_time = self.latency_slices.iter().map(|(slice, micros)| {
+            let mut micros = micros.clone();
+            micros.sort_unstable();
+            LatencyPoint {
+                second: second(*slice),
+                p50: millis(micros[micros.len() / 2]),
+                max: millis(micros[micros.len() - 1]),
+            }
+        });
+        Latency {
+            count: micros.len(),
+            overdue: overdue.len() as u64,
+            p50: at(0.5),
+            p90: at(0.9),
+            p99: at(0.99),
+            max: millis(micros.max()),
+            distribution: shares.map(|share| DistributionPoint { ms: at(share), share }).collect(),
+            over_time: over_time.collect(),
+        }
+    }
+}
+
+impl Kind {
+    /// Whether its answers are timed.
+    fn is_timed(self) -> bool {
+        !matches!(self, Self::Download | Self::Upload | Self::Stall | Self::Idle)
+    }
+}
+
+fn second(slice: i64) -> f64 {
+    (slice * SLICE) as f64 / 1e6
+}
+
+fn mbit(bytes: u64, micros: i64) -> f64 {
+    bytes as f64 * 8.0 / micros as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn collector(kind: Kind) -> Collector {
+        let workload = Workload {
+            name: "w".into(),
+            kind,
+            target: None,
+            sessions: 1,
+            size: 64,
+            interval_ms: 1.0,
+        };
+        Collector::new(&[workload], 1.0, 2.0)
+    }
+
+    #[test]
+    fn what_ends_during_the_warm_up_does_not_count_and_what_outlasts_it_does() {
+        let mut collector = collector(Kind::Echo);
+        collector.take(&Sample::Latency(0, 500_000, 1_000));
+        collector.take(&Sample::Latency(0, 500_000, 700_000));
+        collector.take(&Sample::Latency(0, 2_000_000, 50_000));
+        collector.take(&Sample::Overdue(0, 2_000_000, 1_000_000));
+        collector.take(&Sample::Overdue(0, 2_990_000, 10_000));
+        let result = &collector.results()[0];
+        let latency = result.latency.as_ref().unwrap();
+        assert_eq!((latency.count, latency.overdue), (3, 1));
+        // Still on its way, like any other.
+        assert!(latency.p50 > 50.0);
+        assert!((latency.max - 1000.0).abs() < 1.0, "{}", latency.max);
+        assert_eq!(result.per_second, Some(1.0));
+        assert_eq!(
+            latency.over_time.iter().map(|point| point.second).collect::<Vec<_>>(),
+            [-0.5, 1.0]
+        );
+        assert_eq!(collector.payload(), 2 * 2 * 64);
+    }
+
+    #[test]
+    fn throughput_is_that_of_the_measured_part() {
+        let mut collector = collector(Kind::Download);
+        collector.take(&Sample::Bytes(0, 900_000, 1_000_000));
+        collector.take(&Sample::Bytes(0, 1_100_000, 1_000_000));
+        let result = &collector.results()[0];
+        assert_eq!(result.mbit_per_second, Some(4.0));
+        assert_eq!(result.throughput.len(), 2);
+        assert!(result.latency.is_none());
+    }
+
+    #[test]
+    fn errors_are_counted_by_what_they_say() {
+        let mut collector = collector(Kind::Dial);
+        for at in [100, 1_500_000, 1_600_000] {
+            collector.take(&Sample::Error(0, at, "refused".into()));
+        }
+        assert_eq!(collector.results()[0].errors["refused"], 2);
+    }
+}

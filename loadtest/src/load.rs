@@ -1,0 +1,132 @@
+//! What goes through a front door during a run: a plan of workloads, and the samples they give.
+//!
+//! A [`Plan`] is data. Two programs carry it out in the same way: [`drive`] for the doors that this
+//! process can knock at itself, and `stockclient load` for gRPC, with kube-apiserver's own client
+//! library. Both say what happened as a stream of [`Sample`]s, one JSON value per line.
+//!
+//! Every session talks to the one target of the plan, [`service`], and says with its first byte what
+//! it wants there (all numbers are big-endian):
+//!
+//! | bytes | the target then |
+//! | --- | --- |
+//! | `E` | sends back what comes |
+//! | `D` | sends zeros until the connection ends |
+//! | `S` | reads until the connection ends |
+//! | `F` size:8 | sends `size` zeros |
+//! | `R` size:8 | reads `size` bytes, then sends one byte |
+//! | `Q` | answers each size:8 with that many zeros |
+//! | `T` size:8 interval:8 | sends a line of `size` bytes every `interval` microseconds; the first eight are the time in nanoseconds since 1970 |
+//! | `W` size:8 | reads to the end, and counts if that comes before `size` bytes |
+//! | `A` size:8 | reads to the end, then sends how many bytes that were, as eight bytes |
+//! | `H` | holds the connection |
+
+pub mod drive;
+mod record;
+pub mod service;
+mod session;
+
+use serde::{Deserialize, Serialize};
+
+/// What goes through a front door in one run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// How long, from the first dial on, in seconds.
+    pub seconds: f64,
+    /// Where the target listens, as seen from the node.
+    pub target: String,
+    /// Everything that goes on at the same time. Samples name them by their place.
+    pub workloads: Vec<Workload>,
+}
+
+/// Sessions of one kind.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Workload {
+    /// What the report calls it.
+    pub name: String,
+    /// What each session does.
+    pub kind: Kind,
+    /// Where its sessions go, unless to the plan's target. In scenarios: `greeter`, which speaks
+    /// first, or `nowhere`, an address of the node's network that nobody has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
+    /// How many there are at the same time.
+    #[serde(default = "one")]
+    pub sessions: u32,
+    /// Bytes of a message, a line, an answer or a transfer, as the kind has it.
+    #[serde(default)]
+    pub size: u64,
+    /// Milliseconds between two messages, lines, requests or dials of a session, at least; 0 is none
+    /// at all.
+    #[serde(default)]
+    pub interval_ms: f64,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// What a session does, from the run's start to its end.
+///
+/// Open loop means: on a schedule that does not wait for answers. A message that is late because an
+/// earlier write blocked counts from when it was due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// Keystrokes: sends `size` bytes every interval, open loop, and times each echo.
+    Echo,
+    /// Reads as fast as it comes.
+    Download,
+    /// Writes as fast as it goes.
+    Upload,
+    /// Copies from the node: dials, reads `size` bytes and closes, again and again; times each.
+    Fetch,
+    /// Copies to the node: dials, writes `size` bytes, waits until they have arrived and closes,
+    /// again and again; times each.
+    Send,
+    /// Requests on one connection: asks for `size` bytes every interval, open loop; times each
+    /// answer to its last byte.
+    Request,
+    /// Log tails: the target writes a line of `size` bytes every interval; times each on its way.
+    Tail,
+    /// Dials, sends `size` bytes and reads them back unless that is 0, and closes: every interval,
+    /// open loop, or one after another if that is 0. Times each to the dial's answer, or the echo.
+    Dial,
+    /// Dials, writes `size` bytes and closes at once, again and again; the target counts what comes
+    /// short.
+    WriteClose,
+    /// Dials, reads `size` bytes of an endless download and closes, again and again: Ctrl-C.
+    Abandon,
+    /// Dials a target that speaks first, reads its line and closes, again and again.
+    Greeting,
+    /// Dials, writes `size` bytes, ends that direction and waits for the answer; not through gRPC,
+    /// which has no such thing.
+    HalfClose,
+    /// Asks for an endless download and reads nothing.
+    Stall,
+    /// Dials and does nothing.
+    Idle,
+}
+
+/// What happened, and how many microseconds after the run's start. `workload` is a place in the
+/// plan.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sample {
+    /// The run starts: the time in nanoseconds since 1970.
+    Start(u64),
+    /// All sessions that stay are connected.
+    Ready(u64),
+    /// An answer: when it was due or asked for, and how many microseconds it took.
+    Latency(usize, u64, u64),
+    /// No answer before the run's end: when it was due, and how many microseconds that was before
+    /// the end.
+    Overdue(usize, u64, u64),
+    /// Payload bytes read since the last such sample of the workload, all its sessions together;
+    /// at least every 100 ms while there are any.
+    Bytes(usize, u64, u64),
+    /// Something failed.
+    Error(usize, u64, String),
+    /// The run is over.
+    Done(u64),
+}

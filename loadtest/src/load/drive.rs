@@ -1,0 +1,114 @@
+//! Carries a plan out through the doors that this process can knock at itself.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    sync::{Semaphore, mpsc::UnboundedSender},
+    task::JoinSet,
+    time::{Instant, interval, sleep, timeout_at},
+};
+
+use super::{
+    Kind, Plan, Sample, Workload,
+    record::Record,
+    session::{self, Door, Session},
+};
+
+/// Dials that a workload of sessions that stay has under way at the same time.
+const DIALS_AT_ONCE: usize = 64;
+/// After this long a session that broke dials again.
+const RETRY_DELAY: Duration = Duration::from_millis(100);
+/// How often bytes are told.
+const FLUSH_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Carries `plan` out through the CONNECT socket, or directly where there is none, and tells what
+/// happens. All of it is over when this completes.
+///
+/// # Cancel safety
+/// Dropping the future ends every session at once.
+pub async fn drive(plan: Plan, socket: Option<PathBuf>, samples: UnboundedSender<Sample>) {
+    let record = Record::start(plan.workloads.len(), samples);
+    let end = Instant::now() + Duration::from_secs_f64(plan.seconds);
+    let staying = plan.workloads.iter().filter(|workload| workload.kind.stays());
+    let missing = staying.map(|workload| workload.sessions as usize).sum();
+    let missing = Arc::new(AtomicUsize::new(missing));
+    let mut sessions = JoinSet::new();
+    for (index, workload) in plan.workloads.into_iter().enumerate() {
+        let target = workload.target.clone().unwrap_or_else(|| plan.target.clone());
+        let door = Arc::new(Door { socket: socket.clone(), target });
+        let workload = Arc::new(workload);
+        let dials = Arc::new(Semaphore::new(DIALS_AT_ONCE));
+        for number in 0..workload.sessions {
+            let session = Session {
+                door: Arc::clone(&door),
+                record: Arc::clone(&record),
+                workload: Arc::clone(&workload),
+                index,
+                phase: f64::from(number) / f64::from(workload.sessions),
+            };
+            let (missing, dials) = (Arc::clone(&missing), Arc::clone(&dials));
+            sessions.spawn(async move {
+                if session.workload.kind.stays() {
+                    stay(&session, &missing, &dials).await;
+                } else {
+                    session::repeat(&session).await;
+                }
+            });
+        }
+    }
+    if missing.load(Ordering::Relaxed) == 0 {
+        record.put(Sample::Ready(record.now()));
+    }
+    let mut flush = interval(FLUSH_INTERVAL);
+    let _ = timeout_at(end, async {
+        loop {
+            flush.tick().await;
+            record.flush();
+        }
+    })
+    .await;
+    sessions.shutdown().await;
+    record.flush();
+    record.put(Sample::Done(record.now()));
+}
+
+/// Keeps a session up until the run ends.
+async fn stay(session: &Session, missing: &AtomicUsize, dials: &Semaphore) {
+    let mut first = true;
+    loop {
+        let dialed = {
+            let _permit = dials.acquire().await;
+            session.begin().await
+        };
+        if std::mem::take(&mut first) && missing.fetch_sub(1, Ordering::Relaxed) == 1 {
+            session.record.put(Sample::Ready(session.record.now()));
+        }
+        let error = match dialed {
+            Ok(connection) => session::run(session, connection).await,
+            Err(error) => error,
+        };
+        session.record.error(session.index, error);
+        sleep(RETRY_DELAY).await;
+    }
+}
+
+impl Kind {
+    /// Whether a session of this kind is one connection from the run's start to its end.
+    pub fn stays(self) -> bool {
+        !matches!(self, Self::Fetch | Self::Send | Self::Dial | Self::WriteClose | Self::HalfClose)
+    }
+}
+
+impl Workload {
+    /// Time between two messages of a session.
+    pub(super) fn interval(&self) -> Duration {
+        Duration::from_secs_f64(self.interval_ms / 1000.0)
+    }
+}

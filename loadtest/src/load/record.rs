@@ -1,0 +1,113 @@
+//! What happened during a run, on its way to whoever adds it up.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::{Sample, service::unix_nanos};
+
+/// Takes samples down for a run.
+#[derive(Debug)]
+pub(super) struct Record {
+    start: Instant,
+    samples: UnboundedSender<Sample>,
+    /// Bytes of each workload since its last sample.
+    bytes: Vec<AtomicU64>,
+}
+
+impl Record {
+    pub(super) fn start(workloads: usize, samples: UnboundedSender<Sample>) -> Arc<Self> {
+        let bytes = (0..workloads).map(|_| AtomicU64::new(0)).collect();
+        let record = Self { start: Instant::now(), samples, bytes };
+        record.put(Sample::Start(unix_nanos()));
+        Arc::new(record)
+    }
+
+    pub(super) fn put(&self, sample: Sample) {
+        // Whoever adds up may have gone.
+        let _ = self.samples.send(sample);
+    }
+
+    pub(super) fn now(&self) -> u64 {
+        self.at(Instant::now())
+    }
+
+    fn at(&self, time: Instant) -> u64 {
+        micros(time.saturating_duration_since(self.start))
+    }
+
+    pub(super) fn bytes(&self, workload: usize, bytes: usize) {
+        self.bytes[workload].fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Tells the bytes of every workload since the last time.
+    pub(super) fn flush(&self) {
+        for (workload, bytes) in self.bytes.iter().enumerate() {
+            let bytes = bytes.swap(0, Ordering::Relaxed);
+            if bytes > 0 {
+                self.put(Sample::Bytes(workload, self.now(), bytes));
+            }
+        }
+    }
+
+    pub(super) fn latency(&self, workload: usize, due: Instant, took: Duration) {
+        self.put(Sample::Latency(workload, self.at(due), micros(took)));
+    }
+
+    pub(super) fn error(&self, workload: usize, error: impl ToString) {
+        self.put(Sample::Error(workload, self.now(), error.to_string()));
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// What one session waits for, in order. Whatever is left when it is dropped is overdue.
+#[derive(Debug)]
+pub(super) struct Pending {
+    record: Arc<Record>,
+    workload: usize,
+    due: Mutex<VecDeque<Instant>>,
+}
+
+impl Pending {
+    pub(super) fn new(record: &Arc<Record>, workload: usize) -> Self {
+        Self { record: Arc::clone(record), workload, due: Mutex::default() }
+    }
+
+    /// Something is asked for that is due from now on, or from an earlier moment.
+    pub(super) fn push(&self, due: Instant) {
+        self.due.lock().unwrap_or_else(PoisonError::into_inner).push_back(due);
+    }
+
+    /// The eldest has been answered.
+    pub(super) fn answered(&self) {
+        let due = self.due.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        if let Some(due) = due {
+            self.record.latency(self.workload, due, due.elapsed());
+        }
+    }
+
+    /// The eldest has failed and counts as an error alone.
+    pub(super) fn failed(&self, error: impl ToString) {
+        self.due.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        self.record.error(self.workload, error);
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        for due in self.due.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let (at, waited) = (self.record.at(due), micros(due.elapsed()));
+            self.record.put(Sample::Overdue(self.workload, at, waited));
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! The one target of a plan: does for each connection what its first byte asks for.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+    time::interval,
+};
+
+/// Bytes written or read in one go.
+const CHUNK: usize = 64 * 1024;
+
+/// What a target that speaks first says.
+pub(super) const GREETING: &str = "SSH-2.0-greeter\n";
+
+/// A running target. It ends with this value.
+#[derive(Debug)]
+pub struct Service {
+    address: SocketAddr,
+    greeter: SocketAddr,
+    uploaded: Arc<AtomicU64>,
+    short: Arc<AtomicU64>,
+    _tasks: JoinSet<()>,
+}
+
+impl Service {
+    /// Listens on this address, in the calling task's runtime and host.
+    ///
+    /// # Errors
+    /// When the address cannot be had.
+    pub async fn start(address: SocketAddr) -> io::Result<Self> {
+        let listener = TcpListener::bind(address).await?;
+        let greeting = TcpListener::bind((address.ip(), 0)).await?;
+        let (address, greeter) = (listener.local_addr()?, greeting.local_addr()?);
+        let (uploaded, short) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let counters = (Arc::clone(&uploaded), Arc::clone(&short));
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            loop {
+                tokio::select! {
+                    Ok((socket, _)) = greeting.accept() => drop(connections.spawn(greet(socket))),
+                    Some(_) = connections.join_next() => {}
+                }
+            }
+        });
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            loop {
+                tokio::select! {
+                    Ok((socket, _)) = listener.accept() => {
+                        let (uploaded, short) = counters.clone();
+                        connections.spawn(async move {
+                            // A session that breaks off is the plan's to count.
+                            let _ = serve(socket, &uploaded, &short).await;
+                        });
+                    }
+                    Some(_) = connections.join_next() => {}
+                }
+            }
+        });
+        Ok(Self { address, greeter, uploaded, short, _tasks: tasks })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where it speaks first.
+    pub fn greeter(&self) -> SocketAddr {
+        self.greeter
+    }
+
+    /// Bytes that uploads have brought so far.
+    pub fn uploaded(&self) -> u64 {
+        self.uploaded.load(Ordering::Relaxed)
+    }
+
+    /// Messages that were written in full and closed upon, and came short.
+    pub fn short(&self) -> u64 {
+        self.short.load(Ordering::Relaxed)
+    }
+}
+
+async fn serve(mut socket: TcpStream, uploaded: &AtomicU64, short: &AtomicU64) -> io::Result<()> {
+    socket.set_nodelay(true)?;
+    match socket.read_u8().await? {
+        b'E' => echo(&mut socket).await,
+        b'D' => zeros(&mut socket, u64::MAX).await,
+        b'S' => sink(&mut socket, u64::MAX, uploaded).await.map(drop),
+        b'F' => {
+            let size = socket.read_u64().await?;
+            zeros(&mut socket, size).await
+        }
+        b'R' => {
+            let size = socket.read_u64().await?;
+            sink(&mut socket, size, &AtomicU64::new(0)).await?;
+            socket.write_all(b"!").await
+        }
+        b'W' => {
+            let size = socket.read_u64().await?;
+            let got = sink(&mut socket, size, &AtomicU64::new(0)).await;
+            if got.ok() != Some(size) {
+                short.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        }
+        b'A' => {
+            let size = socket.read_u64().await?;
+            // One byte more than it should be is never the end.
+            let got = sink(&mut socket, size + 1, &AtomicU64::new(0)).await?;
+            socket.write_u64(got).await
+        }
+        b'Q' => loop {
+            let size = socket.read_u64().await?;
+            zeros(&mut socket, size).await?;
+        },
+        b'T' => tail(&mut socket).await,
+        _ => sink(&mut socket, u64::MAX, &AtomicU64::new(0)).await.map(drop),
+    }
+}
+
+/// Speaks first and waits for the end.
+async fn greet(mut socket: TcpStream) {
+    let spoken = async {
+        socket.write_all(GREETING.as_bytes()).await?;
+        sink(&mut socket, u64::MAX, &AtomicU64::new(0)).await
+    };
+    // A session that breaks off is the plan's to count.
+    let _ = spoken.await;
+}
+
+async fn echo(socket: &mut TcpStream) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let length = socket.read(&mut buffer).await?;
+        if length == 0 {
+            return Ok(());
+        }
+        socket.write_all(&buffer[..length]).await?;
+    }
+}
+
+async fn zeros(socket: &mut TcpStream, size: u64) -> io::Result<()> {
+    let chunk = vec![0; CHUNK];
+    let mut left = size;
+    while left > 0 {
+        let length = chunk_of(left);
+        socket.write_all(&chunk[..length]).await?;
+        left -= length as u64;
+    }
+    Ok(())
+}
+
+/// Reads `size` bytes unless the connection ends before; how many there were.
+async fn sink(socket: &mut TcpStream, size: u64, counter: &AtomicU64) -> io::Result<u64> {
+    let mut buffer = vec![0; CHUNK];
+    let mut got = 0;
+    while got < size {
+        let length = socket.read(&mut buffer[..chunk_of(size - got)]).await?;
+        if length == 0 {
+            break;
+        }
+        got += length as u64;
+        counter.fetch_add(length as u64, Ordering::Relaxed);
+    }
+    Ok(got)
+}
+
+async fn tail(socket: &mut TcpStream) -> io::Result<()> {
+    let size = usize::try_from(socket.read_u64().await?).unwrap_or(CHUNK).clamp(8, CHUNK);
+    let every = Duration::from_micros(socket.read_u64().await?.max(1));
+    let mut ticks = interval(every);
+    let mut line = vec![b'.'; size];
+    loop {
+        ticks.tick().await;
+        line[..8].copy_from_slice(&unix_nanos().to_be_bytes());
+        socket.write_all(&line).await?;
+    }
+}
+
+fn chunk_of(left: u64) -> usize {
+    usize::try_from(left).unwrap_or(CHUNK).min(CHUNK)
+}
+
+/// The time in nanoseconds since 1970, which processes of one machine agree on.
+pub(super) fn unix_nanos() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,338 @@
+//! What one session of each kind does.
+
+use std::{
+    convert::Infallible,
+    io,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf},
+    net::{TcpStream, UnixStream},
+    task::JoinSet,
+    time::{sleep, sleep_until},
+};
+use tokio_util::either::Either;
+
+use super::{
+    Kind, Workload,
+    record::{Pending, Record},
+    service::GREETING,
+};
+use crate::frontend::connect;
+
+/// Bytes written or read in one go.
+const CHUNK: usize = 64 * 1024;
+/// Dials that an open-loop session has under way at most.
+const UNDER_WAY: usize = 256;
+
+/// A connection to the target, however it came about.
+pub(super) type Connection = Either<UnixStream, TcpStream>;
+
+/// How the target is reached.
+#[derive(Debug)]
+pub(super) struct Door {
+    pub(super) socket: Option<PathBuf>,
+    pub(super) target: String,
+}
+
+impl Door {
+    async fn dial(&self) -> io::Result<Connection> {
+        match &self.socket {
+            Some(socket) => {
+                let dialed = connect::dial(socket, &self.target).await;
+                dialed
+                    .map(Either::Left)
+                    .map_err(|error| io::Error::other(brief(&error.to_string())))
+            }
+            None => {
+                let socket = TcpStream::connect(&self.target).await?;
+                socket.set_nodelay(true)?;
+                Ok(Either::Right(socket))
+            }
+        }
+    }
+}
+
+/// The first line, so that equal errors count as equal.
+fn brief(error: &str) -> &str {
+    error.lines().next().unwrap_or_default()
+}
+
+/// One session of a workload.
+#[derive(Debug)]
+pub(super) struct Session {
+    pub(super) door: Arc<Door>,
+    pub(super) record: Arc<Record>,
+    pub(super) workload: Arc<Workload>,
+    /// The workload's place in the plan.
+    pub(super) index: usize,
+    /// Where in the interval its schedule begins: 0 to 1.
+    pub(super) phase: f64,
+}
+
+impl Session {
+    /// Dials, and says what the session is about.
+    pub(super) async fn begin(&self) -> io::Result<Connection> {
+        let mut connection = self.door.dial().await?;
+        let size = self.workload.size;
+        let command = match self.workload.kind {
+            Kind::Echo | Kind::Dial => vec![b'E'],
+            Kind::Download | Kind::Stall | Kind::Abandon => vec![b'D'],
+            Kind::Upload => vec![b'S'],
+            Kind::Fetch => with(b'F', &[size]),
+            Kind::Send => with(b'R', &[size]),
+            Kind::WriteClose => with(b'W', &[size]),
+            Kind::HalfClose => with(b'A', &[size]),
+            Kind::Request => vec![b'Q'],
+            Kind::Tail => {
+                let interval = self.workload.interval().as_micros();
+                with(b'T', &[size, u64::try_from(interval).unwrap_or(u64::MAX)])
+            }
+            Kind::Idle => vec![b'H'],
+            Kind::Greeting => Vec::new(),
+        };
+        connection.write_all(&command).await?;
+        Ok(connection)
+    }
+
+    fn pending(&self) -> Pending {
+        Pending::new(&self.record, self.index)
+    }
+
+    /// When message `number` is due, for a session that began then.
+    fn due(&self, begun: Instant, number: u32) -> Instant {
+        let interval = self.workload.interval();
+        begun + interval.mul_f64(self.phase) + interval * number
+    }
+}
+
+fn with(command: u8, numbers: &[u64]) -> Vec<u8> {
+    let numbers = numbers.iter().flat_map(|number| number.to_be_bytes());
+    std::iter::once(command).chain(numbers).collect()
+}
+
+/// What a session that stays does until it breaks; how it broke.
+pub(super) async fn run(session: &Session, connection: Connection) -> io::Error {
+    let (reader, writer) = tokio::io::split(connection);
+    let (Ok(never) | Err(never)) = match session.workload.kind {
+        Kind::Echo => echo(session, reader, writer).await,
+        Kind::Request => request(session, reader, writer).await,
+        Kind::Download => download(session, reader).await,
+        Kind::Upload => upload(writer).await,
+        Kind::Tail => tail(session, reader).await,
+        // Both halves are kept, and neither is used.
+        _ => std::future::pending().await,
+    }
+    .map(|never| match never {});
+    never
+}
+
+type Reader = ReadHalf<Connection>;
+type Writer = WriteHalf<Connection>;
+
+async fn echo(session: &Session, mut reader: Reader, writer: Writer) -> io::Result<Infallible> {
+    let size = usize::try_from(session.workload.size).unwrap_or(CHUNK).max(8);
+    let pending = session.pending();
+    let message = |number: u32| {
+        let mut message = vec![b'.'; size];
+        message[..4].copy_from_slice(&number.to_be_bytes());
+        message
+    };
+    let reading = async {
+        let mut got = vec![0; size];
+        for number in 0_u32.. {
+            reader.read_exact(&mut got).await?;
+            if got != message(number) {
+                return Err(io::Error::other("an echo differs from what was sent"));
+            }
+            pending.answered();
+        }
+        Err(io::ErrorKind::Other.into())
+    };
+    tokio::select! {
+        broken = reading => broken,
+        broken = keep_asking(session, writer, &pending, message) => broken,
+    }
+}
+
+async fn request(session: &Session, mut reader: Reader, writer: Writer) -> io::Result<Infallible> {
+    let size = session.workload.size;
+    let pending = session.pending();
+    let reading = async {
+        loop {
+            read(session, &mut reader, size).await?;
+            pending.answered();
+        }
+    };
+    let message = |_| size.to_be_bytes().to_vec();
+    tokio::select! {
+        broken = reading => broken,
+        broken = keep_asking(session, writer, &pending, message) => broken,
+    }
+}
+
+/// Sends on a schedule that does not wait for the answers.
+async fn keep_asking(
+    session: &Session,
+    mut writer: Writer,
+    pending: &Pending,
+    message: impl Fn(u32) -> Vec<u8>,
+) -> io::Result<Infallible> {
+    let begun = Instant::now();
+    for number in 0.. {
+        pending.push(until(session.due(begun, number)).await);
+        writer.write_all(&message(number)).await?;
+    }
+    Err(io::ErrorKind::Other.into())
+}
+
+/// Waits until then; from when on what is due then counts. A timer that fires late is nobody's
+/// latency.
+async fn until(due: Instant) -> Instant {
+    if due <= Instant::now() {
+        return due;
+    }
+    sleep_until(due.into()).await;
+    Instant::now()
+}
+
+/// Reads exactly `size` bytes and counts them.
+async fn read(
+    session: &Session,
+    reader: &mut (impl AsyncReadExt + Unpin),
+    size: u64,
+) -> io::Result<()> {
+    let mut buffer = vec![0; usize::try_from(size).unwrap_or(CHUNK).min(CHUNK)];
+    let mut left = size;
+    while left > 0 {
+        let room = usize::try_from(left).unwrap_or(CHUNK).min(buffer.len());
+        let length = reader.read(&mut buffer[..room]).await?;
+        if length == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        session.record.bytes(session.index, length);
+        left -= length as u64;
+    }
+    Ok(())
+}
+
+async fn download(session: &Session, mut reader: Reader) -> io::Result<Infallible> {
+    read(session, &mut reader, u64::MAX).await?;
+    Err(io::ErrorKind::Other.into())
+}
+
+async fn upload(mut writer: Writer) -> io::Result<Infallible> {
+    let chunk = vec![0; CHUNK];
+    loop {
+        writer.write_all(&chunk).await?;
+    }
+}
+
+async fn tail(session: &Session, mut reader: Reader) -> io::Result<Infallible> {
+    let mut line = vec![0; usize::try_from(session.workload.size).unwrap_or(CHUNK).clamp(8, CHUNK)];
+    loop {
+        reader.read_exact(&mut line).await?;
+        session.record.bytes(session.index, line.len());
+        let sent = line.first_chunk().map_or(0, |sent| u64::from_be_bytes(*sent));
+        let sent = SystemTime::UNIX_EPOCH + Duration::from_nanos(sent);
+        let took = sent.elapsed().unwrap_or_default();
+        let now = Instant::now();
+        session.record.latency(session.index, now.checked_sub(took).unwrap_or(now), took);
+    }
+}
+
+/// What a session that dials again and again does until the run ends.
+pub(super) async fn repeat(session: &Session) {
+    if session.workload.kind != Kind::Dial || session.workload.interval_ms == 0.0 {
+        loop {
+            let begun = Instant::now();
+            once(session, begun).await;
+            sleep_until((begun + session.workload.interval()).into()).await;
+        }
+    }
+    let begun = Instant::now();
+    let mut under_way = JoinSet::new();
+    for number in 0.. {
+        let from = until(session.due(begun, number)).await;
+        while under_way.try_join_next().is_some() {}
+        if under_way.len() >= UNDER_WAY {
+            session.record.error(session.index, "too many dials under way");
+            continue;
+        }
+        let session = Session {
+            door: Arc::clone(&session.door),
+            record: Arc::clone(&session.record),
+            workload: Arc::clone(&session.workload),
+            ..*session
+        };
+        under_way.spawn(async move { once(&session, from).await });
+    }
+}
+
+/// One dial with what belongs to it.
+async fn once(session: &Session, due: Instant) {
+    let pending = session.pending();
+    pending.push(due);
+    match transfer(session, &pending).await {
+        Ok(()) => {}
+        Err(error) => {
+            pending.failed(error);
+            // A door that refuses at once must not be knocked at without end.
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+async fn transfer(session: &Session, pending: &Pending) -> io::Result<()> {
+    let (kind, size) = (session.workload.kind, session.workload.size);
+    if kind == Kind::Dial && size == 0 {
+        let connection = session.door.dial().await?;
+        pending.answered();
+        drop(connection);
+        return Ok(());
+    }
+    let mut connection = session.begin().await?;
+    match kind {
+        Kind::Greeting => {
+            let mut line = vec![0; GREETING.len()];
+            connection.read_exact(&mut line).await?;
+            if line != GREETING.as_bytes() {
+                return Err(io::Error::other("the greeting differs from what the target says"));
+            }
+        }
+        Kind::Fetch | Kind::Abandon => read(session, &mut connection, size).await?,
+        Kind::Send => {
+            write(&mut connection, size).await?;
+            connection.read_u8().await?;
+        }
+        Kind::WriteClose => write(&mut connection, size).await?,
+        Kind::HalfClose => {
+            write(&mut connection, size).await?;
+            connection.shutdown().await?;
+            let arrived = connection.read_u64().await?;
+            if arrived != size {
+                return Err(io::Error::other("the half-close cut off what was written"));
+            }
+        }
+        _ => {
+            write(&mut connection, size).await?;
+            read(session, &mut connection, size).await?;
+        }
+    }
+    pending.answered();
+    Ok(())
+}
+
+async fn write(connection: &mut Connection, size: u64) -> io::Result<()> {
+    let chunk = vec![0; CHUNK];
+    let mut left = size;
+    while left > 0 {
+        let length = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
+        connection.write_all(&chunk[..length]).await?;
+        left -= length as u64;
+    }
+    Ok(())
+}

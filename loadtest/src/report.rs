@@ -1,0 +1,177 @@
+//! What a comparison found: stable JSON for machines, a table for a terminal and a page for people.
+
+pub mod table;
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::load::Kind;
+
+/// One comparison: the same workloads through every peer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Report {
+    /// Of this format: 1. Fields are added, never renamed or given another meaning.
+    pub version: u32,
+    /// The scenario's name.
+    pub scenario: String,
+    /// What it shows, in one sentence.
+    pub title: String,
+    /// The link in words, such as `100 Mbit/s, 25 ms each way, 1 % loss`; `loopback` without one.
+    pub link: String,
+    /// The command that was run.
+    pub command: String,
+    /// The machine: processor, cores, kernel.
+    pub machine: String,
+    /// The commit of the working tree, with `+` behind it if that was changed; empty if unknown.
+    pub commit: String,
+    /// When it started, in seconds since 1970.
+    pub started: u64,
+    /// What was run, in the order in which it was.
+    pub runs: Vec<Run>,
+    /// What was to be reached.
+    pub goals: Vec<GoalResult>,
+}
+
+/// One peer, once.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Run {
+    /// Who carried it, such as `culvert-grpc` or `direct-bbr`.
+    pub peer: String,
+    /// Seed of the link's chances.
+    pub seed: u64,
+    /// Seconds that were measured, after the warm-up.
+    pub seconds: f64,
+    /// What each workload saw, in the scenario's order.
+    pub workloads: Vec<WorkloadResult>,
+    /// The server's process, unless the peer has none.
+    pub server: Option<Usage>,
+    /// The agent's process, unless the peer has none.
+    pub agent: Option<Usage>,
+    /// What crossed the link, if there is one.
+    pub link: Option<LinkUsage>,
+    /// Payload bytes that arrived, both ways.
+    pub payload_bytes: u64,
+    /// What was done to link and processes meanwhile.
+    pub events: Vec<Event>,
+    /// Why the run could not be carried out, if so; everything else is empty then.
+    pub failure: Option<String>,
+}
+
+/// What one workload saw.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct WorkloadResult {
+    /// Its name in the scenario.
+    pub name: String,
+    /// What its sessions did.
+    pub kind: Kind,
+    /// How long answers took, if it timed any.
+    pub latency: Option<Latency>,
+    /// Payload throughput in Mbit/s, if it moved any in bulk.
+    pub mbit_per_second: Option<f64>,
+    /// The same over time.
+    pub throughput: Vec<ThroughputPoint>,
+    /// Answers per second, if it timed any.
+    pub per_second: Option<f64>,
+    /// What failed, and how often.
+    pub errors: BTreeMap<String, u64>,
+}
+
+/// How long answers took, in milliseconds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Latency {
+    /// How many there were, with those that were still due at the end.
+    pub count: u64,
+    /// How many were still due at the end; they count with the time they had waited by then.
+    pub overdue: u64,
+    /// Half were at most this.
+    pub p50: f64,
+    /// Nine in ten were at most this.
+    pub p90: f64,
+    /// 99 in a hundred were at most this.
+    pub p99: f64,
+    /// The longest.
+    pub max: f64,
+    /// The distribution: ascending, at most a few hundred points.
+    pub distribution: Vec<DistributionPoint>,
+    /// The same over time.
+    pub over_time: Vec<LatencyPoint>,
+}
+
+/// One point of a distribution.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct DistributionPoint {
+    /// Milliseconds.
+    pub ms: f64,
+    /// The share of answers that took at most that: 0 to 1.
+    pub share: f64,
+}
+
+/// Latency in one slice of time.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct LatencyPoint {
+    /// The slice's start, in seconds after the run's; negative during the warm-up.
+    pub second: f64,
+    /// Its median in milliseconds.
+    pub p50: f64,
+    /// Its maximum in milliseconds.
+    pub max: f64,
+}
+
+/// Throughput in one slice of time.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct ThroughputPoint {
+    /// The slice's start, in seconds after the run's; negative during the warm-up.
+    pub second: f64,
+    /// Payload in Mbit/s.
+    pub mbit: f64,
+}
+
+/// What a process used while it was measured.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Usage {
+    /// Processor time in seconds.
+    pub cpu_seconds: f64,
+    /// Most memory resident at any time, in bytes.
+    pub peak_memory: u64,
+    /// Memory that the run's connections took, in bytes: resident when all were there, less what
+    /// was resident before.
+    pub grown_memory: i64,
+}
+
+/// What crossed the link while it was measured, both ways.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct LinkUsage {
+    /// Packets that went in.
+    pub packets: u64,
+    /// Their bytes, with IP headers.
+    pub bytes: u64,
+    /// Packets lost by chance.
+    pub lost: u64,
+    /// Packets dropped because the buffer was full.
+    pub dropped: u64,
+}
+
+/// Something that was done to link or processes during a run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Event {
+    /// Seconds after the measured part's start.
+    pub second: f64,
+    /// What it was, in a few words.
+    pub what: String,
+}
+
+/// Whether a goal was reached.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GoalResult {
+    /// Who was to reach it.
+    pub peer: String,
+    /// The goal in words, such as `keystrokes p99 ≤ 120 ms`.
+    pub goal: String,
+    /// The median of the peer's runs, as measured; `None` if there is none.
+    pub measured: Option<f64>,
+    /// The unit of `measured`, such as `ms`, `Mbit/s` or `×`.
+    pub unit: String,
+    /// Whether it was reached.
+    pub reached: bool,
+}
