@@ -9,12 +9,14 @@
 //!     └─ frame ─ codec       bytes ↔ messages, with a hard limit on every length
 //!  splice                    a stream and a socket joined, with exact ends
 //!  transport                 tunnel, stream halves; the carriers below them
+//!     └─ congestion          how much of the path a tunnel fills
 //! ```
 //!
 //! Start with [`transport::Tunnel`], then [`dial::DialRequest`], then [`splice`].
 
 pub mod code;
 pub mod codec;
+pub mod congestion;
 pub mod control;
 pub mod dial;
 pub mod extension;

@@ -11,7 +11,7 @@ use super::{
     klog::KlogFlags,
     logging::{LogConfig, LogFormat},
 };
-use crate::{tls::KeyExchange, transport::quic::Settings};
+use crate::{congestion::Congestion, tls::KeyExchange, transport::quic::Settings};
 
 /// Shared flags, to be flattened into those of a process.
 #[derive(Debug, Clone, Args)]
@@ -41,6 +41,12 @@ pub struct TunnelFlags {
     #[arg(long, value_name = "BYTES", default_value_t = 1452)]
     pub mtu_cap: i64,
 
+    /// How much of the path a tunnel fills: model follows its bandwidth and shortest round trip and
+    /// does not take random loss for congestion, cubic is what most of the Internet does; auto is the
+    /// one that measures best, today model
+    #[arg(long, value_name = "KIND", default_value = "auto")]
+    pub congestion: Congestion,
+
     /// Key exchange of the tunnel's TLS
     #[arg(long, value_name = "KIND", default_value = "hybrid")]
     pub tls_kx: KeyExchange,
@@ -68,6 +74,8 @@ pub struct TunnelConfig {
     pub udp_buffer_size: u32,
     /// Largest UDP payload to try, 1200 to 65527 bytes (RFC 9000 §14, §18.2).
     pub mtu_cap: u16,
+    /// How much of the path a tunnel fills.
+    pub congestion: Congestion,
     /// Key exchange groups to offer.
     pub key_exchange: KeyExchange,
 }
@@ -90,6 +98,7 @@ impl Default for TunnelConfig {
             stream_receive_window: 2 << 20,
             udp_buffer_size: 8 << 20,
             mtu_cap: 1452,
+            congestion: Congestion::Auto,
             key_exchange: KeyExchange::Hybrid,
         }
     }
@@ -105,6 +114,7 @@ impl TunnelConfig {
             max_streams,
             mtu_cap: self.mtu_cap,
             udp_buffer_size: self.udp_buffer_size as usize,
+            congestion: self.congestion,
         }
     }
 }
@@ -149,6 +159,7 @@ impl TunnelFlags {
             stream_receive_window: u32::try_from(window.0).unwrap_or_default(),
             udp_buffer_size: u32::try_from(buffer.0).unwrap_or_default(),
             mtu_cap: u16::try_from(self.mtu_cap).unwrap_or_default(),
+            congestion: self.congestion,
             key_exchange: self.tls_kx,
         };
         (tunnel, LogConfig { format: self.log_format, verbosity: self.klog.v })
@@ -193,6 +204,7 @@ mod tests {
             "--stream-receive-window=512Ki",
             "--udp-buffer-size=0",
             "--mtu-cap=1200",
+            "--congestion=cubic",
             "--tls-kx=classic",
             "--log-format=json",
             "-v=8",
@@ -204,6 +216,7 @@ mod tests {
             stream_receive_window: 512 << 10,
             udp_buffer_size: 0,
             mtu_cap: 1200,
+            congestion: Congestion::Cubic,
             key_exchange: KeyExchange::Classic,
         };
         assert_eq!(tunnel, expected);
@@ -222,6 +235,7 @@ mod tests {
             "--udp-buffer-size=2Gi",
             "--mtu-cap=1199",
             "--mtu-cap=65528",
+            "--congestion=reno",
             "--tls-kx=none",
             "--log-format=xml",
         ] {

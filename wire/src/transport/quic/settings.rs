@@ -2,16 +2,17 @@
 
 use std::{sync::Arc, time::Duration};
 
-use quinn::{EndpointConfig, TransportConfig, VarInt, congestion::CubicConfig};
+use quinn::{EndpointConfig, TransportConfig, VarInt};
 
-/// Unacknowledged and queued bytes per tunnel: four times the bandwidth-delay product of a
-/// 100 Mbit/s, 80 ms path.
-const SEND_WINDOW: u64 = 4 * 1024 * 1024;
+use crate::congestion::Congestion;
+
+/// Unacknowledged and queued bytes per tunnel: no limit. quinn wakes the latest writer first when
+/// such a limit gives way, so that a few downloads at the limit would starve every keystroke. What
+/// the peer may send ahead of its reader bounds each stream, here as there.
+const SEND_WINDOW: u64 = 1 << 40;
 /// First guess of the round-trip time. It sets when a lost first packet is sent again (three times
 /// this); the RFC's 333 ms would make that a second.
 const INITIAL_RTT: Duration = Duration::from_millis(100);
-/// Congestion window at start: 32 packets, so that a dial and its first answer fit without waiting.
-const INITIAL_WINDOW: u64 = 32 * 1200;
 
 /// What both ends of a QUIC tunnel are configured with.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +32,8 @@ pub struct Settings {
     pub mtu_cap: u16,
     /// Kernel buffer asked for in each direction of the UDP socket, in bytes.
     pub udp_buffer_size: usize,
+    /// How much of the path the tunnel fills.
+    pub congestion: Congestion,
 }
 
 impl Default for Settings {
@@ -43,14 +46,13 @@ impl Default for Settings {
             max_streams: 256,
             mtu_cap: 1452,
             udp_buffer_size: 8 * 1024 * 1024,
+            congestion: Congestion::Auto,
         }
     }
 }
 
 impl Settings {
     pub(super) fn transport(&self) -> TransportConfig {
-        let mut congestion = CubicConfig::default();
-        congestion.initial_window(INITIAL_WINDOW);
         let mut mtu_discovery = quinn::MtuDiscoveryConfig::default();
         mtu_discovery.upper_bound(self.mtu_cap);
 
@@ -67,7 +69,7 @@ impl Settings {
             .receive_window(VarInt::MAX)
             .send_window(SEND_WINDOW)
             .initial_rtt(INITIAL_RTT)
-            .congestion_controller_factory(Arc::new(congestion))
+            .congestion_controller_factory(self.congestion.factory())
             .mtu_discovery_config(Some(mtu_discovery))
             // Datagrams are not part of the protocol.
             .datagram_receive_buffer_size(None);

@@ -1,0 +1,142 @@
+//! How fast the path delivers, measured from acknowledgements.
+//!
+//! draft-ietf-ccwg-bbr §4.1 (delivery rate samples). quinn tells a controller when packets were
+//! sent and which were acknowledged, so each moment of sending is remembered with what had been
+//! delivered by then.
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+
+/// Moments of sending that are remembered: more than a window of single packets at 10 Gbit/s over
+/// a millisecond, or of batches at 1 Gbit/s over a satellite.
+const MAX_FLIGHTS: usize = 16_384;
+
+/// Measures delivery.
+#[derive(Clone, Debug)]
+pub(super) struct Sampler {
+    delivered: u64,
+    delivered_at: Instant,
+    /// When the newest packet that has been acknowledged was sent.
+    first_sent: Instant,
+    /// What is delivered up to here says less than the path can do.
+    app_limited_until: u64,
+    /// Nothing was in flight after the last acknowledgement, and nothing was sent since.
+    idle: bool,
+    flights: VecDeque<Flight>,
+    batch: Batch,
+}
+
+/// Packets sent at one moment, and what was known then.
+#[derive(Clone, Copy, Debug)]
+struct Flight {
+    sent: Instant,
+    delivered: u64,
+    delivered_at: Instant,
+    first_sent: Instant,
+    app_limited: bool,
+}
+
+/// The packets that one acknowledgement covers.
+#[derive(Clone, Copy, Debug, Default)]
+struct Batch {
+    bytes: u64,
+    newest: Option<Instant>,
+}
+
+/// What an acknowledgement says about the path.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sample {
+    /// Bytes that it acknowledged.
+    pub(super) bytes: u64,
+    /// How long ago the newest of its packets was sent.
+    pub(super) rtt: Duration,
+    /// Bytes delivered when that packet was sent.
+    pub(super) delivered_before: u64,
+    /// Bytes per second, unless the time was too short to say.
+    pub(super) rate: Option<f64>,
+    /// Whether the sender had nothing to send, so that the path can do more than that.
+    pub(super) app_limited: bool,
+}
+
+impl Sampler {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            delivered: 0,
+            delivered_at: now,
+            first_sent: now,
+            app_limited_until: 0,
+            idle: true,
+            flights: VecDeque::new(),
+            batch: Batch::default(),
+        }
+    }
+
+    /// Bytes delivered so far.
+    pub(super) fn delivered(&self) -> u64 {
+        self.delivered
+    }
+
+    pub(super) fn on_sent(&mut self, now: Instant) {
+        if self.idle {
+            self.idle = false;
+            (self.first_sent, self.delivered_at) = (now, now);
+        }
+        if self.flights.back().is_some_and(|flight| flight.sent == now) {
+            return;
+        }
+        if self.flights.len() == MAX_FLIGHTS {
+            self.flights.pop_front();
+        }
+        self.flights.push_back(Flight {
+            sent: now,
+            delivered: self.delivered,
+            delivered_at: self.delivered_at,
+            first_sent: self.first_sent,
+            app_limited: self.app_limited_until > self.delivered,
+        });
+    }
+
+    /// One packet of an acknowledgement.
+    pub(super) fn on_ack(&mut self, sent: Instant, bytes: u64) {
+        self.batch.bytes += bytes;
+        self.batch.newest = self.batch.newest.max(Some(sent));
+    }
+
+    /// The acknowledgement is complete: what it says.
+    pub(super) fn on_end_acks(
+        &mut self,
+        now: Instant,
+        in_flight: u64,
+        app_limited: bool,
+        min_rtt: Duration,
+    ) -> Option<Sample> {
+        let Batch { bytes, newest } = std::mem::take(&mut self.batch);
+        self.idle = in_flight == 0;
+        if app_limited {
+            self.app_limited_until = self.delivered + bytes + in_flight;
+        }
+        let newest = newest?;
+        self.delivered += bytes;
+        self.delivered_at = now;
+        let place = self.flights.partition_point(|flight| flight.sent < newest);
+        let flight = *self.flights.get(place).filter(|flight| flight.sent == newest)?;
+        // An older packet's acknowledgement will tell less than this one.
+        self.flights.drain(..place);
+        self.first_sent = newest;
+        let acked_for = now.saturating_duration_since(flight.delivered_at);
+        let sent_for = newest.saturating_duration_since(flight.first_sent);
+        let interval = acked_for.max(sent_for);
+        // §4.1.2.4: less than a round trip is compression, not bandwidth.
+        let rate = (interval >= min_rtt && !interval.is_zero())
+            .then(|| (self.delivered - flight.delivered) as f64 / interval.as_secs_f64());
+        Some(Sample {
+            bytes,
+            rtt: now.saturating_duration_since(newest),
+            delivered_before: flight.delivered,
+            rate,
+            app_limited: flight.app_limited,
+        })
+    }
+}
