@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use culvert_loadtest::{
     compare::{self, Comparison},
     demo, link,
-    report::table::table,
+    report::{html::page, table::table},
     scenario::Scenario,
 };
 
@@ -114,6 +114,9 @@ fn run_compare(compare: Compare) -> anyhow::Result<ExitCode> {
         // After each, so that what has been measured survives whatever comes.
         if let Some(path) = &compare.json {
             write(path, &serde_json::to_string(&reports)?)?;
+        }
+        if let Some(path) = &compare.html {
+            write(path, &page(&reports))?;
         }
     }
     let reached = reports.iter().flat_map(|report| &report.goals).all(|goal| goal.reached);

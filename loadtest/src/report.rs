@@ -1,5 +1,7 @@
 //! What a comparison found: stable JSON for machines, a table for a terminal and a page for people.
 
+pub mod html;
+mod summary;
 pub mod table;
 
 use std::collections::BTreeMap;

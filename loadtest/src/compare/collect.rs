@@ -11,8 +11,6 @@ use crate::{
 
 /// Length of a slice of time in the plots, in microseconds.
 const SLICE: i64 = 250_000;
-/// What belongs to the measured part may be told this much after its end, in microseconds.
-const SECOND: i64 = 1_000_000;
 /// Shares of the distribution that are told beside the even ones, where the tail is.
 const TAIL: [f64; 6] = [0.99, 0.995, 0.999, 0.9995, 0.9999, 1.0];
 
@@ -91,7 +89,7 @@ impl Collector {
     }
 
     fn is_measured(&self, at: u64) -> bool {
-        (self.warmup..=self.end + SECOND).contains(&at.cast_signed())
+        (self.warmup..=self.end).contains(&at.cast_signed())
     }
 
     fn latency(&mut self, workload: usize, at: u64, took: u64, overdue: bool) {
@@ -99,7 +97,8 @@ impl Collector {
         let slice = (at.cast_signed() - self.warmup).div_euclid(SLICE);
         let Some(tally) = self.workloads.get_mut(workload) else { return };
         if overdue {
-            tally.overdue.extend(measured.then_some(took));
+            // Told when the load ends, which is after the measured part.
+            tally.overdue.push(took);
             return;
         }
         tally.latency_slices.entry(slice).or_default().push(took);
@@ -251,6 +250,7 @@ mod tests {
         collector.take(&Sample::Latency(0, 2_000_000, 50_000));
         collector.take(&Sample::Overdue(0, 2_000_000, 1_000_000));
         collector.take(&Sample::Overdue(0, 2_990_000, 10_000));
+        collector.take(&Sample::Latency(0, 2_990_000, 50_000));
         let result = &collector.results()[0];
         let latency = result.latency.as_ref().unwrap();
         assert_eq!((latency.count, latency.overdue), (3, 1));
@@ -260,7 +260,7 @@ mod tests {
         assert_eq!(result.per_second, Some(1.0));
         assert_eq!(
             latency.over_time.iter().map(|point| point.second).collect::<Vec<_>>(),
-            [-0.5, 1.0]
+            [-0.5, 1.0, 1.75]
         );
         assert_eq!(collector.payload(), 2 * 2 * 64);
     }

@@ -1,0 +1,123 @@
+//! A report's runs boiled down: one line per peer, one figure per column.
+
+use super::{Report, Run, WorkloadResult};
+
+/// The figures of a report, ready to be shown.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Summary {
+    /// What the columns are, with their units.
+    pub(super) columns: Vec<String>,
+    /// Peers in the order in which they ran.
+    pub(super) rows: Vec<(String, Vec<String>)>,
+}
+
+/// Medians over each peer's runs.
+pub(super) fn summary(report: &Report) -> Summary {
+    let mut columns: Vec<Column> = Vec::new();
+    let first = report.runs.iter().find(|run| run.failure.is_none());
+    for workload in first.map(|run| &*run.workloads).unwrap_or_default() {
+        columns.extend(of_workload(workload));
+    }
+    columns.extend([
+        Column::new("CPU per GiB, s", cpu_per_gib),
+        Column::new("server peak, MiB", |run| Some(mebibytes(run.server?.peak_memory))),
+        Column::new("agent peak, MiB", |run| Some(mebibytes(run.agent?.peak_memory))),
+        Column::new("link bytes per byte", |run| {
+            let bytes = run.link?.bytes as f64 / run.payload_bytes as f64;
+            bytes.is_finite().then_some(bytes)
+        }),
+    ]);
+    columns.retain(|column| report.runs.iter().any(|run| column.value(run).is_some()));
+    let rows = peers(report).into_iter().map(|peer| {
+        let runs: Vec<_> = report.runs.iter().filter(|run| run.peer == peer).collect();
+        let cell = |column: &Column| match median(&runs, column) {
+            _ if runs.iter().all(|run| run.failure.is_some()) => "failed".into(),
+            Some(value) => figure(value),
+            None => "–".into(),
+        };
+        (peer.to_owned(), columns.iter().map(cell).collect())
+    });
+    let rows = rows.collect();
+    Summary { columns: columns.into_iter().map(|column| column.title).collect(), rows }
+}
+
+/// The peers of a report, in the order in which they ran first.
+pub(super) fn peers(report: &Report) -> Vec<&str> {
+    let mut peers: Vec<&str> = Vec::new();
+    for run in &report.runs {
+        if !peers.contains(&&*run.peer) {
+            peers.push(&run.peer);
+        }
+    }
+    peers
+}
+
+/// Processor time of server and agent for each GiB of payload, in seconds.
+pub(super) fn cpu_per_gib(run: &Run) -> Option<f64> {
+    let seconds = run.server?.cpu_seconds + run.agent?.cpu_seconds;
+    let per_gib = seconds * f64::from(1 << 30) / run.payload_bytes as f64;
+    per_gib.is_finite().then_some(per_gib)
+}
+
+pub(super) fn mebibytes(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+/// A number with three digits that count.
+pub(super) fn figure(value: f64) -> String {
+    match value.abs() {
+        size if size >= 100.0 => format!("{value:.0}"),
+        size if size >= 10.0 => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    }
+}
+
+type Value = Box<dyn Fn(&Run) -> Option<f64>>;
+
+struct Column {
+    title: String,
+    value: Value,
+}
+
+impl Column {
+    fn new(title: impl Into<String>, value: impl Fn(&Run) -> Option<f64> + 'static) -> Self {
+        Self { title: title.into(), value: Box::new(value) }
+    }
+
+    fn value(&self, run: &Run) -> Option<f64> {
+        (self.value)(run).filter(|value| value.is_finite())
+    }
+}
+
+fn of_workload(workload: &WorkloadResult) -> Vec<Column> {
+    let column = |what: &str, value: fn(&WorkloadResult) -> Option<f64>| {
+        let name = workload.name.clone();
+        Column::new(format!("{name} {what}"), move |run: &Run| {
+            value(run.workloads.iter().find(|result| result.name == name)?)
+        })
+    };
+    let mut columns = Vec::new();
+    if workload.latency.is_some() {
+        columns.push(column("p50, ms", |result| Some(result.latency.as_ref()?.p50)));
+        columns.push(column("p99, ms", |result| Some(result.latency.as_ref()?.p99)));
+        columns.push(column("max, ms", |result| Some(result.latency.as_ref()?.max)));
+        columns.push(column("per s", |result| result.per_second));
+        columns.push(column("overdue", |result| {
+            result.latency.as_ref().map(|latency| latency.overdue as f64).filter(|n| *n > 0.0)
+        }));
+    }
+    if workload.mbit_per_second.is_some() {
+        columns.push(column("Mbit/s", |result| result.mbit_per_second));
+    }
+    columns.push(column("errors", |result| {
+        Some(result.errors.values().sum::<u64>() as f64).filter(|errors| *errors > 0.0)
+    }));
+    columns
+}
+
+fn median(runs: &[&Run], column: &Column) -> Option<f64> {
+    let mut values: Vec<_> = runs.iter().filter_map(|run| column.value(run)).collect();
+    values.sort_by(f64::total_cmp);
+    let (low, high) = (values.get((values.len().max(1) - 1) / 2)?, values.get(values.len() / 2)?);
+    Some((low + high) / 2.0)
+}

@@ -1,0 +1,173 @@
+//! Comparisons as an operator runs them: what comes out, and what is left behind.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::{
+    collections::HashSet,
+    fs,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use culvert_loadtest::{
+    link::{Host, LinkError},
+    report::Report,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tokio::process::Command;
+
+/// A scenario that takes a second and has a goal for each outcome.
+const SHORT: &str = r#"
+title = "A second of keystrokes and a download"
+peers = ["culvert-connect", "direct"]
+warmup_seconds = 0.5
+seconds = 1.0
+seeds = 1
+
+[link.each_way]
+rate_mbit = 50
+delay_ms = 10
+
+[[workload]]
+name = "keys"
+kind = "echo"
+sessions = 4
+size = 64
+interval_ms = 50
+
+[[workload]]
+name = "bulk"
+kind = "download"
+
+[[goal]]
+measure = "keys.errors"
+at_most = 0
+
+[[goal]]
+measure = "keys.p50"
+at_most = 1
+"#;
+
+fn may_have_hosts() -> bool {
+    match Host::new() {
+        Ok(_) => true,
+        Err(LinkError::NotPermitted(error)) => {
+            eprintln!("skipped: no right to make network namespaces ({error})");
+            false
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn scenario(folder: &Path, text: &str) -> PathBuf {
+    let path = folder.join("short.toml");
+    fs::write(&path, text).unwrap();
+    path
+}
+
+fn compare(scenario: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_culvert-loadtest"));
+    command.arg("compare").arg("--scenario").arg(scenario);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
+    command
+}
+
+#[tokio::test]
+async fn a_comparison_tells_what_it_measured_and_misses_goals_aloud() {
+    if !may_have_hosts() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (json, html) = (folder.path().join("report.json"), folder.path().join("report.html"));
+    let mut command = compare(&scenario(folder.path(), SHORT));
+    command.arg("--json").arg(&json).arg("--html").arg(&html).arg("--check");
+    assert_eq!(command.status().await.unwrap().code(), Some(2));
+
+    let reports: Vec<Report> = serde_json::from_slice(&fs::read(json).unwrap()).unwrap();
+    let [report] = reports.try_into().unwrap();
+    assert_eq!(
+        report.runs.iter().map(|run| &*run.peer).collect::<Vec<_>>(),
+        ["culvert-connect", "direct"]
+    );
+    for run in &report.runs {
+        assert_eq!(run.failure, None);
+        let [keys, bulk] = &run.workloads[..] else { panic!("{:?}", run.workloads) };
+        let latency = keys.latency.as_ref().unwrap();
+        assert!(latency.p50 >= 20.0, "{}", latency.p50);
+        // 4 sessions, 20 a second.
+        assert!((60..=84).contains(&latency.count), "{}", latency.count);
+        let mbit = bulk.mbit_per_second.unwrap();
+        assert!((20.0..51.0).contains(&mbit), "{mbit}");
+        assert!(run.link.unwrap().bytes > run.payload_bytes);
+        assert_eq!(run.server.is_some(), run.peer != "direct");
+    }
+    let reached: Vec<_> = report.goals.iter().map(|goal| goal.reached).collect();
+    assert_eq!(reached, [true, false]);
+    assert!(fs::read_to_string(html).unwrap().contains("<svg"));
+}
+
+#[tokio::test]
+async fn a_comparison_that_is_killed_leaves_no_process_and_no_namespace() {
+    if !may_have_hosts() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let long = SHORT.replace("seconds = 1.0", "seconds = 60.0");
+    let mut child = compare(&scenario(folder.path(), &long)).spawn().unwrap();
+    let parent = i32::try_from(child.id().unwrap()).unwrap();
+    // Server and agent, each in its own namespace.
+    let started =
+        eventually(|| Some(children(parent)).filter(|children| children.len() == 2)).await;
+    let namespaces: HashSet<_> =
+        started.iter().map(|id| fs::read_link(format!("/proc/{id}/ns/net")).unwrap()).collect();
+    assert_eq!(namespaces.len(), 2);
+    kill(Pid::from_raw(parent), Signal::SIGKILL).unwrap();
+    child.wait().await.unwrap();
+    eventually(|| started.iter().all(|id| !is_alive(*id)).then_some(())).await;
+    let left = |id: i32| fs::read_link(format!("/proc/{id}/ns/net"));
+    let in_use: HashSet<_> = processes().filter_map(|id| left(id).ok()).collect();
+    assert!(namespaces.is_disjoint(&in_use));
+}
+
+/// Asks until there is an answer.
+async fn eventually<T>(mut ask: impl FnMut() -> Option<T>) -> T {
+    let asking = async {
+        let mut ticks = tokio::time::interval(Duration::from_millis(20));
+        loop {
+            ticks.tick().await;
+            if let Some(answer) = ask() {
+                return answer;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(240), asking).await.expect("it never happens")
+}
+
+fn processes() -> impl Iterator<Item = i32> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+/// Servers and agents that this process has started.
+fn children(parent: i32) -> Vec<i32> {
+    let is_side = |id: &i32| {
+        let args = fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+        let side = args.split(|byte| *byte == 0).nth(1);
+        matches!(side, Some(b"server" | b"agent"))
+    };
+    processes().filter(|id| stat(*id).is_some_and(|(_, of)| of == parent)).filter(is_side).collect()
+}
+
+fn is_alive(id: i32) -> bool {
+    stat(id).is_some_and(|(state, _)| state != 'Z')
+}
+
+/// A process's state and parent.
+fn stat(id: i32) -> Option<(char, i32)> {
+    let stat = fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    Some((fields.next()?.chars().next()?, fields.next()?.parse().ok()?))
+}
