@@ -37,8 +37,9 @@ pub struct TunnelFlags {
     #[arg(long, value_name = "SIZE", default_value = "8Mi")]
     pub udp_buffer_size: ByteSize,
 
-    /// Largest UDP payload that path discovery may try, 1200 to 65527 bytes
-    #[arg(long, value_name = "BYTES", default_value_t = 1452)]
+    /// Largest UDP payload that path discovery may try, 1200 to 65527 bytes; never more than the
+    /// first link of the path carries
+    #[arg(long, value_name = "BYTES", default_value_t = 6500)]
     pub mtu_cap: i64,
 
     /// How much of the path a tunnel fills: model follows its bandwidth and shortest round trip and
@@ -97,7 +98,7 @@ impl Default for TunnelConfig {
             keep_alive_interval: Some(Duration::from_secs(5)),
             stream_receive_window: 2 << 20,
             udp_buffer_size: 8 << 20,
-            mtu_cap: 1452,
+            mtu_cap: 6500,
             congestion: Congestion::Auto,
             key_exchange: KeyExchange::Hybrid,
         }

@@ -68,6 +68,8 @@ pub enum ConnectError {
 #[derive(Debug)]
 pub struct Listener {
     endpoint: quinn::Endpoint,
+    config: quinn::ServerConfig,
+    settings: Settings,
     neighbours: Arc<Neighbours>,
     handshakes: Arc<AtomicUsize>,
     buffer_sizes: BufferSizes,
@@ -87,9 +89,10 @@ impl Listener {
         reset_key: Option<&ResetKey>,
     ) -> Result<Self, ConnectError> {
         let bound = udp::bind(address, settings.udp_buffer_size, settings.mtu_cap)?;
+        let config = server_config(tls)?;
         let endpoint = quinn::Endpoint::new_with_abstract_socket(
             settings.endpoint(reset_key),
-            Some(server_config(tls, settings)?),
+            Some(config.clone()),
             bound.socket,
             Arc::new(TokioRuntime),
         )
@@ -98,6 +101,8 @@ impl Listener {
         neighbours.listen(bound.errors);
         Ok(Self {
             endpoint,
+            config,
+            settings: *settings,
             neighbours,
             handshakes: Arc::default(),
             buffer_sizes: bound.buffer_sizes,
@@ -132,6 +137,7 @@ impl Listener {
                 let _ = incoming.retry();
             } else {
                 return Some(Incoming {
+                    config: self.config_for(&incoming),
                     incoming,
                     pending: Pending::enter(&self.handshakes),
                     neighbours: self.neighbours.clone(),
@@ -139,6 +145,14 @@ impl Listener {
                 });
             }
         }
+    }
+
+    /// The configuration for one path, whose first link is known by now.
+    fn config_for(&self, incoming: &quinn::Incoming) -> quinn::ServerConfig {
+        let link = udp::link_payload(canonical(incoming.remote_address()));
+        let mut config = self.config.clone();
+        config.transport_config(Arc::new(self.settings.transport(link)));
+        config
     }
 
     /// Refuses further handshakes; live tunnels go on.
@@ -163,6 +177,7 @@ impl Drop for Listener {
 #[derive(Debug)]
 pub struct Incoming {
     incoming: quinn::Incoming,
+    config: quinn::ServerConfig,
     pending: Pending,
     neighbours: Arc<Neighbours>,
     endpoint: quinn::Endpoint,
@@ -179,8 +194,8 @@ impl Incoming {
     /// # Errors
     /// When the peer goes away, is refused, or speaks another protocol.
     pub async fn complete(self) -> Result<Tunnel, ConnectError> {
-        let connection =
-            self.incoming.await.map_err(|error| ConnectError::Handshake(lost(error)))?;
+        let handshake = async { self.incoming.accept_with(Arc::new(self.config))?.await };
+        let connection = handshake.await.map_err(|error| ConnectError::Handshake(lost(error)))?;
         drop(self.pending);
         Connection::established(connection, self.endpoint, self.neighbours)
             .ok_or(ConnectError::Protocol)
@@ -234,7 +249,7 @@ pub async fn connect(
 
     let crypto = QuicClientConfig::try_from(tls).map_err(|e| ConnectError::Tls(e.to_string()))?;
     let mut client = quinn::ClientConfig::new(Arc::new(crypto));
-    client.transport_config(Arc::new(settings.transport()));
+    client.transport_config(Arc::new(settings.transport(udp::link_payload(remote))));
     let connecting = endpoint
         .connect_with(client, remote, server_name)
         .map_err(|error| ConnectError::Address(error.to_string()))?;
@@ -257,14 +272,10 @@ async fn refused(errors: Option<&udp::ErrorQueue>) {
     }
 }
 
-fn server_config(
-    tls: Arc<rustls::ServerConfig>,
-    settings: &Settings,
-) -> Result<quinn::ServerConfig, ConnectError> {
+fn server_config(tls: Arc<rustls::ServerConfig>) -> Result<quinn::ServerConfig, ConnectError> {
     let crypto = QuicServerConfig::try_from(tls).map_err(|e| ConnectError::Tls(e.to_string()))?;
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
     server
-        .transport_config(Arc::new(settings.transport()))
         .max_incoming(IGNORE_ABOVE)
         .incoming_buffer_size(INCOMING_BUFFER)
         .incoming_buffer_size_total(INCOMING_BUFFER_TOTAL);

@@ -4,14 +4,14 @@
 use std::{
     fmt,
     io::{self, IoSliceMut},
-    net::{Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
     os::fd::{AsRawFd, OwnedFd},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
 };
 
-use nix::sys::socket::{MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt};
+use nix::sys::socket::{MsgFlags, SockaddrStorage, getsockopt, recvmsg, setsockopt, sockopt};
 use quinn::{
     AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller,
     udp::{RecvMeta, Transmit},
@@ -85,6 +85,18 @@ pub(super) fn bind(
         Ok(Bound { socket, errors, buffer_sizes })
     };
     result.and_then(prepare).map_err(|source| BindError::new(address, source))
+}
+
+/// Largest UDP payload that the first link of the path to `remote` carries, if the kernel says; it
+/// does for IPv4.
+///
+/// Nothing is sent. The rest of the path may carry less.
+pub(super) fn link_payload(remote: SocketAddr) -> Option<u16> {
+    const HEADERS: i32 = 20 + 8;
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;
+    socket.connect(remote).ok()?;
+    let mtu = getsockopt(&socket, sockopt::IpMtu).ok()?;
+    u16::try_from(mtu.min(65_535) - HEADERS).ok()
 }
 
 fn open(address: SocketAddr) -> io::Result<Socket> {
@@ -237,7 +249,7 @@ mod tests {
     #[tokio::test]
     async fn a_closed_port_is_reported_with_its_address() {
         let bound = bind("127.0.0.1:0".parse().unwrap(), SIZE, 1452).unwrap();
-        let gone = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let gone = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         send(&bound.socket, gone).await;
         assert_eq!(bound.errors.unwrap().next().await, Some(gone));
     }
@@ -245,7 +257,7 @@ mod tests {
     #[tokio::test]
     async fn a_dual_stack_socket_reports_an_ipv4_peer() {
         let Ok(bound) = bind("[::]:0".parse().unwrap(), SIZE, 1452) else { return };
-        let gone = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let gone = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let destination = if bound.socket.local_addr().unwrap().is_ipv6() {
             format!("[::ffff:127.0.0.1]:{}", gone.port()).parse().unwrap()
         } else {

@@ -10,6 +10,8 @@ use crate::congestion::Congestion;
 /// such a limit gives way, so that a few downloads at the limit would starve every keystroke. What
 /// the peer may send ahead of its reader bounds each stream, here as there.
 const SEND_WINDOW: u64 = 1 << 40;
+/// Largest UDP payload that is tried where the first link's is not known: Ethernet's with IPv6.
+const MTU_GUESS: u16 = 1452;
 /// First guess of the round-trip time. It sets when a lost first packet is sent again (three times
 /// this); the RFC's 333 ms would make that a second.
 const INITIAL_RTT: Duration = Duration::from_millis(100);
@@ -28,7 +30,8 @@ pub struct Settings {
     /// Streams the peer may have open at once. Slots are allocated ahead, about 1 KiB each; raise
     /// the number on a live tunnel with [`crate::transport::Tunnel::set_max_streams`].
     pub max_streams: u32,
-    /// Largest UDP payload that path MTU discovery tries, from 1200 to 65527 bytes.
+    /// Largest UDP payload that path MTU discovery tries, from 1200 to 65527 bytes. Above 6550 the
+    /// kernel takes fewer than ten packets in one batch.
     pub mtu_cap: u16,
     /// Kernel buffer asked for in each direction of the UDP socket, in bytes.
     pub udp_buffer_size: usize,
@@ -44,7 +47,7 @@ impl Default for Settings {
             keep_alive_interval: Some(Duration::from_secs(5)),
             stream_receive_window: 2 * 1024 * 1024,
             max_streams: 256,
-            mtu_cap: 1452,
+            mtu_cap: 6500,
             udp_buffer_size: 8 * 1024 * 1024,
             congestion: Congestion::Auto,
         }
@@ -52,9 +55,11 @@ impl Default for Settings {
 }
 
 impl Settings {
-    pub(super) fn transport(&self) -> TransportConfig {
+    /// For a path that begins with a link which carries UDP payloads of at most `link`, if that is
+    /// known.
+    pub(super) fn transport(&self, link: Option<u16>) -> TransportConfig {
         let mut mtu_discovery = quinn::MtuDiscoveryConfig::default();
-        mtu_discovery.upper_bound(self.mtu_cap);
+        mtu_discovery.upper_bound(link.unwrap_or(MTU_GUESS).clamp(1200, self.mtu_cap));
 
         let mut transport = TransportConfig::default();
         transport
