@@ -78,9 +78,9 @@ impl FrontendContext {
         match self.mode {
             Mode::HttpConnect => {
                 let _counted = self.metrics.frontend_open(FrontendKind::Connect);
-                connect::serve(socket, &self).await;
+                Box::pin(connect::serve(socket, &self)).await;
             }
-            Mode::Grpc => grpc::serve(socket, self).await,
+            Mode::Grpc => Box::pin(grpc::serve(socket, self)).await,
         }
     }
 
@@ -96,7 +96,8 @@ impl FrontendContext {
         let DialTiming { policy_micros, resolve_micros, connect_micros } = timing;
         debug!(dial = %id, agent_id, policy_micros, resolve_micros, connect_micros, "spliced");
         let counted = self.metrics.stream_open();
-        let outcome = splice::splice(local, stream, &self.metrics.meter).await;
+        let splice = Box::pin(splice::splice(local, stream, &self.metrics.meter));
+        let outcome = splice.await;
         drop(counted);
         self.metrics.stream_ended(started, &outcome);
         let (up, down) = (outcome.to_tunnel, outcome.from_tunnel);

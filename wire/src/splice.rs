@@ -36,8 +36,8 @@ use crate::{
 };
 
 /// Chunks taken from a stream in one go. One chunk is one packet's payload, so this is about
-/// 90 KiB: enough to make the system call cheap, little enough to be fair.
-const CHUNKS: usize = 64;
+/// 45 KiB: enough to make the system call cheap, little enough to be fair.
+const CHUNKS: usize = 32;
 /// How long a local peer may take no byte once the other side has closed: what it was sent is kept
 /// for it that long, and then lost, visibly. Without a limit a target that hangs would keep the
 /// streams of everybody who gave up on it.

@@ -250,7 +250,10 @@ pub(super) async fn repeat(session: &Session) {
         loop {
             let begun = Instant::now();
             once(session, begun).await;
-            sleep_until((begun + session.workload.interval()).into()).await;
+            let next = begun + session.workload.interval();
+            if next > Instant::now() {
+                sleep_until(next.into()).await;
+            }
         }
     }
     let begun = Instant::now();

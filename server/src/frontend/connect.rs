@@ -76,7 +76,7 @@ pub(super) async fn serve<S: FrontendSocket>(mut socket: S, context: &FrontendCo
         Err(_) => return debug!("a frontend did not ask in time"),
     };
     let answer = match request {
-        Ok(request) => match dial(&mut socket, &mut buffer, request, context).await {
+        Ok(request) => match Box::pin(dial(&mut socket, &mut buffer, request, context)).await {
             Some(Ok(dialed)) => {
                 return establish(socket, buffer.freeze(), dialed, context).await;
             }

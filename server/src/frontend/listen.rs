@@ -137,7 +137,9 @@ impl FrontendListener {
                     let context = context.clone();
                     context.tasks.clone().spawn(async move {
                         let closing = context.closing.clone();
-                        closing.run_until_cancelled_owned(accepted.serve(context)).await;
+                        // On the heap, because every future it would be moved into grows by it.
+                        let serving = Box::pin(accepted.serve(context));
+                        closing.run_until_cancelled_owned(serving).await;
                         drop(place);
                     });
                 }
