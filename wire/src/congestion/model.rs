@@ -220,7 +220,7 @@ impl Model {
                     Phase::Down { rounds: rounds + 1 }
                 }
             }
-            Phase::Cruise { rounds } => self.after_cruise_round(rounds, standing),
+            Phase::Cruise { rounds } => self.after_cruise_round(rounds),
             Phase::Up { rounds, from } => self.after_up_round(rounds, from, standing),
             Phase::ProbeRtt { until } if now >= until => {
                 self.min_rtt = self.round.min_rtt;
@@ -249,12 +249,17 @@ impl Model {
         Phase::Startup { full: if grows { bandwidth } else { full }, stale }
     }
 
-    fn after_cruise_round(&mut self, rounds: u64, standing: bool) -> Phase {
+    fn after_cruise_round(&mut self, rounds: u64) -> Phase {
         if self.round.app_limited {
             return Phase::Cruise { rounds };
         }
-        // With a queue, what is delivered is all there is: a window of that drains it.
-        self.short_term = (standing && !self.is_crowded()).then_some(self.round.rate);
+        // With a queue, what is delivered is all there is: a window of that, followed until the next
+        // search, drains it. Flows that all do so keep as many bytes in the queue each, and so have
+        // the same rate.
+        let shared = self.queue() > self.own_queue() * 3 / 2;
+        if (shared || self.short_term.is_some()) && !self.is_crowded() {
+            self.short_term = Some(self.round.rate);
+        }
         if rounds >= CRUISE_ROUNDS + self.rounds % CRUISE_SPREAD {
             self.short_term = None;
             return Phase::Up { rounds: 0, from: self.bandwidth.max() };
@@ -316,6 +321,16 @@ impl Model {
         MIN_QUEUE.max(self.min_rtt.unwrap_or_default() / 8)
     }
 
+    /// How long the bytes beyond the product wait, if nobody else sends.
+    fn own_queue(&self) -> Duration {
+        Duration::from_secs_f64(self.extra() as f64 / self.bandwidth.max().max(1.0))
+    }
+
+    /// Bytes beyond the product.
+    fn extra(&self) -> u64 {
+        EXTRA_PACKETS * self.mtu + (self.bandwidth.max() * EXTRA_TIME.as_secs_f64()) as u64
+    }
+
     fn is_crowded(&self) -> bool {
         self.crowded >= CROWDED_CYCLES
     }
@@ -338,7 +353,7 @@ impl Model {
         }
         let product = self.product(bandwidth) as f64;
         let gain = |gain: f64| (product * gain) as u64;
-        let extra = EXTRA_PACKETS * self.mtu + (bandwidth * EXTRA_TIME.as_secs_f64()) as u64;
+        let extra = self.extra();
         let window = match self.phase {
             Phase::Startup { .. } => self.window,
             Phase::Down { .. } => gain(DOWN_GAIN),

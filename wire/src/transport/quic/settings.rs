@@ -55,9 +55,9 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// For a path that begins with a link which carries UDP payloads of at most `link`, if that is
-    /// known.
-    pub(super) fn transport(&self, link: Option<u16>) -> TransportConfig {
+    /// What quinn is told for a path whose first link carries UDP payloads of at most `link` bytes, if
+    /// that is known.
+    pub fn transport(&self, link: Option<u16>) -> TransportConfig {
         let mut mtu_discovery = quinn::MtuDiscoveryConfig::default();
         mtu_discovery.upper_bound(link.unwrap_or(MTU_GUESS).clamp(1200, self.mtu_cap));
 

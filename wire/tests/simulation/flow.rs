@@ -1,0 +1,262 @@
+//! Tunnels over the network: downloads, and keystrokes beside them.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use culvert_wire::{
+    congestion::Congestion,
+    tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
+    transport::quic,
+};
+use quinn::{
+    Connection, Endpoint, EndpointConfig, TokioRuntime,
+    crypto::rustls::{QuicClientConfig, QuicServerConfig},
+};
+use rcgen::{CertificateParams, KeyPair};
+use tokio::{
+    runtime::Builder,
+    time::{Instant, interval, sleep},
+};
+
+use super::{
+    pipe::{Counters, Settings},
+    socket::Network,
+};
+
+/// Bytes of a keystroke, and how often one comes.
+const KEYSTROKE: usize = 64;
+const KEYSTROKE_INTERVAL: Duration = Duration::from_millis(50);
+
+/// One tunnel whose agent sends downloads to its server.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Flow {
+    pub(crate) congestion: Congestion,
+    pub(crate) downloads: usize,
+    /// When the downloads begin.
+    pub(crate) begin: Duration,
+    /// Bytes per second of each download, if it cannot fill the path.
+    pub(crate) limit: Option<f64>,
+}
+
+impl Flow {
+    pub(crate) fn new(congestion: Congestion) -> Self {
+        Self { congestion, downloads: 4, begin: Duration::ZERO, limit: None }
+    }
+}
+
+/// A network, what goes over it and for how long.
+#[derive(Clone, Debug)]
+pub(crate) struct Simulation {
+    /// Both directions.
+    pub(crate) link: Settings,
+    pub(crate) flows: Vec<Flow>,
+    pub(crate) warmup: Duration,
+    pub(crate) measured: Duration,
+    pub(crate) seed: u64,
+}
+
+/// What was measured.
+#[derive(Clone, Debug)]
+pub(crate) struct Outcome {
+    /// Mbit/s of each flow's downloads.
+    pub(crate) rates: Vec<f64>,
+    /// The first flow's echoes of keystrokes, sorted.
+    pub(crate) echoes: Vec<Duration>,
+    /// What became of the packets that agents sent, warm-up included.
+    pub(crate) packets: Counters,
+}
+
+impl Outcome {
+    /// Milliseconds that this share of the keystrokes did not exceed.
+    pub(crate) fn echo(&self, share: f64) -> f64 {
+        let place = (self.echoes.len() as f64 * share) as usize;
+        self.echoes[place.min(self.echoes.len() - 1)].as_secs_f64() * 1000.0
+    }
+
+    pub(crate) fn total(&self) -> f64 {
+        self.rates.iter().sum()
+    }
+
+    /// Share of packets that the buffer or the policer dropped.
+    pub(crate) fn dropped(&self) -> f64 {
+        self.packets.dropped as f64 / self.packets.packets as f64
+    }
+}
+
+impl Simulation {
+    /// One flow of the model over `link`, 15 seconds.
+    pub(crate) fn new(link: Settings) -> Self {
+        Self {
+            link,
+            flows: vec![Flow::new(Congestion::Model)],
+            warmup: Duration::from_secs(3),
+            measured: Duration::from_secs(12),
+            seed: 1,
+        }
+    }
+
+    /// Runs it in virtual time, and prints what came of it.
+    pub(crate) fn run(&self, name: &str) -> Outcome {
+        let runtime = Builder::new_current_thread().enable_time().start_paused(true).build();
+        let outcome = runtime.unwrap().block_on(self.perform());
+        let rates: Vec<_> = outcome.rates.iter().map(|rate| format!("{rate:.1}")).collect();
+        println!(
+            "{name} (seed {}): {} Mbit/s, echo {:.1} / {:.1} / {:.1} ms, dropped {:.2} %, lost {}",
+            self.seed,
+            rates.join(" + "),
+            outcome.echo(0.5),
+            outcome.echo(0.99),
+            outcome.echo(1.0),
+            outcome.dropped() * 100.0,
+            outcome.packets.lost,
+        );
+        outcome
+    }
+
+    async fn perform(&self) -> Outcome {
+        let network = Network::new(self.link, self.link, self.seed);
+        let mut received = Vec::new();
+        let mut echoes = None;
+        let mut kept = Vec::new();
+        for (number, flow) in self.flows.iter().enumerate() {
+            let (agent, server, endpoints) = tunnel(&network, number, flow).await;
+            let bytes = Arc::new(AtomicU64::new(0));
+            tokio::spawn(receive_all(server.clone(), Arc::clone(&bytes)));
+            for _ in 0..flow.downloads {
+                tokio::spawn(download(agent.clone(), *flow));
+            }
+            if number == 0 {
+                tokio::spawn(echo(agent));
+                let (warmup, measured) = (self.warmup, self.measured);
+                echoes = Some(tokio::spawn(keystrokes(server.clone(), warmup, measured)));
+            }
+            received.push(bytes);
+            kept.push((server, endpoints));
+        }
+        sleep(self.warmup).await;
+        let read = |bytes: &Arc<AtomicU64>| bytes.load(Ordering::Relaxed);
+        let before: Vec<_> = received.iter().map(read).collect();
+        sleep(self.measured).await;
+        let after: Vec<_> = received.iter().map(read).collect();
+        let seconds = self.measured.as_secs_f64();
+        let rates = before.iter().zip(&after);
+        let rates = rates.map(|(before, after)| (after - before) as f64 * 8e-6 / seconds).collect();
+        let echoes = echoes.unwrap().await.unwrap();
+        Outcome { rates, echoes, packets: network.counters() }
+    }
+}
+
+/// A tunnel's two ends; the agent's sends with the flow's congestion control.
+async fn tunnel(
+    network: &Arc<Network>,
+    number: usize,
+    flow: &Flow,
+) -> (Connection, Connection, [Endpoint; 2]) {
+    let key = KeyPair::generate().unwrap();
+    let params = CertificateParams::new(["127.0.0.1".to_owned()]).unwrap();
+    let certificate = params.self_signed(&key).unwrap().der().clone();
+    let roots = authorities(std::slice::from_ref(&certificate)).unwrap();
+    let key = key.serialize_der().try_into().unwrap();
+    let identity = Identity { chain: vec![certificate], key };
+    let server_tls = Arc::new(tunnel_server(identity, None, KeyExchange::Classic).unwrap());
+    let client_tls = Arc::new(tunnel_client(roots, None, KeyExchange::Classic).unwrap());
+
+    let settings = quic::Settings { congestion: flow.congestion, ..quic::Settings::default() };
+    let transport = Arc::new(settings.transport(Some(1472)));
+    let mut server =
+        quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(server_tls).unwrap()));
+    server.transport_config(Arc::clone(&transport));
+    let mut client =
+        quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(client_tls).unwrap()));
+    client.transport_config(transport);
+
+    let address =
+        |host: u8| -> SocketAddr { (Ipv4Addr::new(10, 0, host, number as u8 + 1), 8132).into() };
+    let endpoint = |address, server: Option<quinn::ServerConfig>| {
+        let socket = network.socket(address, server.is_some());
+        let mut config = EndpointConfig::default();
+        config.rng_seed(Some([number as u8; 32])).max_udp_payload_size(1472).unwrap();
+        Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime)).unwrap()
+    };
+    let servers = endpoint(address(1), Some(server));
+    let agents = endpoint(address(2), None);
+    let connecting = agents.connect_with(client, address(1), "127.0.0.1").unwrap();
+    let accept = async { servers.accept().await.unwrap().await.unwrap() };
+    let (server, agent) = tokio::join!(accept, async { connecting.await.unwrap() });
+    agent.set_max_concurrent_bi_streams(64_u8.into());
+    (agent, server, [agents, servers])
+}
+
+/// Sends without end on a stream that the agent opens.
+async fn download(agent: Connection, flow: Flow) {
+    sleep(flow.begin).await;
+    let (mut send, _recv) = agent.open_bi().await.unwrap();
+    let chunk = bytes::Bytes::from(vec![b'D'; 64 * 1024]);
+    let mut ticks = flow.limit.map(|rate| interval(Duration::from_secs_f64(65_536.0 / rate)));
+    loop {
+        if let Some(ticks) = &mut ticks {
+            ticks.tick().await;
+        }
+        if send.write_chunk(chunk.clone()).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Reads every stream that the agent opens.
+async fn receive_all(server: Connection, bytes: Arc<AtomicU64>) {
+    while let Ok((_send, mut recv)) = server.accept_bi().await {
+        let bytes = Arc::clone(&bytes);
+        tokio::spawn(async move {
+            while let Ok(Some(chunk)) = recv.read_chunk(usize::MAX, true).await {
+                bytes.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
+            }
+        });
+    }
+}
+
+/// Sends back what comes on a stream that the server opens.
+async fn echo(agent: Connection) {
+    let (mut send, mut recv) = agent.accept_bi().await.unwrap();
+    while let Ok(Some(chunk)) = recv.read_chunk(usize::MAX, true).await {
+        if send.write_chunk(chunk.bytes).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Sends a keystroke every interval, open loop; how long the echoes of those took that were sent
+/// after the warm-up.
+async fn keystrokes(server: Connection, warmup: Duration, measured: Duration) -> Vec<Duration> {
+    let (mut send, mut recv) = server.open_bi().await.unwrap();
+    let start = Instant::now();
+    let (due, mut answered) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        let mut ticks = interval(KEYSTROKE_INTERVAL);
+        loop {
+            due.send(ticks.tick().await).unwrap_or_default();
+            if send.write_all(&[b'k'; KEYSTROKE]).await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut echoes = Vec::new();
+    let mut echo = [0; KEYSTROKE];
+    while let Some(due) = answered.recv().await {
+        recv.read_exact(&mut echo).await.unwrap();
+        if due - start > warmup + measured {
+            break;
+        }
+        if due - start > warmup {
+            echoes.push(due.elapsed());
+        }
+    }
+    echoes.sort();
+    echoes
+}

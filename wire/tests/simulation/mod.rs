@@ -1,0 +1,16 @@
+//! A network in memory and in virtual time: real quinn, real TLS, sockets that are queues.
+//!
+//! ```text
+//!  agents ──▶ pipe: turn at the rate, buffer, delay, loss ──▶ servers
+//!         ◀── pipe of the other direction ◀──
+//! ```
+//!
+//! All flows of a direction share one pipe. The clock is tokio's, paused: it jumps to whatever is
+//! next, so that a minute takes as long as its packets. Chances are seeded.
+
+mod flow;
+mod pipe;
+mod socket;
+
+pub(crate) use flow::{Flow, Simulation};
+pub(crate) use pipe::{Bursts, Policer, Settings};
