@@ -51,22 +51,30 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    /// Builds the stock programs, where Go is installed; says so where it is not.
+    /// Builds the stock programs that these scenarios need, where Go is installed; says so where it
+    /// is not.
     ///
     /// # Errors
     /// When Go is there and cannot build them.
-    pub fn prepare(options: Options, loadtest: PathBuf) -> anyhow::Result<Self> {
+    pub fn prepare(
+        options: Options,
+        loadtest: PathBuf,
+        scenarios: &[Scenario],
+    ) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("culvert-programs-").tempdir()?;
-        eprintln!("building the stock programs; the first time takes some minutes");
+        let wanted = |peer: &&Peer| options.peers.is_empty() || options.peers.contains(peer);
+        let peers = || scenarios.iter().flat_map(|scenario| &scenario.peers).filter(wanted);
         let runtime = tokio::runtime::Runtime::new()?;
-        let (stock_client, konnectivity) = runtime.block_on(async {
-            anyhow::Ok((
-                StockClient::build(folder.path()).await?,
-                konnectivity::Programs::build(folder.path()).await?,
-            ))
-        })?;
-        if stock_client.is_none() {
-            eprintln!("Go is not installed: only culvert-connect and direct can be compared");
+        let (mut stock_client, mut konnectivity) = (None, None);
+        if peers().any(|peer| matches!(peer, Peer::Konnectivity(_))) {
+            eprintln!("building Konnectivity; the first time takes some minutes");
+            konnectivity = runtime.block_on(konnectivity::Programs::build(folder.path()))?;
+        }
+        if peers().any(|peer| peer.frontend() == Some(Frontend::Grpc)) {
+            stock_client = runtime.block_on(StockClient::build(folder.path()))?;
+            if stock_client.is_none() {
+                eprintln!("Go is not installed: only culvert-connect and direct can be compared");
+            }
         }
         let programs = Programs {
             loadtest,

@@ -105,7 +105,7 @@ fn run_compare(compare: Compare) -> anyhow::Result<ExitCode> {
     let words: Vec<_> = std::env::args().skip(1).collect();
     let command = format!("culvert-loadtest {}", words.join(" "));
     let loadtest = std::env::current_exe().context("cannot tell where this program is")?;
-    let comparison = Comparison::prepare(compare.options, loadtest)?;
+    let comparison = Comparison::prepare(compare.options, loadtest, &scenarios)?;
     let mut reports = Vec::new();
     for scenario in &scenarios {
         let report = comparison.run(scenario, &command)?;
