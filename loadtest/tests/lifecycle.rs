@@ -308,6 +308,34 @@ async fn a_server_killed_ends_the_targets_and_the_agent_comes_back() {
     .await;
 }
 
+/// The kernel's word that nobody listens comes only while nobody does. A server that is back by the
+/// time of the next packet has to say itself that it knows nothing of the tunnel.
+#[tokio::test]
+async fn a_server_that_is_back_before_the_next_packet_says_that_it_has_forgotten() {
+    within(async {
+        let mut server = ServerProcess::start(&[]).await;
+        let mut agent = server.agent().await;
+        server.peer.until_logged("agent connected").await.unwrap();
+        let (target, mut accepted) = targets::handed_over().await.unwrap();
+        let _frontend = server.dial(&target).await.unwrap();
+        let mut socket = accepted.recv().await.unwrap();
+
+        agent.signal("STOP").await.unwrap();
+        server.peer.signal("KILL").await.unwrap();
+        server.peer.ended().await.unwrap();
+        server.peer = Process::start(program(), "server", &server.flags).unwrap();
+        server.peer.until_logged("culvert-server runs").await.unwrap();
+        agent.signal("CONT").await.unwrap();
+        let back = Instant::now();
+        tokio::io::AsyncWriteExt::write_all(&mut socket, b"?").await.unwrap();
+        let gone = agent.until_logged("server gone").await.unwrap();
+        assert!(back.elapsed() < AT_ONCE, "{:?}", back.elapsed());
+        assert!(gone["reason"].as_str().unwrap().contains("restarted"), "{gone}");
+        server.peer.until_logged("agent connected").await.unwrap();
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_server_told_to_stop_without_grace_leaves_at_once_and_removes_its_socket() {
     within(async {

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use quinn::{EndpointConfig, TransportConfig, VarInt};
+use quinn_proto::HashedConnectionIdGenerator;
 
 use crate::congestion::Congestion;
 
@@ -82,8 +83,14 @@ impl Settings {
     }
 
     pub(super) fn endpoint(&self, reset_key: Option<&ResetKey>) -> EndpointConfig {
-        let mut endpoint =
-            reset_key.map(|key| EndpointConfig::new(Arc::new(key.hmac()))).unwrap_or_default();
+        let mut endpoint = EndpointConfig::default();
+        if let Some(key) = reset_key {
+            endpoint = EndpointConfig::new(Arc::new(key.hmac()));
+            // A packet whose connection id this process cannot have given is dropped without an
+            // answer, so a restart must go on to know its own.
+            let ids = key.connection_ids();
+            endpoint.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
+        }
         // The cap is checked where it is configured; out of range leaves quinn's default.
         let _ = endpoint.max_udp_payload_size(self.mtu_cap.max(1200));
         endpoint
@@ -100,11 +107,21 @@ pub struct ResetKey([u8; 32]);
 impl ResetKey {
     /// The key derived from a secret of any length, such as a private key that outlives restarts.
     pub fn derive(secret: &[u8]) -> Self {
-        let salt = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, b"culvert reset key");
-        let tag = aws_lc_rs::hmac::sign(&salt, secret);
         let mut key = [0; 32];
-        key.copy_from_slice(&tag.as_ref()[..32]);
+        key.copy_from_slice(Self::tag(secret, b"culvert reset key").as_ref());
         Self(key)
+    }
+
+    /// The key by which the server's own connection ids are known; it protects nothing.
+    fn connection_ids(&self) -> u64 {
+        let tag = Self::tag(&self.0, b"culvert connection ids");
+        let first = tag.as_ref().first_chunk().copied().unwrap_or_default();
+        u64::from_le_bytes(first)
+    }
+
+    fn tag(secret: &[u8], purpose: &[u8]) -> aws_lc_rs::hmac::Tag {
+        let salt = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, purpose);
+        aws_lc_rs::hmac::sign(&salt, secret)
     }
 
     fn hmac(&self) -> aws_lc_rs::hmac::Key {
