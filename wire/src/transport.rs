@@ -12,12 +12,19 @@
 
 pub mod quic;
 mod udp;
+mod urgency;
 
-use std::{fmt, net::SocketAddr, time::Duration};
+use std::{
+    fmt,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use rustls_pki_types::CertificateDer;
 pub use udp::{BindError, BufferSizes};
+use urgency::{Attained, Class, Share};
 
 use crate::{
     code::{CloseCode, StreamCode},
@@ -232,11 +239,17 @@ pub enum ReadFrameError {
 pub struct SendHalf {
     carrier: quic::SendStream,
     ended: bool,
+    /// What the stream has had, unless its priority was set.
+    attained: Option<Attained>,
+    class: Class,
 }
 
 impl SendHalf {
-    fn new(carrier: quic::SendStream) -> Self {
-        Self { carrier, ended: false }
+    fn new(carrier: quic::SendStream, tunnel: Arc<Share>) -> Self {
+        let attained = Some(Attained::new(tunnel, Instant::now()));
+        let half = Self { carrier, ended: false, attained, class: Class::Interactive };
+        half.carrier.set_priority(half.class.priority());
+        half
     }
 
     /// Queues the whole chunk without copying it, waiting while the windows are full.
@@ -247,6 +260,13 @@ impl SendHalf {
     /// # Cancel safety
     /// Not cancel safe: an unknown part of the chunk may have been queued. Reset the half then.
     pub async fn write_chunk(&mut self, chunk: Bytes) -> Result<(), WriteError> {
+        if let Some(attained) = &mut self.attained {
+            let class = attained.on_write(Instant::now(), chunk.len() as u64);
+            if class != self.class {
+                self.class = class;
+                self.carrier.set_priority(class.priority());
+            }
+        }
         self.carrier.write_chunk(chunk).await
     }
 
@@ -276,8 +296,10 @@ impl SendHalf {
         self.carrier.stopped()
     }
 
-    /// Says how urgent the stream is among the tunnel's others; higher goes first, 0 is usual.
-    pub fn set_priority(&self, priority: i32) {
+    /// Says for good how urgent the stream is among the tunnel's others; higher goes first. Streams
+    /// of which it is not said go first while they send little, between −10 and 10.
+    pub fn set_priority(&mut self, priority: i32) {
+        self.attained = None;
         self.carrier.set_priority(priority);
     }
 }

@@ -88,7 +88,7 @@ struct Question {
 
 impl ControlStream {
     /// The control stream that these halves are.
-    pub fn new(tunnel: Tunnel, (send, recv): (SendHalf, RecvHalf)) -> Self {
+    pub fn new(tunnel: Tunnel, (mut send, recv): (SendHalf, RecvHalf)) -> Self {
         send.set_priority(PRIORITY);
         Self { tunnel, send, recv, buffer: BytesMut::new(), question: None, next_echo: 0 }
     }

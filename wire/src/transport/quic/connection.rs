@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     pin::pin,
     sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -15,7 +15,10 @@ use tokio::{select, sync::Notify, time::sleep};
 
 use crate::{
     code::{CloseCode, StreamCode},
-    transport::{ReadError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, WriteError, udp},
+    transport::{
+        ReadError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, WriteError, udp,
+        urgency::Share,
+    },
     version::ALPN,
 };
 
@@ -86,6 +89,7 @@ pub(in crate::transport) struct Connection {
     connection: quinn::Connection,
     endpoint: quinn::Endpoint,
     farewell: Farewell,
+    share: Arc<Share>,
     doubt: Arc<Notify>,
     /// Keeps the socket's error queue watched for as long as a tunnel uses it.
     _neighbours: Arc<Neighbours>,
@@ -106,8 +110,9 @@ impl Connection {
             return None;
         }
         let doubt = neighbours.enter(canonical(connection.remote_address()));
-        let farewell = Farewell::default();
-        let carrier = Self { connection, endpoint, farewell, doubt, _neighbours: neighbours };
+        let (farewell, share) = (Farewell::default(), Share::new(Instant::now()));
+        let carrier =
+            Self { connection, endpoint, farewell, share, doubt, _neighbours: neighbours };
         Some(Tunnel { carrier })
     }
 
@@ -125,7 +130,7 @@ impl Connection {
         let send = SendStream { stream: send, farewell: self.farewell.clone() };
         let (connection, farewell) = (self.connection.clone(), self.farewell.clone());
         let recv = RecvStream { stream: recv, connection, farewell };
-        (SendHalf::new(send), RecvHalf::new(recv))
+        (SendHalf::new(send, self.share.clone()), RecvHalf::new(recv))
     }
 
     pub(in crate::transport) fn close(&self, code: CloseCode, reason: &str) {

@@ -1,0 +1,162 @@
+//! Which stream's bytes go first, decided by what the stream has had: attained service.
+//!
+//! Nobody says what is a keystroke, because what kube-apiserver and kubelet say to each other is
+//! encrypted. But a stream that has sent little lately cannot hold anybody up, so it goes first; one
+//! that sends much sinks below it, and rises again while it sends little. What goes first is at most
+//! three quarters of a tunnel's bytes, so that nothing starves however many streams there are.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// What a stream may send per second for ever without sinking, in bytes: 2 Mbit/s, which is more
+/// than anybody types or reads.
+const ALLOWANCE: u64 = 256 * 1024;
+/// A stream sinks below keystrokes when it has had this much beyond the allowance.
+const INTERACTIVE: u64 = 32 * 1024;
+/// And below short answers when it has had this much.
+const SHORT: u64 = 256 * 1024;
+/// What is remembered of a stream at most: after two seconds of silence it is as if new.
+const MEMORY: u64 = 2 * ALLOWANCE;
+/// How long a tunnel's bytes are added up to see who had how many.
+const WINDOW: Duration = Duration::from_millis(100);
+/// Bytes that go first in a window however little else there is.
+const FLOOR: u64 = 64 * 1024;
+
+/// Where a stream stands among its tunnel's others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Class {
+    /// Whatever sends much.
+    Bulk,
+    /// Short answers, and the beginning of long ones.
+    Short,
+    /// Keystrokes, requests, log lines.
+    Interactive,
+}
+
+impl Class {
+    /// The carrier's word for it: higher goes first.
+    pub(super) fn priority(self) -> i32 {
+        match self {
+            Self::Bulk => -10,
+            Self::Short => 0,
+            Self::Interactive => 10,
+        }
+    }
+}
+
+/// What one direction of a stream has had.
+#[derive(Debug)]
+pub(super) struct Attained {
+    bytes: u64,
+    at: Instant,
+    tunnel: Arc<Share>,
+}
+
+impl Attained {
+    pub(super) fn new(tunnel: Arc<Share>, now: Instant) -> Self {
+        Self { bytes: 0, at: now, tunnel }
+    }
+
+    /// Where the stream stands for the next `bytes` bytes, which count from now on.
+    pub(super) fn on_write(&mut self, now: Instant, bytes: u64) -> Class {
+        let forgiven = now.saturating_duration_since(self.at).as_secs_f64() * ALLOWANCE as f64;
+        self.bytes = self.bytes.saturating_sub(forgiven as u64).saturating_add(bytes).min(MEMORY);
+        self.at = now;
+        let class = match self.bytes {
+            ..=INTERACTIVE => Class::Interactive,
+            ..=SHORT => Class::Short,
+            _ => Class::Bulk,
+        };
+        if self.tunnel.admits(now, bytes, class > Class::Bulk) { class } else { Class::Bulk }
+    }
+}
+
+/// What all streams of a tunnel had lately.
+#[derive(Debug)]
+pub(super) struct Share(Mutex<Window>);
+
+#[derive(Debug)]
+struct Window {
+    begun: Instant,
+    first: u64,
+    all: u64,
+}
+
+impl Share {
+    pub(super) fn new(now: Instant) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Window { begun: now, first: 0, all: 0 })))
+    }
+
+    /// Counts bytes that want to go first or not; whether they may.
+    fn admits(&self, now: Instant, bytes: u64, first: bool) -> bool {
+        let mut window = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if now.saturating_duration_since(window.begun) >= WINDOW {
+            *window = Window { begun: now, first: 0, all: 0 };
+        }
+        window.all += bytes;
+        let may = first && window.first + bytes <= FLOOR.max(window.all / 4 * 3);
+        if may {
+            window.first += bytes;
+        }
+        may
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn millis(millis: u64) -> Duration {
+        Duration::from_millis(millis)
+    }
+
+    proptest! {
+        /// Whoever keeps to the allowance stays first.
+        #[test]
+        fn little_is_always_first(writes in prop::collection::vec((1_u64..2000, 1_u64..50), 1..500)) {
+            let mut now = Instant::now();
+            let mut stream = Attained::new(Share::new(now), now);
+            for (bytes, pause) in writes {
+                // At most 2 000 bytes every 8 ms.
+                now += millis(8 + pause);
+                prop_assert_eq!(stream.on_write(now, bytes), Class::Interactive);
+            }
+        }
+
+        /// Whoever sends much sinks, and rises again in silence.
+        #[test]
+        fn much_sinks_and_silence_forgives(chunk in 1_000_u64..65_536, silence in 2_000_u64..100_000) {
+            let mut now = Instant::now();
+            let mut stream = Attained::new(Share::new(now), now);
+            let mut classes = Vec::new();
+            for _ in 0..(MEMORY / chunk + 1) {
+                now += millis(1);
+                classes.push(stream.on_write(now, chunk));
+            }
+            prop_assert!(classes.is_sorted_by(|before, after| before >= after), "{classes:?}");
+            prop_assert_eq!(classes.last(), Some(&Class::Bulk));
+            now += millis(silence);
+            prop_assert_eq!(stream.on_write(now, 64), Class::Interactive);
+        }
+
+        /// However many streams there are and whatever they send, a quarter is left for the rest.
+        #[test]
+        fn nothing_starves(writes in prop::collection::vec((0_usize..40, 1_u64..65_536), 1..2000)) {
+            let now = Instant::now();
+            let share = Share::new(now);
+            let mut streams: Vec<_> = (0..40).map(|_| Attained::new(share.clone(), now)).collect();
+            let (mut first, mut all) = (0, 0);
+            for (stream, bytes) in writes {
+                all += bytes;
+                if streams[stream].on_write(now, bytes) > Class::Bulk {
+                    first += bytes;
+                }
+                prop_assert!(first <= FLOOR.max(all / 4 * 3));
+            }
+        }
+    }
+}
