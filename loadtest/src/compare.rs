@@ -1,6 +1,8 @@
 //! The same load through every peer, one after another, and what came of it.
 
+mod balancer;
 mod collect;
+mod fleet;
 pub mod goals;
 mod machine;
 mod progress;

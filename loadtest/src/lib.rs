@@ -10,6 +10,7 @@
 pub mod certificates;
 pub mod compare;
 pub mod demo;
+pub mod fleet;
 pub mod frontend;
 pub mod link;
 pub mod load;

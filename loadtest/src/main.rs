@@ -6,8 +6,8 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use culvert_loadtest::{
     compare::{self, Comparison},
-    demo, link,
-    report::{html::page, table::table},
+    demo, fleet, link,
+    report::{Report, html::page, markdown::markdown, table::table},
     scenario::Scenario,
 };
 
@@ -31,6 +31,9 @@ enum Command {
     Compare(Compare),
     /// List the scenarios
     Scenarios,
+    /// Show again what earlier comparisons wrote as JSON; of a scenario that is in several files, the
+    /// last counts
+    Render(Render),
 }
 
 #[derive(Debug, Args)]
@@ -54,6 +57,19 @@ struct Compare {
     options: compare::Options,
 }
 
+#[derive(Debug, Args)]
+struct Render {
+    /// What `compare --json` wrote
+    #[arg(required = true, value_name = "PATH")]
+    json: Vec<PathBuf>,
+    /// Write a page with plots to this file
+    #[arg(long, value_name = "PATH")]
+    html: Option<PathBuf>,
+    /// Print Markdown instead of tables for a terminal
+    #[arg(long)]
+    markdown: bool,
+}
+
 fn main() -> ExitCode {
     // What is started with a side's name is that side, with its own flags.
     let mut args = std::env::args_os().skip(1);
@@ -61,6 +77,7 @@ fn main() -> ExitCode {
         Some("server") => culvert_server::cli::main(named("culvert-server", args)),
         Some("agent") => culvert_agent::cli::main(named("culvert-agent", args)),
         Some("exec") => link::exec::main(args),
+        Some("fleet") => fleet::main(args),
         _ => run(Flags::parse().command),
     }
 }
@@ -74,6 +91,7 @@ fn run(command: Command) -> ExitCode {
         Command::Demo(options) => run_demo(&options),
         Command::Compare(options) => run_compare(options),
         Command::Scenarios => list_scenarios(),
+        Command::Render(options) => render(&options),
     };
     result.unwrap_or_else(|error| {
         eprintln!("culvert-loadtest: {error:#}");
@@ -90,6 +108,30 @@ fn run_demo(options: &demo::Options) -> anyhow::Result<ExitCode> {
 fn list_scenarios() -> anyhow::Result<ExitCode> {
     for name in Scenario::names() {
         println!("{name:24} {}", Scenario::load(name)?.title);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn render(options: &Render) -> anyhow::Result<ExitCode> {
+    let mut reports: Vec<Report> = Vec::new();
+    for path in &options.json {
+        let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let read: Vec<Report> = serde_json::from_slice(&text)
+            .with_context(|| format!("{} is no report", path.display()))?;
+        for report in read {
+            match reports.iter_mut().find(|other| other.scenario == report.scenario) {
+                Some(earlier) => *earlier = report,
+                None => reports.push(report),
+            }
+        }
+    }
+    if let Some(path) = &options.html {
+        write(path, &page(&reports))?;
+    }
+    if options.markdown {
+        print!("{}", markdown(&reports));
+    } else {
+        reports.iter().for_each(|report| println!("{}", table(report)));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -85,6 +85,43 @@ impl Peer {
     }
 }
 
+impl Peer {
+    /// Starts one of several servers and waits until it answers.
+    pub(crate) async fn start_server(
+        self,
+        stage: &Stage,
+        number: usize,
+        count: u32,
+        ports: Ports,
+    ) -> anyhow::Result<Daemon> {
+        let flags = |frontend| flags::server_of(stage, frontend, number, count, ports);
+        match self {
+            Self::Culvert(door) => culvert::start_server(stage, flags(door), ports).await,
+            Self::Konnectivity(door) => konnectivity::start_server(stage, flags(door), ports).await,
+            Self::Direct => anyhow::bail!("nobody has no servers"),
+        }
+    }
+
+    /// Starts so many agents in one process, which look for servers by themselves.
+    pub(crate) fn start_fleet(self, stage: &Stage, agents: u32) -> anyhow::Result<Daemon> {
+        match self {
+            Self::Culvert(_) => culvert::start_fleet(stage, agents),
+            Self::Konnectivity(_) => konnectivity::start_fleet(stage, agents),
+            Self::Direct => anyhow::bail!("nobody has no agents"),
+        }
+    }
+}
+
+/// The ports of a server.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ports {
+    /// Where agents come in.
+    pub(crate) tunnel: u16,
+    pub(crate) admin: u16,
+    /// Where it says whether it is ready.
+    pub(crate) health: u16,
+}
+
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

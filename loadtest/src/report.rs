@@ -1,6 +1,7 @@
 //! What a comparison found: stable JSON for machines, a table for a terminal and a page for people.
 
 pub mod html;
+pub mod markdown;
 mod summary;
 pub mod table;
 
@@ -56,8 +57,30 @@ pub struct Run {
     pub payload_bytes: u64,
     /// What was done to link and processes meanwhile.
     pub events: Vec<Event>,
+    /// How agents and servers found each other, where that was the question.
+    #[serde(default)]
+    pub fleet: Option<FleetResult>,
     /// Why the run could not be carried out, if so; everything else is empty then.
     pub failure: Option<String>,
+}
+
+/// How agents and servers found each other.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct FleetResult {
+    /// Agents that there were.
+    pub agents: u32,
+    /// Servers that each of them was to find.
+    pub servers: u32,
+    /// Seconds until all had found each other; `None` if they never did.
+    pub joined_seconds: Option<f64>,
+    /// The same after all servers had been killed and started again.
+    pub rejoined_seconds: Option<f64>,
+    /// Memory that the servers took for each agent, in KiB.
+    pub memory_per_agent: f64,
+    /// Share of a core that the servers took while nothing happened, in percent.
+    pub idle_cpu_percent: f64,
+    /// Processor time of the servers for each agent that came back, in milliseconds.
+    pub cpu_per_return: Option<f64>,
 }
 
 /// What one workload saw.

@@ -41,8 +41,10 @@ pub struct Scenario {
     /// What lies between control plane and node; nothing but loopback without one.
     #[serde(default)]
     pub link: Option<LinkSettings>,
+    /// Many agents or several servers that find each other, instead of workloads.
+    pub fleet: Option<Fleet>,
     /// What goes through the front door.
-    #[serde(rename = "workload")]
+    #[serde(default, rename = "workload")]
     pub workloads: Vec<Workload>,
     /// What happens meanwhile.
     #[serde(default, rename = "event")]
@@ -71,6 +73,16 @@ fn three() -> u64 {
 fn peers<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<Peer>, D::Error> {
     let names = Vec::<String>::deserialize(from)?;
     names.iter().map(|name| name.parse().map_err(serde::de::Error::custom)).collect()
+}
+
+/// Agents that find servers behind one address.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fleet {
+    /// How many agents, in one process.
+    pub agents: u32,
+    /// How many servers, behind one address if it is more than one.
+    pub servers: u32,
 }
 
 /// Congestion control of the kernel's TCP.
@@ -171,7 +183,8 @@ pub struct Goal {
     pub peers: Vec<Peer>,
     /// What is measured: `WORKLOAD.p50`, `.p90`, `.p99`, `.max` (ms), `.mbit`, `.per_second`,
     /// `.errors`, `.overdue`; or `cpu_per_gib` (s), `server_memory_per_session`,
-    /// `agent_memory_per_session` (KiB).
+    /// `agent_memory_per_session` (KiB); or of a fleet `joined_seconds`, `rejoined_seconds`,
+    /// `memory_per_agent` (KiB), `idle_cpu_percent`, `cpu_per_return` (ms).
     pub measure: String,
     /// It must not be more.
     pub at_most: Option<f64>,
@@ -231,6 +244,13 @@ impl Scenario {
 
     fn faults(&self) -> Vec<String> {
         let mut faults: Vec<String> = self.link.iter().flat_map(LinkSettings::faults).collect();
+        if self.fleet.is_some() == !self.workloads.is_empty() {
+            faults.push("there must be either workloads or a fleet".into());
+        }
+        if self.fleet.is_some_and(|fleet| !(1..=500).contains(&fleet.servers) || fleet.agents == 0)
+        {
+            faults.push("a fleet needs agents, and 1 to 500 servers".into());
+        }
         if self.seconds <= 0.0 || self.warmup_seconds < 0.0 || self.seeds == 0 {
             faults.push("seconds and seeds must be positive".into());
         }

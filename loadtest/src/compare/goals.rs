@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// Everything that a goal can be about, behind the workload's name if it has one, and its unit.
-pub(crate) const MEASURES: [(&str, &str); 11] = [
+pub(crate) const MEASURES: [(&str, &str); 16] = [
     ("p50", "ms"),
     ("p90", "ms"),
     ("p99", "ms"),
@@ -19,6 +19,11 @@ pub(crate) const MEASURES: [(&str, &str); 11] = [
     ("cpu_per_gib", "s"),
     ("server_memory_per_session", "KiB"),
     ("agent_memory_per_session", "KiB"),
+    ("joined_seconds", "s"),
+    ("rejoined_seconds", "s"),
+    ("memory_per_agent", "KiB"),
+    ("idle_cpu_percent", "%"),
+    ("cpu_per_return", "ms"),
 ];
 
 /// Judges every goal of the scenario for every peer that ran and is to reach it.
@@ -104,6 +109,16 @@ fn value(scenario: &Scenario, run: &Run, measure: &str) -> Option<f64> {
 }
 
 fn process_value(scenario: &Scenario, run: &Run, measure: &str) -> Option<f64> {
+    if let Some(fleet) = &run.fleet {
+        return match measure {
+            "joined_seconds" => fleet.joined_seconds,
+            "rejoined_seconds" => fleet.rejoined_seconds,
+            "memory_per_agent" => Some(fleet.memory_per_agent),
+            "idle_cpu_percent" => Some(fleet.idle_cpu_percent),
+            "cpu_per_return" => fleet.cpu_per_return,
+            _ => None,
+        };
+    }
     let (server, agent) = (run.server?, run.agent?);
     let per_session = |grown: i64| {
         let sessions = scenario.staying_sessions();

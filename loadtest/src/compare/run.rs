@@ -14,14 +14,14 @@ use tokio::{
     time::{Instant, interval, sleep_until},
 };
 
-use super::{collect::Collector, progress::Progress};
+use super::{collect::Collector, fleet, progress::Progress};
 use crate::{
     certificates::Certificates,
     link::{self, Counters, Host, Link, LinkSettings, Udp},
     load::{Plan, Sample, Workload, drive::drive, service::Service},
     peer::{Daemon, Frontend, Peer, Programs, Stage, Started},
     report::{self, LinkUsage, Run, Usage},
-    scenario::{Congestion, Event, LinkEvent, Scenario},
+    scenario::{Congestion, Event, Fleet, LinkEvent, Scenario},
     stock_client::StockClient,
 };
 
@@ -72,13 +72,24 @@ impl Attempt<'_> {
             certificates,
             programs: self.programs.clone(),
         };
-        let result = here.block_on(self.perform(&ground, &stage, &progress));
+        let result = match self.scenario.fleet {
+            Some(fleet) => here.block_on(self.find_each_other(stage, fleet)),
+            None => here.block_on(self.perform(&ground, &stage, &progress)),
+        };
         for runtime in [server_runtime, node_runtime] {
             runtime.shutdown_timeout(Duration::from_secs(5));
         }
         let run = result.unwrap_or_else(|error| self.failed(&error));
         progress.end(&summary(&run));
         Ok(run)
+    }
+
+    /// A run without a load, on the server's host.
+    async fn find_each_other(&self, stage: Stage, fleet: Fleet) -> anyhow::Result<Run> {
+        let (peer, idle) = (self.peer, Duration::from_secs_f64(self.scenario.seconds));
+        let runtime = stage.server_runtime.clone();
+        let found = runtime.spawn(async move { fleet::run(peer, &stage, fleet, idle).await });
+        Ok(Run { seconds: self.scenario.seconds, fleet: Some(found.await??), ..self.empty() })
     }
 
     async fn perform(
@@ -88,7 +99,10 @@ impl Attempt<'_> {
         progress: &Progress,
     ) -> anyhow::Result<Run> {
         let started = self.peer.start(stage).await?;
-        let listen = (ground.addresses().1, 0).into();
+        // A tunnel's agent is beside the target, whose address does not change with the node's.
+        let beside = self.peer != Peer::Direct;
+        let listen = if beside { Ipv4Addr::LOCALHOST.into() } else { ground.addresses().1 };
+        let listen = (listen, 0).into();
         let service = stage.node_runtime.spawn(Service::start(listen)).await??;
         let plan = Plan {
             seconds: self.scenario.warmup_seconds + self.scenario.seconds + MARGIN_SECONDS,
@@ -134,6 +148,10 @@ impl Attempt<'_> {
     }
 
     fn failed(&self, error: &anyhow::Error) -> Run {
+        Run { failure: Some(format!("{error:#}")), ..self.empty() }
+    }
+
+    fn empty(&self) -> Run {
         Run {
             peer: self.name.into(),
             seed: self.seed,
@@ -144,7 +162,8 @@ impl Attempt<'_> {
             link: None,
             payload_bytes: 0,
             events: Vec::new(),
-            failure: Some(format!("{error:#}")),
+            fleet: None,
+            failure: None,
         }
     }
 }
@@ -152,6 +171,12 @@ impl Attempt<'_> {
 fn summary(run: &Run) -> String {
     if let Some(failure) = &run.failure {
         return format!("failed: {failure}");
+    }
+    if let Some(fleet) = &run.fleet {
+        let seconds =
+            |after: Option<f64>| after.map_or("never".into(), |after| format!("{after:.1} s"));
+        let (joined, back) = (seconds(fleet.joined_seconds), seconds(fleet.rejoined_seconds));
+        return format!("all joined after {joined}, all back after {back}");
     }
     let of_workload = |result: &report::WorkloadResult| {
         let mut text = result.name.clone();
@@ -308,6 +333,7 @@ impl Show<'_> {
             link: begun.counters.zip(ended.counters).map(|(begun, ended)| used(begun, ended)),
             payload_bytes: collector.payload(),
             events,
+            fleet: None,
             failure: None,
         })
     }

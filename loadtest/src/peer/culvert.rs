@@ -2,25 +2,49 @@
 
 use std::path::PathBuf;
 
-use super::{Daemon, Frontend, Stage, Started, flags};
+use super::{Daemon, Frontend, Ports, Stage, Started, flags};
 
 pub(super) async fn start(stage: &Stage, frontend: Frontend) -> anyhow::Result<Started> {
-    let programs = &stage.programs;
-    let command = |program: &Option<PathBuf>, side: &str, flags: Vec<String>| {
-        let (program, side) = match program {
-            Some(program) => (program, None),
-            None => (&programs.loadtest, Some(side.to_owned())),
-        };
-        let flags = side.into_iter().chain(flags).chain(programs.culvert_flags.clone());
-        (program.clone(), flags.collect::<Vec<_>>())
-    };
-    let (program, args) = command(&programs.server, "server", flags::server(stage, frontend));
-    let server =
-        Daemon::start(stage, "server", &stage.server, &stage.server_runtime, program, args)?;
-    server.until_answering(flags::SERVER_HEALTH_PORT, "/healthz").await?;
-    let (program, args) = command(&programs.agent, "agent", flags::agent(stage));
+    let server = start_server(stage, flags::server(stage, frontend), flags::PORTS).await?;
+    let (program, args) = command(stage, &stage.programs.agent, "agent", flags::agent(stage));
     let agent = Daemon::start(stage, "agent", &stage.node, &stage.node_runtime, program, args)?;
     agent.until_answering(flags::AGENT_HEALTH_PORT, "/readyz").await?;
-    server.until_answering(flags::SERVER_HEALTH_PORT, "/readyz").await?;
+    server.until_answering(flags::PORTS.health, "/readyz").await?;
     Ok(Started { socket: Some(flags::socket(stage)), server: Some(server), agent: Some(agent) })
+}
+
+pub(super) async fn start_server(
+    stage: &Stage,
+    flags: Vec<String>,
+    ports: Ports,
+) -> anyhow::Result<Daemon> {
+    let (program, args) = command(stage, &stage.programs.server, "server", flags);
+    let server =
+        Daemon::start(stage, "server", &stage.server, &stage.server_runtime, program, args)?;
+    server.until_answering(ports.health, "/healthz").await?;
+    Ok(server)
+}
+
+/// So many agents in one process.
+pub(super) fn start_fleet(stage: &Stage, agents: u32) -> anyhow::Result<Daemon> {
+    let loadtest = stage.programs.loadtest.clone();
+    let more = stage.programs.culvert_flags.clone();
+    let args = ["fleet".to_owned(), agents.to_string()].into_iter();
+    let args = args.chain(flags::agent(stage)).chain(["-v=1".into()]).chain(more).collect();
+    Daemon::start(stage, "agent", &stage.node, &stage.node_runtime, loadtest, args)
+}
+
+/// The program that is this side, and its arguments.
+fn command(
+    stage: &Stage,
+    program: &Option<PathBuf>,
+    side: &str,
+    flags: Vec<String>,
+) -> (PathBuf, Vec<String>) {
+    let (program, side) = match program {
+        Some(program) => (program, None),
+        None => (&stage.programs.loadtest, Some(side.to_owned())),
+    };
+    let more = stage.programs.culvert_flags.clone();
+    (program.clone(), side.into_iter().chain(flags).chain(more).collect())
 }

@@ -115,7 +115,7 @@ impl Daemon {
             Signal::Freeze => signal::SIGSTOP,
             Signal::Thaw => signal::SIGCONT,
             Signal::Start => {
-                self.spent += self.cpu_seconds().unwrap_or(0.0);
+                self.spent += self.cpu_seconds_of_this_life().unwrap_or(0.0);
                 let _ = self.child.kill().await;
                 let (runtime, host) = (&self.runtime, &self.host);
                 self.child =
@@ -132,13 +132,21 @@ impl Daemon {
     /// # Errors
     /// When it has ended.
     pub fn cpu_seconds(&self) -> io::Result<f64> {
+        Ok(self.spent + self.cpu_seconds_of_this_life()?)
+    }
+
+    /// The same without its lives before it was started again.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn cpu_seconds_of_this_life(&self) -> io::Result<f64> {
         let stat = self.proc_file("stat")?;
         // The name in parentheses may hold anything; the times are fields 14 and 15.
         let (_, fields) = stat.rsplit_once(')').unwrap_or_default();
         let ticks: u64 =
             fields.split_whitespace().skip(11).take(2).flat_map(str::parse::<u64>).sum();
         let per_second = sysconf(SysconfVar::CLK_TCK)?.unwrap_or(100);
-        Ok(self.spent + ticks as f64 / per_second as f64)
+        Ok(ticks as f64 / per_second as f64)
     }
 
     /// Memory that is resident now, in bytes.

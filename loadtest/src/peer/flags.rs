@@ -2,29 +2,37 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Frontend, Stage};
+use super::{Frontend, Ports, Stage};
 
-/// Where agents come in.
-const TUNNEL_PORT: u16 = 8132;
-const SERVER_ADMIN_PORT: u16 = 8133;
-/// Where a server says whether it is ready.
-pub(super) const SERVER_HEALTH_PORT: u16 = 8134;
+/// The ports of the only server.
+pub(super) const PORTS: Ports = Ports { tunnel: 8132, admin: 8133, health: 8134 };
 const AGENT_ADMIN_PORT: u16 = 8135;
 /// Where an agent says whether it is ready.
 pub(super) const AGENT_HEALTH_PORT: u16 = 8136;
 
 pub(super) fn socket(stage: &Stage) -> PathBuf {
-    stage.certificates.folder().join("frontend.sock")
+    numbered_socket(stage, 0)
 }
 
-pub(super) fn server(stage: &Stage, frontend: Frontend) -> Vec<String> {
+fn numbered_socket(stage: &Stage, number: usize) -> PathBuf {
+    stage.certificates.folder().join(format!("frontend-{number}.sock"))
+}
+
+/// Of one of several servers.
+pub(super) fn server_of(
+    stage: &Stage,
+    frontend: Frontend,
+    number: usize,
+    count: u32,
+    ports: Ports,
+) -> Vec<String> {
     let pair = stage.certificates.server();
     let mode = match frontend {
         Frontend::Grpc => "grpc",
         Frontend::Connect => "http-connect",
     };
     vec![
-        flag("uds-name", &socket(stage)),
+        flag("uds-name", &numbered_socket(stage, number)),
         "--delete-existing-uds-file=true".into(),
         format!("--mode={mode}"),
         "--server-port=0".into(),
@@ -32,12 +40,19 @@ pub(super) fn server(stage: &Stage, frontend: Frontend) -> Vec<String> {
         flag("cluster-key", &pair.key),
         flag("cluster-ca-cert", &stage.certificates.ca()),
         format!("--agent-bind-address={}", stage.server_address),
-        format!("--agent-port={TUNNEL_PORT}"),
-        format!("--admin-port={SERVER_ADMIN_PORT}"),
+        format!("--agent-port={}", ports.tunnel),
+        format!("--admin-port={}", ports.admin),
         "--admin-bind-address=127.0.0.1".into(),
-        format!("--health-port={SERVER_HEALTH_PORT}"),
+        format!("--health-port={}", ports.health),
         "--health-bind-address=127.0.0.1".into(),
+        format!("--server-id=server-{number}"),
+        format!("--server-count={count}"),
     ]
+}
+
+/// Of the only server.
+pub(super) fn server(stage: &Stage, frontend: Frontend) -> Vec<String> {
+    server_of(stage, frontend, 0, 1, PORTS)
 }
 
 pub(super) fn agent(stage: &Stage) -> Vec<String> {
@@ -47,7 +62,7 @@ pub(super) fn agent(stage: &Stage) -> Vec<String> {
         flag("agent-cert", &pair.certificate),
         flag("agent-key", &pair.key),
         format!("--proxy-server-host={}", stage.server_address),
-        format!("--proxy-server-port={TUNNEL_PORT}"),
+        format!("--proxy-server-port={}", PORTS.tunnel),
         format!("--admin-server-port={AGENT_ADMIN_PORT}"),
         "--admin-bind-address=127.0.0.1".into(),
         format!("--health-server-port={AGENT_HEALTH_PORT}"),

@@ -8,7 +8,7 @@ use std::{
 use anyhow::Context as _;
 use tokio::process::Command;
 
-use super::{Daemon, Frontend, Stage, Started, flags};
+use super::{Daemon, Frontend, Ports, Stage, Started, flags};
 
 /// The module that holds both programs.
 const MODULE: &str = "sigs.k8s.io/apiserver-network-proxy";
@@ -20,6 +20,8 @@ pub struct Programs {
     pub server: PathBuf,
     /// The agent.
     pub agent: PathBuf,
+    /// Many agents in one process.
+    pub fleet: PathBuf,
 }
 
 impl Programs {
@@ -29,11 +31,16 @@ impl Programs {
     /// When Go is there and cannot build them.
     pub async fn build(folder: &Path) -> anyhow::Result<Option<Self>> {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("konnectivity");
-        for side in ["server", "agent"] {
+        let packages = [
+            ("server", format!("{MODULE}/cmd/server")),
+            ("agent", format!("{MODULE}/cmd/agent")),
+            ("fleet", "./fleet".into()),
+        ];
+        for (name, package) in packages {
             let built = Command::new("go")
                 .args(["build", "-o"])
-                .arg(folder.join(format!("konnectivity-{side}")))
-                .arg(format!("{MODULE}/cmd/{side}"))
+                .arg(folder.join(format!("konnectivity-{name}")))
+                .arg(package)
                 .current_dir(&source)
                 .output()
                 .await;
@@ -48,22 +55,41 @@ impl Programs {
                 Err(error) => return Err(error.into()),
             }
         }
-        let program = |side| folder.join(format!("konnectivity-{side}"));
-        Ok(Some(Self { server: program("server"), agent: program("agent") }))
+        let program = |name| folder.join(format!("konnectivity-{name}"));
+        let (server, agent) = (program("server"), program("agent"));
+        Ok(Some(Self { server, agent, fleet: program("fleet") }))
     }
 }
 
 pub(super) async fn start(stage: &Stage, frontend: Frontend) -> anyhow::Result<Started> {
-    let programs = stage.programs.konnectivity.clone();
-    let Programs { server, agent } =
-        programs.context("Konnectivity was not built: Go is not installed")?;
-    let args = flags::server(stage, frontend);
-    let server =
-        Daemon::start(stage, "server", &stage.server, &stage.server_runtime, server, args)?;
-    server.until_answering(flags::SERVER_HEALTH_PORT, "/healthz").await?;
-    let args = flags::agent(stage);
+    let server = start_server(stage, flags::server(stage, frontend), flags::PORTS).await?;
+    let (agent, args) = (programs(stage)?.agent, flags::agent(stage));
     let agent = Daemon::start(stage, "agent", &stage.node, &stage.node_runtime, agent, args)?;
     agent.until_answering(flags::AGENT_HEALTH_PORT, "/readyz").await?;
-    server.until_answering(flags::SERVER_HEALTH_PORT, "/readyz").await?;
+    server.until_answering(flags::PORTS.health, "/readyz").await?;
     Ok(Started { socket: Some(flags::socket(stage)), server: Some(server), agent: Some(agent) })
+}
+
+pub(super) async fn start_server(
+    stage: &Stage,
+    flags: Vec<String>,
+    ports: Ports,
+) -> anyhow::Result<Daemon> {
+    let program = programs(stage)?.server;
+    let server =
+        Daemon::start(stage, "server", &stage.server, &stage.server_runtime, program, flags)?;
+    server.until_answering(ports.health, "/healthz").await?;
+    Ok(server)
+}
+
+/// So many agents in one process.
+pub(super) fn start_fleet(stage: &Stage, agents: u32) -> anyhow::Result<Daemon> {
+    let args = std::iter::once(agents.to_string()).chain(flags::agent(stage)).collect();
+    let program = programs(stage)?.fleet;
+    Daemon::start(stage, "agent", &stage.node, &stage.node_runtime, program, args)
+}
+
+fn programs(stage: &Stage) -> anyhow::Result<Programs> {
+    let programs = stage.programs.konnectivity.clone();
+    programs.context("Konnectivity was not built: Go is not installed")
 }

@@ -260,6 +260,7 @@ mod tests {
             link: None,
             payload_bytes: 1 << 30,
             events: vec![Event { second: 3.0, what: "link down & out".into() }],
+            fleet: None,
             failure: None,
         };
         let failed = Run {

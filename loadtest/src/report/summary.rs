@@ -27,6 +27,13 @@ pub(super) fn summary(report: &Report) -> Summary {
             bytes.is_finite().then_some(bytes)
         }),
     ]);
+    columns.extend([
+        Column::new("all joined after, s", |run| run.fleet?.joined_seconds),
+        Column::new("all back after, s", |run| run.fleet?.rejoined_seconds),
+        Column::new("server memory per agent, KiB", |run| Some(run.fleet?.memory_per_agent)),
+        Column::new("servers idle, % of a core", |run| Some(run.fleet?.idle_cpu_percent)),
+        Column::new("server CPU per return, ms", |run| run.fleet?.cpu_per_return),
+    ]);
     columns.retain(|column| report.runs.iter().any(|run| column.value(run).is_some()));
     let rows = peers(report).into_iter().map(|peer| {
         let runs: Vec<_> = report.runs.iter().filter(|run| run.peer == peer).collect();

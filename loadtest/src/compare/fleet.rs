@@ -1,0 +1,122 @@
+//! Many agents, or several servers: how soon they find each other, and what that costs.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    time::{Instant, interval, sleep, timeout},
+};
+
+use super::balancer::Balancer;
+use crate::{
+    peer::{Daemon, Peer, Ports, Signal, Stage},
+    report::FleetResult,
+    scenario::Fleet,
+};
+
+/// How long they may take to find each other.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// How often the servers are asked.
+const ASK_INTERVAL: Duration = Duration::from_millis(100);
+/// What a server calls the agents that it has.
+const CONNECTIONS: &str = "konnectivity_network_proxy_server_ready_backend_connections";
+/// Where agents look for servers.
+const TUNNEL_PORT: u16 = 8132;
+/// First ports of the servers behind a balancer.
+const FIRST_TUNNEL_PORT: u16 = 10_000;
+const FIRST_ADMIN_PORT: u16 = 11_000;
+const FIRST_HEALTH_PORT: u16 = 12_000;
+
+/// Starts servers and agents, kills the servers and starts them again.
+pub(super) async fn run(
+    peer: Peer,
+    stage: &Stage,
+    fleet: Fleet,
+    idle: Duration,
+) -> anyhow::Result<FleetResult> {
+    let ports: Vec<_> = (0..fleet.servers).map(|number| ports(number, fleet.servers)).collect();
+    let mut servers = Vec::new();
+    for (number, ports) in ports.iter().enumerate() {
+        servers.push(peer.start_server(stage, number, fleet.servers, *ports).await?);
+    }
+    let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let behind = ports.iter().map(|ports| local(ports.tunnel)).collect();
+    let _balancer = match fleet.servers {
+        1 => None,
+        _ => Some(Balancer::start(local(TUNNEL_PORT), behind).await?),
+    };
+    let empty: u64 = memory(&servers)?;
+    let start = Instant::now();
+    let _agents = peer.start_fleet(stage, fleet.agents)?;
+    let wanted = fleet.agents * fleet.servers;
+    let joined = until_joined(&ports, wanted, start).await;
+    sleep(Duration::from_secs(2)).await;
+    let grown = memory(&servers)?.saturating_sub(empty);
+    let before = cpu_seconds(&servers)?;
+    sleep(idle).await;
+    let idle_cpu = (cpu_seconds(&servers)? - before) / idle.as_secs_f64();
+
+    for server in &mut servers {
+        server.signal(Signal::Start).await?;
+    }
+    let start = Instant::now();
+    let rejoined = until_joined(&ports, wanted, start).await;
+
+    let returned = servers.iter().map(Daemon::cpu_seconds_of_this_life).sum::<io::Result<f64>>()?;
+    Ok(FleetResult {
+        agents: fleet.agents,
+        servers: fleet.servers,
+        joined_seconds: joined,
+        rejoined_seconds: rejoined,
+        memory_per_agent: grown as f64 / 1024.0 / f64::from(wanted),
+        idle_cpu_percent: idle_cpu * 100.0,
+        cpu_per_return: rejoined.map(|_| returned * 1000.0 / f64::from(wanted)),
+    })
+}
+
+fn ports(number: u32, servers: u32) -> Ports {
+    let number = u16::try_from(number).unwrap_or_default();
+    let tunnel = if servers == 1 { TUNNEL_PORT } else { FIRST_TUNNEL_PORT + number };
+    Ports { tunnel, admin: FIRST_ADMIN_PORT + number, health: FIRST_HEALTH_PORT + number }
+}
+
+fn memory(servers: &[Daemon]) -> io::Result<u64> {
+    servers.iter().map(Daemon::memory).sum()
+}
+
+fn cpu_seconds(servers: &[Daemon]) -> io::Result<f64> {
+    servers.iter().map(Daemon::cpu_seconds).sum()
+}
+
+/// Seconds until the servers have so many agents together; `None` if they never do.
+async fn until_joined(ports: &[Ports], wanted: u32, start: Instant) -> Option<f64> {
+    let asking = async {
+        let mut ticks = interval(ASK_INTERVAL);
+        loop {
+            ticks.tick().await;
+            let mut joined = 0;
+            for ports in ports {
+                joined += agents(ports.admin).await.unwrap_or(0);
+            }
+            if joined >= wanted {
+                return start.elapsed().as_secs_f64();
+            }
+        }
+    };
+    timeout(PATIENCE, asking).await.ok()
+}
+
+/// How many agents a server says it has.
+async fn agents(admin: u16) -> Option<u32> {
+    let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, admin)).await.ok()?;
+    socket.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.ok()?;
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.ok()?;
+    let line = answer.lines().find(|line| line.starts_with(CONNECTIONS))?;
+    line.rsplit_once(' ')?.1.parse::<f64>().ok().map(|agents| agents as u32)
+}

@@ -1,0 +1,50 @@
+//! Many agents in one process: `fleet COUNT FLAGS…`, with the agent's own flags.
+//!
+//! Each has a tunnel, a socket and ports of its own; they share threads and nothing else.
+
+use std::{ffi::OsString, net::Ipv4Addr, process::ExitCode};
+
+use anyhow::Context as _;
+use culvert_agent::{
+    Agent,
+    config::{Config, Flags},
+};
+use culvert_wire::process::{go_flags, invocation::Invocation, logging};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::{runtime::Runtime, task::JoinSet};
+
+/// Runs the agents until the process is ended.
+pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("culvert-loadtest fleet: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
+    let count = args.next().unwrap_or_default();
+    let count: usize =
+        count.to_str().and_then(|count| count.parse().ok()).context("say how many agents")?;
+    let args = std::iter::once("culvert-agent".into()).chain(args);
+    let flags: Flags = go_flags::try_parse_from(args).map_err(|exit| anyhow::anyhow!(exit.text))?;
+    let config = Config::from_flags(flags, Invocation::Culvert)
+        .map_err(|faults| anyhow::anyhow!(faults.to_string()))?;
+    logging::init(config.log)?;
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+    Runtime::new()?.block_on(async {
+        let mut agents = JoinSet::new();
+        for number in 0..count {
+            let agent_id = format!("agent-{number}");
+            let any = (Ipv4Addr::LOCALHOST, 0).into();
+            let config =
+                Config { agent_id, health_address: any, admin_address: any, ..config.clone() };
+            agents.spawn(Agent::bind(&config)?.run(std::future::pending()));
+        }
+        agents.join_all().await;
+        Ok(())
+    })
+}
