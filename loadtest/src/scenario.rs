@@ -244,7 +244,7 @@ impl Scenario {
 
     fn faults(&self) -> Vec<String> {
         let mut faults: Vec<String> = self.link.iter().flat_map(LinkSettings::faults).collect();
-        if self.fleet.is_some() == !self.workloads.is_empty() {
+        if self.fleet.is_some() != self.workloads.is_empty() {
             faults.push("there must be either workloads or a fleet".into());
         }
         if self.fleet.is_some_and(|fleet| !(1..=500).contains(&fleet.servers) || fleet.agents == 0)

@@ -36,14 +36,18 @@ impl Balancer {
             let mut replies = JoinSet::new();
             let mut datagram = vec![0; MAX_DATAGRAM];
             while let Ok((length, from)) = udp.recv_from(&mut datagram).await {
-                if !paths.contains_key(&from) {
-                    let Some(server) = next.next() else { return };
-                    let Ok(path) = path(server).await else { continue };
-                    paths.insert(from, Arc::clone(&path));
-                    replies.spawn(answer(path, Arc::clone(&udp), from));
-                }
+                let path = match paths.get(&from) {
+                    Some(path) => Arc::clone(path),
+                    None => {
+                        let Some(server) = next.next() else { return };
+                        let Ok(path) = path(server).await else { continue };
+                        paths.insert(from, Arc::clone(&path));
+                        replies.spawn(answer(Arc::clone(&path), Arc::clone(&udp), from));
+                        path
+                    }
+                };
                 // A server that is down loses it, as a network would.
-                let _ = paths[&from].send(&datagram[..length]).await;
+                let _ = path.send(&datagram[..length]).await;
             }
         });
         Ok(Self(tasks))

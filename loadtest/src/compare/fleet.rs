@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// How long they may take to find each other.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// How often the servers are asked.
 const ASK_INTERVAL: Duration = Duration::from_millis(100);
 /// What a server calls the agents that it has.

@@ -173,8 +173,9 @@ fn summary(run: &Run) -> String {
         return format!("failed: {failure}");
     }
     if let Some(fleet) = &run.fleet {
-        let seconds =
-            |after: Option<f64>| after.map_or("never".into(), |after| format!("{after:.1} s"));
+        let seconds = |after: Option<f64>| {
+            after.map_or_else(|| "never".into(), |after| format!("{after:.1} s"))
+        };
         let (joined, back) = (seconds(fleet.joined_seconds), seconds(fleet.rejoined_seconds));
         return format!("all joined after {joined}, all back after {back}");
     }

@@ -102,7 +102,16 @@ async fn stay(session: &Session, missing: &AtomicUsize, dials: &Semaphore) {
 impl Kind {
     /// Whether a session of this kind is one connection from the run's start to its end.
     pub fn stays(self) -> bool {
-        !matches!(self, Self::Fetch | Self::Send | Self::Dial | Self::WriteClose | Self::HalfClose)
+        matches!(
+            self,
+            Self::Echo
+                | Self::Download
+                | Self::Upload
+                | Self::Request
+                | Self::Tail
+                | Self::Stall
+                | Self::Idle
+        )
     }
 }
 
