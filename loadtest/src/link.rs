@@ -11,6 +11,7 @@
 //! Nothing of it has a name, so nothing is left behind however the process ends.
 
 mod bridge;
+pub mod check;
 mod direction;
 pub mod exec;
 mod host;
@@ -155,14 +156,10 @@ impl fmt::Debug for Link {
 }
 
 fn device(address: Ipv4Addr, mtu: u16) -> io::Result<SyncDevice> {
-    let device = DeviceBuilder::new()
-        .name("link")
-        .ipv4(address, PREFIX, None)
-        .mtu(mtu)
-        .with(|options| {
-            options.tx_queue_len(DEVICE_QUEUE);
-        })
-        .build_sync()?;
+    let device =
+        DeviceBuilder::new().name("link").ipv4(address, PREFIX, None).mtu(mtu).build_sync()?;
+    // Only the system's own root may; without it a burst beyond 500 packets can be lost here.
+    let _ = device.set_tx_queue_len(DEVICE_QUEUE);
     device.set_nonblocking(true)?;
     Ok(device)
 }

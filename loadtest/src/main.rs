@@ -29,6 +29,8 @@ enum Command {
     /// Needs root, or a user namespace: `unshare -Urn culvert-loadtest compare …`. Konnectivity
     /// and the gRPC front door need Go.
     Compare(Compare),
+    /// Measure what the emulated link does on this machine, beside what it is told to do
+    Link,
     /// List the scenarios
     Scenarios,
     /// Show again what earlier comparisons wrote as JSON; of a scenario that is in several files, the
@@ -90,6 +92,9 @@ fn run(command: Command) -> ExitCode {
     let result = match command {
         Command::Demo(options) => run_demo(&options),
         Command::Compare(options) => run_compare(options),
+        Command::Link => {
+            link::check::check().map(|table| println!("{table}")).map(|()| ExitCode::SUCCESS)
+        }
         Command::Scenarios => list_scenarios(),
         Command::Render(options) => render(&options),
     };

@@ -57,8 +57,12 @@ impl Attempt<'_> {
         let ground = Ground::new(self.scenario.link.as_ref(), self.seed)?;
         let [server, node] = ground.hosts();
         for host in [&server, &node] {
-            host.set_congestion_control(&self.congestion.to_string())
-                .with_context(|| format!("the kernel has no {}", self.congestion))?;
+            if let Err(error) = host.set_congestion_control(&self.congestion.to_string()) {
+                let why = format!("the kernel has no {} for this user", self.congestion);
+                let run = self.failed(&anyhow::Error::from(error).context(why));
+                progress.end(&summary(&run));
+                return Ok(run);
+            }
         }
         let (here, server_runtime, node_runtime) =
             (Runtime::new()?, server.runtime(WORKERS)?, node.runtime(WORKERS)?);
