@@ -13,6 +13,9 @@ use crate::congestion::Congestion;
 const SEND_WINDOW: u64 = 1 << 40;
 /// Largest UDP payload that is tried where the first link's is not known: Ethernet's with IPv6.
 const MTU_GUESS: u16 = 1452;
+/// Least time between two stateless resets: a thousand agents are told of a restart within half a
+/// second. A reset is shorter than what it answers, so it serves no attacker.
+const RESET_INTERVAL: Duration = Duration::from_micros(500);
 /// First guess of the round-trip time. It sets when a lost first packet is sent again (three times
 /// this); the RFC's 333 ms would make that a second.
 const INITIAL_RTT: Duration = Duration::from_millis(100);
@@ -90,6 +93,7 @@ impl Settings {
             // answer, so a restart must go on to know its own.
             let ids = key.connection_ids();
             endpoint.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
+            endpoint.min_reset_interval(RESET_INTERVAL);
         }
         // The cap is checked where it is configured; out of range leaves quinn's default.
         let _ = endpoint.max_udp_payload_size(self.mtu_cap.max(1200));
