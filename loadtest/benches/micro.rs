@@ -1,7 +1,7 @@
 //! Small parts, each by itself: `cargo bench -p culvert-loadtest`.
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on has failed")]
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use culvert_loadtest::{
     frontend::{Connection, Door},
@@ -19,6 +19,7 @@ use culvert_wire::{
     frame::{self, Frame, HEAD_LEN, Head},
     ids::DialId,
     route::{Identifier, Identifiers},
+    transport::urgency::{Attained, Share},
 };
 use divan::{Bencher, black_box, counter::BytesCount};
 use tokio::runtime::Runtime;
@@ -117,6 +118,19 @@ fn add_and_remove_a_backend(bencher: Bencher<'_, '_>, backends: usize) {
     bencher.bench_local(|| {
         registry.add(black_box(&newcomer));
         registry.remove(&newcomer);
+    });
+}
+
+/// What a write costs before it is one: a hundred streams take turns.
+#[divan::bench]
+fn schedule_a_write(bencher: Bencher<'_, '_>) {
+    let now = Instant::now();
+    let share = Share::new(now);
+    let mut streams: Vec<_> = (0..100).map(|_| Attained::new(share.clone(), now)).collect();
+    let mut turn = 0;
+    bencher.bench_local(|| {
+        turn = (turn + 1) % streams.len();
+        black_box(streams[turn].on_write(Instant::now(), 1400))
     });
 }
 

@@ -12,7 +12,7 @@
 
 pub mod quic;
 mod udp;
-mod urgency;
+pub mod urgency;
 
 use std::{
     fmt,

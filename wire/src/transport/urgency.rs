@@ -26,7 +26,7 @@ const FLOOR: u64 = 64 * 1024;
 
 /// Where a stream stands among its tunnel's others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Class {
+pub enum Class {
     /// Whatever sends much.
     Bulk,
     /// Short answers, and the beginning of long ones.
@@ -37,7 +37,7 @@ pub(super) enum Class {
 
 impl Class {
     /// The carrier's word for it: higher goes first.
-    pub(super) fn priority(self) -> i32 {
+    pub fn priority(self) -> i32 {
         match self {
             Self::Bulk => -10,
             Self::Short => 0,
@@ -48,19 +48,20 @@ impl Class {
 
 /// What one direction of a stream has had.
 #[derive(Debug)]
-pub(super) struct Attained {
+pub struct Attained {
     bytes: u64,
     at: Instant,
     tunnel: Arc<Share>,
 }
 
 impl Attained {
-    pub(super) fn new(tunnel: Arc<Share>, now: Instant) -> Self {
+    /// Of a stream that has had nothing, on a tunnel whose streams share this.
+    pub fn new(tunnel: Arc<Share>, now: Instant) -> Self {
         Self { bytes: 0, at: now, tunnel }
     }
 
     /// Where the stream stands for the next `bytes` bytes, which count from now on.
-    pub(super) fn on_write(&mut self, now: Instant, bytes: u64) -> Class {
+    pub fn on_write(&mut self, now: Instant, bytes: u64) -> Class {
         let forgiven = now.saturating_duration_since(self.at).as_secs_f64() * ALLOWANCE as f64;
         self.bytes = self.bytes.saturating_sub(forgiven as u64).saturating_add(bytes).min(MEMORY);
         self.at = now;
@@ -77,7 +78,7 @@ impl Attained {
 
 /// What all streams of a tunnel had lately.
 #[derive(Debug)]
-pub(super) struct Share(Mutex<Window>);
+pub struct Share(Mutex<Window>);
 
 #[derive(Debug)]
 struct Window {
@@ -87,7 +88,8 @@ struct Window {
 }
 
 impl Share {
-    pub(super) fn new(now: Instant) -> Arc<Self> {
+    /// Of a tunnel that begins.
+    pub fn new(now: Instant) -> Arc<Self> {
         Arc::new(Self(Mutex::new(Window { begun: now, first: 0, all: 0 })))
     }
 
