@@ -82,6 +82,7 @@ impl Agent {
             identifiers: identifiers(&config.identifier_pairs)?,
             token_file: config.servers.token_file.clone(),
             max_streams: config.max_streams,
+            hedge_rate: config.tunnel.hedge_rate,
             drain_timeout: config.drain_timeout,
             draining: CancellationToken::new(),
         });

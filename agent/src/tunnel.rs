@@ -47,6 +47,8 @@ pub struct TunnelContext {
     pub token_file: Option<PathBuf>,
     /// Streams the server may have open at most.
     pub max_streams: u32,
+    /// Bytes per second that one tunnel may send a second time.
+    pub hedge_rate: u32,
     /// How long streams may go on once the agent drains.
     pub drain_timeout: Duration,
     /// Told when the agent is to go away.
@@ -119,7 +121,12 @@ async fn introduce(
     };
     control.send(&ControlMessage::Hello(Box::new(hello))).await?;
     match control.next().await {
-        Ok(ControlMessage::Welcome(welcome)) => Ok((*welcome, control)),
+        Ok(ControlMessage::Welcome(welcome)) => {
+            if welcome.features.contains(Features::HEDGE) {
+                tunnel.hedge(context.hedge_rate);
+            }
+            Ok((*welcome, control))
+        }
         Ok(_) => Err(JoinError::NotWelcome),
         // The server's reason to close says more than the stream's end.
         Err(ControlError::Read(culvert_wire::transport::ReadError::Lost(lost))) => Err(lost.into()),

@@ -108,6 +108,7 @@ impl Server {
             server_id: config.server_id.parse()?,
             server_count: config.server_count,
             max_streams: config.agents.max_streams,
+            hedge_rate: config.tunnel.hedge_rate,
             drain_timeout: config.graceful_shutdown_timeout,
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),

@@ -41,6 +41,8 @@ pub struct TunnelContext {
     pub server_count: u32,
     /// Streams one agent may carry.
     pub max_streams: u32,
+    /// Bytes per second that one tunnel may send a second time.
+    pub hedge_rate: u32,
     /// How long draining tunnels are kept.
     pub drain_timeout: Duration,
     /// Told when agents should look for another server.
@@ -142,7 +144,11 @@ async fn introduce(
     };
     let incompatible = |error: &dyn std::fmt::Display| JoinError::Incompatible(error.to_string());
     hello.extensions.require_known().map_err(|error| incompatible(&error))?;
-    control.send(&ControlMessage::Welcome(Box::new(welcome(&hello, context)))).await?;
+    let welcome = welcome(&hello, context);
+    if welcome.features.contains(Features::HEDGE) {
+        tunnel.hedge(context.hedge_rate);
+    }
+    control.send(&ControlMessage::Welcome(Box::new(welcome))).await?;
     Ok((Backend::new(tunnel, *hello, context.max_streams), control))
 }
 

@@ -14,6 +14,7 @@
 //!
 //! Start with [`transport::Tunnel`], then [`dial::DialRequest`], then [`splice`].
 
+mod chunks;
 pub mod code;
 pub mod codec;
 pub mod congestion;

@@ -87,6 +87,15 @@ impl Tunnel {
         self.carrier.unreachable().await;
     }
 
+    /// Sends thin writes of interactive streams twice while the path loses packets, at most `rate`
+    /// bytes per second, so that a loss does not delay them; and uses the peer's copies.
+    ///
+    /// To be called once both sides have offered [`crate::version::Features::HEDGE`], before the
+    /// first stream it is to apply to. A carrier that needs none of it ignores it.
+    pub fn hedge(&self, rate: u32) {
+        self.carrier.hedge(rate);
+    }
+
     /// How many streams the peer may have open at once; takes effect within a round trip.
     pub fn set_max_streams(&self, count: u32) {
         self.carrier.set_max_streams(count);
@@ -143,6 +152,10 @@ pub struct TunnelStats {
     pub sent_bytes: u64,
     /// UDP payload bytes received.
     pub received_bytes: u64,
+    /// Thin writes that were sent a second time.
+    pub copies_sent: u64,
+    /// Second copies that came before the first.
+    pub copies_used: u64,
 }
 
 /// Why a tunnel ended.
@@ -267,7 +280,9 @@ impl SendHalf {
                 self.carrier.set_priority(class.priority());
             }
         }
-        self.carrier.write_chunk(chunk).await
+        // What says itself how urgent it is, is never alone on its way.
+        let interactive = self.attained.is_some() && self.class == Class::Interactive;
+        self.carrier.write_chunk(chunk, interactive).await
     }
 
     /// Ends the stream cleanly behind everything written. Returns at once; delivery goes on.

@@ -30,9 +30,12 @@ impl Features {
     /// A drain message is understood: no new dials, old ones end, then the tunnel closes.
     pub const DRAIN: Self = Self(1 << 1);
 
+    /// Datagrams that carry second copies of thin writes are understood.
+    pub const HEDGE: Self = Self(1 << 2);
+
     /// Everything this build knows.
     pub const fn supported() -> Self {
-        Self(Self::PING.0 | Self::DRAIN.0)
+        Self(Self::PING.0 | Self::DRAIN.0 | Self::HEDGE.0)
     }
 
     /// What both peers offered.

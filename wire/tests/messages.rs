@@ -122,6 +122,7 @@ fn stream_kinds_and_dial_errors_have_their_numbers() {
 fn features_have_their_bits() {
     assert_eq!(Features::PING.bits(), 1);
     assert_eq!(Features::DRAIN.bits(), 2);
+    assert_eq!(Features::HEDGE.bits(), 4);
     assert_eq!(culvert_wire::version::ALPN, b"culvert/1");
     assert_eq!(culvert_wire::version::REVISION, 1);
 }

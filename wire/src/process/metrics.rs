@@ -198,6 +198,10 @@ pub fn append_tunnels(text: &mut String, prefix: &str, tunnels: &[TunnelRow]) {
         });
         let help = "Times the tunnel's path was found to swallow large packets.";
         family("black_holes_total", Kind::Counter, help, |stats| stats.black_holes as f64);
+        let help = "Thin writes of the tunnel that were sent a second time.";
+        family("copies_sent_total", Kind::Counter, help, |stats| stats.copies_sent as f64);
+        let help = "Second copies that came before the first, which was late or lost.";
+        family("copies_used_total", Kind::Counter, help, |stats| stats.copies_used as f64);
         let help = "UDP payload bytes sent on the tunnel.";
         family("sent_bytes_total", Kind::Counter, help, |stats| stats.sent_bytes as f64);
         let help = "UDP payload bytes received on the tunnel.";

@@ -48,6 +48,11 @@ pub struct TunnelFlags {
     #[arg(long, value_name = "KIND", default_value = "auto")]
     pub congestion: Congestion,
 
+    /// Bytes per second and tunnel that may be sent a second time, so that a keystroke does not wait
+    /// for a lost packet; only while the path loses packets. Plain or with Ki or Mi; 0 sends none
+    #[arg(long, value_name = "SIZE", default_value = "128Ki")]
+    pub hedge_rate: ByteSize,
+
     /// Key exchange of the tunnel's TLS
     #[arg(long, value_name = "KIND", default_value = "hybrid")]
     pub tls_kx: KeyExchange,
@@ -77,6 +82,8 @@ pub struct TunnelConfig {
     pub mtu_cap: u16,
     /// How much of the path a tunnel fills.
     pub congestion: Congestion,
+    /// Bytes per second and tunnel that may be sent a second time, up to 1 GiB; 0 sends none.
+    pub hedge_rate: u32,
     /// Key exchange groups to offer.
     pub key_exchange: KeyExchange,
 }
@@ -100,6 +107,7 @@ impl Default for TunnelConfig {
             udp_buffer_size: 8 << 20,
             mtu_cap: 6500,
             congestion: Congestion::Auto,
+            hedge_rate: 128 << 10,
             key_exchange: KeyExchange::Hybrid,
         }
     }
@@ -154,6 +162,12 @@ impl TunnelFlags {
             "mtu-cap",
             format!("must be from 1200 to 65527, got {}", self.mtu_cap),
         );
+        let hedge_rate = self.hedge_rate;
+        faults.require(
+            hedge_rate.0 <= MAX_BUFFER,
+            "hedge-rate",
+            format!("must be at most 1Gi, got {hedge_rate}"),
+        );
         let tunnel = TunnelConfig {
             idle_timeout,
             keep_alive_interval: (!keep_alive.is_zero()).then_some(keep_alive),
@@ -161,6 +175,7 @@ impl TunnelFlags {
             udp_buffer_size: u32::try_from(buffer.0).unwrap_or_default(),
             mtu_cap: u16::try_from(self.mtu_cap).unwrap_or_default(),
             congestion: self.congestion,
+            hedge_rate: u32::try_from(hedge_rate.0).unwrap_or_default(),
             key_exchange: self.tls_kx,
         };
         (tunnel, LogConfig { format: self.log_format, verbosity: self.klog.v })
@@ -206,6 +221,7 @@ mod tests {
             "--udp-buffer-size=0",
             "--mtu-cap=1200",
             "--congestion=cubic",
+            "--hedge-rate=1Mi",
             "--tls-kx=classic",
             "--log-format=json",
             "-v=8",
@@ -218,6 +234,7 @@ mod tests {
             udp_buffer_size: 0,
             mtu_cap: 1200,
             congestion: Congestion::Cubic,
+            hedge_rate: 1 << 20,
             key_exchange: KeyExchange::Classic,
         };
         assert_eq!(tunnel, expected);
@@ -237,6 +254,7 @@ mod tests {
             "--mtu-cap=1199",
             "--mtu-cap=65528",
             "--congestion=reno",
+            "--hedge-rate=2Gi",
             "--tls-kx=none",
             "--log-format=xml",
         ] {

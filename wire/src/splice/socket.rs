@@ -17,6 +17,7 @@ use tokio::{
 };
 
 use super::{Abort, LocalFault, LocalRead, LocalWrite, outq};
+use crate::chunks::advance;
 
 /// First read buffer of a connection: a keystroke or a small request.
 const MIN_READ: usize = 2 * 1024;
@@ -232,21 +233,6 @@ impl<S: SpliceSocket> LocalWrite for SocketWrite<S> {
             }
         }
     }
-}
-
-/// Takes `written` bytes off the front of `chunks`; how many chunks are used up.
-fn advance(chunks: &mut [Bytes], mut written: usize) -> usize {
-    let mut used = 0;
-    for chunk in chunks {
-        if chunk.len() > written {
-            chunk.advance(written);
-            break;
-        }
-        written -= chunk.len();
-        *chunk = Bytes::new();
-        used += 1;
-    }
-    used
 }
 
 /// Makes the close of a TCP socket a reset. A Unix socket knows no reset: its close shows as an

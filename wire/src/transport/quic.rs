@@ -4,6 +4,7 @@
 //! `connection` what becomes of them.
 
 mod connection;
+mod hedge;
 mod settings;
 
 use std::{

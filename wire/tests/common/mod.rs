@@ -129,7 +129,7 @@ const DIAL_REPLY_FAILURE: &str = "11003b0101346469616c207463702031302e302e302e39
 pub(crate) fn hello() -> Hello {
     Hello {
         revision: 1,
-        features: Features::supported(),
+        features: Features::PING.union(Features::DRAIN),
         agent_id: "node-1".parse().unwrap(),
         instance: InstanceId(std::array::from_fn(|index| index as u8)),
         identifiers: identifiers(&[("ipv4", "10.0.0.1")]),
@@ -160,7 +160,7 @@ pub(crate) fn welcome() -> Welcome {
     ];
     Welcome {
         revision: 1,
-        features: Features::supported(),
+        features: Features::PING.union(Features::DRAIN),
         server_id: "server-a".parse().unwrap(),
         server_count: 2,
         servers: List::try_from(servers).unwrap(),

@@ -13,7 +13,9 @@ use quinn::{VarInt, crypto::rustls::HandshakeData};
 use rustls_pki_types::CertificateDer;
 use tokio::{select, sync::Notify, time::sleep};
 
+use super::hedge::{Copies, Hedging};
 use crate::{
+    chunks::advance,
     code::{CloseCode, StreamCode},
     transport::{
         ReadError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, WriteError, udp,
@@ -58,9 +60,16 @@ impl Neighbours {
 
 /// What this side said when it closed the tunnel; its streams tell it as the reason they ended.
 #[derive(Clone, Debug, Default)]
-struct Farewell(Arc<OnceLock<(CloseCode, String)>>);
+pub(super) struct Farewell(Arc<OnceLock<(CloseCode, String)>>);
 
 impl Farewell {
+    /// Closes the connection, and remembers why.
+    pub(super) fn close(&self, connection: &quinn::Connection, code: CloseCode, reason: &str) {
+        // Only the first close counts, for the peer too.
+        let _ = self.0.set((code, reason.to_owned()));
+        connection.close(code.as_u32().into(), reason.as_bytes());
+    }
+
     /// Why the tunnel ended.
     fn lost(&self, error: quinn::ConnectionError) -> TunnelLost {
         match (lost(error), self.0.get()) {
@@ -90,6 +99,8 @@ pub(in crate::transport) struct Connection {
     endpoint: quinn::Endpoint,
     farewell: Farewell,
     share: Arc<Share>,
+    /// Thin writes sent twice, once both sides offered it.
+    hedging: Arc<OnceLock<Hedging>>,
     doubt: Arc<Notify>,
     /// Keeps the socket's error queue watched for as long as a tunnel uses it.
     _neighbours: Arc<Neighbours>,
@@ -110,9 +121,15 @@ impl Connection {
             return None;
         }
         let doubt = neighbours.enter(canonical(connection.remote_address()));
-        let (farewell, share) = (Farewell::default(), Share::new(Instant::now()));
-        let carrier =
-            Self { connection, endpoint, farewell, share, doubt, _neighbours: neighbours };
+        let carrier = Self {
+            connection,
+            endpoint,
+            farewell: Farewell::default(),
+            share: Share::new(Instant::now()),
+            hedging: Arc::default(),
+            doubt,
+            _neighbours: neighbours,
+        };
         Some(Tunnel { carrier })
     }
 
@@ -127,16 +144,21 @@ impl Connection {
     }
 
     fn halves(&self, (send, recv): (quinn::SendStream, quinn::RecvStream)) -> (SendHalf, RecvHalf) {
-        let send = SendStream { stream: send, farewell: self.farewell.clone() };
+        let (farewell, hedging) = (self.farewell.clone(), self.hedging.clone());
+        let send = SendStream { stream: send, farewell, hedging, written: 0 };
         let (connection, farewell) = (self.connection.clone(), self.farewell.clone());
-        let recv = RecvStream { stream: recv, connection, farewell };
+        let copies = self.hedging.get().map(|hedging| hedging.expect(number(recv.id())));
+        let recv = RecvStream { stream: recv, connection, farewell, copies };
         (SendHalf::new(send, self.share.clone()), RecvHalf::new(recv))
     }
 
+    pub(in crate::transport) fn hedge(&self, rate: u32) {
+        let (connection, farewell) = (&self.connection, &self.farewell);
+        self.hedging.get_or_init(|| Hedging::begin(connection.clone(), farewell.clone(), rate));
+    }
+
     pub(in crate::transport) fn close(&self, code: CloseCode, reason: &str) {
-        // Only the first close counts, for the peer too.
-        let _ = self.farewell.0.set((code, reason.to_owned()));
-        self.connection.close(code.as_u32().into(), reason.as_bytes());
+        self.farewell.close(&self.connection, code, reason);
     }
 
     pub(in crate::transport) async fn closed(&self) -> TunnelLost {
@@ -166,6 +188,7 @@ impl Connection {
 
     pub(in crate::transport) fn stats(&self) -> TunnelStats {
         let stats = self.connection.stats();
+        let (copies_sent, copies_used) = self.hedging.get().map_or((0, 0), Hedging::counts);
         TunnelStats {
             rtt: stats.path.rtt,
             cwnd: stats.path.cwnd,
@@ -177,6 +200,8 @@ impl Connection {
             black_holes: stats.path.black_holes_detected,
             sent_bytes: stats.udp_tx.bytes,
             received_bytes: stats.udp_rx.bytes,
+            copies_sent,
+            copies_used,
         }
     }
 }
@@ -185,13 +210,22 @@ impl Connection {
 pub(in crate::transport) struct SendStream {
     stream: quinn::SendStream,
     farewell: Farewell,
+    hedging: Arc<OnceLock<Hedging>>,
+    /// Bytes written: where in the stream the next ones are.
+    written: u64,
 }
 
 impl SendStream {
+    /// Writes the chunk; twice, if it is interactive and thin and the path loses packets.
     pub(in crate::transport) async fn write_chunk(
         &mut self,
         chunk: Bytes,
+        interactive: bool,
     ) -> Result<(), WriteError> {
+        let hedging = self.hedging.get().filter(|_| interactive);
+        let hedged = hedging.and_then(|hedging| Some((hedging, hedging.hedge(&chunk)?)));
+        let offset = self.written;
+        self.written += chunk.len() as u64;
         self.stream.write_chunk(chunk).await.map_err(|error| match error {
             quinn::WriteError::Stopped(code) => WriteError::Stopped(stream_code(code)),
             quinn::WriteError::ConnectionLost(error) => WriteError::Lost(self.farewell.lost(error)),
@@ -199,7 +233,11 @@ impl SendStream {
             quinn::WriteError::ClosedStream | quinn::WriteError::ZeroRttRejected => {
                 WriteError::Ended
             }
-        })
+        })?;
+        if let Some((hedging, copy)) = hedged {
+            hedging.send(number(self.stream.id()), offset, &copy);
+        }
+        Ok(())
     }
 
     pub(in crate::transport) fn finish(&mut self) {
@@ -235,6 +273,8 @@ pub(in crate::transport) struct RecvStream {
     stream: quinn::RecvStream,
     connection: quinn::Connection,
     farewell: Farewell,
+    /// What the peer sent twice, where that was agreed on.
+    copies: Option<Copies>,
 }
 
 impl RecvStream {
@@ -242,14 +282,56 @@ impl RecvStream {
         &mut self,
         chunks: &mut [Bytes],
     ) -> Result<Option<usize>, ReadError> {
-        self.stream.read_chunks(chunks).await.map_err(|error| self.farewell.read_error(error))
+        let Some(copies) = &mut self.copies else {
+            return self.stream.read_chunks(chunks).await.map_err(|e| self.farewell.read_error(e));
+        };
+        loop {
+            let read = select! {
+                biased;
+                read = self.stream.read_chunks(chunks) => read,
+                copy = copies.next(usize::MAX) => {
+                    chunks[0] = copy;
+                    return Ok(Some(1));
+                }
+            };
+            let Some(count) = read.map_err(|error| self.farewell.read_error(error))? else {
+                return Ok(None);
+            };
+            let stale = copies.stale(chunks[..count].iter().map(Bytes::len).sum());
+            let used = advance(&mut chunks[..count], stale);
+            chunks[..count].rotate_left(used);
+            if used < count {
+                return Ok(Some(count - used));
+            }
+        }
     }
 
     pub(in crate::transport) async fn read(
         &mut self,
         buf: &mut [u8],
     ) -> Result<Option<usize>, ReadError> {
-        self.stream.read(buf).await.map_err(|error| self.farewell.read_error(error))
+        let Some(copies) = &mut self.copies else {
+            return self.stream.read(buf).await.map_err(|error| self.farewell.read_error(error));
+        };
+        let limit = buf.len();
+        loop {
+            let read = select! {
+                biased;
+                read = self.stream.read(buf) => read,
+                copy = copies.next(limit) => {
+                    buf[..copy.len()].copy_from_slice(&copy);
+                    return Ok(Some(copy.len()));
+                }
+            };
+            let Some(count) = read.map_err(|error| self.farewell.read_error(error))? else {
+                return Ok(None);
+            };
+            let stale = copies.stale(count);
+            buf.copy_within(stale..count, 0);
+            if stale < count {
+                return Ok(Some(count - stale));
+            }
+        }
     }
 
     pub(in crate::transport) fn stop(&mut self, code: StreamCode) {
@@ -280,6 +362,10 @@ impl RecvStream {
             }
         }
     }
+}
+
+fn number(stream: quinn::StreamId) -> u64 {
+    VarInt::from(stream).into_inner()
 }
 
 fn stream_code(code: VarInt) -> StreamCode {

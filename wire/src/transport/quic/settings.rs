@@ -13,6 +13,8 @@ use crate::congestion::Congestion;
 const SEND_WINDOW: u64 = 1 << 40;
 /// Largest UDP payload that is tried where the first link's is not known: Ethernet's with IPv6.
 const MTU_GUESS: u16 = 1452;
+/// Bytes of datagrams that may wait to be sent, and to be taken.
+const DATAGRAM_BUFFER: usize = 64 * 1024;
 /// Least time between two stateless resets: a thousand agents are told of a restart within half a
 /// second. A reset is shorter than what it answers, so it serves no attacker.
 const RESET_INTERVAL: Duration = Duration::from_micros(500);
@@ -80,8 +82,9 @@ impl Settings {
             .initial_rtt(INITIAL_RTT)
             .congestion_controller_factory(self.congestion.factory())
             .mtu_discovery_config(Some(mtu_discovery))
-            // Datagrams are not part of the protocol.
-            .datagram_receive_buffer_size(None);
+            // Datagrams carry second copies, of use for a moment only.
+            .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))
+            .datagram_send_buffer_size(DATAGRAM_BUFFER);
         transport
     }
 
