@@ -162,6 +162,8 @@ pub struct Stage {
     pub certificates: Arc<Certificates>,
     /// The programs.
     pub programs: Programs,
+    /// Flags of Culvert's server that the scenario is about.
+    pub server_flags: Vec<String>,
 }
 
 /// What is started.

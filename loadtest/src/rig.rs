@@ -19,8 +19,8 @@ use culvert_server::{
     Server,
     backend::Backends,
     config::{
-        AgentsConfig, FrontendConfig, FrontendListen, KubernetesConfig, Mode, Strategy, TlsConfig,
-        TlsVersion,
+        AgentsConfig, DialConfig, FrontendConfig, FrontendListen, KubernetesConfig, Mode, Strategy,
+        TlsConfig, TlsVersion,
     },
     frontend::listen::FrontendAddress,
     metrics::ServerMetrics,
@@ -44,7 +44,7 @@ pub struct Rig {
     tcp_frontend: bool,
     agents: usize,
     tunnel: TunnelConfig,
-    dial_timeout: Option<Duration>,
+    dial: DialConfig,
     agent_dial_timeout: Duration,
     max_streams: u32,
     grace: Duration,
@@ -65,7 +65,7 @@ impl Rig {
             tcp_frontend: false,
             agents: 1,
             tunnel: TunnelConfig::default(),
-            dial_timeout: Some(Duration::from_secs(10)),
+            dial: DialConfig { limit: Some(Duration::from_secs(10)), optimistic: false },
             agent_dial_timeout: Duration::from_secs(5),
             max_streams: 10_000,
             grace: Duration::ZERO,
@@ -100,7 +100,15 @@ impl Rig {
     /// Waits this long for an agent's answer to a dial.
     #[must_use]
     pub fn dial_timeout(self, limit: Duration) -> Self {
-        Self { dial_timeout: Some(limit), ..self }
+        let dial = DialConfig { limit: Some(limit), ..self.dial };
+        Self { dial, ..self }
+    }
+
+    /// Answers frontends at once for targets that were reached a short while ago.
+    #[must_use]
+    pub fn optimistic_dial(self) -> Self {
+        let dial = DialConfig { optimistic: true, ..self.dial };
+        Self { dial, ..self }
     }
 
     /// Lets agents try this long to reach a target.
@@ -177,7 +185,7 @@ impl Rig {
                 token: None,
                 strategies: vec![Strategy::Default],
                 keep_alive_interval: Duration::from_secs(3600),
-                dial_timeout: self.dial_timeout,
+                dial: self.dial,
                 max_streams: self.max_streams,
                 reset_key_file: None,
             },

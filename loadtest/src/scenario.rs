@@ -38,6 +38,9 @@ pub struct Scenario {
     /// How often everybody runs, each time with another seed.
     #[serde(default = "three")]
     pub seeds: u64,
+    /// Flags of Culvert's server that the scenario is about.
+    #[serde(default)]
+    pub server_flags: Vec<String>,
     /// What lies between control plane and node; nothing but loopback without one.
     #[serde(default)]
     pub link: Option<LinkSettings>,

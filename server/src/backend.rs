@@ -15,6 +15,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::{
     config::Strategy,
+    reached::Reached,
     registry::{Candidate, Registry},
 };
 
@@ -23,6 +24,8 @@ use crate::{
 pub struct Backend {
     /// The tunnel that dials travel on.
     pub tunnel: Tunnel,
+    /// What the agent reached lately.
+    pub reached: Reached,
     agent_id: AgentId,
     instance: InstanceId,
     identifiers: Identifiers,
@@ -37,6 +40,7 @@ impl Backend {
     pub fn new(tunnel: Tunnel, hello: Hello, max_streams: u32) -> Self {
         Self {
             tunnel,
+            reached: Reached::default(),
             agent_id: hello.agent_id,
             instance: hello.instance,
             identifiers: hello.identifiers,

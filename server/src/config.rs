@@ -112,12 +112,22 @@ pub struct AgentsConfig {
     pub strategies: Vec<Strategy>,
     /// Quiet time after which a stock agent's connection is pinged; zero never pings.
     pub keep_alive_interval: Duration,
-    /// Time for an agent to answer a dial; `None` waits for ever.
-    pub dial_timeout: Option<Duration>,
+    /// How targets are dialed.
+    pub dial: DialConfig,
     /// Streams one agent may carry at once.
     pub max_streams: u32,
     /// Secret for stateless-reset tokens that outlive this process.
     pub reset_key_file: Option<PathBuf>,
+}
+
+/// How targets are dialed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DialConfig {
+    /// Time for an agent to answer; `None` waits for ever.
+    pub limit: Option<Duration>,
+    /// Whether a frontend is answered at once for a target that the same agent reached a short while
+    /// ago.
+    pub optimistic: bool,
 }
 
 /// What an agent's token must be.
@@ -326,7 +336,7 @@ fn agents(flags: &Flags, invocation: Invocation, faults: &mut Faults) -> Option<
     let client_ca = faults.file("cluster-ca-cert", &flags.cluster_ca_cert);
     let token = token(flags, faults);
     authentication(flags, client_ca.is_some(), token.is_some(), faults);
-    let dial_timeout = match flags.backend_dial_timeout {
+    let limit = match flags.backend_dial_timeout {
         None => Some(DEFAULT_BACKEND_DIAL_TIMEOUT),
         Some(timeout) => {
             let timeout = faults.duration("backend-dial-timeout", timeout);
@@ -352,7 +362,7 @@ fn agents(flags: &Flags, invocation: Invocation, faults: &mut Faults) -> Option<
         token,
         strategies,
         keep_alive_interval,
-        dial_timeout,
+        dial: DialConfig { limit, optimistic: flags.optimistic_dial },
         max_streams,
         reset_key_file,
     })

@@ -12,6 +12,7 @@ use culvert_wire::{
     extension::{Extensions, UnknownExtension},
     frame::{self, FrameError, Message},
     process::logging::RateLimited,
+    splice::{Cut, Head},
     target::InvalidTarget,
     transport::{ReadError, ReadFrameError, RecvHalf, SendHalf, TunnelLost, WriteError},
 };
@@ -19,8 +20,9 @@ use tokio::time::{sleep, timeout};
 use tracing::info;
 
 use crate::{
-    backend::{Backends, Place},
-    metrics::ServerMetrics,
+    backend::{Backend, Backends, Place},
+    config::DialConfig,
+    metrics::{Counted, ServerMetrics},
     registry::Candidate,
 };
 
@@ -50,8 +52,58 @@ pub struct Dialed {
     pub stream: (SendHalf, RecvHalf),
     /// The backend's place that the stream takes up.
     pub place: Place,
-    /// Where the agent's time went.
-    pub timing: DialTiming,
+    /// The agent's answer.
+    pub answer: Answer,
+}
+
+/// An agent's positive answer to a dial.
+#[derive(Debug)]
+pub enum Answer {
+    /// It came; where the agent's time went.
+    Came(DialTiming),
+    /// It is taken for granted and still to come.
+    Expected(Box<Expected>),
+}
+
+impl Head for Answer {
+    async fn take(self, recv: &mut RecvHalf) -> Result<(), Cut> {
+        match self {
+            Self::Came(_) => Ok(()),
+            Self::Expected(expected) => expected.take(recv).await,
+        }
+    }
+}
+
+/// A dial whose frontend was told that it is done because the same agent reached the same target a
+/// short while ago. If the agent now says otherwise, the connection is cut off.
+#[derive(Debug)]
+pub struct Expected {
+    dialer: Dialer,
+    backend: Arc<Backend>,
+    target: Target,
+    limit: Duration,
+    _pending: Counted,
+}
+
+impl Expected {
+    async fn take(self, recv: &mut RecvHalf) -> Result<(), Cut> {
+        let started = Instant::now();
+        let read = timeout(self.limit, read_reply(&self.backend, recv));
+        let read = tokio::select! {
+            read = read => read.unwrap_or(Err(DialError::TimedOut)),
+            never = doubt_when_slow(&self.backend) => match never {},
+        };
+        let result = read.and_then(|reply| Ok(reply.outcome?));
+        self.dialer.told(&self.backend, &self.target, started, &result);
+        self.dialer.metrics.optimistic_dial(result.is_ok());
+        result.map_err(|error| match error {
+            DialError::Lost { source, .. } => Cut::Lost(source),
+            DialError::TimedOut => {
+                Cut::Dial { code: StreamCode::DIAL_TIMEOUT, text: error.to_string() }
+            }
+            error => Cut::Dial { code: StreamCode::DIAL_FAILED, text: error.to_string() },
+        })
+    }
 }
 
 /// Why a dial failed.
@@ -125,14 +177,14 @@ impl DialError {
 #[derive(Clone, Debug)]
 pub struct Dialer {
     backends: Backends,
-    limit: Option<Duration>,
+    config: DialConfig,
     metrics: Arc<ServerMetrics>,
 }
 
 impl Dialer {
-    /// Dials through these backends, waiting at most `limit` for each answer.
-    pub fn new(backends: Backends, limit: Option<Duration>, metrics: Arc<ServerMetrics>) -> Self {
-        Self { backends, limit, metrics }
+    /// Dials through these backends.
+    pub fn new(backends: Backends, config: DialConfig, metrics: Arc<ServerMetrics>) -> Self {
+        Self { backends, config, metrics }
     }
 
     /// Dials a target.
@@ -143,42 +195,33 @@ impl Dialer {
     /// # Cancel safety
     /// Dropping the future abandons the dial, and the agent gives it up.
     pub async fn dial(&self, wish: Wish) -> Result<Dialed, DialError> {
-        static DIAL_FAILED: RateLimited = RateLimited::new(Duration::from_secs(1));
-        let target = wish.target.clone();
-        let pending = self.metrics.dial_pending();
         let started = Instant::now();
-        let result = self.try_dial(wish).await;
-        drop(pending);
-        match &result {
-            Ok(_) => self.metrics.dial_duration.record(started.elapsed()),
-            Err(error) => {
-                self.metrics.dial_failed(error.reason());
-                if let Some(suppressed) = DIAL_FAILED.admit(Instant::now()) {
-                    info!(%target, reason = error.reason(), %error, suppressed, "dial failed");
-                }
-            }
+        let target = wish.target.clone();
+        let Some(backend) = self.backends.choose(&target) else {
+            return Err(self.failed(&target, DialError::NoAgent));
+        };
+        if self.config.optimistic && backend.reached.is_recent(&target, started) {
+            return self.expect(backend, wish).await.map_err(|error| self.failed(&target, error));
         }
+        let pending = self.metrics.dial_pending();
+        let result = self.ask(&backend, wish).await;
+        drop(pending);
+        self.told(&backend, &target, started, &result);
         result
     }
 
-    async fn try_dial(&self, wish: Wish) -> Result<Dialed, DialError> {
-        let backend = self.backends.choose(&wish.target).ok_or(DialError::NoAgent)?;
-        let overloaded = || DialError::Overloaded(backend.agent_id().clone());
-        let place = backend.reserve().ok_or_else(overloaded)?;
-        let request = DialRequest {
-            id: DialId(fastrand::u64(..)),
-            network: wish.network,
-            target: wish.target,
-            kind: wish.kind,
-            timeout_millis: self.limit.map_or(0, millis),
-            trace: wish.trace,
-            extensions: Extensions::default(),
-        };
+    /// Asks the agent and waits for its answer.
+    async fn ask(&self, backend: &Arc<Backend>, wish: Wish) -> Result<Dialed, DialError> {
+        let place = reserve(backend)?;
+        let request = self.request(wish);
         let mut pending = PendingStream(None);
-        let limit = self.limit.unwrap_or(Duration::MAX);
+        let asked = async {
+            let recv = send_request(&place, &request, &mut pending).await?;
+            read_reply(backend, recv).await
+        };
         let asked = tokio::select! {
-            asked = timeout(limit, ask(&place, &request, &mut pending)) => asked,
-            never = doubt_when_slow(&place) => match never {},
+            asked = timeout(self.limit(), asked) => asked,
+            never = doubt_when_slow(backend) => match never {},
         };
         let reply = match asked {
             Ok(reply) => reply?,
@@ -190,8 +233,78 @@ impl Dialer {
         reply.outcome?;
         // Without a stream there was no reply.
         let stream = pending.0.take().ok_or(DialError::TimedOut)?;
-        Ok(Dialed { id: request.id, stream, place, timing: reply.timing })
+        Ok(Dialed { id: request.id, stream, place, answer: Answer::Came(reply.timing) })
     }
+
+    /// Asks the agent and takes its answer for granted.
+    async fn expect(&self, backend: Arc<Backend>, wish: Wish) -> Result<Dialed, DialError> {
+        let place = reserve(&backend)?;
+        let (request, target) = (self.request(wish.clone()), wish.target);
+        let mut pending = PendingStream(None);
+        let sent = timeout(self.limit(), send_request(&place, &request, &mut pending)).await;
+        sent.map_err(|_| DialError::TimedOut)??;
+        let stream = pending.0.take().ok_or(DialError::TimedOut)?;
+        let expected = Expected {
+            dialer: self.clone(),
+            backend,
+            target,
+            limit: self.limit(),
+            _pending: self.metrics.dial_pending(),
+        };
+        Ok(Dialed { id: request.id, stream, place, answer: Answer::Expected(Box::new(expected)) })
+    }
+
+    fn limit(&self) -> Duration {
+        self.config.limit.unwrap_or(Duration::MAX)
+    }
+
+    fn request(&self, wish: Wish) -> DialRequest {
+        DialRequest {
+            id: DialId(fastrand::u64(..)),
+            network: wish.network,
+            target: wish.target,
+            kind: wish.kind,
+            timeout_millis: self.config.limit.map_or(0, millis),
+            trace: wish.trace,
+            extensions: Extensions::default(),
+        }
+    }
+
+    /// Counts and remembers what an agent answered.
+    fn told<T>(
+        &self,
+        backend: &Backend,
+        target: &Target,
+        started: Instant,
+        result: &Result<T, DialError>,
+    ) {
+        match result {
+            Ok(_) => self.metrics.dial_duration.record(started.elapsed()),
+            Err(error) => self.count_failure(target, error),
+        }
+        match result {
+            Ok(_) if self.config.optimistic => backend.reached.note(target, Instant::now()),
+            Ok(_) => {}
+            Err(_) => backend.reached.forget(target),
+        }
+    }
+
+    fn failed(&self, target: &Target, error: DialError) -> DialError {
+        self.count_failure(target, &error);
+        error
+    }
+
+    fn count_failure(&self, target: &Target, error: &DialError) {
+        static DIAL_FAILED: RateLimited = RateLimited::new(Duration::from_secs(1));
+        self.metrics.dial_failed(error.reason());
+        if let Some(suppressed) = DIAL_FAILED.admit(Instant::now()) {
+            info!(%target, reason = error.reason(), %error, suppressed, "dial failed");
+        }
+    }
+}
+
+fn reserve(backend: &Arc<Backend>) -> Result<Place, DialError> {
+    backend.reserve().ok_or_else(|| DialError::Overloaded(backend.agent_id().clone()))
 }
 
 /// A stream whose dial has not been answered: reset as cancelled when the frontend gives up.
@@ -212,37 +325,48 @@ impl Drop for PendingStream {
     }
 }
 
-/// Opens a stream, writes the request and reads the reply.
-async fn ask(
+/// Opens a stream and writes the request; the half that the reply will come on.
+async fn send_request<'a>(
     place: &Place,
     request: &DialRequest,
-    pending: &mut PendingStream,
-) -> Result<DialReply, DialError> {
+    pending: &'a mut PendingStream,
+) -> Result<&'a mut RecvHalf, DialError> {
     let backend = place.backend();
-    let agent_id = || backend.agent_id().clone();
-    let lost = |source| DialError::Lost { agent_id: agent_id(), source };
-    let refused = |code| DialError::Refused { agent_id: agent_id(), code };
-    let malformed = |reason: String| DialError::Malformed { agent_id: agent_id(), reason };
-
+    let lost = |source| DialError::Lost { agent_id: backend.agent_id().clone(), source };
     let (send, recv) = pending.0.insert(backend.tunnel.open().await.map_err(lost)?);
     send.write_chunk(frame::encode(request)?).await.map_err(|error| match error {
         WriteError::Lost(source) => lost(source),
-        WriteError::Stopped(code) => refused(code),
-        WriteError::Ended => malformed(error.to_string()),
+        WriteError::Stopped(code) => refused(backend, code),
+        WriteError::Ended => malformed(backend, error.to_string()),
     })?;
+    Ok(recv)
+}
+
+/// Reads the reply, whatever it says.
+async fn read_reply(backend: &Backend, recv: &mut RecvHalf) -> Result<DialReply, DialError> {
+    let lost = |source| DialError::Lost { agent_id: backend.agent_id().clone(), source };
     let frame = recv.read_frame(DialReply::MAX_LEN).await.map_err(|error| match error {
         ReadFrameError::Read(ReadError::Lost(source)) => lost(source),
-        ReadFrameError::Read(ReadError::Reset(code)) => refused(code),
-        error => malformed(error.to_string()),
+        ReadFrameError::Read(ReadError::Reset(code)) => refused(backend, code),
+        error => malformed(backend, error.to_string()),
     })?;
-    let reply: DialReply = frame.message().map_err(|e: FrameError| malformed(e.to_string()))?;
-    reply.extensions.require_known().map_err(|e: UnknownExtension| malformed(e.to_string()))?;
+    let told = |error: &dyn std::fmt::Display| malformed(backend, error.to_string());
+    let reply: DialReply = frame.message().map_err(|error: FrameError| told(&error))?;
+    reply.extensions.require_known().map_err(|error: UnknownExtension| told(&error))?;
     Ok(reply)
 }
 
-async fn doubt_when_slow(place: &Place) -> std::convert::Infallible {
+fn refused(backend: &Backend, code: StreamCode) -> DialError {
+    DialError::Refused { agent_id: backend.agent_id().clone(), code }
+}
+
+fn malformed(backend: &Backend, reason: String) -> DialError {
+    DialError::Malformed { agent_id: backend.agent_id().clone(), reason }
+}
+
+async fn doubt_when_slow(backend: &Backend) -> std::convert::Infallible {
     sleep(DOUBT_AFTER).await;
-    place.backend().doubt();
+    backend.doubt();
     std::future::pending().await
 }
 

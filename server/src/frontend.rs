@@ -13,7 +13,7 @@ use std::{
 };
 
 use culvert_wire::{
-    dial::{DialTiming, StreamKind, TraceContext},
+    dial::{StreamKind, TraceContext},
     splice::{self, Abort, Cut, HalfEnd, Local, LocalRead, LocalWrite},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -90,13 +90,12 @@ impl FrontendContext {
         local: Local<R, W, A>,
         dialed: Dialed,
     ) -> Result<(HalfEnd, HalfEnd), Cut> {
-        let Dialed { id, stream, place, timing } = dialed;
+        let Dialed { id, stream, place, answer } = dialed;
         let started = Instant::now();
         let agent_id = place.backend().agent_id().as_str();
-        let DialTiming { policy_micros, resolve_micros, connect_micros } = timing;
-        debug!(dial = %id, agent_id, policy_micros, resolve_micros, connect_micros, "spliced");
+        debug!(dial = %id, agent_id, ?answer, "spliced");
         let counted = self.metrics.stream_open();
-        let splice = Box::pin(splice::splice(local, stream, &self.metrics.meter));
+        let splice = Box::pin(splice::splice_behind(answer, local, stream, &self.metrics.meter));
         let outcome = splice.await;
         drop(counted);
         self.metrics.stream_ended(started, &outcome);

@@ -12,6 +12,7 @@ pub mod config;
 pub mod dial;
 pub mod frontend;
 pub mod metrics;
+pub mod reached;
 pub mod registry;
 pub mod server;
 pub mod tunnel;

@@ -28,6 +28,7 @@ use crate::{
 const DIAL_DURATION: &str = "konnectivity_network_proxy_server_dial_duration_seconds";
 const CONNECTION_DURATION: &str = "konnectivity_network_proxy_server_connection_duration_seconds";
 const DIAL_FAILURES: &str = "konnectivity_network_proxy_server_dial_failure_count";
+const OPTIMISTIC_DIALS: &str = "culvert_server_optimistic_dials_total";
 const PENDING_DIALS: &str = "konnectivity_network_proxy_server_pending_backend_dials";
 const ESTABLISHED: &str = "konnectivity_network_proxy_server_established_connections";
 const GRPC_CONNECTIONS: &str = "konnectivity_network_proxy_server_grpc_connections";
@@ -100,6 +101,10 @@ impl ServerMetrics {
             STREAM_ENDS,
             "Ends of spliced streams by direction, manner and code.",
         );
+        metrics.describe_counter(
+            OPTIMISTIC_DIALS,
+            "Dials answered before the agent did, by what it then said.",
+        );
         metrics.describe_counter(TUNNELS_LOST, "Tunnels that ended, by reason.");
         metrics.describe_counter(
             JOIN_FAILURES,
@@ -141,6 +146,12 @@ impl ServerMetrics {
     /// Counts a dial that failed.
     pub fn dial_failed(&self, reason: &'static str) {
         self.metrics.counter(DIAL_FAILURES, &[("reason", reason)]).increment(1);
+    }
+
+    /// Counts a dial that was answered before the agent did, and whether the agent agreed.
+    pub fn optimistic_dial(&self, agreed: bool) {
+        let result = if agreed { "kept" } else { "broken" };
+        self.metrics.counter(OPTIMISTIC_DIALS, &[("result", result)]).increment(1);
     }
 
     /// Counts a frontend's connection.

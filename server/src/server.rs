@@ -93,7 +93,7 @@ impl Server {
         metrics.set_udp_buffers(listener.buffer_sizes());
         let frontend = FrontendListener::bind(&config.frontend, &config.tls)?;
         let frontend_context = Arc::new(FrontendContext {
-            dialer: Dialer::new(backends.clone(), config.agents.dial_timeout, metrics.clone()),
+            dialer: Dialer::new(backends.clone(), config.agents.dial, metrics.clone()),
             metrics: metrics.clone(),
             mode: config.frontend.mode,
             header_timeout: config.frontend.header_timeout,

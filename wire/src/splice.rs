@@ -191,6 +191,14 @@ pub enum Cut {
     /// The other side has closed, and the local peer does not take what it was sent before.
     #[error("the other side has closed and nobody takes what it had sent")]
     Stuck,
+    /// A dial that the frontend had been told was done has failed.
+    #[error("{text}")]
+    Dial {
+        /// How the other side is told.
+        code: StreamCode,
+        /// Why, in the words of the dial's error.
+        text: String,
+    },
     /// The tunnel is lost.
     #[error("tunnel lost: {0}")]
     Lost(#[from] TunnelLost),
@@ -203,6 +211,7 @@ impl Cut {
             Self::Local(fault) => fault.code,
             Self::Reset(code) => *code,
             Self::Stuck => StreamCode::IO_ERROR,
+            Self::Dial { code, .. } => *code,
             Self::Lost(_) => StreamCode::TUNNEL_LOST,
         }
     }
@@ -219,18 +228,48 @@ pub struct Outcome {
     pub end: Result<(HalfEnd, HalfEnd), Cut>,
 }
 
+/// What precedes the bytes of a stream that is spliced before all of that has come.
+pub trait Head: Send {
+    /// Takes it off the stream.
+    ///
+    /// # Errors
+    /// When the splice is to be cut off for what it says.
+    fn take(self, recv: &mut RecvHalf) -> impl Future<Output = Result<(), Cut>> + Send;
+}
+
+/// The stream is at its first byte.
+impl Head for () {
+    async fn take(self, _recv: &mut RecvHalf) -> Result<(), Cut> {
+        Ok(())
+    }
+}
+
 /// Joins a local connection and a stream until both directions have ended.
 ///
 /// # Cancel safety
 /// Dropping the future cuts both sides off with a reset.
 pub async fn splice<R: LocalRead, W: LocalWrite, A: Abort>(
+    local: Local<R, W, A>,
+    stream: (SendHalf, RecvHalf),
+    meter: &Meter,
+) -> Outcome {
+    splice_behind((), local, stream, meter).await
+}
+
+/// As [`splice()`], where a head still precedes the stream's bytes. What the local side sends goes out
+/// meanwhile.
+///
+/// # Cancel safety
+/// Dropping the future cuts both sides off with a reset.
+pub async fn splice_behind<R: LocalRead, W: LocalWrite, A: Abort>(
+    head: impl Head,
     mut local: Local<R, W, A>,
     (mut send, mut recv): (SendHalf, RecvHalf),
     meter: &Meter,
 ) -> Outcome {
     let pumps = Pumps::new(meter);
     let end = select! {
-        end = pumps.run(&mut local.reader, &mut local.writer, &mut send, &mut recv) => end,
+        end = pumps.run(&mut local.reader, &mut local.writer, head, &mut send, &mut recv) => end,
         cut = pumps.stuck(local.stuck_timeout) => Err(cut),
     };
     match &end {
@@ -300,11 +339,15 @@ impl<'a> Pumps<'a> {
         &self,
         reader: &mut impl LocalRead,
         writer: &mut impl LocalWrite,
+        head: impl Head,
         send: &mut SendHalf,
         recv: &mut RecvHalf,
     ) -> Result<(HalfEnd, HalfEnd), Cut> {
         let mut to = pin!(self.pump_to_tunnel(reader, send));
-        let mut from = pin!(self.pump_from_tunnel(writer, recv));
+        let mut from = pin!(async {
+            head.take(recv).await?;
+            self.pump_from_tunnel(writer, recv).await
+        });
         let (mut to_end, mut from_end) = (None, None);
         loop {
             select! {

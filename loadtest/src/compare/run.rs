@@ -74,6 +74,7 @@ impl Attempt<'_> {
             server_runtime: server_runtime.handle().clone(),
             node_runtime: node_runtime.handle().clone(),
             certificates,
+            server_flags: self.scenario.server_flags.clone(),
             programs: self.programs.clone(),
         };
         let result = match self.scenario.fleet {

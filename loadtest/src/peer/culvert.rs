@@ -18,6 +18,7 @@ pub(super) async fn start_server(
     flags: Vec<String>,
     ports: Ports,
 ) -> anyhow::Result<Daemon> {
+    let flags = flags.into_iter().chain(stage.server_flags.iter().cloned()).collect();
     let (program, args) = command(stage, &stage.programs.server, "server", flags);
     let server =
         Daemon::start(stage, "server", &stage.server, &stage.server_runtime, program, args)?;

@@ -94,6 +94,12 @@ pub struct Flags {
     #[arg(long, help_heading = "Agents", value_name = "DURATION")]
     pub backend_dial_timeout: Option<GoDuration>,
 
+    /// Answer a frontend at once, without waiting for the agent, when the same agent reached the same
+    /// target within the last five minutes: saves a round trip. If the dial fails after all, the
+    /// connection is reset
+    #[arg(long, help_heading = "Agents")]
+    pub optimistic_dial: bool,
+
     /// Proxied connections that one agent may carry at once
     #[arg(long, help_heading = "Agents", value_name = "COUNT", default_value_t = 10_000)]
     pub max_streams_per_agent: i64,

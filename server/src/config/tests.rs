@@ -90,7 +90,7 @@ fn defaults_are_stocks_but_for_the_dial_timeout() {
     assert_eq!(config.frontend.max_connections, 20_000);
     assert_eq!(config.agents.keep_alive_interval, Duration::from_secs(3600));
     assert_eq!(config.agents.strategies, [Strategy::Default]);
-    assert_eq!(config.agents.dial_timeout, Some(Duration::from_secs(10)));
+    assert_eq!(config.agents.dial.limit, Some(Duration::from_secs(10)));
     assert_eq!(config.agents.max_streams, 10_000);
     assert_eq!(config.agents.token, None);
     assert_eq!(config.tunnel, TunnelConfig::default());
@@ -107,7 +107,7 @@ fn an_explicit_zero_lets_dials_wait_for_ever() {
         ("--backend-dial-timeout=0s", None),
         ("--backend-dial-timeout=1m30s", Some(Duration::from_secs(90))),
     ] {
-        assert_eq!(files.config(&[arg]).unwrap().agents.dial_timeout, timeout, "{arg}");
+        assert_eq!(files.config(&[arg]).unwrap().agents.dial.limit, timeout, "{arg}");
     }
 }
 
@@ -183,7 +183,7 @@ fn every_stock_flag_parses_as_go_prints_it() {
     ];
     let config = Files::new().config_as("proxy-server", &args).unwrap();
     assert_eq!(config.server_id, "d7b1a2a6-98f3-4b56-a4a1-2ea0a8a8b1c5");
-    assert_eq!(config.agents.dial_timeout, None);
+    assert_eq!(config.agents.dial.limit, None);
     assert_eq!(config.warnings, [""; 0]);
 }
 

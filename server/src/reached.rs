@@ -1,0 +1,83 @@
+//! The targets that an agent reached a short while ago.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use culvert_wire::Target;
+
+/// How long a target counts as reachable: a few scrapes of its metrics.
+const MEMORY: Duration = Duration::from_secs(5 * 60);
+/// Targets kept for one agent. A node has fewer that are dialed again and again.
+const MAX_TARGETS: usize = 1024;
+
+/// Which targets an agent reached, and when last.
+#[derive(Debug, Default)]
+pub struct Reached(Mutex<HashMap<Target, Instant>>);
+
+impl Reached {
+    /// Remembers a target that was reached.
+    pub fn note(&self, target: &Target, now: Instant) {
+        let mut targets = self.targets();
+        if targets.len() >= MAX_TARGETS && !targets.contains_key(target) {
+            targets.retain(|_, reached| now.saturating_duration_since(*reached) < MEMORY);
+            let oldest = targets.iter().min_by_key(|(_, reached)| **reached);
+            if let Some(oldest) = oldest.map(|(target, _)| target.clone())
+                && targets.len() >= MAX_TARGETS
+            {
+                targets.remove(&oldest);
+            }
+        }
+        targets.insert(target.clone(), now);
+    }
+
+    /// Forgets a target that was not reached.
+    pub fn forget(&self, target: &Target) {
+        self.targets().remove(target);
+    }
+
+    /// Whether the target was reached in the last five minutes, and not missed since.
+    pub fn is_recent(&self, target: &Target, now: Instant) -> bool {
+        let reached = self.targets().get(target).copied();
+        reached.is_some_and(|reached| now.saturating_duration_since(reached) < MEMORY)
+    }
+
+    fn targets(&self) -> MutexGuard<'_, HashMap<Target, Instant>> {
+        // Every change is complete before it could panic.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn target(port: u16) -> Target {
+        Target::new("10.0.0.9", port).unwrap()
+    }
+
+    #[test]
+    fn a_target_is_remembered_for_five_minutes_and_until_it_is_missed() {
+        let (reached, start) = (Reached::default(), Instant::now());
+        assert!(!reached.is_recent(&target(1), start));
+        reached.note(&target(1), start);
+        reached.note(&target(2), start);
+        assert!(reached.is_recent(&target(1), start + MEMORY - Duration::from_secs(1)));
+        assert!(!reached.is_recent(&target(1), start + MEMORY));
+        reached.forget(&target(2));
+        assert!(!reached.is_recent(&target(2), start));
+    }
+
+    #[test]
+    fn the_oldest_target_makes_room() {
+        let (reached, start) = (Reached::default(), Instant::now());
+        for port in 0..=MAX_TARGETS as u16 {
+            reached.note(&target(port), start + Duration::from_millis(port.into()));
+        }
+        assert_eq!(reached.targets().len(), MAX_TARGETS);
+        assert!(!reached.is_recent(&target(0), start));
+        assert!(reached.is_recent(&target(1), start));
+    }
+}
