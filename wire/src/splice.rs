@@ -26,7 +26,7 @@ use std::{
 use bytes::Bytes;
 pub use socket::{
     BufferedRead, BufferedWrite, SocketAbort, SocketRead, SocketWrite, SpliceSocket, buffered,
-    halves,
+    halves, prepare,
 };
 use tokio::{select, sync::SetOnce, time::sleep};
 

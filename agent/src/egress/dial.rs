@@ -10,6 +10,7 @@ use std::{
 use culvert_wire::{
     Target,
     dial::{DialErrorKind, DialFailure, DialTiming, Network},
+    splice,
 };
 use tokio::{
     net::{TcpStream, lookup_host},
@@ -102,8 +103,7 @@ async fn connect_any(
         let share = left / u32::try_from(addresses.len() - index).unwrap_or(u32::MAX);
         let result = match timeout(share, TcpStream::connect(address)).await {
             Ok(Ok(socket)) => {
-                // Keystrokes do not wait for one another's acknowledgement.
-                let _ = socket.set_nodelay(true);
+                splice::prepare(&socket);
                 return Ok(socket);
             }
             Ok(Err(error)) => error,

@@ -11,6 +11,7 @@ use std::{
 
 use culvert_wire::{
     process::{listen, logging::RateLimited},
+    splice,
     tls::{Identity, KeyExchange, TlsError, authorities, certificates},
 };
 use rustls::{
@@ -178,8 +179,7 @@ impl Accepted {
         match self {
             Self::Unix(socket) => context.serve(socket).await,
             Self::Tcp(socket, tls) => {
-                // Keystrokes do not wait for one another's acknowledgement.
-                let _ = socket.set_nodelay(true);
+                splice::prepare(&socket);
                 let handshake = TlsAcceptor::from(tls).accept(SharedTcp::new(socket));
                 match timeout(context.header_timeout, handshake).await {
                     Ok(Ok(socket)) => context.serve(socket).await,

@@ -23,6 +23,8 @@ use crate::chunks::advance;
 const MIN_READ: usize = 2 * 1024;
 /// Largest read buffer: beyond 64 KiB the system call is no longer what costs.
 const MAX_READ: usize = 64 * 1024;
+/// Bytes that a TCP socket takes beyond what its peer's window and the path let out.
+const MAX_UNSENT: u32 = 256 * 1024;
 /// How often a half-closed Unix socket is asked whether its peer has closed it for good.
 const HANGUP_INTERVAL: Duration = Duration::from_secs(1);
 /// How often a closing TCP socket is asked whether its peer has everything.
@@ -96,6 +98,15 @@ impl SpliceSocket for UnixStream {
     fn take_error(&self) -> io::Result<Option<io::Error>> {
         self.take_error()
     }
+}
+
+/// Sets up a TCP socket that is to be spliced: keystrokes do not wait for one another's
+/// acknowledgement, and what a slow peer has not been sent yet waits in its stream, where it can still
+/// be taken back, and not in megabytes of kernel buffer.
+pub fn prepare(socket: &TcpStream) {
+    // A socket that is gone already shows it at the first read.
+    let _ = socket.set_nodelay(true);
+    let _ = SockRef::from(socket).set_tcp_notsent_lowat(MAX_UNSENT);
 }
 
 /// The three parts of a socket that a splice needs.
@@ -310,5 +321,20 @@ impl<W: AsyncWrite + Unpin + Send> LocalWrite for BufferedWrite<W> {
             Ok(result) => Ok(result?),
             Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_prepared_socket_waits_for_nothing_and_keeps_little() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        prepare(&socket);
+        let socket = SockRef::from(&socket);
+        assert!(socket.tcp_nodelay().unwrap());
+        assert_eq!(socket.tcp_notsent_lowat().unwrap(), MAX_UNSENT);
     }
 }
