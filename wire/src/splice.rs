@@ -508,15 +508,14 @@ impl<'a> Pumps<'a> {
         reader: &mut impl LocalRead,
         writer: &mut impl LocalWrite,
     ) {
-        let discard = async {
-            while let Ok(Some(_)) = reader.read().await {}
-            // An ended or failed local side sends nothing more; what it was sent still counts.
-            std::future::pending::<()>().await;
-        };
+        let discard = async { while let Ok(Some(_)) = reader.read().await {} };
         select! {
-            () = writer.flushed() => {}
+            () = writer.flushed() => return,
             () = discard => {}
         }
+        // An ended or failed local side sends nothing more; what it was sent still counts. Its end
+        // most often is also the news that it has everything.
+        writer.flushed().await;
     }
 }
 

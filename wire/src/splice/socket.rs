@@ -13,7 +13,7 @@ use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, Ready},
     net::{TcpStream, UnixStream},
-    time::{Instant, MissedTickBehavior, interval, timeout},
+    time::{Instant, sleep, timeout},
 };
 
 use super::{Abort, LocalFault, LocalRead, LocalWrite, outq};
@@ -27,8 +27,9 @@ const MAX_READ: usize = 64 * 1024;
 const MAX_UNSENT: u32 = 256 * 1024;
 /// How often a half-closed Unix socket is asked whether its peer has closed it for good.
 const HANGUP_INTERVAL: Duration = Duration::from_secs(1);
-/// How often a closing TCP socket is asked whether its peer has everything.
-const FLUSH_INTERVAL: Duration = Duration::from_millis(10);
+/// How soon a closing TCP socket is asked again whether its peer has everything, at first and later.
+const FLUSH_PAUSE: Duration = Duration::from_millis(1);
+const FLUSH_PAUSE_MAX: Duration = Duration::from_millis(10);
 /// How long a closing TCP socket may make no progress before the rest counts as lost.
 const FLUSH_LIMIT: Duration = Duration::from_secs(30);
 
@@ -221,27 +222,24 @@ impl<S: SpliceSocket> LocalWrite for SocketWrite<S> {
     }
 
     async fn gone(&mut self) {
-        let mut ticks = interval(HANGUP_INTERVAL);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            ticks.tick().await;
-            if self.0.is_hung_up() {
-                return;
-            }
+        while !self.0.is_hung_up() {
+            sleep(HANGUP_INTERVAL).await;
         }
     }
 
     async fn flushed(&mut self) {
-        let mut ticks = interval(FLUSH_INTERVAL);
         let mut progress = (usize::MAX, Instant::now());
+        let mut pause = FLUSH_PAUSE;
         loop {
-            ticks.tick().await;
+            // Most often nothing is left, and then not even a timer's granularity is waited for.
             match outq::unacknowledged(&*self.0) {
                 Ok(0) | Err(_) => return,
                 Ok(left) if left < progress.0 => progress = (left, Instant::now()),
                 Ok(_) if progress.1.elapsed() > FLUSH_LIMIT => return,
                 Ok(_) => {}
             }
+            sleep(pause).await;
+            pause = (pause * 2).min(FLUSH_PAUSE_MAX);
         }
     }
 }
