@@ -9,6 +9,7 @@ mod headers;
 
 use std::{
     io,
+    mem::MaybeUninit,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -32,8 +33,6 @@ const READ_LEN: usize = 16 * 1024;
 pub struct LegalAuthority<IO> {
     inner: IO,
     frames: Frames,
-    /// Read and not looked at yet.
-    input: BytesMut,
     /// Looked at and not handed on yet.
     output: BytesMut,
 }
@@ -41,7 +40,7 @@ pub struct LegalAuthority<IO> {
 impl<IO> LegalAuthority<IO> {
     /// Wraps a connection at its very beginning.
     pub fn new(inner: IO) -> Self {
-        Self { inner, frames: Frames::default(), input: BytesMut::new(), output: BytesMut::new() }
+        Self { inner, frames: Frames::default(), output: BytesMut::new() }
     }
 }
 
@@ -69,17 +68,15 @@ impl<IO: AsyncRead + Unpin> AsyncRead for LegalAuthority<IO> {
                 this.frames.skip(length);
                 return Poll::Ready(Ok(()));
             }
-            this.input.resize(READ_LEN, 0);
-            let mut read = ReadBuf::new(&mut this.input);
-            let polled = Pin::new(&mut this.inner).poll_read(cx, &mut read);
-            let length = read.filled().len();
-            this.input.truncate(length);
-            ready!(polled)?;
-            if length == 0 {
+            // An idle connection keeps no buffer.
+            this.output = BytesMut::new();
+            let mut input = [MaybeUninit::uninit(); READ_LEN];
+            let mut read = ReadBuf::uninit(&mut input);
+            ready!(Pin::new(&mut this.inner).poll_read(cx, &mut read))?;
+            if read.filled().is_empty() {
                 return Poll::Ready(Ok(()));
             }
-            this.frames.push(&this.input, &mut this.output);
-            this.input.clear();
+            this.frames.push(read.filled(), &mut this.output);
         }
     }
 }

@@ -9,9 +9,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Status, Streaming,
     body::Body,
+    codec::{BufferSettings, Codec},
     server::{Grpc, StreamingService},
 };
-use tonic_prost::ProstCodec;
+use tonic_prost::{ProstDecoder, ProstEncoder};
 
 use super::{
     super::{Declared, FrontendContext},
@@ -52,10 +53,36 @@ impl Service<Request<Incoming>> for ProxyService {
                     Status::unimplemented(format!("unknown method {}", request.uri().path()));
                 return Ok(status.into_http());
             }
-            let mut grpc =
-                Grpc::new(ProstCodec::default()).max_decoding_message_size(MAX_PACKET_LEN);
+            let mut grpc = Grpc::new(SmallBuffers).max_decoding_message_size(MAX_PACKET_LEN);
             Ok(grpc.streaming(method, request).await)
         })
+    }
+}
+
+/// Protocol Buffers in buffers that begin small and grow with what passes: most connections are
+/// idle, or carry keystrokes.
+#[derive(Clone, Copy, Debug)]
+struct SmallBuffers;
+
+impl SmallBuffers {
+    /// Bytes to begin with, and bytes that are encoded before they are sent.
+    fn settings() -> BufferSettings {
+        BufferSettings::new(512, 32 * 1024)
+    }
+}
+
+impl Codec for SmallBuffers {
+    type Encode = Packet;
+    type Decode = Packet;
+    type Encoder = ProstEncoder<Packet>;
+    type Decoder = ProstDecoder<Packet>;
+
+    fn encoder(&mut self) -> Self::Encoder {
+        ProstEncoder::new(Self::settings())
+    }
+
+    fn decoder(&mut self) -> Self::Decoder {
+        ProstDecoder::new(Self::settings())
     }
 }
 
