@@ -259,7 +259,7 @@ pub struct SendHalf {
 
 impl SendHalf {
     fn new(carrier: quic::SendStream, tunnel: Arc<Share>) -> Self {
-        let attained = Some(Attained::new(tunnel, Instant::now()));
+        let attained = Some(Attained::new(tunnel, now()));
         let half = Self { carrier, ended: false, attained, class: Class::Interactive };
         half.carrier.set_priority(half.class.priority());
         half
@@ -274,7 +274,7 @@ impl SendHalf {
     /// Not cancel safe: an unknown part of the chunk may have been queued. Reset the half then.
     pub async fn write_chunk(&mut self, chunk: Bytes) -> Result<(), WriteError> {
         if let Some(attained) = &mut self.attained {
-            let class = attained.on_write(Instant::now(), chunk.len() as u64);
+            let class = attained.on_write(now(), chunk.len() as u64);
             if class != self.class {
                 self.class = class;
                 self.carrier.set_priority(class.priority());
@@ -282,7 +282,11 @@ impl SendHalf {
         }
         // What says itself how urgent it is, is never alone on its way.
         let interactive = self.attained.is_some() && self.class == Class::Interactive;
-        self.carrier.write_chunk(chunk, interactive).await
+        let written = self.carrier.write_chunk(chunk, interactive).await;
+        if let Some(attained) = &mut self.attained {
+            attained.on_written(now());
+        }
+        written
     }
 
     /// Ends the stream cleanly behind everything written. Returns at once; delivery goes on.
@@ -317,6 +321,11 @@ impl SendHalf {
         self.attained = None;
         self.carrier.set_priority(priority);
     }
+}
+
+/// The time that tokio's timers go by.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
 }
 
 impl Drop for SendHalf {

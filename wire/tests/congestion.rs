@@ -158,3 +158,32 @@ fn ours_and_cubic_leave_each_other_a_quarter() {
         assert!((0.25..=0.75).contains(&share), "{share}");
     }
 }
+
+#[test]
+fn a_thin_write_that_is_sent_twice_does_not_wait_for_a_loss() {
+    for (loss, downloads, least, p98) in
+        [(0.01, 0, 0.0, 56.0), (0.01, 4, 88.0, 80.0), (0.05, 4, 80.0, 90.0)]
+    {
+        let flow = Flow { downloads, hedged: true, ..Flow::new(Congestion::Model) };
+        let link = Settings { loss, ..wan(1.0) };
+        let simulation = Simulation { flows: vec![flow], ..Simulation::new(link) };
+        let outcome = simulation.run(&format!("hedged, {downloads} downloads, loss {loss}"));
+        assert!(outcome.total() >= least);
+        // One keystroke whose both copies are lost holds back the next one or two.
+        assert!(outcome.echo(0.5) < 60.0 && outcome.echo(0.98) < p98);
+    }
+}
+
+#[test]
+fn keystrokes_and_short_answers_overtake_forty_downloads() {
+    let [plain, scheduled] = [false, true].map(|scheduled| {
+        let flow = Flow { downloads: 40, scheduled, ..Flow::new(Congestion::Model) };
+        let simulation = Simulation { flows: vec![flow], ..Simulation::new(wan(1.0)) };
+        simulation.run(if scheduled { "forty downloads" } else { "forty downloads, one class" })
+    });
+    assert!(scheduled.total() > 88.0, "the downloads go on");
+    assert!(scheduled.echo(0.5) < 60.0 && scheduled.echo(0.99) < 80.0);
+    // 25 ms of path and 5 of bandwidth, and what waits in front.
+    assert!(scheduled.answer(0.5) < 50.0);
+    assert!(plain.answer(0.5) > 2.0 * scheduled.answer(0.5), "this is what classes are for");
+}

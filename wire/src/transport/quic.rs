@@ -264,6 +264,18 @@ pub async fn connect(
     Ok((tunnel, bound.buffer_sizes))
 }
 
+/// The tunnel that an established connection is, over whatever socket its endpoint has: for networks
+/// that are not the system's. The connection was set up with [`Settings::transport`].
+///
+/// # Errors
+/// When its peer did not agree on the protocol; it is closed then.
+pub fn adopt(
+    connection: quinn::Connection,
+    endpoint: quinn::Endpoint,
+) -> Result<Tunnel, ConnectError> {
+    Connection::established(connection, endpoint, Arc::default()).ok_or(ConnectError::Protocol)
+}
+
 /// Completes when a packet of the handshake could not be delivered. The socket has one peer, so
 /// every error is the server's.
 async fn refused(errors: Option<&udp::ErrorQueue>) {

@@ -2,12 +2,13 @@
 //!
 //! Nobody says what is a keystroke, because what kube-apiserver and kubelet say to each other is
 //! encrypted. But a stream that has sent little lately cannot hold anybody up, so it goes first; one
-//! that sends much sinks below it, and rises again while it sends little. What goes first is at most
+//! that sends much sinks below it, and rises again while it has nothing to send. Time in which it waits
+//! for room does not count as such: forty downloads that share a path are each slow, and all greedy. What goes first is at most
 //! three quarters of a tunnel's bytes, so that nothing starves however many streams there are.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 /// What a stream may send per second for ever without sinking, in bytes: 2 Mbit/s, which is more
@@ -19,10 +20,10 @@ const INTERACTIVE: u64 = 32 * 1024;
 const SHORT: u64 = 256 * 1024;
 /// What is remembered of a stream at most: after two seconds of silence it is as if new.
 const MEMORY: u64 = 2 * ALLOWANCE;
-/// How long a tunnel's bytes are added up to see who had how many.
-const WINDOW: Duration = Duration::from_millis(100);
-/// Bytes that go first in a window however little else there is.
-const FLOOR: u64 = 64 * 1024;
+/// Bytes that may go first in one go, beyond three of four.
+const CREDIT: u64 = 256 * 1024;
+/// Bytes that may go first in a second, however little else there is.
+const FLOOR: u64 = 640 * 1024;
 
 /// Where a stream stands among its tunnel's others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -50,21 +51,23 @@ impl Class {
 #[derive(Debug)]
 pub struct Attained {
     bytes: u64,
-    at: Instant,
+    /// When the stream last had nothing to send.
+    idle_from: Instant,
     tunnel: Arc<Share>,
 }
 
 impl Attained {
     /// Of a stream that has had nothing, on a tunnel whose streams share this.
     pub fn new(tunnel: Arc<Share>, now: Instant) -> Self {
-        Self { bytes: 0, at: now, tunnel }
+        Self { bytes: 0, idle_from: now, tunnel }
     }
 
     /// Where the stream stands for the next `bytes` bytes, which count from now on.
     pub fn on_write(&mut self, now: Instant, bytes: u64) -> Class {
-        let forgiven = now.saturating_duration_since(self.at).as_secs_f64() * ALLOWANCE as f64;
+        let idle = now.saturating_duration_since(self.idle_from);
+        let forgiven = idle.as_secs_f64() * ALLOWANCE as f64;
         self.bytes = self.bytes.saturating_sub(forgiven as u64).saturating_add(bytes).min(MEMORY);
-        self.at = now;
+        self.idle_from = now;
         let class = if self.bytes <= INTERACTIVE {
             Class::Interactive
         } else if self.bytes <= SHORT {
@@ -74,42 +77,49 @@ impl Attained {
         };
         if self.tunnel.admits(now, bytes, class > Class::Bulk) { class } else { Class::Bulk }
     }
+
+    /// There was room for what was to be written; the stream has nothing more to send for now.
+    pub fn on_written(&mut self, now: Instant) {
+        self.idle_from = now;
+    }
 }
 
-/// What all streams of a tunnel had lately.
+/// What all streams of a tunnel had: how many bytes may go first now.
 #[derive(Debug)]
-pub struct Share(Mutex<Window>);
+pub struct Share(Mutex<Credit>);
 
 #[derive(Debug)]
-struct Window {
-    begun: Instant,
-    first: u64,
-    all: u64,
+struct Credit {
+    bytes: u64,
+    at: Instant,
 }
 
 impl Share {
     /// Of a tunnel that begins.
     pub fn new(now: Instant) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Window { begun: now, first: 0, all: 0 })))
+        Arc::new(Self(Mutex::new(Credit { bytes: CREDIT, at: now })))
     }
 
-    /// Counts bytes that want to go first or not; whether they may.
+    /// Counts bytes that want to go first or not; whether they may. Those that do not pay for three
+    /// times as many that do.
     fn admits(&self, now: Instant, bytes: u64, first: bool) -> bool {
-        let mut window = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if now.saturating_duration_since(window.begun) >= WINDOW {
-            *window = Window { begun: now, first: 0, all: 0 };
-        }
-        window.all += bytes;
-        let may = first && window.first + bytes <= FLOOR.max(window.all / 4 * 3);
-        if may {
-            window.first += bytes;
-        }
+        let mut credit = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let elapsed = now.saturating_duration_since(credit.at).as_secs_f64();
+        credit.bytes = (credit.bytes + (elapsed * FLOOR as f64) as u64).min(CREDIT);
+        credit.at = now;
+        let may = first && bytes <= credit.bytes;
+        credit.bytes = match may {
+            true => credit.bytes - bytes,
+            false => (credit.bytes + 3 * bytes).min(CREDIT),
+        };
         may
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -147,6 +157,19 @@ mod tests {
             prop_assert_eq!(stream.on_write(now, 64), Class::Interactive);
         }
 
+        /// Whoever always has more to send than there is room for sinks for good, however slow it is.
+        #[test]
+        fn greed_is_no_silence(chunk in 1_000_u64..65_536, wait in 1_u64..10_000) {
+            let mut now = Instant::now();
+            let mut stream = Attained::new(Share::new(now), now);
+            for _ in 0..(SHORT / chunk + 1) {
+                stream.on_write(now, chunk);
+                now += millis(wait);
+                stream.on_written(now);
+            }
+            prop_assert_eq!(stream.on_write(now, 64), Class::Bulk);
+        }
+
         /// However many streams there are and whatever they send, a quarter is left for the rest.
         #[test]
         fn nothing_starves(writes in prop::collection::vec((0_usize..40, 1_u64..65_536), 1..2000)) {
@@ -159,7 +182,7 @@ mod tests {
                 if streams[stream].on_write(now, bytes) > Class::Bulk {
                     first += bytes;
                 }
-                prop_assert!(first <= FLOOR.max(all / 4 * 3));
+                prop_assert!(first <= CREDIT + all / 4 * 3);
             }
         }
     }

@@ -3,19 +3,20 @@
 use std::{
     net::{Ipv4Addr, SocketAddr},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
+use bytes::Bytes;
 use culvert_wire::{
     congestion::Congestion,
     tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
-    transport::quic,
+    transport::{SendHalf, Tunnel, quic},
 };
 use quinn::{
-    Connection, Endpoint, EndpointConfig, TokioRuntime,
+    Endpoint, EndpointConfig, TokioRuntime,
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
 };
 use rcgen::{CertificateParams, KeyPair};
@@ -31,7 +32,12 @@ use super::{
 
 /// Bytes of a keystroke, and how often one comes.
 const KEYSTROKE: usize = 64;
+/// Bytes per second that may be sent twice.
+const HEDGE_RATE: u32 = 128 * 1024;
 const KEYSTROKE_INTERVAL: Duration = Duration::from_millis(50);
+/// Bytes of a short answer, and how often one comes.
+const ANSWER: usize = 64 * 1024;
+const ANSWER_INTERVAL: Duration = Duration::from_millis(500);
 
 /// One tunnel whose agent sends downloads to its server.
 #[derive(Clone, Copy, Debug)]
@@ -42,11 +48,31 @@ pub(crate) struct Flow {
     pub(crate) begin: Duration,
     /// Bytes per second of each download, if it cannot fill the path.
     pub(crate) limit: Option<f64>,
+    /// Whether thin writes are sent twice.
+    pub(crate) hedged: bool,
+    /// Whether streams are told apart by what they have had.
+    pub(crate) scheduled: bool,
 }
 
 impl Flow {
     pub(crate) fn new(congestion: Congestion) -> Self {
-        Self { congestion, downloads: 4, begin: Duration::ZERO, limit: None }
+        Self {
+            congestion,
+            downloads: 4,
+            begin: Duration::ZERO,
+            limit: None,
+            hedged: false,
+            scheduled: true,
+        }
+    }
+}
+
+impl Flow {
+    /// Makes a stream like any other, unless streams are told apart.
+    fn mark(&self, send: &mut SendHalf) {
+        if !self.scheduled {
+            send.set_priority(0);
+        }
     }
 }
 
@@ -68,6 +94,8 @@ pub(crate) struct Outcome {
     pub(crate) rates: Vec<f64>,
     /// The first flow's echoes of keystrokes, sorted.
     pub(crate) echoes: Vec<Duration>,
+    /// What its answers took from the first byte written to the last one read, sorted.
+    pub(crate) answers: Vec<Duration>,
     /// What became of the packets that agents sent, warm-up included.
     pub(crate) packets: Counters,
 }
@@ -75,8 +103,12 @@ pub(crate) struct Outcome {
 impl Outcome {
     /// Milliseconds that this share of the keystrokes did not exceed.
     pub(crate) fn echo(&self, share: f64) -> f64 {
-        let place = (self.echoes.len() as f64 * share) as usize;
-        self.echoes[place.min(self.echoes.len() - 1)].as_secs_f64() * 1000.0
+        quantile(&self.echoes, share)
+    }
+
+    /// Milliseconds that this share of the answers did not exceed.
+    pub(crate) fn answer(&self, share: f64) -> f64 {
+        quantile(&self.answers, share)
     }
 
     pub(crate) fn total(&self) -> f64 {
@@ -87,6 +119,11 @@ impl Outcome {
     pub(crate) fn dropped(&self) -> f64 {
         self.packets.dropped as f64 / self.packets.packets as f64
     }
+}
+
+fn quantile(sorted: &[Duration], share: f64) -> f64 {
+    let place = (sorted.len() as f64 * share) as usize;
+    sorted[place.min(sorted.len() - 1)].as_secs_f64() * 1000.0
 }
 
 impl Simulation {
@@ -107,12 +144,15 @@ impl Simulation {
         let outcome = runtime.unwrap().block_on(self.perform());
         let rates: Vec<_> = outcome.rates.iter().map(|rate| format!("{rate:.1}")).collect();
         println!(
-            "{name} (seed {}): {} Mbit/s, echo {:.1} / {:.1} / {:.1} ms, dropped {:.2} %, lost {}",
+            "{name} (seed {}): {} Mbit/s, echo {:.1} / {:.1} / {:.1} ms, answers {:.1} / {:.1} ms, \
+             dropped {:.2} %, lost {}",
             self.seed,
             rates.join(" + "),
             outcome.echo(0.5),
             outcome.echo(0.99),
             outcome.echo(1.0),
+            outcome.answer(0.5),
+            outcome.answer(0.99),
             outcome.dropped() * 100.0,
             outcome.packets.lost,
         );
@@ -127,14 +167,17 @@ impl Simulation {
         for (number, flow) in self.flows.iter().enumerate() {
             let (agent, server, endpoints) = tunnel(&network, number, flow).await;
             let bytes = Arc::new(AtomicU64::new(0));
-            tokio::spawn(receive_all(server.clone(), Arc::clone(&bytes)));
+            let answers = Arc::new(Mutex::new(Vec::new()));
+            tokio::spawn(receive_all(server.clone(), Arc::clone(&bytes), Arc::clone(&answers)));
             for _ in 0..flow.downloads {
                 tokio::spawn(download(agent.clone(), *flow));
             }
             if number == 0 {
-                tokio::spawn(echo(agent));
+                tokio::spawn(answer(agent.clone(), *flow));
+                tokio::spawn(echo(agent, *flow));
                 let (warmup, measured) = (self.warmup, self.measured);
-                echoes = Some(tokio::spawn(keystrokes(server.clone(), warmup, measured)));
+                let typing = keystrokes(server.clone(), *flow, warmup, measured);
+                echoes = Some((tokio::spawn(typing), answers));
             }
             received.push(bytes);
             kept.push((server, endpoints));
@@ -147,8 +190,11 @@ impl Simulation {
         let seconds = self.measured.as_secs_f64();
         let rates = before.iter().zip(&after);
         let rates = rates.map(|(before, after)| (after - before) as f64 * 8e-6 / seconds).collect();
-        let echoes = echoes.unwrap().await.unwrap();
-        Outcome { rates, echoes, packets: network.counters() }
+        let (echoes, answers) = echoes.unwrap();
+        let echoes = echoes.await.unwrap();
+        let mut answers = answers.lock().unwrap().clone();
+        answers.sort();
+        Outcome { rates, echoes, answers, packets: network.counters() }
     }
 }
 
@@ -157,7 +203,7 @@ async fn tunnel(
     network: &Arc<Network>,
     number: usize,
     flow: &Flow,
-) -> (Connection, Connection, [Endpoint; 2]) {
+) -> (Tunnel, Tunnel, [Endpoint; 2]) {
     // Its signatures have one length, so that equal seeds give equal handshakes.
     let key = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
     let params = CertificateParams::new(["127.0.0.1".to_owned()]).unwrap();
@@ -190,15 +236,21 @@ async fn tunnel(
     let connecting = agents.connect_with(client, address(1), "127.0.0.1").unwrap();
     let accept = async { servers.accept().await.unwrap().await.unwrap() };
     let (server, agent) = tokio::join!(accept, async { connecting.await.unwrap() });
-    agent.set_max_concurrent_bi_streams(64_u8.into());
+    let agent = quic::adopt(agent, agents.clone()).unwrap();
+    let server = quic::adopt(server, servers.clone()).unwrap();
+    if flow.hedged {
+        agent.hedge(HEDGE_RATE);
+        server.hedge(HEDGE_RATE);
+    }
     (agent, server, [agents, servers])
 }
 
 /// Sends without end on a stream that the agent opens.
-async fn download(agent: Connection, flow: Flow) {
+async fn download(agent: Tunnel, flow: Flow) {
     sleep(flow.begin).await;
-    let (mut send, _recv) = agent.open_bi().await.unwrap();
-    let chunk = bytes::Bytes::from(vec![b'D'; 64 * 1024]);
+    let (mut send, _recv) = agent.open().await.unwrap();
+    flow.mark(&mut send);
+    let chunk = Bytes::from(vec![b'D'; 64 * 1024]);
     let mut ticks = flow.limit.map(|rate| interval(Duration::from_secs_f64(65_536.0 / rate)));
     loop {
         if let Some(ticks) = &mut ticks {
@@ -210,23 +262,50 @@ async fn download(agent: Connection, flow: Flow) {
     }
 }
 
-/// Reads every stream that the agent opens.
-async fn receive_all(server: Connection, bytes: Arc<AtomicU64>) {
-    while let Ok((_send, mut recv)) = server.accept_bi().await {
-        let bytes = Arc::clone(&bytes);
+/// Sends short answers now and then, each on a stream of its own.
+async fn answer(agent: Tunnel, flow: Flow) {
+    let start = Instant::now();
+    let mut ticks = interval(ANSWER_INTERVAL);
+    loop {
+        let begun = ticks.tick().await - start;
+        let (mut send, _recv) = agent.open().await.unwrap();
+        flow.mark(&mut send);
+        let mut answer = vec![b'A'; ANSWER];
+        answer[..8].copy_from_slice(&(begun.as_micros() as u64).to_be_bytes());
+        // Tunnels begin at the same moment, so both ends have one clock.
+        if send.write_chunk(answer.into()).await.is_err() {
+            return;
+        }
+        send.finish();
+    }
+}
+
+/// Reads every stream that the agent opens, and notes how long those took that ended.
+async fn receive_all(server: Tunnel, bytes: Arc<AtomicU64>, answers: Arc<Mutex<Vec<Duration>>>) {
+    let start = Instant::now();
+    while let Ok((_send, mut recv)) = server.accept().await {
+        let (bytes, answers) = (Arc::clone(&bytes), Arc::clone(&answers));
         tokio::spawn(async move {
-            while let Ok(Some(chunk)) = recv.read_chunk(usize::MAX, true).await {
-                bytes.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
+            let mut chunks = [const { Bytes::new() }; 32];
+            let mut begun = None;
+            while let Ok(Some(count)) = recv.read_chunks(&mut chunks).await {
+                let length: usize = chunks[..count].iter().map(Bytes::len).sum();
+                bytes.fetch_add(length as u64, Ordering::Relaxed);
+                begun = begun.or_else(|| chunks[0].first_chunk().copied());
             }
+            let begun = Duration::from_micros(u64::from_be_bytes(begun.unwrap()));
+            answers.lock().unwrap().push(start.elapsed() - begun);
         });
     }
 }
 
 /// Sends back what comes on a stream that the server opens.
-async fn echo(agent: Connection) {
-    let (mut send, mut recv) = agent.accept_bi().await.unwrap();
-    while let Ok(Some(chunk)) = recv.read_chunk(usize::MAX, true).await {
-        if send.write_chunk(chunk.bytes).await.is_err() {
+async fn echo(agent: Tunnel, flow: Flow) {
+    let (mut send, mut recv) = agent.accept().await.unwrap();
+    flow.mark(&mut send);
+    let mut chunks = [Bytes::new()];
+    while let Ok(Some(_)) = recv.read_chunks(&mut chunks).await {
+        if send.write_chunk(std::mem::take(&mut chunks[0])).await.is_err() {
             return;
         }
     }
@@ -234,23 +313,33 @@ async fn echo(agent: Connection) {
 
 /// Sends a keystroke every interval, open loop; how long the echoes of those took that were sent
 /// after the warm-up.
-async fn keystrokes(server: Connection, warmup: Duration, measured: Duration) -> Vec<Duration> {
-    let (mut send, mut recv) = server.open_bi().await.unwrap();
+async fn keystrokes(
+    server: Tunnel,
+    flow: Flow,
+    warmup: Duration,
+    measured: Duration,
+) -> Vec<Duration> {
+    let (mut send, mut recv) = server.open().await.unwrap();
+    flow.mark(&mut send);
     let start = Instant::now();
     let (due, mut answered) = tokio::sync::mpsc::unbounded_channel();
     tokio::spawn(async move {
         let mut ticks = interval(KEYSTROKE_INTERVAL);
         loop {
             due.send(ticks.tick().await).unwrap_or_default();
-            if send.write_all(&[b'k'; KEYSTROKE]).await.is_err() {
+            if send.write_chunk(Bytes::from_static(&[b'k'; KEYSTROKE])).await.is_err() {
                 return;
             }
         }
     });
     let mut echoes = Vec::new();
-    let mut echo = [0; KEYSTROKE];
+    let (mut chunks, mut echoed, mut typed) = ([Bytes::new()], 0, 0);
     while let Some(due) = answered.recv().await {
-        recv.read_exact(&mut echo).await.unwrap();
+        typed += KEYSTROKE;
+        while echoed < typed {
+            recv.read_chunks(&mut chunks).await.unwrap().unwrap();
+            echoed += chunks[0].len();
+        }
         if due - start > warmup + measured {
             break;
         }

@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     pin::pin,
     sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -18,7 +18,7 @@ use crate::{
     chunks::advance,
     code::{CloseCode, StreamCode},
     transport::{
-        ReadError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, WriteError, udp,
+        ReadError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, WriteError, now, udp,
         urgency::Share,
     },
     version::ALPN,
@@ -125,7 +125,7 @@ impl Connection {
             connection,
             endpoint,
             farewell: Farewell::default(),
-            share: Share::new(Instant::now()),
+            share: Share::new(now()),
             hedging: Arc::default(),
             doubt,
             _neighbours: neighbours,

@@ -23,7 +23,7 @@ use tokio::{select, sync::Notify, time::sleep_until};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::connection::Farewell;
-use crate::code::CloseCode;
+use crate::{code::CloseCode, transport::now};
 
 /// The first byte of a datagram that carries a copy; others belong to later revisions.
 const KIND: u8 = 0x20;
@@ -70,7 +70,7 @@ impl Hedging {
         let shared = Arc::new(Shared {
             connection,
             farewell,
-            outgoing: Mutex::new(Outgoing::new(rate, Instant::now())),
+            outgoing: Mutex::new(Outgoing::new(rate, now())),
             queued: Notify::new(),
             slots: Mutex::default(),
             sent: AtomicU64::new(0),
@@ -87,7 +87,7 @@ impl Hedging {
         }
         let mut outgoing = lock(&self.shared.outgoing);
         let path = || self.shared.connection.stats().path;
-        outgoing.admits(Instant::now(), chunk.len(), path).then(|| chunk.clone())
+        outgoing.admits(now(), chunk.len(), path).then(|| chunk.clone())
     }
 
     /// Sends a copy of what has just been written at this place of the stream.
@@ -97,7 +97,7 @@ impl Hedging {
         datagram.put_u64(stream);
         datagram.put_u64(offset);
         datagram.put_slice(chunk);
-        lock(&self.shared.outgoing).push(Instant::now(), datagram.freeze());
+        lock(&self.shared.outgoing).push(now(), datagram.freeze());
         self.shared.queued.notify_one();
     }
 
