@@ -42,6 +42,19 @@ fn random_loss_is_no_congestion() {
 }
 
 #[test]
+fn a_path_is_found_at_once_whatever_it_loses() {
+    for seed in 1..=20 {
+        let simulation = Simulation {
+            warmup: Duration::from_secs(2),
+            measured: Duration::from_secs(2),
+            seed,
+            ..Simulation::new(Settings { loss: 0.05, ..wan(1.0) })
+        };
+        assert!(simulation.run("found").total() > 75.0);
+    }
+}
+
+#[test]
 fn losses_in_bursts_are_no_congestion() {
     let bursts = Some(Bursts { begin: 0.002, end: 0.2 });
     let outcome = Simulation::new(Settings { bursts, ..wan(1.0) }).run("bursts of 5");

@@ -51,6 +51,8 @@ const CRUISE_ROUNDS: u64 = 8;
 const CRUISE_SPREAD: u64 = 3;
 /// Share of a round that may be lost by chance, whatever the path usually loses.
 const LOSS_TOLERANCE: f64 = 0.08;
+/// Share that a path may lose before it is known.
+const CHANCE_LOSS: f64 = 0.05;
 /// Share beyond the usual loss that counts as congestion when a queue stands (§2.7: 2 %).
 const LOSS_MARGIN: f64 = 0.02;
 /// Fewer lost packets in a round say nothing.
@@ -301,7 +303,11 @@ impl Model {
             return false;
         }
         let share = self.loss_share();
-        share > self.usual_loss.max(LOSS_TOLERANCE / 2.0) * 2.0
+        // In a round of few packets chance alone goes far beyond the mean: three standard deviations.
+        let usual = self.usual_loss.max(CHANCE_LOSS);
+        let packets = ((self.round.lost + self.round.acked) / self.mtu).max(1) as f64;
+        let chance = usual + 3.0 * (usual * (1.0 - usual) / packets).sqrt();
+        share > chance.max(self.usual_loss.max(LOSS_TOLERANCE / 2.0) * 2.0)
             || (standing && share > self.usual_loss + LOSS_MARGIN)
     }
 
