@@ -3,14 +3,17 @@
 //! A [`Tunnel`] is one authenticated connection between one agent and one server. Either side
 //! opens streams on it; each stream has two halves that end on their own: a [`SendHalf`] is
 //! finished or reset, a [`RecvHalf`] runs to its end or is stopped. Nothing above this module knows
-//! which carrier it is on. Today there is one: QUIC, in [`quic`].
+//! which carrier it is on: QUIC, in [`quic`], or QMux over TLS over TCP, in [`qmux`] and [`tcp`].
 //!
 //! Two guards live here because forgetting them loses data in silence:
 //! - a half that is dropped before it ended is reset (or stopped), never finished, so that a task
 //!   that crashed cannot look like a clean end;
 //! - a frame is read exactly, so the bytes behind it stay in the stream.
 
+mod carrier;
+pub mod qmux;
 pub mod quic;
+pub mod tcp;
 mod udp;
 pub mod urgency;
 
@@ -37,7 +40,7 @@ use crate::{
 /// dropping every handle closes it with [`CloseCode::DONE`].
 #[derive(Clone)]
 pub struct Tunnel {
-    carrier: quic::Connection,
+    carrier: carrier::Connection,
 }
 
 impl Tunnel {
@@ -116,9 +119,9 @@ impl Tunnel {
         self.carrier.stats()
     }
 
-    /// The carrier's name for logs and metric labels.
+    /// The carrier's name for logs and metric labels: `quic` or `tcp`.
     pub fn transport(&self) -> &'static str {
-        "quic"
+        self.carrier.name()
     }
 }
 
@@ -250,7 +253,7 @@ pub enum ReadFrameError {
 /// Dropping it before [`finish`](Self::finish) or [`reset`](Self::reset) resets it with
 /// [`StreamCode::ABANDONED`].
 pub struct SendHalf {
-    carrier: quic::SendStream,
+    carrier: carrier::SendStream,
     ended: bool,
     /// What the stream has had, unless its priority was set.
     attained: Option<Attained>,
@@ -258,7 +261,7 @@ pub struct SendHalf {
 }
 
 impl SendHalf {
-    fn new(carrier: quic::SendStream, tunnel: Arc<Share>) -> Self {
+    fn new(carrier: carrier::SendStream, tunnel: Arc<Share>) -> Self {
         let attained = Some(Attained::new(tunnel, now()));
         let half = Self { carrier, ended: false, attained, class: Class::Interactive };
         half.carrier.set_priority(half.class.priority());
@@ -323,6 +326,11 @@ impl SendHalf {
     }
 }
 
+/// An IPv4 peer of a dual-stack socket, without the IPv6 mapping.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
 /// The time that tokio's timers go by.
 fn now() -> Instant {
     tokio::time::Instant::now().into_std()
@@ -344,14 +352,14 @@ impl fmt::Debug for SendHalf {
 ///
 /// Dropping it before its end stops it with [`StreamCode::ABANDONED`].
 pub struct RecvHalf {
-    carrier: quic::RecvStream,
+    carrier: carrier::RecvStream,
     ended: bool,
     /// What ended it, unless that was the clean end or this side.
     fault: Option<ReadError>,
 }
 
 impl RecvHalf {
-    fn new(carrier: quic::RecvStream) -> Self {
+    fn new(carrier: carrier::RecvStream) -> Self {
         Self { carrier, ended: false, fault: None }
     }
 

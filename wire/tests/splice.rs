@@ -1,66 +1,44 @@
 //! What a splice does when it does not come to its end, and what it counts when it does.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod carriers;
+
 use std::{io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use carriers::{Carrier, Pair, each};
 use culvert_wire::{
     StreamCode,
     splice::{Cut, HalfEnd, Local, Meter, Outcome, halves, splice},
-    tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
-    transport::{
-        ReadError, RecvHalf, SendHalf, Tunnel, WriteError,
-        quic::{Listener, Settings, connect},
-    },
+    transport::{ReadError, RecvHalf, SendHalf, WriteError},
 };
-use rcgen::{CertificateParams, KeyPair};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
-
-async fn within<T>(test: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(30), test).await.expect("the test hangs")
-}
 
 /// A splice's own ends, and those that the test holds.
 struct Bench {
     spliced: (TcpStream, (SendHalf, RecvHalf)),
     socket: TcpStream,
     stream: (SendHalf, RecvHalf),
-    _tunnels: (Listener, Tunnel, Tunnel),
+    _pair: Pair,
 }
 
 impl Bench {
-    async fn new() -> Self {
-        let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new(["127.0.0.1".to_owned()]).unwrap();
-        let certificate = params.self_signed(&key).unwrap().der().clone();
-        let roots = authorities(std::slice::from_ref(&certificate)).unwrap();
-        let key = key.serialize_der().try_into().unwrap();
-        let identity = Identity { chain: vec![certificate], key };
-        let settings = Settings::default();
-        let server = tunnel_server(identity, None, KeyExchange::Hybrid).unwrap();
-        let listener =
-            Listener::bind("127.0.0.1:0".parse().unwrap(), Arc::new(server), &settings, None);
-        let listener = listener.unwrap();
-        let client = Arc::new(tunnel_client(roots, None, KeyExchange::Hybrid).unwrap());
-        let remote = listener.local_addr().unwrap();
-        let accept = async { listener.accept().await.unwrap().complete().await.unwrap() };
-        let connected = async { connect(remote, "127.0.0.1", client, &settings).await.unwrap().0 };
-        let (near, far) = tokio::join!(accept, connected);
-
-        let mut stream = near.open().await.unwrap();
+    async fn new(carrier: Carrier) -> Self {
+        let pair = Pair::new(carrier).await;
+        let mut stream = pair.server.open().await.unwrap();
         // A stream exists for the peer from its first byte.
         stream.0.write_chunk(Bytes::from_static(b"!")).await.unwrap();
-        let mut held = far.accept().await.unwrap();
+        let mut held = pair.agent.accept().await.unwrap();
         let mut chunks = [Bytes::new()];
         held.1.read_chunks(&mut chunks).await.unwrap();
 
         let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let socket = TcpStream::connect(tcp.local_addr().unwrap()).await.unwrap();
         let (spliced, _) = tcp.accept().await.unwrap();
-        Self { spliced: (spliced, stream), socket, stream: held, _tunnels: (listener, near, far) }
+        Self { spliced: (spliced, stream), socket, stream: held, _pair: pair }
     }
 }
 
@@ -71,9 +49,9 @@ async fn run(socket: TcpStream, stream: (SendHalf, RecvHalf), meter: &Meter) -> 
 
 #[tokio::test]
 async fn the_crash_of_a_splice_is_a_reset_on_both_sides() {
-    within(async {
-        let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _tunnels } =
-            Bench::new().await;
+    each(async |carrier| {
+        let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _pair } =
+            Bench::new(carrier).await;
         peer.write_all(b"half a sent").await.unwrap();
         let task = tokio::spawn(async move { run(socket, stream, &Meter::default()).await });
         let mut chunks = [Bytes::new()];
@@ -90,9 +68,9 @@ async fn the_crash_of_a_splice_is_a_reset_on_both_sides() {
 
 #[tokio::test]
 async fn both_directions_are_counted_and_their_ends_told() {
-    within(async {
-        let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _tunnels } =
-            Bench::new().await;
+    each(async |carrier| {
+        let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _pair } =
+            Bench::new(carrier).await;
         let meter = Arc::new(Meter::default());
         let counted = meter.clone();
         let task = tokio::spawn(async move { run(socket, stream, &counted).await });
@@ -116,9 +94,9 @@ async fn both_directions_are_counted_and_their_ends_told() {
 /// A hung target, and a user who gave up on it: the stream must not stay for ever.
 #[tokio::test]
 async fn a_peer_that_takes_nothing_after_the_close_is_cut_off() {
-    within(async {
-        let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _tunnels } =
-            Bench::new().await;
+    each(async |carrier| {
+        let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _pair } =
+            Bench::new(carrier).await;
         // More than all buffers on the way hold, and then the close.
         let flood = tokio::spawn(async move {
             held.1.stop(StreamCode::CLOSED);
@@ -142,9 +120,9 @@ async fn a_peer_that_takes_nothing_after_the_close_is_cut_off() {
 
 #[tokio::test]
 async fn a_splice_is_over_only_when_the_other_side_has_everything() {
-    within(async {
-        let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _tunnels } =
-            Bench::new().await;
+    each(async |carrier| {
+        let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _pair } =
+            Bench::new(carrier).await;
         held.0.finish();
         peer.write_all(b"never read by the other side").await.unwrap();
         peer.shutdown().await.unwrap();

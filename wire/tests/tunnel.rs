@@ -1,78 +1,23 @@
-//! Tunnels over real QUIC on loopback: what a dropped half means, who is let in, and how a peer
+//! Tunnels over real QUIC, and over TLS on TCP, on loopback: what a dropped half means, who is let in, and how a peer
 //! that does not answer is found out.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-use std::{sync::Arc, time::Duration};
+mod carriers;
+
+use std::time::Duration;
 
 use bytes::Bytes;
+use carriers::{Authority, Pair, each, within};
 use culvert_wire::{
     CloseCode, StreamCode,
     control::{ControlError, ControlMessage, ControlStream, Drain, Ping},
     frame::{self, FrameError},
-    tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
+    tls::{KeyExchange, tunnel_client, tunnel_server},
     transport::{
-        ReadError, ReadFrameError, Tunnel, TunnelLost, WriteError,
-        quic::{ConnectError, Listener, ResetKey, Settings, connect},
+        ReadError, ReadFrameError, TunnelLost, WriteError,
+        quic::{ConnectError, Listener, Settings, connect},
     },
 };
-use rcgen::{CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-use rustls::RootCertStore;
-
-struct Authority(CertifiedIssuer<'static, KeyPair>);
-
-impl Authority {
-    fn new() -> Self {
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
-    }
-
-    fn identity(&self) -> Identity {
-        let params = CertificateParams::new(["127.0.0.1".to_owned()]).unwrap();
-        let key = KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, &self.0).unwrap();
-        Identity {
-            chain: vec![certificate.der().clone()],
-            key: key.serialize_der().try_into().unwrap(),
-        }
-    }
-
-    fn roots(&self) -> Arc<RootCertStore> {
-        authorities(&[self.0.der().clone()]).unwrap()
-    }
-}
-
-/// Both ends of one tunnel, and the listener that accepted it.
-struct Pair {
-    listener: Listener,
-    server: Tunnel,
-    agent: Tunnel,
-}
-
-impl Pair {
-    async fn new() -> Self {
-        Self::with(&Settings::default()).await
-    }
-
-    async fn with(settings: &Settings) -> Self {
-        let authority = Authority::new();
-        let (kx, roots) = (KeyExchange::Hybrid, authority.roots());
-        let tls = tunnel_server(authority.identity(), Some(roots.clone()), kx).unwrap();
-        let address = "127.0.0.1:0".parse().unwrap();
-        let key = ResetKey::derive(b"secret");
-        let listener = Listener::bind(address, tls.into(), settings, Some(&key)).unwrap();
-        let tls = tunnel_client(roots, Some(authority.identity()), kx).unwrap();
-        let remote = listener.local_addr().unwrap();
-        let accept = async { listener.accept().await.unwrap().complete().await.unwrap() };
-        let connect = async { connect(remote, "127.0.0.1", tls.into(), settings).await.unwrap().0 };
-        let (server, agent) = tokio::join!(accept, connect);
-        Self { listener, server, agent }
-    }
-}
-
-async fn within<T>(test: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(30), test).await.expect("the test hangs")
-}
 
 /// Whether the future completes at once; it is dropped in any case.
 async fn is_ready(future: impl Future) -> bool {
@@ -85,8 +30,8 @@ async fn is_ready(future: impl Future) -> bool {
 
 #[tokio::test]
 async fn a_dropped_sender_is_a_reset_and_never_an_end() {
-    within(async {
-        let pair = Pair::new().await;
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
         let (mut send, _recv) = pair.server.open().await.unwrap();
         send.write_chunk(Bytes::from_static(b"half a sentence")).await.unwrap();
         let (_send, mut recv) = pair.agent.accept().await.unwrap();
@@ -101,8 +46,8 @@ async fn a_dropped_sender_is_a_reset_and_never_an_end() {
 
 #[tokio::test]
 async fn a_finished_sender_is_an_end_and_delivery_is_reported() {
-    within(async {
-        let pair = Pair::new().await;
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
         let (mut send, _recv) = pair.server.open().await.unwrap();
         send.write_chunk(Bytes::from_static(b"all")).await.unwrap();
         send.finish();
@@ -121,8 +66,8 @@ async fn a_finished_sender_is_an_end_and_delivery_is_reported() {
 
 #[tokio::test]
 async fn a_dropped_receiver_stops_the_sender() {
-    within(async {
-        let pair = Pair::new().await;
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
         let (mut send, _recv) = pair.server.open().await.unwrap();
         send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
         let (_send, recv) = pair.agent.accept().await.unwrap();
@@ -136,8 +81,8 @@ async fn a_dropped_receiver_stops_the_sender() {
 
 #[tokio::test]
 async fn a_reset_is_noticed_by_a_reader_that_holds_back() {
-    within(async {
-        let pair = Pair::new().await;
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
         let (mut send, _recv) = pair.server.open().await.unwrap();
         send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
         let (_send, mut recv) = pair.agent.accept().await.unwrap();
@@ -150,8 +95,8 @@ async fn a_reset_is_noticed_by_a_reader_that_holds_back() {
 /// Watching must leave nothing behind in the tunnel: neither a panic nor a waker, and no byte less.
 #[tokio::test]
 async fn a_stream_that_was_watched_for_a_reset_is_read_to_its_clean_end() {
-    within(async {
-        let pair = Pair::new().await;
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
         for bytes in ["", "unread"] {
             let (mut send, _recv) = pair.server.open().await.unwrap();
             send.write_chunk(Bytes::from_static(b"first")).await.unwrap();
@@ -176,9 +121,9 @@ async fn a_stream_that_was_watched_for_a_reset_is_read_to_its_clean_end() {
 
 #[tokio::test]
 async fn a_lost_tunnel_is_noticed_by_a_reader_that_holds_back() {
-    within(async {
+    each(async |carrier| {
         for bytes in ["", "unread"] {
-            let pair = Pair::new().await;
+            let pair = Pair::new(carrier).await;
             let (mut send, _recv) = pair.server.open().await.unwrap();
             send.write_chunk(Bytes::from_static(b"first")).await.unwrap();
             let (_send, mut recv) = pair.agent.accept().await.unwrap();
@@ -195,8 +140,8 @@ async fn a_lost_tunnel_is_noticed_by_a_reader_that_holds_back() {
 
 #[tokio::test]
 async fn a_reset_stays_a_reset_however_often_it_is_asked_for() {
-    within(async {
-        let pair = Pair::new().await;
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
         let reset = ReadError::Reset(StreamCode::CANCELLED);
         for watched in [false, true] {
             let (mut send, _recv) = pair.server.open().await.unwrap();
@@ -217,8 +162,8 @@ async fn a_reset_stays_a_reset_however_often_it_is_asked_for() {
 
 #[tokio::test]
 async fn streams_end_with_the_reason_for_which_the_tunnel_was_closed() {
-    within(async {
-        let pair = Pair::new().await;
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
         let (mut send, mut recv) = pair.server.open().await.unwrap();
         send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
         let (_send, mut far) = pair.agent.accept().await.unwrap();
@@ -319,8 +264,8 @@ async fn controls(pair: &Pair) -> (ControlStream, ControlStream) {
 
 #[tokio::test]
 async fn a_peer_that_answers_pings_is_never_found_unresponsive() {
-    within(async {
-        let pair = Pair::new().await;
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
         let (mut server, mut agent) = controls(&pair).await;
         server.ask(Duration::from_secs(20)).await.unwrap();
         // The agent's answer goes out while it waits for something else.
@@ -344,8 +289,8 @@ async fn a_peer_that_answers_pings_is_never_found_unresponsive() {
 /// Its QUIC acknowledges what nobody reads: that buys it time, but not for ever.
 #[tokio::test]
 async fn a_peer_that_is_heard_and_does_not_answer_is_found_unresponsive() {
-    within(async {
-        let pair = Pair::new().await;
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
         let (mut server, _agent) = controls(&pair).await;
         let limit = Duration::from_millis(50);
         server.ask(limit).await.unwrap();
@@ -358,8 +303,8 @@ async fn a_peer_that_is_heard_and_does_not_answer_is_found_unresponsive() {
 
 #[tokio::test]
 async fn a_later_revisions_message_is_ignored_and_a_malformed_one_is_not() {
-    within(async {
-        let pair = Pair::new().await;
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
         let (mut send, _recv) = pair.agent.open().await.unwrap();
         let ping = frame::encode(&Ping { echo: 1 }).unwrap();
         let drain = frame::encode(&Drain { deadline_millis: 9 }).unwrap();
@@ -379,8 +324,8 @@ async fn a_later_revisions_message_is_ignored_and_a_malformed_one_is_not() {
 
 #[tokio::test]
 async fn a_frame_is_read_exactly_and_leaves_what_follows() {
-    within(async {
-        let pair = Pair::new().await;
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
         let (mut send, _recv) = pair.server.open().await.unwrap();
         let bytes = [&frame::encode(&Ping { echo: 5 }).unwrap()[..], b"raw bytes"].concat();
         for byte in bytes.chunks(1) {
@@ -402,8 +347,8 @@ async fn a_frame_is_read_exactly_and_leaves_what_follows() {
 
 #[tokio::test]
 async fn a_frame_that_is_cut_or_too_long_is_refused() {
-    within(async {
-        let pair = Pair::new().await;
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
         for (bytes, limit, is_expected) in [
             (&[][..], 10, (|e| *e == ReadFrameError::End) as fn(&ReadFrameError) -> bool),
             (&[3, 0], 10, |e| *e == ReadFrameError::Truncated),
@@ -424,9 +369,9 @@ async fn a_frame_that_is_cut_or_too_long_is_refused() {
 /// A stream per connection is the point: one that nobody reads leaves the others alone.
 #[tokio::test]
 async fn stalled_streams_do_not_fill_the_tunnel() {
-    within(async {
+    each(async |carrier| {
         let settings = Settings { stream_receive_window: 64 * 1024, ..Settings::default() };
-        let pair = Pair::with(&settings).await;
+        let pair = Pair::with(carrier, &settings).await;
         let mut stalled = Vec::new();
         for _ in 0..64 {
             let (mut send, recv) = pair.server.open().await.unwrap();
@@ -451,7 +396,8 @@ async fn stalled_streams_do_not_fill_the_tunnel() {
         }
         assert_eq!(got, 32 * 1024);
         drop(stalled);
-        pair.listener.close(CloseCode::DONE, "", Duration::from_secs(1)).await;
+        pair.server.close(CloseCode::DONE, "");
+        pair.server.flushed(Duration::from_secs(1)).await;
     })
     .await;
 }

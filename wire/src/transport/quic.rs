@@ -23,10 +23,10 @@ use quinn::{
 };
 
 pub(super) use self::connection::{Connection, RecvStream, SendStream};
-use self::connection::{Neighbours, canonical, lost};
+use self::connection::{Neighbours, lost};
 pub use self::settings::{ResetKey, Settings};
 use super::{
-    Tunnel, TunnelLost,
+    Tunnel, TunnelLost, canonical,
     udp::{self, BindError, BufferSizes},
 };
 use crate::{code::CloseCode, version::ALPN};

@@ -18,8 +18,8 @@ use crate::{
     chunks::advance,
     code::{CloseCode, StreamCode},
     transport::{
-        ReadError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, WriteError, now, udp,
-        urgency::Share,
+        ReadError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, WriteError, canonical,
+        carrier, now, udp, urgency::Share,
     },
     version::ALPN,
 };
@@ -130,7 +130,7 @@ impl Connection {
             doubt,
             _neighbours: neighbours,
         };
-        Some(Tunnel { carrier })
+        Some(Tunnel { carrier: carrier::Connection::Quic(carrier) })
     }
 
     pub(in crate::transport) async fn open(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
@@ -149,6 +149,7 @@ impl Connection {
         let (connection, farewell) = (self.connection.clone(), self.farewell.clone());
         let copies = self.hedging.get().map(|hedging| hedging.expect(number(recv.id())));
         let recv = RecvStream { stream: recv, connection, farewell, copies };
+        let (send, recv) = (carrier::SendStream::Quic(send), carrier::RecvStream::Quic(recv));
         (SendHalf::new(send, self.share.clone()), RecvHalf::new(recv))
     }
 
@@ -385,9 +386,4 @@ pub(super) fn lost(error: quinn::ConnectionError) -> TunnelLost {
         quinn::ConnectionError::Reset => TunnelLost::PeerRestarted,
         error => TunnelLost::Transport(error.to_string()),
     }
-}
-
-/// An IPv4 peer of a dual-stack socket, without the IPv6 mapping.
-pub(super) fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
