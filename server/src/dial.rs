@@ -69,7 +69,8 @@ impl Head for Answer {
     async fn take(self, recv: &mut RecvHalf) -> Result<(), Cut> {
         match self {
             Self::Came(_) => Ok(()),
-            Self::Expected(expected) => expected.take(recv).await,
+            // Boxed, lest every stream has room for it for as long as it lives.
+            Self::Expected(expected) => Box::pin(expected.take(recv)).await,
         }
     }
 }

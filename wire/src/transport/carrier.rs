@@ -1,9 +1,12 @@
 //! What carries a tunnel: one set of names for QUIC and for QMux.
+//!
+//! What waits for QMux is boxed, so that an idle stream over QUIC has no room for it.
 
 use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use rustls_pki_types::CertificateDer;
+use tokio_util::either::Either;
 
 use super::{ReadError, RecvHalf, SendHalf, TunnelLost, TunnelStats, WriteError, qmux, quic};
 use crate::code::{CloseCode, StreamCode};
@@ -99,7 +102,7 @@ impl SendStream {
     ) -> Result<(), WriteError> {
         match self {
             Self::Quic(stream) => stream.write_chunk(chunk, interactive).await,
-            Self::Qmux(stream) => stream.write_chunk(chunk).await,
+            Self::Qmux(stream) => Box::pin(stream.write_chunk(chunk)).await,
         }
     }
 
@@ -114,16 +117,9 @@ impl SendStream {
     pub(super) fn stopped(
         &self,
     ) -> impl Future<Output = Result<Option<StreamCode>, TunnelLost>> + Send + Sync + 'static {
-        let (quic, qmux) = match self {
-            Self::Quic(stream) => (Some(stream.stopped()), None),
-            Self::Qmux(stream) => (None, Some(stream.stopped())),
-        };
-        async move {
-            match (quic, qmux) {
-                (Some(stopped), _) => stopped.await,
-                (_, Some(stopped)) => stopped.await,
-                (None, None) => std::future::pending().await,
-            }
+        match self {
+            Self::Quic(stream) => Either::Left(stream.stopped()),
+            Self::Qmux(stream) => Either::Right(Box::pin(stream.stopped())),
         }
     }
 
@@ -143,11 +139,17 @@ impl RecvStream {
         &mut self,
         chunks: &mut [Bytes],
     ) -> Result<Option<usize>, ReadError> {
-        either!(self, stream => stream.read_chunks(chunks).await)
+        match self {
+            Self::Quic(stream) => stream.read_chunks(chunks).await,
+            Self::Qmux(stream) => Box::pin(stream.read_chunks(chunks)).await,
+        }
     }
 
     pub(super) async fn read(&mut self, buf: &mut [u8]) -> Result<Option<usize>, ReadError> {
-        either!(self, stream => stream.read(buf).await)
+        match self {
+            Self::Quic(stream) => stream.read(buf).await,
+            Self::Qmux(stream) => Box::pin(stream.read(buf)).await,
+        }
     }
 
     pub(super) fn stop(&mut self, code: StreamCode) {
@@ -155,6 +157,9 @@ impl RecvStream {
     }
 
     pub(super) async fn failed(&mut self) -> ReadError {
-        either!(self, stream => stream.failed().await)
+        match self {
+            Self::Quic(stream) => stream.failed().await,
+            Self::Qmux(stream) => Box::pin(stream.failed()).await,
+        }
     }
 }
