@@ -70,6 +70,7 @@ impl Agent {
         let connector = Connector {
             servers: config.servers.clone(),
             settings: config.tunnel.settings(first),
+            transport: config.transport,
             key_exchange: config.tunnel.key_exchange,
             backoff: Backoff::new(config.sync.interval, config.sync.interval_cap),
             metrics: metrics.clone(),

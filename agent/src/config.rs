@@ -6,6 +6,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
+use clap::ValueEnum;
 pub use culvert_wire::process::faults::{CertificatePair, ConfigError, ConfigErrors};
 use culvert_wire::process::{
     faults::Faults, go_flags, invocation::Invocation, logging::LogConfig,
@@ -32,6 +33,8 @@ pub struct Config {
     pub servers: ServersConfig,
     /// How many servers to look for, and how often.
     pub sync: SyncConfig,
+    /// Which carrier tunnels get.
+    pub transport: Transport,
     /// How tunnels behave.
     pub tunnel: TunnelConfig,
     /// Time to connect to a target.
@@ -48,6 +51,18 @@ pub struct Config {
     pub log: LogConfig,
     /// What the operator should know at start, a line each.
     pub warnings: Vec<String>,
+}
+
+/// Which carrier tunnels get.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Transport {
+    /// QUIC, and TCP where QUIC does not come to its end.
+    Auto,
+    /// QUIC over UDP.
+    #[default]
+    Quic,
+    /// QMux over TLS over TCP.
+    Tcp,
 }
 
 /// Where the servers are, how they are known, and how the agent proves itself to them.
@@ -146,6 +161,7 @@ impl Config {
             identifier_pairs,
             servers: servers.expect("servers without a name or --ca-cert are a fault"),
             sync,
+            transport: flags.transport,
             tunnel,
             dial_timeout,
             max_streams,

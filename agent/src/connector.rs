@@ -7,7 +7,7 @@ use culvert_wire::{
     tls::{self, Identity, TlsError},
     transport::{
         BufferSizes,
-        quic::{self, ConnectError, Settings},
+        quic::{ConnectError, Settings},
     },
 };
 use tokio::{net::lookup_host, time::sleep};
@@ -15,8 +15,9 @@ use tracing::{info, warn};
 
 use crate::{
     backoff::Backoff,
-    config::ServersConfig,
+    config::{ServersConfig, Transport},
     metrics::AgentMetrics,
+    transport,
     tunnel::{self, JoinError, Joined, TunnelContext},
 };
 
@@ -27,6 +28,8 @@ pub struct Connector {
     pub servers: ServersConfig,
     /// What tunnels are set up with.
     pub settings: Settings,
+    /// Which carrier tunnels get.
+    pub transport: Transport,
     /// Which key exchanges are offered.
     pub key_exchange: tls::KeyExchange,
     /// How long to wait after a failure.
@@ -93,13 +96,13 @@ impl Connector {
         &self,
         joined: Joined,
         address: SocketAddr,
-        buffers: BufferSizes,
+        buffers: Option<BufferSizes>,
         context: &Arc<TunnelContext>,
     ) {
         let welcome = &joined.welcome;
         let server_id = welcome.server_id.clone();
         info!(%server_id, %address, transport = joined.tunnel().transport(), "server connected");
-        if buffers.is_small() {
+        if let Some(buffers) = buffers.filter(|buffers| buffers.is_small()) {
             warn!(
                 receive = buffers.receive,
                 send = buffers.send,
@@ -125,7 +128,7 @@ impl Connector {
     async fn attempt(
         &self,
         context: &TunnelContext,
-    ) -> Result<(Joined, SocketAddr, BufferSizes), AttemptError> {
+    ) -> Result<(Joined, SocketAddr, Option<BufferSizes>), AttemptError> {
         let tls = Arc::new(self.client_tls()?);
         let mut failure = None;
         for address in self.addresses().await? {
@@ -146,11 +149,12 @@ impl Connector {
         address: SocketAddr,
         tls: Arc<rustls::ClientConfig>,
         context: &TunnelContext,
-    ) -> Result<(Joined, BufferSizes), AttemptError> {
+    ) -> Result<(Joined, Option<BufferSizes>), AttemptError> {
         let name = self.servers.name.to_str();
-        let (tunnel, buffers) = quic::connect(address, &name, tls, &self.settings)
-            .await
-            .map_err(|source| AttemptError::Connect { address, source })?;
+        let (tunnel, buffers) =
+            transport::connect(self.transport, address, &name, tls, &self.settings)
+                .await
+                .map_err(|source| AttemptError::Connect { address, source })?;
         let joined = tunnel::join(tunnel, context)
             .await
             .map_err(|source| AttemptError::Join { address, source })?;

@@ -13,6 +13,7 @@ pub mod config;
 pub mod connector;
 pub mod egress;
 pub mod metrics;
+pub mod transport;
 pub mod tunnel;
 
 pub use agent::{Agent, StartError};

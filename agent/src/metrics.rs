@@ -129,11 +129,13 @@ impl AgentMetrics {
         server_id: ServerId,
         server_count: u32,
         tunnel: Tunnel,
-        buffers: BufferSizes,
+        buffers: Option<BufferSizes>,
     ) -> TunnelShown {
         self.known_servers.store(server_count.into(), Ordering::Relaxed);
         #[expect(clippy::cast_precision_loss, reason = "buffers are far below 2^52 bytes")]
-        for (direction, size) in [("receive", buffers.receive), ("send", buffers.send)] {
+        for (direction, size) in
+            buffers.iter().flat_map(|sizes| [("receive", sizes.receive), ("send", sizes.send)])
+        {
             self.metrics.gauge(UDP_BUFFER, &[("direction", direction)]).set(size as f64);
         }
         let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);

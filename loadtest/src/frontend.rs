@@ -5,6 +5,7 @@ pub mod proxy;
 
 use std::{io, sync::Arc, time::Duration};
 
+use culvert_agent::config::Transport;
 use culvert_server::{config::Mode, frontend::listen::FrontendAddress};
 use culvert_wire::tls::{Identity, KeyExchange, authorities, certificates};
 use rustls::{ClientConfig, pki_types::ServerName};
@@ -31,17 +32,29 @@ pub enum Door {
     GrpcUnix,
     /// gRPC over TCP with mutual TLS.
     GrpcTls,
+    /// As [`Self::ConnectTls`], where tunnels go over TCP.
+    ConnectTlsTunnelTcp,
+    /// As [`Self::GrpcUnix`], where tunnels go over TCP.
+    GrpcUnixTunnelTcp,
 }
 
 impl Door {
     /// Every way there is.
-    pub const ALL: [Self; 4] = [Self::ConnectUnix, Self::ConnectTls, Self::GrpcUnix, Self::GrpcTls];
+    pub const ALL: [Self; 6] = [
+        Self::ConnectUnix,
+        Self::ConnectTls,
+        Self::GrpcUnix,
+        Self::GrpcTls,
+        Self::ConnectTlsTunnelTcp,
+        Self::GrpcUnixTunnelTcp,
+    ];
     /// Those that can end one direction and keep the other.
-    pub const WITH_HALF_CLOSE: [Self; 2] = [Self::ConnectUnix, Self::ConnectTls];
+    pub const WITH_HALF_CLOSE: [Self; 3] =
+        [Self::ConnectUnix, Self::ConnectTls, Self::ConnectTlsTunnelTcp];
 
     /// Whether it speaks gRPC.
     pub fn is_grpc(self) -> bool {
-        matches!(self, Self::GrpcUnix | Self::GrpcTls)
+        matches!(self, Self::GrpcUnix | Self::GrpcTls | Self::GrpcUnixTunnelTcp)
     }
 
     /// A rig that has this door.
@@ -51,6 +64,8 @@ impl Door {
         match self {
             Self::ConnectTls | Self::GrpcTls => rig.tcp_frontend(),
             Self::ConnectUnix | Self::GrpcUnix => rig,
+            Self::ConnectTlsTunnelTcp => rig.tcp_frontend().transport(Transport::Tcp),
+            Self::GrpcUnixTunnelTcp => rig.transport(Transport::Tcp),
         }
     }
 
@@ -66,12 +81,12 @@ impl Door {
         let target = target.to_string();
         Ok(match self {
             Self::ConnectUnix => Connection::Unix(connect::dial(&rig.uds(), target).await?),
-            Self::ConnectTls => {
+            Self::ConnectTls | Self::ConnectTlsTunnelTcp => {
                 let mut socket = tls(rig, b"http/1.1").await?;
                 connect::request(&mut socket, &target).await?;
                 Connection::Tls(Box::new(socket))
             }
-            Self::GrpcUnix => {
+            Self::GrpcUnix | Self::GrpcUnixTunnelTcp => {
                 let socket = UnixStream::connect(rig.uds()).await?;
                 Connection::Proxy(Box::new(ProxyConnection::dial(socket, &target).await?))
             }

@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use culvert_agent::{Agent, metrics::AgentMetrics};
+use culvert_agent::{Agent, config::Transport, metrics::AgentMetrics};
 use culvert_server::{
     Server,
     backend::Backends,
@@ -49,6 +49,7 @@ pub struct Rig {
     max_streams: u32,
     grace: Duration,
     header_timeout: Duration,
+    transport: Transport,
 }
 
 impl Default for Rig {
@@ -70,6 +71,7 @@ impl Rig {
             max_streams: 10_000,
             grace: Duration::ZERO,
             header_timeout: Duration::from_secs(10),
+            transport: Transport::Quic,
         }
     }
 
@@ -127,6 +129,12 @@ impl Rig {
     #[must_use]
     pub fn grace(self, grace: Duration) -> Self {
         Self { grace, ..self }
+    }
+
+    /// Gives tunnels this carrier.
+    #[must_use]
+    pub fn transport(self, transport: Transport) -> Self {
+        Self { transport, ..self }
     }
 
     /// Gives frontends this long to say what they want.
@@ -292,10 +300,18 @@ impl Running {
     /// # Errors
     /// When it cannot start.
     pub fn add_agent(&mut self, name: &str) -> anyhow::Result<()> {
-        let agent = Agent::bind(&self.agent_config(name))?;
+        self.add_agent_with(&self.agent_config(name))
+    }
+
+    /// Starts an agent with this configuration; it joins when it joins.
+    ///
+    /// # Errors
+    /// When it cannot start.
+    pub fn add_agent_with(&mut self, config: &culvert_agent::Config) -> anyhow::Result<()> {
+        let agent = Agent::bind(config)?;
         let (health, metrics) = (agent.health_address(), agent.metrics().clone());
         let task = Task::spawn(|stop| agent.run(stop));
-        self.agents.push(RunningAgent { name: name.into(), health, metrics, task });
+        self.agents.push(RunningAgent { name: config.agent_id.clone(), health, metrics, task });
         Ok(())
     }
 
@@ -304,6 +320,7 @@ impl Running {
         let tunnel = self.server.tunnel;
         culvert_agent::Config {
             agent_id: name.into(),
+            transport: self.rig.transport,
             identifiers: String::new(),
             identifier_pairs: Vec::new(),
             servers: culvert_agent::config::ServersConfig {

@@ -62,7 +62,7 @@ fn tunnels_lost(rig: &Running) -> String {
 
 #[tokio::test]
 async fn an_agent_killed_while_streaming_ends_its_frontends_at_once() {
-    for door in [Door::ConnectTls, Door::GrpcUnix] {
+    for door in [Door::ConnectTls, Door::GrpcUnix, Door::ConnectTlsTunnelTcp] {
         within(async {
             let rig = door.rig().agents(0).start().await.unwrap();
             let peer = agent_process(&rig, &[]).await;
@@ -85,7 +85,7 @@ async fn an_agent_killed_while_streaming_ends_its_frontends_at_once() {
 
 #[tokio::test]
 async fn an_agent_killed_while_dialing_fails_the_dial_at_once() {
-    for door in [Door::ConnectUnix, Door::GrpcUnix] {
+    for door in [Door::ConnectUnix, Door::GrpcUnix, Door::GrpcUnixTunnelTcp] {
         within(async {
             let rig = door.rig().agents(0).start().await.unwrap();
             let peer = agent_process(&rig, &[]).await;

@@ -37,7 +37,13 @@ async fn connect(
 async fn reset_by_the_target_is_a_reset_at_the_frontend() {
     // A Unix socket knows no reset: there the cut shows as the end of a connection whose TLS,
     // inside, was not ended. The other doors can tell.
-    for door in [Door::ConnectTls, Door::GrpcUnix, Door::GrpcTls] {
+    for door in [
+        Door::ConnectTls,
+        Door::GrpcUnix,
+        Door::GrpcTls,
+        Door::ConnectTlsTunnelTcp,
+        Door::GrpcUnixTunnelTcp,
+    ] {
         within(async {
             let rig = door.rig().start().await.unwrap();
             let (target, mut accepted) = targets::handed_over().await.unwrap();
@@ -68,7 +74,13 @@ async fn reset_by_the_target_ends_a_frontend_on_a_unix_socket() {
 
 #[tokio::test]
 async fn reset_by_the_frontend_is_a_reset_at_the_target() {
-    for door in [Door::ConnectTls, Door::GrpcUnix, Door::GrpcTls] {
+    for door in [
+        Door::ConnectTls,
+        Door::GrpcUnix,
+        Door::GrpcTls,
+        Door::ConnectTlsTunnelTcp,
+        Door::GrpcUnixTunnelTcp,
+    ] {
         within(async {
             let rig = door.rig().start().await.unwrap();
             let (target, mut accepted) = targets::handed_over().await.unwrap();

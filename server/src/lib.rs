@@ -16,6 +16,7 @@ pub mod reached;
 pub mod registry;
 pub mod server;
 pub mod tunnel;
+pub mod tunnel_port;
 
 pub use config::Config;
 pub use server::{Server, StartError};

@@ -1,6 +1,6 @@
 //! A whole server: every part bound at once, run until told to stop, then taken down in order.
 
-use std::{fs, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use culvert_wire::{
     CloseCode,
@@ -9,8 +9,8 @@ use culvert_wire::{
         admin::{self, AdminServer, Routes},
         metrics::{BuildError, Upkeep},
     },
-    tls::{self, Identity, TlsError},
-    transport::quic::{ConnectError, Listener, ResetKey},
+    tls::TlsError,
+    transport::quic::ConnectError,
 };
 use tokio::time::timeout;
 use tokio_util::{
@@ -29,6 +29,7 @@ use crate::{
     },
     metrics::ServerMetrics,
     tunnel::{self, TunnelContext},
+    tunnel_port::TunnelPort,
 };
 
 /// Time for closed tunnels' last packets, and for tasks to notice that they are over.
@@ -43,6 +44,14 @@ pub enum StartError {
     /// The tunnel port cannot be listened on.
     #[error("--agent-port: {0}")]
     Tunnel(#[from] ConnectError),
+    /// The tunnel port cannot be listened on over TCP.
+    #[error("--agent-port: cannot listen on {address} over TCP: {source}")]
+    TunnelTcp {
+        /// What was to be bound.
+        address: SocketAddr,
+        /// The kernel's reason.
+        source: io::Error,
+    },
     /// Certificate, key or CA of the tunnel port cannot be used.
     #[error("--cluster-cert, --cluster-key, --cluster-ca-cert: {0}")]
     Tls(#[from] TlsError),
@@ -73,7 +82,7 @@ pub enum StartError {
 pub struct Server {
     frontend: FrontendListener,
     frontend_context: Arc<FrontendContext>,
-    listener: Listener,
+    port: TunnelPort,
     tunnel_context: Arc<TunnelContext>,
     health: AdminServer,
     admin: AdminServer,
@@ -89,8 +98,8 @@ impl Server {
     pub fn bind(config: &Config) -> Result<Self, StartError> {
         let metrics = Arc::new(ServerMetrics::new()?);
         let backends = Backends::new(&config.agents.strategies);
-        let listener = bind_tunnels(config)?;
-        metrics.set_udp_buffers(listener.buffer_sizes());
+        let port = TunnelPort::bind(config)?;
+        metrics.set_udp_buffers(port.quic().buffer_sizes());
         let frontend = FrontendListener::bind(&config.frontend, &config.tls)?;
         let frontend_context = Arc::new(FrontendContext {
             dialer: Dialer::new(backends.clone(), config.agents.dial, metrics.clone()),
@@ -126,7 +135,7 @@ impl Server {
             admin: AdminServer::bind("admin-port", config.admin_address, routes())?,
             frontend,
             frontend_context,
-            listener,
+            port,
             tunnel_context,
             grace: config.graceful_shutdown_timeout,
             _upkeep: upkeep,
@@ -141,12 +150,12 @@ impl Server {
         self.frontend.address()
     }
 
-    /// Where agents are accepted, over UDP.
+    /// Where agents are accepted, over UDP and TCP.
     ///
     /// # Errors
     /// When the kernel does not tell.
     pub fn tunnel_address(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
+        self.port.quic().local_addr()
     }
 
     /// The agents that have joined.
@@ -178,13 +187,13 @@ impl Server {
             AbortOnDropHandle::new(tokio::spawn(self.frontend.run(self.frontend_context.clone())));
         tokio::select! {
             () = stop => {}
-            () = accept_tunnels(&self.listener, &self.tunnel_context, &tunnels) => {}
+            () = accept_tunnels(&self.port, &self.tunnel_context, &tunnels) => {}
         }
 
         // No new requests first; the frontend's task ends within a moment and removes its socket.
         stopping.cancel();
         let _ = frontend.await;
-        self.listener.refuse_new();
+        self.port.quic().refuse_new();
         self.tunnel_context.draining.cancel();
         tasks.close();
         if !self.grace.is_zero() && !tasks.is_empty() {
@@ -198,7 +207,7 @@ impl Server {
         self.tunnel_context.closing.cancel();
         tunnels.close();
         let _ = timeout(CLOSE_TIMEOUT, tunnels.wait()).await;
-        self.listener.close(CloseCode::SHUTDOWN, "the server stops", CLOSE_TIMEOUT).await;
+        self.port.close(CloseCode::SHUTDOWN, "the server stops", CLOSE_TIMEOUT).await;
         closing.cancel();
         let _ = timeout(CLOSE_TIMEOUT, tasks.wait()).await;
         self.health.stop().await;
@@ -206,41 +215,8 @@ impl Server {
     }
 }
 
-async fn accept_tunnels(listener: &Listener, context: &Arc<TunnelContext>, tasks: &TaskTracker) {
-    while let Some(incoming) = listener.accept().await {
+async fn accept_tunnels(port: &TunnelPort, context: &Arc<TunnelContext>, tasks: &TaskTracker) {
+    while let Some(incoming) = port.accept().await {
         tasks.spawn(tunnel::serve(incoming, context.clone()));
     }
-}
-
-fn bind_tunnels(config: &Config) -> Result<Listener, StartError> {
-    let agents = &config.agents;
-    let identity =
-        Identity::from_pem_files(&agents.certificate.certificate, &agents.certificate.key)?;
-    // By default a restart keeps the secret for as long as it keeps the private key.
-    let reset_key = match &agents.reset_key_file {
-        Some(path) => {
-            let secret = fs::read(path)
-                .map_err(|source| StartError::ResetKey { path: path.clone(), source })?;
-            ResetKey::derive(&secret)
-        }
-        None => ResetKey::derive(identity.key.secret_der()),
-    };
-    let client_ca = match &agents.client_ca {
-        Some(path) => Some(tls::authorities(&tls::certificates(path)?)?),
-        None => None,
-    };
-    let server_tls = tls::tunnel_server(identity, client_ca, config.tunnel.key_exchange)?;
-    // Agents open the control stream and nothing else.
-    let settings = config.tunnel.settings(1);
-    let listener =
-        Listener::bind(agents.address, Arc::new(server_tls), &settings, Some(&reset_key))?;
-    let sizes = listener.buffer_sizes();
-    if sizes.is_small() {
-        warn!(
-            receive = sizes.receive,
-            send = sizes.send,
-            "UDP buffers are small; raise net.core.rmem_max and net.core.wmem_max to 8 MiB",
-        );
-    }
-    Ok(listener)
 }

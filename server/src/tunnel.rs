@@ -9,10 +9,7 @@ use culvert_wire::{
     extension::Extensions,
     process::logging::RateLimited,
     text::{List, Text},
-    transport::{
-        Tunnel, TunnelLost,
-        quic::{ConnectError, Incoming},
-    },
+    transport::{Tunnel, TunnelLost, quic::ConnectError},
     version::{Features, REVISION},
 };
 use tokio::time::timeout;
@@ -23,10 +20,14 @@ use crate::{
     backend::{Backend, Backends, DOUBT_LIMIT},
     metrics::ServerMetrics,
     registry::Candidate,
+    tunnel_port::Incoming,
 };
 
 /// Time for an agent to complete the handshake and introduce itself.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Time for the last packets of a tunnel that is closed.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What every tunnel of one server has in common.
 #[derive(Debug)]
@@ -221,5 +222,6 @@ async fn goodbye(control: &mut ControlStream, tunnel: &Tunnel) -> Result<(), Con
     let goodbye = Goodbye { code: code.as_u32(), reason: Text::truncated(reason.into()) };
     let told = control.send(&ControlMessage::Goodbye(goodbye)).await;
     tunnel.close(code, reason);
+    tunnel.flushed(FLUSH_TIMEOUT).await;
     told
 }

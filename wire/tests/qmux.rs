@@ -96,6 +96,18 @@ async fn many_streams_share_a_pipe() {
 }
 
 #[tokio::test]
+async fn few_streams_at_once_are_many_one_after_another() {
+    within(async {
+        let (server, agent) = pair(&Settings { max_streams: 2, ..Settings::default() }).await;
+        tokio::spawn(echo(agent));
+        for stream in 0..10 {
+            round_trip(&server, 1, stream).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_stalled_reader_holds_up_nobody_else() {
     within(async {
         let settings = Settings { stream_receive_window: 64 * 1024, ..Settings::default() };

@@ -3,6 +3,8 @@
 use clap::Parser;
 use culvert_wire::process::{go_duration::GoDuration, tunnel_flags::TunnelFlags};
 
+use super::Transport;
+
 /// The node side of Culvert: keeps a tunnel to the server of the control plane and connects the
 /// streams that come through to kubelets, pods and services.
 ///
@@ -27,6 +29,11 @@ pub struct Flags {
     /// CA that the servers' certificate must come from, PEM. Mandatory
     #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
     pub ca_cert: String,
+
+    /// What carries a tunnel: quic over UDP; tcp, where UDP does not get through; auto tries quic and,
+    /// when it has failed or taken 3 s, tcp. A tunnel stays with what it began with
+    #[arg(long, help_heading = "Servers", value_name = "KIND", default_value = "quic")]
+    pub transport: Transport,
 
     /// Certificate chain the agent proves itself with, PEM
     #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]

@@ -69,13 +69,17 @@ pub(super) struct Mux {
     granted: u64,
     told: u64,
     retired: u64,
+    grant_step: u64,
     waiting: VecDeque<u64>,
     sent: u64,
     may_send: u64,
 }
 
-/// Streams that have ended before the peer is told that it may open as many anew.
-const GRANT_STEP: u64 = 16;
+/// Streams that have ended before the peer is told that it may open as many anew, where it may have
+/// this many.
+fn grant_step(max_streams: u32) -> u64 {
+    u64::from(max_streams / 8).clamp(1, 16)
+}
 
 impl Mux {
     pub(super) fn new(role: Role, window: u32, max_streams: u32, idle_timeout_millis: u64) -> Self {
@@ -105,6 +109,7 @@ impl Mux {
             granted: streams,
             told: streams,
             retired: 0,
+            grant_step: grant_step(max_streams),
             waiting: VecDeque::new(),
             sent: 0,
             may_send: 0,
@@ -256,6 +261,7 @@ impl Mux {
 
     /// Lets the peer have this many streams open.
     pub(super) fn set_max_streams(&mut self, count: u32) {
+        self.grant_step = grant_step(count);
         self.granted = self.granted.max(self.retired + u64::from(count));
         self.tell_streams(1);
     }
@@ -528,7 +534,7 @@ impl Mux {
         if id & 1 != self.role.bit() {
             self.retired += 1;
             self.granted += 1;
-            self.tell_streams(GRANT_STEP);
+            self.tell_streams(self.grant_step);
         }
     }
 

@@ -1,0 +1,188 @@
+//! Where agents come in: one port number, over UDP and over TCP.
+
+use std::{fs, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use culvert_wire::{
+    CloseCode,
+    process::{listen, logging::RateLimited},
+    tls::{self, Identity},
+    transport::{
+        Tunnel, TunnelLost,
+        quic::{self, ConnectError, ResetKey, Settings},
+        tcp,
+    },
+};
+use rustls::ServerConfig;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    select,
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::sleep,
+};
+use tokio_rustls::TlsAcceptor;
+use tracing::warn;
+
+use crate::{config::Config, server::StartError};
+
+/// TCP handshakes in progress above which further connections are dropped, as with QUIC.
+const MAX_HANDSHAKES: usize = 1024;
+/// Wait after a failed accept: it fails for want of file descriptors, which takes a moment.
+const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
+/// Attempts to find a number that is free for UDP and TCP, where any will do.
+const MAX_ATTEMPTS: usize = 16;
+
+/// Both listeners of the tunnel port.
+#[derive(Debug)]
+pub struct TunnelPort {
+    quic: quic::Listener,
+    tcp: TcpListener,
+    tls: Arc<ServerConfig>,
+    settings: Settings,
+    handshakes: Arc<Semaphore>,
+}
+
+/// An agent's wish for a tunnel, before its handshake.
+#[derive(Debug)]
+pub enum Incoming {
+    /// Over QUIC.
+    Quic(Box<quic::Incoming>),
+    /// Over TCP.
+    Tcp {
+        /// The connection.
+        socket: TcpStream,
+        /// Where it comes from.
+        remote: SocketAddr,
+        /// How its handshake is done.
+        tls: Arc<ServerConfig>,
+        /// What its tunnel is set up with.
+        settings: Settings,
+        /// One handshake in progress.
+        place: OwnedSemaphorePermit,
+    },
+}
+
+impl Incoming {
+    /// Where the wish comes from; over QUIC not proven before the handshake is complete.
+    pub fn remote_address(&self) -> SocketAddr {
+        match self {
+            Self::Quic(incoming) => incoming.remote_address(),
+            Self::Tcp { remote, .. } => *remote,
+        }
+    }
+
+    /// Does the handshake: certificates are checked, the protocol is agreed on.
+    ///
+    /// # Errors
+    /// When the peer goes away, is refused, or speaks another protocol.
+    pub async fn complete(self) -> Result<Tunnel, ConnectError> {
+        match self {
+            Self::Quic(incoming) => incoming.complete().await,
+            Self::Tcp { socket, tls, settings, place, .. } => {
+                let lost = |error: io::Error| {
+                    ConnectError::Handshake(TunnelLost::Transport(error.to_string()))
+                };
+                let stream = TlsAcceptor::from(tls).accept(socket).await.map_err(lost)?;
+                let tunnel = tcp::accept(stream, &settings).await;
+                drop(place);
+                tunnel
+            }
+        }
+    }
+}
+
+impl TunnelPort {
+    /// Binds the port, with the certificates and the secret that the configuration names.
+    ///
+    /// # Errors
+    /// When a file cannot be used or the port cannot be had, for UDP or for TCP.
+    pub fn bind(config: &Config) -> Result<Self, StartError> {
+        let agents = &config.agents;
+        let identity =
+            Identity::from_pem_files(&agents.certificate.certificate, &agents.certificate.key)?;
+        // By default a restart keeps the secret for as long as it keeps the private key.
+        let reset_key = match &agents.reset_key_file {
+            Some(path) => {
+                let secret = fs::read(path)
+                    .map_err(|source| StartError::ResetKey { path: path.clone(), source })?;
+                ResetKey::derive(&secret)
+            }
+            None => ResetKey::derive(identity.key.secret_der()),
+        };
+        let client_ca = match &agents.client_ca {
+            Some(path) => Some(tls::authorities(&tls::certificates(path)?)?),
+            None => None,
+        };
+        let tls = tls::tunnel_server(identity, client_ca, config.tunnel.key_exchange)?;
+        let tls = Arc::new(tls);
+        // Agents open the control stream and nothing else.
+        let settings = config.tunnel.settings(1);
+        let (quic, tcp) = bind_both(agents.address, &tls, &settings, &reset_key)?;
+        let sizes = quic.buffer_sizes();
+        if sizes.is_small() {
+            warn!(
+                receive = sizes.receive,
+                send = sizes.send,
+                "UDP buffers are small; raise net.core.rmem_max and net.core.wmem_max to 8 MiB",
+            );
+        }
+        let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+        Ok(Self { quic, tcp, tls, settings, handshakes })
+    }
+
+    /// The listener over UDP.
+    pub fn quic(&self) -> &quic::Listener {
+        &self.quic
+    }
+
+    /// The next agent that wants a tunnel, over whichever carrier; `None` once the port is closed.
+    pub async fn accept(&self) -> Option<Incoming> {
+        static ACCEPT_FAILED: RateLimited = RateLimited::new(Duration::from_secs(10));
+        loop {
+            let accepted = select! {
+                incoming = self.quic.accept() => return incoming.map(Box::new).map(Incoming::Quic),
+                accepted = self.tcp.accept() => accepted,
+            };
+            match accepted {
+                Ok((socket, remote)) => {
+                    // Without a place the connection is dropped, and the agent tries again.
+                    let Ok(place) = self.handshakes.clone().try_acquire_owned() else { continue };
+                    let (tls, settings) = (self.tls.clone(), self.settings);
+                    return Some(Incoming::Tcp { socket, remote, tls, settings, place });
+                }
+                Err(error) => {
+                    if let Some(suppressed) = ACCEPT_FAILED.admit(std::time::Instant::now()) {
+                        warn!(%error, suppressed, "an agent's connection was not accepted");
+                    }
+                    sleep(ACCEPT_RETRY_INTERVAL).await;
+                }
+            }
+        }
+    }
+
+    /// Closes every QUIC tunnel and waits until the peers have been told, at most `limit`.
+    pub async fn close(&self, code: CloseCode, reason: &str, limit: Duration) {
+        self.quic.close(code, reason, limit).await;
+    }
+}
+
+/// One number for both; where any will do, one that is free for both.
+fn bind_both(
+    address: SocketAddr,
+    tls: &Arc<ServerConfig>,
+    settings: &Settings,
+    reset_key: &ResetKey,
+) -> Result<(quic::Listener, TcpListener), StartError> {
+    let mut attempts = if address.port() == 0 { MAX_ATTEMPTS } else { 1 };
+    loop {
+        attempts -= 1;
+        let quic = quic::Listener::bind(address, tls.clone(), settings, Some(reset_key))?;
+        let bound = SocketAddr::new(address.ip(), quic.local_addr()?.port());
+        match listen::tcp(bound) {
+            Ok(tcp) => return Ok((quic, tcp)),
+            Err(source) if attempts == 0 => {
+                return Err(StartError::TunnelTcp { address: bound, source });
+            }
+            Err(_) => {}
+        }
+    }
+}
