@@ -1,6 +1,6 @@
 //! A whole server: every part bound at once, run until told to stop, then taken down in order.
 
-use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use culvert_wire::{
     CloseCode,
@@ -9,8 +9,6 @@ use culvert_wire::{
         admin::{self, AdminServer, Routes},
         metrics::{BuildError, Upkeep},
     },
-    tls::TlsError,
-    transport::quic::ConnectError,
 };
 use tokio::time::timeout;
 use tokio_util::{
@@ -29,7 +27,7 @@ use crate::{
     },
     metrics::ServerMetrics,
     tunnel::{self, TunnelContext},
-    tunnel_port::TunnelPort,
+    tunnel_port::{TunnelPort, TunnelPortError},
 };
 
 /// Time for closed tunnels' last packets, and for tasks to notice that they are over.
@@ -41,28 +39,9 @@ pub enum StartError {
     /// The frontend cannot be listened on.
     #[error(transparent)]
     Frontend(#[from] ListenError),
-    /// The tunnel port cannot be listened on.
-    #[error("--agent-port: {0}")]
-    Tunnel(#[from] ConnectError),
-    /// The tunnel port cannot be listened on over TCP.
-    #[error("--agent-port: cannot listen on {address} over TCP: {source}")]
-    TunnelTcp {
-        /// What was to be bound.
-        address: SocketAddr,
-        /// The kernel's reason.
-        source: io::Error,
-    },
-    /// Certificate, key or CA of the tunnel port cannot be used.
-    #[error("--cluster-cert, --cluster-key, --cluster-ca-cert: {0}")]
-    Tls(#[from] TlsError),
-    /// The secret of stateless resets cannot be read.
-    #[error("--reset-key-file: cannot read {path}: {source}")]
-    ResetKey {
-        /// Which file.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
+    /// Agents cannot be let in.
+    #[error(transparent)]
+    TunnelPort(#[from] TunnelPortError),
     /// The server's name cannot be used.
     #[error("--server-id: {0}")]
     ServerId(#[from] InvalidId),

@@ -1,11 +1,11 @@
 //! Where agents come in: one port number, over UDP and over TCP.
 
-use std::{fs, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{fs, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use culvert_wire::{
     CloseCode,
     process::{listen, logging::RateLimited},
-    tls::{self, Identity},
+    tls::{self, Identity, TlsError},
     transport::{
         Tunnel, TunnelLost,
         quic::{self, ConnectError, ResetKey, Settings},
@@ -22,7 +22,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tracing::warn;
 
-use crate::{config::Config, server::StartError};
+use crate::config::Config;
 
 /// TCP handshakes in progress above which further connections are dropped, as with QUIC.
 const MAX_HANDSHAKES: usize = 1024;
@@ -30,6 +30,36 @@ const MAX_HANDSHAKES: usize = 1024;
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 /// Attempts to find a number that is free for UDP and TCP, where any will do.
 const MAX_ATTEMPTS: usize = 16;
+
+/// Agents cannot be let in.
+#[derive(Debug, thiserror::Error)]
+pub enum TunnelPortError {
+    /// The tunnel port cannot be listened on.
+    #[error("--agent-port: {0}")]
+    Tunnel(#[from] ConnectError),
+    /// The tunnel port cannot be listened on over TCP.
+    #[error("--agent-port: cannot listen on {address} over TCP: {source}")]
+    TunnelTcp {
+        /// What was to be bound.
+        address: SocketAddr,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// Certificate, key or CA of the tunnel port cannot be used.
+    #[error("--cluster-cert, --cluster-key, --cluster-ca-cert: {0}")]
+    Tls(#[from] TlsError),
+    /// The secret of stateless resets cannot be read.
+    #[error("--reset-key-file: cannot read {path}: {source}")]
+    ResetKey {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The kernel does not tell what was bound.
+    #[error(transparent)]
+    Address(#[from] io::Error),
+}
 
 /// Both listeners of the tunnel port.
 #[derive(Debug)]
@@ -95,7 +125,7 @@ impl TunnelPort {
     ///
     /// # Errors
     /// When a file cannot be used or the port cannot be had, for UDP or for TCP.
-    pub fn bind(config: &Config) -> Result<Self, StartError> {
+    pub fn bind(config: &Config) -> Result<Self, TunnelPortError> {
         let agents = &config.agents;
         let identity =
             Identity::from_pem_files(&agents.certificate.certificate, &agents.certificate.key)?;
@@ -103,7 +133,7 @@ impl TunnelPort {
         let reset_key = match &agents.reset_key_file {
             Some(path) => {
                 let secret = fs::read(path)
-                    .map_err(|source| StartError::ResetKey { path: path.clone(), source })?;
+                    .map_err(|source| TunnelPortError::ResetKey { path: path.clone(), source })?;
                 ResetKey::derive(&secret)
             }
             None => ResetKey::derive(identity.key.secret_der()),
@@ -171,7 +201,7 @@ fn bind_both(
     tls: &Arc<ServerConfig>,
     settings: &Settings,
     reset_key: &ResetKey,
-) -> Result<(quic::Listener, TcpListener), StartError> {
+) -> Result<(quic::Listener, TcpListener), TunnelPortError> {
     let mut attempts = if address.port() == 0 { MAX_ATTEMPTS } else { 1 };
     loop {
         attempts -= 1;
@@ -180,7 +210,7 @@ fn bind_both(
         match listen::tcp(bound) {
             Ok(tcp) => return Ok((quic, tcp)),
             Err(source) if attempts == 0 => {
-                return Err(StartError::TunnelTcp { address: bound, source });
+                return Err(TunnelPortError::TunnelTcp { address: bound, source });
             }
             Err(_) => {}
         }
