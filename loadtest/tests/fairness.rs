@@ -140,7 +140,7 @@ fn a_buffer_of_one_product_leaves_cubic_a_quarter() {
 }
 
 #[test]
-#[ignore = "takes twenty seconds of a machine that does nothing else, and misses: an eighth today"]
+#[ignore = "takes twenty seconds of a machine that does nothing else"]
 fn a_buffer_of_four_products_leaves_ours_a_quarter() {
     let Some((ours, cubic)) = share(200.0) else { return };
     assert!(ours > 0.25 * (ours + cubic));

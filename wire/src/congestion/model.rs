@@ -7,7 +7,9 @@
 //!   lose as much by chance. Loss that exceeds what the path loses anyway, or that comes with a
 //!   standing queue, is.
 //! - A queue that stays although this flow has drained its own belongs to somebody else. Then the
-//!   window doubles, as BBR's always is, because a flow that yields to every queue starves.
+//!   window is at least twice the product, as BBR's always is, and what this flow delivers in a round
+//!   trip that includes the queue: a flow that yields to every queue starves, and one that counts on
+//!   the shortest round trip alone starves in a deep one. Loss bounds it there.
 
 use std::{
     any::Any,
@@ -41,10 +43,14 @@ const FULL_ROUNDS: u32 = 3;
 const UP_GAIN: f64 = 1.25;
 /// Window when the queue of that is drained (§5.3.3.1).
 const DOWN_GAIN: f64 = 0.85;
-/// Window beside a flow that keeps a queue of its own (§5.6.3 has it always).
+/// Least window beside a flow that keeps a queue of its own, in products (§5.6.3 has it always).
 const CROWDED_GAIN: f64 = 2.0;
+/// Part of its limit by which the flow grows again each round there.
+const CROWDED_GROWTH: u64 = 32;
 /// Drained cycles that still met a queue, before it counts as another's.
-const CROWDED_CYCLES: u32 = 3;
+const CROWDED_CYCLES: u32 = 2;
+/// Cycles after which it is looked again whether that is still so.
+const DRAINED_CYCLES: u32 = 3;
 /// Rounds between two searches for bandwidth, and how much that varies so that flows do not march
 /// in step.
 const CRUISE_ROUNDS: u64 = 8;
@@ -133,6 +139,10 @@ struct Model {
     limit: Option<u64>,
     /// Drained cycles in a row that met a queue.
     crowded: u32,
+    /// Bandwidth of the last round.
+    delivered: f64,
+    /// How long the queue of the last round was.
+    queued: Duration,
     in_flight: u64,
     phase: Phase,
     window: u64,
@@ -153,6 +163,8 @@ impl Model {
             usual_loss: 0.0,
             limit: None,
             crowded: 0,
+            delivered: 0.0,
+            queued: Duration::ZERO,
             in_flight: 0,
             phase: Phase::Startup { full: 0.0, stale: 0 },
             window: INITIAL_WINDOW,
@@ -205,8 +217,9 @@ impl Model {
             lost = self.loss_share(), usual_loss = self.usual_loss, limit = self.limit,
             crowded = self.crowded, "a round trip of the path's model",
         );
-        let queue = self.queue();
-        let standing = queue > self.tolerated_queue();
+        self.queued = self.queue();
+        self.delivered = self.round.rate;
+        let standing = self.queued > self.tolerated_queue();
         self.learn_loss(standing);
         if self.is_congested(standing) {
             self.answer_congestion();
@@ -214,8 +227,9 @@ impl Model {
         self.phase = match self.phase {
             Phase::Startup { full, stale } => self.after_startup_round(full, stale, standing),
             Phase::Down { rounds } => {
-                let drained = self.in_flight <= self.product(self.bandwidth.max());
-                if (rounds >= 1 && drained) || rounds >= 3 {
+                let drained = self.in_flight <= self.drained(rounds);
+                let empty = drained && (!standing || !self.drains_all());
+                if (rounds >= 1 && empty) || rounds >= 3 {
                     self.crowded = if standing { self.crowded + 1 } else { 0 };
                     Phase::Cruise { rounds: 0 }
                 } else {
@@ -254,6 +268,10 @@ impl Model {
     fn after_cruise_round(&mut self, rounds: u64) -> Phase {
         if self.round.app_limited {
             return Phase::Cruise { rounds };
+        }
+        // What others do with the room that a loss made is not for this flow to wait for.
+        if self.is_crowded() && !self.round.answered {
+            self.limit = self.limit.map(|limit| limit + limit / CROWDED_GROWTH);
         }
         // With a queue, what is delivered is all there is: a window of that, followed until the next
         // search, drains it. Flows that all do so keep as many bytes in the queue each, and so have
@@ -337,6 +355,23 @@ impl Model {
         EXTRA_PACKETS * self.mtu + (self.bandwidth.max() * EXTRA_TIME.as_secs_f64()) as u64
     }
 
+    /// Bytes in flight once the queue is drained for so many rounds, or this flow's part of it.
+    fn drained(&self, rounds: u64) -> u64 {
+        let bandwidth = self.bandwidth.max();
+        match rounds {
+            _ if !self.drains_all() => self.crowded_window(),
+            0 | 1 => self.product(bandwidth),
+            // The bandwidth may have fallen, and the queue be this flow's for that.
+            _ => self.product(bandwidth.min(self.delivered)),
+        }
+    }
+
+    /// Whether all that this flow has in the queue is drained, to see whether the queue is another's:
+    /// beside one that keeps a queue it gives its place away, so it is done rarely there.
+    fn drains_all(&self) -> bool {
+        !self.is_crowded() || self.crowded.is_multiple_of(DRAINED_CYCLES)
+    }
+
     fn is_crowded(&self) -> bool {
         self.crowded >= CROWDED_CYCLES
     }
@@ -344,8 +379,21 @@ impl Model {
     /// Bytes that fill the path at this rate; what the path loses on the way included, for it was in
     /// flight as well.
     fn product(&self, rate: f64) -> u64 {
-        let pipe = self.min_rtt.unwrap_or_default().max(MIN_PIPE);
-        (rate * pipe.as_secs_f64() / (1.0 - self.usual_loss)) as u64
+        self.flight(rate, self.min_rtt.unwrap_or_default())
+    }
+
+    /// Bytes that are in flight at this rate when they take so long.
+    fn flight(&self, rate: f64, rtt: Duration) -> u64 {
+        (rate * rtt.max(MIN_PIPE).as_secs_f64() / (1.0 - self.usual_loss)) as u64
+    }
+
+    /// The window beside a flow that keeps a queue: a flow that counts on the shortest RTT starves in
+    /// a queue that is longer.
+    fn crowded_window(&self) -> u64 {
+        let rtt = self.min_rtt.unwrap_or_default() + self.queued;
+        let bandwidth = self.bandwidth.max();
+        let least = (self.product(bandwidth) as f64 * CROWDED_GAIN) as u64;
+        self.flight(bandwidth, rtt).max(least)
     }
 
     fn min_window(&self) -> u64 {
@@ -362,19 +410,21 @@ impl Model {
         let extra = self.extra();
         let window = match self.phase {
             Phase::Startup { .. } => self.window,
-            Phase::Down { .. } => gain(DOWN_GAIN),
-            Phase::Cruise { .. } if self.is_crowded() => gain(CROWDED_GAIN) + extra,
+            Phase::Down { rounds } => (self.drained(rounds) as f64 * DOWN_GAIN) as u64,
+            Phase::Cruise { .. } if self.is_crowded() => self.crowded_window() + extra,
             Phase::Cruise { .. } => {
                 let rate = self.short_term.unwrap_or(bandwidth).min(bandwidth);
                 self.product(rate) + extra
             }
-            Phase::Up { .. } if self.is_crowded() => gain(CROWDED_GAIN * UP_GAIN) + extra,
+            Phase::Up { .. } if self.is_crowded() => {
+                (self.crowded_window() as f64 * UP_GAIN) as u64 + extra
+            }
             Phase::Up { .. } => gain(UP_GAIN) + extra,
             Phase::ProbeRtt { .. } => gain(PROBE_RTT_GAIN),
         };
         let limit = self.limit.unwrap_or(u64::MAX);
         self.window = window.min(limit).max(self.min_window());
-        if limit > gain(2.0 * CROWDED_GAIN) {
+        if limit > self.crowded_window() * 2 {
             self.limit = None;
         }
     }
