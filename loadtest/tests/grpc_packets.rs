@@ -12,7 +12,7 @@ use culvert_loadtest::{
     rig::Running,
     targets,
 };
-use culvert_server::frontend::grpc::packet::{CloseDial, Packet, PacketType, Payload};
+use culvert_wire::konnectivity::packet::{CloseDial, Packet, PacketType, Payload};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,

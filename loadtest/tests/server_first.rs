@@ -8,7 +8,7 @@ use culvert_loadtest::{
     frontend::{Door, connect::ESTABLISHED, proxy},
     targets,
 };
-use culvert_server::frontend::grpc::packet::Payload;
+use culvert_wire::konnectivity::packet::Payload;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,

@@ -15,6 +15,7 @@ pub mod metrics;
 pub mod reached;
 pub mod registry;
 pub mod server;
+pub mod stock_agent;
 pub mod tunnel;
 pub mod tunnel_port;
 

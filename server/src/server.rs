@@ -100,6 +100,8 @@ impl Server {
             drain_timeout: config.graceful_shutdown_timeout,
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
+            settings: port.settings(),
+            tunnels: TaskTracker::new(),
         });
         let upkeep = metrics.inner().spawn_upkeep();
         let routes = || {
@@ -161,12 +163,12 @@ impl Server {
     /// down: agents are told, frontends still open are cut off, the Unix socket is removed.
     pub async fn run(self, stop: impl Future<Output = ()>) {
         let FrontendContext { stopping, closing, tasks, .. } = &*self.frontend_context;
-        let tunnels = TaskTracker::new();
+        let tunnels = self.tunnel_context.tunnels.clone();
         let frontend =
             AbortOnDropHandle::new(tokio::spawn(self.frontend.run(self.frontend_context.clone())));
         tokio::select! {
             () = stop => {}
-            () = accept_tunnels(&self.port, &self.tunnel_context, &tunnels) => {}
+            () = accept_tunnels(&self.port, &self.tunnel_context) => {}
         }
 
         // No new requests first; the frontend's task ends within a moment and removes its socket.
@@ -194,8 +196,8 @@ impl Server {
     }
 }
 
-async fn accept_tunnels(port: &TunnelPort, context: &Arc<TunnelContext>, tasks: &TaskTracker) {
+async fn accept_tunnels(port: &TunnelPort, context: &Arc<TunnelContext>) {
     while let Some(incoming) = port.accept().await {
-        tasks.spawn(tunnel::serve(incoming, context.clone()));
+        context.tunnels.spawn(tunnel::serve(incoming, context.clone()));
     }
 }

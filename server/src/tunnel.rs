@@ -1,7 +1,7 @@
 //! One agent's tunnel, from handshake to loss: who it is, what it says on the control stream, and
 //! what happens when it falls silent.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use culvert_wire::{
     CloseCode, ServerId,
@@ -9,18 +9,22 @@ use culvert_wire::{
     extension::Extensions,
     process::logging::RateLimited,
     text::{List, Text},
-    transport::{Tunnel, TunnelLost, quic::ConnectError},
+    transport::{
+        Tunnel, TunnelLost,
+        quic::{ConnectError, Settings},
+    },
     version::{Features, REVISION},
 };
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use crate::{
     backend::{Backend, Backends, DOUBT_LIMIT},
     metrics::ServerMetrics,
     registry::Candidate,
-    tunnel_port::Incoming,
+    stock_agent,
+    tunnel_port::{Arrival, Incoming},
 };
 
 /// Time for an agent to complete the handshake and introduce itself.
@@ -50,6 +54,10 @@ pub struct TunnelContext {
     pub draining: CancellationToken,
     /// Told when tunnels are to be closed.
     pub closing: CancellationToken,
+    /// What tunnels are set up with.
+    pub settings: Settings,
+    /// The tasks of all tunnels.
+    pub tunnels: TaskTracker,
 }
 
 /// Why an agent did not become a backend.
@@ -90,20 +98,25 @@ impl JoinError {
     }
 }
 
-/// Serves one agent until its tunnel is gone.
+/// Serves whoever comes in until they are gone.
 pub async fn serve(incoming: Incoming, context: Arc<TunnelContext>) {
-    static JOIN_FAILED: RateLimited = RateLimited::new(Duration::from_secs(1));
     let remote = incoming.remote_address();
-    let joined = timeout(JOIN_TIMEOUT, join(incoming, &context)).await;
+    let arrived = timeout(JOIN_TIMEOUT, incoming.complete()).await;
+    match arrived.map(|arrived| arrived.map_err(JoinError::from)) {
+        Ok(Ok(Arrival::Tunnel(tunnel))) => serve_tunnel(tunnel, context).await,
+        Ok(Ok(Arrival::Stock(stream))) => stock_agent::serve(*stream, remote, context).await,
+        Ok(Err(error)) => not_joined(remote, &error, &context),
+        Err(_) => not_joined(remote, &JoinError::TimedOut, &context),
+    }
+}
+
+/// Serves one agent until its tunnel is gone.
+pub async fn serve_tunnel(tunnel: Tunnel, context: Arc<TunnelContext>) {
+    let remote = tunnel.remote_address();
+    let joined = timeout(JOIN_TIMEOUT, join(tunnel, &context)).await;
     let (backend, control) = match joined.unwrap_or(Err(JoinError::TimedOut)) {
         Ok(joined) => joined,
-        Err(error) => {
-            context.metrics.join_failed(error.label());
-            if let Some(suppressed) = JOIN_FAILED.admit(std::time::Instant::now()) {
-                warn!(%remote, %error, suppressed, "an agent did not join");
-            }
-            return;
-        }
+        Err(error) => return not_joined(remote, &error, &context),
     };
     let backend = Arc::new(backend);
     let agent_id = backend.agent_id().clone();
@@ -121,12 +134,19 @@ pub async fn serve(incoming: Incoming, context: Arc<TunnelContext>) {
     info!(agent_id = %agent_id, %remote, reason = %lost, cut, "agent gone");
 }
 
-/// Does the handshake, reads the hello and answers it.
+fn not_joined(remote: SocketAddr, error: &JoinError, context: &TunnelContext) {
+    static JOIN_FAILED: RateLimited = RateLimited::new(Duration::from_secs(1));
+    context.metrics.join_failed(error.label());
+    if let Some(suppressed) = JOIN_FAILED.admit(std::time::Instant::now()) {
+        warn!(%remote, %error, suppressed, "an agent did not join");
+    }
+}
+
+/// Reads the hello and answers it.
 async fn join(
-    incoming: Incoming,
+    tunnel: Tunnel,
     context: &TunnelContext,
 ) -> Result<(Backend, ControlStream), JoinError> {
-    let tunnel = incoming.complete().await?;
     let closer = tunnel.clone();
     let joined = introduce(tunnel, context).await;
     if let Err(error) = &joined {

@@ -4,6 +4,7 @@ use std::{fs, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use culvert_wire::{
     CloseCode,
+    konnectivity::ALPN_H2,
     process::{listen, logging::RateLimited},
     tls::{self, Identity, TlsError},
     transport::{
@@ -19,7 +20,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::sleep,
 };
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tracing::warn;
 
 use crate::config::Config;
@@ -66,9 +67,19 @@ pub enum TunnelPortError {
 pub struct TunnelPort {
     quic: quic::Listener,
     tcp: TcpListener,
+    /// How handshakes over TCP are done, where stock agents come too.
     tls: Arc<ServerConfig>,
     settings: Settings,
     handshakes: Arc<Semaphore>,
+}
+
+/// Who came in, by the protocol that was agreed on.
+#[derive(Debug)]
+pub enum Arrival {
+    /// An agent of ours.
+    Tunnel(Tunnel),
+    /// A stock agent, which speaks gRPC.
+    Stock(Box<TlsStream<TcpStream>>),
 }
 
 /// An agent's wish for a tunnel, before its handshake.
@@ -104,17 +115,20 @@ impl Incoming {
     ///
     /// # Errors
     /// When the peer goes away, is refused, or speaks another protocol.
-    pub async fn complete(self) -> Result<Tunnel, ConnectError> {
+    pub async fn complete(self) -> Result<Arrival, ConnectError> {
         match self {
-            Self::Quic(incoming) => incoming.complete().await,
+            Self::Quic(incoming) => incoming.complete().await.map(Arrival::Tunnel),
             Self::Tcp { socket, tls, settings, place, .. } => {
                 let lost = |error: io::Error| {
                     ConnectError::Handshake(TunnelLost::Transport(error.to_string()))
                 };
                 let stream = TlsAcceptor::from(tls).accept(socket).await.map_err(lost)?;
-                let tunnel = tcp::accept(stream, &settings).await;
                 drop(place);
-                tunnel
+                if stream.get_ref().1.alpn_protocol() == Some(ALPN_H2) {
+                    tcp::prepare(stream.get_ref().0, &settings);
+                    return Ok(Arrival::Stock(Box::new(stream)));
+                }
+                tcp::accept(stream, &settings).await.map(Arrival::Tunnel)
             }
         }
     }
@@ -147,6 +161,9 @@ impl TunnelPort {
         // Agents open the control stream and nothing else.
         let settings = config.tunnel.settings(1);
         let (quic, tcp) = bind_both(agents.address, &tls, &settings, &reset_key)?;
+        let mut tls = (*tls).clone();
+        tls.alpn_protocols.push(ALPN_H2.to_vec());
+        let tls = Arc::new(tls);
         let sizes = quic.buffer_sizes();
         if sizes.is_small() {
             warn!(
@@ -157,6 +174,11 @@ impl TunnelPort {
         }
         let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
         Ok(Self { quic, tcp, tls, settings, handshakes })
+    }
+
+    /// What its tunnels are set up with.
+    pub fn settings(&self) -> Settings {
+        self.settings
     }
 
     /// The listener over UDP.

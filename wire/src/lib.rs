@@ -23,6 +23,8 @@ pub mod dial;
 pub mod extension;
 pub mod frame;
 pub mod ids;
+#[cfg(feature = "konnectivity")]
+pub mod konnectivity;
 #[cfg(feature = "process")]
 pub mod process;
 pub mod route;

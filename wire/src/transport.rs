@@ -119,7 +119,7 @@ impl Tunnel {
         self.carrier.stats()
     }
 
-    /// The carrier's name for logs and metric labels: `quic` or `tcp`.
+    /// The carrier's name for logs and metric labels: `quic`, `tcp`, or `grpc` to a stock peer.
     pub fn transport(&self) -> &'static str {
         self.carrier.name()
     }

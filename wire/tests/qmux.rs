@@ -25,7 +25,7 @@ use web_transport_trait::{RecvStream as _, SendStream as _, Session as _};
 const PIPE: usize = 64 * 1024;
 
 fn peer() -> Peer {
-    Peer { address: "192.0.2.1:8132".parse().unwrap(), certificates: None }
+    Peer { address: "192.0.2.1:8132".parse().unwrap(), transport: "tcp", certificates: None }
 }
 
 async fn end(io: DuplexStream, role: Role, settings: &Settings) -> Tunnel {

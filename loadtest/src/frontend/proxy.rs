@@ -3,7 +3,7 @@
 use std::io;
 
 use bytes::Bytes;
-use culvert_server::frontend::grpc::packet::{
+use culvert_wire::konnectivity::packet::{
     CloseRequest, Data, DialRequest, Packet, PacketType, Payload,
 };
 use http::uri::PathAndQuery;

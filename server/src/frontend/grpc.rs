@@ -6,20 +6,27 @@
 
 pub mod authority;
 mod connection;
-pub mod packet;
 mod proxy;
 mod service;
 
 use std::sync::Arc;
 
 use authority::LegalAuthority;
+use culvert_wire::konnectivity::packet::Packet;
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use service::ProxyService;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::mpsc,
+};
+use tonic::Status;
 use tracing::debug;
 
 use super::FrontendContext;
+
+/// Where a `Proxy` stream's packets to the frontend go. An error ends the stream.
+type Outbound = mpsc::Sender<Result<Packet, Status>>;
 
 /// Bytes a `Proxy` stream may be ahead of its target: what a fast upload needs to stay fast.
 const STREAM_WINDOW: u32 = 2 * 1024 * 1024;
@@ -55,4 +62,9 @@ where
     if let Err(error) = ended {
         debug!(%error, "a gRPC frontend's connection ended");
     }
+}
+
+/// The answer to a dial on a stream that carries a connection already.
+fn second_dial_refused(random: i64) -> Packet {
+    Packet::dial_response(random, Err("this stream carries another connection".into()))
 }

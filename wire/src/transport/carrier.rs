@@ -83,7 +83,7 @@ impl Connection {
     pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Quic(_) => "quic",
-            Self::Qmux(_) => "tcp",
+            Self::Qmux(carrier) => carrier.name(),
         }
     }
 }

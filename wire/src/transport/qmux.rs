@@ -63,6 +63,8 @@ impl Role {
 pub struct Peer {
     /// Where it is.
     pub address: SocketAddr,
+    /// What the byte stream is, for logs and metric labels.
+    pub transport: &'static str,
     /// Its certificate chain, leaf first, if it presented one.
     pub certificates: Option<Vec<CertificateDer<'static>>>,
 }
@@ -238,6 +240,10 @@ impl Connection {
 
     pub(super) fn remote_address(&self) -> SocketAddr {
         self.shared().peer.address
+    }
+
+    pub(super) fn name(&self) -> &'static str {
+        self.shared().peer.transport
     }
 
     pub(super) fn peer_certificates(&self) -> Option<Vec<CertificateDer<'static>>> {

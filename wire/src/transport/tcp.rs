@@ -14,6 +14,8 @@ use super::{
 };
 use crate::version::ALPN;
 
+/// What such tunnels are called.
+const TRANSPORT: &str = "tcp";
 /// Bytes that TCP takes beyond what the path lets out: what waits in the kernel cannot be overtaken.
 const MAX_UNSENT: u32 = 64 * 1024;
 
@@ -47,7 +49,13 @@ pub async fn connect(
         return Err(ConnectError::Protocol);
     }
     let certificates = session.peer_certificates().map(<[_]>::to_vec);
-    establish(stream, Role::Client, Peer { address: remote, certificates }, settings).await
+    establish(
+        stream,
+        Role::Client,
+        Peer { address: remote, transport: TRANSPORT, certificates },
+        settings,
+    )
+    .await
 }
 
 /// Makes a tunnel of an agent's connection whose TLS handshake is done, and agreed on the protocol.
@@ -65,13 +73,13 @@ pub async fn accept(
     prepare(socket, settings);
     let address = socket.peer_addr().map_err(|error| ConnectError::Address(error.to_string()))?;
     let certificates = session.peer_certificates().map(<[_]>::to_vec);
-    let peer = Peer { address: canonical(address), certificates };
+    let peer = Peer { address: canonical(address), transport: TRANSPORT, certificates };
     establish(stream, Role::Server, peer, settings).await
 }
 
 /// Sets up the socket: small writes go at once, little waits in the kernel, and a peer that is gone
 /// shows within the idle time-out.
-fn prepare(socket: &TcpStream, settings: &Settings) {
+pub fn prepare(socket: &TcpStream, settings: &Settings) {
     // A socket that is gone already shows it at the first read.
     let _ = socket.set_nodelay(true);
     let socket = SockRef::from(socket);

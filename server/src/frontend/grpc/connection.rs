@@ -12,6 +12,7 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use culvert_wire::{
     StreamCode,
+    konnectivity::packet::{Packet, Said},
     splice::{Abort, LocalFault, LocalRead, LocalWrite},
 };
 use tokio::{
@@ -20,7 +21,7 @@ use tokio::{
 };
 use tonic::Streaming;
 
-use super::packet::{Ask, Outbound, Packet};
+use super::{Outbound, second_dial_refused};
 
 /// The client library enters a connection a moment after it has taken the DIAL_RSP from the wire,
 /// and kills it when a DATA is faster. The first packet of a target that speaks first is held
@@ -107,7 +108,7 @@ impl ProxyRead {
     async fn handle(&mut self, packet: Packet) -> Result<Option<Bytes>, LocalFault> {
         let id = self.closing.id;
         let answer = match packet.into() {
-            Ask::Data(data) => {
+            Said::Data(data) => {
                 if data.connect_id == 0 {
                     return Ok(None);
                 }
@@ -121,7 +122,7 @@ impl ProxyRead {
                 }
                 Packet::close_response(data.connect_id, "unrecognized connectID")
             }
-            Ask::Close(closed) => {
+            Said::Close(closed) => {
                 self.closing.registration.heard();
                 // Nothing that follows has a meaning, whichever connection it names.
                 self.ended = true;
@@ -130,8 +131,8 @@ impl ProxyRead {
                 }
                 Packet::close_response(closed, "Unknown connectID")
             }
-            Ask::Dial(second) => Packet::second_dial_refused(second.random),
-            Ask::CancelDial(_) | Ask::Other => return Ok(None),
+            Said::Dial(second) => second_dial_refused(second.random),
+            _ => return Ok(None),
         };
         self.closing.outbound.send(Ok(answer)).await.map_err(|_| cancelled())?;
         Ok(None)

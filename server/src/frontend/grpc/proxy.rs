@@ -21,6 +21,7 @@ use std::{
 use culvert_wire::{
     Target,
     dial::Network,
+    konnectivity::packet::{DialRequest, Packet, Said},
     splice::{Cut, HalfEnd, Local},
 };
 use tonic::Streaming;
@@ -28,8 +29,9 @@ use tracing::debug;
 
 use super::{
     super::{Declared, FrontendContext},
+    Outbound,
     connection::{self, CutOnDrop, Registration},
-    packet::{Ask, DialRequest, Outbound, Packet},
+    second_dial_refused,
 };
 use crate::{
     dial::{DialError, Dialed, Wish},
@@ -71,19 +73,19 @@ pub(super) async fn serve(
 async fn first_dial(inbound: &mut Streaming<Packet>, outbound: &Outbound) -> Option<DialRequest> {
     while let Ok(Some(packet)) = inbound.message().await {
         match packet.into() {
-            Ask::Dial(request) => return Some(request),
-            Ask::Close(id) => {
+            Said::Dial(request) => return Some(request),
+            Said::Close(id) => {
                 outbound
                     .send(Ok(Packet::close_response(id, "backend uninitialized")))
                     .await
                     .ok()?;
             }
-            Ask::Data(data) => {
+            Said::Data(data) => {
                 let answer = Packet::close_response(data.connect_id, "backend not initialized");
                 outbound.send(Ok(answer)).await.ok()?;
                 return None;
             }
-            Ask::CancelDial(_) | Ask::Other => {}
+            _ => {}
         }
     }
     None
@@ -121,15 +123,15 @@ async fn dial(
             return Dialing::Left;
         };
         let refusal = match packet.into() {
-            Ask::CancelDial(random) if random == request.random => {
+            Said::CancelDial(random) if random == request.random => {
                 context.metrics.dial_failed("frontend_close");
                 return Dialing::Cancelled;
             }
-            Ask::Dial(second) => Packet::second_dial_refused(second.random),
-            Ask::Data(data) if data.connect_id == 0 => continue,
-            Ask::Data(data) => Packet::close_response(data.connect_id, "unrecognized connectID"),
-            Ask::Close(id) => Packet::close_response(id, "Unknown connectID"),
-            Ask::CancelDial(_) | Ask::Other => continue,
+            Said::Dial(second) => second_dial_refused(second.random),
+            Said::Data(data) if data.connect_id == 0 => continue,
+            Said::Data(data) => Packet::close_response(data.connect_id, "unrecognized connectID"),
+            Said::Close(id) => Packet::close_response(id, "Unknown connectID"),
+            _ => continue,
         };
         if outbound.send(Ok(refusal)).await.is_err() {
             return Dialing::Left;

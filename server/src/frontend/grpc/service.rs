@@ -2,6 +2,11 @@
 
 use std::{convert::Infallible, future::Ready, pin::Pin, sync::Arc};
 
+use culvert_wire::konnectivity::{
+    PROXY,
+    codec::{MAX_PACKET_LEN, SmallBuffers},
+    packet::Packet,
+};
 use http::{Request, Response};
 use hyper::{body::Incoming, service::Service};
 use tokio::sync::mpsc;
@@ -9,22 +14,14 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Status, Streaming,
     body::Body,
-    codec::{BufferSettings, Codec},
     server::{Grpc, StreamingService},
 };
-use tonic_prost::{ProstDecoder, ProstEncoder};
 
 use super::{
     super::{Declared, FrontendContext},
-    packet::Packet,
     proxy,
 };
 
-/// The one method there is.
-const METHOD: &str = "/ProxyService/Proxy";
-/// The largest packet that is taken. grpc-go sends whatever one write passed; its own receive
-/// limit of 4 MiB is where users' writes end today, and a packet's other fields come on top.
-const MAX_PACKET_LEN: usize = 5 * 1024 * 1024;
 /// Packets that may wait for HTTP/2 to take them. One is being sent while the next is made.
 const OUTBOUND_PACKETS: usize = 2;
 
@@ -48,7 +45,7 @@ impl Service<Request<Incoming>> for ProxyService {
     fn call(&self, request: Request<Incoming>) -> ResponseFuture {
         let method = Proxy(self.0.clone());
         Box::pin(async move {
-            if request.uri().path() != METHOD {
+            if request.uri().path() != PROXY {
                 let status =
                     Status::unimplemented(format!("unknown method {}", request.uri().path()));
                 return Ok(status.into_http());
@@ -56,33 +53,6 @@ impl Service<Request<Incoming>> for ProxyService {
             let mut grpc = Grpc::new(SmallBuffers).max_decoding_message_size(MAX_PACKET_LEN);
             Ok(grpc.streaming(method, request).await)
         })
-    }
-}
-
-/// Protocol Buffers in buffers that begin small and grow with what passes: most connections are
-/// idle, or carry keystrokes.
-#[derive(Clone, Copy, Debug)]
-struct SmallBuffers;
-
-impl SmallBuffers {
-    /// Bytes to begin with, and bytes that are encoded before they are sent.
-    fn settings() -> BufferSettings {
-        BufferSettings::new(512, 32 * 1024)
-    }
-}
-
-impl Codec for SmallBuffers {
-    type Encode = Packet;
-    type Decode = Packet;
-    type Encoder = ProstEncoder<Packet>;
-    type Decoder = ProstDecoder<Packet>;
-
-    fn encoder(&mut self) -> Self::Encoder {
-        ProstEncoder::new(Self::settings())
-    }
-
-    fn decoder(&mut self) -> Self::Decoder {
-        ProstDecoder::new(Self::settings())
     }
 }
 

@@ -4,33 +4,28 @@
 
 use bytes::Bytes;
 use prost::{Enumeration, Message, Oneof};
-use tokio::sync::mpsc;
-use tonic::Status;
-
-/// Where a `Proxy` stream's packets to the frontend go. An error ends the stream.
-pub(super) type Outbound = mpsc::Sender<Result<Packet, Status>>;
 
 /// What a packet is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Enumeration)]
 #[repr(i32)]
 pub enum PacketType {
-    /// Frontend: reach a target.
+    /// Towards the target: reach it.
     DialReq = 0,
-    /// Server: the target was reached, or why not.
+    /// From the target: it was reached, or why not.
     DialRsp = 1,
-    /// Frontend: close the connection, both ways.
+    /// Towards the target: close the connection, both ways.
     CloseReq = 2,
-    /// Server: the connection is closed, both ways.
+    /// From the target: the connection is closed, both ways.
     CloseRsp = 3,
     /// Either: bytes of the connection.
     Data = 4,
-    /// Frontend: the dial is not wanted any more.
+    /// Towards the target: the dial is not wanted any more.
     DialCls = 5,
     /// Agent: no new dials.
     Drain = 6,
 }
 
-/// One message of a `Proxy` stream, either way.
+/// One message of a `Proxy` or `Connect` stream, either way.
 #[derive(Clone, PartialEq, Message)]
 pub struct Packet {
     /// A [`PacketType`].
@@ -76,7 +71,7 @@ pub struct DialRequest {
     /// `host:port`.
     #[prost(string, tag = "2")]
     pub address: String,
-    /// Names the dial; chosen by the frontend.
+    /// Names the dial; chosen by whoever dials.
     #[prost(int64, tag = "3")]
     pub random: i64,
 }
@@ -145,6 +140,12 @@ impl Packet {
         Self { r#type: r#type.into(), payload: Some(payload) }
     }
 
+    /// Asks for a target.
+    pub fn dial_request(random: i64, protocol: &str, address: String) -> Self {
+        let request = DialRequest { protocol: protocol.into(), address, random };
+        Self::new(PacketType::DialReq, Payload::DialRequest(request))
+    }
+
     /// A dial's answer: the connection's name, or why there is none.
     pub fn dial_response(random: i64, result: Result<i64, String>) -> Self {
         let (connect_id, error) = match result {
@@ -155,9 +156,9 @@ impl Packet {
         Self::new(PacketType::DialRsp, Payload::DialResponse(response))
     }
 
-    /// The answer to a dial on a stream that carries a connection already.
-    pub fn second_dial_refused(random: i64) -> Self {
-        Self::dial_response(random, Err("this stream carries another connection".into()))
+    /// Gives a dial up.
+    pub fn close_dial(random: i64) -> Self {
+        Self::new(PacketType::DialCls, Payload::CloseDial(CloseDial { random }))
     }
 
     /// Bytes of a connection.
@@ -166,40 +167,65 @@ impl Packet {
         Self::new(PacketType::Data, Payload::Data(data))
     }
 
+    /// Asks for the end of a connection.
+    pub fn close_request(connect_id: i64) -> Self {
+        Self::new(PacketType::CloseReq, Payload::CloseRequest(CloseRequest { connect_id }))
+    }
+
     /// The end of a connection; the error is empty when it ended in order.
     pub fn close_response(connect_id: i64, error: impl Into<String>) -> Self {
         let response = CloseResponse { error: error.into(), connect_id };
         Self::new(PacketType::CloseRsp, Payload::CloseResponse(response))
     }
+
+    /// Announces that the agent goes away.
+    pub fn drain() -> Self {
+        Self::new(PacketType::Drain, Payload::Drain(Drain {}))
+    }
 }
 
-/// What a frontend's packet asks for, by its type; a payload that is missing is an empty one.
+/// What a packet says, by its type; a payload that is missing is an empty one.
 #[derive(Debug)]
-pub(super) enum Ask {
+pub enum Said {
+    /// Reach a target.
     Dial(DialRequest),
+    /// A dial's answer.
+    Dialed(DialResponse),
+    /// Close the connection of this name.
     Close(i64),
+    /// A connection is closed.
+    Closed(CloseResponse),
+    /// Bytes of a connection.
     Data(Data),
+    /// The dial of this name is not wanted any more.
     CancelDial(i64),
-    /// A type that no frontend sends, or one of a later version.
-    Other,
+    /// The agent goes away.
+    Drain,
+    /// A type of a later version.
+    Unknown,
 }
 
-impl From<Packet> for Ask {
+impl From<Packet> for Said {
     fn from(packet: Packet) -> Self {
-        match (PacketType::try_from(packet.r#type), packet.payload) {
-            (Ok(PacketType::DialReq), Some(Payload::DialRequest(dial))) => Self::Dial(dial),
-            (Ok(PacketType::DialReq), _) => Self::Dial(DialRequest::default()),
-            (Ok(PacketType::CloseReq), Some(Payload::CloseRequest(close))) => {
+        let Ok(r#type) = PacketType::try_from(packet.r#type) else { return Self::Unknown };
+        match (r#type, packet.payload) {
+            (PacketType::DialReq, Some(Payload::DialRequest(dial))) => Self::Dial(dial),
+            (PacketType::DialReq, _) => Self::Dial(DialRequest::default()),
+            (PacketType::DialRsp, Some(Payload::DialResponse(answer))) => Self::Dialed(answer),
+            (PacketType::DialRsp, _) => Self::Dialed(DialResponse::default()),
+            (PacketType::CloseReq, Some(Payload::CloseRequest(close))) => {
                 Self::Close(close.connect_id)
             }
-            (Ok(PacketType::CloseReq), _) => Self::Close(0),
-            (Ok(PacketType::Data), Some(Payload::Data(data))) => Self::Data(data),
-            (Ok(PacketType::Data), _) => Self::Data(Data::default()),
-            (Ok(PacketType::DialCls), Some(Payload::CloseDial(close))) => {
+            (PacketType::CloseReq, _) => Self::Close(0),
+            (PacketType::CloseRsp, Some(Payload::CloseResponse(closed))) => Self::Closed(closed),
+            (PacketType::CloseRsp, _) => Self::Closed(CloseResponse::default()),
+            (PacketType::Data, Some(Payload::Data(data))) => Self::Data(data),
+            (PacketType::Data, _) => Self::Data(Data::default()),
+            (PacketType::DialCls, Some(Payload::CloseDial(close))) => {
                 Self::CancelDial(close.random)
             }
-            (Ok(PacketType::DialCls), _) => Self::CancelDial(0),
-            _ => Self::Other,
+            (PacketType::DialCls, _) => Self::CancelDial(0),
+            (PacketType::Drain, _) => Self::Drain,
         }
     }
 }
@@ -214,8 +240,7 @@ mod tests {
 
     #[test]
     fn packets_are_the_bytes_that_konnectivity_sends() {
-        let dial = DialRequest { protocol: "tcp".into(), address: "a:1".into(), random: 300 };
-        let dial = Packet::new(PacketType::DialReq, Payload::DialRequest(dial));
+        let dial = Packet::dial_request(300, "tcp", "a:1".into());
         // Type 0 is left out, so a dial begins with field 2.
         assert_eq!(hex(&dial), "120d0a03746370120361 3a3118ac02".replace(' ', ""));
         assert_eq!(hex(&Packet::dial_response(300, Ok(1))), "08011a05100118ac02");
@@ -231,13 +256,16 @@ mod tests {
 
     #[test]
     fn the_type_decides_and_a_missing_payload_is_an_empty_one() {
-        let bare = |r#type| Ask::from(Packet { r#type, payload: None });
-        assert!(matches!(bare(0), Ask::Dial(dial) if dial.address.is_empty()));
-        assert!(matches!(bare(2), Ask::Close(0)));
-        assert!(matches!(bare(4), Ask::Data(data) if data.connect_id == 0));
-        assert!(matches!(bare(5), Ask::CancelDial(0)));
-        for r#type in [1, 3, 6, 7, -1, i32::MAX] {
-            assert!(matches!(bare(r#type), Ask::Other), "{type}");
+        let bare = |r#type| Said::from(Packet { r#type, payload: None });
+        assert!(matches!(bare(0), Said::Dial(dial) if dial.address.is_empty()));
+        assert!(matches!(bare(1), Said::Dialed(answer) if answer.connect_id == 0));
+        assert!(matches!(bare(2), Said::Close(0)));
+        assert!(matches!(bare(3), Said::Closed(closed) if closed.error.is_empty()));
+        assert!(matches!(bare(4), Said::Data(data) if data.connect_id == 0));
+        assert!(matches!(bare(5), Said::CancelDial(0)));
+        assert!(matches!(bare(6), Said::Drain));
+        for r#type in [7, -1, i32::MAX] {
+            assert!(matches!(bare(r#type), Said::Unknown), "{type}");
         }
     }
 }

@@ -1,0 +1,117 @@
+//! Agents that have not been upgraded: `AgentService/Connect`, as Konnectivity's own server speaks it.
+//!
+//! Each call becomes a tunnel whose agent is a [`bridge`] in this process; everything behind the
+//! tunnel goes on as with an agent of ours. Until an agent is upgraded, its connections still share
+//! one stream with one another on the network.
+
+mod bridge;
+mod hello;
+
+use std::{convert::Infallible, net::SocketAddr, pin::Pin, sync::Arc};
+
+use bridge::Bridge;
+use culvert_wire::{
+    konnectivity::{
+        self, CONNECT, Packets,
+        codec::{MAX_PACKET_LEN, SmallBuffers},
+        header,
+        packet::Packet,
+    },
+    transport::qmux::Peer,
+};
+use http::{Request, Response};
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::net::TcpStream;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::{StreamExt as _, adapters::Map};
+use tonic::{
+    Status, Streaming,
+    body::Body,
+    metadata::MetadataValue,
+    server::{Grpc, StreamingService},
+};
+use tracing::debug;
+
+use crate::tunnel::TunnelContext;
+
+/// Bytes an agent may be ahead of what was read of its one stream. What is on its way delays
+/// whatever comes behind it, so this is no larger than 100 Mbit/s need at 80 ms.
+const WINDOW: u32 = 1024 * 1024;
+/// `Connect` calls on one connection: stock makes one.
+const MAX_CALLS: u32 = 4;
+
+/// Serves one connection of a stock agent until it closes or the server stops.
+pub async fn serve(stream: TlsStream<TcpStream>, remote: SocketAddr, context: Arc<TunnelContext>) {
+    let certificates = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
+    let peer = Peer { address: remote, transport: "grpc", certificates };
+    let mut http = http2::Builder::new(TokioExecutor::new());
+    http.timer(TokioTimer::new())
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
+        .max_concurrent_streams(MAX_CALLS)
+        // A stock agent answers pings and sends none for an hour.
+        .keep_alive_interval(context.settings.keep_alive_interval)
+        .keep_alive_timeout(context.settings.idle_timeout);
+    let closing = context.closing.clone();
+    let service = service_fn(move |request| answer(request, peer.clone(), context.clone()));
+    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service));
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = closing.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        debug!(%remote, %error, "a stock agent's connection ended");
+    }
+}
+
+async fn answer(
+    request: Request<Incoming>,
+    peer: Peer,
+    context: Arc<TunnelContext>,
+) -> Result<Response<Body>, Infallible> {
+    if request.uri().path() != CONNECT {
+        let status = Status::unimplemented(format!("unknown method {}", request.uri().path()));
+        return Ok(status.into_http());
+    }
+    let mut grpc = Grpc::new(SmallBuffers).max_decoding_message_size(MAX_PACKET_LEN);
+    Ok(grpc.streaming(Connect { peer, context }, request).await)
+}
+
+/// The method's handler, in the shape that tonic asks for.
+struct Connect {
+    peer: Peer,
+    context: Arc<TunnelContext>,
+}
+
+type PacketResults = Map<Packets, fn(Packet) -> Result<Packet, Status>>;
+
+impl StreamingService<Packet> for Connect {
+    type Response = Packet;
+    type ResponseStream = PacketResults;
+    type Future =
+        Pin<Box<dyn Future<Output = Result<tonic::Response<Self::ResponseStream>, Status>> + Send>>;
+
+    fn call(&mut self, request: tonic::Request<Streaming<Packet>>) -> Self::Future {
+        let (peer, context) = (self.peer.clone(), self.context.clone());
+        Box::pin(async move {
+            let hello = hello::read(request.metadata()).map_err(Status::unknown)?;
+            let joined = Bridge::join(hello, peer, &context).await;
+            let (bridge, welcome) = joined.map_err(|error| Status::unknown(error.to_string()))?;
+            let (outbound, packets) = konnectivity::outbound();
+            let packets: PacketResults = packets.map(Ok);
+            let mut response = tonic::Response::new(packets);
+            let metadata = response.metadata_mut();
+            let server_id = MetadataValue::try_from(welcome.server_id.as_str())
+                .map_err(|_| Status::unknown("the server's name is no header value"))?;
+            metadata.insert(header::SERVER_ID, server_id);
+            metadata.insert(header::SERVER_COUNT, welcome.server_count.into());
+            // The headers are out before any packet: packets are polled from the response.
+            context.tunnels.spawn(bridge.run(request.into_inner(), outbound));
+            Ok(response)
+        })
+    }
+}

@@ -1,0 +1,101 @@
+//! Who a stock agent says it is: the metadata of its call.
+
+use culvert_wire::{
+    AgentId, InstanceId,
+    control::{Hello, Secret},
+    extension::Extensions,
+    konnectivity::header,
+    route::{Identifier, Identifiers},
+    text::Text,
+    version::{Features, REVISION},
+};
+use tonic::metadata::MetadataMap;
+
+/// What a stock agent's metadata says, as an agent of ours would say it; or why it cannot be.
+pub(super) fn read(metadata: &MetadataMap) -> Result<Hello, String> {
+    let agent_id: AgentId = one(metadata, header::AGENT_ID, "agent ID")?
+        .parse()
+        .map_err(|error: culvert_wire::ids::InvalidId| error.to_string())?;
+    let token = match metadata.get(header::AUTHORIZATION) {
+        None => None,
+        Some(value) => {
+            let token = value.to_str().ok().and_then(|value| value.strip_prefix("Bearer "));
+            let token = token.ok_or("received token does not have \"Bearer \" prefix")?;
+            Some(Secret::new(token.trim()).map_err(|error| error.to_string())?)
+        }
+    };
+    Ok(Hello {
+        revision: REVISION,
+        features: Features::default(),
+        agent_id,
+        instance: InstanceId(std::array::from_fn(|_| fastrand::u8(..))),
+        identifiers: identifiers(metadata)?,
+        token,
+        software: Text::truncated(text(metadata, "user-agent").unwrap_or_default().into()),
+        extensions: Extensions::default(),
+    })
+}
+
+/// Unknown keys are kept: they match nothing.
+fn identifiers(metadata: &MetadataMap) -> Result<Identifiers, String> {
+    let query = match metadata.contains_key(header::AGENT_IDENTIFIERS) {
+        true => one(metadata, header::AGENT_IDENTIFIERS, "set of agent identifiers")?,
+        false => "",
+    };
+    let announced = form_urlencoded::parse(query.as_bytes());
+    let identifiers: Result<Vec<_>, _> =
+        announced.map(|(key, value)| Identifier::new(&key, &value)).collect();
+    let identifiers = identifiers.map_err(|error| error.to_string())?;
+    identifiers.try_into().map_err(|error: culvert_wire::text::TooLong| error.to_string())
+}
+
+fn one<'a>(metadata: &'a MetadataMap, key: &str, what: &str) -> Result<&'a str, String> {
+    let mut values = metadata.get_all(key).iter();
+    match (values.next().map(|value| value.to_str()), values.next()) {
+        (Some(Ok(value)), None) => Ok(value),
+        (None, _) => Err(format!("expected one {what} in the context, got []")),
+        _ => Err(format!("expected one {what} in the context, got several or no text")),
+    }
+}
+
+fn text<'a>(metadata: &'a MetadataMap, key: &str) -> Option<&'a str> {
+    metadata.get(key)?.to_str().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn metadata(pairs: &[(&'static str, &str)]) -> MetadataMap {
+        let mut metadata = MetadataMap::new();
+        for (key, value) in pairs {
+            metadata.append(*key, value.parse().unwrap());
+        }
+        metadata
+    }
+
+    #[test]
+    fn what_a_stock_agent_sends_is_understood() {
+        let hello = read(&metadata(&[
+            ("agentid", "node-1"),
+            ("agentidentifiers", "ipv4=10.0.0.1&host=a%2Bb&default-route=true&later=x"),
+            ("authorization", "Bearer abc\u{20}"),
+            ("user-agent", "grpc-go/1.83.0"),
+        ]))
+        .unwrap();
+        assert_eq!(hello.agent_id.as_str(), "node-1");
+        assert_eq!(hello.identifiers.hosts().collect::<Vec<_>>(), ["10.0.0.1", "a+b"]);
+        assert!(hello.identifiers.is_default_route());
+        assert_eq!(hello.token.unwrap().expose(), "abc");
+        assert!(read(&metadata(&[("agentid", "a"), ("agentidentifiers", "")])).is_ok());
+    }
+
+    #[test]
+    fn a_fault_is_told_in_stocks_words() {
+        let fault = |pairs: &[(&'static str, &str)]| read(&metadata(pairs)).unwrap_err();
+        assert_eq!(fault(&[]), "expected one agent ID in the context, got []");
+        assert!(fault(&[("agentid", "a"), ("agentid", "b")]).starts_with("expected one agent ID"));
+        let basic = [("agentid", "a"), ("authorization", "Basic x")];
+        assert_eq!(fault(&basic), "received token does not have \"Bearer \" prefix");
+    }
+}
