@@ -1,6 +1,6 @@
 //! Agents that have not been upgraded: `AgentService/Connect`, as Konnectivity's own server speaks it.
 //!
-//! Each call becomes a tunnel whose agent is a [`bridge`] in this process; everything behind the
+//! Each call becomes a tunnel whose agent is a bridge in this process; everything behind the
 //! tunnel goes on as with an agent of ours. Until an agent is upgraded, its connections still share
 //! one stream with one another on the network.
 
