@@ -155,6 +155,8 @@ pub struct TunnelStats {
     pub sent_bytes: u64,
     /// UDP payload bytes received.
     pub received_bytes: u64,
+    /// Frames sent that the peer must acknowledge; 0 where the carrier does not count them.
+    pub eliciting_frames: u64,
     /// Thin writes that were sent a second time.
     pub copies_sent: u64,
     /// Second copies that came before the first.

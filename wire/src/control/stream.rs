@@ -170,6 +170,20 @@ impl ControlStream {
         self.send(&ControlMessage::Ping(Ping { echo })).await
     }
 
+    /// Sends a ping whose answer is of no consequence but that something comes in: for whoever
+    /// watches what is received.
+    ///
+    /// # Errors
+    /// When the stream is lost.
+    ///
+    /// # Cancel safety
+    /// As [`send`](Self::send).
+    pub async fn nudge(&mut self) -> Result<(), ControlError> {
+        let echo = self.next_echo;
+        self.next_echo += 1;
+        self.send(&ControlMessage::Ping(Ping { echo })).await
+    }
+
     /// Gives a question whose time is over more of it, if the peer was heard meanwhile.
     fn renew(&mut self) -> Result<(), ControlError> {
         let heard = self.tunnel.stats().received_bytes;

@@ -88,17 +88,20 @@ pub fn server_readiness(has_backend: bool) -> Page {
 }
 
 /// Readiness of an agent as stock words it: 200 `ok` (or the list of checks, when `verbose`), or
-/// 503 and the list while no server is connected.
-pub fn agent_readiness(connected: bool, verbose: bool) -> Page {
+/// 503 and the list while no server is connected. `tunnels` are lines of ours about each tunnel, behind
+/// stock's.
+pub fn agent_readiness(connected: bool, verbose: bool, tunnels: &[String]) -> Page {
+    let lines: String = tunnels.iter().map(|line| format!("{line}\n")).collect();
     match (connected, verbose) {
         (true, false) => Page::text(StatusCode::OK, "ok"),
         (true, true) => {
-            Page::text(StatusCode::OK, "[+]ping ok\n[+]server-connected ok\ncheck passed\n")
+            let checks = "[+]ping ok\n[+]server-connected ok\n";
+            Page::text(StatusCode::OK, format!("{checks}{lines}check passed\n"))
         }
-        (false, _) => Page::text(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "[+]ping ok\n[-]server-connected failed: no servers connected\n",
-        ),
+        (false, _) => {
+            let checks = "[+]ping ok\n[-]server-connected failed: no servers connected\n";
+            Page::text(StatusCode::SERVICE_UNAVAILABLE, format!("{checks}{lines}"))
+        }
     }
 }
 

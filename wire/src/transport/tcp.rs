@@ -5,7 +5,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use rustls::pki_types::ServerName;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{net::TcpStream, time::timeout};
-use tokio_rustls::{TlsConnector, server::TlsStream};
+use tokio_rustls::{TlsConnector, client, server::TlsStream};
 
 use super::{
     Tunnel, TunnelLost, canonical,
@@ -30,6 +30,22 @@ pub async fn connect(
     tls: Arc<rustls::ClientConfig>,
     settings: &Settings,
 ) -> Result<Tunnel, ConnectError> {
+    begin(handshake(remote, server_name, tls, settings).await?, remote, settings).await
+}
+
+/// Connects to a server and does the TLS handshake; what is spoken then is what both agreed on.
+///
+/// # Errors
+/// When the server cannot be reached or is not who it should be; it gives up after the idle time-out.
+///
+/// # Cancel safety
+/// Dropping the future gives up what was begun.
+pub async fn handshake(
+    remote: SocketAddr,
+    server_name: &str,
+    tls: Arc<rustls::ClientConfig>,
+    settings: &Settings,
+) -> Result<client::TlsStream<TcpStream>, ConnectError> {
     let name = ServerName::try_from(server_name.to_owned())
         .map_err(|error| ConnectError::Address(error.to_string()))?;
     let io_error = |error: std::io::Error| match error.kind() {
@@ -41,21 +57,27 @@ pub async fn connect(
         prepare(&socket, settings);
         TlsConnector::from(tls).connect(name, socket).await.map_err(io_error)
     };
-    let stream = timeout(settings.idle_timeout, handshake)
+    timeout(settings.idle_timeout, handshake)
         .await
-        .unwrap_or(Err(ConnectError::Handshake(TunnelLost::TimedOut)))?;
+        .unwrap_or(Err(ConnectError::Handshake(TunnelLost::TimedOut)))
+}
+
+/// Makes a tunnel of a connection to a server whose TLS handshake is done, and agreed on the protocol.
+///
+/// # Errors
+/// When the server does not begin within the idle time-out, or agreed on something else.
+pub async fn begin(
+    stream: client::TlsStream<TcpStream>,
+    remote: SocketAddr,
+    settings: &Settings,
+) -> Result<Tunnel, ConnectError> {
     let session = stream.get_ref().1;
     if session.alpn_protocol() != Some(ALPN) {
         return Err(ConnectError::Protocol);
     }
     let certificates = session.peer_certificates().map(<[_]>::to_vec);
-    establish(
-        stream,
-        Role::Client,
-        Peer { address: remote, transport: TRANSPORT, certificates },
-        settings,
-    )
-    .await
+    let peer = Peer { address: remote, transport: TRANSPORT, certificates };
+    establish(stream, Role::Client, peer, settings).await
 }
 
 /// Makes a tunnel of an agent's connection whose TLS handshake is done, and agreed on the protocol.

@@ -43,16 +43,22 @@ async fn a_server_answers_as_stock_does() {
 #[tokio::test]
 async fn an_agent_answers_as_stock_does() {
     const FAILED: &str = "[+]ping ok\n[-]server-connected failed: no servers connected\n";
+    const FAILED_WITH: &str =
+        "[+]ping ok\n[-]server-connected failed: no servers connected\n[+]a tunnel\n";
     const PASSED: &str = "[+]ping ok\n[+]server-connected ok\ncheck passed\n";
+    const PASSED_WITH: &str = "[+]ping ok\n[+]server-connected ok\n[+]a tunnel\ncheck passed\n";
     for (connected, path, expected) in [
         (true, "/readyz", (200, "ok")),
-        (true, "/ready?verbose", (200, PASSED)),
+        (true, "/ready?verbose", (200, PASSED_WITH)),
         (true, "/ready?a=b&verbose=1", (200, PASSED)),
         (true, "/ready?verbosely", (200, "ok")),
         (false, "/readyz", (503, FAILED)),
-        (false, "/readyz?verbose", (503, FAILED)),
+        (false, "/readyz?verbose", (503, FAILED_WITH)),
     ] {
-        let routes = Routes::new().readyz(move |ask| agent_readiness(connected, ask.is_verbose()));
+        let tunnels =
+            if path.ends_with("verbose") { vec!["[+]a tunnel".to_owned()] } else { vec![] };
+        let routes =
+            Routes::new().readyz(move |ask| agent_readiness(connected, ask.is_verbose(), &tunnels));
         let (status, body) = get(&serve_on_free_port(routes), path).await;
         assert_eq!((status, body.as_str()), expected, "{path}");
     }

@@ -201,6 +201,7 @@ impl Connection {
             black_holes: stats.path.black_holes_detected,
             sent_bytes: stats.udp_tx.bytes,
             received_bytes: stats.udp_rx.bytes,
+            eliciting_frames: eliciting_frames(&stats.frame_tx),
             copies_sent,
             copies_used,
         }
@@ -363,6 +364,18 @@ impl RecvStream {
             }
         }
     }
+}
+
+/// The frames that make a packet ack-eliciting (RFC 9002 §2) and that a tunnel sends in its life.
+fn eliciting_frames(sent: &quinn::FrameStats) -> u64 {
+    sent.stream
+        + sent.ping
+        + sent.datagram
+        + sent.reset_stream
+        + sent.stop_sending
+        + sent.max_data
+        + sent.max_stream_data
+        + sent.max_streams_bidi
 }
 
 fn number(stream: quinn::StreamId) -> u64 {
