@@ -17,7 +17,7 @@ use culvert_wire::{
     transport::{ReadError, ReadFrameError, RecvHalf, SendHalf, TunnelLost, WriteError},
 };
 use tokio::time::{sleep, timeout};
-use tracing::info;
+use tracing::{debug, info};
 
 use crate::{
     backend::{Backend, Backends, Place},
@@ -29,6 +29,9 @@ use crate::{
 /// An agent that has not answered a dial for this long is asked whether it is alive. Dialing a
 /// target may rightly take longer, so the dial itself goes on.
 const DOUBT_AFTER: Duration = Duration::from_secs(1);
+
+/// How often a dial is made again because its tunnel was lost.
+const MAX_MOVES: usize = 3;
 
 /// What a frontend wants to reach.
 #[derive(Clone, Debug)]
@@ -205,14 +208,49 @@ impl Dialer {
             return self.expect(backend, wish).await.map_err(|error| self.failed(&target, error));
         }
         let pending = self.metrics.dial_pending();
-        let result = self.ask(&backend, wish).await;
+        let (backend, result) = self.ask_whoever_stays(backend, wish, started).await;
         drop(pending);
         self.told(&backend, &target, started, &result);
         result
     }
 
-    /// Asks the agent and waits for its answer.
-    async fn ask(&self, backend: &Arc<Backend>, wish: Wish) -> Result<Dialed, DialError> {
+    /// Asks the agent, and another one, or the same on another tunnel, when the tunnel is lost before
+    /// the answer: nothing of the connection has been sent by then, so nothing is sent twice. Whom was
+    /// asked in the end, and the answer.
+    async fn ask_whoever_stays(
+        &self,
+        mut backend: Arc<Backend>,
+        wish: Wish,
+        started: Instant,
+    ) -> (Arc<Backend>, Result<Dialed, DialError>) {
+        let left = || self.limit().saturating_sub(started.elapsed());
+        for _ in 0..MAX_MOVES {
+            let result = self.ask(&backend, wish.clone(), left()).await;
+            if !matches!(result, Err(DialError::Lost { .. })) {
+                return (backend, result);
+            }
+            // It may not have been taken out yet.
+            backend.drain();
+            match self.backends.choose(&wish.target) {
+                Some(other) if !Arc::ptr_eq(&other, &backend) => {
+                    self.metrics.dial_moved();
+                    debug!(target = %wish.target, agent_id = %other.agent_id(), "dial moved");
+                    backend = other;
+                }
+                _ => return (backend, result),
+            }
+        }
+        let result = self.ask(&backend, wish, left()).await;
+        (backend, result)
+    }
+
+    /// Asks the agent and waits for its answer, for so long.
+    async fn ask(
+        &self,
+        backend: &Arc<Backend>,
+        wish: Wish,
+        limit: Duration,
+    ) -> Result<Dialed, DialError> {
         let place = reserve(backend)?;
         let request = self.request(wish);
         let mut pending = PendingStream(None);
@@ -221,7 +259,7 @@ impl Dialer {
             read_reply(backend, recv).await
         };
         let asked = tokio::select! {
-            asked = timeout(self.limit(), asked) => asked,
+            asked = timeout(limit, asked) => asked,
             never = doubt_when_slow(backend) => match never {},
         };
         let reply = match asked {

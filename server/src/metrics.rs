@@ -29,6 +29,7 @@ const DIAL_DURATION: &str = "konnectivity_network_proxy_server_dial_duration_sec
 const CONNECTION_DURATION: &str = "konnectivity_network_proxy_server_connection_duration_seconds";
 const DIAL_FAILURES: &str = "konnectivity_network_proxy_server_dial_failure_count";
 const OPTIMISTIC_DIALS: &str = "culvert_server_optimistic_dials_total";
+const DIALS_MOVED: &str = "culvert_server_dials_moved_total";
 const PENDING_DIALS: &str = "konnectivity_network_proxy_server_pending_backend_dials";
 const ESTABLISHED: &str = "konnectivity_network_proxy_server_established_connections";
 const GRPC_CONNECTIONS: &str = "konnectivity_network_proxy_server_grpc_connections";
@@ -105,6 +106,10 @@ impl ServerMetrics {
             OPTIMISTIC_DIALS,
             "Dials answered before the agent did, by what it then said.",
         );
+        metrics.describe_counter(
+            DIALS_MOVED,
+            "Dials whose tunnel was lost before the answer and that were made again on another.",
+        );
         metrics.describe_counter(TUNNELS_LOST, "Tunnels that ended, by reason.");
         metrics.describe_counter(
             JOIN_FAILURES,
@@ -146,6 +151,11 @@ impl ServerMetrics {
     /// Counts a dial that failed.
     pub fn dial_failed(&self, reason: &'static str) {
         self.metrics.counter(DIAL_FAILURES, &[("reason", reason)]).increment(1);
+    }
+
+    /// Counts a dial that is made again on another tunnel.
+    pub fn dial_moved(&self) {
+        self.metrics.counter(DIALS_MOVED, &[]).increment(1);
     }
 
     /// Counts a dial that was answered before the agent did, and whether the agent agreed.
