@@ -1,6 +1,6 @@
-//! A whole agent: its ports bound, its tunnel kept up until told to stop, then drained.
+//! A whole agent: its ports bound, its tunnels kept up until told to stop, then drained.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use culvert_wire::{
     InstanceId,
@@ -17,11 +17,13 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::warn;
 
 use crate::{
-    backoff::Backoff,
+    attempt::Attempts,
     config::Config,
     connector::Connector,
     egress::Egress,
     metrics::AgentMetrics,
+    plan::Plan,
+    servers::Servers,
     tunnel::{FIRST_STREAM_LIMIT, TunnelContext},
 };
 
@@ -50,6 +52,7 @@ pub enum StartError {
 pub struct Agent {
     connector: Connector,
     context: Arc<TunnelContext>,
+    servers: Arc<Servers>,
     health: AdminServer,
     admin: Option<AdminServer>,
     metrics: Arc<AgentMetrics>,
@@ -67,15 +70,19 @@ impl Agent {
     pub fn bind(config: &Config) -> Result<Self, StartError> {
         let metrics = Arc::new(AgentMetrics::new()?);
         let first = FIRST_STREAM_LIMIT.min(config.max_streams);
-        let connector = Connector {
+        let attempts = Attempts {
             servers: config.servers.clone(),
             settings: config.tunnel.settings(first),
-            transport: config.transport,
             key_exchange: config.tunnel.key_exchange,
-            backoff: Backoff::new(config.sync.interval, config.sync.interval_cap),
+        };
+        attempts.check_files()?;
+        let servers = Arc::new(Servers::default());
+        let connector = Connector {
+            attempts: Arc::new(attempts),
+            plan: Plan::new(config, Instant::now()),
+            servers: servers.clone(),
             metrics: metrics.clone(),
         };
-        connector.check_files()?;
         let context = Arc::new(TunnelContext {
             egress: Egress { dial_timeout: config.dial_timeout, metrics: metrics.clone() },
             agent_id: config.agent_id.parse()?,
@@ -88,17 +95,20 @@ impl Agent {
             draining: CancellationToken::new(),
         });
         let upkeep = metrics.inner().spawn_upkeep();
-        let (ready, rendered) = (metrics.clone(), metrics.clone());
+        let (ready, shown, rendered) = (servers.clone(), servers.clone(), metrics.clone());
         let routes = Routes::new()
             .healthz()
-            .readyz(move |ask| admin::agent_readiness(ready.is_connected(), ask.is_verbose()))
-            .metrics(move || rendered.render());
+            .readyz(move |ask| {
+                let tunnels = if ask.is_verbose() { ready.describe() } else { Vec::new() };
+                admin::agent_readiness(ready.is_connected(), ask.is_verbose(), &tunnels)
+            })
+            .metrics(move || rendered.render(&shown));
         let health = AdminServer::bind("health-server-port", config.health_address, routes)?;
         let routes = Routes::new().metrics_on_port(health.local_address().port());
         let admin = AdminServer::bind("admin-server-port", config.admin_address, routes)
             .inspect_err(|error| warn!(%error, "going on without the admin port"))
             .ok();
-        Ok(Self { connector, context, health, admin, metrics, _upkeep: upkeep })
+        Ok(Self { connector, context, servers, health, admin, metrics, _upkeep: upkeep })
     }
 
     /// Where health, readiness and metrics are served.
@@ -106,12 +116,17 @@ impl Agent {
         self.health.local_address()
     }
 
+    /// The servers that have taken the agent in.
+    pub fn servers(&self) -> &Arc<Servers> {
+        &self.servers
+    }
+
     /// What the agent counts.
     pub fn metrics(&self) -> &Arc<AgentMetrics> {
         &self.metrics
     }
 
-    /// Keeps a tunnel up until `stop` completes, then drains for the configured time.
+    /// Keeps tunnels up until `stop` completes, then drains for the configured time.
     pub async fn run(self, stop: impl Future<Output = ()>) {
         let connecting =
             AbortOnDropHandle::new(tokio::spawn(self.connector.run(self.context.clone())));

@@ -4,12 +4,13 @@
 
 use std::time::Duration;
 
-/// Each delay is this many times the one before.
+/// Each delay is this many times the one before, unless another factor is given.
 const FACTOR: f64 = 1.5;
 
 /// Delays between attempts; never gives up.
 #[derive(Clone, Debug)]
 pub struct Backoff {
+    factor: f64,
     first: Duration,
     cap: Duration,
     next: Duration,
@@ -18,14 +19,19 @@ pub struct Backoff {
 impl Backoff {
     /// Delays that grow from about `first` to at most `cap`.
     pub fn new(first: Duration, cap: Duration) -> Self {
-        Self { first, cap, next: first }
+        Self::growing_by(FACTOR, first, cap)
+    }
+
+    /// The same, each `factor` times the one before.
+    pub fn growing_by(factor: f64, first: Duration, cap: Duration) -> Self {
+        Self { factor, first, cap, next: first }
     }
 
     /// The delay after another failure. `random` is from 0 to 1 and chooses within the upper half
     /// of the delay, so that agents spread while each still waits a real while.
     pub fn next(&mut self, random: f64) -> Duration {
         let delay = self.next.min(self.cap);
-        self.next = delay.mul_f64(FACTOR).min(self.cap);
+        self.next = delay.mul_f64(self.factor).min(self.cap);
         delay.mul_f64(0.5 + 0.5 * random.clamp(0.0, 1.0))
     }
 

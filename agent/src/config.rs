@@ -35,6 +35,8 @@ pub struct Config {
     pub sync: SyncConfig,
     /// Which carrier tunnels get.
     pub transport: Transport,
+    /// How long a first failure of QUIC is believed.
+    pub quic_retry_interval: Duration,
     /// How tunnels behave.
     pub tunnel: TunnelConfig,
     /// Time to connect to a target.
@@ -56,12 +58,12 @@ pub struct Config {
 /// Which carrier tunnels get.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Transport {
-    /// QUIC, and TCP where QUIC does not come to its end.
+    /// Whichever gets through, QUIC if both do.
+    #[default]
     Auto,
     /// QUIC over UDP.
-    #[default]
     Quic,
-    /// QMux over TLS over TCP.
+    /// TLS over TCP: QMux, or gRPC to a stock server.
     Tcp,
 }
 
@@ -152,6 +154,8 @@ impl Config {
         let dial_timeout = faults.positive_duration("dial-timeout", flags.dial_timeout);
         let drain_timeout = faults.duration("drain-timeout", flags.drain_timeout);
         let max_streams = faults.count("max-streams", flags.max_streams, 1);
+        let quic_retry_interval =
+            faults.positive_duration("quic-retry-interval", flags.quic_retry_interval);
         without_effect(&flags, &mut faults);
         let (tunnel, log) = flags.tunnel.check(&mut faults);
         let warnings = faults.finish()?;
@@ -162,6 +166,7 @@ impl Config {
             servers: servers.expect("servers without a name or --ca-cert are a fault"),
             sync,
             transport: flags.transport,
+            quic_retry_interval,
             tunnel,
             dial_timeout,
             max_streams,
@@ -271,10 +276,7 @@ fn without_effect(flags: &Flags, faults: &mut Faults) {
         faults.warn("xfr-channel-size", "has no effect, see --stream-receive-window");
     }
     if flags.count_server_leases {
-        faults.warn("count-server-leases", "has no effect yet, one tunnel is kept");
-    }
-    if flags.sync_forever {
-        faults.warn("sync-forever", "has no effect yet, one tunnel is kept");
+        faults.warn("count-server-leases", "has no effect yet, the servers' own count holds");
     }
 }
 

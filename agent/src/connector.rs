@@ -1,107 +1,155 @@
-//! Keeps a tunnel to the server: connects, serves until it is lost, waits, and never gives up.
+//! Keeps a tunnel to every server: looks for those that are missing, moves tunnels to better carriers,
+//! and never gives up. What is next is decided in [`crate::plan`]; here it is done.
 
-use std::{net::SocketAddr, path::Path, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Duration};
 
-use culvert_wire::{
-    process::logging::RateLimited,
-    tls::{self, Identity, TlsError},
-    transport::{
-        BufferSizes,
-        quic::{ConnectError, Settings},
-    },
+use culvert_wire::{CloseCode, process::logging::RateLimited, transport::TunnelLost};
+use tokio::{
+    select,
+    task::JoinSet,
+    time::{Instant, sleep_until},
 };
-use tokio::{net::lookup_host, time::sleep};
-use tracing::{info, warn};
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{debug, info, warn};
 
 use crate::{
-    backoff::Backoff,
-    config::{ServersConfig, Transport},
+    attempt::{Arrived, AttemptError, Attempted, Attempts, QuicFate, Ways},
     metrics::AgentMetrics,
-    transport,
-    tunnel::{self, JoinError, Joined, TunnelContext},
+    plan::{Approach, Found, Goal, InUse, Plan, Situation},
+    servers::{Entered, Rank, Served, Servers},
+    tunnel::{Joined, TunnelContext},
 };
 
-/// Gets tunnels to the server at one address.
+/// How often failed attempts are told.
+const TELL_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Keeps tunnels up.
 #[derive(Debug)]
 pub struct Connector {
-    /// Where the server is and how it is known.
-    pub servers: ServersConfig,
-    /// What tunnels are set up with.
-    pub settings: Settings,
-    /// Which carrier tunnels get.
-    pub transport: Transport,
-    /// Which key exchanges are offered.
-    pub key_exchange: tls::KeyExchange,
-    /// How long to wait after a failure.
-    pub backoff: Backoff,
+    /// How a tunnel is got.
+    pub attempts: Arc<Attempts>,
+    /// What is next.
+    pub plan: Plan,
+    /// What there is.
+    pub servers: Arc<Servers>,
     /// What is counted.
     pub metrics: Arc<AgentMetrics>,
 }
 
-/// Why an attempt to get a tunnel failed.
-#[derive(Debug, thiserror::Error)]
-enum AttemptError {
-    #[error("cannot resolve {host}: {reason}")]
-    Resolve { host: String, reason: String },
-    #[error("{0}")]
-    Tls(#[from] TlsError),
-    #[error("{address}: {source}")]
-    Connect { address: SocketAddr, source: ConnectError },
-    #[error("{address}: {source}")]
-    Join { address: SocketAddr, source: JoinError },
+/// An attempt that goes on.
+#[derive(Debug)]
+struct Pending {
+    goal: Goal,
+    approach: Approach,
+    attempted: AbortOnDropHandle<Attempted>,
 }
 
-impl AttemptError {
-    fn label(&self) -> &'static str {
-        match self {
-            Self::Resolve { .. } => "unresolvable",
-            Self::Tls(_) => "tls_files",
-            Self::Connect { .. } => "connect_failed",
-            Self::Join { .. } => "join_failed",
-        }
-    }
-}
+/// The tunnels that are served, each in a task of its own.
+type Tunnels = JoinSet<(Arc<Served>, TunnelLost)>;
 
 impl Connector {
-    /// Connects and serves until the agent drains.
+    /// Connects and serves until the agent drains and its tunnels have ended.
     pub async fn run(mut self, context: Arc<TunnelContext>) {
-        static ATTEMPT_FAILED: RateLimited = RateLimited::new(std::time::Duration::from_secs(10));
-        while !context.draining.is_cancelled() {
-            let attempt = tokio::select! {
-                () = context.draining.cancelled() => return,
-                attempt = self.attempt(&context) => attempt,
-            };
-            match attempt {
-                Ok((joined, address, buffers)) => {
-                    self.metrics.connect_attempt("ok");
-                    self.backoff.reset();
-                    self.serve(joined, address, buffers, &context).await;
-                }
-                Err(error) => {
-                    self.metrics.connect_attempt(error.label());
-                    if let Some(suppressed) = ATTEMPT_FAILED.admit(Instant::now()) {
-                        warn!(%error, suppressed, "no tunnel to the server, will try again");
+        let mut tunnels = Tunnels::new();
+        let mut pending: Option<Pending> = None;
+        loop {
+            let next = self.plan.next(&self.situation(), now());
+            // A probe can be made at any time; what is urgent cannot wait for it.
+            let free = pending.as_ref().is_none_or(|pending| {
+                pending.goal == Goal::Probe && next.is_some_and(|(goal, _)| goal != Goal::Probe)
+            });
+            select! {
+                () = context.draining.cancelled() => break,
+                Some(Ok((served, lost))) = tunnels.join_next() => self.on_lost(&served, &lost),
+                attempted = finished(&mut pending) => {
+                    if let Some((goal, approach, attempted)) = attempted {
+                        self.on_attempted(goal, approach, attempted, &mut tunnels, &context);
                     }
                 }
+                () = self.servers.changed() => {
+                    let silent = self.servers.in_use().iter().any(|served| served.is_silent());
+                    if !silent && pending.as_ref().is_some_and(|p| p.goal == Goal::Replace) {
+                        debug!("a silent server was heard again");
+                        pending = None;
+                    }
+                }
+                goal = due(next), if free => pending = Some(self.begin(goal, context.clone())),
             }
-            let delay = self.backoff.next(fastrand::f64());
-            tokio::select! {
-                () = context.draining.cancelled() => return,
-                () = sleep(delay) => {}
+        }
+        drop(pending);
+        // Each ends within the time to drain, which it keeps itself.
+        while tunnels.join_next().await.is_some() {}
+    }
+
+    fn situation(&self) -> Situation {
+        let in_use = self.servers.in_use();
+        let tunnel = |served: &Arc<Served>| InUse {
+            rank: served.rank,
+            silent: served.is_silent(),
+            since: served.since,
+        };
+        Situation { in_use: in_use.iter().map(tunnel).collect(), count: self.servers.count() }
+    }
+
+    fn begin(&mut self, goal: Goal, context: Arc<TunnelContext>) -> Pending {
+        let approach = self.plan.approach(goal, &self.situation(), now(), fastrand::f64());
+        debug!(?goal, ?approach, "an attempt to get a tunnel");
+        let attempts = self.attempts.clone();
+        let Approach { ways, large_packets } = approach;
+        let attempted =
+            tokio::spawn(async move { attempts.attempt(ways, large_packets, &context).await });
+        Pending { goal, approach, attempted: AbortOnDropHandle::new(attempted) }
+    }
+
+    fn on_attempted(
+        &mut self,
+        goal: Goal,
+        approach: Approach,
+        Attempted { result, quic }: Attempted,
+        tunnels: &mut Tunnels,
+        context: &Arc<TunnelContext>,
+    ) {
+        match result {
+            Ok(arrived) => {
+                self.metrics.connect_attempt("ok");
+                let reason = reason(goal, approach.ways, quic, Rank::of(arrived.joined.tunnel()));
+                let found = self.enter(arrived, reason, tunnels, context);
+                self.plan.on_arrived(goal, quic, found, now(), fastrand::f64());
+            }
+            Err(error) => {
+                self.metrics.connect_attempt(error.label());
+                tell(goal, &error);
+                self.plan.on_failed(goal, quic, now(), fastrand::f64());
             }
         }
     }
 
-    async fn serve(
-        &self,
-        joined: Joined,
-        address: SocketAddr,
-        buffers: Option<BufferSizes>,
+    /// Serves a tunnel that a server has welcomed the agent on, unless that server has one as good.
+    fn enter(
+        &mut self,
+        arrived: Arrived,
+        reason: &'static str,
+        tunnels: &mut Tunnels,
         context: &Arc<TunnelContext>,
-    ) {
-        let welcome = &joined.welcome;
-        let server_id = welcome.server_id.clone();
-        info!(%server_id, %address, transport = joined.tunnel().transport(), "server connected");
+    ) -> Found {
+        let Arrived { joined, address, buffers } = arrived;
+        let (server_id, count) = (joined.welcome.server_id.clone(), joined.welcome.server_count);
+        let tunnel = joined.tunnel().clone();
+        let entered = self.servers.enter(server_id.clone(), tunnel.clone(), buffers, reason, now());
+        let (served, other) = match entered {
+            Entered::New(served) => (served, None),
+            Entered::Instead(served, other) => (served, Some(other)),
+            Entered::Duplicate => {
+                debug!(%server_id, %address, "a server that is connected already");
+                tunnel.close(CloseCode::DONE, "a duplicate of the agent's tunnel");
+                return Found::Known;
+            }
+        };
+        self.servers.set_count(count);
+        let transport = tunnel.transport();
+        let from = other.as_ref().map_or("none", |other| other.tunnel.transport());
+        self.metrics.transport_switched(from, transport, reason);
+        info!(%server_id, %address, transport, from, reason, "server connected");
         if let Some(buffers) = buffers.filter(|buffers| buffers.is_small()) {
             warn!(
                 receive = buffers.receive,
@@ -109,83 +157,93 @@ impl Connector {
                 "UDP buffers are small; raise net.core.rmem_max and net.core.wmem_max to 8 MiB",
             );
         }
-        let shown = self.metrics.tunnel_open(
-            server_id.clone(),
-            welcome.server_count,
-            joined.tunnel().clone(),
-            buffers,
-        );
-        let lost = joined.serve(context.clone()).await;
-        drop(shown);
+        self.spawn(joined, served, tunnels, context);
+        match other {
+            Some(other) => {
+                if other.rank == Rank::Grpc {
+                    // It was upgraded: what was found out about the one before is over.
+                    self.plan.on_servers_changed(now());
+                }
+                Found::Better
+            }
+            None => Found::New,
+        }
+    }
+
+    fn spawn(
+        &self,
+        joined: Joined,
+        served: Arc<Served>,
+        tunnels: &mut Tunnels,
+        context: &Arc<TunnelContext>,
+    ) {
+        let (servers, context) = (self.servers.clone(), context.clone());
+        tunnels.spawn(async move {
+            let lost = joined.serve(&served, &servers, context).await;
+            servers.leave(&served);
+            (served, lost)
+        });
+    }
+
+    fn on_lost(&mut self, served: &Served, lost: &TunnelLost) {
+        let (server_id, transport) = (&served.server_id, served.tunnel.transport());
+        let retired = served.is_retired();
         self.metrics.tunnel_lost(lost.label());
-        info!(%server_id, %address, reason = %lost, "server gone");
-    }
-
-    /// One attempt: every address of the server in turn.
-    ///
-    /// Files and names are read anew each time, so a rotated certificate or a moved server needs
-    /// no restart.
-    async fn attempt(
-        &self,
-        context: &TunnelContext,
-    ) -> Result<(Joined, SocketAddr, Option<BufferSizes>), AttemptError> {
-        let tls = Arc::new(self.client_tls()?);
-        let mut failure = None;
-        for address in self.addresses().await? {
-            match self.connect(address, tls.clone(), context).await {
-                Ok((joined, buffers)) => return Ok((joined, address, buffers)),
-                Err(error) => failure = Some(error),
-            }
+        info!(%server_id, transport, reason = %lost, retired, "server gone");
+        if !retired {
+            self.plan.on_lost(now(), fastrand::f64());
         }
-        let unresolved = || AttemptError::Resolve {
-            host: self.servers.host.clone(),
-            reason: "it has no address".into(),
-        };
-        Err(failure.unwrap_or_else(unresolved))
     }
+}
 
-    async fn connect(
-        &self,
-        address: SocketAddr,
-        tls: Arc<rustls::ClientConfig>,
-        context: &TunnelContext,
-    ) -> Result<(Joined, Option<BufferSizes>), AttemptError> {
-        let name = self.servers.name.to_str();
-        let (tunnel, buffers) =
-            transport::connect(self.transport, address, &name, tls, &self.settings)
-                .await
-                .map_err(|source| AttemptError::Connect { address, source })?;
-        let joined = tunnel::join(tunnel, context)
-            .await
-            .map_err(|source| AttemptError::Join { address, source })?;
-        Ok((joined, buffers))
+/// Why a tunnel goes the way it goes, in a word.
+fn reason(goal: Goal, ways: Ways, quic: QuicFate, rank: Rank) -> &'static str {
+    match (goal, quic, ways) {
+        (_, QuicFate::Failed(word), _) => word,
+        (Goal::Probe, ..) => "quic_works",
+        (Goal::Replace, ..) => "quic_silent",
+        (_, _, Ways::TcpFirst) if rank < Rank::Quic => "quic_failed_before",
+        (_, _, Ways::Quic | Ways::Tcp) => "only_choice",
+        _ => "first_choice",
     }
+}
 
-    async fn addresses(&self) -> Result<Vec<SocketAddr>, AttemptError> {
-        let ServersConfig { host, port, .. } = &self.servers;
-        match lookup_host((host.as_str(), *port)).await {
-            Ok(addresses) => Ok(addresses.collect()),
-            Err(error) => {
-                Err(AttemptError::Resolve { host: host.clone(), reason: error.to_string() })
+fn tell(goal: Goal, error: &AttemptError) {
+    static FAILED: RateLimited = RateLimited::new(TELL_INTERVAL);
+    match goal {
+        Goal::Probe => debug!(%error, "QUIC does not get through yet"),
+        Goal::Look | Goal::Replace => {
+            if let Some(suppressed) = FAILED.admit(std::time::Instant::now()) {
+                warn!(%error, suppressed, "no tunnel to the server, will try again");
             }
         }
     }
+}
 
-    /// TLS from the files as they are now.
-    fn client_tls(&self) -> Result<rustls::ClientConfig, TlsError> {
-        let identity = match &self.servers.certificate {
-            Some(pair) => Some(Identity::from_pem_files(&pair.certificate, &pair.key)?),
-            None => None,
-        };
-        let roots = tls::authorities(&tls::certificates(Path::new(&self.servers.ca))?)?;
-        tls::tunnel_client(roots, identity, self.key_exchange)
-    }
+/// The result of the attempt that goes on, which then does so no more; never without one.
+async fn finished(pending: &mut Option<Pending>) -> Option<(Goal, Approach, Attempted)> {
+    let Some(Pending { goal, approach, attempted }) = pending else {
+        return std::future::pending().await;
+    };
+    let (goal, approach) = (*goal, *approach);
+    let attempted = attempted.await;
+    *pending = None;
+    // It cannot be aborted while it is here; were it to panic, it would be made again.
+    attempted.ok().map(|attempted| (goal, approach, attempted))
+}
 
-    /// Reads every file once, so that a fault shows at start.
-    ///
-    /// # Errors
-    /// When a certificate, key or CA cannot be used.
-    pub fn check_files(&self) -> Result<(), TlsError> {
-        self.client_tls().map(drop)
+/// Completes with what is next when it is due; never when nothing is.
+async fn due(next: Option<(Goal, std::time::Instant)>) -> Goal {
+    match next {
+        Some((goal, at)) => {
+            sleep_until(at.into()).await;
+            goal
+        }
+        None => std::future::pending().await,
     }
+}
+
+/// The time that tokio's timers go by.
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
 }

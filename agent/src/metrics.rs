@@ -5,18 +5,19 @@
 //! is scraped, so it cannot go stale.
 
 use std::sync::{
-    Arc, Mutex, PoisonError,
+    Arc,
     atomic::{AtomicU64, Ordering},
 };
 
 use culvert_wire::{
-    ServerId,
     dial::DialErrorKind,
     process::metrics::{BuildError, Kind, Metrics, append_family, append_meter, append_tunnels},
     splice::{HalfEnd, Meter, Outcome},
-    transport::{BufferSizes, Tunnel},
+    transport::BufferSizes,
 };
 use metrics::Histogram;
+
+use crate::servers::{Served, Servers};
 
 const DIAL_DURATION: &str = "konnectivity_network_proxy_agent_dial_duration_seconds";
 const DIAL_FAILURES: &str = "konnectivity_network_proxy_agent_endpoint_dial_failure_total";
@@ -29,6 +30,8 @@ const STREAM_BYTES: &str = "culvert_agent_stream_bytes_total";
 const STREAMS: &str = "culvert_agent_streams_total";
 const CONNECT_ATTEMPTS: &str = "culvert_agent_connect_attempts_total";
 const TUNNELS_LOST: &str = "culvert_agent_tunnels_lost_total";
+const SWITCHES: &str = "culvert_agent_transport_switches_total";
+const TRANSPORT_SINCE: &str = "culvert_agent_tunnel_since_seconds";
 const UDP_BUFFER: &str = "culvert_agent_udp_buffer_bytes";
 
 /// Bounds of dial durations: Konnectivity's, with the range of a node's own network made finer.
@@ -45,8 +48,6 @@ pub struct AgentMetrics {
     pub meter: Meter,
     open_targets: Arc<AtomicU64>,
     streams: AtomicU64,
-    known_servers: AtomicU64,
-    tunnels: Arc<Mutex<Vec<(ServerId, Tunnel)>>>,
 }
 
 impl AgentMetrics {
@@ -70,17 +71,15 @@ impl AgentMetrics {
         metrics
             .describe_counter(CONNECT_ATTEMPTS, "Attempts to get a tunnel to a server, by result.");
         metrics.describe_counter(TUNNELS_LOST, "Tunnels that ended, by reason.");
-        metrics.describe_gauge(
-            UDP_BUFFER,
-            "Kernel buffer granted to the tunnel's UDP socket, in bytes.",
+        metrics.describe_counter(
+            SWITCHES,
+            "Tunnels that came to be, by the transport they took the place of, theirs, and why.",
         );
         Ok(Self {
             dial_duration: metrics.histogram(DIAL_DURATION, &[]),
             meter: Meter::default(),
             open_targets: Arc::default(),
             streams: AtomicU64::new(0),
-            known_servers: AtomicU64::new(0),
-            tunnels: Arc::default(),
             metrics,
         })
     }
@@ -123,24 +122,12 @@ impl AgentMetrics {
         self.metrics.counter(CONNECT_ATTEMPTS, &[("result", result)]).increment(1);
     }
 
-    /// Shows a tunnel's path, and what the kernel granted its socket, while the guard lives.
-    pub fn tunnel_open(
-        &self,
-        server_id: ServerId,
-        server_count: u32,
-        tunnel: Tunnel,
-        buffers: Option<BufferSizes>,
-    ) -> TunnelShown {
-        self.known_servers.store(server_count.into(), Ordering::Relaxed);
-        #[expect(clippy::cast_precision_loss, reason = "buffers are far below 2^52 bytes")]
-        for (direction, size) in
-            buffers.iter().flat_map(|sizes| [("receive", sizes.receive), ("send", sizes.send)])
-        {
-            self.metrics.gauge(UDP_BUFFER, &[("direction", direction)]).set(size as f64);
-        }
-        let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
-        tunnels.push((server_id.clone(), tunnel));
-        TunnelShown { tunnels: self.tunnels.clone(), server_id }
+    /// Counts a tunnel that came to be: `from` is the transport of the one whose place it took, or
+    /// `none`.
+    pub fn transport_switched(&self, from: &'static str, to: &'static str, reason: &'static str) {
+        self.metrics
+            .counter(SWITCHES, &[("from", from), ("to", to), ("reason", reason)])
+            .increment(1);
     }
 
     /// Counts a tunnel that ended.
@@ -148,39 +135,59 @@ impl AgentMetrics {
         self.metrics.counter(TUNNELS_LOST, &[("reason", reason)]).increment(1);
     }
 
-    /// Whether a server has taken the agent in: what stock calls ready.
-    pub fn is_connected(&self) -> bool {
-        !self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
-    }
-
     /// The metrics to keep in shape between scrapes.
     pub fn inner(&self) -> &Metrics {
         &self.metrics
     }
 
-    /// Everything, in Prometheus' text format.
-    pub fn render(&self) -> String {
+    /// Everything, in Prometheus' text format, with the tunnels as they are now.
+    pub fn render(&self, servers: &Servers) -> String {
         let mut text = self.metrics.render();
         let now = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        let tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut one = |name, kind, help, value| {
             append_family(&mut text, name, kind, help, [(vec![], value)]);
         };
         let help = "Current number of open server connections.";
-        one(OPEN_SERVERS, Kind::Gauge, help, tunnels.len() as u64);
+        one(OPEN_SERVERS, Kind::Gauge, help, servers.connected().into());
         let help = "Current number of open endpoint connections.";
         one(OPEN_TARGETS, Kind::Gauge, help, now(&self.open_targets));
         let help = "Current number of servers that the agent knows of.";
-        one(KNOWN_SERVERS, Kind::Gauge, help, now(&self.known_servers));
+        one(KNOWN_SERVERS, Kind::Gauge, help, servers.count().into());
         one(STREAMS, Kind::Counter, "Streams that were spliced.", now(&self.streams));
         append_meter(&mut text, STREAM_BYTES, &self.meter, ["to_server", "from_server"]);
-        let paths: Vec<_> = tunnels
-            .iter()
-            .map(|(id, tunnel)| (("server_id", id.to_string()), tunnel.transport(), tunnel.stats()))
-            .collect();
-        append_tunnels(&mut text, "culvert_agent_tunnel", &paths);
+        append_served(&mut text, &servers.all());
         text
     }
+}
+
+/// Appends what there is to know of each tunnel.
+fn append_served(text: &mut String, tunnels: &[Arc<Served>]) {
+    let server = |served: &Served| ("server_id", served.server_id.to_string());
+    let rows = tunnels.iter().map(|served| {
+        let labels = vec![
+            server(served),
+            ("transport", served.tunnel.transport().to_owned()),
+            ("reason", served.reason.to_owned()),
+            ("state", served.state().to_owned()),
+        ];
+        (labels, served.since.elapsed().as_secs_f64())
+    });
+    let help = "How long the tunnel has been there, in seconds.";
+    append_family(text, TRANSPORT_SINCE, Kind::Gauge, help, rows);
+    let sizes = |BufferSizes { receive, send }| [("receive", receive), ("send", send)];
+    let rows = tunnels.iter().filter_map(|served| Some((served, sizes(served.buffers?))));
+    let rows = rows.flat_map(|(served, sizes)| {
+        sizes.map(|(direction, size)| {
+            (vec![server(served), ("direction", direction.to_owned())], size)
+        })
+    });
+    let help = "Kernel buffer granted to the tunnel's UDP socket, in bytes.";
+    append_family(text, UDP_BUFFER, Kind::Gauge, help, rows);
+    let paths: Vec<_> = tunnels
+        .iter()
+        .map(|served| (server(served), served.tunnel.transport(), served.tunnel.stats()))
+        .collect();
+    append_tunnels(text, "culvert_agent_tunnel", &paths);
 }
 
 /// Counts one open connection to a target for as long as it lives.
@@ -190,21 +197,5 @@ pub struct OpenTarget(Arc<AtomicU64>);
 impl Drop for OpenTarget {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// Shows one tunnel in every scrape for as long as it lives.
-#[derive(Debug)]
-pub struct TunnelShown {
-    tunnels: Arc<Mutex<Vec<(ServerId, Tunnel)>>>,
-    server_id: ServerId,
-}
-
-impl Drop for TunnelShown {
-    fn drop(&mut self) {
-        let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(index) = tunnels.iter().position(|(id, _)| *id == self.server_id) {
-            tunnels.remove(index);
-        }
     }
 }

@@ -18,11 +18,15 @@ use culvert_wire::{
     transport::{Tunnel, TunnelLost},
     version::{Features, REVISION},
 };
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::info;
 
-use crate::egress::Egress;
+use crate::{
+    egress::Egress,
+    servers::{Rank, Served, Servers},
+    silence::{BUSY_LOOK_INTERVAL, IDLE_LOOK_INTERVAL, Silence, Verdict},
+};
 
 /// Time for the server to answer the hello.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
@@ -31,6 +35,9 @@ const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 pub const FIRST_STREAM_LIMIT: u32 = 256;
 /// Time for the last packets of a closed tunnel.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long, beyond two round trips, a tunnel without streams stays when it drains: a dial may have been
+/// on its way when the server heard of it.
+const DRAIN_LINGER: Duration = Duration::from_millis(100);
 
 /// What every tunnel of one agent has in common.
 #[derive(Debug)]
@@ -152,18 +159,25 @@ impl Joined {
         &self.tunnel
     }
 
-    /// Serves the server's streams until the tunnel is gone or the agent has drained; why it went.
-    pub async fn serve(mut self, context: Arc<TunnelContext>) -> TunnelLost {
+    /// Serves the server's streams until the tunnel is gone, or the agent or this tunnel of it has
+    /// drained; why it went.
+    pub async fn serve(
+        mut self,
+        served: &Served,
+        servers: &Servers,
+        context: Arc<TunnelContext>,
+    ) -> TunnelLost {
         let streams = TaskTracker::new();
         let result = tokio::select! {
             biased;
             lost = self.tunnel.closed() => return lost,
-            result = converse(&mut self.control) => result,
+            result = converse(&mut self.control, served, servers, &streams) => result,
             lost = accept(&self.tunnel, &context, &streams) => return lost,
             () = context.draining.cancelled() => Ok(()),
+            () = served.retired.cancelled() => Ok(()),
         };
         let result = match result {
-            Ok(()) => self.drain(&context, &streams).await,
+            Ok(()) => self.drain(served, servers, &context, &streams).await,
             Err(error) => Err(error),
         };
         if let Err(error) = result {
@@ -173,32 +187,42 @@ impl Joined {
         self.tunnel.closed().await
     }
 
-    /// Asks for no new dials, lets the streams end, and closes the tunnel.
+    /// Asks for no new dials, lets the streams end, and closes the tunnel. The time for that begins
+    /// when the agent drains: a tunnel that a better one has replaced stays as long as its streams.
     async fn drain(
         &mut self,
+        served: &Served,
+        servers: &Servers,
         context: &Arc<TunnelContext>,
         streams: &TaskTracker,
     ) -> Result<(), ControlError> {
         let limit = context.drain_timeout;
-        info!(streams = streams.len(), ?limit, "draining");
-        let deadline_millis = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+        let deadline_millis = match context.draining.is_cancelled() {
+            true => u32::try_from(limit.as_millis()).unwrap_or(u32::MAX),
+            false => u32::MAX,
+        };
+        info!(server_id = %served.server_id, streams = streams.len(), deadline_millis, "draining");
         self.control.send(&ControlMessage::Drain(Drain { deadline_millis })).await?;
         streams.close();
-        let ended = async {
-            tokio::select! {
-                () = streams.wait() => Ok(()),
-                result = converse(&mut self.control) => result,
-                // A dial that was on its way when the server heard of the drain is still served.
-                _ = accept(&self.tunnel, context, streams) => Ok(()),
+        let linger = DRAIN_LINGER + self.tunnel.stats().rtt * 2;
+        let over = async {
+            context.draining.cancelled().await;
+            sleep(limit).await;
+        };
+        let all_ended = async {
+            sleep(linger).await;
+            streams.wait().await;
+        };
+        let (code, reason) = tokio::select! {
+            () = all_ended => (CloseCode::DONE, "the agent has drained"),
+            () = over => (CloseCode::SHUTDOWN, "the agent's time to drain is over"),
+            result = converse(&mut self.control, served, servers, streams) => {
+                return result;
             }
+            // A dial that was on its way when the server heard of the drain is still served.
+            _ = accept(&self.tunnel, context, streams) => return Ok(()),
         };
-        let drained = timeout(limit, ended).await;
-        let cut = streams.len();
-        let (code, reason) = match drained {
-            Ok(result) => result.map(|()| (CloseCode::DONE, "the agent has drained"))?,
-            Err(_) => (CloseCode::SHUTDOWN, "the agent's time to drain is over"),
-        };
-        info!(cut, reason, "leaving");
+        info!(server_id = %served.server_id, cut = streams.len(), reason, "leaving");
         let goodbye = Goodbye { code: code.as_u32(), reason: Text::truncated(reason.into()) };
         let told = self.control.send(&ControlMessage::Goodbye(goodbye)).await;
         self.tunnel.close(code, reason);
@@ -207,20 +231,42 @@ impl Joined {
     }
 }
 
-/// Answers the server's messages; ends only with an error.
-async fn converse(control: &mut ControlStream) -> Result<(), ControlError> {
+/// Answers the server's messages and watches whether it is there; ends only with an error.
+async fn converse(
+    control: &mut ControlStream,
+    served: &Served,
+    servers: &Servers,
+    streams: &TaskTracker,
+) -> Result<(), ControlError> {
+    let mut silence = Silence::new(now(), &served.tunnel.stats());
     loop {
-        match control.next().await? {
-            ControlMessage::Drain(drain) => {
-                info!(deadline_millis = drain.deadline_millis, "the server drains");
+        let interval = if streams.is_empty() { IDLE_LOOK_INTERVAL } else { BUSY_LOOK_INTERVAL };
+        tokio::select! {
+            message = control.next() => match message? {
+                ControlMessage::Drain(drain) => {
+                    info!(deadline_millis = drain.deadline_millis, "the server drains");
+                }
+                ControlMessage::Goodbye(goodbye) => {
+                    info!(reason = %goodbye.reason, "the server says goodbye");
+                }
+                // A second welcome, or a hello from the wrong side.
+                _ => return Err(ControlError::Unexpected),
+            },
+            // TCP tells of a peer that is gone in its own time, and there is no better way.
+            () = sleep(interval), if served.rank == Rank::Quic => {
+                let verdict = silence.look(now(), &served.tunnel.stats(), streams.len());
+                servers.set_silent(served, verdict == Verdict::Silent);
+                if verdict == Verdict::Ask {
+                    control.nudge().await?;
+                }
             }
-            ControlMessage::Goodbye(goodbye) => {
-                info!(reason = %goodbye.reason, "the server says goodbye")
-            }
-            // A second welcome, or a hello from the wrong side.
-            _ => return Err(ControlError::Unexpected),
         }
     }
+}
+
+/// The time that tokio's timers go by.
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
 }
 
 /// Serves each stream in a task of its own, and grants more as they are used up.

@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use culvert_agent::{Agent, config::Transport, metrics::AgentMetrics};
+use culvert_agent::{Agent, config::Transport, metrics::AgentMetrics, servers::Servers};
 use culvert_server::{
     Server,
     backend::Backends,
@@ -50,6 +50,7 @@ pub struct Rig {
     grace: Duration,
     header_timeout: Duration,
     transport: Transport,
+    quic_retry_interval: Duration,
 }
 
 impl Default for Rig {
@@ -72,6 +73,7 @@ impl Rig {
             grace: Duration::ZERO,
             header_timeout: Duration::from_secs(10),
             transport: Transport::Quic,
+            quic_retry_interval: Duration::from_secs(10),
         }
     }
 
@@ -135,6 +137,12 @@ impl Rig {
     #[must_use]
     pub fn transport(self, transport: Transport) -> Self {
         Self { transport, ..self }
+    }
+
+    /// Lets agents try QUIC again this long after it has failed.
+    #[must_use]
+    pub fn quic_retry_interval(self, quic_retry_interval: Duration) -> Self {
+        Self { quic_retry_interval, ..self }
     }
 
     /// Gives frontends this long to say what they want.
@@ -270,6 +278,8 @@ pub struct RunningAgent {
     pub health: SocketAddr,
     /// What it counts.
     pub metrics: Arc<AgentMetrics>,
+    /// The servers that have taken it in.
+    pub servers: Arc<Servers>,
     task: Task,
 }
 
@@ -310,8 +320,10 @@ impl Running {
     pub fn add_agent_with(&mut self, config: &culvert_agent::Config) -> anyhow::Result<()> {
         let agent = Agent::bind(config)?;
         let (health, metrics) = (agent.health_address(), agent.metrics().clone());
+        let servers = agent.servers().clone();
         let task = Task::spawn(|stop| agent.run(stop));
-        self.agents.push(RunningAgent { name: config.agent_id.clone(), health, metrics, task });
+        let name = config.agent_id.clone();
+        self.agents.push(RunningAgent { name, health, metrics, servers, task });
         Ok(())
     }
 
@@ -321,6 +333,7 @@ impl Running {
         culvert_agent::Config {
             agent_id: name.into(),
             transport: self.rig.transport,
+            quic_retry_interval: self.rig.quic_retry_interval,
             identifiers: String::new(),
             identifier_pairs: Vec::new(),
             servers: culvert_agent::config::ServersConfig {

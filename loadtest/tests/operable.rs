@@ -37,10 +37,10 @@ async fn readiness_follows_the_tunnel_on_both_sides() {
         rig.until_joined(1).await.unwrap();
         assert_eq!(get(health, "/readyz").await, ("HTTP/1.1 200 OK".into(), "ok".into()));
         let agent = rig.agents()[0].health;
-        common::eventually("the agent knows it", || rig.agents()[0].metrics.is_connected()).await;
+        common::eventually("the agent knows it", || rig.agents()[0].servers.is_connected()).await;
         assert_eq!(get(agent, "/readyz").await, ("HTTP/1.1 200 OK".into(), "ok".into()));
         rig.stop_server().await.unwrap();
-        common::eventually("the agent knows it", || !rig.agents()[0].metrics.is_connected()).await;
+        common::eventually("the agent knows it", || !rig.agents()[0].servers.is_connected()).await;
         let (status, body) = get(agent, "/readyz").await;
         assert_eq!(status, "HTTP/1.1 503 Service Unavailable");
         assert!(body.contains("[-]server-connected failed: no servers connected"), "{body}");

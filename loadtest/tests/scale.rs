@@ -26,7 +26,7 @@ fn held(rig: &Running) -> Held {
     ];
     let mut gauges: Vec<_> =
         gauges.iter().map(|name| format!("{name} {}", metric(&server, name))).collect();
-    let agent = rig.agents()[0].metrics.render();
+    let agent = rig.agents()[0].metrics.render(&rig.agents()[0].servers);
     let name = "konnectivity_network_proxy_agent_open_endpoint_connections";
     gauges.push(format!("{name} {}", metric(&agent, name)));
     Held {

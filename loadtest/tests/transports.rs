@@ -3,15 +3,19 @@
 
 mod common;
 
-use std::{io, net::SocketAddr};
+use std::{io, time::Duration};
 
-use common::{noise, within};
+use common::{noise, path::Path, within};
 use culvert_agent::config::Transport;
-use culvert_loadtest::{frontend::Door, rig::Running, targets};
+use culvert_loadtest::{
+    frontend::{Connection, Door},
+    rig::Running,
+    targets,
+};
 use tokio::{
-    io::copy_bidirectional,
-    net::{TcpListener, TcpStream, UdpSocket},
-    task::AbortHandle,
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
 };
 
 async fn rig(door: Door) -> Running {
@@ -68,56 +72,87 @@ async fn a_reset_and_a_refusal_are_told_as_over_quic() {
     }
 }
 
-/// Passes TCP on to a server, and is no server itself.
-async fn tcp_only(listener: TcpListener, server: SocketAddr) {
-    while let Ok((mut near, _)) = listener.accept().await {
-        let mut far = TcpStream::connect(server).await.unwrap();
-        tokio::spawn(async move { copy_bidirectional(&mut near, &mut far).await });
+/// A rig whose one agent comes through a path, and may choose its transport.
+struct Behind {
+    rig: Running,
+    path: Path,
+}
+
+impl Behind {
+    async fn start(udp_passes: bool) -> Self {
+        let retry = Duration::from_millis(200);
+        let rig = DOOR.rig().agents(0).transport(Transport::Auto).quic_retry_interval(retry);
+        let mut rig = rig.start().await.unwrap();
+        let path = Path::to(rig.server.tunnel, udp_passes).await;
+        let mut config = rig.agent_config("behind-a-firewall");
+        config.servers.port = path.address.port();
+        rig.add_agent_with(&config).unwrap();
+        rig.until_joined(1).await.unwrap();
+        Self { rig, path }
+    }
+
+    /// Waits until the server has so many tunnels over TCP, and over QUIC.
+    async fn until(&self, tcp: usize, quic: usize) {
+        common::eventually(&format!("{tcp} over TCP and {quic} over QUIC"), || {
+            (tunnels(&self.rig, "tcp"), tunnels(&self.rig, "quic")) == (tcp, quic)
+        })
+        .await;
+    }
+
+    /// What the agent says of its tunnels.
+    async fn readiness(&self) -> String {
+        let address = self.rig.agents()[0].health;
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(b"GET /readyz?verbose HTTP/1.0\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    /// Waits until the agent counts this switch, which the server may have seen before.
+    async fn until_switched(&self, from: &str, to: &str, reason: &str) {
+        let agent = &self.rig.agents()[0];
+        let labels = format!("from=\"{from}\",to=\"{to}\",reason=\"{reason}\"");
+        let name = format!("culvert_agent_transport_switches_total{{{labels}}}");
+        common::eventually(&name, || {
+            common::metric(&agent.metrics.render(&agent.servers), &name) == 1.0
+        })
+        .await;
     }
 }
 
-/// An agent that comes to the rig's server through a path that passes TCP alone.
-async fn come_through_tcp_only(rig: &mut Running, listener: TcpListener) -> AbortHandle {
-    let mut config = rig.agent_config("behind-a-firewall");
-    config.servers.port = listener.local_addr().unwrap().port();
-    config.transport = Transport::Auto;
-    let path = tokio::spawn(tcp_only(listener, rig.server.tunnel)).abort_handle();
-    rig.add_agent_with(&config).unwrap();
-    rig.until_joined(1).await.unwrap();
-    path
+const DOOR: Door = Door::ConnectUnix;
+
+async fn echo_once(frontend: &mut Connection, word: &[u8]) {
+    frontend.write(word).await.unwrap();
+    assert_eq!(frontend.read_count(word.len()).await.unwrap(), word);
 }
 
 #[tokio::test]
 async fn an_agent_whose_udp_is_refused_comes_over_tcp_at_once() {
     within(async {
-        let mut rig = Door::ConnectUnix.rig().agents(0).start().await.unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let path = come_through_tcp_only(&mut rig, listener).await;
+        let mut rig = DOOR.rig().agents(0).transport(Transport::Auto).start().await.unwrap();
+        let path = Path::to(rig.server.tunnel, false).await;
+        path.refuse_udp();
+        let mut config = rig.agent_config("behind-a-firewall");
+        config.servers.port = path.address.port();
+        rig.add_agent_with(&config).unwrap();
+        rig.until_joined(1).await.unwrap();
         assert_eq!((tunnels(&rig, "tcp"), tunnels(&rig, "quic")), (1, 0));
         let echo = targets::echo().await.unwrap();
-        let mut frontend = Door::ConnectUnix.dial(&rig, echo.address()).await.unwrap();
-        frontend.write(b"hello").await.unwrap();
-        assert_eq!(frontend.read_count(5).await.unwrap(), b"hello");
-        path.abort();
+        echo_once(&mut DOOR.dial(&rig, echo.address()).await.unwrap(), b"hello").await;
     })
     .await;
 }
 
 #[tokio::test]
-async fn an_agent_whose_udp_is_swallowed_comes_over_tcp() {
+async fn an_agent_whose_udp_is_swallowed_comes_over_tcp_and_says_why() {
     within(async {
-        let mut rig = Door::ConnectUnix.rig().agents(0).start().await.unwrap();
-        // Somebody takes the packets and never answers.
-        let (listener, _silence) = loop {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let address = listener.local_addr().unwrap();
-            if let Ok(silence) = UdpSocket::bind(address).await {
-                break (listener, silence);
-            }
-        };
-        let path = come_through_tcp_only(&mut rig, listener).await;
-        assert_eq!((tunnels(&rig, "tcp"), tunnels(&rig, "quic")), (1, 0));
-        path.abort();
+        let behind = Behind::start(false).await;
+        assert_eq!((tunnels(&behind.rig, "tcp"), tunnels(&behind.rig, "quic")), (1, 0));
+        behind.until_switched("none", "tcp", "quic_silent").await;
+        let answer = behind.readiness().await;
+        assert!(answer.contains("[+]tunnel server-0: tcp for 0s (quic_silent), used"), "{answer}");
     })
     .await;
 }
@@ -125,9 +160,75 @@ async fn an_agent_whose_udp_is_swallowed_comes_over_tcp() {
 #[tokio::test]
 async fn an_agent_that_may_choose_takes_quic_where_it_gets_through() {
     within(async {
-        let door = Door::ConnectUnix;
-        let rig = door.rig().transport(Transport::Auto).start().await.unwrap();
+        let rig = DOOR.rig().transport(Transport::Auto).start().await.unwrap();
         assert_eq!((tunnels(&rig, "tcp"), tunnels(&rig, "quic")), (0, 1));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_tunnel_moves_to_quic_when_udp_passes_again_and_its_streams_go_on_where_they_are() {
+    within(async {
+        let behind = Behind::start(false).await;
+        let echo = targets::echo().await.unwrap();
+        let mut old = DOOR.dial(&behind.rig, echo.address()).await.unwrap();
+        echo_once(&mut old, b"over TCP").await;
+        behind.path.set_udp_passes(true);
+        behind.until(1, 1).await;
+        behind.until_switched("tcp", "quic", "quic_works").await;
+        echo_once(&mut old, b"still over TCP").await;
+        let mut new = DOOR.dial(&behind.rig, echo.address()).await.unwrap();
+        echo_once(&mut new, b"over QUIC").await;
+        let answer = behind.readiness().await;
+        assert!(answer.contains("(quic_silent), retired"), "{answer}");
+        assert!(answer.contains("(quic_works), used"), "{answer}");
+        // The old tunnel ends with its last stream, and the new one stays.
+        old.close().await.unwrap();
+        behind.until(0, 1).await;
+        echo_once(&mut new, b"over QUIC").await;
+    })
+    .await;
+}
+
+/// Far sooner than the idle time-out, which is 25 s.
+#[tokio::test]
+async fn a_tunnel_whose_udp_is_swallowed_in_its_life_gives_way_to_one_over_tcp() {
+    within(async {
+        let behind = Behind::start(true).await;
+        assert_eq!((tunnels(&behind.rig, "tcp"), tunnels(&behind.rig, "quic")), (0, 1));
+        let echo = targets::echo().await.unwrap();
+        let mut old = DOOR.dial(&behind.rig, echo.address()).await.unwrap();
+        echo_once(&mut old, b"over QUIC").await;
+        behind.path.set_udp_passes(false);
+        old.write(b"into the dark").await.unwrap();
+        timeout(Duration::from_secs(15), behind.until(1, 1)).await.unwrap();
+        let mut new = DOOR.dial(&behind.rig, echo.address()).await.unwrap();
+        echo_once(&mut new, b"over TCP").await;
+        behind.until_switched("quic", "tcp", "quic_silent").await;
+        // Nobody hears the old one any more: its frontend is cut off and not left hanging.
+        behind.until(1, 0).await;
+        old.read_to_end().await.unwrap();
+        // And when UDP passes again, the agent goes back.
+        behind.path.set_udp_passes(true);
+        behind.until(1, 1).await;
+        drop(new);
+        behind.until(0, 1).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_tunnel_whose_udp_is_refused_in_its_life_gives_way_to_one_over_tcp() {
+    within(async {
+        let behind = Behind::start(true).await;
+        let echo = targets::echo().await.unwrap();
+        let mut old = DOOR.dial(&behind.rig, echo.address()).await.unwrap();
+        echo_once(&mut old, b"over QUIC").await;
+        behind.path.refuse_udp();
+        let _ = old.write(b"refused").await;
+        timeout(Duration::from_secs(15), behind.until(1, 0)).await.unwrap();
+        let mut new = DOOR.dial(&behind.rig, echo.address()).await.unwrap();
+        echo_once(&mut new, b"over TCP").await;
     })
     .await;
 }

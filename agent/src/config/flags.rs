@@ -18,7 +18,7 @@ pub struct Flags {
     #[arg(long, help_heading = "Servers", value_name = "HOST", default_value = "127.0.0.1")]
     pub proxy_server_host: String,
 
-    /// Agent port of the servers, UDP [default: 8132, or 8091 when started as proxy-agent]
+    /// Agent port of the servers, UDP and TCP [default: 8132, or 8091 when started as proxy-agent]
     #[arg(long, help_heading = "Servers", value_name = "PORT")]
     pub proxy_server_port: Option<i64>,
 
@@ -30,10 +30,16 @@ pub struct Flags {
     #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
     pub ca_cert: String,
 
-    /// What carries a tunnel: quic over UDP; tcp, where UDP does not get through; auto tries quic and,
-    /// when it has failed or taken 3 s, tcp. A tunnel stays with what it began with
-    #[arg(long, help_heading = "Servers", value_name = "KIND", default_value = "quic")]
+    /// What carries a tunnel: quic over UDP; tcp, and a stock server's gRPC, on the same port; auto tries
+    /// quic and, once it has failed or taken 300 ms, tcp. Then auto goes on looking: from tcp to quic when
+    /// UDP gets through again, from quic to tcp when it does not any more
+    #[arg(long, help_heading = "Servers", value_name = "KIND", default_value = "auto")]
     pub transport: Transport,
+
+    /// How long after quic has failed it is tried again, with auto. Twice as long after each further
+    /// failure, up to 10m
+    #[arg(long, help_heading = "Servers", value_name = "DURATION", default_value = "10s")]
+    pub quic_retry_interval: GoDuration,
 
     /// Certificate chain the agent proves itself with, PEM
     #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
@@ -52,12 +58,12 @@ pub struct Flags {
     #[arg(long, help_heading = "Servers", value_name = "LIST", default_value = "")]
     pub alpn_proto: String,
 
-    /// Quiet time after which the connection to a stock server is pinged. Tunnels have
-    /// --tunnel-keep-alive-interval
+    /// Quiet time after which the connection to a stock server is pinged; at least 30s, or it would end
+    /// the connection. Tunnels have --tunnel-keep-alive-interval
     #[arg(long, help_heading = "Servers", value_name = "DURATION", default_value = "1h")]
     pub keepalive_time: GoDuration,
 
-    /// Interval at which missing servers are looked for
+    /// Interval at which missing servers are looked for after a failure
     #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "1s")]
     pub sync_interval: GoDuration,
 
@@ -65,16 +71,16 @@ pub struct Flags {
     #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "10s")]
     pub sync_interval_cap: GoDuration,
 
-    /// Interval at which the connection to a stock server is checked
+    /// Interval at which the connection to a stock server is checked. Accepted and ignored: a lost
+    /// connection shows by itself
     #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "1s")]
     pub probe_interval: GoDuration,
 
-    /// Keep looking for servers after as many were found as there are said to be. Not yet: one
-    /// tunnel is kept
+    /// Keep looking for servers after as many were found as there are said to be
     #[arg(long, help_heading = "Server set")]
     pub sync_forever: bool,
 
-    /// Count the servers by their Leases. Not yet: one tunnel is kept
+    /// Count the servers by their Leases. Not yet: the servers' own count holds
     #[arg(long, help_heading = "Server set")]
     pub count_server_leases: bool,
 

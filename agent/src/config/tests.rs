@@ -218,7 +218,6 @@ fn what_has_no_effect_is_warned_of() {
         "--enable-profiling",
         "--xfr-channel-size=20",
         "--count-server-leases",
-        "--sync-forever",
         "--log-dir=/var/log",
     ] {
         let flag = arg.split('=').next().unwrap();

@@ -1,0 +1,342 @@
+//! One attempt to get a tunnel to a server: files, names, carriers, hello and welcome.
+
+use std::{fmt, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+
+use culvert_wire::{
+    konnectivity::ALPN_H2,
+    tls::{self, Identity, TlsError},
+    transport::{
+        BufferSizes, Tunnel, TunnelLost,
+        quic::{self, ConnectError, Settings},
+        tcp,
+    },
+};
+use tokio::{net::lookup_host, time::timeout};
+
+use crate::{
+    config::ServersConfig,
+    stock_server,
+    transport::{Race, race},
+    tunnel::{self, JoinError, Joined, TunnelContext},
+};
+
+/// How long the likelier carrier is tried alone. Most round trips are shorter, and a person does not
+/// notice it.
+const HEAD_START: Duration = Duration::from_millis(300);
+/// How long one carrier may take, hello and welcome included: a handshake whose first packets are lost
+/// twice takes three seconds.
+const WAY_TIMEOUT: Duration = Duration::from_secs(10);
+/// UDP payload that every path carries that carries QUIC at all (RFC 9000 §14).
+const SMALLEST_MTU: u16 = 1200;
+
+/// Which carriers are tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ways {
+    /// QUIC alone.
+    Quic,
+    /// TCP alone.
+    Tcp,
+    /// QUIC, and TCP a little later.
+    QuicFirst,
+    /// TCP, and QUIC a little later.
+    TcpFirst,
+}
+
+/// What is known of QUIC after an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QuicFate {
+    /// Nothing: it was not tried, or the server was not reached in any other way either.
+    Unknown,
+    /// It got through.
+    Worked,
+    /// It did not, and something else did; in a word.
+    Failed(&'static str),
+}
+
+/// A tunnel that a server has welcomed the agent on.
+#[derive(Debug)]
+pub struct Arrived {
+    /// The tunnel.
+    pub joined: Joined,
+    /// Where the server is.
+    pub address: SocketAddr,
+    /// What the kernel granted its socket, if it is UDP.
+    pub buffers: Option<BufferSizes>,
+}
+
+/// What an attempt came to.
+#[derive(Debug)]
+pub struct Attempted {
+    /// The tunnel, or why there is none.
+    pub result: Result<Arrived, AttemptError>,
+    /// How QUIC did.
+    pub quic: QuicFate,
+}
+
+/// Why an attempt to get a tunnel failed.
+#[derive(Debug, thiserror::Error)]
+pub enum AttemptError {
+    /// The server's name has no address.
+    #[error("cannot resolve {host}: {reason}")]
+    Resolve {
+        /// The name.
+        host: String,
+        /// Why not.
+        reason: String,
+    },
+    /// Certificate, key or CA cannot be used.
+    #[error("{0}")]
+    Tls(#[from] TlsError),
+    /// No carrier that may be used got through.
+    #[error("{address}: {failed}")]
+    Ways {
+        /// Where the server is said to be.
+        address: SocketAddr,
+        /// Each carrier's reason.
+        failed: WaysFailed,
+    },
+}
+
+impl AttemptError {
+    /// A short word for metric labels.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Resolve { .. } => "unresolvable",
+            Self::Tls(_) => "tls_files",
+            Self::Ways { failed, .. } if failed.0.iter().any(|(_, error)| error.is_join()) => {
+                "join_failed"
+            }
+            Self::Ways { .. } => "connect_failed",
+        }
+    }
+}
+
+/// Each carrier that was tried, and why it did not get through.
+#[derive(Debug)]
+pub struct WaysFailed(Vec<(&'static str, WayError)>);
+
+impl fmt::Display for WaysFailed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, (carrier, error)) in self.0.iter().enumerate() {
+            let separator = if index == 0 { "" } else { "; " };
+            write!(f, "{separator}over {carrier}: {error}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Why one carrier did not get through.
+#[derive(Debug, thiserror::Error)]
+pub enum WayError {
+    /// There is no connection.
+    #[error("{0}")]
+    Connect(#[from] ConnectError),
+    /// There is one, and the server did not take the agent in.
+    #[error("{0}")]
+    Join(#[from] JoinError),
+    /// Nothing came of it for too long.
+    #[error("nothing within {WAY_TIMEOUT:?}")]
+    TimedOut,
+}
+
+impl WayError {
+    fn is_join(&self) -> bool {
+        matches!(self, Self::Join(_))
+    }
+
+    /// How QUIC failed, in a word.
+    fn label(&self) -> &'static str {
+        match self {
+            Self::Connect(ConnectError::Refused) => "quic_refused",
+            Self::Connect(ConnectError::Handshake(TunnelLost::TimedOut)) | Self::TimedOut => {
+                "quic_silent"
+            }
+            _ => "quic_rejected",
+        }
+    }
+}
+
+/// How tunnels are got.
+#[derive(Debug)]
+pub struct Attempts {
+    /// Where the servers are and how they are known.
+    pub servers: ServersConfig,
+    /// What tunnels are set up with.
+    pub settings: Settings,
+    /// Which key exchanges are offered.
+    pub key_exchange: tls::KeyExchange,
+}
+
+impl Attempts {
+    /// One attempt: every address of the servers in turn, in random order, so that each server's is
+    /// found. `large_packets` says whether packets may be larger than any path carries.
+    ///
+    /// Files and names are read anew each time, so a rotated certificate or a moved server needs no
+    /// restart.
+    ///
+    /// # Cancel safety
+    /// Dropping the future gives up what was begun.
+    pub async fn attempt(
+        &self,
+        ways: Ways,
+        large_packets: bool,
+        context: &TunnelContext,
+    ) -> Attempted {
+        let unknown = |error| Attempted { result: Err(error), quic: QuicFate::Unknown };
+        let tls = match self.client_tls() {
+            Ok(tls) => tls,
+            Err(error) => return unknown(error.into()),
+        };
+        let mut addresses = match self.addresses().await {
+            Ok(addresses) => addresses,
+            Err(error) => return unknown(error),
+        };
+        fastrand::shuffle(&mut addresses);
+        let mut last = None;
+        for address in addresses {
+            let mut settings = self.settings;
+            if !large_packets {
+                settings.mtu_cap = settings.mtu_cap.min(SMALLEST_MTU);
+            }
+            let place = Place { address, tls: &tls, settings, attempts: self, context };
+            let attempted = place.attempt(ways).await;
+            if attempted.result.is_ok() {
+                return attempted;
+            }
+            last = Some(attempted);
+        }
+        let unresolved = || AttemptError::Resolve {
+            host: self.servers.host.clone(),
+            reason: "it has no address".into(),
+        };
+        last.unwrap_or_else(|| unknown(unresolved()))
+    }
+
+    async fn addresses(&self) -> Result<Vec<SocketAddr>, AttemptError> {
+        let ServersConfig { host, port, .. } = &self.servers;
+        match lookup_host((host.as_str(), *port)).await {
+            Ok(addresses) => Ok(addresses.collect()),
+            Err(error) => {
+                Err(AttemptError::Resolve { host: host.clone(), reason: error.to_string() })
+            }
+        }
+    }
+
+    /// TLS from the files as they are now.
+    fn client_tls(&self) -> Result<ClientTls, TlsError> {
+        let identity = match &self.servers.certificate {
+            Some(pair) => Some(Identity::from_pem_files(&pair.certificate, &pair.key)?),
+            None => None,
+        };
+        let roots = tls::authorities(&tls::certificates(Path::new(&self.servers.ca))?)?;
+        let quic = tls::tunnel_client(roots, identity, self.key_exchange)?;
+        let mut tcp = quic.clone();
+        let extra = self.servers.extra_alpn.iter().map(|name| name.clone().into_bytes());
+        tcp.alpn_protocols.extend(extra.chain([ALPN_H2.to_vec()]));
+        Ok(ClientTls { quic: Arc::new(quic), tcp: Arc::new(tcp) })
+    }
+
+    /// Reads every file once, so that a fault shows at start.
+    ///
+    /// # Errors
+    /// When a certificate, key or CA cannot be used.
+    pub fn check_files(&self) -> Result<(), TlsError> {
+        self.client_tls().map(drop)
+    }
+}
+
+/// TLS of both carriers: over TCP, stock servers are talked to as well.
+struct ClientTls {
+    quic: Arc<rustls::ClientConfig>,
+    tcp: Arc<rustls::ClientConfig>,
+}
+
+/// One address of the servers.
+struct Place<'a> {
+    address: SocketAddr,
+    tls: &'a ClientTls,
+    settings: Settings,
+    attempts: &'a Attempts,
+    context: &'a TunnelContext,
+}
+
+impl Place<'_> {
+    async fn attempt(&self, ways: Ways) -> Attempted {
+        let neither = |failed| Attempted {
+            result: Err(AttemptError::Ways { address: self.address, failed: WaysFailed(failed) }),
+            quic: QuicFate::Unknown,
+        };
+        let arrived = |arrived, quic| Attempted { result: Ok(arrived), quic };
+        match ways {
+            Ways::Quic => match self.over_quic().await {
+                Ok(won) => arrived(won, QuicFate::Worked),
+                Err(error) => {
+                    let quic = QuicFate::Failed(error.label());
+                    Attempted { quic, ..neither(vec![("QUIC", error)]) }
+                }
+            },
+            Ways::Tcp => match self.over_tcp().await {
+                Ok(won) => arrived(won, QuicFate::Unknown),
+                Err(error) => neither(vec![("TCP", error)]),
+            },
+            Ways::QuicFirst => match race(self.over_quic(), self.over_tcp(), HEAD_START).await {
+                Race::First(won) => arrived(won, QuicFate::Worked),
+                Race::Second(won, failed) => {
+                    let word = failed.map_or("quic_silent", |error| error.label());
+                    arrived(won, QuicFate::Failed(word))
+                }
+                Race::Neither(quic, tcp) => neither(vec![("QUIC", quic), ("TCP", tcp)]),
+            },
+            Ways::TcpFirst => match race(self.over_tcp(), self.over_quic(), HEAD_START).await {
+                Race::First(won) => arrived(won, QuicFate::Unknown),
+                Race::Second(won, _) => arrived(won, QuicFate::Worked),
+                Race::Neither(tcp, quic) => neither(vec![("QUIC", quic), ("TCP", tcp)]),
+            },
+        }
+    }
+
+    async fn over_quic(&self) -> Result<Arrived, WayError> {
+        within(async {
+            let (tunnel, buffers) =
+                quic::connect(self.address, &self.name(), self.tls.quic.clone(), &self.settings)
+                    .await?;
+            self.join(tunnel, Some(buffers)).await
+        })
+        .await
+    }
+
+    async fn over_tcp(&self) -> Result<Arrived, WayError> {
+        within(async {
+            let stream =
+                tcp::handshake(self.address, &self.name(), self.tls.tcp.clone(), &self.settings)
+                    .await?;
+            let is_stock = stream.get_ref().1.alpn_protocol() == Some(ALPN_H2);
+            let tunnel = match is_stock {
+                true => {
+                    let keep_alive = self.attempts.servers.keep_alive_interval;
+                    stock_server::connect(stream, self.address, keep_alive, &self.settings).await?
+                }
+                false => tcp::begin(stream, self.address, &self.settings).await?,
+            };
+            self.join(tunnel, None).await
+        })
+        .await
+    }
+
+    async fn join(
+        &self,
+        tunnel: Tunnel,
+        buffers: Option<BufferSizes>,
+    ) -> Result<Arrived, WayError> {
+        let joined = tunnel::join(tunnel, self.context).await?;
+        Ok(Arrived { joined, address: self.address, buffers })
+    }
+
+    fn name(&self) -> String {
+        self.attempts.servers.name.to_str().into_owned()
+    }
+}
+
+async fn within(way: impl Future<Output = Result<Arrived, WayError>>) -> Result<Arrived, WayError> {
+    timeout(WAY_TIMEOUT, way).await.unwrap_or(Err(WayError::TimedOut))
+}

@@ -1,0 +1,211 @@
+//! What the agent does next about its tunnels, and when. Pure: the caller brings time, randomness and
+//! what there is.
+
+use std::time::{Duration, Instant};
+
+use crate::{
+    attempt::{QuicFate, Ways},
+    backoff::Backoff,
+    config::{Config, Transport},
+    servers::Rank,
+    transport::QuicMemory,
+};
+
+/// Pause after a tunnel to a server that was known already, behind an address that leads to any of
+/// them; a twelfth longer each time, so that twenty servers are found in seconds and a missing one is
+/// not asked for by every node every second.
+const HUNT: (Duration, f64) = (Duration::from_millis(30), 1.08);
+/// Pause between two looks for another way around a tunnel that is silent.
+const REPLACE_INTERVAL: Duration = Duration::from_secs(1);
+/// A tunnel over QUIC that falls silent when it is younger than this was not worth its handshake: TCP is
+/// next, without another try.
+const YOUNG: Duration = Duration::from_secs(60);
+/// How long packets stay small after a tunnel with large ones had fallen silent.
+const SMALL_PACKETS: Duration = Duration::from_secs(600);
+
+/// What an attempt is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Goal {
+    /// A server is missing.
+    Look,
+    /// A tunnel goes over TCP; QUIC may work by now.
+    Probe,
+    /// A tunnel is silent; another way may work.
+    Replace,
+}
+
+/// One tunnel that is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InUse {
+    /// How it goes.
+    pub rank: Rank,
+    /// Whether its peer does not answer.
+    pub silent: bool,
+    /// Since when it is there.
+    pub since: Instant,
+}
+
+/// What there is, and what there should be.
+#[derive(Clone, Debug)]
+pub struct Situation {
+    /// The tunnels, one for each server.
+    pub in_use: Vec<InUse>,
+    /// How many servers there are said to be; 0 before the first has said so.
+    pub count: u32,
+}
+
+/// How an attempt is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Approach {
+    /// Which carriers are tried.
+    pub ways: Ways,
+    /// Whether packets may be larger than any path carries.
+    pub large_packets: bool,
+}
+
+/// What a successful attempt came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// A server that was missing.
+    New,
+    /// A better way to a server.
+    Better,
+    /// Nothing that was not there before.
+    Known,
+}
+
+/// Remembers what was tried.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    transport: Transport,
+    forever: bool,
+    interval: Duration,
+    memory: QuicMemory,
+    /// Pauses after failures, and after servers that were known.
+    failures: Backoff,
+    hunt: Backoff,
+    look_at: Instant,
+    probe_at: Instant,
+    replace_at: Instant,
+    small_until: Option<Instant>,
+}
+
+impl Plan {
+    /// Nothing was tried yet.
+    pub fn new(config: &Config, now: Instant) -> Self {
+        let sync = &config.sync;
+        Self {
+            transport: config.transport,
+            forever: sync.forever,
+            interval: sync.interval,
+            memory: QuicMemory::new(config.quic_retry_interval),
+            failures: Backoff::new(sync.interval, sync.interval_cap),
+            hunt: Backoff::growing_by(HUNT.1, HUNT.0, sync.interval_cap),
+            look_at: now,
+            probe_at: now,
+            replace_at: now,
+            small_until: None,
+        }
+    }
+
+    /// What to do next, and when: what is due first, and of that what matters most.
+    pub fn next(&self, situation: &Situation, now: Instant) -> Option<(Goal, Instant)> {
+        let Situation { in_use, count } = situation;
+        let missing = in_use.len() < (*count).max(1) as usize;
+        let silent = in_use.iter().any(|tunnel| tunnel.silent);
+        let improvable =
+            self.transport == Transport::Auto && in_use.iter().any(|t| t.rank < Rank::Quic);
+        let probe_at =
+            self.memory.fails_until(now).map_or(self.probe_at, |at| at.max(self.probe_at));
+        [
+            (silent, Goal::Replace, self.replace_at),
+            (missing || self.forever, Goal::Look, self.look_at),
+            (improvable, Goal::Probe, probe_at),
+        ]
+        .into_iter()
+        .filter_map(|(wanted, goal, at)| wanted.then_some((goal, at.max(now))))
+        .min_by_key(|(_, at)| *at)
+    }
+
+    /// How to go about it.
+    pub fn approach(
+        &mut self,
+        goal: Goal,
+        situation: &Situation,
+        now: Instant,
+        random: f64,
+    ) -> Approach {
+        let flaps =
+            |tunnel: &InUse| tunnel.silent && now.saturating_duration_since(tunnel.since) < YOUNG;
+        if goal == Goal::Replace && situation.in_use.iter().any(flaps) {
+            self.memory.on_failed(now, random);
+        }
+        let ways = match (self.transport, goal) {
+            (Transport::Quic, _) | (_, Goal::Probe) => Ways::Quic,
+            (Transport::Tcp, _) => Ways::Tcp,
+            (Transport::Auto, _) if self.memory.fails_until(now).is_some() => Ways::TcpFirst,
+            (Transport::Auto, _) => Ways::QuicFirst,
+        };
+        let small = goal == Goal::Replace || self.small_until.is_some_and(|until| now < until);
+        Approach { ways, large_packets: !small }
+    }
+
+    /// A server has welcomed the agent.
+    pub fn on_arrived(
+        &mut self,
+        goal: Goal,
+        quic: QuicFate,
+        found: Found,
+        now: Instant,
+        random: f64,
+    ) {
+        self.note(quic, now, random);
+        self.failures.reset();
+        if goal == Goal::Replace && quic == QuicFate::Worked {
+            self.small_until = Some(now + SMALL_PACKETS);
+        }
+        if found == Found::New {
+            self.hunt.reset();
+        }
+        let pause = match found {
+            Found::Known => self.hunt.next(random),
+            Found::New | Found::Better => Duration::ZERO,
+        };
+        self.replace_at = now + REPLACE_INTERVAL;
+        self.probe_at = now + pause;
+        self.look_at = now + if self.forever { pause.max(self.interval) } else { pause };
+    }
+
+    /// Nobody did.
+    pub fn on_failed(&mut self, goal: Goal, quic: QuicFate, now: Instant, random: f64) {
+        self.note(quic, now, random);
+        match goal {
+            Goal::Look => self.look_at = now + self.failures.next(random),
+            // The memory says when.
+            Goal::Probe => {}
+            Goal::Replace => self.replace_at = now + REPLACE_INTERVAL,
+        }
+    }
+
+    /// A tunnel was lost: many agents may have lost theirs in the same moment.
+    pub fn on_lost(&mut self, now: Instant, random: f64) {
+        self.look_at = now + self.failures.next(random);
+    }
+
+    /// The servers are others than those of which QUIC was found to fail.
+    pub fn on_servers_changed(&mut self, now: Instant) {
+        self.memory.forget();
+        self.probe_at = now;
+    }
+
+    fn note(&mut self, quic: QuicFate, now: Instant, random: f64) {
+        match quic {
+            QuicFate::Unknown => {}
+            QuicFate::Worked => self.memory.on_worked(now),
+            QuicFate::Failed(_) => self.memory.on_failed(now, random),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,208 @@
+//! The tunnels that the agent has, by server: which one is used, which one a better has replaced, and
+//! how many servers are missing.
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    time::Instant,
+};
+
+use culvert_wire::{
+    ServerId,
+    transport::{BufferSizes, Tunnel},
+};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+/// How good a way is; a tunnel gives way to one of the same server that has a better one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rank {
+    /// A stock server's gRPC, where connections wait for one another.
+    Grpc,
+    /// QMux over TCP, where they wait for lost packets.
+    Tcp,
+    /// QUIC.
+    Quic,
+}
+
+impl Rank {
+    /// The way of this tunnel.
+    pub fn of(tunnel: &Tunnel) -> Self {
+        match tunnel.transport() {
+            "quic" => Self::Quic,
+            "tcp" => Self::Tcp,
+            _ => Self::Grpc,
+        }
+    }
+}
+
+/// One tunnel that a server has taken the agent in on.
+#[derive(Debug)]
+pub struct Served {
+    /// Whose tunnel it is.
+    pub server_id: ServerId,
+    /// The tunnel.
+    pub tunnel: Tunnel,
+    /// What the kernel granted its socket, if it is UDP.
+    pub buffers: Option<BufferSizes>,
+    /// How it goes.
+    pub rank: Rank,
+    /// Why it goes that way, in a word.
+    pub reason: &'static str,
+    /// Since when.
+    pub since: Instant,
+    /// Told when a better tunnel has taken its place: no new dials, and the end once the streams have
+    /// ended.
+    pub retired: CancellationToken,
+    silent: AtomicBool,
+}
+
+impl Served {
+    /// Whether the peer has not answered for a while.
+    pub fn is_silent(&self) -> bool {
+        self.silent.load(Ordering::Relaxed)
+    }
+
+    /// Whether another tunnel is used instead.
+    pub fn is_retired(&self) -> bool {
+        self.retired.is_cancelled()
+    }
+
+    /// How it stands, in a word: `used`, `silent`, or `retired` while its last streams go on.
+    pub fn state(&self) -> &'static str {
+        match (self.is_retired(), self.is_silent()) {
+            (true, _) => "retired",
+            (false, true) => "silent",
+            (false, false) => "used",
+        }
+    }
+}
+
+/// What became of a new tunnel.
+#[derive(Debug)]
+pub enum Entered {
+    /// Its server had none.
+    New(Arc<Served>),
+    /// It takes the place of this one, which is told.
+    Instead(Arc<Served>, Arc<Served>),
+    /// Its server has one that is as good.
+    Duplicate,
+}
+
+/// The agent's tunnels. Shared by whoever looks for servers and whoever tells about them.
+#[derive(Debug, Default)]
+pub struct Servers {
+    tunnels: Mutex<Vec<Arc<Served>>>,
+    /// How many servers there are said to be.
+    count: AtomicU32,
+    changed: Notify,
+}
+
+impl Servers {
+    /// Enters a tunnel whose server has welcomed the agent, unless it has one that is as good.
+    pub fn enter(
+        &self,
+        server_id: ServerId,
+        tunnel: Tunnel,
+        buffers: Option<BufferSizes>,
+        reason: &'static str,
+        now: Instant,
+    ) -> Entered {
+        let rank = Rank::of(&tunnel);
+        let mut tunnels = self.lock();
+        let in_use = |other: &&Arc<Served>| other.server_id == server_id && !other.is_retired();
+        let other = tunnels.iter().find(in_use).cloned();
+        if other.as_ref().is_some_and(|other| rank <= other.rank && !other.is_silent()) {
+            return Entered::Duplicate;
+        }
+        let served = Arc::new(Served {
+            server_id,
+            tunnel,
+            buffers,
+            rank,
+            reason,
+            since: now,
+            retired: CancellationToken::new(),
+            silent: AtomicBool::new(false),
+        });
+        tunnels.push(served.clone());
+        drop(tunnels);
+        match other {
+            None => Entered::New(served),
+            Some(other) => {
+                other.retired.cancel();
+                Entered::Instead(served, other)
+            }
+        }
+    }
+
+    /// Takes a tunnel out that is gone.
+    pub fn leave(&self, served: &Arc<Served>) {
+        self.lock().retain(|other| !Arc::ptr_eq(other, served));
+    }
+
+    /// Notes that the peer of a tunnel does not answer, or that it was heard again.
+    pub fn set_silent(&self, served: &Served, silent: bool) {
+        if served.silent.swap(silent, Ordering::Relaxed) != silent {
+            self.changed.notify_one();
+        }
+    }
+
+    /// Completes when a tunnel has fallen silent or was heard again. For one waiter.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Notes how many servers there are said to be.
+    pub fn set_count(&self, count: u32) {
+        self.count.store(count, Ordering::Relaxed);
+    }
+
+    /// How many servers there are said to be; 0 before the first has said so.
+    pub fn count(&self) -> u32 {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// How many servers are connected.
+    pub fn connected(&self) -> u32 {
+        let count = self.in_use().len();
+        u32::try_from(count).unwrap_or(u32::MAX)
+    }
+
+    /// Whether a server has taken the agent in: what stock calls ready.
+    pub fn is_connected(&self) -> bool {
+        self.lock().iter().any(|served| !served.is_retired())
+    }
+
+    /// Every tunnel, those that were replaced included.
+    pub fn all(&self) -> Vec<Arc<Served>> {
+        self.lock().clone()
+    }
+
+    /// A line for each tunnel, for whoever asks whether the agent is ready.
+    pub fn describe(&self) -> Vec<String> {
+        let line = |served: &Arc<Served>| {
+            let mark = if served.state() == "used" { '+' } else { '-' };
+            let Served { server_id, reason, since, .. } = &**served;
+            let (transport, state) = (served.tunnel.transport(), served.state());
+            let seconds = since.elapsed().as_secs();
+            format!("[{mark}]tunnel {server_id}: {transport} for {seconds}s ({reason}), {state}")
+        };
+        self.lock().iter().map(line).collect()
+    }
+
+    /// The tunnels that dials come on, one for each server.
+    pub fn in_use(&self) -> Vec<Arc<Served>> {
+        self.lock().iter().filter(|served| !served.is_retired()).cloned().collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Served>>> {
+        // Every change is complete before it could panic.
+        self.tunnels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

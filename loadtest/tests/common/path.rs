@@ -1,0 +1,109 @@
+//! A path to a server that passes TCP always, and UDP when the test says so.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use tokio::{
+    io::copy_bidirectional,
+    net::{TcpListener, TcpStream, UdpSocket},
+    task::JoinHandle,
+};
+
+/// The path. Dropping it takes it down.
+pub(crate) struct Path {
+    /// Where agents enter it.
+    pub(crate) address: SocketAddr,
+    passes: Arc<AtomicBool>,
+    tcp: JoinHandle<()>,
+    udp: JoinHandle<()>,
+}
+
+impl Path {
+    /// To this server. UDP passes, or is swallowed without a word.
+    pub(crate) async fn to(server: SocketAddr, udp_passes: bool) -> Self {
+        // One number for both; another process may have it for UDP already.
+        let (listener, socket) = loop {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            if let Ok(socket) = UdpSocket::bind(listener.local_addr().unwrap()).await {
+                break (listener, socket);
+            }
+        };
+        let address = listener.local_addr().unwrap();
+        let passes = Arc::new(AtomicBool::new(udp_passes));
+        let tcp = tokio::spawn(pass_tcp(listener, server));
+        let udp = tokio::spawn(pass_udp(Arc::new(socket), server, passes.clone()));
+        Self { address, passes, tcp, udp }
+    }
+
+    /// Lets UDP through from now on, or swallows it.
+    pub(crate) fn set_udp_passes(&self, passes: bool) {
+        self.passes.store(passes, Ordering::Relaxed);
+    }
+
+    /// Refuses UDP from now on: the kernel answers with ICMP, because nobody listens any more.
+    pub(crate) fn refuse_udp(&self) {
+        self.udp.abort();
+    }
+}
+
+impl Drop for Path {
+    fn drop(&mut self) {
+        self.tcp.abort();
+        self.udp.abort();
+    }
+}
+
+async fn pass_tcp(listener: TcpListener, server: SocketAddr) {
+    while let Ok((mut near, _)) = listener.accept().await {
+        let mut far = TcpStream::connect(server).await.unwrap();
+        tokio::spawn(async move { copy_bidirectional(&mut near, &mut far).await });
+    }
+}
+
+async fn pass_udp(near: Arc<UdpSocket>, server: SocketAddr, passes: Arc<AtomicBool>) {
+    let mut agents: HashMap<SocketAddr, (Arc<UdpSocket>, Back)> = HashMap::new();
+    let mut packet = vec![0; 65_536];
+    // A socket that agents are gone from tells of errors, which are theirs.
+    loop {
+        let Ok((length, agent)) = near.recv_from(&mut packet).await else { continue };
+        if !passes.load(Ordering::Relaxed) {
+            continue;
+        }
+        if !agents.contains_key(&agent) {
+            let far = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+            far.connect(server).await.unwrap();
+            let back = pass_back(far.clone(), near.clone(), agent, passes.clone());
+            agents.insert(agent, (far, Back(tokio::spawn(back))));
+        }
+        let _ = agents[&agent].0.send(&packet[..length]).await;
+    }
+}
+
+async fn pass_back(
+    far: Arc<UdpSocket>,
+    near: Arc<UdpSocket>,
+    agent: SocketAddr,
+    passes: Arc<AtomicBool>,
+) {
+    let mut packet = vec![0; 65_536];
+    loop {
+        let Ok(length) = far.recv(&mut packet).await else { continue };
+        if passes.load(Ordering::Relaxed) {
+            let _ = near.send_to(&packet[..length], agent).await;
+        }
+    }
+}
+
+struct Back(JoinHandle<()>);
+
+impl Drop for Back {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
