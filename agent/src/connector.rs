@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 use crate::{
     attempt::{Arrived, AttemptError, Attempted, Attempts, QuicFate, Ways},
     metrics::AgentMetrics,
-    plan::{Approach, Found, Goal, InUse, Plan, Situation},
+    plan::{Approach, Arrival, Found, Goal, InUse, Plan, Situation},
     servers::{Entered, Rank, Served, Servers},
     tunnel::{Joined, TunnelContext},
 };
@@ -112,9 +112,11 @@ impl Connector {
         match result {
             Ok(arrived) => {
                 self.metrics.connect_attempt("ok");
-                let reason = reason(goal, approach.ways, quic, Rank::of(arrived.joined.tunnel()));
+                let rank = Rank::of(arrived.joined.tunnel());
+                let reason = reason(goal, approach.ways, quic, rank);
                 let found = self.enter(arrived, reason, tunnels, context);
-                self.plan.on_arrived(goal, quic, found, now(), fastrand::f64());
+                let arrival = Arrival { quic, rank, found };
+                self.plan.on_arrived(goal, arrival, now(), fastrand::f64());
             }
             Err(error) => {
                 self.metrics.connect_attempt(error.label());
@@ -158,16 +160,7 @@ impl Connector {
             );
         }
         self.spawn(joined, served, tunnels, context);
-        match other {
-            Some(other) => {
-                if other.rank == Rank::Grpc {
-                    // It was upgraded: what was found out about the one before is over.
-                    self.plan.on_servers_changed(now());
-                }
-                Found::Better
-            }
-            None => Found::New,
-        }
+        if other.is_some() { Found::Better } else { Found::New }
     }
 
     fn spawn(

@@ -74,6 +74,17 @@ pub enum Found {
     Known,
 }
 
+/// A tunnel that a server has welcomed the agent on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arrival {
+    /// How QUIC did.
+    pub quic: QuicFate,
+    /// How the tunnel goes.
+    pub rank: Rank,
+    /// What it is good for.
+    pub found: Found,
+}
+
 /// Remembers what was tried.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -88,6 +99,8 @@ pub struct Plan {
     probe_at: Instant,
     replace_at: Instant,
     small_until: Option<Instant>,
+    /// The last server was a stock one.
+    met_stock: bool,
 }
 
 impl Plan {
@@ -105,6 +118,7 @@ impl Plan {
             probe_at: now,
             replace_at: now,
             small_until: None,
+            met_stock: false,
         }
     }
 
@@ -150,16 +164,15 @@ impl Plan {
         Approach { ways, large_packets: !small }
     }
 
-    /// A server has welcomed the agent.
-    pub fn on_arrived(
-        &mut self,
-        goal: Goal,
-        quic: QuicFate,
-        found: Found,
-        now: Instant,
-        random: f64,
-    ) {
+    /// A server has welcomed the agent on a tunnel of this rank.
+    pub fn on_arrived(&mut self, goal: Goal, arrival: Arrival, now: Instant, random: f64) {
+        let Arrival { quic, rank, found } = arrival;
         self.note(quic, now, random);
+        // A stock server was upgraded: what was found out about the one before is over.
+        if self.met_stock && rank == Rank::Tcp {
+            self.memory.forget();
+        }
+        self.met_stock = rank == Rank::Grpc;
         self.failures.reset();
         if goal == Goal::Replace && quic == QuicFate::Worked {
             self.small_until = Some(now + SMALL_PACKETS);
@@ -190,12 +203,6 @@ impl Plan {
     /// A tunnel was lost: many agents may have lost theirs in the same moment.
     pub fn on_lost(&mut self, now: Instant, random: f64) {
         self.look_at = now + self.failures.next(random);
-    }
-
-    /// The servers are others than those of which QUIC was found to fail.
-    pub fn on_servers_changed(&mut self, now: Instant) {
-        self.memory.forget();
-        self.probe_at = now;
     }
 
     fn note(&mut self, quic: QuicFate, now: Instant, random: f64) {

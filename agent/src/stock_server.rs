@@ -57,12 +57,8 @@ pub(crate) async fn connect(
         .map_err(|error| ConnectError::Handshake(TunnelLost::Transport(error.to_string())))?;
     // The server opens streams, and nobody else does.
     let ends = pipe(peer, settings, &Settings { max_streams: 1, ..*settings }).await?;
-    tokio::spawn(async move {
-        tokio::select! {
-            // Its fault, if it has one, is the stream's as well.
-            _ = connection => {}
-            () = bridge::run(ends.server, requests) => {}
-        }
-    });
+    // Its fault, if it has one, is the stream's as well. It lives as long as somebody may call.
+    tokio::spawn(async move { drop(connection.await) });
+    tokio::spawn(bridge::run(ends.server, requests));
     Ok(ends.agent)
 }

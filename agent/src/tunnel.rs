@@ -197,11 +197,14 @@ impl Joined {
         streams: &TaskTracker,
     ) -> Result<(), ControlError> {
         let limit = context.drain_timeout;
-        let deadline_millis = match context.draining.is_cancelled() {
-            true => u32::try_from(limit.as_millis()).unwrap_or(u32::MAX),
-            false => u32::MAX,
+        let (deadline, why) = match context.draining.is_cancelled() {
+            true => (limit, (CloseCode::DONE, "the agent has drained")),
+            false => {
+                (Duration::MAX, (CloseCode::SUPERSEDED, "a better tunnel has taken its place"))
+            }
         };
-        info!(server_id = %served.server_id, streams = streams.len(), deadline_millis, "draining");
+        let deadline_millis = u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX);
+        info!(server_id = %served.server_id, streams = streams.len(), "draining");
         self.control.send(&ControlMessage::Drain(Drain { deadline_millis })).await?;
         streams.close();
         let linger = DRAIN_LINGER + self.tunnel.stats().rtt * 2;
@@ -214,7 +217,7 @@ impl Joined {
             streams.wait().await;
         };
         let (code, reason) = tokio::select! {
-            () = all_ended => (CloseCode::DONE, "the agent has drained"),
+            () = all_ended => why,
             () = over => (CloseCode::SHUTDOWN, "the agent's time to drain is over"),
             result = converse(&mut self.control, served, servers, streams) => {
                 return result;

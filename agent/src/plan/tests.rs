@@ -25,6 +25,12 @@ fn situation(count: u32, in_use: &[(Rank, bool, Instant)]) -> Situation {
     Situation { in_use: in_use.iter().map(tunnel).collect(), count }
 }
 
+/// A tunnel over whatever QUIC's fate left.
+fn arrival(quic: QuicFate, found: Found) -> Arrival {
+    let rank = if quic == QuicFate::Worked { Rank::Quic } else { Rank::Tcp };
+    Arrival { quic, rank, found }
+}
+
 const SECOND: Duration = Duration::from_secs(1);
 
 #[test]
@@ -46,7 +52,7 @@ fn a_server_is_looked_for_at_once_and_then_less_and_less_often() {
 #[test]
 fn as_many_servers_are_looked_for_as_there_are_said_to_be() {
     let (mut plan, now) = plan(Transport::Auto);
-    plan.on_arrived(Goal::Look, QuicFate::Worked, Found::New, now, 1.0);
+    plan.on_arrived(Goal::Look, arrival(QuicFate::Worked, Found::New), now, 1.0);
     assert_eq!(plan.next(&situation(3, &[(Rank::Quic, false, now)]), now), Some((Goal::Look, now)));
     assert_eq!(plan.next(&situation(1, &[(Rank::Quic, false, now)]), now), None);
 }
@@ -55,7 +61,7 @@ fn as_many_servers_are_looked_for_as_there_are_said_to_be() {
 fn whoever_looks_for_ever_does_so_at_the_interval() {
     let now = Instant::now();
     let mut plan = Plan::new(&config(&["--sync-forever"]), now);
-    plan.on_arrived(Goal::Look, QuicFate::Worked, Found::Known, now, 1.0);
+    plan.on_arrived(Goal::Look, arrival(QuicFate::Worked, Found::Known), now, 1.0);
     let one = situation(1, &[(Rank::Quic, false, now)]);
     assert_eq!(plan.next(&one, now), Some((Goal::Look, now + SECOND)));
 }
@@ -65,7 +71,7 @@ fn a_server_met_again_makes_the_pauses_longer_and_a_new_one_makes_them_short() {
     let (mut plan, now) = plan(Transport::Auto);
     let two = situation(2, &[(Rank::Quic, false, now)]);
     let mut pause = |found| {
-        plan.on_arrived(Goal::Look, QuicFate::Worked, found, now, 1.0);
+        plan.on_arrived(Goal::Look, arrival(QuicFate::Worked, found), now, 1.0);
         plan.next(&two, now).unwrap().1 - now
     };
     let first = pause(Found::Known);
@@ -82,7 +88,7 @@ fn quic_goes_first_until_it_has_failed_and_is_probed_when_that_is_long_ago() {
     let nothing = situation(0, &[]);
     let ways = |plan: &mut Plan, goal, now| plan.approach(goal, &nothing, now, 0.5).ways;
     assert_eq!(ways(&mut plan, Goal::Look, now), Ways::QuicFirst);
-    plan.on_arrived(Goal::Look, QuicFate::Failed("quic_refused"), Found::New, now, 0.5);
+    plan.on_arrived(Goal::Look, arrival(QuicFate::Failed("quic_refused"), Found::New), now, 0.5);
     assert_eq!(ways(&mut plan, Goal::Look, now), Ways::TcpFirst);
     let over_tcp = situation(1, &[(Rank::Tcp, false, now)]);
     let mut pauses = Vec::new();
@@ -100,9 +106,9 @@ fn quic_goes_first_until_it_has_failed_and_is_probed_when_that_is_long_ago() {
 #[test]
 fn once_quic_works_every_tunnel_is_moved_to_it_and_then_it_is_not_probed_any_more() {
     let (mut plan, now) = plan(Transport::Auto);
-    plan.on_arrived(Goal::Look, QuicFate::Failed("quic_silent"), Found::New, now, 0.5);
+    plan.on_arrived(Goal::Look, arrival(QuicFate::Failed("quic_silent"), Found::New), now, 0.5);
     let now = now + 10 * SECOND;
-    plan.on_arrived(Goal::Probe, QuicFate::Worked, Found::Better, now, 0.5);
+    plan.on_arrived(Goal::Probe, arrival(QuicFate::Worked, Found::Better), now, 0.5);
     let half = situation(2, &[(Rank::Quic, false, now), (Rank::Tcp, false, now)]);
     assert_eq!(plan.next(&half, now), Some((Goal::Probe, now)));
     let all = situation(2, &[(Rank::Quic, false, now), (Rank::Quic, false, now)]);
@@ -112,14 +118,14 @@ fn once_quic_works_every_tunnel_is_moved_to_it_and_then_it_is_not_probed_any_mor
 #[test]
 fn a_silent_tunnel_comes_before_everything_and_is_replaced_with_small_packets() {
     let (mut plan, then) = plan(Transport::Auto);
-    plan.on_arrived(Goal::Look, QuicFate::Worked, Found::New, then, 0.5);
+    plan.on_arrived(Goal::Look, arrival(QuicFate::Worked, Found::New), then, 0.5);
     let now = then + 2 * YOUNG;
     let silent = situation(2, &[(Rank::Quic, true, then)]);
     assert_eq!(plan.next(&silent, now), Some((Goal::Replace, now)));
     let approach = plan.approach(Goal::Replace, &silent, now, 0.5);
     assert_eq!(approach, Approach { ways: Ways::QuicFirst, large_packets: false });
     // QUIC with small packets worked: they stay small for a while.
-    plan.on_arrived(Goal::Replace, QuicFate::Worked, Found::Better, now, 0.5);
+    plan.on_arrived(Goal::Replace, arrival(QuicFate::Worked, Found::Better), now, 0.5);
     let large = |plan: &mut Plan, now| plan.approach(Goal::Look, &silent, now, 0.5).large_packets;
     assert!(!large(&mut plan, now + SMALL_PACKETS - SECOND));
     assert!(large(&mut plan, now + SMALL_PACKETS));
@@ -137,7 +143,7 @@ fn a_tunnel_that_falls_silent_again_soon_gives_way_to_tcp() {
 fn whoever_may_use_one_carrier_uses_that_one() {
     for (transport, ways) in [(Transport::Quic, Ways::Quic), (Transport::Tcp, Ways::Tcp)] {
         let (mut plan, now) = plan(transport);
-        plan.on_arrived(Goal::Look, QuicFate::Failed("quic_silent"), Found::New, now, 0.5);
+        plan.on_arrived(Goal::Look, arrival(QuicFate::Failed("quic_silent"), Found::New), now, 0.5);
         let one = situation(1, &[(Rank::Tcp, false, now)]);
         assert_eq!(plan.approach(Goal::Look, &one, now, 0.5).ways, ways);
         assert_eq!(plan.next(&one, now), None);
@@ -145,11 +151,22 @@ fn whoever_may_use_one_carrier_uses_that_one() {
 }
 
 #[test]
-fn other_servers_are_probed_at_once() {
-    let (mut plan, now) = plan(Transport::Auto);
-    plan.on_arrived(Goal::Look, QuicFate::Failed("quic_refused"), Found::New, now, 0.5);
+fn a_server_that_was_upgraded_is_probed_at_once() {
+    let (mut plan, mut now) = plan(Transport::Auto);
+    let refused = QuicFate::Failed("quic_refused");
+    let stock = Arrival { quic: refused, rank: Rank::Grpc, found: Found::New };
+    plan.on_arrived(Goal::Look, stock, now, 0.5);
+    for _ in 0..5 {
+        let (goal, at) = plan.next(&situation(1, &[(Rank::Grpc, false, now)]), now).unwrap();
+        assert_eq!(goal, Goal::Probe);
+        now = at;
+        plan.on_failed(goal, refused, now, 0.5);
+    }
+    let ours = Arrival { quic: QuicFate::Unknown, rank: Rank::Tcp, found: Found::New };
+    plan.on_arrived(Goal::Look, ours, now, 0.5);
     let over_tcp = situation(1, &[(Rank::Tcp, false, now)]);
-    assert!(plan.next(&over_tcp, now).unwrap().1 > now);
-    plan.on_servers_changed(now);
     assert_eq!(plan.next(&over_tcp, now), Some((Goal::Probe, now)));
+    // Once.
+    plan.on_failed(Goal::Probe, refused, now, 0.5);
+    assert!(plan.next(&over_tcp, now).unwrap().1 > now);
 }

@@ -68,9 +68,10 @@ impl Ended {
     }
 }
 
-/// Plays a stock server's part on its tunnel until one of both is gone.
+/// Plays a stock server's part on its tunnel until one of both is gone. The connection lives as long as
+/// `requests`.
 pub(super) async fn run(tunnel: Tunnel, requests: http2::SendRequest<Body>) {
-    let Err(ended) = serve(&tunnel, requests).await;
+    let Err(ended) = serve(&tunnel, requests.clone()).await;
     debug!(remote = %tunnel.remote_address(), %ended, "a stock server's stream is over");
     tunnel.close(ended.close_code(), &ended.to_string());
     tunnel.flushed(FLUSH_TIMEOUT).await;
