@@ -128,7 +128,7 @@ impl Connector {
 
     /// Serves a tunnel that a server has welcomed the agent on, unless that server has one as good.
     fn enter(
-        &mut self,
+        &self,
         arrived: Arrived,
         reason: &'static str,
         tunnels: &mut Tunnels,
