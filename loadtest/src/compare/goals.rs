@@ -26,16 +26,18 @@ pub(crate) const MEASURES: [(&str, &str); 16] = [
     ("cpu_per_return", "ms"),
 ];
 
-/// Judges every goal of the scenario for every peer that ran and is to reach it.
+/// Judges every goal of the scenario for every peer that ran and is to reach it, with the first of
+/// the scenario's congestion controls.
 pub(super) fn judge(scenario: &Scenario, runs: &[Run]) -> Vec<GoalResult> {
+    let tcp = scenario.congestion.first().copied().unwrap_or(Congestion::Cubic);
     let mut results = Vec::new();
     for goal in &scenario.goals {
         for peer in &goal.peers {
-            let peer_name = name(*peer, Congestion::Cubic);
+            let peer_name = name(*peer, tcp);
             if !runs.iter().any(|run| run.peer == peer_name) {
                 continue;
             }
-            let incumbent = peer.incumbent().map(|peer| name(peer, Congestion::Cubic));
+            let incumbent = peer.incumbent().map(|peer| name(peer, tcp));
             let value = |peer: &str| median(scenario, runs, peer, &goal.measure);
             let (measured, against) = (value(&peer_name), incumbent.as_deref().and_then(value));
             results.push(goal.result(peer_name, measured, against));
