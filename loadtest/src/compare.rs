@@ -4,9 +4,11 @@ mod balancer;
 mod collect;
 mod fleet;
 pub mod goals;
+mod ground;
 mod machine;
 mod progress;
 mod run;
+mod watch;
 
 use std::{path::PathBuf, time::SystemTime};
 
@@ -133,7 +135,7 @@ impl Comparison {
         };
         let mut field = Vec::new();
         for peer in scenario.peers.iter().copied().filter(chosen) {
-            let variants = if peer.rides_on_tcp() { scenario.congestion.len() } else { 1 };
+            let variants = if scenario.rides_on_tcp(peer) { scenario.congestion.len() } else { 1 };
             field.extend(scenario.congestion.iter().take(variants).map(|tcp| (peer, *tcp)));
         }
         field

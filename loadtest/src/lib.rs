@@ -7,6 +7,7 @@
 //! - [`targets`] are what can be dialed: echo, sink, source and the ill-behaved ones;
 //! - [`frontend`] comes in as kube-apiserver does, by gRPC or HTTP CONNECT.
 
+pub mod carrier;
 pub mod certificates;
 pub mod compare;
 pub mod demo;
@@ -14,6 +15,7 @@ pub mod fleet;
 pub mod frontend;
 pub mod link;
 pub mod load;
+mod page;
 pub mod peer;
 pub mod process;
 pub mod report;

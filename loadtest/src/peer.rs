@@ -8,10 +8,11 @@ mod direct;
 mod flags;
 pub mod konnectivity;
 
-use std::{fmt, net::IpAddr, path::PathBuf, str::FromStr, sync::Arc};
+use std::{fmt, net::IpAddr, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
 pub use daemon::{Daemon, Signal};
-use tokio::runtime::Handle;
+pub(crate) use flags::AGENT_HEALTH_PORT;
+use tokio::{runtime::Handle, time::Instant};
 
 use crate::{certificates::Certificates, link::Host};
 
@@ -46,7 +47,7 @@ impl Peer {
         Self::Direct,
     ];
 
-    /// Whether its tunnel is a TCP connection, whose congestion control is the kernel's.
+    /// Whether its tunnel is always a TCP connection, whose congestion control is the kernel's.
     pub fn rides_on_tcp(self) -> bool {
         !matches!(self, Self::Culvert(_))
     }
@@ -164,6 +165,8 @@ pub struct Stage {
     pub programs: Programs,
     /// Flags of Culvert's server that the scenario is about.
     pub server_flags: Vec<String>,
+    /// Flags of Culvert's agent that the scenario is about.
+    pub agent_flags: Vec<String>,
 }
 
 /// What is started.
@@ -190,4 +193,22 @@ pub struct Started {
     pub server: Option<Daemon>,
     /// Its agent.
     pub agent: Option<Daemon>,
+    /// How long the agent took from its start until it was ready, if there is one.
+    pub ready: Option<Duration>,
+}
+
+impl Started {
+    /// Waits until an agent that was just started has found its server, and the server it.
+    async fn when_ready(stage: &Stage, server: Daemon, agent: Daemon) -> anyhow::Result<Self> {
+        let start = Instant::now();
+        agent.until_answering(AGENT_HEALTH_PORT, "/readyz").await?;
+        let ready = start.elapsed();
+        server.until_answering(flags::PORTS.health, "/readyz").await?;
+        Ok(Self {
+            socket: Some(flags::socket(stage)),
+            server: Some(server),
+            agent: Some(agent),
+            ready: Some(ready),
+        })
+    }
 }

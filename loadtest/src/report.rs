@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::load::Kind;
+use crate::{carrier::Carrier, load::Kind};
 
 /// One comparison: the same workloads through every peer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -57,6 +57,13 @@ pub struct Run {
     pub payload_bytes: u64,
     /// What was done to link and processes meanwhile.
     pub events: Vec<Event>,
+    /// Seconds from the agent's start until it was ready, if the peer has one.
+    #[serde(default)]
+    pub ready_seconds: Option<f64>,
+    /// What carried Culvert's newest tunnel, from the first on; empty unless something happened to
+    /// the link.
+    #[serde(default)]
+    pub carriers: Vec<Carried>,
     /// How agents and servers found each other, where that was the question.
     #[serde(default)]
     pub fleet: Option<FleetResult>,
@@ -184,6 +191,33 @@ pub struct Event {
     pub second: f64,
     /// What it was, in a few words.
     pub what: String,
+    /// The carrier that Culvert's tunnels were to get because of it, if any.
+    #[serde(default)]
+    pub switches_to: Option<Carrier>,
+    /// The change of carrier that came after it and before the next event, if any.
+    #[serde(default)]
+    pub switch: Option<Switch>,
+}
+
+/// A change of carrier after an event.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Switch {
+    /// What carried then.
+    pub to: Carrier,
+    /// Seconds from the event until a tunnel of that carrier served: at most a twentieth more than
+    /// it was.
+    pub seconds: f64,
+}
+
+/// What carried Culvert's newest tunnel from a moment on.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Carried {
+    /// Seconds after the measured part's start; negative before it.
+    pub second: f64,
+    /// The carrier.
+    pub carrier: Carrier,
+    /// Why, in the agent's word, where it gives one.
+    pub reason: Option<String>,
 }
 
 /// Whether a goal was reached.

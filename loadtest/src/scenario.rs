@@ -1,16 +1,20 @@
 //! A scenario: a link, what goes through it, what happens meanwhile and what is to be reached.
 //! They are TOML files in `loadtest/scenarios`.
 
+mod event;
+
 use std::{fmt, path::Path};
 
 use anyhow::Context as _;
 use include_dir::{Dir, include_dir};
 use serde::{Deserialize, Serialize};
 
+pub use event::{Event, LinkEvent, When};
+
 use crate::{
-    link::{LinkSettings, settings::Direction},
+    link::LinkSettings,
     load::{Kind, Workload},
-    peer::{Peer, Signal},
+    peer::Peer,
 };
 
 static SCENARIOS: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/scenarios");
@@ -41,6 +45,9 @@ pub struct Scenario {
     /// Flags of Culvert's server that the scenario is about.
     #[serde(default)]
     pub server_flags: Vec<String>,
+    /// Flags of Culvert's agent that the scenario is about.
+    #[serde(default)]
+    pub agent_flags: Vec<String>,
     /// What lies between control plane and node; nothing but loopback without one.
     #[serde(default)]
     pub link: Option<LinkSettings>,
@@ -107,76 +114,6 @@ impl fmt::Display for Congestion {
     }
 }
 
-/// Something that happens to link or processes.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Event {
-    /// When: seconds after the measured part's start; before it if negative.
-    pub at: f64,
-    /// What happens to the link.
-    pub link: Option<LinkEvent>,
-    /// The largest packet that the path carries from now on, in bytes.
-    pub mtu: Option<u16>,
-    /// Whether larger ones vanish without an ICMP message.
-    #[serde(default)]
-    pub silent: bool,
-    /// What each direction is like from now on.
-    pub set: Option<Direction>,
-    /// What happens to the server's process.
-    pub server: Option<Signal>,
-    /// What happens to the agent's process.
-    pub agent: Option<Signal>,
-}
-
-/// Something that happens to a link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum LinkEvent {
-    /// It loses everything.
-    Down,
-    /// It carries packets again.
-    Up,
-    /// It loses UDP without a word.
-    DropUdp,
-    /// It answers UDP with ICMP.
-    RejectUdp,
-    /// It carries UDP again.
-    PassUdp,
-    /// The node's NAT forgets its mappings.
-    RebindNat,
-    /// The node gets another address.
-    ChangeAddress,
-}
-
-impl fmt::Display for Event {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut parts = Vec::new();
-        if let Some(link) = self.link {
-            parts.push(match link {
-                LinkEvent::Down => "link down".to_owned(),
-                LinkEvent::Up => "link up".into(),
-                LinkEvent::DropUdp => "UDP dropped".into(),
-                LinkEvent::RejectUdp => "UDP rejected".into(),
-                LinkEvent::PassUdp => "UDP passes".into(),
-                LinkEvent::RebindNat => "NAT rebinds".into(),
-                LinkEvent::ChangeAddress => "node's address changes".into(),
-            });
-        }
-        if let Some(mtu) = self.mtu {
-            parts.push(format!("MTU {mtu}{}", if self.silent { ", silently" } else { "" }));
-        }
-        if let Some(set) = self.set {
-            parts.push(format!("link: {set}"));
-        }
-        for (side, signal) in [("server", self.server), ("agent", self.agent)] {
-            if let Some(signal) = signal {
-                parts.push(format!("{side}: {}", format!("{signal:?}").to_lowercase()));
-            }
-        }
-        f.write_str(&parts.join(", "))
-    }
-}
-
 /// Something to be reached.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -186,8 +123,11 @@ pub struct Goal {
     pub peers: Vec<Peer>,
     /// What is measured: `WORKLOAD.p50`, `.p90`, `.p99`, `.max` (ms), `.mbit`, `.per_second`,
     /// `.errors`, `.overdue`; or `cpu_per_gib` (s), `server_memory_per_session`,
-    /// `agent_memory_per_session` (KiB); or of a fleet `joined_seconds`, `rejoined_seconds`,
-    /// `memory_per_agent` (KiB), `idle_cpu_percent`, `cpu_per_return` (ms).
+    /// `agent_memory_per_session` (KiB); or `ready_seconds`, from the agent's start until it is
+    /// ready; of Culvert beside a link to which something happens `switch_seconds`, from an event
+    /// that `switches_to` another carrier until a tunnel of that carrier serves (the slowest of
+    /// them), and `switches`, how often the carrier changed; or of a fleet `joined_seconds`,
+    /// `rejoined_seconds`, `memory_per_agent` (KiB), `idle_cpu_percent`, `cpu_per_return` (ms).
     pub measure: String,
     /// It must not be more.
     pub at_most: Option<f64>,
@@ -245,8 +185,27 @@ impl Scenario {
         staying.map(|workload| workload.sessions).sum()
     }
 
+    /// Whether the peer's tunnel is, or may become, a TCP connection.
+    pub fn rides_on_tcp(&self, peer: Peer) -> bool {
+        let mut named =
+            self.agent_flags.iter().filter_map(|flag| flag.strip_prefix("--transport="));
+        let may_leave_quic = named.next_back().is_some_and(|name| name != "quic");
+        peer.rides_on_tcp() || peer.is_culvert() && may_leave_quic
+    }
+
+    /// What is to hold before anything is started.
+    pub fn from_the_start(&self) -> impl Iterator<Item = &Event> {
+        self.events.iter().filter(|event| event.at == When::Start)
+    }
+
+    /// Whether anything happens to the link, so that Culvert may want another carrier.
+    pub fn tries_the_carrier(&self) -> bool {
+        self.events.iter().any(Event::is_of_link)
+    }
+
     fn faults(&self) -> Vec<String> {
         let mut faults: Vec<String> = self.link.iter().flat_map(LinkSettings::faults).collect();
+        faults.extend(self.events.iter().flat_map(Event::faults));
         if self.fleet.is_some() != self.workloads.is_empty() {
             faults.push("there must be either workloads or a fleet".into());
         }
@@ -267,9 +226,7 @@ impl Scenario {
                 faults.push(format!("workload {} needs an interval_ms", workload.name));
             }
         }
-        if self.link.is_none()
-            && self.events.iter().any(|e| e.link.is_some() || e.set.is_some() || e.mtu.is_some())
-        {
+        if self.link.is_none() && self.tries_the_carrier() {
             faults.push("an event happens to a link, and there is none".into());
         }
         for goal in &self.goals {
@@ -281,6 +238,11 @@ impl Scenario {
                 && !self.workloads.iter().any(|workload| workload.name == name)
             {
                 faults.push(format!("goal {} names no workload", goal.measure));
+            }
+            if goal.measure == "switch_seconds"
+                && !self.events.iter().any(|event| event.switches_to.is_some())
+            {
+                faults.push("goal switch_seconds needs an event with switches_to".into());
             }
         }
         faults
@@ -301,6 +263,58 @@ mod tests {
                 let measure = goal.measure.split_once('.').map_or(&*goal.measure, |(_, of)| of);
                 assert!(MEASURES.iter().any(|(known, _)| *known == measure), "{name}: {measure}");
             }
+        }
+    }
+
+    const BLOCKED: &str = r#"
+        title = "UDP is blocked"
+        seconds = 3
+        agent_flags = ["--transport=auto"]
+        [link]
+        [[workload]]
+        name = "dials"
+        kind = "dial"
+        [[event]]
+        at = "start"
+        link = "drop-udp"
+        [[event]]
+        at = 1
+        link = "pass-udp"
+        switches_to = "quic"
+        [[goal]]
+        measure = "switch_seconds"
+        at_most = 1
+    "#;
+
+    fn scenario(text: &str) -> Scenario {
+        toml::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn what_holds_from_the_start_is_told_from_what_happens_later() {
+        let scenario = scenario(BLOCKED);
+        assert_eq!(scenario.faults(), Vec::<String>::new());
+        let from_the_start: Vec<_> = scenario.from_the_start().map(ToString::to_string).collect();
+        assert_eq!(from_the_start, ["UDP dropped from the start"]);
+        assert_eq!(scenario.agent_flags, ["--transport=auto"]);
+    }
+
+    #[test]
+    fn a_switch_is_a_goal_only_where_one_is_due() {
+        let nothing_due = BLOCKED.replace("switches_to = \"quic\"", "");
+        let faults = scenario(&nothing_due).faults();
+        assert_eq!(faults, ["goal switch_seconds needs an event with switches_to"]);
+    }
+
+    #[test]
+    fn an_agent_that_may_leave_quic_rides_on_tcp() {
+        let [ours, theirs] =
+            ["culvert-grpc", "konnectivity-grpc"].map(|name| name.parse().unwrap());
+        for (flag, rides) in [("auto", true), ("tcp", true), ("quic", false)] {
+            let scenario = scenario(&BLOCKED.replace("=auto", &format!("={flag}")));
+            assert_eq!(scenario.rides_on_tcp(ours), rides, "{flag}");
+            assert!(scenario.rides_on_tcp(theirs));
+            assert!(scenario.rides_on_tcp(Peer::Direct));
         }
     }
 }

@@ -10,8 +10,9 @@ use std::{
 };
 
 use culvert_loadtest::{
+    carrier::Carrier,
     link::{Host, LinkError},
-    report::Report,
+    report::{Report, Run},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -112,6 +113,74 @@ async fn a_comparison_tells_what_it_measured_and_misses_goals_aloud() {
     let reached: Vec<_> = report.goals.iter().map(|goal| goal.reached).collect();
     assert_eq!(reached, [true, false]);
     assert!(fs::read_to_string(html).unwrap().contains("<svg"));
+}
+
+/// Two sessions of an agent that may leave QUIC, on a link where UDP is rejected at some time.
+const REJECTED: &str = r#"
+title = "UDP is rejected"
+peers = ["culvert-connect"]
+congestion = ["CONGESTION"]
+server_flags = ["--tunnel-idle-timeout=1s", "--tunnel-keep-alive-interval=300ms"]
+agent_flags = ["--transport=auto", "--tunnel-idle-timeout=1s", "--tunnel-keep-alive-interval=300ms"]
+warmup_seconds = 0.5
+seconds = SECONDS
+seeds = 1
+
+[link.each_way]
+delay_ms = 5
+
+[[workload]]
+name = "keys"
+kind = "echo"
+sessions = 2
+size = 64
+interval_ms = 50
+
+[[event]]
+link = "reject-udp"
+EVENT
+"#;
+
+/// Runs that scenario.
+async fn rejected(seconds: &str, event: &str) -> Run {
+    let text = REJECTED.replace("SECONDS", seconds).replace("EVENT", event);
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("report.json");
+    let mut command = compare(&scenario(folder.path(), &text));
+    assert!(command.arg("--json").arg(&json).status().await.unwrap().success());
+    let mut reports: Vec<Report> = serde_json::from_slice(&fs::read(json).unwrap()).unwrap();
+    let run = reports.remove(0).runs.remove(0);
+    assert_eq!(run.failure, None);
+    run
+}
+
+#[tokio::test]
+async fn what_holds_from_the_start_has_never_been_otherwise_for_the_agent() {
+    if !may_have_hosts() {
+        return;
+    }
+    let run = rejected("0.5", "at = \"start\"").await;
+    let carriers: Vec<_> = run.carriers.iter().map(|carried| carried.carrier).collect();
+    assert_eq!(carriers, [Carrier::Tcp]);
+    assert!(run.ready_seconds.unwrap() > 0.0);
+    assert_eq!(run.events[0].what, "UDP rejected from the start");
+    assert!(run.events[0].switch.is_none());
+    assert!(run.workloads[0].errors.is_empty(), "{:?}", run.workloads[0].errors);
+}
+
+#[tokio::test]
+async fn a_switch_of_carrier_is_timed_from_the_event_that_caused_it() {
+    if !may_have_hosts() {
+        return;
+    }
+    let run = rejected("8.0", "at = 0.5\nswitches_to = \"tcp\"").await;
+    let carriers: Vec<_> = run.carriers.iter().map(|carried| carried.carrier).collect();
+    assert_eq!(carriers, [Carrier::Quic, Carrier::Tcp]);
+    let switch = run.events[0].switch.unwrap();
+    assert_eq!(Some(switch.to), run.events[0].switches_to);
+    assert!((0.0..7.5).contains(&switch.seconds), "{}", switch.seconds);
+    let seen = run.carriers[1].second - run.events[0].second;
+    assert!((switch.seconds - seen).abs() < 0.1, "{} and {seen}", switch.seconds);
 }
 
 #[tokio::test]

@@ -6,14 +6,11 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-    time::{Instant, interval, sleep, timeout},
-};
+use tokio::time::{Instant, interval, sleep, timeout};
 
 use super::balancer::Balancer;
 use crate::{
+    page::Page,
     peer::{Daemon, Peer, Ports, Signal, Stage},
     report::FleetResult,
     scenario::Fleet,
@@ -113,10 +110,7 @@ async fn until_joined(ports: &[Ports], wanted: u32, start: Instant) -> Option<f6
 
 /// How many agents a server says it has.
 async fn agents(admin: u16) -> Option<u32> {
-    let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, admin)).await.ok()?;
-    socket.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.ok()?;
-    let mut answer = String::new();
-    socket.read_to_string(&mut answer).await.ok()?;
-    let line = answer.lines().find(|line| line.starts_with(CONNECTIONS))?;
+    let answer = Page::get(admin, "/metrics").await.ok()?;
+    let line = answer.body().lines().find(|line| line.starts_with(CONNECTIONS))?;
     line.rsplit_once(' ')?.1.parse::<f64>().ok().map(|agents| agents as u32)
 }

@@ -2,12 +2,12 @@
 
 use crate::{
     compare::name,
-    report::{GoalResult, Run},
+    report::{Event, GoalResult, Run},
     scenario::{Congestion, Goal, Scenario},
 };
 
 /// Everything that a goal can be about, behind the workload's name if it has one, and its unit.
-pub(crate) const MEASURES: [(&str, &str); 16] = [
+pub(crate) const MEASURES: [(&str, &str); 19] = [
     ("p50", "ms"),
     ("p90", "ms"),
     ("p99", "ms"),
@@ -19,6 +19,9 @@ pub(crate) const MEASURES: [(&str, &str); 16] = [
     ("cpu_per_gib", "s"),
     ("server_memory_per_session", "KiB"),
     ("agent_memory_per_session", "KiB"),
+    ("ready_seconds", "s"),
+    ("switch_seconds", "s"),
+    ("switches", ""),
     ("joined_seconds", "s"),
     ("rejoined_seconds", "s"),
     ("memory_per_agent", "KiB"),
@@ -121,6 +124,16 @@ fn process_value(scenario: &Scenario, run: &Run, measure: &str) -> Option<f64> {
             _ => None,
         };
     }
+    match measure {
+        "ready_seconds" => return run.ready_seconds,
+        "switch_seconds" => {
+            let due = scenario.events.iter().filter(|event| event.switches_to.is_some());
+            return switch_seconds(due.count(), &run.events);
+        }
+        // The first is where it began.
+        "switches" => return run.carriers.len().checked_sub(1).map(|switches| switches as f64),
+        _ => {}
+    }
     let (server, agent) = (run.server?, run.agent?);
     let per_session = |grown: i64| {
         let sessions = scenario.staying_sessions();
@@ -137,9 +150,20 @@ fn process_value(scenario: &Scenario, run: &Run, measure: &str) -> Option<f64> {
     }
 }
 
+/// The slowest switch of so many that are due; `None` if one of them did not come.
+fn switch_seconds(due: usize, events: &[Event]) -> Option<f64> {
+    let came = events.iter().filter_map(|event| {
+        let switch = event.switch.filter(|switch| Some(switch.to) == event.switches_to);
+        switch.map(|switch| switch.seconds)
+    });
+    let came: Vec<_> = came.collect();
+    (came.len() == due).then(|| came.into_iter().reduce(f64::max))?
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{carrier::Carrier, report::Switch};
 
     fn goal(at_most: Option<f64>, at_least_times: Option<f64>) -> Goal {
         let measure = "keys.p50".into();
@@ -165,5 +189,26 @@ mod tests {
         assert!(!judged(Some(8.0), None).reached);
         assert!(!judged(Some(8.0), Some(0.0)).reached);
         assert_eq!(judged(Some(9.0), Some(3.0)).goal, "keys p50 ≥ 3 × Konnectivity's");
+    }
+
+    #[test]
+    fn every_switch_that_is_due_must_come_and_the_slowest_counts() {
+        let event = |due: Option<Carrier>, came: Option<(Carrier, f64)>| Event {
+            second: 0.0,
+            what: String::new(),
+            switches_to: due,
+            switch: came.map(|(to, seconds)| Switch { to, seconds }),
+        };
+        let (quic, tcp) = (Carrier::Quic, Carrier::Tcp);
+        let slow = event(Some(tcp), Some((tcp, 2.5)));
+        let quick = event(Some(quic), Some((quic, 0.5)));
+        let not_due = event(None, Some((tcp, 9.0)));
+        let wrong = event(Some(quic), Some((tcp, 0.1)));
+        let never = event(Some(tcp), None);
+        let events = [slow.clone(), not_due, quick];
+        assert_eq!(switch_seconds(2, &events), Some(2.5));
+        assert_eq!(switch_seconds(3, &events), None);
+        assert_eq!(switch_seconds(2, &[slow.clone(), wrong]), None);
+        assert_eq!(switch_seconds(2, &[slow, never]), None);
     }
 }

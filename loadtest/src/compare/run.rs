@@ -1,10 +1,6 @@
 //! One peer, once: the stage set, the load carried out, the events done, everything weighed.
 
-use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use tokio::{
@@ -14,14 +10,20 @@ use tokio::{
     time::{Instant, interval, sleep_until},
 };
 
-use super::{collect::Collector, fleet, progress::Progress};
+use super::{
+    collect::Collector,
+    fleet,
+    ground::Ground,
+    progress::Progress,
+    watch::{Sighting, Watch, switch},
+};
 use crate::{
     certificates::Certificates,
-    link::{self, Counters, Host, Link, LinkSettings, Udp},
+    link::Counters,
     load::{Plan, Sample, Workload, drive::drive, service::Service},
     peer::{Daemon, Frontend, Peer, Programs, Stage, Started},
     report::{self, LinkUsage, Run, Usage},
-    scenario::{Congestion, Event, Fleet, LinkEvent, Scenario},
+    scenario::{Congestion, Event, Fleet, Scenario, When},
     stock_client::StockClient,
 };
 
@@ -43,12 +45,6 @@ pub(super) struct Attempt<'a> {
     pub(super) stock_client: Option<&'a StockClient>,
 }
 
-/// What lies between server and node.
-enum Ground {
-    Loopback(Arc<Host>),
-    Link(Box<Link>),
-}
-
 impl Attempt<'_> {
     /// Carries the run out. What keeps the peer from taking part is told in the run.
     pub(super) fn run(&self) -> anyhow::Result<Run> {
@@ -64,6 +60,9 @@ impl Attempt<'_> {
                 return Ok(run);
             }
         }
+        for event in self.scenario.from_the_start() {
+            ground.undergo(event)?;
+        }
         let (here, server_runtime, node_runtime) =
             (Runtime::new()?, server.runtime(WORKERS)?, node.runtime(WORKERS)?);
         let certificates = Arc::new(Certificates::generate()?);
@@ -75,6 +74,7 @@ impl Attempt<'_> {
             node_runtime: node_runtime.handle().clone(),
             certificates,
             server_flags: self.scenario.server_flags.clone(),
+            agent_flags: self.scenario.agent_flags.clone(),
             programs: self.programs.clone(),
         };
         let result = match self.scenario.fleet {
@@ -104,6 +104,8 @@ impl Attempt<'_> {
         progress: &Progress,
     ) -> anyhow::Result<Run> {
         let started = self.peer.start(stage).await?;
+        let watched = self.peer.is_culvert() && self.scenario.tries_the_carrier();
+        let watch = watched.then(|| Watch::start(&stage.node_runtime));
         // A tunnel's agent is beside the target, whose address does not change with the node's.
         let beside = self.peer != Peer::Direct;
         let listen = if beside { Ipv4Addr::LOCALHOST.into() } else { ground.addresses().1 };
@@ -116,7 +118,7 @@ impl Attempt<'_> {
         };
         let idle = weigh(&started, Daemon::memory);
         let samples = self.load(stage, &started, plan).await?;
-        let mut show = Show { attempt: self, ground, service, started, progress };
+        let mut show = Show { attempt: self, ground, service, started, watch, progress };
         show.run(samples, idle).await
     }
 
@@ -167,6 +169,8 @@ impl Attempt<'_> {
             link: None,
             payload_bytes: 0,
             events: Vec::new(),
+            ready_seconds: None,
+            carriers: Vec::new(),
             fleet: None,
             failure: None,
         }
@@ -198,47 +202,12 @@ fn summary(run: &Run) -> String {
         }
         text
     };
-    run.workloads.iter().map(of_workload).collect::<Vec<_>>().join(", ")
-}
-
-impl Ground {
-    fn new(settings: Option<&LinkSettings>, seed: u64) -> anyhow::Result<Self> {
-        Ok(match settings {
-            Some(settings) => Self::Link(Box::new(Link::start(settings, seed)?)),
-            None => Self::Loopback(Arc::new(Host::new()?)),
-        })
-    }
-
-    fn hosts(&self) -> [Arc<Host>; 2] {
-        match self {
-            Self::Loopback(host) => [Arc::clone(host), Arc::clone(host)],
-            Self::Link(link) => [Arc::clone(&link.server), Arc::clone(&link.node)],
-        }
-    }
-
-    /// Where the server and where the target is.
-    fn addresses(&self) -> (IpAddr, IpAddr) {
-        match self {
-            Self::Loopback(_) => (Ipv4Addr::LOCALHOST.into(), Ipv4Addr::LOCALHOST.into()),
-            Self::Link(_) => (link::SERVER.into(), link::NODE.into()),
-        }
-    }
-
-    /// An address that nobody has and nobody answers for.
-    fn nowhere(&self) -> SocketAddr {
-        match self {
-            // Loopback answers for everything; this network is routed nowhere.
-            Self::Loopback(_) => (Ipv4Addr::new(10, 77, 0, 99), 9).into(),
-            Self::Link(_) => (link::NOWHERE, 9).into(),
-        }
-    }
-
-    fn counters(&self) -> Option<[Counters; 2]> {
-        match self {
-            Self::Loopback(_) => None,
-            Self::Link(link) => Some(link.counters()),
-        }
-    }
+    let of_event = |event: &report::Event| {
+        let switch = event.switch.as_ref()?;
+        Some(format!("{} {:.2} s after {}", switch.to, switch.seconds, event.what))
+    };
+    let workloads = run.workloads.iter().map(of_workload);
+    workloads.chain(run.events.iter().filter_map(of_event)).collect::<Vec<_>>().join(", ")
 }
 
 /// A run that is under way.
@@ -247,6 +216,7 @@ struct Show<'a> {
     ground: &'a Ground,
     service: Service,
     started: Started,
+    watch: Option<Watch>,
     progress: &'a Progress,
 }
 
@@ -281,7 +251,9 @@ impl Show<'_> {
         let mut look = interval(LOOK_INTERVAL);
         let (mut begun, mut ended, mut uploaded, mut done) = (None, None, 0, false);
         let mut memory = [None; 2];
-        let mut events = Vec::new();
+        let from_the_start = scenario.from_the_start();
+        let mut events: Vec<_> =
+            from_the_start.map(|event| (start, told(event, -scenario.warmup_seconds))).collect();
         loop {
             let next = cues.peek().map(|(at, _)| start + *at);
             let cue = async {
@@ -296,9 +268,9 @@ impl Show<'_> {
                     Some((_, Cue::Begin)) => begun = Some(self.spent()),
                     Some((at, Cue::Event(index))) => {
                         let event = &scenario.events[index];
-                        self.perform(event).await?;
                         let second = at.as_secs_f64() - scenario.warmup_seconds;
-                        events.push(report::Event { second, what: event.to_string() });
+                        events.push((Instant::now(), told(event, second)));
+                        self.perform(event).await?;
                     }
                     Some((_, Cue::End)) | None => {
                         ended = Some(self.spent());
@@ -329,6 +301,8 @@ impl Show<'_> {
                 grown_memory: memory[side]?.cast_signed() - idle[side]?.cast_signed(),
             })
         };
+        let seen = self.watch.as_ref().map(Watch::seen).unwrap_or_default();
+        let second = |at: Instant| seconds_between(start, at) - scenario.warmup_seconds;
         Ok(Run {
             peer: self.attempt.name.into(),
             seed: self.attempt.seed,
@@ -338,7 +312,9 @@ impl Show<'_> {
             agent: usage(1),
             link: begun.counters.zip(ended.counters).map(|(begun, ended)| used(begun, ended)),
             payload_bytes: collector.payload(),
-            events,
+            events: with_switches(events, &seen),
+            ready_seconds: self.started.ready.map(|ready| ready.as_secs_f64()),
+            carriers: seen.iter().map(|sighting| carried(sighting, second(sighting.at))).collect(),
             fleet: None,
             failure: None,
         })
@@ -353,24 +329,7 @@ impl Show<'_> {
     }
 
     async fn perform(&mut self, event: &Event) -> anyhow::Result<()> {
-        if let Ground::Link(link) = self.ground {
-            match event.link {
-                Some(LinkEvent::Down) => link.down(),
-                Some(LinkEvent::Up) => link.up(),
-                Some(LinkEvent::DropUdp) => link.udp(Udp::Drop),
-                Some(LinkEvent::RejectUdp) => link.udp(Udp::Reject),
-                Some(LinkEvent::PassUdp) => link.udp(Udp::Pass),
-                Some(LinkEvent::RebindNat) => link.rebind_nat(),
-                Some(LinkEvent::ChangeAddress) => drop(link.change_node_address()?),
-                None => {}
-            }
-            if let Some(mtu) = event.mtu {
-                link.set_path_mtu(mtu, event.silent);
-            }
-            if let Some(each_way) = event.set {
-                link.set(&LinkSettings { each_way, ..LinkSettings::default() });
-            }
-        }
+        self.ground.undergo(event)?;
         for (daemon, signal) in
             [(&mut self.started.server, event.server), (&mut self.started.agent, event.agent)]
         {
@@ -386,7 +345,10 @@ impl Show<'_> {
 fn cues(scenario: &Scenario) -> Vec<(Duration, Cue)> {
     let begin = scenario.warmup_seconds;
     let events = scenario.events.iter().enumerate();
-    let events = events.map(|(index, event)| ((begin + event.at).max(0.0), Cue::Event(index)));
+    let events = events.filter_map(|(index, event)| match event.at {
+        When::Start => None,
+        When::Second(second) => Some(((begin + second).max(0.0), Cue::Event(index))),
+    });
     let marks = [(begin, Cue::Begin), (begin + scenario.seconds, Cue::End)];
     let mut cues: Vec<_> = marks
         .into_iter()
@@ -396,6 +358,37 @@ fn cues(scenario: &Scenario) -> Vec<(Duration, Cue)> {
     // Stable: what happens at the beginning happens in the measured part.
     cues.sort_by_key(|(at, _)| *at);
     cues
+}
+
+/// An event as reports tell it, before it is known what it leads to.
+fn told(event: &Event, second: f64) -> report::Event {
+    let (what, switches_to) = (event.to_string(), event.switches_to);
+    report::Event { second, what, switches_to, switch: None }
+}
+
+/// The events with the change of carrier that came after each and before the next.
+fn with_switches(events: Vec<(Instant, report::Event)>, seen: &[Sighting]) -> Vec<report::Event> {
+    let moments: Vec<_> = events.iter().map(|(at, _)| *at).collect();
+    let with_switch = |(index, (at, event)): (usize, (Instant, report::Event))| {
+        let next = moments.get(index + 1).copied().unwrap_or_else(Instant::now);
+        let switch = switch(seen, at, next).map(|sighting| report::Switch {
+            to: sighting.serving.carrier,
+            seconds: seconds_between(at, sighting.at),
+        });
+        report::Event { switch, ..event }
+    };
+    events.into_iter().enumerate().map(with_switch).collect()
+}
+
+fn carried(sighting: &Sighting, second: f64) -> report::Carried {
+    let (carrier, reason) = (sighting.serving.carrier, sighting.serving.reason.clone());
+    report::Carried { second, carrier, reason }
+}
+
+/// Negative if the second is the earlier one.
+fn seconds_between(one: Instant, two: Instant) -> f64 {
+    two.saturating_duration_since(one).as_secs_f64()
+        - one.saturating_duration_since(two).as_secs_f64()
 }
 
 /// A reading of server and agent, where they are.

@@ -6,11 +6,10 @@ use super::{Daemon, Frontend, Ports, Stage, Started, flags};
 
 pub(super) async fn start(stage: &Stage, frontend: Frontend) -> anyhow::Result<Started> {
     let server = start_server(stage, flags::server(stage, frontend), flags::PORTS).await?;
-    let (program, args) = command(stage, &stage.programs.agent, "agent", flags::agent(stage));
+    let flags = flags::agent(stage).into_iter().chain(stage.agent_flags.iter().cloned()).collect();
+    let (program, args) = command(stage, &stage.programs.agent, "agent", flags);
     let agent = Daemon::start(stage, "agent", &stage.node, &stage.node_runtime, program, args)?;
-    agent.until_answering(flags::AGENT_HEALTH_PORT, "/readyz").await?;
-    server.until_answering(flags::PORTS.health, "/readyz").await?;
-    Ok(Started { socket: Some(flags::socket(stage)), server: Some(server), agent: Some(agent) })
+    Started::when_ready(stage, server, agent).await
 }
 
 pub(super) async fn start_server(
@@ -29,7 +28,7 @@ pub(super) async fn start_server(
 /// So many agents in one process.
 pub(super) fn start_fleet(stage: &Stage, agents: u32) -> anyhow::Result<Daemon> {
     let loadtest = stage.programs.loadtest.clone();
-    let more = stage.programs.culvert_flags.clone();
+    let more = [stage.agent_flags.clone(), stage.programs.culvert_flags.clone()].concat();
     let args = ["fleet".to_owned(), agents.to_string()].into_iter();
     let args = args.chain(flags::agent(stage)).chain(["-v=1".into()]).chain(more).collect();
     Daemon::start(stage, "agent", &stage.node, &stage.node_runtime, loadtest, args)

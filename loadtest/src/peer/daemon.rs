@@ -3,7 +3,6 @@
 use std::{
     fs::{self, File},
     io,
-    net::Ipv4Addr,
     path::PathBuf,
     process::Stdio,
     sync::Arc,
@@ -17,15 +16,13 @@ use nix::{
 };
 use serde::Deserialize;
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
     process::{Child, Command},
     runtime::Handle,
     time::{Instant, sleep, timeout},
 };
 
 use super::Stage;
-use crate::link::Host;
+use crate::{link::Host, page::Page};
 
 /// How long a process may take to become ready: an agent of upstream waits seconds to try again.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -88,7 +85,8 @@ impl Daemon {
         let asking = self.runtime.spawn(async move {
             let end = Instant::now() + PATIENCE;
             while Instant::now() < end {
-                if let Ok(Ok(true)) = timeout(Duration::from_secs(1), answers(port, path)).await {
+                let asked = timeout(Duration::from_secs(1), Page::get(port, path)).await;
+                if asked.is_ok_and(|answered| answered.is_ok_and(|page| page.is_ok())) {
                     return true;
                 }
                 sleep(ASK_INTERVAL).await;
@@ -208,13 +206,4 @@ fn spawn(
         .kill_on_drop(true)
         .spawn()
         .with_context(|| format!("cannot start {}", loadtest.display()))
-}
-
-/// Whether a GET is answered with 200.
-async fn answers(port: u16, path: &str) -> io::Result<bool> {
-    let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await?;
-    socket.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await?;
-    let mut answer = Vec::new();
-    socket.read_to_end(&mut answer).await?;
-    Ok(answer.get(8..12) == Some(b" 200"))
 }

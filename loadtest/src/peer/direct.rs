@@ -3,5 +3,5 @@
 use super::Started;
 
 pub(super) fn start() -> Started {
-    Started { socket: None, server: None, agent: None }
+    Started { socket: None, server: None, agent: None, ready: None }
 }

@@ -8,7 +8,7 @@ use super::{Frontend, Ports, Stage};
 pub(super) const PORTS: Ports = Ports { tunnel: 8132, admin: 8133, health: 8134 };
 const AGENT_ADMIN_PORT: u16 = 8135;
 /// Where an agent says whether it is ready.
-pub(super) const AGENT_HEALTH_PORT: u16 = 8136;
+pub(crate) const AGENT_HEALTH_PORT: u16 = 8136;
 
 pub(super) fn socket(stage: &Stage) -> PathBuf {
     numbered_socket(stage, 0)

@@ -65,9 +65,7 @@ pub(super) async fn start(stage: &Stage, frontend: Frontend) -> anyhow::Result<S
     let server = start_server(stage, flags::server(stage, frontend), flags::PORTS).await?;
     let (agent, args) = (programs(stage)?.agent, flags::agent(stage));
     let agent = Daemon::start(stage, "agent", &stage.node, &stage.node_runtime, agent, args)?;
-    agent.until_answering(flags::AGENT_HEALTH_PORT, "/readyz").await?;
-    server.until_answering(flags::PORTS.health, "/readyz").await?;
-    Ok(Started { socket: Some(flags::socket(stage)), server: Some(server), agent: Some(agent) })
+    Started::when_ready(stage, server, agent).await
 }
 
 pub(super) async fn start_server(

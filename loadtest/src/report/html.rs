@@ -215,8 +215,11 @@ mod tests {
 
     use super::*;
     use crate::{
+        carrier::Carrier,
         load::Kind,
-        report::{DistributionPoint, Event, GoalResult, LatencyPoint, ThroughputPoint, Usage},
+        report::{
+            DistributionPoint, Event, GoalResult, LatencyPoint, Switch, ThroughputPoint, Usage,
+        },
     };
 
     fn report() -> Report {
@@ -259,7 +262,14 @@ mod tests {
             agent: Some(usage),
             link: None,
             payload_bytes: 1 << 30,
-            events: vec![Event { second: 3.0, what: "link down & out".into() }],
+            events: vec![Event {
+                second: 3.0,
+                what: "link down & out".into(),
+                switches_to: Some(Carrier::Tcp),
+                switch: Some(Switch { to: Carrier::Tcp, seconds: 2.75 }),
+            }],
+            ready_seconds: Some(0.5),
+            carriers: Vec::new(),
             fleet: None,
             failure: None,
         };
@@ -314,7 +324,8 @@ mod tests {
     #[test]
     fn the_table_names_figures_goals_and_failures() {
         let table = crate::report::table::table(&report());
-        for part in ["keys p99, ms", "120", "MISSED", "failed: did <not> start", "95.0"] {
+        let parts = ["keys p99, ms", "120", "MISSED", "failed: did <not> start", "95.0"];
+        for part in parts.into_iter().chain(["switched to tcp after, s", "2.75"]) {
             assert!(table.contains(part), "{part}: {table}");
         }
     }

@@ -1,6 +1,7 @@
 //! A report's runs boiled down: one line per peer, one figure per column.
 
 use super::{Report, Run, WorkloadResult};
+use crate::carrier::Carrier;
 
 /// The figures of a report, ready to be shown.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,6 +20,9 @@ pub(super) fn summary(report: &Report) -> Summary {
         columns.extend(of_workload(workload));
     }
     columns.extend([
+        Column::new("ready after, s", |run| run.ready_seconds),
+        Column::new("switched to tcp after, s", |run| slowest_switch(run, Carrier::Tcp)),
+        Column::new("switched to quic after, s", |run| slowest_switch(run, Carrier::Quic)),
         Column::new("CPU per GiB, s", cpu_per_gib),
         Column::new("server peak, MiB", |run| Some(mebibytes(run.server?.peak_memory))),
         Column::new("agent peak, MiB", |run| Some(mebibytes(run.agent?.peak_memory))),
@@ -64,6 +68,12 @@ pub(super) fn cpu_per_gib(run: &Run) -> Option<f64> {
     let seconds = run.server?.cpu_seconds + run.agent?.cpu_seconds;
     let per_gib = seconds * f64::from(1 << 30) / run.payload_bytes as f64;
     per_gib.is_finite().then_some(per_gib)
+}
+
+/// Seconds from an event to a tunnel of this carrier, the slowest of the run.
+fn slowest_switch(run: &Run, to: Carrier) -> Option<f64> {
+    let switches = run.events.iter().filter_map(|event| event.switch);
+    switches.filter(|switch| switch.to == to).map(|switch| switch.seconds).reduce(f64::max)
 }
 
 pub(super) fn mebibytes(bytes: u64) -> f64 {

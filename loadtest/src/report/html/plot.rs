@@ -16,9 +16,11 @@ const BOTTOM: f64 = 92.0;
 
 /// A peer's colour, dash pattern and place, the same in every plot. Colours are those of Okabe and
 /// Ito, which can be told apart without seeing red and green.
-const LOOKS: [(&str, &str, &str); 8] = [
+const LOOKS: [(&str, &str, &str); 10] = [
     ("culvert-grpc", "#0072b2", ""),
+    ("culvert-grpc-bbr", "#0072b2", "2 3"),
     ("culvert-connect", "#56b4e9", "6 2"),
+    ("culvert-connect-bbr", "#56b4e9", "2 3"),
     ("konnectivity-grpc", "#d55e00", ""),
     ("konnectivity-grpc-bbr", "#d55e00", "2 3"),
     ("konnectivity-connect", "#e69f00", "6 2"),
