@@ -74,6 +74,7 @@ impl Agent {
             servers: config.servers.clone(),
             settings: config.tunnel.settings(first),
             key_exchange: config.tunnel.key_exchange,
+            proxies: config.proxies.clone(),
         };
         attempts.check_files()?;
         let servers = Arc::new(Servers::default());

@@ -8,7 +8,7 @@ use culvert_wire::{
     transport::{
         BufferSizes, Tunnel, TunnelLost,
         quic::{self, ConnectError, Settings},
-        tcp,
+        tcp::{self, Proxies, Way},
     },
 };
 use tokio::{net::lookup_host, time::timeout};
@@ -58,8 +58,6 @@ pub enum QuicFate {
 pub struct Arrived {
     /// The tunnel.
     pub joined: Joined,
-    /// Where the server is.
-    pub address: SocketAddr,
     /// What the kernel granted its socket, if it is UDP.
     pub buffers: Option<BufferSizes>,
 }
@@ -88,10 +86,10 @@ pub enum AttemptError {
     #[error("{0}")]
     Tls(#[from] TlsError),
     /// No carrier that may be used got through.
-    #[error("{address}: {failed}")]
+    #[error("{place}: {failed}")]
     Ways {
         /// Where the server is said to be.
-        address: SocketAddr,
+        place: String,
         /// Each carrier's reason.
         failed: WaysFailed,
     },
@@ -165,6 +163,8 @@ pub struct Attempts {
     pub settings: Settings,
     /// Which key exchanges are offered.
     pub key_exchange: tls::KeyExchange,
+    /// Through which proxy TCP goes, if through any.
+    pub proxies: Proxies,
 }
 
 impl Attempts {
@@ -187,39 +187,55 @@ impl Attempts {
             Ok(tls) => tls,
             Err(error) => return unknown(error.into()),
         };
-        let mut addresses = match self.addresses().await {
-            Ok(addresses) => addresses,
+        let mut settings = self.settings;
+        if !large_packets {
+            settings.mtu_cap = settings.mtu_cap.min(SMALLEST_MTU);
+        }
+        let places = match self.places(ways).await {
+            Ok(places) => places,
             Err(error) => return unknown(error),
         };
-        fastrand::shuffle(&mut addresses);
         let mut last = None;
-        for address in addresses {
-            let mut settings = self.settings;
-            if !large_packets {
-                settings.mtu_cap = settings.mtu_cap.min(SMALLEST_MTU);
-            }
-            let place = Place { address, tls: &tls, settings, attempts: self, context };
+        for (place, ways) in places {
+            let place = Place { place, tls: &tls, settings, attempts: self, context };
             let attempted = place.attempt(ways).await;
             if attempted.result.is_ok() {
                 return attempted;
             }
             last = Some(attempted);
         }
-        let unresolved = || AttemptError::Resolve {
-            host: self.servers.host.clone(),
-            reason: "it has no address".into(),
-        };
-        last.unwrap_or_else(|| unknown(unresolved()))
+        let no_address = || self.unresolvable("it has no address");
+        last.unwrap_or_else(|| unknown(no_address()))
     }
 
-    async fn addresses(&self) -> Result<Vec<SocketAddr>, AttemptError> {
+    /// Where to look for a server, and which carriers lead there. A proxy knows names that nobody here
+    /// can look up.
+    async fn places(&self, ways: Ways) -> Result<Vec<(Ends, Ways)>, AttemptError> {
         let ServersConfig { host, port, .. } = &self.servers;
-        match lookup_host((host.as_str(), *port)).await {
-            Ok(addresses) => Ok(addresses.collect()),
-            Err(error) => {
-                Err(AttemptError::Resolve { host: host.clone(), reason: error.to_string() })
-            }
+        let proxied = self.proxies.proxy_for(host, *port).map(|proxy| Way::Proxied {
+            proxy,
+            host: host.clone(),
+            port: *port,
+        });
+        let mut addresses: Vec<_> = match lookup_host((host.as_str(), *port)).await {
+            Ok(addresses) => addresses.collect(),
+            Err(_) if proxied.is_some() && ways != Ways::Quic => Vec::new(),
+            Err(error) => return Err(self.unresolvable(&error.to_string())),
+        };
+        fastrand::shuffle(&mut addresses);
+        let direct = addresses.into_iter().map(|address| {
+            let tcp = proxied.clone().unwrap_or(Way::Direct(address));
+            (Ends { quic: Some(address), tcp }, ways)
+        });
+        let places: Vec<_> = direct.collect();
+        match proxied {
+            Some(tcp) if places.is_empty() => Ok(vec![(Ends { quic: None, tcp }, Ways::Tcp)]),
+            _ => Ok(places),
         }
+    }
+
+    fn unresolvable(&self, reason: &str) -> AttemptError {
+        AttemptError::Resolve { host: self.servers.host.clone(), reason: reason.into() }
     }
 
     /// TLS from the files as they are now.
@@ -251,9 +267,27 @@ struct ClientTls {
     tcp: Arc<rustls::ClientConfig>,
 }
 
-/// One address of the servers.
+/// How a server is reached over each carrier.
+#[derive(Clone, Debug)]
+struct Ends {
+    /// Not without an address, which a proxy does not tell.
+    quic: Option<SocketAddr>,
+    tcp: Way,
+}
+
+impl fmt::Display for Ends {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.tcp, self.quic) {
+            (Way::Proxied { host, port, .. }, None) => write!(f, "{host} port {port}"),
+            (Way::Proxied { .. }, Some(address)) => write!(f, "{address}"),
+            (Way::Direct(address), _) => write!(f, "{address}"),
+        }
+    }
+}
+
+/// One place where a server may be.
 struct Place<'a> {
-    address: SocketAddr,
+    place: Ends,
     tls: &'a ClientTls,
     settings: Settings,
     attempts: &'a Attempts,
@@ -263,7 +297,10 @@ struct Place<'a> {
 impl Place<'_> {
     async fn attempt(&self, ways: Ways) -> Attempted {
         let neither = |failed| Attempted {
-            result: Err(AttemptError::Ways { address: self.address, failed: WaysFailed(failed) }),
+            result: Err(AttemptError::Ways {
+                place: self.place.to_string(),
+                failed: WaysFailed(failed),
+            }),
             quic: QuicFate::Unknown,
         };
         let arrived = |arrived, quic| Attempted { result: Ok(arrived), quic };
@@ -296,10 +333,12 @@ impl Place<'_> {
     }
 
     async fn over_quic(&self) -> Result<Arrived, WayError> {
+        let Some(address) = self.place.quic else {
+            return Err(ConnectError::Address("the server's address is not known".into()).into());
+        };
         within(async {
             let (tunnel, buffers) =
-                quic::connect(self.address, &self.name(), self.tls.quic.clone(), &self.settings)
-                    .await?;
+                quic::connect(address, &self.name(), self.tls.quic.clone(), &self.settings).await?;
             self.join(tunnel, Some(buffers)).await
         })
         .await
@@ -307,16 +346,14 @@ impl Place<'_> {
 
     async fn over_tcp(&self) -> Result<Arrived, WayError> {
         within(async {
-            let stream =
-                tcp::handshake(self.address, &self.name(), self.tls.tcp.clone(), &self.settings)
-                    .await?;
-            let is_stock = stream.get_ref().1.alpn_protocol() == Some(ALPN_H2);
-            let tunnel = match is_stock {
+            let (way, tls) = (&self.place.tcp, self.tls.tcp.clone());
+            let connected = tcp::handshake(way, &self.name(), tls, &self.settings).await?;
+            let tunnel = match connected.protocol() == Some(ALPN_H2) {
                 true => {
                     let keep_alive = self.attempts.servers.keep_alive_interval;
-                    stock_server::connect(stream, self.address, keep_alive, &self.settings).await?
+                    stock_server::connect(connected, keep_alive, &self.settings).await?
                 }
-                false => tcp::begin(stream, self.address, &self.settings).await?,
+                false => connected.begin(&self.settings).await?,
             };
             self.join(tunnel, None).await
         })
@@ -329,7 +366,7 @@ impl Place<'_> {
         buffers: Option<BufferSizes>,
     ) -> Result<Arrived, WayError> {
         let joined = tunnel::join(tunnel, self.context).await?;
-        Ok(Arrived { joined, address: self.address, buffers })
+        Ok(Arrived { joined, buffers })
     }
 
     fn name(&self) -> String {

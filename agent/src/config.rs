@@ -8,9 +8,12 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::ValueEnum;
 pub use culvert_wire::process::faults::{CertificatePair, ConfigError, ConfigErrors};
-use culvert_wire::process::{
-    faults::Faults, go_flags, invocation::Invocation, logging::LogConfig,
-    tunnel_flags::TunnelConfig,
+use culvert_wire::{
+    process::{
+        faults::Faults, go_flags, invocation::Invocation, logging::LogConfig,
+        tunnel_flags::TunnelConfig,
+    },
+    transport::tcp::Proxies,
 };
 use rustls::pki_types::ServerName;
 use uuid::Uuid;
@@ -37,6 +40,8 @@ pub struct Config {
     pub transport: Transport,
     /// How long a first failure of QUIC is believed.
     pub quic_retry_interval: Duration,
+    /// Through which proxy TCP goes, if through any.
+    pub proxies: Proxies,
     /// How tunnels behave.
     pub tunnel: TunnelConfig,
     /// Time to connect to a target.
@@ -156,6 +161,10 @@ impl Config {
         let max_streams = faults.count("max-streams", flags.max_streams, 1);
         let quic_retry_interval =
             faults.positive_duration("quic-retry-interval", flags.quic_retry_interval);
+        let proxies = Proxies::from_env(|name| std::env::var(name).ok()).unwrap_or_else(|fault| {
+            faults.add_variable(fault.variable, fault.fault.to_string());
+            Proxies::default()
+        });
         without_effect(&flags, &mut faults);
         let (tunnel, log) = flags.tunnel.check(&mut faults);
         let warnings = faults.finish()?;
@@ -167,6 +176,7 @@ impl Config {
             sync,
             transport: flags.transport,
             quic_retry_interval,
+            proxies,
             tunnel,
             dial_timeout,
             max_streams,

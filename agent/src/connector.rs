@@ -134,9 +134,10 @@ impl Connector {
         tunnels: &mut Tunnels,
         context: &Arc<TunnelContext>,
     ) -> Found {
-        let Arrived { joined, address, buffers } = arrived;
+        let Arrived { joined, buffers } = arrived;
         let (server_id, count) = (joined.welcome.server_id.clone(), joined.welcome.server_count);
         let tunnel = joined.tunnel().clone();
+        let address = tunnel.remote_address();
         let entered = self.servers.enter(server_id.clone(), tunnel.clone(), buffers, reason, now());
         let (served, other) = match entered {
             Entered::New(served) => (served, None),

@@ -7,20 +7,18 @@
 mod bridge;
 mod call;
 
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
 use culvert_wire::{
     konnectivity::pipe,
     transport::{
         Tunnel, TunnelLost,
-        qmux::Peer,
         quic::{ConnectError, Settings},
+        tcp::Connected,
     },
 };
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::net::TcpStream;
-use tokio_rustls::client::TlsStream;
 
 /// Bytes a server may be ahead of what was read of its one stream. What is on its way delays whatever
 /// comes behind it, so this is no larger than 100 Mbit/s need at 80 ms.
@@ -36,13 +34,11 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// # Errors
 /// When HTTP/2 is not what the server speaks.
 pub(crate) async fn connect(
-    stream: TlsStream<TcpStream>,
-    address: SocketAddr,
+    connected: Connected,
     keep_alive_interval: Duration,
     settings: &Settings,
 ) -> Result<Tunnel, ConnectError> {
-    let certificates = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
-    let peer = Peer { address, transport: "grpc", certificates };
+    let (stream, peer) = connected.into_parts("grpc");
     let keep_alive = (!keep_alive_interval.is_zero())
         .then(|| keep_alive_interval.max(LEAST_KEEP_ALIVE_INTERVAL));
     let (requests, connection) = http2::Builder::new(TokioExecutor::new())

@@ -25,9 +25,12 @@ use culvert_server::{
     frontend::listen::FrontendAddress,
     metrics::ServerMetrics,
 };
-use culvert_wire::process::{
-    logging::{LogConfig, LogFormat},
-    tunnel_flags::TunnelConfig,
+use culvert_wire::{
+    process::{
+        logging::{LogConfig, LogFormat},
+        tunnel_flags::TunnelConfig,
+    },
+    transport::tcp::Proxies,
 };
 use rustls::pki_types::ServerName;
 use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
@@ -334,6 +337,7 @@ impl Running {
             agent_id: name.into(),
             transport: self.rig.transport,
             quic_retry_interval: self.rig.quic_retry_interval,
+            proxies: Proxies::default(),
             identifiers: String::new(),
             identifier_pairs: Vec::new(),
             servers: culvert_agent::config::ServersConfig {

@@ -22,10 +22,12 @@ const MAX_ID_BYTES: usize = 255;
 
 /// One thing that keeps a process from starting.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("--{flag}: {reason}")]
+#[error("{}{flag}: {reason}", if *is_variable { "" } else { "--" })]
 pub struct ConfigError {
-    /// The flag to change, without its hyphens.
+    /// The flag to change, without its hyphens, or the variable of the environment.
     pub flag: &'static str,
+    /// Whether it is a variable.
+    pub is_variable: bool,
     /// What is wrong and what would be right.
     pub reason: String,
 }
@@ -74,7 +76,12 @@ impl Faults {
 
     /// Notes a fault of `flag`.
     pub fn add(&mut self, flag: &'static str, reason: impl Into<String>) {
-        self.errors.push(ConfigError { flag, reason: reason.into() });
+        self.errors.push(ConfigError { flag, is_variable: false, reason: reason.into() });
+    }
+
+    /// Notes a fault of a variable of the environment.
+    pub fn add_variable(&mut self, name: &'static str, reason: impl Into<String>) {
+        self.errors.push(ConfigError { flag: name, is_variable: true, reason: reason.into() });
     }
 
     /// Notes a fault unless `fine`.

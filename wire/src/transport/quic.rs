@@ -27,6 +27,7 @@ use self::connection::{Neighbours, lost};
 pub use self::settings::{ResetKey, Settings};
 use super::{
     Tunnel, TunnelLost, canonical,
+    tcp::ProxyFault,
     udp::{self, BindError, BufferSizes},
 };
 use crate::{code::CloseCode, version::ALPN};
@@ -58,6 +59,14 @@ pub enum ConnectError {
     /// The network says that nobody listens at the server's address.
     #[error("connection refused")]
     Refused,
+    /// The proxy on the way did not let the connection through.
+    #[error("proxy {proxy}: {fault}")]
+    Proxy {
+        /// The proxy, without credentials.
+        proxy: String,
+        /// Why not.
+        fault: ProxyFault,
+    },
     /// The peer speaks QUIC but not this protocol.
     #[error("the peer did not agree on the protocol {}", String::from_utf8_lossy(ALPN))]
     Protocol,

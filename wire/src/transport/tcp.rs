@@ -1,12 +1,23 @@
 //! QMux over TLS over TCP: how a tunnel goes where UDP does not.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+mod proxies;
+mod proxy;
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use rustls::pki_types::ServerName;
 use socket2::{SockRef, TcpKeepalive};
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout_at},
+};
 use tokio_rustls::{TlsConnector, client, server::TlsStream};
+use tokio_util::either::Either;
 
+pub use self::{
+    proxies::{InvalidVariable, Proxies},
+    proxy::{InvalidProxy, Passage, Proxy, ProxyFault},
+};
 use super::{
     Tunnel, TunnelLost, canonical,
     qmux::{Peer, Role, establish},
@@ -19,65 +30,123 @@ const TRANSPORT: &str = "tcp";
 /// Bytes that TCP takes beyond what the path lets out: what waits in the kernel cannot be overtaken.
 const MAX_UNSENT: u32 = 64 * 1024;
 
-/// Makes a tunnel to a server.
+/// How a server is reached.
+#[derive(Clone, Debug)]
+pub enum Way {
+    /// At its address.
+    Direct(SocketAddr),
+    /// By a proxy, which looks its name up.
+    Proxied {
+        /// The proxy.
+        proxy: Arc<Proxy>,
+        /// The server's name or address, without brackets.
+        host: String,
+        /// The server's port.
+        port: u16,
+    },
+}
+
+/// Makes a tunnel to a server. Through a proxy, the peer's address is the proxy's.
 ///
 /// # Errors
-/// When the server cannot be reached, is not who it should be, or does not agree on the protocol;
-/// it gives up after the idle time-out.
+/// When the server or the proxy cannot be reached, is not who it should be, or does not agree on
+/// the protocol; it gives up after the idle time-out.
+///
+/// # Cancel safety
+/// Dropping the future gives up what was begun.
 pub async fn connect(
-    remote: SocketAddr,
+    way: &Way,
     server_name: &str,
     tls: Arc<rustls::ClientConfig>,
     settings: &Settings,
 ) -> Result<Tunnel, ConnectError> {
-    begin(handshake(remote, server_name, tls, settings).await?, remote, settings).await
+    handshake(way, server_name, tls, settings).await?.begin(settings).await
 }
 
 /// Connects to a server and does the TLS handshake; what is spoken then is what both agreed on.
 ///
 /// # Errors
-/// When the server cannot be reached or is not who it should be; it gives up after the idle time-out.
+/// When the server or the proxy cannot be reached or is not who it should be; it gives up after the
+/// idle time-out.
 ///
 /// # Cancel safety
 /// Dropping the future gives up what was begun.
 pub async fn handshake(
-    remote: SocketAddr,
+    way: &Way,
     server_name: &str,
     tls: Arc<rustls::ClientConfig>,
     settings: &Settings,
-) -> Result<client::TlsStream<TcpStream>, ConnectError> {
+) -> Result<Connected, ConnectError> {
     let name = ServerName::try_from(server_name.to_owned())
         .map_err(|error| ConnectError::Address(error.to_string()))?;
-    let io_error = |error: std::io::Error| match error.kind() {
-        std::io::ErrorKind::ConnectionRefused => ConnectError::Refused,
-        _ => ConnectError::Handshake(TunnelLost::Transport(error.to_string())),
+    let deadline = Instant::now() + settings.idle_timeout;
+    let (socket, address) = match way {
+        Way::Direct(remote) => {
+            let socket = in_time(deadline, TcpStream::connect(remote)).await?;
+            prepare(&socket, settings);
+            (Either::Left(socket), *remote)
+        }
+        Way::Proxied { proxy, host, port } => {
+            let passage = proxy.pass((host, *port), settings, deadline).await;
+            let (passage, address) =
+                passage.map_err(|fault| ConnectError::Proxy { proxy: proxy.to_string(), fault })?;
+            (Either::Right(passage), canonical(address))
+        }
     };
-    let handshake = async {
-        let socket = TcpStream::connect(remote).await.map_err(io_error)?;
-        prepare(&socket, settings);
-        TlsConnector::from(tls).connect(name, socket).await.map_err(io_error)
-    };
-    timeout(settings.idle_timeout, handshake)
-        .await
-        .unwrap_or(Err(ConnectError::Handshake(TunnelLost::TimedOut)))
+    let stream = in_time(deadline, TlsConnector::from(tls).connect(name, socket)).await?;
+    Ok(Connected { stream, address })
 }
 
-/// Makes a tunnel of a connection to a server whose TLS handshake is done, and agreed on the protocol.
-///
-/// # Errors
-/// When the server does not begin within the idle time-out, or agreed on something else.
-pub async fn begin(
-    stream: client::TlsStream<TcpStream>,
-    remote: SocketAddr,
-    settings: &Settings,
-) -> Result<Tunnel, ConnectError> {
-    let session = stream.get_ref().1;
-    if session.alpn_protocol() != Some(ALPN) {
-        return Err(ConnectError::Protocol);
+/// What a step of a handshake comes to.
+async fn in_time<T>(
+    deadline: Instant,
+    step: impl Future<Output = io::Result<T>>,
+) -> Result<T, ConnectError> {
+    let lost = match timeout_at(deadline, step).await {
+        Ok(Ok(done)) => return Ok(done),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            return Err(ConnectError::Refused);
+        }
+        Ok(Err(error)) => TunnelLost::Transport(error.to_string()),
+        Err(_) => TunnelLost::TimedOut,
+    };
+    Err(ConnectError::Handshake(lost))
+}
+
+/// The bytes of a connection to a server, directly or through a proxy.
+pub type Stream = client::TlsStream<Either<TcpStream, Passage>>;
+
+/// A connection to a server whose TLS handshake is done.
+#[derive(Debug)]
+pub struct Connected {
+    stream: Stream,
+    address: SocketAddr,
+}
+
+impl Connected {
+    /// The protocol that was agreed on (RFC 7301).
+    pub fn protocol(&self) -> Option<&[u8]> {
+        self.stream.get_ref().1.alpn_protocol()
     }
-    let certificates = session.peer_certificates().map(<[_]>::to_vec);
-    let peer = Peer { address: remote, transport: TRANSPORT, certificates };
-    establish(stream, Role::Client, peer, settings).await
+
+    /// Makes a tunnel of it.
+    ///
+    /// # Errors
+    /// When the server does not begin within the idle time-out, or agreed on something else.
+    pub async fn begin(self, settings: &Settings) -> Result<Tunnel, ConnectError> {
+        if self.protocol() != Some(ALPN) {
+            return Err(ConnectError::Protocol);
+        }
+        let (stream, peer) = self.into_parts(TRANSPORT);
+        establish(stream, Role::Client, peer, settings).await
+    }
+
+    /// The bytes, for whoever speaks something else on them, and who is at the other end; `transport`
+    /// is what the connection is called in logs.
+    pub fn into_parts(self, transport: &'static str) -> (Stream, Peer) {
+        let certificates = self.stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
+        (self.stream, Peer { address: self.address, transport, certificates })
+    }
 }
 
 /// Makes a tunnel of an agent's connection whose TLS handshake is done, and agreed on the protocol.

@@ -8,7 +8,7 @@ use culvert_wire::{
     transport::{
         Tunnel,
         quic::{self, Listener, ResetKey, Settings},
-        tcp,
+        tcp::{self, Way},
     },
 };
 use rcgen::{CertificateParams, CertifiedIssuer, IsCa, KeyPair};
@@ -55,6 +55,10 @@ impl Authority {
         }
     }
 
+    pub(crate) fn pem(&self) -> String {
+        self.0.pem()
+    }
+
     pub(crate) fn roots(&self) -> Arc<RootCertStore> {
         authorities(&[self.0.der().clone()]).unwrap()
     }
@@ -91,12 +95,12 @@ impl Pair {
             }
             Carrier::Tcp => {
                 let listener = TcpListener::bind(address).await.unwrap();
-                let remote = listener.local_addr().unwrap();
+                let way = Way::Direct(listener.local_addr().unwrap());
                 let accept = async {
                     let (socket, _) = listener.accept().await.unwrap();
                     accept_tcp(socket, server_tls.into(), settings).await
                 };
-                let connect = tcp::connect(remote, "127.0.0.1", client_tls.into(), settings);
+                let connect = tcp::connect(&way, "127.0.0.1", client_tls.into(), settings);
                 let (server, agent) = tokio::join!(accept, connect);
                 Self { server, agent: agent.unwrap(), _listener: None }
             }
