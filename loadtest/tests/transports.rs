@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::{io, time::Duration};
+use std::{io, net::SocketAddr, time::Duration};
 
 use common::{noise, path::Path, within};
 use culvert_agent::config::Transport;
@@ -12,9 +12,10 @@ use culvert_loadtest::{
     rig::Running,
     targets,
 };
+use culvert_wire::transport::tcp::Proxies;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
+    net::{TcpListener, TcpStream},
     time::timeout,
 };
 
@@ -229,6 +230,43 @@ async fn a_tunnel_whose_udp_is_refused_in_its_life_gives_way_to_one_over_tcp() {
         timeout(Duration::from_secs(15), behind.until(1, 0)).await.unwrap();
         let mut new = DOOR.dial(&behind.rig, echo.address()).await.unwrap();
         echo_once(&mut new, b"over TCP").await;
+    })
+    .await;
+}
+
+/// An egress proxy that lets everybody through to this server, whatever it is called.
+async fn proxy_to(server: SocketAddr) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut near, _)) = listener.accept().await {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(near.read_u8().await.unwrap());
+            }
+            assert!(head.starts_with(b"CONNECT server.test:8132 HTTP/1.1\r\n"));
+            near.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+            let mut far = TcpStream::connect(server).await.unwrap();
+            tokio::spawn(async move { copy_bidirectional(&mut near, &mut far).await });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn an_agent_behind_a_proxy_comes_through_it_to_a_name_that_it_cannot_look_up() {
+    within(async {
+        let mut rig = DOOR.rig().agents(0).transport(Transport::Auto).start().await.unwrap();
+        let proxy = proxy_to(rig.server.tunnel).await.to_string();
+        let mut config = rig.agent_config("behind-a-proxy");
+        (config.servers.host, config.servers.port) = ("server.test".into(), 8132);
+        let environment = |name| (name == "HTTPS_PROXY").then(|| proxy.clone());
+        config.proxies = Proxies::from_env(environment).unwrap();
+        rig.add_agent_with(&config).unwrap();
+        rig.until_joined(1).await.unwrap();
+        assert_eq!((tunnels(&rig, "tcp"), tunnels(&rig, "quic")), (1, 0));
+        let echo = targets::echo().await.unwrap();
+        echo_once(&mut DOOR.dial(&rig, echo.address()).await.unwrap(), b"hello").await;
     })
     .await;
 }
