@@ -68,8 +68,7 @@ impl Backend {
         self.open_streams.load(Ordering::Relaxed)
     }
 
-    /// Gives the agent no new dials while another will do.
-    pub fn drain(&self) {
+    fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
     }
 
@@ -150,6 +149,31 @@ impl Backends {
         older.iter().for_each(|backend| backend.doubt());
         self.0.changed.notify_waiters();
         Registered { backends: self.clone(), backend }
+    }
+
+    /// Gives an agent no new dials while another will do.
+    pub fn drain(&self, backend: &Backend) {
+        backend.drain();
+        self.0.changed.notify_waiters();
+    }
+
+    /// Completes when no backend of this agent is left but such as drain.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: it only looks.
+    pub async fn until_left(&self, agent_id: &AgentId) {
+        loop {
+            let changed = self.0.changed.notified();
+            if !self.is_here(agent_id) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Whether this agent has a backend here that does not drain.
+    pub fn is_here(&self, agent_id: &AgentId) -> bool {
+        self.registry().of_agent(agent_id).iter().any(|backend| !backend.is_draining())
     }
 
     /// The backend for a target, if there is any.

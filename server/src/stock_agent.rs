@@ -7,12 +7,13 @@
 mod bridge;
 mod hello;
 
-use std::{convert::Infallible, net::SocketAddr, pin::Pin, sync::Arc};
+use std::{convert::Infallible, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use bridge::Bridge;
 use culvert_wire::{
+    control::Hello,
     konnectivity::{
-        self, CONNECT, Packets,
+        self, CONNECT, Outbound, Packets,
         codec::{MAX_PACKET_LEN, SmallBuffers},
         header,
         packet::Packet,
@@ -22,7 +23,7 @@ use culvert_wire::{
 use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::sleep};
 use tokio_rustls::server::TlsStream;
 use tokio_stream::{StreamExt as _, adapters::Map};
 use tonic::{
@@ -40,6 +41,10 @@ use crate::tunnel::TunnelContext;
 const WINDOW: u32 = 1024 * 1024;
 /// `Connect` calls on one connection: stock makes one.
 const MAX_CALLS: u32 = 4;
+
+/// How long an agent that is here already is kept waiting when it comes again. One that looks for
+/// another server has left long before: it knows this one by its name.
+const SECOND_THOUGHTS: Duration = Duration::from_secs(1);
 
 /// Serves one connection of a stock agent until it closes or the server stops.
 pub async fn serve(stream: TlsStream<TcpStream>, remote: SocketAddr, context: Arc<TunnelContext>) {
@@ -99,19 +104,55 @@ impl StreamingService<Packet> for Connect {
         let (peer, context) = (self.peer.clone(), self.context.clone());
         Box::pin(async move {
             let hello = hello::read(request.metadata()).map_err(Status::unknown)?;
-            let joined = Bridge::join(hello, peer, &context).await;
-            let (bridge, welcome) = joined.map_err(|error| Status::unknown(error.to_string()))?;
-            let (outbound, packets) = konnectivity::outbound();
-            let packets: PacketResults = packets.map(Ok);
-            let mut response = tonic::Response::new(packets);
-            let metadata = response.metadata_mut();
-            let server_id = MetadataValue::try_from(welcome.server_id.as_str())
-                .map_err(|_| Status::unknown("the server's name is no header value"))?;
-            metadata.insert(header::SERVER_ID, server_id);
-            metadata.insert(header::SERVER_COUNT, welcome.server_count.into());
             // The headers are out before any packet: packets are polled from the response.
-            context.tunnels.spawn(bridge.run(request.into_inner(), outbound));
+            let (outbound, packets) = konnectivity::outbound();
+            let response = response(packets, &context)?;
+            let inbound = request.into_inner();
+            if context.backends.is_here(&hello.agent_id) {
+                let tunnels = context.tunnels.clone();
+                tunnels.spawn(join_again(hello, peer, context, inbound, outbound));
+            } else {
+                let joined = Bridge::join(hello, peer, &context).await;
+                let bridge = joined.map_err(|error| Status::unknown(error.to_string()))?;
+                context.tunnels.spawn(bridge.run(inbound, outbound));
+            }
             Ok(response)
         })
+    }
+}
+
+/// The answer to a call: who this server is, and then packets.
+fn response(
+    packets: Packets,
+    context: &TunnelContext,
+) -> Result<tonic::Response<PacketResults>, Status> {
+    let packets: PacketResults = packets.map(Ok);
+    let mut response = tonic::Response::new(packets);
+    let metadata = response.metadata_mut();
+    let server_id = MetadataValue::try_from(context.server_id.as_str())
+        .map_err(|_| Status::unknown("the server's name is no header value"))?;
+    metadata.insert(header::SERVER_ID, server_id);
+    metadata.insert(header::SERVER_COUNT, context.server_count.into());
+    Ok(response)
+}
+
+/// Serves an agent that is here already, unless it leaves as soon as it hears where it is. Dials
+/// would go to its newest tunnel, and be lost with it.
+async fn join_again(
+    hello: Hello,
+    peer: Peer,
+    context: Arc<TunnelContext>,
+    inbound: Streaming<Packet>,
+    outbound: Outbound,
+) {
+    tokio::select! {
+        () = outbound.closed() => return,
+        () = context.closing.cancelled() => return,
+        () = context.backends.until_left(&hello.agent_id) => {}
+        () = sleep(SECOND_THOUGHTS) => {}
+    }
+    match Bridge::join(hello, peer, &context).await {
+        Ok(bridge) => bridge.run(inbound, outbound).await,
+        Err(error) => debug!(%error, "a stock agent did not join again"),
     }
 }

@@ -215,11 +215,11 @@ async fn converse(
         tokio::select! {
             message = control.next() => match message? {
                 ControlMessage::Drain(Drain { deadline_millis }) => {
-                    backend.drain();
+                    context.backends.drain(backend);
                     info!(agent_id = %backend.agent_id(), deadline_millis, "agent drains");
                 }
                 ControlMessage::Goodbye(Goodbye { reason, .. }) => {
-                    backend.drain();
+                    context.backends.drain(backend);
                     info!(agent_id = %backend.agent_id(), %reason, "agent says goodbye");
                 }
                 // A second introduction, or an answer to none.

@@ -8,7 +8,7 @@ use std::{
 
 use culvert_wire::{
     CloseCode, StreamCode,
-    control::{ControlError, ControlMessage, ControlStream, Drain, Hello, Welcome},
+    control::{ControlError, ControlMessage, ControlStream, Drain, Hello},
     dial::{DialErrorKind, DialFailure, DialReply, DialRequest, DialTiming},
     extension::Extensions,
     frame::{self, Message},
@@ -74,7 +74,7 @@ impl Bridge {
         hello: Hello,
         peer: Peer,
         context: &Arc<TunnelContext>,
-    ) -> Result<(Self, Welcome), JoinError> {
+    ) -> Result<Self, JoinError> {
         let settings = context.settings;
         let streams = culvert_wire::transport::quic::Settings {
             max_streams: context.max_streams,
@@ -87,12 +87,12 @@ impl Bridge {
             let mut control = ControlStream::new(tunnel.clone(), tunnel.open().await?);
             control.send(&ControlMessage::Hello(Box::new(hello))).await?;
             match control.next().await? {
-                ControlMessage::Welcome(welcome) => Ok((*welcome, control)),
+                ControlMessage::Welcome(_) => Ok(control),
                 _ => Err(JoinError::NotWelcome),
             }
         };
         match timeout(WELCOME_TIMEOUT, introduced).await {
-            Ok(Ok((welcome, control))) => Ok((Self { tunnel, control }, welcome)),
+            Ok(Ok(control)) => Ok(Self { tunnel, control }),
             // Our own end says best why it closed the tunnel.
             Ok(Err(JoinError::Control(ControlError::Read(_)))) => Err(tunnel.closed().await.into()),
             Ok(Err(error)) => Err(error),
