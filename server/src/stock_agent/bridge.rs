@@ -157,14 +157,14 @@ impl Shared {
         loop {
             match Said::from(inbound.message().await?.ok_or(Ended::Stream)?) {
                 Said::Dialed(response) => self.dialed(response)?,
-                Said::Data(data) if data.connect_id == 0 => {}
-                Said::Data(data) => match self.connections.find(data.connect_id) {
-                    Some(inbox) => {
+                // One that is not here was closed; the agent goes on reading its target for a
+                // moment.
+                Said::Data(data) => {
+                    if let Some(inbox) = self.connections.find(data.connect_id) {
                         inbox.push(data.data);
                         inbox.pace().await;
                     }
-                    None => self.outbound.urge(Packet::close_request(data.connect_id))?,
-                },
+                }
                 Said::Closed(closed) => {
                     if let Some(inbox) = self.connections.remove(closed.connect_id) {
                         inbox.end(match closed.error {
