@@ -259,13 +259,11 @@ impl Shared {
         let random = fastrand::i64(1..);
         let (answered, answer) = oneshot::channel();
         self.dials().insert(random, answered);
-        let pending = PendingDial { shared: self, random };
+        let mut pending = PendingDial { shared: self, random, answer };
         let packet =
             Packet::dial_request(random, request.network.name(), request.target.to_string());
         self.outbound.urge(packet).map_err(|flooded| flooded.to_string())?;
-        let answer = answer.await.unwrap_or_else(|_| Err("dial closed".into()));
-        drop(pending);
-        answer
+        (&mut pending.answer).await.unwrap_or_else(|_| Err("dial closed".into()))
     }
 
     fn dials(&self) -> MutexGuard<'_, HashMap<i64, oneshot::Sender<Answer>>> {
@@ -274,18 +272,31 @@ impl Shared {
     }
 }
 
-/// Forgets a dial that was given up, and tells the agent.
+/// A dial whose answer nobody has taken; when dropped it is forgotten, and the agent is told.
 struct PendingDial<'a> {
     shared: &'a Shared,
     random: i64,
+    answer: oneshot::Receiver<Answer>,
 }
 
 impl Drop for PendingDial<'_> {
     fn drop(&mut self) {
-        if self.shared.dials().remove(&self.random).is_some() {
-            // An answer that comes nevertheless is answered with CLOSE_REQ.
-            let _ = self.shared.outbound.urge(Packet::close_dial(self.random));
-        }
+        let Shared { outbound, connections, .. } = self.shared;
+        self.answer.close();
+        // An agent that does not even read this is lost soon enough.
+        let _ = match self.answer.try_recv() {
+            // It came while the dial was given up.
+            Ok(Ok((id, _))) => {
+                connections.remove(id);
+                outbound.urge(Packet::close_request(id))
+            }
+            Ok(Err(_)) => Ok(()),
+            // One that comes nevertheless is answered with CLOSE_REQ.
+            Err(_) => match self.shared.dials().remove(&self.random) {
+                Some(_) => outbound.urge(Packet::close_dial(self.random)),
+                None => Ok(()),
+            },
+        };
     }
 }
 
