@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use culvert_wire::{
@@ -17,7 +17,8 @@ use culvert_wire::{
         packet::{DialResponse, Packet, Said},
         pipe,
     },
-    splice::Meter,
+    process::logging::RateLimited,
+    splice::{Cut, HalfEnd, Meter},
     transport::{RecvHalf, SendHalf, Tunnel, TunnelLost, qmux::Peer, quic::ConnectError},
 };
 use tokio::{
@@ -26,7 +27,7 @@ use tokio::{
     time::timeout,
 };
 use tonic::Streaming;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::tunnel::{self, TunnelContext};
 
@@ -244,8 +245,7 @@ impl Shared {
                 let (outbound, stream) = (self.outbound.clone(), (send, recv));
                 let outcome =
                     carry(connection, Side::Agent, stream, outbound, &self.connections, &meter);
-                let outcome = outcome.await;
-                debug!(target = %request.target, end = ?outcome.end, "a stock agent's connection ended");
+                told(&request, &outcome.await.end);
             }
             Err(_) => {
                 send.finish();
@@ -297,6 +297,21 @@ impl Drop for PendingDial<'_> {
                 None => Ok(()),
             },
         };
+    }
+}
+
+/// Logs how a connection ended, and aloud when it was cut off for a reader that is too slow: the
+/// frontend learns no more than that.
+fn told(request: &DialRequest, end: &Result<(HalfEnd, HalfEnd), Cut>) {
+    static TOO_SLOW: RateLimited = RateLimited::new(Duration::from_secs(1));
+    let target = &request.target;
+    match end {
+        Err(Cut::Local(fault)) if fault.code == StreamCode::OVERLOADED => {
+            if let Some(suppressed) = TOO_SLOW.admit(Instant::now()) {
+                warn!(%target, %fault, suppressed, "a stock agent's connection was cut off");
+            }
+        }
+        end => debug!(%target, ?end, "a stock agent's connection ended"),
     }
 }
 
