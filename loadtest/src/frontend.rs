@@ -3,7 +3,7 @@
 pub mod connect;
 pub mod proxy;
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, path::Path, sync::Arc, time::Duration};
 
 use culvert_agent::config::Transport;
 use culvert_server::{config::Mode, frontend::listen::FrontendAddress};
@@ -18,6 +18,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::{
     frontend::{connect::ConnectError, proxy::ProxyConnection},
+    peer::Frontend,
     rig::{Rig, Running},
 };
 
@@ -80,15 +81,16 @@ impl Door {
     ) -> Result<Connection, ConnectError> {
         let target = target.to_string();
         Ok(match self {
-            Self::ConnectUnix => Connection::Unix(connect::dial(&rig.uds(), target).await?),
+            Self::ConnectUnix => {
+                Connection::dial_unix(Frontend::Connect, &rig.uds(), target).await?
+            }
             Self::ConnectTls | Self::ConnectTlsTunnelTcp => {
                 let mut socket = tls(rig, b"http/1.1").await?;
                 connect::request(&mut socket, &target).await?;
                 Connection::Tls(Box::new(socket))
             }
             Self::GrpcUnix | Self::GrpcUnixTunnelTcp => {
-                let socket = UnixStream::connect(rig.uds()).await?;
-                Connection::Proxy(Box::new(ProxyConnection::dial(socket, &target).await?))
+                Connection::dial_unix(Frontend::Grpc, &rig.uds(), target).await?
             }
             Self::GrpcTls => {
                 let socket = tls(rig, b"h2").await?;
@@ -154,6 +156,25 @@ pub enum Connection {
 }
 
 impl Connection {
+    /// Dials `target` through the frontend of a server of either make on a Unix socket.
+    ///
+    /// # Errors
+    /// When the frontend cannot be reached, or refuses the dial.
+    pub async fn dial_unix(
+        frontend: Frontend,
+        uds: &Path,
+        target: impl ToString,
+    ) -> Result<Self, ConnectError> {
+        Ok(match frontend {
+            Frontend::Connect => Self::Unix(connect::dial(uds, target).await?),
+            Frontend::Grpc => {
+                let socket = UnixStream::connect(uds).await?;
+                let connection = ProxyConnection::dial(socket, &target.to_string()).await?;
+                Self::Proxy(Box::new(connection))
+            }
+        })
+    }
+
     /// Writes all of `bytes`.
     ///
     /// # Errors

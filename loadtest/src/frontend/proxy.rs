@@ -68,12 +68,25 @@ impl Client {
     /// # Errors
     /// When the frontend refuses it.
     pub async fn call(&self, method: &'static str) -> io::Result<ProxyStream> {
+        self.begin(method, None).await
+    }
+
+    /// Begins a `Proxy` stream with this packet: a stock server answers nothing, not even the
+    /// call, before it has a packet to send.
+    async fn proxy_with(&self, first: Packet) -> io::Result<ProxyStream> {
+        self.begin("/ProxyService/Proxy", Some(first)).await
+    }
+
+    async fn begin(&self, method: &'static str, first: Option<Packet>) -> io::Result<ProxyStream> {
         let origin = http::Uri::from_static("http://localhost");
         let service = Requests(self.requests.clone());
         let mut grpc =
             Grpc::with_origin(service, origin).max_decoding_message_size(8 * 1024 * 1024);
         grpc.ready().await.map_err(io::Error::other)?;
         let (outbound, packets) = mpsc::channel(4);
+        if let Some(first) = first {
+            outbound.send(first).await.map_err(io::Error::other)?;
+        }
         let request = tonic::Request::new(ReceiverStream::new(packets));
         let path = PathAndQuery::from_static(method);
         let response = grpc.streaming(request, path, ProstCodec::default()).await;
@@ -182,9 +195,8 @@ impl ProxyConnection {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let client = Client::connect(socket).await?;
-        let mut stream = client.proxy().await?;
         let random = fastrand::i64(1..);
-        stream.send(dial_request(random, target)).await?;
+        let mut stream = client.proxy_with(dial_request(random, target)).await?;
         let answer = stream.next().await?.and_then(|packet| packet.payload);
         let Some(Payload::DialResponse(response)) = answer else {
             return Err(io::Error::other(format!("no answer to a dial: {answer:?}")).into());

@@ -1,0 +1,375 @@
+//! Servers and agents of either make as processes on loopback: whoever may meet in a rollout.
+
+use std::{
+    fs::File,
+    io,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+
+use culvert_loadtest::{
+    certificates::Certificates,
+    frontend::{Connection, connect::ConnectError},
+    peer::{Frontend, konnectivity::Programs},
+    process::free_port,
+    stock_client::StockClient,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    process::{Child, Command},
+    sync::OnceCell,
+    time::timeout,
+};
+
+use super::metric;
+
+/// Whether an agent of ours can join a stock server. Until it can, whatever needs that is left out.
+pub(crate) const OURS_JOINS_STOCK: bool = false;
+
+/// How long a process may take to do what it is waited for.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Agents that a server can choose among.
+const READY_BACKENDS: &str =
+    "konnectivity_network_proxy_server_ready_backends{proxy_strategy=\"default\"}";
+/// Connections of a server between a frontend and a target.
+pub(crate) const ESTABLISHED: &str = "konnectivity_network_proxy_server_established_connections";
+/// Servers that an agent has joined.
+pub(crate) const OPEN_SERVERS: &str = "konnectivity_network_proxy_agent_open_server_connections";
+/// Servers that an agent has heard of.
+pub(crate) const KNOWN_SERVERS: &str = "konnectivity_network_proxy_agent_known_server_count";
+/// Connections to targets that an agent has.
+pub(crate) const OPEN_TARGETS: &str = "konnectivity_network_proxy_agent_open_endpoint_connections";
+
+/// Who made a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Make {
+    /// This workspace.
+    Culvert,
+    /// Upstream.
+    Stock,
+}
+
+/// Who meets whom, and how frontends come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Mix {
+    pub(crate) agent: Make,
+    pub(crate) server: Make,
+    pub(crate) frontend: Frontend,
+}
+
+/// What stock does not do right, whoever is at the other end.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Feat {
+    /// Hands on what a target says before it was asked.
+    ServerFirst,
+    /// Hands on everything that was written before a close.
+    WrittenThenClosed,
+}
+
+impl Mix {
+    /// Every mix that can work.
+    pub(crate) fn all() -> Vec<Self> {
+        let mut all = Vec::new();
+        for agent in [Make::Culvert, Make::Stock] {
+            for server in [Make::Culvert, Make::Stock] {
+                for frontend in [Frontend::Grpc, Frontend::Connect] {
+                    let mix = Self { agent, server, frontend };
+                    match mix.is_supported() {
+                        true => all.push(mix),
+                        false => println!("SWITCHED OFF: {mix:?}"),
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    fn is_supported(self) -> bool {
+        OURS_JOINS_STOCK || (self.agent, self.server) != (Make::Culvert, Make::Stock)
+    }
+
+    /// Why this cannot be asked of the mix: what its stock half does.
+    pub(crate) fn excuse(self, feat: Feat) -> Option<&'static str> {
+        match (feat, self.agent, self.server, self.frontend) {
+            (Feat::ServerFirst, _, Make::Stock, Frontend::Grpc) => Some(
+                "the client library drops what comes right behind a dial's answer, and a stock \
+                 server does not give it the moment it needs",
+            ),
+            (Feat::ServerFirst, _, Make::Stock, Frontend::Connect) => {
+                Some("a stock server writes its 200 and the target's bytes in no order")
+            }
+            (Feat::WrittenThenClosed, Make::Stock, _, _) => {
+                Some("a stock agent closes the target's socket before it has written what it holds")
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Upstream's programs.
+#[derive(Debug)]
+struct Stock {
+    programs: Programs,
+    client: StockClient,
+}
+
+/// Upstream's programs, built once; `None`, and a word about it, where there is no Go.
+async fn stock() -> Option<&'static Stock> {
+    static STOCK: OnceCell<Option<Stock>> = OnceCell::const_new();
+    let build = || async {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let programs = Programs::build(folder).await.unwrap()?;
+        let client = StockClient::build(folder).await.unwrap()?;
+        Some(Stock { programs, client })
+    };
+    let stock = STOCK.get_or_init(build).await.as_ref();
+    if stock.is_none() {
+        eprintln!("SKIPPED: Go is not installed, so the stock server and agent cannot be built");
+    }
+    stock
+}
+
+/// One place for a server, which may be started again, and what its agents need to find it.
+#[derive(Debug)]
+pub(crate) struct Site {
+    pub(crate) server: Daemon,
+    /// Its CA and certificates. The folder is free for sockets and logs.
+    pub(crate) certificates: Certificates,
+    frontend: Frontend,
+    tunnel: u16,
+    admin: u16,
+    stock: &'static Stock,
+}
+
+impl Site {
+    /// Starts a server; `None`, and a word about it, where stock's cannot be built.
+    pub(crate) async fn start(make: Make, frontend: Frontend, flags: &[&str]) -> Option<Self> {
+        let stock = stock().await?;
+        let certificates = Certificates::generate().unwrap();
+        let mut site = Self {
+            server: Daemon::default(),
+            certificates,
+            frontend,
+            tunnel: free_port().unwrap(),
+            admin: free_port().unwrap(),
+            stock,
+        };
+        site.start_server(make, flags).await;
+        Some(site)
+    }
+
+    /// Starts server and agent of a mix and waits until the agent has joined.
+    pub(crate) async fn start_mix(mix: Mix) -> Option<(Self, Daemon)> {
+        println!("{mix:?}");
+        let site = Self::start(mix.server, mix.frontend, &[]).await?;
+        let agent = site.start_agent(mix.agent, "agent", &[]).await;
+        site.until_joined(1).await;
+        Some((site, agent))
+    }
+
+    /// Starts a server where the last one was, and waits until it answers.
+    pub(crate) async fn start_server(&mut self, make: Make, more: &[&str]) {
+        let pair = self.certificates.server();
+        let mode = match self.frontend {
+            Frontend::Grpc => "grpc",
+            Frontend::Connect => "http-connect",
+        };
+        let health = free_port().unwrap();
+        let mut flags = vec![
+            flag("uds-name", &self.socket()),
+            format!("--mode={mode}"),
+            "--server-port=0".into(),
+            flag("cluster-cert", &pair.certificate),
+            flag("cluster-key", &pair.key),
+            flag("cluster-ca-cert", &self.certificates.ca()),
+            "--agent-bind-address=127.0.0.1".into(),
+            format!("--agent-port={}", self.tunnel),
+            format!("--admin-port={}", self.admin),
+            format!("--health-port={health}"),
+            "--health-bind-address=127.0.0.1".into(),
+            "--server-id=the-server".into(),
+        ];
+        flags.extend(more.iter().map(|flag| (*flag).to_owned()));
+        let log = self.certificates.folder().join("server.log");
+        let program = (make, "server", &*self.stock.programs.server);
+        self.server = Daemon::start(program, &flags, log, health);
+        self.server.until_answering().await;
+    }
+
+    /// Starts an agent and waits until it says that it has joined.
+    pub(crate) async fn start_agent(&self, make: Make, name: &str, more: &[&str]) -> Daemon {
+        let pair = self.certificates.agent();
+        let mut flags = vec![flag("agent-cert", &pair.certificate), flag("agent-key", &pair.key)];
+        flags.extend(more.iter().map(|flag| (*flag).to_owned()));
+        let agent = self.start_agent_unproven(make, name, flags);
+        // Asking stock for its readiness fills its log.
+        let joined =
+            async || agent.scrape().await.is_ok_and(|scrape| metric(&scrape, OPEN_SERVERS) > 0.0);
+        until(&format!("{name} has joined"), joined).await;
+        agent
+    }
+
+    /// Starts an agent that shows no certificate.
+    pub(crate) fn start_agent_unproven(&self, make: Make, name: &str, more: Vec<String>) -> Daemon {
+        let health = free_port().unwrap();
+        let mut flags = vec![
+            format!("--agent-id={name}"),
+            flag("ca-cert", &self.certificates.ca()),
+            "--proxy-server-host=127.0.0.1".into(),
+            format!("--proxy-server-port={}", self.tunnel),
+            format!("--health-server-port={health}"),
+            "--health-server-host=127.0.0.1".into(),
+            format!("--admin-server-port={}", free_port().unwrap()),
+            "--sync-interval=100ms".into(),
+            "--sync-interval-cap=500ms".into(),
+            "--probe-interval=100ms".into(),
+        ];
+        flags.extend(more);
+        let log = self.certificates.folder().join(format!("{name}.log"));
+        Daemon::start((make, "agent", &self.stock.programs.agent), &flags, log, health)
+    }
+
+    /// The path of the frontend's socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.certificates.folder().join("frontend.sock")
+    }
+
+    /// Waits until the server can choose among exactly so many agents.
+    pub(crate) async fn until_joined(&self, agents: u32) {
+        let joined = async || self.ready_backends().await == f64::from(agents);
+        until(&format!("{agents} agents have joined"), joined).await;
+    }
+
+    /// Agents that the server can choose among.
+    pub(crate) async fn ready_backends(&self) -> f64 {
+        self.server.metric(READY_BACKENDS).await
+    }
+
+    /// Dials a target.
+    pub(crate) async fn dial(&self, target: impl ToString) -> Result<Connection, ConnectError> {
+        Connection::dial_unix(self.frontend, &self.socket(), target).await
+    }
+
+    /// Runs a command of the stock client: what it printed, and its exit code.
+    pub(crate) async fn stock_client(
+        &self,
+        command: &str,
+        target: impl ToString,
+        flags: &[&str],
+    ) -> (serde_json::Value, Option<i32>) {
+        let (client, target) = (&self.stock.client, target.to_string());
+        client.run(command, &self.socket(), &target, flags).await.unwrap()
+    }
+}
+
+fn flag(name: &str, path: &Path) -> String {
+    format!("--{name}={}", path.display())
+}
+
+/// A process, killed when dropped. The end of its log is then printed, for a test that fails.
+#[derive(Debug, Default)]
+pub(crate) struct Daemon {
+    child: Option<Child>,
+    health: u16,
+    log: PathBuf,
+}
+
+impl Daemon {
+    fn start(
+        (make, side, stock): (Make, &str, &Path),
+        flags: &[String],
+        log: PathBuf,
+        health: u16,
+    ) -> Self {
+        let mut command = match make {
+            Make::Culvert => {
+                let mut command = Command::new(env!("CARGO_BIN_EXE_culvert-loadtest"));
+                command.arg(side);
+                command
+            }
+            Make::Stock => Command::new(stock),
+        };
+        let file = File::options().create(true).append(true).open(&log).unwrap();
+        command.args(flags).env_remove("RUST_LOG").stdin(Stdio::null()).kill_on_drop(true);
+        command.stdout(file.try_clone().unwrap()).stderr(file);
+        Self { child: Some(command.spawn().unwrap()), health, log }
+    }
+
+    fn child(&mut self) -> &mut Child {
+        self.child.as_mut().expect("it was started")
+    }
+
+    /// Sends a signal.
+    pub(crate) fn signal(&self, signal: Signal) {
+        let id = self.child.as_ref().and_then(Child::id).expect("it runs");
+        kill(Pid::from_raw(id.cast_signed()), signal).unwrap();
+    }
+
+    /// Ends it without a word.
+    pub(crate) async fn kill(&mut self) {
+        self.child().kill().await.unwrap();
+    }
+
+    /// Waits for its end; how it ended.
+    pub(crate) async fn ended(&mut self) -> ExitStatus {
+        let ended = timeout(PATIENCE, self.child().wait()).await;
+        ended.expect("the process does not end").unwrap()
+    }
+
+    /// The value of one line of its metrics; 0 when it is not there.
+    pub(crate) async fn metric(&self, line: &str) -> f64 {
+        metric(&self.scrape().await.unwrap(), line)
+    }
+
+    async fn scrape(&self) -> io::Result<String> {
+        get(self.health, "/metrics").await
+    }
+
+    /// Everything it has logged.
+    pub(crate) fn log(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    async fn until_answering(&self) {
+        let answers = async || self.scrape().await.is_ok();
+        until(&format!("{} is written by a process that answers", self.log.display()), answers)
+            .await;
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let log = self.log();
+        let lines: Vec<_> = log.lines().collect();
+        println!("--- {}", self.log.display());
+        lines[lines.len().saturating_sub(20)..].iter().for_each(|line| println!("{line}"));
+    }
+}
+
+/// Waits until something has become true that nobody announces.
+pub(crate) async fn until(what: &str, mut is_true: impl AsyncFnMut() -> bool) {
+    let looking = async {
+        let mut looks = tokio::time::interval(Duration::from_millis(10));
+        while !is_true().await {
+            looks.tick().await;
+        }
+    };
+    timeout(PATIENCE, looking).await.unwrap_or_else(|_| panic!("never: {what}"));
+}
+
+/// Everything that a GET is answered with.
+async fn get(port: u16, path: &str) -> io::Result<String> {
+    let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await?;
+    socket.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await?;
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await?;
+    Ok(answer)
+}
