@@ -41,6 +41,9 @@ enum Command {
 #[derive(Debug, Args)]
 struct Compare {
     /// Run this scenario, by its name or the path of a TOML file; may be given several times
+    ///
+    /// The file names a link, workloads, events such as UDP being dropped, flags of Culvert's server
+    /// and agent, and goals; loadtest/src/scenario.rs has every key.
     #[arg(long = "scenario", value_name = "NAME", required_unless_present = "all")]
     scenarios: Vec<String>,
     /// Run every scenario that is built in
