@@ -190,8 +190,8 @@ impl Servers {
             let mark = if served.state() == "used" { '+' } else { '-' };
             let Served { server_id, reason, since, .. } = &**served;
             let (transport, state) = (served.tunnel.transport(), served.state());
-            let seconds = since.elapsed().as_secs();
-            format!("[{mark}]tunnel {server_id}: {transport} for {seconds}s ({reason}), {state}")
+            let seconds = since.elapsed().as_secs_f64();
+            format!("[{mark}]tunnel {server_id}: {transport} for {seconds:.1}s ({reason}), {state}")
         };
         self.lock().iter().map(line).collect()
     }

@@ -216,8 +216,8 @@ pub struct Carried {
     pub second: f64,
     /// The carrier.
     pub carrier: Carrier,
-    /// Why, in the agent's word, where it gives one.
-    pub reason: Option<String>,
+    /// Why, in the agent's word.
+    pub reason: String,
 }
 
 /// Whether a goal was reached.

@@ -292,6 +292,11 @@ impl Running {
         &self.certificates
     }
 
+    /// The carrier that tunnels get.
+    pub fn transport(&self) -> Transport {
+        self.rig.transport
+    }
+
     /// The agents, in the order in which they were started.
     pub fn agents(&self) -> &[RunningAgent] {
         &self.agents

@@ -96,8 +96,11 @@ async fn a_target_that_stops_reading_holds_back_its_own_stream() {
 /// type; afterwards the stalled one gets every byte.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_stalled_for_a_minute_delays_nobody_and_loses_nothing() {
-    let doors = [Door::ConnectUnix, Door::GrpcUnix];
-    tokio::join!(stall_for_a_minute(doors[0]), stall_for_a_minute(doors[1]));
+    tokio::join!(
+        stall_for_a_minute(Door::ConnectUnix),
+        stall_for_a_minute(Door::GrpcUnix),
+        stall_for_a_minute(Door::ConnectTlsTunnelTcp),
+    );
 }
 
 async fn stall_for_a_minute(door: Door) {

@@ -269,7 +269,7 @@ async fn an_abandoned_dial_leaves_nothing_at_the_agent() {
 
 #[tokio::test]
 async fn an_agent_takes_no_more_streams_than_it_may_carry() {
-    for door in [Door::ConnectUnix, Door::GrpcUnix] {
+    for door in [Door::ConnectUnix, Door::GrpcUnix, Door::GrpcUnixTunnelTcp] {
         within(async {
             let rig = door.rig().max_streams(2).start().await.unwrap();
             let echo = targets::echo().await.unwrap();

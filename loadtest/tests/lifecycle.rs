@@ -9,6 +9,7 @@ use std::{
 };
 
 use common::{agent, eventually, metric, within};
+use culvert_agent::config::Transport;
 use culvert_loadtest::{
     certificates::Certificates,
     frontend::{
@@ -34,6 +35,7 @@ async fn agent_process(rig: &Running, flags: &[&str]) -> Process {
     let pair = certificates.agent();
     let mut all = vec![
         "--agent-id=process".to_owned(),
+        format!("--transport={}", format!("{:?}", rig.transport()).to_lowercase()),
         format!("--proxy-server-host={}", tunnel.ip()),
         format!("--proxy-server-port={}", tunnel.port()),
         format!("--ca-cert={}", certificates.ca().display()),
@@ -94,10 +96,15 @@ async fn an_agent_killed_while_dialing_fails_the_dial_at_once() {
             let killed = Instant::now();
             let refused = door.dial(&rig, "127.0.0.1:9").await.unwrap_err();
             assert!(killed.elapsed() < AT_ONCE, "{door:?}: {:?}", killed.elapsed());
-            assert!(refused.to_string().contains("agent process was lost while dialing"));
+            let refused = refused.to_string();
+            if rig.transport() == Transport::Tcp && refused.contains("No agent available") {
+                // TCP tells of a process that was killed by itself, and may be quicker than the dial.
+                return;
+            }
+            assert!(refused.contains("agent process was lost while dialing"), "{refused}");
             if !door.is_grpc() {
-                assert!(refused.to_string().starts_with("HTTP/1.1 502 Bad Gateway\r\n"));
-                assert!(refused.to_string().contains("Backend context error: "));
+                assert!(refused.starts_with("HTTP/1.1 502 Bad Gateway\r\n"));
+                assert!(refused.contains("Backend context error: "));
             }
         })
         .await;
@@ -327,7 +334,8 @@ async fn a_server_that_is_back_before_the_next_packet_says_that_it_has_forgotten
         server.peer.until_logged("culvert-server runs").await.unwrap();
         agent.signal("CONT").await.unwrap();
         let back = Instant::now();
-        tokio::io::AsyncWriteExt::write_all(&mut socket, b"?").await.unwrap();
+        // The agent may have found out already, having asked a server that was silent.
+        let _ = tokio::io::AsyncWriteExt::write_all(&mut socket, b"?").await;
         let gone = agent.until_logged("server gone").await.unwrap();
         assert!(back.elapsed() < AT_ONCE, "{:?}", back.elapsed());
         assert!(gone["reason"].as_str().unwrap().contains("restarted"), "{gone}");

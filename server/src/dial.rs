@@ -230,7 +230,7 @@ impl Dialer {
                 return (backend, result);
             }
             // It may not have been taken out yet.
-            backend.drain();
+            self.backends.drain(&backend);
             match self.backends.choose(&wish.target) {
                 Some(other) if !Arc::ptr_eq(&other, &backend) => {
                     self.metrics.dial_moved();

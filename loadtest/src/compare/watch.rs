@@ -69,16 +69,10 @@ async fn watch(seen: Arc<Mutex<Vec<Sighting>>>) {
     }
 }
 
-/// What serves now. Agents that do not tell in their readiness are asked for their metrics.
+/// What serves now.
 async fn ask() -> io::Result<Option<Serving>> {
     let readiness = Page::get(AGENT_HEALTH_PORT, "/readyz?verbose").await?;
-    match Serving::from_readiness(readiness.body()) {
-        None if readiness.is_ok() => {
-            let metrics = Page::get(AGENT_HEALTH_PORT, "/metrics").await?;
-            Ok(Serving::from_metrics(metrics.body()))
-        }
-        serving => Ok(serving),
-    }
+    Ok(Serving::from_readiness(readiness.body()))
 }
 
 /// The first change of carrier after one moment and before another.
@@ -99,7 +93,7 @@ mod tests {
         let at = |second| start + Duration::from_secs(second);
         let sighting = |second, carrier| Sighting {
             at: at(second),
-            serving: Serving { carrier, reason: None },
+            serving: Serving { carrier, reason: String::new() },
         };
         let seen =
             [sighting(1, Carrier::Quic), sighting(5, Carrier::Tcp), sighting(9, Carrier::Quic)];

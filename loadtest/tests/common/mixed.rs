@@ -30,9 +30,6 @@ use tokio::{
 
 use super::metric;
 
-/// Whether an agent of ours can join a stock server. Until it can, whatever needs that is left out.
-pub(crate) const OURS_JOINS_STOCK: bool = false;
-
 /// How long a process may take to do what it is waited for.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -75,25 +72,16 @@ pub(crate) enum Feat {
 }
 
 impl Mix {
-    /// Every mix that can work.
+    /// Every mix.
     pub(crate) fn all() -> Vec<Self> {
         let mut all = Vec::new();
         for agent in [Make::Culvert, Make::Stock] {
             for server in [Make::Culvert, Make::Stock] {
-                for frontend in [Frontend::Grpc, Frontend::Connect] {
-                    let mix = Self { agent, server, frontend };
-                    match mix.is_supported() {
-                        true => all.push(mix),
-                        false => println!("SWITCHED OFF: {mix:?}"),
-                    }
-                }
+                let mix = |frontend| Self { agent, server, frontend };
+                all.extend([Frontend::Grpc, Frontend::Connect].map(mix));
             }
         }
         all
-    }
-
-    fn is_supported(self) -> bool {
-        OURS_JOINS_STOCK || (self.agent, self.server) != (Make::Culvert, Make::Stock)
     }
 
     /// Why this cannot be asked of the mix: what its stock half does.

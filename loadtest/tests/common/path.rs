@@ -1,7 +1,7 @@
 //! A path to a server that passes TCP always, and UDP when the test says so.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     net::SocketAddr,
     sync::{
         Arc,
@@ -75,13 +75,16 @@ async fn pass_udp(near: Arc<UdpSocket>, server: SocketAddr, passes: Arc<AtomicBo
         if !passes.load(Ordering::Relaxed) {
             continue;
         }
-        if !agents.contains_key(&agent) {
-            let far = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
-            far.connect(server).await.unwrap();
-            let back = pass_back(far.clone(), near.clone(), agent, passes.clone());
-            agents.insert(agent, (far, Back(tokio::spawn(back))));
-        }
-        let _ = agents[&agent].0.send(&packet[..length]).await;
+        let (far, _) = match agents.entry(agent) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => {
+                let far = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+                far.connect(server).await.unwrap();
+                let back = pass_back(far.clone(), near.clone(), agent, passes.clone());
+                unknown.insert((far, Back(tokio::spawn(back))))
+            }
+        };
+        let _ = far.send(&packet[..length]).await;
     }
 }
 
