@@ -443,9 +443,14 @@ impl Mux {
                 return Ok(taken);
             }
             Frame::MaxData(limit) => {
+                // Only then does any stream wait for it: a peer cannot have all of them looked
+                // through with every few bytes.
+                let was_blocked = self.sent == self.may_send;
                 self.may_send = self.may_send.max(limit);
-                let blocked: Vec<_> = self.streams.keys().copied().collect();
-                blocked.into_iter().for_each(|id| self.schedule(id));
+                if was_blocked && self.sent < self.may_send {
+                    let blocked: Vec<_> = self.streams.keys().copied().collect();
+                    blocked.into_iter().for_each(|id| self.schedule(id));
+                }
             }
             Frame::MaxStreams(limit) => {
                 self.may_open = self.may_open.max(limit);
@@ -556,4 +561,26 @@ pub(super) enum Taken {
     Opened,
     /// The peer closed the connection.
     Closed { application: bool, code: u64, reason: String },
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn grants_that_nobody_waits_for_cost_the_peer_more_than_this_side() {
+        let mut mux = Mux::new(Role::Server, 1024, 4096, 30_000);
+        mux.take(Frame::Parameters(Parameters { max_data: 1, ..Parameters::default() })).unwrap();
+        let last = Frame::Stream { id: 4095 << 2, offset: 0, data: Bytes::new(), fin: false };
+        mux.take(last).unwrap();
+        // One read's worth of frames: well below a millisecond, and a minute if each one has all
+        // 4096 streams looked through.
+        let began = Instant::now();
+        for limit in 0..60_000 {
+            mux.take(Frame::MaxData(limit)).unwrap();
+        }
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    }
 }
