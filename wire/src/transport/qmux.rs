@@ -102,6 +102,12 @@ where
     }
 }
 
+/// A connection and a peer that may do anything, for the fuzzer.
+#[cfg(fuzzing)]
+pub fn fuzz_peer(script: &[u8]) {
+    let _ = mux::exercise(script);
+}
+
 /// What the tasks, the handles and the streams of one connection share.
 struct Shared {
     mux: Mutex<Mux>,

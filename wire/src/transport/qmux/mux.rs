@@ -3,6 +3,9 @@
 //! No input or output happens here. Frames that came go in by [`Mux::take`], frames to be sent come
 //! out by [`Mux::fill`], and whoever waits for something has a bell that is rung.
 
+#[cfg(any(test, fuzzing))]
+mod exercise;
+
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     sync::Arc,
@@ -10,6 +13,8 @@ use std::{
 
 use bytes::{Buf, Bytes, BytesMut};
 
+#[cfg(fuzzing)]
+pub(super) use self::exercise::exercise;
 use super::{
     Role,
     frame::{Frame, FrameFault, MAX_DATA_LEN, MAX_RECORD, Parameters, Record},
