@@ -15,6 +15,7 @@ use tokio::{net::lookup_host, time::timeout};
 
 use crate::{
     config::ServersConfig,
+    plan::Approach,
     stock_server,
     transport::{Race, race},
     tunnel::{self, JoinError, Joined, TunnelContext},
@@ -26,6 +27,8 @@ const HEAD_START: Duration = Duration::from_millis(300);
 /// How long one carrier may take, hello and welcome included: a handshake whose first packets are lost
 /// twice takes three seconds.
 const WAY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a name may take to be looked up.
+const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(5);
 /// UDP payload that every path carries that carries QUIC at all (RFC 9000 §14).
 const SMALLEST_MTU: u16 = 1200;
 
@@ -169,7 +172,7 @@ pub struct Attempts {
 
 impl Attempts {
     /// One attempt: every address of the servers in turn, in random order, so that each server's is
-    /// found. `large_packets` says whether packets may be larger than any path carries.
+    /// found, and `toward` first.
     ///
     /// Files and names are read anew each time, so a rotated certificate or a moved server needs no
     /// restart.
@@ -178,8 +181,8 @@ impl Attempts {
     /// Dropping the future gives up what was begun.
     pub async fn attempt(
         &self,
-        ways: Ways,
-        large_packets: bool,
+        Approach { ways, large_packets }: Approach,
+        toward: Option<SocketAddr>,
         context: &TunnelContext,
     ) -> Attempted {
         let unknown = |error| Attempted { result: Err(error), quic: QuicFate::Unknown };
@@ -191,7 +194,7 @@ impl Attempts {
         if !large_packets {
             settings.mtu_cap = settings.mtu_cap.min(SMALLEST_MTU);
         }
-        let places = match self.places(ways).await {
+        let places = match self.places(ways, toward).await {
             Ok(places) => places,
             Err(error) => return unknown(error),
         };
@@ -210,19 +213,29 @@ impl Attempts {
 
     /// Where to look for a server, and which carriers lead there. A proxy knows names that nobody here
     /// can look up.
-    async fn places(&self, ways: Ways) -> Result<Vec<(Ends, Ways)>, AttemptError> {
+    async fn places(
+        &self,
+        ways: Ways,
+        toward: Option<SocketAddr>,
+    ) -> Result<Vec<(Ends, Ways)>, AttemptError> {
         let ServersConfig { host, port, .. } = &self.servers;
         let proxied = self.proxies.proxy_for(host, *port).map(|proxy| Way::Proxied {
             proxy,
             host: host.clone(),
             port: *port,
         });
-        let mut addresses: Vec<_> = match lookup_host((host.as_str(), *port)).await {
-            Ok(addresses) => addresses.collect(),
+        let found = match timeout(LOOK_UP_TIMEOUT, lookup_host((host.as_str(), *port))).await {
+            Ok(Ok(addresses)) => Ok(addresses.collect()),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("no answer within {LOOK_UP_TIMEOUT:?}")),
+        };
+        let mut addresses: Vec<_> = match found {
+            Ok(addresses) => addresses,
             Err(_) if proxied.is_some() && ways != Ways::Quic => Vec::new(),
-            Err(error) => return Err(self.unresolvable(&error.to_string())),
+            Err(reason) => return Err(self.unresolvable(&reason)),
         };
         fastrand::shuffle(&mut addresses);
+        addresses.sort_by_key(|address| Some(*address) != toward);
         let direct = addresses.into_iter().map(|address| {
             let tcp = proxied.clone().unwrap_or(Way::Direct(address));
             (Ends { quic: Some(address), tcp }, ways)

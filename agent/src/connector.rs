@@ -53,14 +53,17 @@ impl Connector {
         let mut tunnels = Tunnels::new();
         let mut pending: Option<Pending> = None;
         loop {
-            let next = self.plan.next(&self.situation(), now());
-            // A probe can be made at any time; what is urgent cannot wait for it.
-            let free = pending.as_ref().is_none_or(|pending| {
-                pending.goal == Goal::Probe && next.is_some_and(|(goal, _)| goal != Goal::Probe)
-            });
+            // What is more urgent takes the place of an attempt that goes on.
+            let going_on = pending.as_ref().map(|pending| pending.goal);
+            let next = self.plan.next(&self.situation(), going_on, now());
             select! {
                 () = context.draining.cancelled() => break,
-                Some(Ok((served, lost))) = tunnels.join_next() => self.on_lost(&served, &lost),
+                Some(ended) = tunnels.join_next() => {
+                    // One whose task panicked has left as well, and will be looked for.
+                    if let Ok((served, lost)) = ended {
+                        self.on_lost(&served, &lost);
+                    }
+                }
                 attempted = finished(&mut pending) => {
                     if let Some((goal, approach, attempted)) = attempted {
                         self.on_attempted(goal, approach, attempted, &mut tunnels, &context);
@@ -73,7 +76,7 @@ impl Connector {
                         pending = None;
                     }
                 }
-                goal = due(next), if free => pending = Some(self.begin(goal, context.clone())),
+                goal = due(next) => pending = Some(self.begin(goal, context.clone())),
             }
         }
         drop(pending);
@@ -95,9 +98,10 @@ impl Connector {
         let approach = self.plan.approach(goal, &self.situation(), now(), fastrand::f64());
         debug!(?goal, ?approach, "an attempt to get a tunnel");
         let attempts = self.attempts.clone();
-        let Approach { ways, large_packets } = approach;
+        let silent = self.servers.in_use().into_iter().find(|served| served.is_silent());
+        let toward = silent.map(|served| served.tunnel.remote_address());
         let attempted =
-            tokio::spawn(async move { attempts.attempt(ways, large_packets, &context).await });
+            tokio::spawn(async move { attempts.attempt(approach, toward, &context).await });
         Pending { goal, approach, attempted: AbortOnDropHandle::new(attempted) }
     }
 
@@ -112,9 +116,9 @@ impl Connector {
         match result {
             Ok(arrived) => {
                 self.metrics.connect_attempt("ok");
-                let rank = Rank::of(arrived.joined.tunnel());
+                let rank = Rank::of(arrived.joined.tunnel(), approach.large_packets);
                 let reason = reason(goal, approach.ways, quic, rank);
-                let found = self.enter(arrived, reason, tunnels, context);
+                let found = self.enter(arrived, rank, reason, tunnels, context);
                 let arrival = Arrival { quic, rank, found };
                 self.plan.on_arrived(goal, arrival, now(), fastrand::f64());
             }
@@ -130,6 +134,7 @@ impl Connector {
     fn enter(
         &self,
         arrived: Arrived,
+        rank: Rank,
         reason: &'static str,
         tunnels: &mut Tunnels,
         context: &Arc<TunnelContext>,
@@ -138,7 +143,8 @@ impl Connector {
         let (server_id, count) = (joined.welcome.server_id.clone(), joined.welcome.server_count);
         let tunnel = joined.tunnel().clone();
         let address = tunnel.remote_address();
-        let entered = self.servers.enter(server_id.clone(), tunnel.clone(), buffers, reason, now());
+        let way = (tunnel.clone(), rank);
+        let entered = self.servers.enter(server_id.clone(), way, buffers, reason, now());
         let (served, other) = match entered {
             Entered::New(served) => (served, None),
             Entered::Instead(served, other) => (served, Some(other)),
@@ -172,9 +178,10 @@ impl Connector {
         context: &Arc<TunnelContext>,
     ) {
         let (servers, context) = (self.servers.clone(), context.clone());
+        let leaving = Leaving(servers.clone(), served.clone());
         tunnels.spawn(async move {
             let lost = joined.serve(&served, &servers, context).await;
-            servers.leave(&served);
+            drop(leaving);
             (served, lost)
         });
     }
@@ -190,15 +197,25 @@ impl Connector {
     }
 }
 
+/// Takes a tunnel out of the agent's when its task ends, however it ends.
+struct Leaving(Arc<Servers>, Arc<Served>);
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.0.leave(&self.1);
+    }
+}
+
 /// Why a tunnel goes the way it goes, in a word.
 fn reason(goal: Goal, ways: Ways, quic: QuicFate, rank: Rank) -> &'static str {
     match (goal, quic, ways) {
         (_, QuicFate::Failed(word), _) => word,
         (Goal::Probe, ..) => "quic_works",
         (Goal::Replace, ..) => "quic_silent",
-        (_, _, Ways::TcpFirst) if rank < Rank::Quic => "quic_failed_before",
-        (_, _, Ways::Quic | Ways::Tcp) => "only_choice",
-        _ => "first_choice",
+        (_, _, Ways::TcpFirst) if !rank.is_quic() => "quic_failed_before",
+        (_, _, Ways::QuicFirst | Ways::TcpFirst) if rank.is_quic() => "first_choice",
+        // The server's address is known to a proxy alone, or one carrier was told.
+        _ => "only_choice",
     }
 }
 

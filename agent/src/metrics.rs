@@ -32,6 +32,7 @@ const CONNECT_ATTEMPTS: &str = "culvert_agent_connect_attempts_total";
 const TUNNELS_LOST: &str = "culvert_agent_tunnels_lost_total";
 const SWITCHES: &str = "culvert_agent_transport_switches_total";
 const TRANSPORT_SINCE: &str = "culvert_agent_tunnel_since_seconds";
+const RETIRED: &str = "culvert_agent_tunnels_retired";
 const UDP_BUFFER: &str = "culvert_agent_udp_buffer_bytes";
 
 /// Bounds of dial durations: Konnectivity's, with the range of a node's own network made finer.
@@ -155,12 +156,14 @@ impl AgentMetrics {
         one(KNOWN_SERVERS, Kind::Gauge, help, servers.count().into());
         one(STREAMS, Kind::Counter, "Streams that were spliced.", now(&self.streams));
         append_meter(&mut text, STREAM_BYTES, &self.meter, ["to_server", "from_server"]);
-        append_served(&mut text, &servers.all());
+        let help = "Tunnels that others have taken the place of, and that still have streams.";
+        append_family(&mut text, RETIRED, Kind::Gauge, help, [(vec![], servers.retired() as u64)]);
+        append_served(&mut text, &servers.in_use());
         text
     }
 }
 
-/// Appends what there is to know of each tunnel.
+/// Appends what there is to know of each tunnel that is used, which is one for each server.
 fn append_served(text: &mut String, tunnels: &[Arc<Served>]) {
     let server = |served: &Served| ("server_id", served.server_id.to_string());
     let rows = tunnels.iter().map(|served| {

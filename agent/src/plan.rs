@@ -15,21 +15,24 @@ use crate::{
 /// them; a twelfth longer each time, so that twenty servers are found in seconds and a missing one is
 /// not asked for by every node every second.
 const HUNT: (Duration, f64) = (Duration::from_millis(30), 1.08);
-/// Pause between two looks for another way around a tunnel that is silent.
+/// Pause between two looks for another way around a tunnel that is silent, give or take a half.
 const REPLACE_INTERVAL: Duration = Duration::from_secs(1);
+/// Pauses after probes that changed nothing grow by this, up to the time that a failure is believed at
+/// most.
+const PROBE_GROWTH: f64 = 2.0;
 /// A tunnel over QUIC that falls silent when it is younger than this was not worth its handshake: TCP is
 /// next, without another try.
 const YOUNG: Duration = Duration::from_secs(60);
 /// How long packets stay small after a tunnel with large ones had fallen silent.
 const SMALL_PACKETS: Duration = Duration::from_secs(600);
 
-/// What an attempt is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What an attempt is for, the least urgent first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Goal {
+    /// A tunnel could go a better way by now.
+    Probe,
     /// A server is missing.
     Look,
-    /// A tunnel goes over TCP; QUIC may work by now.
-    Probe,
     /// A tunnel is silent; another way may work.
     Replace,
 }
@@ -95,6 +98,8 @@ pub struct Plan {
     /// Pauses after failures, and after servers that were known.
     failures: Backoff,
     hunt: Backoff,
+    /// Pauses after probes that changed nothing and say nothing of QUIC.
+    probes: Backoff,
     look_at: Instant,
     probe_at: Instant,
     replace_at: Instant,
@@ -112,6 +117,11 @@ impl Plan {
             forever: sync.forever,
             interval: sync.interval,
             memory: QuicMemory::new(config.quic_retry_interval),
+            probes: Backoff::growing_by(
+                PROBE_GROWTH,
+                config.quic_retry_interval,
+                QuicMemory::LONGEST,
+            ),
             failures: Backoff::new(sync.interval, sync.interval_cap),
             hunt: Backoff::growing_by(HUNT.1, HUNT.0, sync.interval_cap),
             look_at: now,
@@ -122,23 +132,39 @@ impl Plan {
         }
     }
 
-    /// What to do next, and when: what is due first, and of that what matters most.
-    pub fn next(&self, situation: &Situation, now: Instant) -> Option<(Goal, Instant)> {
+    /// What to do next, and when: what is due first, and of that what matters most. While an attempt
+    /// goes on, what is more urgent than that.
+    pub fn next(
+        &self,
+        situation: &Situation,
+        pending: Option<Goal>,
+        now: Instant,
+    ) -> Option<(Goal, Instant)> {
         let Situation { in_use, count } = situation;
         let missing = in_use.len() < (*count).max(1) as usize;
         let silent = in_use.iter().any(|tunnel| tunnel.silent);
-        let improvable =
-            self.transport == Transport::Auto && in_use.iter().any(|t| t.rank < Rank::Quic);
-        let probe_at =
-            self.memory.fails_until(now).map_or(self.probe_at, |at| at.max(self.probe_at));
+        let worst = in_use.iter().map(|tunnel| tunnel.rank).min();
+        let improvable = match self.transport {
+            Transport::Auto => worst < Some(Rank::Quic),
+            Transport::Quic => worst == Some(Rank::SmallQuic),
+            Transport::Tcp => false,
+        };
         [
             (silent, Goal::Replace, self.replace_at),
             (missing || self.forever, Goal::Look, self.look_at),
-            (improvable, Goal::Probe, probe_at),
+            (worst.is_some() && improvable, Goal::Probe, self.probe_due(worst, now)),
         ]
         .into_iter()
-        .filter_map(|(wanted, goal, at)| wanted.then_some((goal, at.max(now))))
+        .filter(|(wanted, goal, _)| *wanted && pending.is_none_or(|pending| *goal > pending))
+        .map(|(_, goal, at)| (goal, at.max(now)))
         .min_by_key(|(_, at)| *at)
+    }
+
+    /// When a tunnel of this rank may be worth another try.
+    fn probe_due(&self, worst: Option<Rank>, now: Instant) -> Instant {
+        let known = self.memory.fails_until(now);
+        let small = self.small_until.filter(|_| worst == Some(Rank::SmallQuic));
+        [known, small].into_iter().flatten().fold(self.probe_at, Instant::max)
     }
 
     /// How to go about it.
@@ -168,25 +194,32 @@ impl Plan {
     pub fn on_arrived(&mut self, goal: Goal, arrival: Arrival, now: Instant, random: f64) {
         let Arrival { quic, rank, found } = arrival;
         self.note(quic, now, random);
-        // A stock server was upgraded: what was found out about the one before is over.
-        if self.met_stock && rank == Rank::Tcp {
-            self.memory.forget();
-        }
-        self.met_stock = rank == Rank::Grpc;
         self.failures.reset();
-        if goal == Goal::Replace && quic == QuicFate::Worked {
-            self.small_until = Some(now + SMALL_PACKETS);
+        match found {
+            Found::Known if goal == Goal::Probe => {
+                self.probe_at = now + self.probes.next(random);
+            }
+            Found::Known => self.look_at = now + self.hunt.next(random),
+            Found::New | Found::Better => {
+                // A stock server was upgraded: what was found out about the one before is over.
+                if self.met_stock && rank == Rank::Tcp {
+                    self.memory.forget();
+                }
+                self.met_stock = rank == Rank::Grpc;
+                if goal == Goal::Replace && rank == Rank::SmallQuic {
+                    self.small_until = Some(now + SMALL_PACKETS);
+                }
+                self.hunt.reset();
+                self.probes.reset();
+                (self.look_at, self.probe_at, self.replace_at) = (now, now, now);
+            }
         }
-        if found == Found::New {
-            self.hunt.reset();
+        if found == Found::Known && goal == Goal::Replace {
+            self.replace_at = now + REPLACE_INTERVAL.mul_f64(0.5 + random);
         }
-        let pause = match found {
-            Found::Known => self.hunt.next(random),
-            Found::New | Found::Better => Duration::ZERO,
-        };
-        self.replace_at = now + REPLACE_INTERVAL;
-        self.probe_at = now + pause;
-        self.look_at = now + if self.forever { pause.max(self.interval) } else { pause };
+        if self.forever {
+            self.look_at = self.look_at.max(now + self.interval);
+        }
     }
 
     /// Nobody did.
@@ -194,9 +227,10 @@ impl Plan {
         self.note(quic, now, random);
         match goal {
             Goal::Look => self.look_at = now + self.failures.next(random),
-            // The memory says when.
-            Goal::Probe => {}
-            Goal::Replace => self.replace_at = now + REPLACE_INTERVAL,
+            // Of a failure of QUIC the memory says how long it is believed.
+            Goal::Probe if quic != QuicFate::Unknown => {}
+            Goal::Probe => self.probe_at = now + self.probes.next(random),
+            Goal::Replace => self.replace_at = now + REPLACE_INTERVAL.mul_f64(0.5 + random),
         }
     }
 

@@ -4,7 +4,7 @@
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Instant,
 };
@@ -23,18 +23,26 @@ pub enum Rank {
     Grpc,
     /// QMux over TCP, where they wait for lost packets.
     Tcp,
+    /// QUIC in packets that every path carries: more of them, for the same bytes.
+    SmallQuic,
     /// QUIC.
     Quic,
 }
 
 impl Rank {
     /// The way of this tunnel.
-    pub fn of(tunnel: &Tunnel) -> Self {
+    pub fn of(tunnel: &Tunnel, large_packets: bool) -> Self {
         match tunnel.transport() {
-            "quic" => Self::Quic,
+            "quic" if large_packets => Self::Quic,
+            "quic" => Self::SmallQuic,
             "tcp" => Self::Tcp,
             _ => Self::Grpc,
         }
+    }
+
+    /// Whether packets go over UDP.
+    pub fn is_quic(self) -> bool {
+        self >= Self::SmallQuic
     }
 }
 
@@ -56,13 +64,18 @@ pub struct Served {
     /// Told when a better tunnel has taken its place: no new dials, and the end once the streams have
     /// ended.
     pub retired: CancellationToken,
-    silent: AtomicBool,
+    /// How much had been received when the peer was found silent, or [`HEARD`].
+    silent_at: AtomicU64,
 }
 
+/// The peer of a tunnel answers.
+const HEARD: u64 = u64::MAX;
+
 impl Served {
-    /// Whether the peer has not answered for a while.
+    /// Whether the peer has not answered for a while, and still does not.
     pub fn is_silent(&self) -> bool {
-        self.silent.load(Ordering::Relaxed)
+        let silent_at = self.silent_at.load(Ordering::Relaxed);
+        silent_at != HEARD && self.tunnel.stats().received_bytes == silent_at
     }
 
     /// Whether another tunnel is used instead.
@@ -105,12 +118,11 @@ impl Servers {
     pub fn enter(
         &self,
         server_id: ServerId,
-        tunnel: Tunnel,
+        (tunnel, rank): (Tunnel, Rank),
         buffers: Option<BufferSizes>,
         reason: &'static str,
         now: Instant,
     ) -> Entered {
-        let rank = Rank::of(&tunnel);
         let mut tunnels = self.lock();
         let in_use = |other: &&Arc<Served>| other.server_id == server_id && !other.is_retired();
         let other = tunnels.iter().find(in_use).cloned();
@@ -125,7 +137,7 @@ impl Servers {
             reason,
             since: now,
             retired: CancellationToken::new(),
-            silent: AtomicBool::new(false),
+            silent_at: AtomicU64::new(HEARD),
         });
         tunnels.push(served.clone());
         drop(tunnels);
@@ -145,7 +157,9 @@ impl Servers {
 
     /// Notes that the peer of a tunnel does not answer, or that it was heard again.
     pub fn set_silent(&self, served: &Served, silent: bool) {
-        if served.silent.swap(silent, Ordering::Relaxed) != silent {
+        let now = if silent { served.tunnel.stats().received_bytes } else { HEARD };
+        let before = served.silent_at.swap(now, Ordering::Relaxed);
+        if (before == HEARD) == silent {
             self.changed.notify_one();
         }
     }
@@ -179,9 +193,9 @@ impl Servers {
         self.lock().iter().any(|served| !served.is_retired())
     }
 
-    /// Every tunnel, those that were replaced included.
-    pub fn all(&self) -> Vec<Arc<Served>> {
-        self.lock().clone()
+    /// How many tunnels were replaced and still have streams.
+    pub fn retired(&self) -> usize {
+        self.lock().iter().filter(|served| served.is_retired()).count()
     }
 
     /// A line for each tunnel, for whoever asks whether the agent is ready.

@@ -18,18 +18,16 @@ use culvert_wire::{
     transport::{Tunnel, TunnelLost},
     version::{Features, REVISION},
 };
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::info;
 
 use crate::{
     egress::Egress,
-    servers::{Rank, Served, Servers},
+    servers::{Served, Servers},
     silence::{BUSY_LOOK_INTERVAL, IDLE_LOOK_INTERVAL, Silence, Verdict},
 };
 
-/// Time for the server to answer the hello.
-const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 /// Streams the server may open at first. Slots cost memory ahead, so more are granted as they
 /// are used.
 pub const FIRST_STREAM_LIMIT: u32 = 256;
@@ -65,9 +63,6 @@ pub struct TunnelContext {
 /// Why the server did not take the agent in.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
-    /// No welcome came.
-    #[error("no welcome within {WELCOME_TIMEOUT:?}")]
-    TimedOut,
     /// The tunnel was lost first; the server's reason is in it.
     #[error("{0}")]
     Lost(#[from] TunnelLost),
@@ -91,14 +86,15 @@ pub struct Joined {
     control: ControlStream,
 }
 
-/// Says hello on a fresh tunnel and waits for the welcome.
+/// Says hello on a fresh tunnel and waits for the welcome, for as long as the caller does.
 ///
 /// # Errors
-/// When the server does not answer, or not with a welcome; the tunnel is closed then.
+/// When the server answers with something else than a welcome; the tunnel is closed then.
+///
+/// # Cancel safety
+/// Dropping the future drops the tunnel.
 pub async fn join(tunnel: Tunnel, context: &TunnelContext) -> Result<Joined, JoinError> {
-    let introduced = timeout(WELCOME_TIMEOUT, introduce(&tunnel, context)).await;
-    let result = introduced.unwrap_or(Err(JoinError::TimedOut));
-    match result {
+    match introduce(&tunnel, context).await {
         Ok((welcome, control)) => Ok(Joined { welcome, tunnel, control }),
         Err(error) => {
             tunnel.close(CloseCode::PROTOCOL_VIOLATION, &error.to_string());
@@ -256,7 +252,7 @@ async fn converse(
                 _ => return Err(ControlError::Unexpected),
             },
             // TCP tells of a peer that is gone in its own time, and there is no better way.
-            () = sleep(interval), if served.rank == Rank::Quic => {
+            () = sleep(interval), if served.rank.is_quic() => {
                 let verdict = silence.look(now(), &served.tunnel.stats(), streams.len());
                 servers.set_silent(served, verdict == Verdict::Silent);
                 if verdict == Verdict::Ask {

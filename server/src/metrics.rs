@@ -5,6 +5,7 @@
 //! What describes the state of now is read when it is scraped, so it cannot go stale.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -259,10 +260,17 @@ impl ServerMetrics {
         let tunnels = self.tunnels();
         let agent = |backend: &Backend| ("agent_id", backend.agent_id().to_string());
         gauge(TUNNELS, "Tunnels of agents that have joined.", one(tunnels.len() as u64));
-        let open = tunnels.iter().map(|b| (vec![agent(b)], b.open_streams() as u64)).collect();
-        gauge(OPEN_STREAMS, "Streams being dialed or spliced, by agent.", open);
-        let paths: Vec<_> = tunnels
-            .iter()
+        let mut open: BTreeMap<_, u64> = BTreeMap::new();
+        for backend in &tunnels {
+            *open.entry(backend.agent_id()).or_default() += backend.open_streams() as u64;
+        }
+        let open = open.into_iter().map(|(id, open)| (vec![("agent_id", id.to_string())], open));
+        gauge(OPEN_STREAMS, "Streams being dialed or spliced, by agent.", open.collect());
+        // An agent has several while it moves to another; the newest is the one that dials take.
+        let newest: BTreeMap<_, _> =
+            tunnels.iter().map(|backend| (backend.agent_id(), backend)).collect();
+        let paths: Vec<_> = newest
+            .into_values()
             .map(|backend| (agent(backend), backend.tunnel.transport(), backend.tunnel.stats()))
             .collect();
         append_tunnels(&mut text, "culvert_server_tunnel", &paths);

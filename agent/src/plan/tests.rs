@@ -39,7 +39,7 @@ fn a_server_is_looked_for_at_once_and_then_less_and_less_often() {
     let nothing = situation(0, &[]);
     let mut pauses = Vec::new();
     for _ in 0..8 {
-        let (goal, at) = plan.next(&nothing, now).unwrap();
+        let (goal, at) = plan.next(&nothing, None, now).unwrap();
         assert_eq!(goal, Goal::Look);
         pauses.push((at - now).as_secs_f64());
         now = at;
@@ -53,8 +53,11 @@ fn a_server_is_looked_for_at_once_and_then_less_and_less_often() {
 fn as_many_servers_are_looked_for_as_there_are_said_to_be() {
     let (mut plan, now) = plan(Transport::Auto);
     plan.on_arrived(Goal::Look, arrival(QuicFate::Worked, Found::New), now, 1.0);
-    assert_eq!(plan.next(&situation(3, &[(Rank::Quic, false, now)]), now), Some((Goal::Look, now)));
-    assert_eq!(plan.next(&situation(1, &[(Rank::Quic, false, now)]), now), None);
+    assert_eq!(
+        plan.next(&situation(3, &[(Rank::Quic, false, now)]), None, now),
+        Some((Goal::Look, now))
+    );
+    assert_eq!(plan.next(&situation(1, &[(Rank::Quic, false, now)]), None, now), None);
 }
 
 #[test]
@@ -63,7 +66,7 @@ fn whoever_looks_for_ever_does_so_at_the_interval() {
     let mut plan = Plan::new(&config(&["--sync-forever"]), now);
     plan.on_arrived(Goal::Look, arrival(QuicFate::Worked, Found::Known), now, 1.0);
     let one = situation(1, &[(Rank::Quic, false, now)]);
-    assert_eq!(plan.next(&one, now), Some((Goal::Look, now + SECOND)));
+    assert_eq!(plan.next(&one, None, now), Some((Goal::Look, now + SECOND)));
 }
 
 #[test]
@@ -72,7 +75,7 @@ fn a_server_met_again_makes_the_pauses_longer_and_a_new_one_makes_them_short() {
     let two = situation(2, &[(Rank::Quic, false, now)]);
     let mut pause = |found| {
         plan.on_arrived(Goal::Look, arrival(QuicFate::Worked, found), now, 1.0);
-        plan.next(&two, now).unwrap().1 - now
+        plan.next(&two, None, now).unwrap().1 - now
     };
     let first = pause(Found::Known);
     assert!(first < SECOND / 20);
@@ -93,7 +96,7 @@ fn quic_goes_first_until_it_has_failed_and_is_probed_when_that_is_long_ago() {
     let over_tcp = situation(1, &[(Rank::Tcp, false, now)]);
     let mut pauses = Vec::new();
     for _ in 0..7 {
-        let (goal, at) = plan.next(&over_tcp, now).unwrap();
+        let (goal, at) = plan.next(&over_tcp, None, now).unwrap();
         assert_eq!(goal, Goal::Probe);
         pauses.push((at - now).as_secs());
         now = at;
@@ -110,9 +113,9 @@ fn once_quic_works_every_tunnel_is_moved_to_it_and_then_it_is_not_probed_any_mor
     let now = now + 10 * SECOND;
     plan.on_arrived(Goal::Probe, arrival(QuicFate::Worked, Found::Better), now, 0.5);
     let half = situation(2, &[(Rank::Quic, false, now), (Rank::Tcp, false, now)]);
-    assert_eq!(plan.next(&half, now), Some((Goal::Probe, now)));
+    assert_eq!(plan.next(&half, None, now), Some((Goal::Probe, now)));
     let all = situation(2, &[(Rank::Quic, false, now), (Rank::Quic, false, now)]);
-    assert_eq!(plan.next(&all, now), None);
+    assert_eq!(plan.next(&all, None, now), None);
 }
 
 #[test]
@@ -121,11 +124,12 @@ fn a_silent_tunnel_comes_before_everything_and_is_replaced_with_small_packets() 
     plan.on_arrived(Goal::Look, arrival(QuicFate::Worked, Found::New), then, 0.5);
     let now = then + 2 * YOUNG;
     let silent = situation(2, &[(Rank::Quic, true, then)]);
-    assert_eq!(plan.next(&silent, now), Some((Goal::Replace, now)));
+    assert_eq!(plan.next(&silent, None, now), Some((Goal::Replace, now)));
     let approach = plan.approach(Goal::Replace, &silent, now, 0.5);
     assert_eq!(approach, Approach { ways: Ways::QuicFirst, large_packets: false });
     // QUIC with small packets worked: they stay small for a while.
-    plan.on_arrived(Goal::Replace, arrival(QuicFate::Worked, Found::Better), now, 0.5);
+    let small = Arrival { quic: QuicFate::Worked, rank: Rank::SmallQuic, found: Found::Better };
+    plan.on_arrived(Goal::Replace, small, now, 0.5);
     let large = |plan: &mut Plan, now| plan.approach(Goal::Look, &silent, now, 0.5).large_packets;
     assert!(!large(&mut plan, now + SMALL_PACKETS - SECOND));
     assert!(large(&mut plan, now + SMALL_PACKETS));
@@ -146,7 +150,7 @@ fn whoever_may_use_one_carrier_uses_that_one() {
         plan.on_arrived(Goal::Look, arrival(QuicFate::Failed("quic_silent"), Found::New), now, 0.5);
         let one = situation(1, &[(Rank::Tcp, false, now)]);
         assert_eq!(plan.approach(Goal::Look, &one, now, 0.5).ways, ways);
-        assert_eq!(plan.next(&one, now), None);
+        assert_eq!(plan.next(&one, None, now), None);
     }
 }
 
@@ -157,7 +161,7 @@ fn a_server_that_was_upgraded_is_probed_at_once() {
     let stock = Arrival { quic: refused, rank: Rank::Grpc, found: Found::New };
     plan.on_arrived(Goal::Look, stock, now, 0.5);
     for _ in 0..5 {
-        let (goal, at) = plan.next(&situation(1, &[(Rank::Grpc, false, now)]), now).unwrap();
+        let (goal, at) = plan.next(&situation(1, &[(Rank::Grpc, false, now)]), None, now).unwrap();
         assert_eq!(goal, Goal::Probe);
         now = at;
         plan.on_failed(goal, refused, now, 0.5);
@@ -165,8 +169,82 @@ fn a_server_that_was_upgraded_is_probed_at_once() {
     let ours = Arrival { quic: QuicFate::Unknown, rank: Rank::Tcp, found: Found::New };
     plan.on_arrived(Goal::Look, ours, now, 0.5);
     let over_tcp = situation(1, &[(Rank::Tcp, false, now)]);
-    assert_eq!(plan.next(&over_tcp, now), Some((Goal::Probe, now)));
+    assert_eq!(plan.next(&over_tcp, None, now), Some((Goal::Probe, now)));
     // Once.
     plan.on_failed(Goal::Probe, refused, now, 0.5);
-    assert!(plan.next(&over_tcp, now).unwrap().1 > now);
+    assert!(plan.next(&over_tcp, None, now).unwrap().1 > now);
+}
+
+#[test]
+fn a_probe_that_says_nothing_of_quic_is_not_made_again_at_once() {
+    let (mut plan, mut now) = plan(Transport::Auto);
+    // Behind a proxy that alone can look the server up, for instance.
+    plan.on_arrived(Goal::Look, arrival(QuicFate::Unknown, Found::New), now, 0.5);
+    let over_tcp = situation(1, &[(Rank::Tcp, false, now)]);
+    let mut pauses = Vec::new();
+    for _ in 0..9 {
+        let (goal, at) = plan.next(&over_tcp, None, now).unwrap();
+        pauses.push((at - now).as_secs());
+        now = at;
+        plan.on_failed(goal, QuicFate::Unknown, now, 1.0);
+    }
+    assert_eq!(pauses, [0, 10, 20, 40, 80, 160, 320, 600, 600]);
+}
+
+#[test]
+fn probes_that_meet_a_server_that_has_quic_already_become_rare() {
+    let (mut plan, mut now) = plan(Transport::Auto);
+    let mixed = situation(2, &[(Rank::Quic, false, now), (Rank::Grpc, false, now)]);
+    let mut last = Duration::ZERO;
+    for _ in 0..8 {
+        let (goal, at) = plan.next(&mixed, None, now).unwrap();
+        assert_eq!(goal, Goal::Probe);
+        last = at - now;
+        now = at;
+        plan.on_arrived(goal, arrival(QuicFate::Worked, Found::Known), now, 1.0);
+    }
+    assert_eq!(last, QuicMemory::LONGEST);
+    // Until one was of use.
+    plan.on_arrived(Goal::Probe, arrival(QuicFate::Worked, Found::Better), now, 1.0);
+    assert_eq!(plan.next(&mixed, None, now), Some((Goal::Probe, now)));
+}
+
+#[test]
+fn what_is_more_urgent_does_not_wait_for_an_attempt_that_goes_on() {
+    let (plan, now) = plan(Transport::Auto);
+    let all = situation(3, &[(Rank::Tcp, false, now), (Rank::Quic, true, now)]);
+    let next = |pending| plan.next(&all, pending, now).map(|(goal, _)| goal);
+    assert_eq!(next(Some(Goal::Probe)), Some(Goal::Replace));
+    assert_eq!(next(Some(Goal::Look)), Some(Goal::Replace));
+    assert_eq!(next(Some(Goal::Replace)), None);
+    let missing = situation(3, &[(Rank::Tcp, false, now)]);
+    let next = |pending| plan.next(&missing, pending, now).map(|(goal, _)| goal);
+    assert_eq!(next(Some(Goal::Probe)), Some(Goal::Look));
+    assert_eq!(next(Some(Goal::Look)), None);
+}
+
+#[test]
+fn packets_that_were_made_small_are_tried_large_again() {
+    for transport in [Transport::Auto, Transport::Quic] {
+        let (mut plan, now) = plan(transport);
+        let small = Arrival { quic: QuicFate::Worked, rank: Rank::SmallQuic, found: Found::Better };
+        plan.on_arrived(Goal::Replace, small, now, 0.5);
+        let small = situation(1, &[(Rank::SmallQuic, false, now)]);
+        let then = now + SMALL_PACKETS;
+        assert_eq!(plan.next(&small, None, now), Some((Goal::Probe, then)));
+        let approach = plan.approach(Goal::Probe, &small, then, 0.5);
+        assert_eq!(approach, Approach { ways: Ways::Quic, large_packets: true });
+    }
+}
+
+#[test]
+fn a_stock_server_met_again_does_not_make_failures_forgotten() {
+    let (mut plan, now) = plan(Transport::Auto);
+    let refused = QuicFate::Failed("quic_refused");
+    plan.on_arrived(Goal::Look, arrival(refused, Found::New), now, 0.5);
+    let again = Arrival { quic: QuicFate::Unknown, rank: Rank::Grpc, found: Found::Known };
+    plan.on_arrived(Goal::Look, again, now, 0.5);
+    plan.on_arrived(Goal::Look, arrival(QuicFate::Unknown, Found::Known), now, 0.5);
+    let both = situation(2, &[(Rank::Tcp, false, now), (Rank::Grpc, false, now)]);
+    assert!(plan.next(&both, None, now).unwrap().1 > now);
 }

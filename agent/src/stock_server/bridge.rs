@@ -84,7 +84,11 @@ async fn serve(tunnel: &Tunnel, requests: http2::SendRequest<Body>) -> Result<Ne
     let mut control = ControlStream::new(tunnel.clone(), tunnel.accept().await?);
     let ControlMessage::Hello(hello) = control.next().await? else { return Err(Ended::NotHello) };
     let (outbound, packets) = outbound();
-    let Call { server_id, server_count, mut inbound } = call(requests, &hello, packets).await?;
+    let Call { server_id, server_count, mut inbound } = tokio::select! {
+        called = call(requests, &hello, packets) => called?,
+        // Stock may leave a call without an answer for ever.
+        lost = tunnel.closed() => return Err(lost.into()),
+    };
     let welcome = Welcome {
         revision: REVISION,
         features: Features::default(),
@@ -163,11 +167,8 @@ impl Shared {
                     }
                 }
                 Said::Data(data) if data.connect_id == 0 => {}
-                Said::Data(data) => match self.connections.find(data.connect_id) {
-                    Some(inbox) => {
-                        inbox.push(data.data);
-                        inbox.pace().await;
-                    }
+                Said::Data(data) => match self.connections.push(data.connect_id, data.data) {
+                    Some(inbox) => inbox.pace().await,
                     None => self.unknown(data.connect_id, "unrecognized connectID")?,
                 },
                 Said::Close(id) => match self.connections.remove(id) {
@@ -209,12 +210,14 @@ impl Shared {
             Ok(stream) => {
                 // Entered before the server can know of it.
                 let inbox = self.connections.enter(id);
-                if self.outbound.urge(Packet::dial_response(random, Ok(id))).is_ok() {
+                if self.outbound.carry(Packet::dial_response(random, Ok(id))).await {
                     self.carry((id, inbox), stream).await;
                 }
             }
-            // A server that reads nothing is given up by whoever hears it.
-            Err(error) => drop(self.outbound.urge(Packet::dial_response(random, Err(error)))),
+            // A server that is gone needs no answer.
+            Err(error) => {
+                drop(self.outbound.carry(Packet::dial_response(random, Err(error))).await)
+            }
         }
     }
 

@@ -3,8 +3,6 @@
 
 use std::time::{Duration, Instant};
 
-/// How long a failure is believed at most: as often, one handshake is spent on finding out.
-const LONGEST: Duration = Duration::from_secs(600);
 /// Each failure is believed this many times as long as the one before.
 const GROWTH: u32 = 2;
 /// QUIC that has held for this long makes the failures before it forgotten. One that comes and goes
@@ -21,6 +19,9 @@ pub struct QuicMemory {
 }
 
 impl QuicMemory {
+    /// How long a failure is believed at most: as often, one handshake is spent on finding out.
+    pub const LONGEST: Duration = Duration::from_secs(600);
+
     /// Nothing was tried yet; a first failure will be believed for about so long.
     pub fn new(first: Duration) -> Self {
         Self { first, failures: 0, believed_until: None, worked_at: None }
@@ -42,7 +43,8 @@ impl QuicMemory {
             self.failures = 0;
         }
         self.worked_at = None;
-        let believed = self.first.saturating_mul(GROWTH.saturating_pow(self.failures)).min(LONGEST);
+        let believed =
+            self.first.saturating_mul(GROWTH.saturating_pow(self.failures)).min(Self::LONGEST);
         self.failures = self.failures.saturating_add(1);
         self.believed_until = Some(now + believed.mul_f64(0.75 + 0.5 * random.clamp(0.0, 1.0)));
     }

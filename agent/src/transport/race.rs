@@ -27,6 +27,7 @@ pub async fn race<T, E>(
 ) -> Race<T, E> {
     let (mut first, mut second) = (pin!(first), pin!(second));
     let failed = select! {
+        biased;
         done = &mut first => match done {
             Ok(won) => return Race::First(won),
             Err(error) => Some(error),
@@ -35,7 +36,9 @@ pub async fn race<T, E>(
     };
     let failed = match failed {
         Some(error) => error,
+        // Who was away for a while finds both done: the likelier one is meant.
         None => select! {
+            biased;
             done = &mut first => match done {
                 Ok(won) => return Race::First(won),
                 Err(error) => error,

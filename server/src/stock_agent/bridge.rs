@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -110,13 +111,16 @@ impl Bridge {
             dials: Mutex::default(),
             drained: Notify::new(),
         });
+        let mut accepting = pin!(accept(&tunnel, &shared));
         let ended = tokio::select! {
             ended = shared.hear(inbound) => ended,
             ended = shared.converse(control) => ended,
-            ended = accept(&tunnel, &shared) => ended,
+            ended = &mut accepting => ended,
         };
         let Err(ended) = ended;
         debug!(remote = %tunnel.remote_address(), %ended, "a stock agent's stream is over");
+        // Before the streams are dropped: dials that were not answered are lost with the tunnel, and
+        // made again elsewhere.
         tunnel.close(CloseCode::DONE, &ended.to_string());
     }
 }
@@ -161,8 +165,7 @@ impl Shared {
                 // One that is not here was closed; the agent goes on reading its target for a
                 // moment.
                 Said::Data(data) => {
-                    if let Some(inbox) = self.connections.find(data.connect_id) {
-                        inbox.push(data.data);
+                    if let Some(inbox) = self.connections.push(data.connect_id, data.data) {
                         inbox.pace().await;
                     }
                 }
@@ -195,7 +198,10 @@ impl Shared {
         let waits = waiting
             .is_some_and(|waiting| waiting.send(Ok((id, self.connections.enter(id)))).is_ok());
         if !waits {
-            self.connections.remove(id);
+            if let Some(inbox) = self.connections.remove(id) {
+                let reason = "the agent gave its name away".into();
+                inbox.end(End::Cut { code: StreamCode::MALFORMED, reason });
+            }
             self.outbound.urge(Packet::close_request(id))?;
         }
         Ok(())

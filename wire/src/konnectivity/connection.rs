@@ -11,7 +11,7 @@ use std::{
 use bytes::{Bytes, BytesMut};
 
 use super::{
-    inbox::{End, Inbox},
+    inbox::{End, Held, Inbox},
     outbound::Outbound,
     packet::Packet,
 };
@@ -33,14 +33,20 @@ pub enum Side {
     Server,
 }
 
+/// Bytes that wait for all readers of one peer together at most; then the one furthest behind is cut off.
+const TOTAL_LIMIT: usize = 128 * 1024 * 1024;
+
 /// The connections of one stock peer, by their names. Clones share them.
 #[derive(Clone, Debug, Default)]
-pub struct Connections(Arc<Mutex<HashMap<i64, Arc<Inbox>>>>);
+pub struct Connections {
+    inboxes: Arc<Mutex<HashMap<i64, Arc<Inbox>>>>,
+    held: Held,
+}
 
 impl Connections {
     /// Enters a connection; what the peer sends on it goes to the inbox from now on.
     pub fn enter(&self, id: i64) -> Arc<Inbox> {
-        let inbox = Arc::new(Inbox::default());
+        let inbox = Arc::new(Inbox::new(self.held.clone()));
         if let Some(other) = self.lock().insert(id, inbox.clone()) {
             let reason = "the peer gave its name to another connection".into();
             other.end(End::Cut { code: StreamCode::MALFORMED, reason });
@@ -48,9 +54,18 @@ impl Connections {
         inbox
     }
 
-    /// The inbox of a connection, if there is one.
-    pub fn find(&self, id: i64) -> Option<Arc<Inbox>> {
-        self.lock().get(&id).cloned()
+    /// Adds bytes that the peer sent to the inbox of a connection, which it gives back; `None` if there
+    /// is no connection of this name.
+    pub fn push(&self, id: i64, bytes: Bytes) -> Option<Arc<Inbox>> {
+        let inbox = self.lock().get(&id).cloned()?;
+        inbox.push(bytes);
+        if self.held.bytes() > TOTAL_LIMIT
+            && let Some(fullest) = self.lock().values().max_by_key(|inbox| inbox.held())
+        {
+            let reason = format!("more than {TOTAL_LIMIT} bytes wait for all readers of the peer");
+            fullest.end(End::Cut { code: StreamCode::OVERLOADED, reason });
+        }
+        Some(inbox)
     }
 
     /// Takes a connection out; what the peer sends on it has no meaning from now on.
@@ -68,7 +83,7 @@ impl Connections {
 
     fn lock(&self) -> MutexGuard<'_, HashMap<i64, Arc<Inbox>>> {
         // Every change is complete before it could panic.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inboxes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -194,4 +209,33 @@ struct Told;
 
 impl Abort for Told {
     fn abort(&self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn when_all_readers_together_are_too_far_behind_the_last_of_them_is_cut_off() {
+        let connections = Connections::default();
+        let inboxes: Vec<_> = (0..20).map(|id| connections.enter(id)).collect();
+        let chunk = Bytes::from(vec![7; 1 << 20]);
+        // The third is ahead of the others, and nobody is beyond a limit of its own.
+        assert!(connections.push(3, chunk.clone()).is_some());
+        for _ in 0..6 {
+            for id in 0..20 {
+                assert!(connections.push(id, chunk.clone()).is_some());
+            }
+        }
+        assert!(connections.held.bytes() <= TOTAL_LIMIT);
+        for id in 0..8 {
+            connections.push(id, chunk.clone());
+        }
+        assert_eq!(inboxes[3].cut().await.code, StreamCode::OVERLOADED);
+        assert!(connections.held.bytes() <= TOTAL_LIMIT);
+        assert_eq!(inboxes[4].take().await.unwrap().unwrap().len(), 16 * 1024);
+        assert!(connections.push(99, chunk).is_none());
+        drop((inboxes, connections.inboxes));
+        assert_eq!(connections.held.bytes(), 0);
+    }
 }
