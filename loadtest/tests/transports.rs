@@ -25,10 +25,8 @@ async fn rig(door: Door) -> Running {
 
 /// Tunnels of this carrier that the server has.
 fn tunnels(rig: &Running, transport: &str) -> usize {
-    let scrape = rig.server.metrics.render(&rig.server.backends);
-    let family = "culvert_server_tunnel_rtt_seconds{";
-    let label = format!("transport=\"{transport}\"");
-    scrape.lines().filter(|line| line.starts_with(family) && line.contains(&label)).count()
+    let tunnels = rig.server.metrics.tunnels();
+    tunnels.iter().filter(|backend| backend.tunnel.transport() == transport).count()
 }
 
 #[tokio::test(flavor = "multi_thread")]

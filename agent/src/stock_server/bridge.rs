@@ -216,7 +216,7 @@ impl Shared {
             }
             // A server that is gone needs no answer.
             Err(error) => {
-                drop(self.outbound.carry(Packet::dial_response(random, Err(error))).await)
+                self.outbound.carry(Packet::dial_response(random, Err(error))).await;
             }
         }
     }
