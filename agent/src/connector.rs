@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 use crate::{
     attempt::{Arrived, AttemptError, Attempted, Attempts, QuicFate, Ways},
     metrics::AgentMetrics,
-    plan::{Approach, Arrival, Found, Goal, InUse, Plan, Situation},
+    plan::{Approach, Arrival, Cause, Found, Goal, InUse, Plan, Situation},
     servers::{Entered, Rank, Served, Servers},
     tunnel::{Joined, TunnelContext},
 };
@@ -192,7 +192,12 @@ impl Connector {
         self.metrics.tunnel_lost(lost.label());
         info!(%server_id, transport, reason = %lost, retired, "server gone");
         if !retired {
-            self.plan.on_lost(now(), fastrand::f64());
+            let unanswered = |code: &CloseCode| *code == CloseCode::UNRESPONSIVE;
+            let cause = match lost {
+                TunnelLost::ClosedHere { code, .. } if unanswered(code) => Cause::Way,
+                _ => Cause::Server,
+            };
+            self.plan.on_lost(cause, now(), fastrand::f64());
         }
     }
 }

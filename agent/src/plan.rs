@@ -88,6 +88,15 @@ pub struct Arrival {
     pub found: Found,
 }
 
+/// What took a tunnel away, as far as the agent can tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// The server closed it, has restarted, or nothing is known.
+    Server,
+    /// The network says that nobody is there, and nobody answered.
+    Way,
+}
+
 /// Remembers what was tried.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -234,9 +243,14 @@ impl Plan {
         }
     }
 
-    /// A tunnel was lost: many agents may have lost theirs in the same moment.
-    pub fn on_lost(&mut self, now: Instant, random: f64) {
-        self.look_at = now + self.failures.next(random);
+    /// A tunnel was lost. Many agents may have lost theirs in the same moment, to the same server, so they
+    /// come back one by one; but where the way is gone and not the server, another is tried at once.
+    pub fn on_lost(&mut self, cause: Cause, now: Instant, random: f64) {
+        let pause = match cause {
+            Cause::Server => self.failures.next(random),
+            Cause::Way => Duration::ZERO,
+        };
+        self.look_at = now + pause;
     }
 
     fn note(&mut self, quic: QuicFate, now: Instant, random: f64) {

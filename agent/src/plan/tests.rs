@@ -248,3 +248,17 @@ fn a_stock_server_met_again_does_not_make_failures_forgotten() {
     let both = situation(2, &[(Rank::Tcp, false, now), (Rank::Grpc, false, now)]);
     assert!(plan.next(&both, None, now).unwrap().1 > now);
 }
+
+#[test]
+fn a_lost_server_is_looked_for_after_a_moment_and_a_lost_way_is_replaced_at_once() {
+    let (mut plan, now) = plan(Transport::Auto);
+    let nothing = situation(1, &[]);
+    plan.on_lost(Cause::Way, now, 0.0);
+    assert_eq!(plan.next(&nothing, None, now), Some((Goal::Look, now)));
+    // Nobody is there either way: from now on it takes longer.
+    plan.on_failed(Goal::Look, QuicFate::Unknown, now, 0.0);
+    assert_eq!(plan.next(&nothing, None, now), Some((Goal::Look, now + SECOND / 2)));
+    let (mut plan, now) = self::plan(Transport::Auto);
+    plan.on_lost(Cause::Server, now, 0.0);
+    assert_eq!(plan.next(&nothing, None, now), Some((Goal::Look, now + SECOND / 2)));
+}
