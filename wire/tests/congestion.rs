@@ -200,3 +200,15 @@ fn keystrokes_and_short_answers_overtake_forty_downloads() {
     assert!(scheduled.answer(0.5) < 50.0);
     assert!(plain.answer(0.5) > 2.0 * scheduled.answer(0.5), "this is what classes are for");
 }
+
+#[test]
+fn a_link_that_is_gone_for_a_moment_holds_keystrokes_up_little_longer() {
+    for (downloads, millis) in [(0, 300), (4, 300), (0, 1000)] {
+        let flow = Flow { downloads, hedged: true, ..Flow::new(Congestion::Model) };
+        let outage = Some((Duration::from_secs(6), Duration::from_millis(millis)));
+        let link = Settings { outage, ..wan(1.0) };
+        let simulation = Simulation { flows: vec![flow], ..Simulation::new(link) };
+        let outcome = simulation.run(&format!("gone for {millis} ms, {downloads} downloads"));
+        assert!(outcome.echo(1.0) < millis as f64 + 250.0);
+    }
+}

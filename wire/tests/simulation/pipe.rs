@@ -20,6 +20,8 @@ pub(crate) struct Settings {
     pub(crate) loss: f64,
     pub(crate) bursts: Option<Bursts>,
     pub(crate) policer: Option<Policer>,
+    /// When everything is lost, from the start on, and for how long.
+    pub(crate) outage: Option<(Duration, Duration)>,
     /// The rate swings by this share of it, up and down, once in `swing_period`.
     pub(crate) swing: f64,
     pub(crate) swing_period: Duration,
@@ -54,6 +56,7 @@ impl Settings {
             loss: 0.0,
             bursts: None,
             policer: None,
+            outage: None,
             swing: 0.0,
             swing_period: Duration::from_secs(4),
         }
@@ -112,7 +115,7 @@ impl Pipe {
         }
         let left = now + waiting + Duration::from_secs_f64(length / rate);
         self.idle_from = left;
-        if self.is_lost() {
+        if self.is_lost() || self.is_out(now) {
             self.counters.lost += 1;
             return None;
         }
@@ -138,6 +141,11 @@ impl Pipe {
         }
         self.tokens -= length;
         true
+    }
+
+    fn is_out(&self, now: Instant) -> bool {
+        let since = now - self.start;
+        self.settings.outage.is_some_and(|(from, length)| since >= from && since < from + length)
     }
 
     fn is_lost(&mut self) -> bool {
