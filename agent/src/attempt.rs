@@ -15,9 +15,8 @@ use tokio::{net::lookup_host, time::timeout};
 
 use crate::{
     config::ServersConfig,
-    plan::Approach,
     stock_server,
-    transport::{Race, race},
+    transport::{Approach, QuicFate, Race, Ways, race},
     tunnel::{self, JoinError, Joined, TunnelContext},
 };
 
@@ -31,30 +30,6 @@ const WAY_TIMEOUT: Duration = Duration::from_secs(10);
 const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(5);
 /// UDP payload that every path carries that carries QUIC at all (RFC 9000 §14).
 const SMALLEST_MTU: u16 = 1200;
-
-/// Which carriers are tried.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ways {
-    /// QUIC alone.
-    Quic,
-    /// TCP alone.
-    Tcp,
-    /// QUIC, and TCP a little later.
-    QuicFirst,
-    /// TCP, and QUIC a little later.
-    TcpFirst,
-}
-
-/// What is known of QUIC after an attempt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QuicFate {
-    /// Nothing: it was not tried, or the server was not reached in any other way either.
-    Unknown,
-    /// It got through.
-    Worked,
-    /// It did not, and something else did; in a word.
-    Failed(&'static str),
-}
 
 /// A tunnel that a server has welcomed the agent on.
 #[derive(Debug)]

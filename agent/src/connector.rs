@@ -13,10 +13,11 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info, warn};
 
 use crate::{
-    attempt::{Arrived, AttemptError, Attempted, Attempts, QuicFate, Ways},
+    attempt::{Arrived, AttemptError, Attempted, Attempts},
     metrics::AgentMetrics,
-    plan::{Approach, Arrival, Cause, Found, Goal, InUse, Plan, Situation},
+    plan::{Arrival, Cause, Found, Goal, InUse, Plan, Situation},
     servers::{Entered, Rank, Served, Servers},
+    transport::{Approach, QuicFate, Ways},
     tunnel::{Joined, TunnelContext},
 };
 

@@ -4,11 +4,10 @@
 use std::time::{Duration, Instant};
 
 use crate::{
-    attempt::{QuicFate, Ways},
     backoff::Backoff,
     config::{Config, Transport},
     servers::Rank,
-    transport::QuicMemory,
+    transport::{Approach, QuicFate, QuicMemory, Ways},
 };
 
 /// Pause after a tunnel to a server that was known already, behind an address that leads to any of
@@ -55,15 +54,6 @@ pub struct Situation {
     pub in_use: Vec<InUse>,
     /// How many servers there are said to be; 0 before the first has said so.
     pub count: u32,
-}
-
-/// How an attempt is made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Approach {
-    /// Which carriers are tried.
-    pub ways: Ways,
-    /// Whether packets may be larger than any path carries.
-    pub large_packets: bool,
 }
 
 /// What a successful attempt came to.

@@ -6,6 +6,7 @@
 //! 3. [`dial`] opens a stream on the backend's [`tunnel`] and waits for the agent's answer;
 //! 4. the frontend and the stream are spliced until both directions have ended.
 
+mod arrival;
 pub mod backend;
 pub mod cli;
 pub mod config;

@@ -18,6 +18,7 @@ use tokio_util::{
 use tracing::{info, warn};
 
 use crate::{
+    arrival,
     backend::Backends,
     config::Config,
     dial::Dialer,
@@ -26,7 +27,7 @@ use crate::{
         listen::{FrontendAddress, FrontendListener, ListenError},
     },
     metrics::ServerMetrics,
-    tunnel::{self, TunnelContext},
+    tunnel::TunnelContext,
     tunnel_port::{TunnelPort, TunnelPortError},
 };
 
@@ -198,6 +199,6 @@ impl Server {
 
 async fn accept_tunnels(port: &TunnelPort, context: &Arc<TunnelContext>) {
     while let Some(incoming) = port.accept().await {
-        context.tunnels.spawn(tunnel::serve(incoming, context.clone()));
+        context.tunnels.spawn(arrival::serve(incoming, context.clone()));
     }
 }

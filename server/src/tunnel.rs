@@ -23,12 +23,10 @@ use crate::{
     backend::{Backend, Backends, DOUBT_LIMIT},
     metrics::ServerMetrics,
     registry::Candidate,
-    stock_agent,
-    tunnel_port::{Arrival, Incoming},
 };
 
 /// Time for an agent to complete the handshake and introduce itself.
-const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Time for the last packets of a tunnel that is closed.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
@@ -62,7 +60,7 @@ pub struct TunnelContext {
 
 /// Why an agent did not become a backend.
 #[derive(Debug, thiserror::Error)]
-enum JoinError {
+pub(crate) enum JoinError {
     #[error("handshake: {0}")]
     Handshake(#[from] ConnectError),
     #[error("no hello within {JOIN_TIMEOUT:?}")]
@@ -98,18 +96,6 @@ impl JoinError {
     }
 }
 
-/// Serves whoever comes in until they are gone.
-pub async fn serve(incoming: Incoming, context: Arc<TunnelContext>) {
-    let remote = incoming.remote_address();
-    let arrived = timeout(JOIN_TIMEOUT, incoming.complete()).await;
-    match arrived.map(|arrived| arrived.map_err(JoinError::from)) {
-        Ok(Ok(Arrival::Tunnel(tunnel))) => serve_tunnel(tunnel, context).await,
-        Ok(Ok(Arrival::Stock(stream))) => stock_agent::serve(*stream, remote, context).await,
-        Ok(Err(error)) => not_joined(remote, &error, &context),
-        Err(_) => not_joined(remote, &JoinError::TimedOut, &context),
-    }
-}
-
 /// Serves one agent until its tunnel is gone.
 pub async fn serve_tunnel(tunnel: Tunnel, context: Arc<TunnelContext>) {
     let remote = tunnel.remote_address();
@@ -134,7 +120,8 @@ pub async fn serve_tunnel(tunnel: Tunnel, context: Arc<TunnelContext>) {
     info!(agent_id = %agent_id, %remote, reason = %lost, cut, "agent gone");
 }
 
-fn not_joined(remote: SocketAddr, error: &JoinError, context: &TunnelContext) {
+/// Tells of an agent that did not become a backend.
+pub(crate) fn not_joined(remote: SocketAddr, error: &JoinError, context: &TunnelContext) {
     static JOIN_FAILED: RateLimited = RateLimited::new(Duration::from_secs(1));
     context.metrics.join_failed(error.label());
     if let Some(suppressed) = JOIN_FAILED.admit(std::time::Instant::now()) {
