@@ -212,3 +212,18 @@ fn a_link_that_is_gone_for_a_moment_holds_keystrokes_up_little_longer() {
         assert!(outcome.echo(1.0) < millis as f64 + 250.0);
     }
 }
+
+/// One typist and nothing else: nothing follows a lost packet that would show the loss soon.
+#[test]
+fn a_lone_keystroke_does_not_wait_for_a_time_out() {
+    for (loss, hedged) in [(0.01, false), (0.01, true), (0.05, false), (0.05, true)] {
+        let flow = Flow { downloads: 0, hedged, answers: false, ..Flow::new(Congestion::Model) };
+        let link = Settings { loss, ..wan(1.0) };
+        let measured = Duration::from_secs(100);
+        let simulation = Simulation { flows: vec![flow], measured, ..Simulation::new(link) };
+        let copies = if hedged { "twice" } else { "once" };
+        let outcome = simulation.run(&format!("one typist, sent {copies}, loss {loss}"));
+        // Two round trips and 10 ms.
+        assert!(!hedged || outcome.echo(0.99) < 110.0);
+    }
+}

@@ -50,6 +50,8 @@ pub(crate) struct Flow {
     pub(crate) limit: Option<f64>,
     /// Whether thin writes are sent twice.
     pub(crate) hedged: bool,
+    /// Whether short answers go with the keystrokes, so that acknowledgements never cease.
+    pub(crate) answers: bool,
     /// Whether streams are told apart by what they have had.
     pub(crate) scheduled: bool,
 }
@@ -62,6 +64,7 @@ impl Flow {
             begin: Duration::ZERO,
             limit: None,
             hedged: false,
+            answers: true,
             scheduled: true,
         }
     }
@@ -121,9 +124,11 @@ impl Outcome {
     }
 }
 
+/// 0 of nothing.
 fn quantile(sorted: &[Duration], share: f64) -> f64 {
     let place = (sorted.len() as f64 * share) as usize;
-    sorted[place.min(sorted.len() - 1)].as_secs_f64() * 1000.0
+    let found = sorted.get(place).or(sorted.last());
+    found.map_or(0.0, |found| found.as_secs_f64() * 1000.0)
 }
 
 impl Simulation {
@@ -173,7 +178,9 @@ impl Simulation {
                 tokio::spawn(download(agent.clone(), *flow));
             }
             if number == 0 {
-                tokio::spawn(answer(agent.clone(), *flow));
+                if flow.answers {
+                    tokio::spawn(answer(agent.clone(), *flow));
+                }
                 tokio::spawn(echo(agent, *flow));
                 let (warmup, measured) = (self.warmup, self.measured);
                 let typing = keystrokes(server.clone(), *flow, warmup, measured);
