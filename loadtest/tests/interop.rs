@@ -34,9 +34,15 @@ struct Stock {
 }
 
 impl Stock {
-    async fn start() -> Option<Self> {
-        let client = client().await?;
-        Some(Self { client, rig: Door::GrpcUnix.rig().start().await.unwrap() })
+    /// A rig whose tunnels are QUIC, and one whose are TCP; none without Go.
+    async fn over_each_carrier() -> Vec<Self> {
+        let mut all = Vec::new();
+        for door in [Door::GrpcUnix, Door::GrpcUnixTunnelTcp] {
+            if let Some(client) = client().await {
+                all.push(Self { client, rig: door.rig().start().await.unwrap() });
+            }
+        }
+        all
     }
 
     async fn run(&self, command: &str, target: &Target, flags: &[&str]) -> (Value, Option<i32>) {
@@ -48,13 +54,14 @@ impl Stock {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_stock_client_echoes() {
     within(async {
-        let Some(stock) = Stock::start().await else { return };
-        let target = targets::echo().await.unwrap();
-        let flags = ["--bytes", "20000000", "--chunk", "32768"];
-        let (answer, code) = stock.run("echo", &target, &flags).await;
-        assert_eq!(code, Some(0), "{answer}");
-        assert_eq!(answer["sent_sha256"], answer["received_sha256"], "{answer}");
-        assert_eq!(answer["bytes"], 20_000_000);
+        for stock in Stock::over_each_carrier().await {
+            let target = targets::echo().await.unwrap();
+            let flags = ["--bytes", "20000000", "--chunk", "32768"];
+            let (answer, code) = stock.run("echo", &target, &flags).await;
+            assert_eq!(code, Some(0), "{answer}");
+            assert_eq!(answer["sent_sha256"], answer["received_sha256"], "{answer}");
+            assert_eq!(answer["bytes"], 20_000_000);
+        }
     })
     .await;
 }
@@ -63,16 +70,17 @@ async fn the_stock_client_echoes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_stock_client_writes_before_it_closes_arrives() {
     within(async {
-        let Some(stock) = Stock::start().await else { return };
-        let (target, mut records) = targets::recorder("").await.unwrap();
-        for bytes in ["1", "65536", "16777216"] {
-            let flags = ["--bytes", bytes, "--chunk", "32768"];
-            let (answer, code) = stock.run("upload", &target, &flags).await;
-            assert_eq!(code, Some(0), "{answer}");
-            assert_eq!(answer["close_error"], "", "{answer}");
-            let record = records.recv().await.unwrap();
-            assert_eq!(record.end, Ok(()));
-            assert_eq!(record.bytes.len().to_string(), bytes);
+        for stock in Stock::over_each_carrier().await {
+            let (target, mut records) = targets::recorder("").await.unwrap();
+            for bytes in ["1", "65536", "16777216"] {
+                let flags = ["--bytes", bytes, "--chunk", "32768"];
+                let (answer, code) = stock.run("upload", &target, &flags).await;
+                assert_eq!(code, Some(0), "{answer}");
+                assert_eq!(answer["close_error"], "", "{answer}");
+                let record = records.recv().await.unwrap();
+                assert_eq!(record.end, Ok(()));
+                assert_eq!(record.bytes.len().to_string(), bytes);
+            }
         }
     })
     .await;
@@ -82,12 +90,13 @@ async fn what_the_stock_client_writes_before_it_closes_arrives() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_stock_client_gets_the_banner_of_a_target_that_speaks_first() {
     within(async {
-        let Some(stock) = Stock::start().await else { return };
-        let target = targets::banner("ready\n").await.unwrap();
-        let flags = ["--count", "300", "--expect", "ready", "--timeout", "10s"];
-        let (answer, code) = stock.run("banner", &target, &flags).await;
-        assert_eq!(code, Some(0), "{answer}");
-        assert_eq!(answer["right"], 300, "{answer}");
+        for stock in Stock::over_each_carrier().await {
+            let target = targets::banner("ready\n").await.unwrap();
+            let flags = ["--count", "300", "--expect", "ready", "--timeout", "10s"];
+            let (answer, code) = stock.run("banner", &target, &flags).await;
+            assert_eq!(code, Some(0), "{answer}");
+            assert_eq!(answer["right"], 300, "{answer}");
+        }
     })
     .await;
 }
@@ -95,24 +104,25 @@ async fn the_stock_client_gets_the_banner_of_a_target_that_speaks_first() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_stock_client_dials_at_once_and_leaves_nothing() {
     within(async {
-        let Some(stock) = Stock::start().await else { return };
-        let target = targets::echo().await.unwrap();
-        let flags = ["--count", "500", "--concurrency", "16", "--touch"];
-        let (answer, code) = stock.run("dials", &target, &flags).await;
-        assert_eq!(code, Some(0), "{answer}");
-        assert_eq!(answer["ok"], 500, "{answer}");
-        let rig = &stock.rig;
-        common::eventually("no connection is left", || {
-            let scrape = rig.server.metrics.render(&rig.server.backends);
-            let prefix = "konnectivity_network_proxy_server_";
-            common::metric(&scrape, &format!("{prefix}established_connections")) < 0.5
-                && common::metric(&scrape, &format!("{prefix}pending_backend_dials")) < 0.5
-                && common::metric(
-                    &scrape,
-                    &format!("{prefix}grpc_connections{{service_method=\"Proxy\"}}"),
-                ) < 0.5
-        })
-        .await;
+        for stock in Stock::over_each_carrier().await {
+            let target = targets::echo().await.unwrap();
+            let flags = ["--count", "500", "--concurrency", "16", "--touch"];
+            let (answer, code) = stock.run("dials", &target, &flags).await;
+            assert_eq!(code, Some(0), "{answer}");
+            assert_eq!(answer["ok"], 500, "{answer}");
+            let rig = &stock.rig;
+            common::eventually("no connection is left", || {
+                let scrape = rig.server.metrics.render(&rig.server.backends);
+                let prefix = "konnectivity_network_proxy_server_";
+                common::metric(&scrape, &format!("{prefix}established_connections")) < 0.5
+                    && common::metric(&scrape, &format!("{prefix}pending_backend_dials")) < 0.5
+                    && common::metric(
+                        &scrape,
+                        &format!("{prefix}grpc_connections{{service_method=\"Proxy\"}}"),
+                    ) < 0.5
+            })
+            .await;
+        }
     })
     .await;
 }
@@ -120,15 +130,19 @@ async fn the_stock_client_dials_at_once_and_leaves_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_stock_client_is_told_why_a_dial_failed() {
     within(async {
-        let Some(stock) = Stock::start().await else { return };
-        let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let uds = stock.rig.uds();
-        let (answer, code) =
-            stock.client.run("ping", &uds, &closed.to_string(), &["--count", "1"]).await.unwrap();
-        assert_eq!(code, Some(3), "{answer}");
-        assert_eq!(answer["reason"], "endpoint", "{answer}");
-        let error = answer["error"].as_str().unwrap();
-        assert!(error.ends_with(&format!("dial tcp {closed}: connect: connection refused")));
+        for stock in Stock::over_each_carrier().await {
+            let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+            let uds = stock.rig.uds();
+            let (answer, code) = stock
+                .client
+                .run("ping", &uds, &closed.to_string(), &["--count", "1"])
+                .await
+                .unwrap();
+            assert_eq!(code, Some(3), "{answer}");
+            assert_eq!(answer["reason"], "endpoint", "{answer}");
+            let error = answer["error"].as_str().unwrap();
+            assert!(error.ends_with(&format!("dial tcp {closed}: connect: connection refused")));
+        }
     })
     .await;
 }
@@ -138,16 +152,17 @@ async fn the_stock_client_is_told_why_a_dial_failed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn closing_a_busy_stream_of_the_stock_client_delays_nobody() {
     within(async {
-        let Some(stock) = Stock::start().await else { return };
-        let busy = targets::source(u64::MAX).await.unwrap();
-        let echo = targets::echo().await.unwrap();
-        let closing = stock.run("slow-close", &busy, &["--bytes", "16000000"]);
-        let flags = ["--count", "100", "--interval", "20ms", "--bytes", "64"];
-        let typing = stock.run("ping", &echo, &flags);
-        let ((closed, _), (typed, code)) = tokio::join!(closing, typing);
-        println!("{closed} {typed}");
-        assert_eq!(code, Some(0), "{typed}");
-        assert!(typed["max_ms"].as_f64().unwrap() < 2000.0, "{typed}");
+        for stock in Stock::over_each_carrier().await {
+            let busy = targets::source(u64::MAX).await.unwrap();
+            let echo = targets::echo().await.unwrap();
+            let closing = stock.run("slow-close", &busy, &["--bytes", "16000000"]);
+            let flags = ["--count", "100", "--interval", "20ms", "--bytes", "64"];
+            let typing = stock.run("ping", &echo, &flags);
+            let ((closed, _), (typed, code)) = tokio::join!(closing, typing);
+            println!("{closed} {typed}");
+            assert_eq!(code, Some(0), "{typed}");
+            assert!(typed["max_ms"].as_f64().unwrap() < 2000.0, "{typed}");
+        }
     })
     .await;
 }
@@ -155,19 +170,20 @@ async fn closing_a_busy_stream_of_the_stock_client_delays_nobody() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_stock_client_is_told_of_a_cut_when_it_closes() {
     within(async {
-        let Some(stock) = Stock::start().await else { return };
-        let target = Target::start(|mut socket| async move {
-            socket.read_u8().await?;
-            targets::reset(socket);
-            Ok(())
-        });
-        let target = target.await.unwrap();
-        let (answer, code) =
-            stock.run("cut", &target, &["--timeout", "10s", "--request", "?"]).await;
-        assert_eq!(code, Some(0), "{answer}");
-        // The library ends every read with EOF; only Close can tell.
-        assert_eq!(answer["bytes"], 0, "{answer}");
-        assert!(answer["close_error"].as_str().unwrap().contains("peer_reset"), "{answer}");
+        for stock in Stock::over_each_carrier().await {
+            let target = Target::start(|mut socket| async move {
+                socket.read_u8().await?;
+                targets::reset(socket);
+                Ok(())
+            });
+            let target = target.await.unwrap();
+            let (answer, code) =
+                stock.run("cut", &target, &["--timeout", "10s", "--request", "?"]).await;
+            assert_eq!(code, Some(0), "{answer}");
+            // The library ends every read with EOF; only Close can tell.
+            assert_eq!(answer["bytes"], 0, "{answer}");
+            assert!(answer["close_error"].as_str().unwrap().contains("peer_reset"), "{answer}");
+        }
     })
     .await;
 }
