@@ -127,7 +127,7 @@ impl Outcome {
 /// 0 of nothing.
 fn quantile(sorted: &[Duration], share: f64) -> f64 {
     let place = (sorted.len() as f64 * share) as usize;
-    let found = sorted.get(place).or(sorted.last());
+    let found = sorted.get(place).or_else(|| sorted.last());
     found.map_or(0.0, |found| found.as_secs_f64() * 1000.0)
 }
 
