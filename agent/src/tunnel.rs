@@ -131,8 +131,9 @@ async fn introduce(
             Ok((*welcome, control))
         }
         Ok(_) => Err(JoinError::NotWelcome),
-        // The server's reason to close says more than the stream's end.
-        Err(ControlError::Read(culvert_wire::transport::ReadError::Lost(lost))) => Err(lost.into()),
+        // A server that refuses an agent closes the tunnel, and its reason says more than how the
+        // stream ended, of which the agent may hear first.
+        Err(ControlError::Read(_) | ControlError::Ended) => Err(tunnel.closed().await.into()),
         Err(error) => Err(error.into()),
     }
 }
