@@ -19,14 +19,15 @@ use culvert_server::{
     Server,
     backend::Backends,
     config::{
-        AgentsConfig, DialConfig, FrontendConfig, FrontendListen, KubernetesConfig, Mode, Strategy,
-        TlsConfig, TlsVersion,
+        AgentsConfig, DialConfig, FrontendConfig, FrontendListen, Mode, Strategy, TlsConfig,
+        TlsVersion,
     },
     frontend::listen::FrontendAddress,
     metrics::ServerMetrics,
 };
 use culvert_wire::{
     process::{
+        kubernetes::KubernetesConfig,
         logging::{LogConfig, LogFormat},
         tunnel_flags::TunnelConfig,
     },
@@ -210,12 +211,7 @@ impl Rig {
             },
             tunnel: self.tunnel,
             tls: TlsConfig { min_version: TlsVersion::Tls12, cipher_suites: Vec::new() },
-            kubernetes: KubernetesConfig {
-                kubeconfig: None,
-                qps: 0.0,
-                burst: 0,
-                content_type: String::new(),
-            },
+            kubernetes: KubernetesConfig::default(),
             leases: None,
             health_address: loopback(),
             admin_address: loopback(),

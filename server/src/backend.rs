@@ -15,6 +15,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::{
     config::Strategy,
+    identity::Admitted,
     reached::Reached,
     registry::{Candidate, Registry},
 };
@@ -36,8 +37,8 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// The backend that this tunnel's agent introduced itself as.
-    pub fn new(tunnel: Tunnel, hello: Hello, max_streams: u32) -> Self {
+    /// The backend that this tunnel's agent introduced itself as, once it was admitted.
+    pub fn new(tunnel: Tunnel, hello: Hello, _: Admitted, max_streams: u32) -> Self {
         Self {
             tunnel,
             reached: Reached::default(),

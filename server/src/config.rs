@@ -8,8 +8,8 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 pub use culvert_wire::process::faults::{CertificatePair, ConfigError, ConfigErrors};
 use culvert_wire::process::{
-    faults::Faults, go_flags, invocation::Invocation, logging::LogConfig,
-    tunnel_flags::TunnelConfig,
+    faults::Faults, go_flags, invocation::Invocation, kubernetes::KubernetesConfig,
+    logging::LogConfig, tunnel_flags::TunnelConfig,
 };
 use uuid::Uuid;
 
@@ -168,19 +168,6 @@ pub enum TlsVersion {
     Tls12,
     /// 1.3
     Tls13,
-}
-
-/// How to reach kube-apiserver as a client.
-#[derive(Debug, Clone, PartialEq)]
-pub struct KubernetesConfig {
-    /// Kubeconfig; `None` is the pod's own service account.
-    pub kubeconfig: Option<PathBuf>,
-    /// Requests per second; 0 is the client's default.
-    pub qps: f32,
-    /// Requests that may exceed the rate; 0 is the client's default.
-    pub burst: u32,
-    /// Media type of requests.
-    pub content_type: String,
 }
 
 /// Leases of the set of servers.
@@ -387,42 +374,32 @@ fn token(flags: &Flags, faults: &mut Faults) -> Option<TokenConfig> {
     Some(TokenConfig { namespace, service_account, audience })
 }
 
-/// Refuses to let agents in unproven unless told to; tokens do not prove anything yet.
+/// Refuses to let agents in unproven unless told to.
 fn authentication(flags: &Flags, by_certificate: bool, by_token: bool, faults: &mut Faults) {
     let allowed = flags.insecure_allow_unauthenticated_agents;
-    match (by_certificate, by_token) {
-        (true, true) => faults.warn(
-            "agent-namespace",
-            "agent tokens are not checked in this version; agents are authenticated by their \
-             certificates alone (--cluster-ca-cert)",
-        ),
-        (true, false) => {}
-        (false, _) if allowed => {}
-        (false, true) => faults.add(
-            "agent-namespace",
-            "agent tokens cannot be checked in this version, so agents would go \
-             unauthenticated and anyone who reaches the agent port could pose as a node; give \
-             --cluster-ca-cert to authenticate agents by certificate, or accept the risk with \
-             --insecure-allow-unauthenticated-agents",
-        ),
-        (false, false) => faults.add(
-            "cluster-ca-cert",
-            "must be given: without it agents would go unauthenticated and anyone who reaches \
-             the agent port could pose as a node; or accept the risk with \
-             --insecure-allow-unauthenticated-agents",
-        ),
-    }
-    if allowed && by_certificate {
-        faults.warn(
+    let proof = match (by_certificate, by_token) {
+        (true, _) => Some("--cluster-ca-cert"),
+        (false, true) => Some("--agent-service-account"),
+        (false, false) => None,
+    };
+    match proof {
+        Some(proof) if allowed => faults.warn(
             "insecure-allow-unauthenticated-agents",
-            "has no effect, --cluster-ca-cert authenticates agents",
-        );
-    } else if allowed {
-        faults.warn(
+            format!("has no effect, {proof} authenticates agents"),
+        ),
+        Some(_) => {}
+        None if allowed => faults.warn(
             "insecure-allow-unauthenticated-agents",
             "AGENTS ARE NOT AUTHENTICATED: anyone who reaches the agent port can pose as a node \
              and receive its traffic",
-        );
+        ),
+        None => faults.add(
+            "cluster-ca-cert",
+            "must be given, or --agent-namespace, --agent-service-account and \
+             --authentication-audience: otherwise agents would go unauthenticated and anyone who \
+             reaches the agent port could pose as a node; or accept the risk with \
+             --insecure-allow-unauthenticated-agents",
+        ),
     }
 }
 
@@ -475,11 +452,14 @@ fn tls(flags: &Flags, faults: &mut Faults) -> TlsConfig {
 }
 
 fn kubernetes(flags: &Flags, faults: &mut Faults) -> KubernetesConfig {
+    let (qps, burst) = (flags.kubeconfig_qps, flags.kubeconfig_burst);
+    let is_rate = qps.is_finite() && qps >= 0.0;
+    faults.require(is_rate, "kubeconfig-qps", format!("must not be negative, got {qps}"));
+    let burst = faults.count("kubeconfig-burst", burst, 0);
     KubernetesConfig {
         kubeconfig: faults.file("kubeconfig", &flags.kubeconfig),
-        qps: flags.kubeconfig_qps,
-        burst: faults.count("kubeconfig-burst", flags.kubeconfig_burst, 0),
-        content_type: flags.kube_api_content_type.clone(),
+        qps: (is_rate && qps > 0.0).then_some(qps),
+        burst: (burst > 0).then_some(burst),
     }
 }
 

@@ -12,6 +12,7 @@ pub mod cli;
 pub mod config;
 pub mod dial;
 pub mod frontend;
+pub mod identity;
 pub mod metrics;
 pub mod reached;
 pub mod registry;

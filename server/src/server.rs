@@ -7,6 +7,7 @@ use culvert_wire::{
     ids::InvalidId,
     process::{
         admin::{self, AdminServer, Routes},
+        kubernetes::ClientError,
         metrics::{BuildError, Upkeep},
     },
 };
@@ -26,6 +27,7 @@ use crate::{
         FrontendContext,
         listen::{FrontendAddress, FrontendListener, ListenError},
     },
+    identity::Gate,
     metrics::ServerMetrics,
     tunnel::TunnelContext,
     tunnel_port::{TunnelPort, TunnelPortError},
@@ -43,6 +45,9 @@ pub enum StartError {
     /// Agents cannot be let in.
     #[error(transparent)]
     TunnelPort(#[from] TunnelPortError),
+    /// kube-apiserver cannot be asked.
+    #[error(transparent)]
+    Kubernetes(#[from] ClientError),
     /// The server's name cannot be used.
     #[error("--server-id: {0}")]
     ServerId(#[from] InvalidId),
@@ -93,6 +98,7 @@ impl Server {
         });
         let tunnel_context = Arc::new(TunnelContext {
             backends: backends.clone(),
+            gate: gate(config)?,
             metrics: metrics.clone(),
             server_id: config.server_id.parse()?,
             server_count: config.server_count,
@@ -195,6 +201,14 @@ impl Server {
         self.health.stop().await;
         self.admin.stop().await;
     }
+}
+
+/// Who is let in, beyond what the handshake asks for.
+fn gate(config: &Config) -> Result<Gate, ClientError> {
+    Ok(match &config.agents.token {
+        Some(expected) => Gate::by_token(config.kubernetes.client()?, expected.clone()),
+        None => Gate::open(),
+    })
 }
 
 async fn accept_tunnels(port: &TunnelPort, context: &Arc<TunnelContext>) {

@@ -29,12 +29,15 @@ use tokio_stream::{StreamExt as _, adapters::Map};
 use tonic::{
     Status, Streaming,
     body::Body,
-    metadata::MetadataValue,
+    metadata::{MetadataMap, MetadataValue},
     server::{Grpc, StreamingService},
 };
 use tracing::debug;
 
-use crate::tunnel::TunnelContext;
+use crate::{
+    identity::Admitted,
+    tunnel::{self, TunnelContext},
+};
 
 /// Bytes an agent may be ahead of what was read of its one stream. What is on its way delays
 /// whatever comes behind it, so this is no larger than 100 Mbit/s need at 80 ms.
@@ -103,22 +106,40 @@ impl StreamingService<Packet> for Connect {
     fn call(&mut self, request: tonic::Request<Streaming<Packet>>) -> Self::Future {
         let (peer, context) = (self.peer.clone(), self.context.clone());
         Box::pin(async move {
-            let hello = hello::read(request.metadata()).map_err(Status::unknown)?;
+            let (metadata, _, inbound) = request.into_parts();
+            let hello = hello::read(&metadata).map_err(Status::unknown)?;
+            let admitted = admit(&metadata, peer.address, &context).await?;
             // The headers are out before any packet: packets are polled from the response.
             let (outbound, packets) = konnectivity::outbound();
             let response = response(packets, &context)?;
-            let inbound = request.into_inner();
             if context.backends.is_here(&hello.agent_id) {
                 let tunnels = context.tunnels.clone();
-                tunnels.spawn(join_again(hello, peer, context, inbound, outbound));
+                tunnels.spawn(join_again(hello, admitted, peer, context, inbound, outbound));
             } else {
-                let joined = Bridge::join(hello, peer, &context).await;
+                let joined = Bridge::join(hello, admitted, peer, &context).await;
                 let bridge = joined.map_err(|error| Status::unknown(error.to_string()))?;
                 context.tunnels.spawn(bridge.run(inbound, outbound));
             }
             Ok(response)
         })
     }
+}
+
+/// Checks the agent's token, where one is asked for, before anything else is said.
+async fn admit(
+    metadata: &MetadataMap,
+    remote: SocketAddr,
+    context: &TunnelContext,
+) -> Result<Admitted, Status> {
+    let token = match context.gate.asks_for_tokens() {
+        true => hello::token(metadata).map_err(Status::unknown)?,
+        false => None,
+    };
+    context.gate.admit(token.as_ref()).await.map_err(|refusal| {
+        let status = Status::unknown(refusal.in_stocks_words());
+        tunnel::not_joined(remote, &refusal.into(), context);
+        status
+    })
 }
 
 /// The answer to a call: who this server is, and then packets.
@@ -140,6 +161,7 @@ fn response(
 /// would go to its newest tunnel, and be lost with it.
 async fn join_again(
     hello: Hello,
+    admitted: Admitted,
     peer: Peer,
     context: Arc<TunnelContext>,
     inbound: Streaming<Packet>,
@@ -151,7 +173,7 @@ async fn join_again(
         () = context.backends.until_left(&hello.agent_id) => {}
         () = sleep(SECOND_THOUGHTS) => {}
     }
-    match Bridge::join(hello, peer, &context).await {
+    match Bridge::join(hello, admitted, peer, &context).await {
         Ok(bridge) => bridge.run(inbound, outbound).await,
         Err(error) => debug!(%error, "a stock agent did not join again"),
     }

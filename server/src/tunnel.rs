@@ -21,6 +21,7 @@ use tracing::{info, warn};
 
 use crate::{
     backend::{Backend, Backends, DOUBT_LIMIT},
+    identity::{Admitted, Gate, Refusal},
     metrics::ServerMetrics,
     registry::Candidate,
 };
@@ -36,6 +37,8 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 pub struct TunnelContext {
     /// Where a tunnel is entered once its agent is known.
     pub backends: Backends,
+    /// Who is let in.
+    pub gate: Gate,
     /// What is counted.
     pub metrics: Arc<ServerMetrics>,
     /// This server's name, told to agents.
@@ -73,6 +76,8 @@ pub(crate) enum JoinError {
     NotHello,
     #[error("{0}")]
     Incompatible(String),
+    #[error(transparent)]
+    Refused(#[from] Refusal),
 }
 
 impl JoinError {
@@ -83,6 +88,7 @@ impl JoinError {
             Self::Lost(_) => "lost",
             Self::Control(_) | Self::NotHello => "protocol_violation",
             Self::Incompatible(_) => "incompatible",
+            Self::Refused(refusal) => refusal.label(),
         }
     }
 
@@ -91,15 +97,16 @@ impl JoinError {
             Self::Control(error) => error.close_code(),
             Self::Incompatible(_) => CloseCode::INCOMPATIBLE,
             Self::TimedOut => CloseCode::UNRESPONSIVE,
+            Self::Refused(_) => CloseCode::UNAUTHENTICATED,
             _ => CloseCode::PROTOCOL_VIOLATION,
         }
     }
 }
 
-/// Serves one agent until its tunnel is gone.
-pub async fn serve_tunnel(tunnel: Tunnel, context: Arc<TunnelContext>) {
+/// Serves one agent until its tunnel is gone. One that was admitted already is not asked again.
+pub async fn serve_tunnel(tunnel: Tunnel, admitted: Option<Admitted>, context: Arc<TunnelContext>) {
     let remote = tunnel.remote_address();
-    let joined = timeout(JOIN_TIMEOUT, join(tunnel, &context)).await;
+    let joined = timeout(JOIN_TIMEOUT, join(tunnel, admitted, &context)).await;
     let (backend, control) = match joined.unwrap_or(Err(JoinError::TimedOut)) {
         Ok(joined) => joined,
         Err(error) => return not_joined(remote, &error, &context),
@@ -132,10 +139,11 @@ pub(crate) fn not_joined(remote: SocketAddr, error: &JoinError, context: &Tunnel
 /// Reads the hello and answers it.
 async fn join(
     tunnel: Tunnel,
+    admitted: Option<Admitted>,
     context: &TunnelContext,
 ) -> Result<(Backend, ControlStream), JoinError> {
     let closer = tunnel.clone();
-    let joined = introduce(tunnel, context).await;
+    let joined = introduce(tunnel, admitted, context).await;
     if let Err(error) = &joined {
         closer.close(error.close_code(), &error.to_string());
     }
@@ -144,6 +152,7 @@ async fn join(
 
 async fn introduce(
     tunnel: Tunnel,
+    admitted: Option<Admitted>,
     context: &TunnelContext,
 ) -> Result<(Backend, ControlStream), JoinError> {
     let mut control = ControlStream::new(tunnel.clone(), tunnel.accept().await?);
@@ -152,12 +161,16 @@ async fn introduce(
     };
     let incompatible = |error: &dyn std::fmt::Display| JoinError::Incompatible(error.to_string());
     hello.extensions.require_known().map_err(|error| incompatible(&error))?;
+    let admitted = match admitted {
+        Some(admitted) => admitted,
+        None => context.gate.admit(hello.token.as_ref()).await?,
+    };
     let welcome = welcome(&hello, context);
     if welcome.features.contains(Features::HEDGE) {
         tunnel.hedge(context.hedge_rate);
     }
     control.send(&ControlMessage::Welcome(Box::new(welcome))).await?;
-    Ok((Backend::new(tunnel, *hello, context.max_streams), control))
+    Ok((Backend::new(tunnel, *hello, admitted, context.max_streams), control))
 }
 
 fn welcome(hello: &Hello, context: &TunnelContext) -> Welcome {

@@ -14,6 +14,8 @@ pub mod go_duration;
 pub mod go_flags;
 pub mod invocation;
 pub mod klog;
+#[cfg(feature = "kubernetes")]
+pub mod kubernetes;
 pub mod listen;
 pub mod logging;
 pub mod metrics;

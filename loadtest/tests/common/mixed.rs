@@ -140,18 +140,22 @@ pub(crate) struct Site {
 impl Site {
     /// Starts a server; `None`, and a word about it, where stock's cannot be built.
     pub(crate) async fn start(make: Make, frontend: Frontend, flags: &[&str]) -> Option<Self> {
+        let mut site = Self::idle(frontend).await?;
+        site.start_server(make, flags).await;
+        Some(site)
+    }
+
+    /// A place where no server runs yet; `None`, and a word about it, where stock's cannot be built.
+    pub(crate) async fn idle(frontend: Frontend) -> Option<Self> {
         let stock = stock().await?;
-        let certificates = Certificates::generate().unwrap();
-        let mut site = Self {
+        Some(Self {
             server: Daemon::default(),
-            certificates,
+            certificates: Certificates::generate().unwrap(),
             frontend,
             tunnel: free_port().unwrap(),
             admin: free_port().unwrap(),
             stock,
-        };
-        site.start_server(make, flags).await;
-        Some(site)
+        })
     }
 
     /// Starts server and agent of a mix and waits until the agent has joined.

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 pub(crate) mod agent;
+pub(crate) mod kube_api;
 pub(crate) mod mixed;
 pub(crate) mod path;
 pub(crate) mod server;

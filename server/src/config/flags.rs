@@ -134,15 +134,15 @@ pub struct Flags {
     #[arg(long, help_heading = "Kubernetes client", value_name = "FILE", default_value = "")]
     pub kubeconfig: String,
 
-    /// Requests per second to kube-apiserver; 0 is the client's default
+    /// Requests per second to kube-apiserver; 0 is as many as it answers, 64 at a time
     #[arg(long, help_heading = "Kubernetes client", value_name = "RATE", default_value_t = 0.0)]
     pub kubeconfig_qps: f32,
 
-    /// Requests to kube-apiserver that may exceed the rate for a moment; 0 is the client's default
+    /// Requests to kube-apiserver that may exceed the rate for a moment; 0 is 10
     #[arg(long, help_heading = "Kubernetes client", value_name = "COUNT", default_value_t = 0)]
     pub kubeconfig_burst: i64,
 
-    /// Media type of requests to kube-apiserver
+    /// Media type of requests to kube-apiserver. Accepted and ignored: they are JSON
     #[arg(
         long,
         help_heading = "Kubernetes client",

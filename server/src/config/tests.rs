@@ -112,14 +112,8 @@ fn an_explicit_zero_lets_dials_wait_for_ever() {
 }
 
 #[test]
-fn kamajis_command_line_starts_only_when_told_that_agents_go_unauthenticated() {
-    let files = Files::new();
-    let text = files.config_as("/proxy-server", &KAMAJI).unwrap_err();
-    assert!(text.contains("--agent-namespace: agent tokens cannot be checked"), "{text}");
-    assert_eq!(text.lines().count(), 2, "that alone: {text}");
-
-    let args = [&KAMAJI[..], &["--insecure-allow-unauthenticated-agents"]].concat();
-    let config = files.config_as("/proxy-server", &args).unwrap();
+fn kamajis_command_line_starts_and_asks_agents_for_tokens() {
+    let config = Files::new().config_as("/proxy-server", &KAMAJI).unwrap();
     assert_eq!(config.agents.address, "[::]:8132".parse().unwrap());
     assert_eq!(config.admin_address, "127.0.0.1:8133".parse().unwrap());
     assert_eq!(config.health_address, "[::]:8134".parse().unwrap());
@@ -128,12 +122,29 @@ fn kamajis_command_line_starts_only_when_told_that_agents_go_unauthenticated() {
     assert_eq!(token.namespace, "kube-system");
     assert_eq!(token.service_account, "konnectivity-agent");
     assert_eq!(token.audience, "system:konnectivity-server");
-    assert!(config.warnings[0].contains("NOT AUTHENTICATED"), "{:?}", config.warnings);
+    assert_eq!(config.warnings, [""; 0]);
+}
 
-    let args = [&KAMAJI[..], &["--cluster-ca-cert=@ca"]].concat();
-    let config = files.config_as("/proxy-server", &args).unwrap();
-    assert!(config.agents.client_ca.is_some());
-    assert!(config.warnings[0].contains("certificates alone"), "{:?}", config.warnings);
+#[test]
+fn agents_that_need_no_proof_are_told_of_and_proof_beats_that() {
+    let files = Files::new();
+    const OPEN: &str = "--insecure-allow-unauthenticated-agents";
+    let warned =
+        |args: &[&str]| files.config_as("/proxy-server", args).unwrap().warnings[0].clone();
+    let by_token = warned(&[&KAMAJI[..], &[OPEN]].concat());
+    assert!(by_token.contains("--agent-service-account authenticates"), "{by_token}");
+    let by_both = warned(&[&KAMAJI[..], &["--cluster-ca-cert=@ca", OPEN]].concat());
+    assert!(by_both.contains("--cluster-ca-cert authenticates"), "{by_both}");
+
+    let tokens = ["--agent-namespace", "--agent-service-account", "--authentication-audience"];
+    let unproven: Vec<_> = KAMAJI
+        .into_iter()
+        .filter(|arg| !tokens.iter().any(|token| arg.starts_with(token)))
+        .collect();
+    let text = files.config_as("/proxy-server", &unproven).unwrap_err();
+    assert!(text.contains("--cluster-ca-cert: must be given"), "{text}");
+    let open = warned(&[&unproven[..], &[OPEN]].concat());
+    assert!(open.contains("NOT AUTHENTICATED"), "{open}");
 }
 
 /// Every stock flag as `--name=value`, the way upstream's test runners write them.
@@ -334,7 +345,7 @@ fn parsed_values_reach_the_configuration() {
     assert_eq!(config.agents.strategies, strategies);
     assert_eq!(config.tls.min_version, TlsVersion::Tls13);
     assert_eq!((config.server_id.as_str(), config.server_count), ("one", 1));
-    assert_eq!(config.kubernetes.qps, 2.5);
+    assert_eq!(config.kubernetes.qps, Some(2.5));
     assert!(config.agents.reset_key_file.is_some());
     assert_eq!(config.graceful_shutdown_timeout, Duration::from_secs(30));
     let labels = vec![("k8s-app".to_owned(), "konnectivity-server".to_owned())];

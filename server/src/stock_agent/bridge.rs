@@ -30,7 +30,10 @@ use tokio::{
 use tonic::Streaming;
 use tracing::{debug, warn};
 
-use crate::tunnel::{self, TunnelContext};
+use crate::{
+    identity::Admitted,
+    tunnel::{self, TunnelContext},
+};
 
 /// Time for our own end of the tunnel to welcome the agent.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
@@ -74,6 +77,7 @@ impl Bridge {
     /// Introduces the agent on a new tunnel of this process.
     pub(super) async fn join(
         hello: Hello,
+        admitted: Admitted,
         peer: Peer,
         context: &Arc<TunnelContext>,
     ) -> Result<Self, JoinError> {
@@ -83,7 +87,7 @@ impl Bridge {
             ..settings
         };
         let ends = pipe(peer, &streams, &settings).await?;
-        context.tunnels.spawn(tunnel::serve_tunnel(ends.server, context.clone()));
+        context.tunnels.spawn(tunnel::serve_tunnel(ends.server, Some(admitted), context.clone()));
         let tunnel = ends.agent;
         let introduced = async {
             let mut control = ControlStream::new(tunnel.clone(), tunnel.open().await?);

@@ -56,11 +56,12 @@ pub fn init(config: LogConfig) -> Result<(), LogError> {
 /// What `-v` means as a filter.
 ///
 /// Kamaji starts every agent with `-v=8`, so debug must stay readable: libraries, whose debug
-/// lines come with each packet, stay at info until everything is asked for.
+/// lines come with each packet, stay at info until everything is asked for. kube-apiserver's client
+/// tells of every failure what we tell ourselves, with its reason.
 fn filter_of(verbosity: i32) -> &'static str {
     match verbosity {
-        ..=4 => "info",
-        5..=9 => "info,culvert=debug", // a prefix: all our crates
+        ..=4 => "info,kube_client=off",
+        5..=9 => "info,kube_client=off,culvert=debug", // a prefix: all our crates
         10.. => "trace",
     }
 }

@@ -1,0 +1,108 @@
+//! kube-apiserver's client, set up as flags say.
+//!
+//! kube-apiserver is reached directly, whatever HTTPS_PROXY says: it is at hand on both sides, and
+//! what is in that variable is meant for the way between them.
+
+use std::{path::PathBuf, time::Duration};
+
+pub use kube::Client;
+use kube::{
+    Config,
+    client::ClientBuilder,
+    config::{InClusterError, Kubeconfig, KubeconfigError},
+};
+use tower::{
+    limit::{ConcurrencyLimitLayer, RateLimitLayer},
+    util::option_layer,
+};
+
+/// Requests in progress at once; further ones wait. A restart of everything asks about thousands of
+/// tokens, and kube-apiserver has other things to do.
+const MAX_REQUESTS: usize = 64;
+/// Time to connect.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Requests that may exceed a rate for a moment where only the rate is given: client-go's default.
+const DEFAULT_BURST: u32 = 10;
+
+/// How to reach kube-apiserver.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct KubernetesConfig {
+    /// Kubeconfig; `None` is the pod's own service account.
+    pub kubeconfig: Option<PathBuf>,
+    /// Requests per second; `None` is as many as kube-apiserver answers, 64 at a time.
+    pub qps: Option<f32>,
+    /// Requests that may exceed the rate for a moment; `None` is 10.
+    pub burst: Option<u32>,
+}
+
+/// kube-apiserver's client cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The kubeconfig cannot be used.
+    #[error("--kubeconfig: {}", chain(.0))]
+    Kubeconfig(#[from] KubeconfigError),
+    /// There is no kubeconfig, and this is no pod that may ask.
+    #[error("--kubeconfig: none is given, and the pod's own service account cannot be used: {}", chain(.0))]
+    InCluster(#[from] InClusterError),
+    /// What the kubeconfig says makes no client.
+    #[error("--kubeconfig: {}", chain(.0))]
+    Client(#[from] kube::Error),
+}
+
+impl KubernetesConfig {
+    /// A client. Nothing is asked yet, so that kube-apiserver may start later. Needs a tokio
+    /// runtime.
+    ///
+    /// # Errors
+    /// When the kubeconfig, or the pod's service account, cannot be used.
+    pub fn client(&self) -> Result<Client, ClientError> {
+        let mut config = match &self.kubeconfig {
+            Some(path) => {
+                let kubeconfig = Kubeconfig::read_from(path)?;
+                let proxied = kubeconfig.clusters.iter().any(|cluster| {
+                    cluster.cluster.as_ref().is_some_and(|cluster| cluster.proxy_url.is_some())
+                });
+                let mut config = Config::try_from(kubeconfig)?;
+                if !proxied {
+                    config.proxy_url = None;
+                }
+                config
+            }
+            None => Config::incluster()?,
+        };
+        config.connect_timeout = Some(CONNECT_TIMEOUT);
+        let rate = self.qps.map(|qps| {
+            let burst = self.burst.unwrap_or(DEFAULT_BURST);
+            RateLimitLayer::new(
+                burst.into(),
+                Duration::from_secs_f64(f64::from(burst) / f64::from(qps)),
+            )
+        });
+        Ok(ClientBuilder::try_from(config)?
+            .with_layer(&ConcurrencyLimitLayer::new(MAX_REQUESTS))
+            .with_layer(&option_layer(rate))
+            .build())
+    }
+}
+
+/// What kube-apiserver answered, or why it did not, in one line.
+pub fn reason(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => status.message.clone(),
+        error => chain(error),
+    }
+}
+
+/// An error and what is behind it, each said once.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let cause = error.to_string();
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+        source = error.source();
+    }
+    text
+}
