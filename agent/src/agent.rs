@@ -7,6 +7,7 @@ use culvert_wire::{
     ids::InvalidId,
     process::{
         admin::{self, AdminServer, Routes},
+        kubernetes::ClientError,
         metrics::{BuildError, Upkeep},
     },
     route::{Identifier, Identifiers},
@@ -21,6 +22,7 @@ use crate::{
     config::Config,
     connector::Connector,
     egress::Egress,
+    leases::LeaseCount,
     metrics::AgentMetrics,
     plan::Plan,
     servers::Servers,
@@ -33,6 +35,9 @@ pub enum StartError {
     /// Certificate, key or CA cannot be used.
     #[error("--ca-cert, --agent-cert, --agent-key: {0}")]
     Tls(#[from] TlsError),
+    /// kube-apiserver cannot be asked about Leases.
+    #[error(transparent)]
+    Kubernetes(#[from] ClientError),
     /// The agent's name cannot be used.
     #[error("--agent-id: {0}")]
     AgentId(#[from] InvalidId),
@@ -56,6 +61,7 @@ pub struct Agent {
     health: AdminServer,
     admin: Option<AdminServer>,
     metrics: Arc<AgentMetrics>,
+    leases: Option<LeaseCount>,
     _upkeep: Upkeep,
 }
 
@@ -77,7 +83,8 @@ impl Agent {
             proxies: config.proxies.clone(),
         };
         attempts.check_files()?;
-        let servers = Arc::new(Servers::default());
+        let servers = Arc::new(Servers::new(config.sync.count_source));
+        let leases = config.sync.leases.as_ref().map(LeaseCount::new).transpose()?;
         let connector = Connector {
             attempts: Arc::new(attempts),
             plan: Plan::new(config, Instant::now()),
@@ -109,7 +116,7 @@ impl Agent {
         let admin = AdminServer::bind("admin-server-port", config.admin_address, routes)
             .inspect_err(|error| warn!(%error, "going on without the admin port"))
             .ok();
-        Ok(Self { connector, context, servers, health, admin, metrics, _upkeep: upkeep })
+        Ok(Self { connector, context, servers, health, admin, metrics, leases, _upkeep: upkeep })
     }
 
     /// Where health, readiness and metrics are served.
@@ -129,9 +136,14 @@ impl Agent {
 
     /// Keeps tunnels up until `stop` completes, then drains for the configured time.
     pub async fn run(self, stop: impl Future<Output = ()>) {
+        let counting = self.leases.map(|leases| {
+            let keep = leases.keep(self.servers.clone(), self.metrics.clone());
+            AbortOnDropHandle::new(tokio::spawn(keep))
+        });
         let connecting =
             AbortOnDropHandle::new(tokio::spawn(self.connector.run(self.context.clone())));
         stop.await;
+        drop(counting);
         self.context.draining.cancel();
         // Ends within the time to drain, which the tunnel itself keeps.
         let _ = connecting.await;

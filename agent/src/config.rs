@@ -1,7 +1,7 @@
 //! What an agent is told to do, checked: [`Flags`] in, [`Config`] or all their faults out.
 //!
 //! Flags, defaults and rules are those of Konnectivity v0.36 (`cmd/agent/app/options`), so that
-//! an image swap starts; what Culvert adds is listed in docs/configuration.md. `Config` holds
+//! an image swap starts; `--help` tells what Culvert adds. `Config` holds
 //! parsed types only and may be built by hand, with port 0 anywhere, which flags refuse.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
@@ -10,8 +10,8 @@ use clap::ValueEnum;
 pub use culvert_wire::process::faults::{CertificatePair, ConfigError, ConfigErrors};
 use culvert_wire::{
     process::{
-        faults::Faults, go_flags, invocation::Invocation, logging::LogConfig,
-        tunnel_flags::TunnelConfig,
+        faults::Faults, go_flags, invocation::Invocation, kubernetes::KubernetesConfig,
+        logging::LogConfig, tunnel_flags::TunnelConfig,
     },
     transport::tcp::Proxies,
 };
@@ -24,7 +24,7 @@ mod identifiers;
 pub use flags::Flags;
 
 /// Everything an agent needs to know.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// Name of this agent, unlike any other's.
     pub agent_id: String,
@@ -94,7 +94,7 @@ pub struct ServersConfig {
 }
 
 /// How many servers to look for, and how often.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct SyncConfig {
     /// Interval between looks.
     pub interval: Duration,
@@ -111,16 +111,14 @@ pub struct SyncConfig {
 }
 
 /// Leases of the servers.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct LeaseConfig {
     /// Namespace.
     pub namespace: String,
-    /// Labels, in the order given.
-    pub labels: Vec<(String, String)>,
-    /// Kubeconfig; `None` is the pod's own service account.
-    pub kubeconfig: Option<PathBuf>,
-    /// Media type of requests.
-    pub content_type: String,
+    /// Which of them, as a label selector.
+    pub selector: String,
+    /// Whom to ask.
+    pub kubernetes: KubernetesConfig,
 }
 
 /// Which count of servers holds when Leases are counted.
@@ -251,11 +249,15 @@ fn sync(flags: &Flags, faults: &mut Faults) -> SyncConfig {
         }
     };
     let kubeconfig = faults.file("kubeconfig", &flags.kubeconfig);
-    let leases = flags.count_server_leases.then(|| LeaseConfig {
-        namespace: flags.lease_namespace.clone(),
-        labels: faults.labels("lease-label-selector", &flags.lease_label_selector),
-        kubeconfig,
-        content_type: flags.kube_api_content_type.clone(),
+    let leases = flags.count_server_leases.then(|| {
+        let selector = flags.lease_label_selector.clone();
+        let reason = "must be given along with --count-server-leases";
+        faults.require(!selector.is_empty(), "lease-label-selector", reason);
+        LeaseConfig {
+            namespace: flags.lease_namespace.clone(),
+            selector,
+            kubernetes: KubernetesConfig { kubeconfig, ..KubernetesConfig::default() },
+        }
     });
     SyncConfig {
         interval,
@@ -284,9 +286,6 @@ fn without_effect(flags: &Flags, faults: &mut Faults) {
     }
     if flags.xfr_channel_size != 150 {
         faults.warn("xfr-channel-size", "has no effect, see --stream-receive-window");
-    }
-    if flags.count_server_leases {
-        faults.warn("count-server-leases", "has no effect yet, the servers' own count holds");
     }
 }
 

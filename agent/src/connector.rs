@@ -155,7 +155,7 @@ impl Connector {
                 return Found::Known;
             }
         };
-        self.servers.set_count(count);
+        self.servers.set_told_count(count);
         let transport = tunnel.transport();
         let from = other.as_ref().map_or("none", |other| other.tunnel.transport());
         self.metrics.transport_switched(from, transport, reason);

@@ -14,6 +14,7 @@ pub mod cli;
 pub mod config;
 pub mod connector;
 pub mod egress;
+pub mod leases;
 pub mod metrics;
 pub mod plan;
 pub mod servers;

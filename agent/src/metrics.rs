@@ -4,17 +4,24 @@
 //! has no word for begins with `culvert_agent_`. What describes the state of now is read when it
 //! is scraped, so it cannot go stale.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
 };
 
 use culvert_wire::{
     dial::DialErrorKind,
-    process::metrics::{BuildError, Kind, Metrics, append_family, append_meter, append_tunnels},
+    process::{
+        kubernetes,
+        metrics::{BuildError, Kind, Metrics, append_family, append_meter, append_tunnels},
+    },
     splice::{HalfEnd, Meter, Outcome},
     transport::BufferSizes,
 };
+use kube::runtime::watcher;
 use metrics::Histogram;
 
 use crate::servers::{Served, Servers};
@@ -24,6 +31,9 @@ const DIAL_FAILURES: &str = "konnectivity_network_proxy_agent_endpoint_dial_fail
 const OPEN_SERVERS: &str = "konnectivity_network_proxy_agent_open_server_connections";
 const OPEN_TARGETS: &str = "konnectivity_network_proxy_agent_open_endpoint_connections";
 const KNOWN_SERVERS: &str = "konnectivity_network_proxy_agent_known_server_count";
+const LEASE_LISTS: &str = "konnectivity_network_proxy_agent_lease_lists_total";
+const LEASE_WATCHES: &str = "konnectivity_network_proxy_agent_lease_watches_total";
+const LEASE_LIST_LATENCY: &str = "konnectivity_network_proxy_agent_lease_list_latency_seconds";
 const DIAL_FAILURE_KINDS: &str = "culvert_agent_dial_failures_total";
 const STREAM_ENDS: &str = "culvert_agent_stream_ends_total";
 const STREAM_BYTES: &str = "culvert_agent_stream_bytes_total";
@@ -57,7 +67,9 @@ impl AgentMetrics {
     /// # Errors
     /// When a histogram has no bounds; the fault is ours.
     pub fn new() -> Result<Self, BuildError> {
-        let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), &[(DIAL_DURATION, DIAL_BUCKETS)])?;
+        let buckets: &[(&str, &[f64])] =
+            &[(DIAL_DURATION, DIAL_BUCKETS), (LEASE_LIST_LATENCY, DIAL_BUCKETS)];
+        let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), buckets)?;
         metrics
             .describe_histogram(DIAL_DURATION, "Latency of dial to the remote endpoint in seconds");
         metrics.describe_counter(
@@ -76,6 +88,16 @@ impl AgentMetrics {
             SWITCHES,
             "Tunnels that came to be, by the transport they took the place of, theirs, and why.",
         );
+        metrics.describe_counter(
+            LEASE_LISTS,
+            "Count of server lease list calls made by the agent to the k8s apiserver, labeled by HTTP response code and reason",
+        );
+        metrics.describe_counter(
+            LEASE_WATCHES,
+            "Watches of the servers' Leases that failed, by kube-apiserver's answer.",
+        );
+        metrics
+            .describe_histogram(LEASE_LIST_LATENCY, "Latency of server lease listing in seconds");
         Ok(Self {
             dial_duration: metrics.histogram(DIAL_DURATION, &[]),
             meter: Meter::default(),
@@ -134,6 +156,29 @@ impl AgentMetrics {
     /// Counts a tunnel that ended.
     pub fn tunnel_lost(&self, reason: &'static str) {
         self.metrics.counter(TUNNELS_LOST, &[("reason", reason)]).increment(1);
+    }
+
+    /// Counts a list of the servers' Leases that began at `begun` and is complete.
+    pub fn leases_listed(&self, begun: Instant) {
+        let labels = [("http_response_code", "200"), ("reason", "")];
+        self.metrics.counter(LEASE_LISTS, &labels).increment(1);
+        self.metrics.histogram(LEASE_LIST_LATENCY, &labels[..1]).record(begun.elapsed());
+    }
+
+    /// Counts a list or watch of the servers' Leases that failed.
+    pub fn leases_failed(&self, error: &watcher::Error) {
+        let (name, (code, reason)) = match error {
+            watcher::Error::InitialListFailed(error) => (LEASE_LISTS, kubernetes::labels(error)),
+            watcher::Error::WatchStartFailed(error) | watcher::Error::WatchFailed(error) => {
+                (LEASE_WATCHES, kubernetes::labels(error))
+            }
+            watcher::Error::WatchError(status) => {
+                (LEASE_WATCHES, (status.code.to_string(), status.reason.clone()))
+            }
+            watcher::Error::NoResourceVersion => (LEASE_LISTS, ("200".into(), "malformed".into())),
+        };
+        let labels = [("http_response_code", &*code), ("reason", &*reason)];
+        self.metrics.counter(name, &labels).increment(1);
     }
 
     /// The metrics to keep in shape between scrapes.

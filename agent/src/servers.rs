@@ -16,6 +16,8 @@ use culvert_wire::{
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use crate::config::CountSource;
+
 /// How good a way is; a tunnel gives way to one of the same server that has a better one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Rank {
@@ -108,12 +110,21 @@ pub enum Entered {
 #[derive(Debug, Default)]
 pub struct Servers {
     tunnels: Mutex<Vec<Arc<Served>>>,
-    /// How many servers there are said to be.
-    count: AtomicU32,
+    /// How many servers there are, by their own words; 0 before the first has said so.
+    told: AtomicU32,
+    /// How many have a Lease; 0 where Leases are not counted.
+    leases: AtomicU32,
+    /// Whether the larger of both holds, and not always that of the Leases.
+    larger: bool,
     changed: Notify,
 }
 
 impl Servers {
+    /// No tunnels yet; where Leases are counted, `source` says which count holds.
+    pub fn new(source: CountSource) -> Self {
+        Self { larger: source == CountSource::Larger, ..Self::default() }
+    }
+
     /// Enters a tunnel whose server has welcomed the agent, unless it has one that is as good.
     pub fn enter(
         &self,
@@ -164,7 +175,8 @@ impl Servers {
         }
     }
 
-    /// Completes when a tunnel has fallen silent or was heard again. For one waiter.
+    /// Completes when a tunnel has fallen silent or was heard again, or another number of servers has
+    /// Leases. For one waiter.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -172,14 +184,27 @@ impl Servers {
         self.changed.notified().await;
     }
 
-    /// Notes how many servers there are said to be.
-    pub fn set_count(&self, count: u32) {
-        self.count.store(count, Ordering::Relaxed);
+    /// Notes how many servers there are by a server's words.
+    pub fn set_told_count(&self, count: u32) {
+        self.told.store(count, Ordering::Relaxed);
     }
 
-    /// How many servers there are said to be; 0 before the first has said so.
+    /// Notes how many servers have Leases; from now on that counts.
+    pub fn set_lease_count(&self, count: u32) {
+        if self.leases.swap(count, Ordering::Relaxed) != count {
+            self.changed.notify_one();
+        }
+    }
+
+    /// How many servers there are, as far as is known; 0 before anybody has said so.
     pub fn count(&self) -> u32 {
-        self.count.load(Ordering::Relaxed)
+        let (told, leases) =
+            (self.told.load(Ordering::Relaxed), self.leases.load(Ordering::Relaxed));
+        match leases {
+            0 => told,
+            leases if self.larger => leases.max(told),
+            leases => leases,
+        }
     }
 
     /// How many servers are connected.

@@ -1,7 +1,7 @@
 //! What a server is told to do, checked: [`Flags`] in, [`Config`] or all their faults out.
 //!
 //! Flags, defaults and rules are those of Konnectivity v0.36 (`cmd/server/app/options`), so that
-//! an image swap starts; what Culvert adds is listed in docs/configuration.md. `Config` holds
+//! an image swap starts; `--help` tells what Culvert adds. `Config` holds
 //! parsed types only and may be built by hand, with port 0 anywhere, which flags refuse.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
@@ -467,7 +467,6 @@ fn leases(flags: &Flags, faults: &mut Faults) -> Option<LeaseConfig> {
     if !flags.enable_lease_controller {
         return None;
     }
-    faults.warn("enable-lease-controller", "has no effect yet, no Leases are published");
     let labels = faults.labels("lease-label", &flags.lease_label);
     Some(LeaseConfig { namespace: flags.lease_namespace.clone(), labels })
 }

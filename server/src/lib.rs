@@ -13,6 +13,7 @@ pub mod config;
 pub mod dial;
 pub mod frontend;
 pub mod identity;
+pub mod leases;
 pub mod metrics;
 pub mod reached;
 pub mod registry;

@@ -14,7 +14,10 @@ use std::{
 };
 
 use culvert_wire::{
-    process::metrics::{BuildError, Kind, Metrics, append_family, append_meter, append_tunnels},
+    process::{
+        kubernetes,
+        metrics::{BuildError, Kind, Metrics, append_family, append_meter, append_tunnels},
+    },
     splice::{HalfEnd, Meter, Outcome},
     transport::BufferSizes,
 };
@@ -44,6 +47,11 @@ const OPEN_STREAMS: &str = "culvert_server_tunnel_open_streams";
 const TUNNELS: &str = "culvert_server_tunnels";
 const TUNNELS_LOST: &str = "culvert_server_tunnels_lost_total";
 const JOIN_FAILURES: &str = "culvert_server_join_failures_total";
+const CULLED_LEASES: &str = "konnectivity_network_proxy_server_culled_leases_count";
+const LEASE_LISTS: &str = "konnectivity_network_proxy_server_lease_list_total";
+const LEASE_LIST_LATENCY: &str = "konnectivity_network_proxy_server_lease_list_latency_seconds";
+const LEASE_DELETES: &str = "konnectivity_network_proxy_server_lease_delete_total";
+const LEASE_DELETE_LATENCY: &str = "konnectivity_network_proxy_server_lease_delete_latency_seconds";
 const UDP_BUFFER: &str = "culvert_server_udp_buffer_bytes";
 
 /// Bounds of dial durations: Konnectivity's, with the range that tunnels live in made finer.
@@ -61,6 +69,15 @@ pub enum FrontendKind {
     Grpc,
     /// One connection of the HTTP CONNECT frontend.
     Connect,
+}
+
+/// What kube-apiserver is asked about Leases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeaseCall {
+    /// Which there are.
+    List,
+    /// To remove one.
+    Delete,
 }
 
 /// The server's metrics. Shared by everything that counts.
@@ -86,8 +103,12 @@ impl ServerMetrics {
     /// # Errors
     /// When a histogram has no bounds; the fault is ours.
     pub fn new() -> Result<Self, BuildError> {
-        let buckets: &[(&str, &[f64])] =
-            &[(DIAL_DURATION, DIAL_BUCKETS), (CONNECTION_DURATION, CONNECTION_BUCKETS)];
+        let buckets: &[(&str, &[f64])] = &[
+            (DIAL_DURATION, DIAL_BUCKETS),
+            (CONNECTION_DURATION, CONNECTION_BUCKETS),
+            (LEASE_LIST_LATENCY, DIAL_BUCKETS),
+            (LEASE_DELETE_LATENCY, DIAL_BUCKETS),
+        ];
         let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), buckets)?;
         metrics
             .describe_histogram(DIAL_DURATION, "Latency of dial to the remote endpoint in seconds");
@@ -115,6 +136,17 @@ impl ServerMetrics {
         metrics.describe_counter(
             JOIN_FAILURES,
             "Agents that connected and did not become a backend, by reason.",
+        );
+        metrics.describe_counter(
+            CULLED_LEASES,
+            "Count of expired leases that the lease garbage collection controller has culled.",
+        );
+        metrics.describe_counter(LEASE_LISTS, "Lists of Leases, by kube-apiserver's answer.");
+        metrics.describe_counter(LEASE_DELETES, "Removals of Leases, by kube-apiserver's answer.");
+        metrics.describe_histogram(LEASE_LIST_LATENCY, "Latency of lease list calls in seconds.");
+        metrics.describe_histogram(
+            LEASE_DELETE_LATENCY,
+            "Latency of lease deletion calls in seconds.",
         );
         Ok(Self {
             dial_duration: metrics.histogram(DIAL_DURATION, &[]),
@@ -218,6 +250,24 @@ impl ServerMetrics {
     /// Counts an agent that did not become a backend.
     pub fn join_failed(&self, reason: &'static str) {
         self.metrics.counter(JOIN_FAILURES, &[("reason", reason)]).increment(1);
+    }
+
+    /// Counts a request about Leases that began at `begun`, and how it was answered.
+    pub fn lease_call(&self, call: LeaseCall, begun: Instant, failed: Option<&kube::Error>) {
+        let (total, latency) = match call {
+            LeaseCall::List => (LEASE_LISTS, LEASE_LIST_LATENCY),
+            LeaseCall::Delete => (LEASE_DELETES, LEASE_DELETE_LATENCY),
+        };
+        let (code, reason) =
+            failed.map_or_else(|| ("200".into(), String::new()), kubernetes::labels);
+        let labels = [("http_status_code", &*code), ("reason", &*reason)];
+        self.metrics.counter(total, &labels).increment(1);
+        self.metrics.histogram(latency, &labels[..1]).record(begun.elapsed());
+    }
+
+    /// Counts an expired Lease that was removed.
+    pub fn lease_culled(&self) {
+        self.metrics.counter(CULLED_LEASES, &[]).increment(1);
     }
 
     /// The metrics to keep in shape between scrapes.

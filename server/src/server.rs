@@ -28,6 +28,7 @@ use crate::{
         listen::{FrontendAddress, FrontendListener, ListenError},
     },
     identity::Gate,
+    leases::Leases,
     metrics::ServerMetrics,
     tunnel::TunnelContext,
     tunnel_port::{TunnelPort, TunnelPortError},
@@ -71,6 +72,7 @@ pub struct Server {
     tunnel_context: Arc<TunnelContext>,
     health: AdminServer,
     admin: AdminServer,
+    leases: Option<Leases>,
     grace: Duration,
     _upkeep: Upkeep,
 }
@@ -96,9 +98,10 @@ impl Server {
             closing: CancellationToken::new(),
             tasks: TaskTracker::new(),
         });
+        let (gate, leases) = kubernetes(config, &metrics)?;
         let tunnel_context = Arc::new(TunnelContext {
             backends: backends.clone(),
-            gate: gate(config)?,
+            gate,
             metrics: metrics.clone(),
             server_id: config.server_id.parse()?,
             server_count: config.server_count,
@@ -125,6 +128,7 @@ impl Server {
             frontend_context,
             port,
             tunnel_context,
+            leases,
             grace: config.graceful_shutdown_timeout,
             _upkeep: upkeep,
         })
@@ -171,6 +175,10 @@ impl Server {
     pub async fn run(self, stop: impl Future<Output = ()>) {
         let FrontendContext { stopping, closing, tasks, .. } = &*self.frontend_context;
         let tunnels = self.tunnel_context.tunnels.clone();
+        let uncounted = CancellationToken::new();
+        let counted = self
+            .leases
+            .map(|leases| AbortOnDropHandle::new(tokio::spawn(leases.keep(uncounted.clone()))));
         let frontend =
             AbortOnDropHandle::new(tokio::spawn(self.frontend.run(self.frontend_context.clone())));
         tokio::select! {
@@ -178,6 +186,8 @@ impl Server {
             () = accept_tunnels(&self.port, &self.tunnel_context) => {}
         }
 
+        // Agents that look for missing servers no longer look for this one.
+        uncounted.cancel();
         // No new requests first; the frontend's task ends within a moment and removes its socket.
         stopping.cancel();
         let _ = frontend.await;
@@ -198,17 +208,33 @@ impl Server {
         self.port.close(CloseCode::SHUTDOWN, "the server stops", CLOSE_TIMEOUT).await;
         closing.cancel();
         let _ = timeout(CLOSE_TIMEOUT, tasks.wait()).await;
+        if let Some(counted) = counted {
+            let _ = timeout(CLOSE_TIMEOUT, counted).await;
+        }
         self.health.stop().await;
         self.admin.stop().await;
     }
 }
 
-/// Who is let in, beyond what the handshake asks for.
-fn gate(config: &Config) -> Result<Gate, ClientError> {
-    Ok(match &config.agents.token {
-        Some(expected) => Gate::by_token(config.kubernetes.client()?, expected.clone()),
+/// What kube-apiserver is asked for: who may come in, and who is counted.
+fn kubernetes(
+    config: &Config,
+    metrics: &Arc<ServerMetrics>,
+) -> Result<(Gate, Option<Leases>), ClientError> {
+    let agents = &config.agents;
+    if agents.token.is_none() && config.leases.is_none() {
+        return Ok((Gate::open(), None));
+    }
+    let client = config.kubernetes.client()?;
+    let gate = match &agents.token {
+        Some(expected) => Gate::by_token(client.clone(), expected.clone()),
         None => Gate::open(),
-    })
+    };
+    let leases = config
+        .leases
+        .as_ref()
+        .map(|leases| Leases::new(client, leases, &config.server_id, metrics.clone()));
+    Ok((gate, leases))
 }
 
 async fn accept_tunnels(port: &TunnelPort, context: &Arc<TunnelContext>) {

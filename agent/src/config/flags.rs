@@ -80,7 +80,7 @@ pub struct Flags {
     #[arg(long, help_heading = "Server set")]
     pub sync_forever: bool,
 
-    /// Count the servers by their Leases. Not yet: the servers' own count holds
+    /// Count the servers by their Leases, which --enable-lease-controller has them publish
     #[arg(long, help_heading = "Server set")]
     pub count_server_leases: bool,
 
@@ -93,13 +93,12 @@ pub struct Flags {
     )]
     pub lease_namespace: String,
 
-    /// Labels of the servers' Leases, key=value pairs separated by commas (older name:
-    /// --lease-label)
+    /// Which Leases are the servers', as a label selector (older name: --lease-label)
     #[arg(
         long,
         alias = "lease-label",
         help_heading = "Server set",
-        value_name = "LABELS",
+        value_name = "SELECTOR",
         default_value = "k8s-app=konnectivity-server"
     )]
     pub lease_label_selector: String,
@@ -113,7 +112,7 @@ pub struct Flags {
     #[arg(long, help_heading = "Server set", value_name = "FILE", default_value = "")]
     pub kubeconfig: String,
 
-    /// Media type of requests to kube-apiserver
+    /// Media type of requests to kube-apiserver. Accepted and ignored: they are JSON
     #[arg(
         long,
         help_heading = "Server set",

@@ -214,12 +214,7 @@ fn several_faults_are_reported_together() {
 #[test]
 fn what_has_no_effect_is_warned_of() {
     let files = Files::new();
-    for arg in [
-        "--enable-profiling",
-        "--xfr-channel-size=20",
-        "--count-server-leases",
-        "--log-dir=/var/log",
-    ] {
+    for arg in ["--enable-profiling", "--xfr-channel-size=20", "--log-dir=/var/log"] {
         let flag = arg.split('=').next().unwrap();
         let warnings = files.config(&[arg]).unwrap().warnings;
         assert_eq!(warnings.len(), 1, "{arg}: {warnings:?}");
@@ -248,7 +243,7 @@ fn parsed_values_reach_the_configuration() {
     assert_eq!(config.servers.extra_alpn, ["a", "b"]);
     assert!(config.sync.forever);
     assert_eq!(config.sync.count_source, CountSource::Larger);
-    assert_eq!(config.sync.leases.unwrap().labels, [("a".to_owned(), "b".to_owned())]);
+    assert_eq!(config.sync.leases.unwrap().selector, "a=b");
     assert_eq!(config.drain_timeout, Duration::ZERO);
 }
 

@@ -1,7 +1,7 @@
 //! As much of kube-apiserver as tokens and Leases need, over real TLS.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     convert::Infallible,
     net::SocketAddr,
     path::PathBuf,
@@ -10,20 +10,30 @@ use std::{
 
 use bytes::Bytes;
 use culvert_loadtest::certificates::Certificates;
-use culvert_wire::tls::Identity;
+use culvert_wire::{process::kubernetes::Timestamp, tls::Identity};
 use http::{Method, Request, Response, StatusCode, header::AUTHORIZATION};
-use http_body_util::{BodyExt as _, Full};
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use http_body_util::{BodyExt as _, Full, StreamBody, combinators::UnsyncBoxBody};
+use hyper::{
+    body::{Frame, Incoming},
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::rt::TokioIo;
+use k8s_openapi::jiff::SignedDuration;
 use rustls::{ServerConfig, crypto::aws_lc_rs::default_provider};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+};
 use tokio_rustls::TlsAcceptor;
+use tokio_stream::{StreamExt as _, wrappers::UnboundedReceiverStream};
 use tokio_util::task::AbortOnDropHandle;
 
 /// Who may ask: the token in the kubeconfig.
 const ASKER: &str = "the-asker";
 const REVIEWS: &str = "/apis/authentication.k8s.io/v1/tokenreviews";
+const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases";
 
 /// A kube-apiserver on loopback, stopped when dropped.
 #[derive(Debug)]
@@ -41,6 +51,11 @@ struct State {
     reviews: Vec<Value>,
     /// What every request is refused with.
     refusal: Option<String>,
+    leases: BTreeMap<String, Value>,
+    /// What happened to Leases, each with its number; the length is the resource version.
+    events: Vec<Value>,
+    /// Told of each event.
+    version: watch::Sender<usize>,
 }
 
 impl KubeApi {
@@ -87,6 +102,29 @@ impl KubeApi {
         self.state().reviews.clone()
     }
 
+    /// Enters a Lease of this set, renewed so many seconds ago, that holds for 30 s from then.
+    pub(crate) fn put_lease(&self, name: &str, labels: Value, seconds_ago: i64) {
+        let renewed = Timestamp::now() - SignedDuration::from_secs(seconds_ago);
+        self.state().set(json!({
+            "apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
+            "metadata": { "name": name, "namespace": "kube-system", "labels": labels },
+            "spec": {
+                "holderIdentity": name, "leaseDurationSeconds": 30,
+                "renewTime": format!("{renewed:.6}"),
+            },
+        }));
+    }
+
+    /// Removes a Lease.
+    pub(crate) fn remove_lease(&self, name: &str) {
+        self.state().remove(name).unwrap();
+    }
+
+    /// A Lease as it is now.
+    pub(crate) fn lease(&self, name: &str) -> Option<Value> {
+        self.state().leases.get(name).cloned()
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
     }
@@ -120,9 +158,14 @@ async fn serve(listener: TcpListener, tls: TlsAcceptor, state: Arc<Mutex<State>>
 async fn answer(
     request: Request<Incoming>,
     state: Arc<Mutex<State>>,
-) -> Result<Response<Full<Bytes>>, Infallible> {
+) -> Result<Response<UnsyncBoxBody<Bytes, Infallible>>, Infallible> {
     let (head, body) = request.into_parts();
     let body = body.collect().await.unwrap().to_bytes();
+    let query: HashMap<String, String> =
+        form_urlencoded::parse(head.uri.query().unwrap_or_default().as_bytes())
+            .into_owned()
+            .collect();
+    let shared = state.clone();
     let mut state = state.lock().unwrap();
     let asker = format!("Bearer {ASKER}");
     let (status, answer) = match (&head.method, head.uri.path()) {
@@ -133,11 +176,121 @@ async fn answer(
             failure(StatusCode::FORBIDDEN, state.refusal.as_deref().unwrap_or_default())
         }
         (&Method::POST, REVIEWS) => (StatusCode::CREATED, state.review(&body)),
-        (_, path) => failure(StatusCode::NOT_FOUND, &format!("nothing at {path}")),
+        (&Method::GET, LEASES) if query.contains_key("sendInitialEvents") => {
+            failure(StatusCode::UNPROCESSABLE_ENTITY, "only what comes is watched")
+        }
+        (&Method::GET, LEASES) if query.contains_key("watch") => {
+            return Ok(Response::new(state.watched(&query, shared)));
+        }
+        (&Method::GET, LEASES) => (StatusCode::OK, state.list(&query)),
+        (&Method::POST, LEASES) => state.create(&body),
+        (method, path) => match path.strip_prefix(LEASES).and_then(|rest| rest.strip_prefix('/')) {
+            Some(name) => state.on_lease(method, name, &body),
+            None => failure(StatusCode::NOT_FOUND, &format!("nothing at {path}")),
+        },
     };
     let answer = Full::new(Bytes::from(answer.to_string()));
     let response = Response::builder().status(status).header("content-type", "application/json");
-    Ok(response.body(answer).unwrap())
+    Ok(response.body(answer.boxed_unsync()).unwrap())
+}
+
+/// Whether a Lease has the labels that are asked for.
+fn selects(query: &HashMap<String, String>, lease: &Value) -> bool {
+    let selector = query.get("labelSelector").map_or("", String::as_str);
+    selector
+        .split(',')
+        .filter_map(|pair| pair.split_once('='))
+        .all(|(key, value)| lease["metadata"]["labels"][key] == value.trim_start_matches('='))
+}
+
+impl State {
+    fn set(&mut self, mut lease: Value) -> Value {
+        let name = lease["metadata"]["name"].as_str().unwrap().to_owned();
+        let kind = if self.leases.contains_key(&name) { "MODIFIED" } else { "ADDED" };
+        lease["metadata"]["resourceVersion"] = json!((self.events.len() + 1).to_string());
+        lease["metadata"]["uid"] = json!(format!("uid-of-{name}"));
+        self.leases.insert(name, lease.clone());
+        self.tell(kind, &lease);
+        lease
+    }
+
+    fn remove(&mut self, name: &str) -> Option<Value> {
+        let lease = self.leases.remove(name)?;
+        self.tell("DELETED", &lease);
+        Some(lease)
+    }
+
+    fn tell(&mut self, kind: &str, lease: &Value) {
+        self.events.push(json!({ "type": kind, "object": lease }));
+        self.version.send_replace(self.events.len());
+    }
+
+    fn list(&self, query: &HashMap<String, String>) -> Value {
+        let items: Vec<_> = self.leases.values().filter(|lease| selects(query, lease)).collect();
+        json!({
+            "apiVersion": "coordination.k8s.io/v1", "kind": "LeaseList",
+            "metadata": { "resourceVersion": self.events.len().to_string() }, "items": items,
+        })
+    }
+
+    /// The events behind a version, and those to come.
+    fn watched(
+        &self,
+        query: &HashMap<String, String>,
+        shared: Arc<Mutex<Self>>,
+    ) -> UnsyncBoxBody<Bytes, Infallible> {
+        let query = query.clone();
+        let mut seen: usize = query.get("resourceVersion").map_or(0, |text| text.parse().unwrap());
+        let (lines, body) = mpsc::unbounded_channel();
+        let mut versions = self.version.subscribe();
+        tokio::spawn(async move {
+            loop {
+                let events = shared.lock().unwrap().events[seen..].to_vec();
+                seen += events.len();
+                for event in events.iter().filter(|event| selects(&query, &event["object"])) {
+                    if lines.send(format!("{event}\n")).is_err() {
+                        return;
+                    }
+                }
+                tokio::select! {
+                    () = lines.closed() => return,
+                    changed = versions.changed() => changed.unwrap(),
+                }
+            }
+        });
+        let frames = UnboundedReceiverStream::new(body).map(|line| Ok(Frame::data(line.into())));
+        StreamBody::new(frames).boxed_unsync()
+    }
+
+    fn create(&mut self, body: &[u8]) -> (StatusCode, Value) {
+        let lease: Value = serde_json::from_slice(body).unwrap();
+        let name = lease["metadata"]["name"].as_str().unwrap();
+        match self.leases.contains_key(name) {
+            true => failure(StatusCode::CONFLICT, "it exists"),
+            false => (StatusCode::CREATED, self.set(lease)),
+        }
+    }
+
+    fn on_lease(&mut self, method: &Method, name: &str, body: &[u8]) -> (StatusCode, Value) {
+        let Some(lease) = self.leases.get(name) else {
+            return failure(StatusCode::NOT_FOUND, &format!("leases {name:?} not found"));
+        };
+        let given: Value = serde_json::from_slice(body).unwrap_or_default();
+        let version = &lease["metadata"]["resourceVersion"];
+        let differs = |given: &Value| !given.is_null() && given != version;
+        match *method {
+            Method::GET => (StatusCode::OK, lease.clone()),
+            Method::PUT if differs(&given["metadata"]["resourceVersion"]) => {
+                failure(StatusCode::CONFLICT, "it has changed")
+            }
+            Method::PUT => (StatusCode::OK, self.set(given)),
+            Method::DELETE if differs(&given["preconditions"]["resourceVersion"]) => {
+                failure(StatusCode::CONFLICT, "it has changed")
+            }
+            Method::DELETE => (StatusCode::OK, self.remove(name).unwrap()),
+            _ => failure(StatusCode::METHOD_NOT_ALLOWED, "no such method"),
+        }
+    }
 }
 
 impl State {

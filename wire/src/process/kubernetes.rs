@@ -5,6 +5,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
+pub use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::{api::coordination::v1::LeaseSpec, jiff::SignedDuration};
 pub use kube::Client;
 use kube::{
     Config,
@@ -93,6 +95,23 @@ pub fn reason(error: &kube::Error) -> String {
     }
 }
 
+/// Until when a Lease holds: its renewal, or where there was none its acquisition, and its duration
+/// (`pkg/util/leases.go`). `None` for one that never held.
+pub fn lease_expiry(lease: &LeaseSpec) -> Option<Timestamp> {
+    let renewed = lease.renew_time.as_ref().or(lease.acquire_time.as_ref())?.0;
+    let duration = SignedDuration::from_secs(lease.lease_duration_seconds?.into());
+    renewed.checked_add(duration).ok()
+}
+
+/// The status of kube-apiserver's answer and the reason in it, for metric labels; `0` and `unreachable`
+/// where there was no answer.
+pub fn labels(error: &kube::Error) -> (String, String) {
+    match error {
+        kube::Error::Api(status) => (status.code.to_string(), status.reason.clone()),
+        _ => ("0".into(), "unreachable".into()),
+    }
+}
+
 /// An error and what is behind it, each said once.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -105,4 +124,27 @@ fn chain(error: &dyn std::error::Error) -> String {
         source = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+
+    use super::*;
+
+    #[test]
+    fn a_lease_holds_from_its_last_renewal_for_its_duration() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let lease = |renewed: Option<i64>, acquired: Option<i64>, duration| LeaseSpec {
+            renew_time: renewed.map(at).map(MicroTime),
+            acquire_time: acquired.map(at).map(MicroTime),
+            lease_duration_seconds: duration,
+            ..LeaseSpec::default()
+        };
+        assert_eq!(lease_expiry(&lease(Some(100), Some(1), Some(30))), Some(at(130)));
+        assert_eq!(lease_expiry(&lease(None, Some(1), Some(30))), Some(at(31)));
+        assert_eq!(lease_expiry(&lease(None, None, Some(30))), None);
+        assert_eq!(lease_expiry(&lease(Some(100), None, None)), None);
+        assert_eq!(lease_expiry(&lease(Some(100), None, Some(-30))), Some(at(70)));
+    }
 }
