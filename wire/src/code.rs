@@ -115,6 +115,8 @@ codes! {
         SUPERSEDED = 0x07, "superseded";
         /// The owner of the tunnel went away without a reason.
         ABANDONED = 0x08, "abandoned";
+        /// The peer pings more often than it may.
+        TOO_MANY_PINGS = 0x09, "too_many_pings";
     }
 }
 

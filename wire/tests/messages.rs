@@ -83,6 +83,7 @@ fn every_close_code_has_its_number() {
         (0x06, "overloaded"),
         (0x07, "superseded"),
         (0x08, "abandoned"),
+        (0x09, "too_many_pings"),
     ];
     assert_eq!(table, expected);
 }
