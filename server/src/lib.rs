@@ -12,6 +12,7 @@ pub mod cli;
 pub mod config;
 pub mod dial;
 pub mod frontend;
+mod http2_frames;
 pub mod identity;
 pub mod leases;
 pub mod metrics;

@@ -17,12 +17,8 @@ use std::{
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// The client's connection preface (RFC 9113 §3.4).
-const PREFACE_LEN: usize = 24;
-/// A frame's head (RFC 9113 §4.1).
-const HEAD_LEN: usize = 9;
-/// A HEADERS frame's type (RFC 9113 §6.2).
-const HEADERS: u8 = 0x1;
+use crate::http2_frames::{Head, Heads, Part, kind};
+
 /// Largest frame that h2 takes (RFC 9113 §4.2); longer ones are not looked into.
 const MAX_FRAME_LEN: usize = 16_384;
 /// Bytes read at once while frames' heads are looked for.
@@ -63,9 +59,9 @@ impl<IO: AsyncRead + Unpin> AsyncRead for LegalAuthority<IO> {
                 // Inside a frame that passes as it is: no copy of ours.
                 let mut part = ReadBuf::new(buf.initialize_unfilled_to(straight));
                 ready!(Pin::new(&mut this.inner).poll_read(cx, &mut part))?;
+                this.frames.passed(part.filled());
                 let length = part.filled().len();
                 buf.advance(length);
-                this.frames.skip(length);
                 return Poll::Ready(Ok(()));
             }
             // An idle connection keeps no buffer.
@@ -111,84 +107,54 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for LegalAuthority<IO> {
     }
 }
 
-/// Where in the client's bytes we are. Pure: bytes in, bytes out.
+/// What is to come out, frame by frame. Pure: bytes in, bytes out.
 #[derive(Debug)]
-pub struct Frames(State);
+pub struct Frames {
+    heads: Heads,
+    /// What was seen of a HEADERS frame that is kept back; empty without one.
+    kept: Vec<u8>,
+}
 
 impl Default for Frames {
     fn default() -> Self {
-        Self(State::Straight(PREFACE_LEN))
+        Self { heads: Heads::of_client(), kept: Vec::new() }
     }
-}
-
-#[derive(Debug)]
-enum State {
-    /// This many bytes pass as they are.
-    Straight(usize),
-    /// A frame's head is being collected, or a HEADERS frame up to this length.
-    Collect { frame: Vec<u8>, length: usize },
 }
 
 impl Frames {
     /// Bytes that pass as they are before anything has to be looked at.
     fn straight(&self) -> usize {
-        match self.0 {
-            State::Straight(left) => left,
-            State::Collect { .. } => 0,
-        }
+        if self.kept.is_empty() { self.heads.payload_left() } else { 0 }
     }
 
-    /// Notes that bytes have passed as they are, at most [`Self::straight`].
-    fn skip(&mut self, length: usize) {
-        if let State::Straight(left) = &mut self.0 {
-            *left -= length;
-            if *left == 0 {
-                self.0 = State::Collect { frame: Vec::new(), length: HEAD_LEN };
-            }
-        }
+    /// Notes bytes that have passed as they are, at most [`Self::straight`].
+    fn passed(&mut self, mut bytes: &[u8]) {
+        self.heads.next(&mut bytes);
     }
 
     /// Takes what the client sent next, and appends what h2 is to see. At most one HEADERS frame
     /// is kept back.
     pub fn push(&mut self, mut input: &[u8], output: &mut BytesMut) {
-        while !input.is_empty() {
-            match &mut self.0 {
-                State::Straight(left) => {
-                    let (straight, rest) = input.split_at(input.len().min(*left));
-                    output.extend_from_slice(straight);
-                    input = rest;
-                    self.skip(straight.len());
-                }
-                State::Collect { frame, length } => {
-                    let (part, rest) = input.split_at(input.len().min(*length - frame.len()));
-                    frame.extend_from_slice(part);
-                    input = rest;
-                    if frame.len() == *length {
-                        self.0 = Self::collected(frame, output);
+        while let Some(part) = self.heads.next(&mut input) {
+            match part {
+                Part::Head(head) if is_looked_into(head) => self.kept.extend(head.bytes()),
+                Part::Head(head) => output.extend_from_slice(head.bytes()),
+                Part::Payload(payload) if self.kept.is_empty() => output.extend_from_slice(payload),
+                Part::Payload(payload) => {
+                    self.kept.extend_from_slice(payload);
+                    if self.heads.payload_left() == 0 {
+                        output.extend_from_slice(&headers::legalized(&self.kept));
+                        self.kept = Vec::new();
                     }
                 }
             }
         }
     }
+}
 
-    /// Decides about a frame's head, or hands on a HEADERS frame.
-    fn collected(frame: &mut Vec<u8>, output: &mut BytesMut) -> State {
-        let next_head = State::Collect { frame: Vec::new(), length: HEAD_LEN };
-        if frame.len() > HEAD_LEN {
-            output.extend_from_slice(&headers::legalized(frame));
-            return next_head;
-        }
-        let payload =
-            usize::from(frame[0]) << 16 | usize::from(frame[1]) << 8 | usize::from(frame[2]);
-        if frame[3] == HEADERS && (1..=MAX_FRAME_LEN).contains(&payload) {
-            return State::Collect { frame: std::mem::take(frame), length: HEAD_LEN + payload };
-        }
-        output.extend_from_slice(frame);
-        match payload {
-            0 => next_head,
-            payload => State::Straight(payload),
-        }
-    }
+/// Whether a frame has fields of a size that h2 would take.
+fn is_looked_into(head: Head) -> bool {
+    head.kind() == kind::HEADERS && (1..=MAX_FRAME_LEN).contains(&head.payload_len())
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::borrow::Cow;
 
 use http::uri::Authority;
 
-use super::HEAD_LEN;
+use crate::http2_frames::HEAD_LEN;
 
 /// The payload begins with the length of the padding at its end (RFC 9113 §6.2).
 const FLAG_PADDED: u8 = 0x8;
