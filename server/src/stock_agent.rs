@@ -6,8 +6,15 @@
 
 mod bridge;
 mod hello;
+mod keepalive;
 
-use std::{convert::Infallible, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bridge::Bridge;
 use culvert_wire::{
@@ -18,21 +25,24 @@ use culvert_wire::{
         header,
         packet::Packet,
     },
+    process::logging::RateLimited,
     transport::qmux::Peer,
 };
 use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use keepalive::{MIN_PING_INTERVAL, PingLimit, TooManyPings};
 use tokio::{net::TcpStream, time::sleep};
 use tokio_rustls::server::TlsStream;
 use tokio_stream::{StreamExt as _, adapters::Map};
+use tokio_util::sync::CancellationToken;
 use tonic::{
     Status, Streaming,
     body::Body,
     metadata::{MetadataMap, MetadataValue},
     server::{Grpc, StreamingService},
 };
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::{
     identity::Admitted,
@@ -62,8 +72,11 @@ pub async fn serve(stream: TlsStream<TcpStream>, remote: SocketAddr, context: Ar
         .keep_alive_interval(context.settings.keep_alive_interval)
         .keep_alive_timeout(context.settings.idle_timeout);
     let closing = context.closing.clone();
-    let service = service_fn(move |request| answer(request, peer.clone(), context.clone()));
-    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service));
+    let too_many_pings = CancellationToken::new();
+    let io = TokioIo::new(PingLimit::new(stream, MIN_PING_INTERVAL, too_many_pings.clone()));
+    let connect = Connect { peer, context, too_many_pings: too_many_pings.clone() };
+    let service = service_fn(move |request| answer(request, connect.clone()));
+    let mut connection = std::pin::pin!(http.serve_connection(io, service));
     let ended = tokio::select! {
         ended = &mut connection => ended,
         () = closing.cancelled() => {
@@ -71,28 +84,39 @@ pub async fn serve(stream: TlsStream<TcpStream>, remote: SocketAddr, context: Ar
             connection.await
         }
     };
-    if let Err(error) = ended {
+    if too_many_pings.is_cancelled() {
+        tell_of_pings(remote);
+    } else if let Err(error) = ended {
         debug!(%remote, %error, "a stock agent's connection ended");
+    }
+}
+
+fn tell_of_pings(remote: SocketAddr) {
+    static TOO_MANY: RateLimited = RateLimited::new(Duration::from_secs(1));
+    if let Some(suppressed) = TOO_MANY.admit(Instant::now()) {
+        warn!(%remote, reason = %TooManyPings, suppressed, "a stock agent was sent away");
     }
 }
 
 async fn answer(
     request: Request<Incoming>,
-    peer: Peer,
-    context: Arc<TunnelContext>,
+    connect: Connect,
 ) -> Result<Response<Body>, Infallible> {
     if request.uri().path() != CONNECT {
         let status = Status::unimplemented(format!("unknown method {}", request.uri().path()));
         return Ok(status.into_http());
     }
     let mut grpc = Grpc::new(SmallBuffers).max_decoding_message_size(MAX_PACKET_LEN);
-    Ok(grpc.streaming(Connect { peer, context }, request).await)
+    Ok(grpc.streaming(connect, request).await)
 }
 
 /// The method's handler, in the shape that tonic asks for.
+#[derive(Clone)]
 struct Connect {
     peer: Peer,
     context: Arc<TunnelContext>,
+    /// Told when the connection ends for its pings.
+    too_many_pings: CancellationToken,
 }
 
 type PacketResults = Map<Packets, fn(Packet) -> Result<Packet, Status>>;
@@ -104,7 +128,7 @@ impl StreamingService<Packet> for Connect {
         Pin<Box<dyn Future<Output = Result<tonic::Response<Self::ResponseStream>, Status>> + Send>>;
 
     fn call(&mut self, request: tonic::Request<Streaming<Packet>>) -> Self::Future {
-        let (peer, context) = (self.peer.clone(), self.context.clone());
+        let Self { peer, context, too_many_pings } = self.clone();
         Box::pin(async move {
             let (metadata, _, inbound) = request.into_parts();
             let hello = hello::read(&metadata).map_err(Status::unknown)?;
@@ -112,13 +136,14 @@ impl StreamingService<Packet> for Connect {
             // The headers are out before any packet: packets are polled from the response.
             let (outbound, packets) = konnectivity::outbound();
             let response = response(packets, &context)?;
+            let call = Call { inbound, outbound, too_many_pings };
             if context.backends.is_here(&hello.agent_id) {
                 let tunnels = context.tunnels.clone();
-                tunnels.spawn(join_again(hello, admitted, peer, context, inbound, outbound));
+                tunnels.spawn(join_again(hello, admitted, peer, context, call));
             } else {
                 let joined = Bridge::join(hello, admitted, peer, &context).await;
                 let bridge = joined.map_err(|error| Status::unknown(error.to_string()))?;
-                context.tunnels.spawn(bridge.run(inbound, outbound));
+                context.tunnels.spawn(bridge.run(call));
             }
             Ok(response)
         })
@@ -140,6 +165,15 @@ async fn admit(
         tunnel::not_joined(remote, &refusal.into(), context);
         status
     })
+}
+
+/// What an agent and this server say to one another in one call.
+#[derive(Debug)]
+struct Call {
+    inbound: Streaming<Packet>,
+    outbound: Outbound,
+    /// Told when the agent's connection ends for its pings.
+    too_many_pings: CancellationToken,
 }
 
 /// The answer to a call: who this server is, and then packets.
@@ -164,17 +198,16 @@ async fn join_again(
     admitted: Admitted,
     peer: Peer,
     context: Arc<TunnelContext>,
-    inbound: Streaming<Packet>,
-    outbound: Outbound,
+    call: Call,
 ) {
     tokio::select! {
-        () = outbound.closed() => return,
+        () = call.outbound.closed() => return,
         () = context.closing.cancelled() => return,
         () = context.backends.until_left(&hello.agent_id) => {}
         () = sleep(SECOND_THOUGHTS) => {}
     }
     match Bridge::join(hello, admitted, peer, &context).await {
-        Ok(bridge) => bridge.run(inbound, outbound).await,
+        Ok(bridge) => bridge.run(call).await,
         Err(error) => debug!(%error, "a stock agent did not join again"),
     }
 }

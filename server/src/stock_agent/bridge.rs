@@ -30,6 +30,7 @@ use tokio::{
 use tonic::Streaming;
 use tracing::{debug, warn};
 
+use super::{Call, keepalive::TooManyPings};
 use crate::{
     identity::Admitted,
     tunnel::{self, TunnelContext},
@@ -60,10 +61,21 @@ enum Ended {
     Failed(#[from] tonic::Status),
     #[error(transparent)]
     Flooded(#[from] Flooded),
+    #[error(transparent)]
+    Pings(#[from] TooManyPings),
     #[error("{0}")]
     Tunnel(#[from] TunnelLost),
     #[error(transparent)]
     Control(#[from] ControlError),
+}
+
+impl Ended {
+    fn close_code(&self) -> CloseCode {
+        match self {
+            Self::Pings(_) => CloseCode::TOO_MANY_PINGS,
+            _ => CloseCode::DONE,
+        }
+    }
 }
 
 /// Plays a stock agent's part on its tunnel.
@@ -107,8 +119,9 @@ impl Bridge {
     }
 
     /// Carries dials and connections until the agent or the tunnel is gone.
-    pub(super) async fn run(self, inbound: Streaming<Packet>, outbound: Outbound) {
+    pub(super) async fn run(self, call: Call) {
         let Self { tunnel, control } = self;
+        let Call { inbound, outbound, too_many_pings } = call;
         let shared = Arc::new(Shared {
             outbound,
             connections: Connections::default(),
@@ -117,6 +130,9 @@ impl Bridge {
         });
         let mut accepting = pin!(accept(&tunnel, &shared));
         let ended = tokio::select! {
+            // Before what comes of it: the agent's stream fails too.
+            biased;
+            () = too_many_pings.cancelled() => Err(TooManyPings.into()),
             ended = shared.hear(inbound) => ended,
             ended = shared.converse(control) => ended,
             ended = &mut accepting => ended,
@@ -125,7 +141,7 @@ impl Bridge {
         debug!(remote = %tunnel.remote_address(), %ended, "a stock agent's stream is over");
         // Before the streams are dropped: dials that were not answered are lost with the tunnel, and
         // made again elsewhere.
-        tunnel.close(CloseCode::DONE, &ended.to_string());
+        tunnel.close(ended.close_code(), &ended.to_string());
     }
 }
 
