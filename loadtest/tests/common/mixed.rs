@@ -3,9 +3,10 @@
 use std::{
     fs::File,
     io,
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
+    sync::Arc,
     time::Duration,
 };
 
@@ -15,6 +16,10 @@ use culvert_loadtest::{
     peer::{Frontend, konnectivity::Programs},
     process::free_port,
     stock_client::StockClient,
+};
+use culvert_wire::{
+    konnectivity::ALPN_H2,
+    tls::{Identity, KeyExchange, authorities, certificates, tunnel_client},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -27,6 +32,7 @@ use tokio::{
     sync::OnceCell,
     time::timeout,
 };
+use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::metric;
 
@@ -248,6 +254,19 @@ impl Site {
     /// Dials a target.
     pub(crate) async fn dial(&self, target: impl ToString) -> Result<Connection, ConnectError> {
         Connection::dial_unix(self.frontend, &self.socket(), target).await
+    }
+
+    /// Connects where agents come in, with the certificate of one, as stock agents do.
+    pub(crate) async fn as_stock_agent(&self) -> TlsStream<TcpStream> {
+        let pair = self.certificates.agent();
+        let identity = Identity::from_pem_files(&pair.certificate, &pair.key).unwrap();
+        let roots = authorities(&certificates(&self.certificates.ca()).unwrap()).unwrap();
+        let mut tls = tunnel_client(roots, Some(identity), KeyExchange::Hybrid).unwrap();
+        tls.alpn_protocols = vec![ALPN_H2.to_vec()];
+        let address = (Ipv4Addr::LOCALHOST, self.tunnel);
+        let socket = TcpStream::connect(address).await.unwrap();
+        let name = IpAddr::from(address.0).into();
+        TlsConnector::from(Arc::new(tls)).connect(name, socket).await.unwrap()
     }
 
     /// Runs a command of the stock client: what it printed, and its exit code.

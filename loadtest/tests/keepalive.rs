@@ -1,0 +1,293 @@
+//! How often a stock agent may ping: what the stock server bears, and what it says to an agent that
+//! goes too far, ours bears and says too. The agents here are bytes of HTTP/2 (RFC 9113); where
+//! there is no Go to build the stock server these say so and are skipped.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod common;
+
+use std::{io, pin::pin};
+
+use common::{
+    mixed::{Make, Site, until},
+    within,
+};
+use culvert_loadtest::{frontend::Connection, peer::Frontend, targets::Target};
+use culvert_wire::konnectivity::{
+    CONNECT,
+    packet::{Packet, Payload},
+};
+use prost::Message as _;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use tokio_rustls::client::TlsStream;
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const HEAD_LEN: usize = 9;
+
+const DATA: u8 = 0x0;
+const HEADERS: u8 = 0x1;
+const SETTINGS: u8 = 0x4;
+const PING: u8 = 0x6;
+const GOAWAY: u8 = 0x7;
+const ACK: u8 = 0x1;
+const END_HEADERS: u8 = 0x4;
+
+const TUNNELS_LOST: &str = "culvert_server_tunnels_lost_total{reason=\"too_many_pings\"}";
+
+#[derive(Debug, PartialEq)]
+struct Frame {
+    kind: u8,
+    flags: u8,
+    stream: u32,
+    payload: Vec<u8>,
+}
+
+/// What a server says last to an agent that pings too often.
+#[derive(Debug, PartialEq)]
+struct Goaway {
+    last_stream: u32,
+    code: u32,
+    text: String,
+}
+
+fn goaway(last_stream: u32) -> Goaway {
+    Goaway { last_stream, code: 0xb, text: "too_many_pings".into() }
+}
+
+/// A stock agent as far as a server can tell.
+struct RawAgent {
+    socket: TlsStream<TcpStream>,
+}
+
+impl RawAgent {
+    async fn connect(site: &Site) -> Self {
+        let mut agent = Self { socket: site.as_stock_agent().await };
+        agent.socket.write_all(PREFACE).await.unwrap();
+        assert_eq!(agent.fence().await, None);
+        agent
+    }
+
+    /// Connects and makes the call that agents make.
+    async fn join(site: &Site) -> Self {
+        let mut agent = Self::connect(site).await;
+        // POST and https of HPACK's static table (RFC 7541 appendix A), then names and values.
+        let mut fields = vec![0x83, 0x87];
+        let named = [
+            (":path", CONNECT),
+            (":authority", "localhost"),
+            ("content-type", "application/grpc"),
+            ("te", "trailers"),
+            ("agentid", "raw"),
+        ];
+        for (name, value) in named {
+            fields.push(0);
+            for text in [name, value] {
+                fields.push(u8::try_from(text.len()).unwrap());
+                fields.extend_from_slice(text.as_bytes());
+            }
+        }
+        agent.send(HEADERS, END_HEADERS, 1, &fields).await;
+        agent.until(HEADERS).await;
+        site.until_joined(1).await;
+        agent
+    }
+
+    async fn send(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        let frame = [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat();
+        self.socket.write_all(&frame).await.unwrap();
+        self.socket.flush().await.unwrap();
+    }
+
+    async fn receive(&mut self) -> io::Result<Frame> {
+        let mut head = [0; HEAD_LEN];
+        self.socket.read_exact(&mut head).await?;
+        let mut payload = vec![0; usize::from(head[1]) << 8 | usize::from(head[2])];
+        self.socket.read_exact(&mut payload).await?;
+        let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
+        Ok(Frame { kind: head[3], flags: head[4], stream, payload })
+    }
+
+    async fn until(&mut self, kind: u8) -> Frame {
+        loop {
+            match self.receive().await.unwrap() {
+                frame if frame.kind == kind => return frame,
+                frame => assert_ne!(frame.kind, GOAWAY, "{frame:?}"),
+            }
+        }
+    }
+
+    /// Waits until the server has answered all that it was sent, or has said its last.
+    async fn fence(&mut self) -> Option<Goaway> {
+        self.send(SETTINGS, 0, 0, &[]).await;
+        loop {
+            let frame = self.receive().await.unwrap();
+            match (frame.kind, frame.flags) {
+                (SETTINGS, ACK) => return None,
+                (GOAWAY, _) => {
+                    let (numbers, text) = frame.payload.split_at(8);
+                    let (last_stream, code) = numbers.split_at(4);
+                    return Some(Goaway {
+                        last_stream: u32::from_be_bytes(last_stream.try_into().unwrap()),
+                        code: u32::from_be_bytes(code.try_into().unwrap()),
+                        text: String::from_utf8(text.to_vec()).unwrap(),
+                    });
+                }
+                _ => {}
+            }
+        }
+    }
+
+    async fn ping(&mut self) -> Option<Goaway> {
+        self.send(PING, 0, 0, b"how long").await;
+        self.fence().await
+    }
+
+    /// Pings until the server has had enough: after how many, and what it says.
+    async fn ping_until_sent_away(&mut self) -> (usize, Goaway) {
+        for pings in 1..=100 {
+            if let Some(goaway) = self.ping().await {
+                return (pings, goaway);
+            }
+        }
+        panic!("a hundred pings are borne");
+    }
+
+    /// The server ends the connection; in whatever way, and saying nothing more.
+    async fn ends(&mut self) {
+        let mut more = Vec::new();
+        let _ = self.socket.read_to_end(&mut more).await;
+        assert!(more.is_empty(), "{more:?}");
+    }
+
+    /// The next packet, in as many frames as it comes.
+    async fn packet(&mut self) -> Packet {
+        let mut bytes = Vec::new();
+        loop {
+            bytes.extend(self.until(DATA).await.payload);
+            if let Some((head, packet)) = bytes.split_first_chunk::<5>()
+                && packet.len() == usize::from(head[4])
+            {
+                return Packet::decode(packet).unwrap();
+            }
+        }
+    }
+
+    async fn say(&mut self, packet: &Packet) {
+        let packet = packet.encode_to_vec();
+        let length = u32::try_from(packet.len()).unwrap().to_be_bytes();
+        self.send(DATA, 0, 1, &[&[0], &length[..], &packet].concat()).await;
+    }
+}
+
+async fn sites(frontend: Frontend) -> Vec<(Make, Site)> {
+    let mut sites = Vec::new();
+    for make in [Make::Stock, Make::Culvert] {
+        if let Some(site) = Site::start(make, frontend, &[]).await {
+            sites.push((make, site));
+        }
+    }
+    sites
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_third_ping_too_soon_is_answered_alike_by_both_servers() {
+    within(async {
+        for (make, site) in sites(Frontend::Connect).await {
+            let mut agent = RawAgent::connect(&site).await;
+            let idle = agent.ping_until_sent_away().await;
+            agent.ends().await;
+            let mut agent = RawAgent::join(&site).await;
+            let joined = agent.ping_until_sent_away().await;
+            agent.ends().await;
+            println!("{make:?}: {idle:?} without a call, {joined:?} with one");
+            assert_eq!(idle, (4, goaway(0)), "{make:?}");
+            assert_eq!(joined, (4, goaway(1)), "{make:?}");
+        }
+    })
+    .await;
+}
+
+/// As pings by which grpc-go's client measures the bandwidth: one for what has come.
+#[tokio::test(flavor = "multi_thread")]
+async fn pings_behind_what_the_server_sent_are_free_with_both_servers() {
+    within(async {
+        for (make, site) in sites(Frontend::Connect).await {
+            let mut agent = RawAgent::join(&site).await;
+            for round in 0..20 {
+                let mut dial = pin!(site.dial("127.0.0.1:9"));
+                tokio::select! {
+                    _ = &mut dial => panic!("nobody has answered"),
+                    _ = agent.until(DATA) => {}
+                }
+                assert_eq!(agent.ping().await, None, "{make:?}, round {round}");
+                assert_eq!(agent.ping().await, None, "{make:?}, round {round}");
+            }
+            println!("{make:?}: 40 pings are borne");
+        }
+    })
+    .await;
+}
+
+/// A stock agent on whom data come in has its bandwidth measured all the time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_busy_stock_agent_is_not_sent_away() {
+    const BYTES: u64 = 256 << 20;
+    within(async {
+        let Some(site) = Site::start(Make::Culvert, Frontend::Connect, &[]).await else { return };
+        let _agent = site.start_agent(Make::Stock, "agent", &[]).await;
+        site.until_joined(1).await;
+        let target = Target::start(|mut socket| async move {
+            tokio::io::copy(&mut (&mut socket).take(BYTES), &mut tokio::io::sink()).await?;
+            socket.write_all(b"all").await
+        });
+        let target = target.await.unwrap();
+        let mut upload = site.dial(target.address()).await.unwrap();
+        let chunk = vec![7; 1 << 20];
+        for _ in 0..BYTES / chunk.len() as u64 {
+            upload.write(&chunk).await.unwrap();
+        }
+        assert_eq!(upload.read_count(3).await.unwrap(), b"all");
+        assert_eq!(site.ready_backends().await, 1.0);
+        assert_eq!(site.server.metric(TUNNELS_LOST).await, 0.0);
+        assert!(!site.server.log().contains("agent gone"), "{}", site.server.log());
+    })
+    .await;
+}
+
+async fn connected(site: &Site, agent: &mut RawAgent) -> Connection {
+    let answering = async {
+        let Some(Payload::DialRequest(request)) = agent.packet().await.payload else {
+            panic!("no dial")
+        };
+        agent.say(&Packet::dial_response(request.random, Ok(1))).await;
+    };
+    let (connection, ()) = tokio::join!(site.dial("127.0.0.1:9"), answering);
+    connection.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_agent_carries_is_cut_off_when_it_is_sent_away_and_the_reason_is_told() {
+    within(async {
+        let Some(site) = Site::start(Make::Culvert, Frontend::Grpc, &[]).await else { return };
+        let mut agent = RawAgent::join(&site).await;
+        let mut connection = connected(&site, &mut agent).await;
+        assert_eq!(agent.ping_until_sent_away().await, (4, goaway(1)));
+        // While the agent has not even hung up.
+        let error = connection.read_to_end().await.unwrap_err().to_string();
+        assert!(error.contains("too_many_pings"), "{error}");
+        let counted = async || site.server.metric(TUNNELS_LOST).await == 1.0;
+        until("the loss is counted", counted).await;
+        agent.ends().await;
+        drop(agent);
+        let told = async || site.server.log().contains("a stock agent was sent away");
+        until("the reason is logged", told).await;
+        assert!(site.server.log().contains("the agent pings more often than every 30s"));
+        // It may come back.
+        let mut agent = RawAgent::join(&site).await;
+        connected(&site, &mut agent).await;
+    })
+    .await;
+}
