@@ -9,12 +9,13 @@ use bytes::Bytes;
 use carriers::{Carrier, Pair, each};
 use culvert_wire::{
     StreamCode,
-    splice::{Cut, HalfEnd, Local, Meter, Outcome, halves, splice},
+    splice::{Cut, HalfEnd, Local, Meter, Outcome, SpliceSocket, halves, splice},
     transport::{ReadError, RecvHalf, SendHalf, WriteError},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpStream, UnixStream},
+    time::timeout,
 };
 
 /// A splice's own ends, and those that the test holds.
@@ -42,7 +43,7 @@ impl Bench {
     }
 }
 
-async fn run(socket: TcpStream, stream: (SendHalf, RecvHalf), meter: &Meter) -> Outcome {
+async fn run(socket: impl SpliceSocket, stream: (SendHalf, RecvHalf), meter: &Meter) -> Outcome {
     let (reader, writer, abort) = halves(socket);
     splice(Local::new(reader, writer, abort), stream, meter).await
 }
@@ -130,6 +131,36 @@ async fn a_splice_is_over_only_when_the_other_side_has_everything() {
         let outcome = run(socket, stream, &Meter::default()).await;
         let code = StreamCode::BROKEN_PIPE;
         assert!(matches!(outcome.end, Ok((HalfEnd::Stopped(found), _)) if found == code));
+    })
+    .await;
+}
+
+/// The kernel calls it a reset when somebody leaves a Unix socket with bytes unread. What he wrote
+/// before arrives all the same, though it has to wait for room in the stream.
+#[tokio::test]
+async fn whoever_leaves_a_unix_socket_with_an_answer_unread_has_written_what_he_wrote() {
+    const PATIENCE: Duration = Duration::from_millis(200);
+    each(async |carrier| {
+        let Bench { spliced: (_, stream), stream: mut held, _pair, .. } = Bench::new(carrier).await;
+        let (socket, mut peer) = UnixStream::pair().unwrap();
+        let task = tokio::spawn(async move { run(socket, stream, &Meter::default()).await });
+        held.0.write_chunk(Bytes::from_static(b"an answer that nobody reads")).await.unwrap();
+        peer.readable().await.unwrap();
+        let mut written = 0;
+        while let Ok(length) = timeout(PATIENCE, peer.write(&[0; 65_536])).await {
+            written += length.unwrap();
+        }
+        drop(peer);
+        let stopped = timeout(PATIENCE, held.0.stopped()).await;
+        assert!(stopped.is_err(), "{stopped:?}");
+        let (mut chunks, mut arrived) = ([const { Bytes::new() }; 8], 0);
+        while let Some(count) = held.1.read_chunks(&mut chunks).await.unwrap() {
+            arrived += chunks[..count].iter().map(Bytes::len).sum::<usize>();
+        }
+        assert_eq!(arrived, written);
+        held.0.finish();
+        let outcome = task.await.unwrap();
+        assert!(matches!(outcome.end, Ok((HalfEnd::Finished, _))), "{outcome:?}");
     })
     .await;
 }

@@ -73,13 +73,14 @@ impl SpliceSocket for TcpStream {
     }
 }
 
+/// A Unix socket reports a reset when its peer closed without having read everything. That says
+/// nothing about what the peer wrote, all of which comes first: to a reader it is an end, to a
+/// writer the same as any other close, and no fault by itself.
 impl SpliceSocket for UnixStream {
     fn ready(&self, interest: Interest) -> impl Future<Output = io::Result<Ready>> + Send {
         self.ready(interest)
     }
 
-    /// A Unix socket reports a reset when its peer closed without having read everything. That
-    /// says nothing about what the peer wrote, all of which comes first: it is an end.
     fn try_read(&self, buf: &mut BytesMut) -> io::Result<usize> {
         match self.try_read_buf(buf) {
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(0),
@@ -88,7 +89,12 @@ impl SpliceSocket for UnixStream {
     }
 
     fn try_write(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.try_write_vectored(bufs)
+        match self.try_write_vectored(bufs) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
+            result => result,
+        }
     }
 
     /// A Unix socket refuses even nothing once its peer is closed, and sends nothing by it.
@@ -97,7 +103,8 @@ impl SpliceSocket for UnixStream {
     }
 
     fn take_error(&self) -> io::Result<Option<io::Error>> {
-        self.take_error()
+        let error = self.take_error()?;
+        Ok(error.filter(|error| error.kind() != io::ErrorKind::ConnectionReset))
     }
 }
 
