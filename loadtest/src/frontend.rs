@@ -22,7 +22,7 @@ use crate::{
     rig::{Rig, Running},
 };
 
-/// One way into a server.
+/// One way into a server, and what carries its tunnels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Door {
     /// HTTP CONNECT on a Unix socket.
@@ -33,41 +33,86 @@ pub enum Door {
     GrpcUnix,
     /// gRPC over TCP with mutual TLS.
     GrpcTls,
+    /// As [`Self::ConnectUnix`], where tunnels go over TCP.
+    ConnectUnixTunnelTcp,
     /// As [`Self::ConnectTls`], where tunnels go over TCP.
     ConnectTlsTunnelTcp,
     /// As [`Self::GrpcUnix`], where tunnels go over TCP.
     GrpcUnixTunnelTcp,
+    /// As [`Self::GrpcTls`], where tunnels go over TCP.
+    GrpcTlsTunnelTcp,
 }
 
 impl Door {
     /// Every way there is.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::ConnectUnix,
+        Self::ConnectTls,
+        Self::GrpcUnix,
+        Self::GrpcTls,
+        Self::ConnectUnixTunnelTcp,
+        Self::ConnectTlsTunnelTcp,
+        Self::GrpcUnixTunnelTcp,
+        Self::GrpcTlsTunnelTcp,
+    ];
+    /// HTTP CONNECT on a Unix socket, with each carrier.
+    pub const CONNECT_UNIX: [Self; 2] = [Self::ConnectUnix, Self::ConnectUnixTunnelTcp];
+    /// HTTP CONNECT over TLS, with each carrier.
+    pub const CONNECT_TLS: [Self; 2] = [Self::ConnectTls, Self::ConnectTlsTunnelTcp];
+    /// gRPC on a Unix socket, with each carrier.
+    pub const GRPC_UNIX: [Self; 2] = [Self::GrpcUnix, Self::GrpcUnixTunnelTcp];
+    /// Those that speak gRPC.
+    pub const GRPC: [Self; 4] =
+        [Self::GrpcUnix, Self::GrpcTls, Self::GrpcUnixTunnelTcp, Self::GrpcTlsTunnelTcp];
+    /// Those that can end one direction and keep the other.
+    pub const WITH_HALF_CLOSE: [Self; 4] = [
+        Self::ConnectUnix,
+        Self::ConnectTls,
+        Self::ConnectUnixTunnelTcp,
+        Self::ConnectTlsTunnelTcp,
+    ];
+    /// Those that can tell a cut from an end. On a Unix socket, which knows no reset, a cut shows as
+    /// the end of a connection whose TLS, inside, was not ended.
+    pub const WITH_RESET: [Self; 6] = [
         Self::ConnectTls,
         Self::GrpcUnix,
         Self::GrpcTls,
         Self::ConnectTlsTunnelTcp,
         Self::GrpcUnixTunnelTcp,
+        Self::GrpcTlsTunnelTcp,
     ];
-    /// Those that can end one direction and keep the other.
-    pub const WITH_HALF_CLOSE: [Self; 3] =
-        [Self::ConnectUnix, Self::ConnectTls, Self::ConnectTlsTunnelTcp];
 
     /// Whether it speaks gRPC.
     pub fn is_grpc(self) -> bool {
-        matches!(self, Self::GrpcUnix | Self::GrpcTls | Self::GrpcUnixTunnelTcp)
+        Self::GRPC.contains(&self)
+    }
+
+    /// Whether it is on TCP, with mutual TLS.
+    fn is_tls(self) -> bool {
+        matches!(
+            self,
+            Self::ConnectTls | Self::GrpcTls | Self::ConnectTlsTunnelTcp | Self::GrpcTlsTunnelTcp
+        )
+    }
+
+    /// What carries tunnels behind it.
+    pub fn transport(self) -> Transport {
+        match self {
+            Self::ConnectUnix | Self::ConnectTls | Self::GrpcUnix | Self::GrpcTls => {
+                Transport::Quic
+            }
+            Self::ConnectUnixTunnelTcp
+            | Self::ConnectTlsTunnelTcp
+            | Self::GrpcUnixTunnelTcp
+            | Self::GrpcTlsTunnelTcp => Transport::Tcp,
+        }
     }
 
     /// A rig that has this door.
     pub fn rig(self) -> Rig {
         let mode = if self.is_grpc() { Mode::Grpc } else { Mode::HttpConnect };
-        let rig = Rig::new().mode(mode);
-        match self {
-            Self::ConnectTls | Self::GrpcTls => rig.tcp_frontend(),
-            Self::ConnectUnix | Self::GrpcUnix => rig,
-            Self::ConnectTlsTunnelTcp => rig.tcp_frontend().transport(Transport::Tcp),
-            Self::GrpcUnixTunnelTcp => rig.transport(Transport::Tcp),
-        }
+        let rig = Rig::new().mode(mode).transport(self.transport());
+        if self.is_tls() { rig.tcp_frontend() } else { rig }
     }
 
     /// Dials `target` through this door of `rig`.
@@ -80,19 +125,15 @@ impl Door {
         target: impl ToString,
     ) -> Result<Connection, ConnectError> {
         let target = target.to_string();
-        Ok(match self {
-            Self::ConnectUnix => {
-                Connection::dial_unix(Frontend::Connect, &rig.uds(), target).await?
-            }
-            Self::ConnectTls | Self::ConnectTlsTunnelTcp => {
+        Ok(match (self.is_grpc(), self.is_tls()) {
+            (false, false) => Connection::dial_unix(Frontend::Connect, &rig.uds(), target).await?,
+            (true, false) => Connection::dial_unix(Frontend::Grpc, &rig.uds(), target).await?,
+            (false, true) => {
                 let mut socket = tls(rig, b"http/1.1").await?;
                 connect::request(&mut socket, &target).await?;
                 Connection::Tls(Box::new(socket))
             }
-            Self::GrpcUnix | Self::GrpcUnixTunnelTcp => {
-                Connection::dial_unix(Frontend::Grpc, &rig.uds(), target).await?
-            }
-            Self::GrpcTls => {
+            (true, true) => {
                 let socket = tls(rig, b"h2").await?;
                 Connection::Proxy(Box::new(ProxyConnection::dial(socket, &target).await?))
             }

@@ -1,4 +1,4 @@
-//! The HTTP CONNECT frontend, byte by byte.
+//! The HTTP CONNECT frontend, byte by byte. Tests that reach an agent do so over each carrier.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod common;
@@ -27,22 +27,24 @@ async fn answer(rig: &Running, request: &[u8]) -> String {
 
 #[tokio::test]
 async fn a_request_may_come_byte_by_byte_and_bring_early_data() {
-    within(async {
-        let rig = Door::ConnectUnix.rig().start().await.unwrap();
-        let echo = targets::echo().await.unwrap();
-        let mut socket = UnixStream::connect(rig.uds()).await.unwrap();
-        let request = format!("CONNECT {} HTTP/1.0\r\n\r\nearly", echo.address());
-        for byte in request.bytes() {
-            socket.write_all(&[byte]).await.unwrap();
-            tokio::task::yield_now().await;
-        }
-        socket.write_all(b" and late").await.unwrap();
-        socket.shutdown().await.unwrap();
-        let mut answer = String::new();
-        socket.read_to_string(&mut answer).await.unwrap();
-        assert_eq!(answer, format!("{ESTABLISHED}early and late"));
-    })
-    .await;
+    for door in Door::CONNECT_UNIX {
+        within(async {
+            let rig = door.rig().start().await.unwrap();
+            let echo = targets::echo().await.unwrap();
+            let mut socket = UnixStream::connect(rig.uds()).await.unwrap();
+            let request = format!("CONNECT {} HTTP/1.0\r\n\r\nearly", echo.address());
+            for byte in request.bytes() {
+                socket.write_all(&[byte]).await.unwrap();
+                tokio::task::yield_now().await;
+            }
+            socket.write_all(b" and late").await.unwrap();
+            socket.shutdown().await.unwrap();
+            let mut answer = String::new();
+            socket.read_to_string(&mut answer).await.unwrap();
+            assert_eq!(answer, format!("{ESTABLISHED}early and late"));
+        })
+        .await;
+    }
 }
 
 #[tokio::test]
@@ -80,14 +82,16 @@ async fn what_is_no_request_gets_400_and_costs_its_own_connection() {
 
 #[tokio::test]
 async fn a_name_and_an_ipv6_address_are_targets_too() {
-    within(async {
-        let rig = Door::ConnectUnix.rig().start().await.unwrap();
-        let echo = targets::echo().await.unwrap();
-        let port = echo.address().port();
-        Door::ConnectUnix.dial(&rig, format!("localhost:{port}")).await.unwrap();
-        Door::ConnectUnix.dial(&rig, format!("[::ffff:127.0.0.1]:{port}")).await.unwrap();
-    })
-    .await;
+    for door in Door::CONNECT_UNIX {
+        within(async {
+            let rig = door.rig().start().await.unwrap();
+            let echo = targets::echo().await.unwrap();
+            let port = echo.address().port();
+            door.dial(&rig, format!("localhost:{port}")).await.unwrap();
+            door.dial(&rig, format!("[::ffff:127.0.0.1]:{port}")).await.unwrap();
+        })
+        .await;
+    }
 }
 
 #[tokio::test]

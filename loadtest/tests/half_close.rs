@@ -50,7 +50,7 @@ async fn half_close_from_the_target_reaches_the_frontend_and_more_can_be_sent() 
 
 #[tokio::test]
 async fn grpc_delivers_what_was_sent_before_the_targets_end_was_told() {
-    for door in [Door::GrpcUnix, Door::GrpcTls, Door::GrpcUnixTunnelTcp] {
+    for door in Door::GRPC {
         within(async {
             let rig = door.rig().start().await.unwrap();
             let (target, mut accepted) = targets::handed_over().await.unwrap();

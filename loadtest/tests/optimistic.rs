@@ -20,8 +20,6 @@ use culvert_wire::{
 };
 
 const TARGET: &str = "10.0.0.9:10250";
-/// Doors that can tell a cut from an end.
-const DOORS: [Door; 3] = [Door::ConnectTls, Door::GrpcUnix, Door::GrpcTls];
 
 /// A server, and an agent of which the test says when it answers.
 struct Stage {
@@ -88,7 +86,7 @@ async fn read(recv: &mut RecvHalf) -> Bytes {
 
 #[tokio::test]
 async fn a_target_reached_before_is_answered_at_once() {
-    for door in DOORS {
+    for door in Door::WITH_RESET {
         within(async {
             let stage = Stage::new(door, true).await;
             let _first = stage.dial(door, Ok(())).await;
@@ -108,7 +106,7 @@ async fn a_target_reached_before_is_answered_at_once() {
 
 #[tokio::test]
 async fn a_dial_that_fails_after_all_is_a_reset_and_the_next_one_waits() {
-    for door in DOORS {
+    for door in Door::WITH_RESET {
         within(async {
             let stage = Stage::new(door, true).await;
             let _first = stage.dial(door, Ok(())).await;
@@ -132,7 +130,7 @@ async fn a_dial_that_fails_after_all_is_a_reset_and_the_next_one_waits() {
 
 #[tokio::test]
 async fn an_agent_that_is_lost_instead_of_answering_is_a_reset() {
-    for door in DOORS {
+    for door in Door::WITH_RESET {
         within(async {
             let stage = Stage::new(door, true).await;
             let _first = stage.dial(door, Ok(())).await;
@@ -148,7 +146,7 @@ async fn an_agent_that_is_lost_instead_of_answering_is_a_reset() {
 
 #[tokio::test]
 async fn without_the_flag_every_dial_waits_for_the_agent() {
-    for door in DOORS {
+    for door in Door::WITH_RESET {
         within(async {
             let stage = Stage::new(door, false).await;
             let _first = stage.dial(door, Ok(())).await;

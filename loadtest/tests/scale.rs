@@ -111,7 +111,7 @@ async fn a_thousand_streams_at_once_through_each_door() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_dials_in_a_row_leave_nothing_behind() {
-    for door in [Door::ConnectUnix, Door::GrpcUnix] {
+    for door in [Door::ConnectUnix, Door::GrpcUnix, Door::GrpcUnixTunnelTcp] {
         within(async {
             let rig = door.rig().start().await.unwrap();
             let target = targets::echo().await.unwrap();

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use culvert_agent::config::Transport;
 use culvert_loadtest::rig::Running;
 use culvert_wire::{
     InstanceId,
@@ -12,20 +13,26 @@ use culvert_wire::{
     tls::{Identity, KeyExchange, authorities, certificates, tunnel_client},
     transport::{
         Tunnel,
-        quic::{Settings, connect},
+        quic::{self, Settings},
+        tcp::{self, Way},
     },
     version::{Features, REVISION},
 };
 
-/// A tunnel to the rig's server on which nothing has been said.
+/// A tunnel to the rig's server, over the rig's carrier, on which nothing has been said.
 pub(crate) async fn tunnel(rig: &Running) -> Tunnel {
     let pair = rig.certificates().agent();
     let identity = Identity::from_pem_files(&pair.certificate, &pair.key).unwrap();
     let roots = authorities(&certificates(&rig.certificates().ca()).unwrap()).unwrap();
-    let tls = tunnel_client(roots, Some(identity), KeyExchange::Hybrid).unwrap();
+    let tls = Arc::new(tunnel_client(roots, Some(identity), KeyExchange::Hybrid).unwrap());
     let address = rig.server.tunnel;
-    let name = address.ip().to_string();
-    connect(address, &name, Arc::new(tls), &Settings::default()).await.unwrap().0
+    let (name, settings) = (address.ip().to_string(), Settings::default());
+    match rig.transport() {
+        Transport::Auto | Transport::Quic => {
+            quic::connect(address, &name, tls, &settings).await.unwrap().0
+        }
+        Transport::Tcp => tcp::connect(&Way::Direct(address), &name, tls, &settings).await.unwrap(),
+    }
 }
 
 /// A hello of this name.

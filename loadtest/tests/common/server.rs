@@ -1,5 +1,8 @@
 //! A server that does what the test says, and nothing else.
 
+use std::sync::Arc;
+
+use culvert_agent::config::Transport;
 use culvert_loadtest::{frontend::Door, rig::Running};
 use culvert_wire::{
     DialId,
@@ -10,10 +13,13 @@ use culvert_wire::{
     tls::{Identity, KeyExchange, authorities, certificates, tunnel_server},
     transport::{
         Tunnel,
-        quic::{Listener, Settings},
+        quic::{self, Settings},
+        tcp,
     },
     version::{Features, REVISION},
 };
+use tokio::net::TcpListener;
+use tokio_rustls::TlsAcceptor;
 use tokio_util::task::AbortOnDropHandle;
 
 /// A listener, and one agent that looks for it.
@@ -24,18 +30,21 @@ pub(crate) struct FakeServer {
 }
 
 impl FakeServer {
-    /// Starts both; `configure` may change what the agent is told.
-    pub(crate) async fn start(configure: impl FnOnce(&mut culvert_agent::Config)) -> Self {
+    /// Starts both, for tunnels over the door's carrier; `configure` may change what the agent is
+    /// told.
+    pub(crate) async fn start(
+        door: Door,
+        configure: impl FnOnce(&mut culvert_agent::Config),
+    ) -> Self {
         // The rig lends its certificates; its own server is not asked.
-        let rig = Door::ConnectUnix.rig().agents(0).start().await.unwrap();
+        let rig = door.rig().agents(0).start().await.unwrap();
         let pair = rig.certificates().server();
         let identity = Identity::from_pem_files(&pair.certificate, &pair.key).unwrap();
         let roots = authorities(&certificates(&rig.certificates().ca()).unwrap()).unwrap();
         let tls = tunnel_server(identity, Some(roots), KeyExchange::Hybrid).unwrap();
-        let address = "127.0.0.1:0".parse().unwrap();
-        let listener = Listener::bind(address, tls.into(), &Settings::default(), None).unwrap();
+        let listener = Listener::bind(door.transport(), tls.into()).await;
         let mut config = rig.agent_config("agent");
-        config.servers.port = listener.local_addr().unwrap().port();
+        config.servers.port = listener.port();
         configure(&mut config);
         let agent = culvert_agent::Agent::bind(&config).unwrap();
         let agent = AbortOnDropHandle::new(tokio::spawn(agent.run(std::future::pending())));
@@ -44,8 +53,7 @@ impl FakeServer {
 
     /// Takes the agent in.
     pub(crate) async fn agent_joins(&self) -> (Tunnel, ControlStream, Box<Hello>) {
-        let incoming = self.listener.accept().await.unwrap();
-        let tunnel = incoming.complete().await.unwrap();
+        let tunnel = self.listener.accept().await;
         let mut control = ControlStream::new(tunnel.clone(), tunnel.accept().await.unwrap());
         let ControlMessage::Hello(hello) = control.next().await.unwrap() else {
             panic!("the agent did not say hello first")
@@ -61,6 +69,45 @@ impl FakeServer {
         };
         control.send(&ControlMessage::Welcome(Box::new(welcome))).await.unwrap();
         (tunnel, control, hello)
+    }
+}
+
+/// Takes tunnels in over one carrier.
+enum Listener {
+    Quic(Box<quic::Listener>),
+    Tcp(TcpListener, TlsAcceptor),
+}
+
+impl Listener {
+    async fn bind(transport: Transport, tls: Arc<rustls::ServerConfig>) -> Self {
+        let address = "127.0.0.1:0".parse().unwrap();
+        match transport {
+            Transport::Auto | Transport::Quic => {
+                let settings = Settings::default();
+                let listener = quic::Listener::bind(address, tls, &settings, None).unwrap();
+                Self::Quic(Box::new(listener))
+            }
+            Transport::Tcp => Self::Tcp(TcpListener::bind(address).await.unwrap(), tls.into()),
+        }
+    }
+
+    fn port(&self) -> u16 {
+        let address = match self {
+            Self::Quic(listener) => listener.local_addr().unwrap(),
+            Self::Tcp(listener, _) => listener.local_addr().unwrap(),
+        };
+        address.port()
+    }
+
+    async fn accept(&self) -> Tunnel {
+        match self {
+            Self::Quic(listener) => listener.accept().await.unwrap().complete().await.unwrap(),
+            Self::Tcp(listener, acceptor) => {
+                let (socket, _) = listener.accept().await.unwrap();
+                let stream = acceptor.accept(socket).await.unwrap();
+                tcp::accept(stream, &Settings::default()).await.unwrap()
+            }
+        }
     }
 }
 
