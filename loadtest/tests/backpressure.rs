@@ -5,7 +5,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{noise, within};
+use common::{echo, noise, within};
 use culvert_loadtest::{
     frontend::{Connection, Door},
     rig::Running,
@@ -17,11 +17,6 @@ use tokio::{io::AsyncWriteExt, net::TcpStream, sync::mpsc, time::timeout};
 const STUCK: Duration = Duration::from_millis(500);
 /// How long one reader is stalled while everybody else goes on.
 const STALL: Duration = Duration::from_secs(60);
-
-async fn echo(connection: &mut Connection, bytes: &[u8]) {
-    connection.write(bytes).await.unwrap();
-    assert!(connection.read_count(bytes.len()).await.unwrap() == bytes);
-}
 
 /// Has a target write until every buffer up to the frontend is full; how much it took.
 async fn fill_from_target(target: &mut TcpStream) -> usize {
@@ -65,9 +60,9 @@ async fn a_frontend_that_stops_reading_holds_back_its_own_stream() {
             let taken = fill_from_target(&mut socket).await;
             // Two windows and the sockets' buffers, and not one byte without bound.
             assert!(taken < 32 << 20, "{door:?}: {taken} bytes in flight");
-            echo(&mut other, &noise(5, 1 << 20)).await;
+            echo(&mut other, &noise(5, 1 << 20)).await.unwrap();
             let mut fresh = door.dial(&rig, echo_target.address()).await.unwrap();
-            echo(&mut fresh, b"still here").await;
+            echo(&mut fresh, b"still here").await.unwrap();
         })
         .await;
     }
@@ -84,9 +79,9 @@ async fn a_target_that_stops_reading_holds_back_its_own_stream() {
             let (mut frontend, _socket) = stalled(door, &rig, &target, &mut accepted).await;
             let taken = fill_from_frontend(&mut frontend).await;
             assert!(taken < 32 << 20, "{door:?}: {taken} bytes in flight");
-            echo(&mut other, &noise(6, 1 << 20)).await;
+            echo(&mut other, &noise(6, 1 << 20)).await.unwrap();
             let mut fresh = door.dial(&rig, echo_target.address()).await.unwrap();
-            echo(&mut fresh, b"still here").await;
+            echo(&mut fresh, b"still here").await.unwrap();
         })
         .await;
     }
@@ -116,7 +111,7 @@ async fn stall_for_a_minute(door: Door) {
         let mut connection = door.dial(&rig, echo_target.address()).await.unwrap();
         let mut bytes = 0;
         while started.elapsed() < STALL {
-            echo(&mut connection, &block).await;
+            echo(&mut connection, &block).await.unwrap();
             bytes += block.len();
         }
         bytes
@@ -126,7 +121,7 @@ async fn stall_for_a_minute(door: Door) {
         let (mut count, mut slowest) = (0, Duration::ZERO);
         while started.elapsed() < STALL {
             let sent = Instant::now();
-            echo(&mut connection, b"k").await;
+            echo(&mut connection, b"k").await.unwrap();
             slowest = slowest.max(sent.elapsed());
             count += 1;
         }

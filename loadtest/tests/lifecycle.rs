@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{agent, eventually, metric, within};
+use common::{agent, echo, eventually, metric, until_stopped, within};
 use culvert_agent::config::Transport;
 use culvert_loadtest::{
     certificates::Certificates,
@@ -56,11 +56,6 @@ async fn agent_process(rig: &Running, flags: &[&str]) -> Process {
     peer
 }
 
-async fn echo(connection: &mut Connection, bytes: &[u8]) {
-    connection.write(bytes).await.unwrap();
-    assert_eq!(connection.read_count(bytes.len()).await.unwrap(), bytes);
-}
-
 fn tunnels_lost(rig: &Running) -> String {
     let scrape = rig.server.metrics.render(&rig.server.backends);
     scrape.lines().filter(|line| line.contains("tunnels_lost_total{")).collect()
@@ -75,7 +70,7 @@ async fn an_agent_killed_while_streaming_ends_its_frontends_at_once() {
             rig.until_joined(1).await.unwrap();
             let target = targets::echo().await.unwrap();
             let mut frontend = door.dial(&rig, target.address()).await.unwrap();
-            echo(&mut frontend, b"alive").await;
+            echo(&mut frontend, b"alive").await.unwrap();
             peer.signal("KILL").await.unwrap();
             let killed = Instant::now();
             // The next packet for the agent finds nobody, and over TCP the kernel tells it before. The
@@ -125,11 +120,7 @@ async fn a_frozen_agent_fails_its_dials_and_leaves_readiness() {
             let peer = agent_process(&rig, &[]).await;
             rig.until_joined(1).await.unwrap();
             peer.signal("STOP").await.unwrap();
-            let status = format!("/proc/{}/status", peer.id().unwrap());
-            eventually("the process is frozen", || {
-                std::fs::read_to_string(&status).unwrap().contains("State:\tT")
-            })
-            .await;
+            until_stopped(peer.id().unwrap()).await;
             let frozen = Instant::now();
             let refused = door.dial(&rig, "127.0.0.1:9").await.unwrap_err();
             assert!(frozen.elapsed() < Duration::from_secs(4), "{:?}", frozen.elapsed());
@@ -156,7 +147,7 @@ async fn an_agent_that_misbehaves_costs_its_own_tunnel() {
             let lost = tunnel.closed().await.to_string();
             assert!(lost.contains("protocol_violation"), "{lost}");
             rig.until_joined(1).await.unwrap();
-            echo(&mut frontend, b"still here").await;
+            echo(&mut frontend, b"still here").await.unwrap();
         })
         .await;
     }
@@ -183,7 +174,7 @@ async fn an_agent_told_to_stop_drains_and_exits_0() {
             })
             .await;
             for connection in &mut open {
-                echo(connection, b"old streams go on").await;
+                echo(connection, b"old streams go on").await.unwrap();
             }
             drop(open);
             let status = peer.ended().await.unwrap();
@@ -210,7 +201,7 @@ async fn an_agent_whose_streams_do_not_end_leaves_when_its_time_is_over() {
             rig.until_joined(1).await.unwrap();
             let target = targets::echo().await.unwrap();
             let mut frontend = door.dial(&rig, target.address()).await.unwrap();
-            echo(&mut frontend, b"alive").await;
+            echo(&mut frontend, b"alive").await.unwrap();
             peer.signal("TERM").await.unwrap();
             // A cut is a cut: the frontend must not take it for an end.
             frontend.read_to_end().await.unwrap_err();
@@ -271,7 +262,8 @@ impl ServerProcess {
         Self { door, peer, certificates, tunnel_port, flags: all }
     }
 
-    async fn agent(&self) -> Process {
+    /// An agent that has joined.
+    async fn joined_by_agent(&mut self) -> Process {
         let pair = self.certificates.agent();
         let flags = [
             transport_flag(self.door.transport()),
@@ -287,6 +279,7 @@ impl ServerProcess {
         ];
         let mut peer = Process::start(program(), "agent", &flags).unwrap();
         peer.until_logged("server connected").await.unwrap();
+        self.peer.until_logged("agent connected").await.unwrap();
         peer
     }
 
@@ -304,8 +297,7 @@ async fn a_server_killed_ends_the_targets_and_the_agent_comes_back() {
     for door in Door::CONNECT_UNIX {
         within(async {
             let mut server = ServerProcess::start(door, &[]).await;
-            let mut agent = server.agent().await;
-            server.peer.until_logged("agent connected").await.unwrap();
+            let mut agent = server.joined_by_agent().await;
             let (target, mut accepted) = targets::handed_over().await.unwrap();
             let _frontend = server.dial(&target).await.unwrap();
             let mut socket = accepted.recv().await.unwrap();
@@ -338,8 +330,7 @@ async fn a_server_killed_ends_the_targets_and_the_agent_comes_back() {
 async fn a_server_that_is_back_before_the_next_packet_says_that_it_has_forgotten() {
     within(async {
         let mut server = ServerProcess::start(Door::ConnectUnix, &[]).await;
-        let mut agent = server.agent().await;
-        server.peer.until_logged("agent connected").await.unwrap();
+        let mut agent = server.joined_by_agent().await;
         let (target, mut accepted) = targets::handed_over().await.unwrap();
         let _frontend = server.dial(&target).await.unwrap();
         let mut socket = accepted.recv().await.unwrap();
@@ -366,8 +357,7 @@ async fn a_server_told_to_stop_without_grace_leaves_at_once_and_removes_its_sock
     for door in Door::CONNECT_UNIX {
         within(async {
             let mut server = ServerProcess::start(door, &[]).await;
-            let mut agent = server.agent().await;
-            server.peer.until_logged("agent connected").await.unwrap();
+            let mut agent = server.joined_by_agent().await;
             let (target, mut accepted) = targets::handed_over().await.unwrap();
             let mut frontend = server.dial(&target).await.unwrap();
             let mut socket = accepted.recv().await.unwrap();
@@ -391,15 +381,14 @@ async fn a_server_told_to_stop_drains_within_its_grace() {
     for door in Door::CONNECT_UNIX {
         within(async {
             let mut server = ServerProcess::start(door, &["--graceful-shutdown-timeout=20s"]).await;
-            let mut agent = server.agent().await;
-            server.peer.until_logged("agent connected").await.unwrap();
+            let mut agent = server.joined_by_agent().await;
             let target = targets::echo().await.unwrap();
             let mut frontend = Connection::Unix(server.dial(&target).await.unwrap());
-            echo(&mut frontend, b"before").await;
+            echo(&mut frontend, b"before").await.unwrap();
             server.peer.signal("TERM").await.unwrap();
             agent.until_logged("the server drains").await.unwrap();
             assert!(!server.uds().exists(), "no new frontends");
-            echo(&mut frontend, b"old streams go on").await;
+            echo(&mut frontend, b"old streams go on").await.unwrap();
             frontend.close().await.unwrap();
             assert_eq!(server.peer.ended().await.unwrap().code(), Some(0));
         })
@@ -418,13 +407,13 @@ async fn an_agent_that_restarts_takes_over_from_itself() {
             let target = targets::echo().await.unwrap();
             // The older tunnel would never answer; the newer one is asked.
             let mut frontend = door.dial(&rig, target.address()).await.unwrap();
-            echo(&mut frontend, b"new").await;
+            echo(&mut frontend, b"new").await.unwrap();
             eventually("the silent predecessor is gone", || {
                 let scrape = rig.server.metrics.render(&rig.server.backends);
                 metric(&scrape, "culvert_server_tunnels") < 1.5
             })
             .await;
-            echo(&mut frontend, b"still here").await;
+            echo(&mut frontend, b"still here").await.unwrap();
         })
         .await;
     }

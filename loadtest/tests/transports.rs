@@ -5,12 +5,12 @@ mod common;
 
 use std::{io, net::SocketAddr, time::Duration};
 
-use common::{noise, path::Path, within};
+use common::{echo, noise, path::Path, within};
 use culvert_agent::config::Transport;
 use culvert_loadtest::{
     frontend::{Connection, Door},
     rig::Running,
-    targets,
+    targets::{self, Target},
 };
 use culvert_wire::transport::tcp::Proxies;
 use tokio::{
@@ -19,28 +19,58 @@ use tokio::{
     time::timeout,
 };
 
-async fn rig(door: Door) -> Running {
-    door.rig().transport(Transport::Tcp).start().await.unwrap()
+const DOOR: Door = Door::ConnectUnix;
+
+/// Tunnels that a server has.
+#[derive(Debug, PartialEq, Eq)]
+struct Tunnels {
+    tcp: usize,
+    quic: usize,
 }
 
-/// Tunnels of this carrier that the server has.
-fn tunnels(rig: &Running, transport: &str) -> usize {
-    let tunnels = rig.server.metrics.tunnels();
-    tunnels.iter().filter(|backend| backend.tunnel.transport() == transport).count()
+impl Tunnels {
+    fn of(rig: &Running) -> Self {
+        let tunnels = rig.server.metrics.tunnels();
+        let over = |transport| {
+            tunnels.iter().filter(|backend| backend.tunnel.transport() == transport).count()
+        };
+        Self { tcp: over("tcp"), quic: over("quic") }
+    }
+}
+
+/// A server, and an agent that may choose its transport and is told what `configure` says. It has
+/// joined.
+async fn rig_with_agent(
+    configure: impl AsyncFnOnce(&Running, &mut culvert_agent::Config),
+) -> Running {
+    let retry = Duration::from_millis(200);
+    let rig = DOOR.rig().agents(0).transport(Transport::Auto).quic_retry_interval(retry);
+    let mut rig = rig.start().await.unwrap();
+    let mut config = rig.agent_config("agent");
+    configure(&rig, &mut config).await;
+    rig.add_agent_with(&config).unwrap();
+    rig.until_joined(1).await.unwrap();
+    rig
+}
+
+/// A connection to an echo that has been used.
+async fn used(rig: &Running, target: &Target) -> Connection {
+    let mut frontend = DOOR.dial(rig, target.address()).await.unwrap();
+    echo(&mut frontend, b"hello").await.unwrap();
+    frontend
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bytes_cross_both_ways_and_all_that_was_written_before_a_close_arrives() {
-    for door in Door::ALL {
+    for door in Door::ALL.into_iter().filter(|door| door.transport() == Transport::Tcp) {
         within(async {
-            let rig = rig(door).await;
-            assert_eq!((tunnels(&rig, "tcp"), tunnels(&rig, "quic")), (1, 0));
-            let echo = targets::echo().await.unwrap();
-            let mut frontend = door.dial(&rig, echo.address()).await.unwrap();
+            let rig = door.rig().start().await.unwrap();
+            assert_eq!(Tunnels::of(&rig), Tunnels { tcp: 1, quic: 0 });
+            let target = targets::echo().await.unwrap();
+            let mut frontend = door.dial(&rig, target.address()).await.unwrap();
             let bytes = noise(3, 1 << 20);
             for part in bytes.chunks(64 << 10) {
-                frontend.write(part).await.unwrap();
-                assert!(frontend.read_count(part.len()).await.unwrap() == part, "{door:?}");
+                echo(&mut frontend, part).await.unwrap();
             }
             let (recorder, mut recorded) = targets::recorder("").await.unwrap();
             let mut frontend = door.dial(&rig, recorder.address()).await.unwrap();
@@ -54,9 +84,9 @@ async fn bytes_cross_both_ways_and_all_that_was_written_before_a_close_arrives()
 
 #[tokio::test]
 async fn a_reset_and_a_refusal_are_told_as_over_quic() {
-    for door in [Door::ConnectTls, Door::GrpcUnix] {
+    for door in [Door::ConnectTlsTunnelTcp, Door::GrpcUnixTunnelTcp] {
         within(async {
-            let rig = rig(door).await;
+            let rig = door.rig().start().await.unwrap();
             let (target, mut accepted) = targets::handed_over().await.unwrap();
             let mut frontend = door.dial(&rig, target.address()).await.unwrap();
             targets::reset(accepted.recv().await.unwrap());
@@ -71,6 +101,14 @@ async fn a_reset_and_a_refusal_are_told_as_over_quic() {
     }
 }
 
+/// What becomes of UDP on the way to a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Udp {
+    Passes,
+    Swallowed,
+    Refused,
+}
+
 /// A rig whose one agent comes through a path, and may choose its transport.
 struct Behind {
     rig: Running,
@@ -78,24 +116,23 @@ struct Behind {
 }
 
 impl Behind {
-    async fn start(udp_passes: bool) -> Self {
-        let retry = Duration::from_millis(200);
-        let rig = DOOR.rig().agents(0).transport(Transport::Auto).quic_retry_interval(retry);
-        let mut rig = rig.start().await.unwrap();
-        let path = Path::to(rig.server.tunnel, udp_passes).await;
-        let mut config = rig.agent_config("behind-a-firewall");
-        config.servers.port = path.address.port();
-        rig.add_agent_with(&config).unwrap();
-        rig.until_joined(1).await.unwrap();
-        Self { rig, path }
+    async fn start(udp: Udp) -> Self {
+        let mut kept = None;
+        let rig = rig_with_agent(async |rig, config| {
+            let path = Path::to(rig.server.tunnel, udp == Udp::Passes).await;
+            if udp == Udp::Refused {
+                path.refuse_udp();
+            }
+            config.servers.port = path.address.port();
+            kept = Some(path);
+        });
+        let rig = rig.await;
+        Self { rig, path: kept.expect("the agent was configured") }
     }
 
-    /// Waits until the server has so many tunnels over TCP, and over QUIC.
-    async fn until(&self, tcp: usize, quic: usize) {
-        common::eventually(&format!("{tcp} over TCP and {quic} over QUIC"), || {
-            (tunnels(&self.rig, "tcp"), tunnels(&self.rig, "quic")) == (tcp, quic)
-        })
-        .await;
+    /// Waits until the server has these tunnels.
+    async fn until(&self, expected: Tunnels) {
+        common::eventually(&format!("{expected:?}"), || Tunnels::of(&self.rig) == expected).await;
     }
 
     /// What the agent says of its tunnels.
@@ -120,26 +157,12 @@ impl Behind {
     }
 }
 
-const DOOR: Door = Door::ConnectUnix;
-
-async fn echo_once(frontend: &mut Connection, word: &[u8]) {
-    frontend.write(word).await.unwrap();
-    assert_eq!(frontend.read_count(word.len()).await.unwrap(), word);
-}
-
 #[tokio::test]
 async fn an_agent_whose_udp_is_refused_comes_over_tcp_at_once() {
     within(async {
-        let mut rig = DOOR.rig().agents(0).transport(Transport::Auto).start().await.unwrap();
-        let path = Path::to(rig.server.tunnel, false).await;
-        path.refuse_udp();
-        let mut config = rig.agent_config("behind-a-firewall");
-        config.servers.port = path.address.port();
-        rig.add_agent_with(&config).unwrap();
-        rig.until_joined(1).await.unwrap();
-        assert_eq!((tunnels(&rig, "tcp"), tunnels(&rig, "quic")), (1, 0));
-        let echo = targets::echo().await.unwrap();
-        echo_once(&mut DOOR.dial(&rig, echo.address()).await.unwrap(), b"hello").await;
+        let Behind { rig, path: _path } = Behind::start(Udp::Refused).await;
+        assert_eq!(Tunnels::of(&rig), Tunnels { tcp: 1, quic: 0 });
+        used(&rig, &targets::echo().await.unwrap()).await;
     })
     .await;
 }
@@ -147,8 +170,8 @@ async fn an_agent_whose_udp_is_refused_comes_over_tcp_at_once() {
 #[tokio::test]
 async fn an_agent_whose_udp_is_swallowed_comes_over_tcp_and_says_why() {
     within(async {
-        let behind = Behind::start(false).await;
-        assert_eq!((tunnels(&behind.rig, "tcp"), tunnels(&behind.rig, "quic")), (1, 0));
+        let behind = Behind::start(Udp::Swallowed).await;
+        assert_eq!(Tunnels::of(&behind.rig), Tunnels { tcp: 1, quic: 0 });
         behind.until_switched("none", "tcp", "quic_silent").await;
         let answer = behind.readiness().await;
         assert!(answer.contains("[+]tunnel server-0: tcp for 0."), "{answer}");
@@ -161,7 +184,7 @@ async fn an_agent_whose_udp_is_swallowed_comes_over_tcp_and_says_why() {
 async fn an_agent_that_may_choose_takes_quic_where_it_gets_through() {
     within(async {
         let rig = DOOR.rig().transport(Transport::Auto).start().await.unwrap();
-        assert_eq!((tunnels(&rig, "tcp"), tunnels(&rig, "quic")), (0, 1));
+        assert_eq!(Tunnels::of(&rig), Tunnels { tcp: 0, quic: 1 });
     })
     .await;
 }
@@ -169,23 +192,21 @@ async fn an_agent_that_may_choose_takes_quic_where_it_gets_through() {
 #[tokio::test]
 async fn a_tunnel_moves_to_quic_when_udp_passes_again_and_its_streams_go_on_where_they_are() {
     within(async {
-        let behind = Behind::start(false).await;
-        let echo = targets::echo().await.unwrap();
-        let mut old = DOOR.dial(&behind.rig, echo.address()).await.unwrap();
-        echo_once(&mut old, b"over TCP").await;
+        let behind = Behind::start(Udp::Swallowed).await;
+        let target = targets::echo().await.unwrap();
+        let mut old = used(&behind.rig, &target).await;
         behind.path.set_udp_passes(true);
-        behind.until(1, 1).await;
+        behind.until(Tunnels { tcp: 1, quic: 1 }).await;
         behind.until_switched("tcp", "quic", "quic_works").await;
-        echo_once(&mut old, b"still over TCP").await;
-        let mut new = DOOR.dial(&behind.rig, echo.address()).await.unwrap();
-        echo_once(&mut new, b"over QUIC").await;
+        echo(&mut old, b"still over TCP").await.unwrap();
+        let mut new = used(&behind.rig, &target).await;
         let answer = behind.readiness().await;
         assert!(answer.contains("(quic_silent), retired"), "{answer}");
         assert!(answer.contains("(quic_works), used"), "{answer}");
         // The old tunnel ends with its last stream, and the new one stays.
         old.close().await.unwrap();
-        behind.until(0, 1).await;
-        echo_once(&mut new, b"over QUIC").await;
+        behind.until(Tunnels { tcp: 0, quic: 1 }).await;
+        echo(&mut new, b"over QUIC").await.unwrap();
     })
     .await;
 }
@@ -194,25 +215,23 @@ async fn a_tunnel_moves_to_quic_when_udp_passes_again_and_its_streams_go_on_wher
 #[tokio::test]
 async fn a_tunnel_whose_udp_is_swallowed_in_its_life_gives_way_to_one_over_tcp() {
     within(async {
-        let behind = Behind::start(true).await;
-        assert_eq!((tunnels(&behind.rig, "tcp"), tunnels(&behind.rig, "quic")), (0, 1));
-        let echo = targets::echo().await.unwrap();
-        let mut old = DOOR.dial(&behind.rig, echo.address()).await.unwrap();
-        echo_once(&mut old, b"over QUIC").await;
+        let behind = Behind::start(Udp::Passes).await;
+        assert_eq!(Tunnels::of(&behind.rig), Tunnels { tcp: 0, quic: 1 });
+        let target = targets::echo().await.unwrap();
+        let mut old = used(&behind.rig, &target).await;
         behind.path.set_udp_passes(false);
         old.write(b"into the dark").await.unwrap();
-        timeout(Duration::from_secs(15), behind.until(1, 1)).await.unwrap();
-        let mut new = DOOR.dial(&behind.rig, echo.address()).await.unwrap();
-        echo_once(&mut new, b"over TCP").await;
+        timeout(Duration::from_secs(15), behind.until(Tunnels { tcp: 1, quic: 1 })).await.unwrap();
+        let new = used(&behind.rig, &target).await;
         behind.until_switched("quic", "tcp", "quic_silent").await;
         // Nobody hears the old one any more: its frontend is cut off and not left hanging.
-        behind.until(1, 0).await;
+        behind.until(Tunnels { tcp: 1, quic: 0 }).await;
         old.read_to_end().await.unwrap();
         // And when UDP passes again, the agent goes back.
         behind.path.set_udp_passes(true);
-        behind.until(1, 1).await;
+        behind.until(Tunnels { tcp: 1, quic: 1 }).await;
         drop(new);
-        behind.until(0, 1).await;
+        behind.until(Tunnels { tcp: 0, quic: 1 }).await;
     })
     .await;
 }
@@ -220,15 +239,13 @@ async fn a_tunnel_whose_udp_is_swallowed_in_its_life_gives_way_to_one_over_tcp()
 #[tokio::test]
 async fn a_tunnel_whose_udp_is_refused_in_its_life_gives_way_to_one_over_tcp() {
     within(async {
-        let behind = Behind::start(true).await;
-        let echo = targets::echo().await.unwrap();
-        let mut old = DOOR.dial(&behind.rig, echo.address()).await.unwrap();
-        echo_once(&mut old, b"over QUIC").await;
+        let behind = Behind::start(Udp::Passes).await;
+        let target = targets::echo().await.unwrap();
+        let mut old = used(&behind.rig, &target).await;
         behind.path.refuse_udp();
         let _ = old.write(b"refused").await;
-        timeout(Duration::from_secs(15), behind.until(1, 0)).await.unwrap();
-        let mut new = DOOR.dial(&behind.rig, echo.address()).await.unwrap();
-        echo_once(&mut new, b"over TCP").await;
+        timeout(Duration::from_secs(15), behind.until(Tunnels { tcp: 1, quic: 0 })).await.unwrap();
+        used(&behind.rig, &target).await;
     })
     .await;
 }
@@ -255,17 +272,16 @@ async fn proxy_to(server: SocketAddr) -> SocketAddr {
 #[tokio::test]
 async fn an_agent_behind_a_proxy_comes_through_it_to_a_name_that_it_cannot_look_up() {
     within(async {
-        let mut rig = DOOR.rig().agents(0).transport(Transport::Auto).start().await.unwrap();
-        let proxy = proxy_to(rig.server.tunnel).await.to_string();
-        let mut config = rig.agent_config("behind-a-proxy");
-        (config.servers.host, config.servers.port) = ("server.test".into(), 8132);
-        let environment = |name| (name == "HTTPS_PROXY").then(|| proxy.clone());
-        config.proxies = Proxies::from_env(environment).unwrap();
-        rig.add_agent_with(&config).unwrap();
-        rig.until_joined(1).await.unwrap();
-        assert_eq!((tunnels(&rig, "tcp"), tunnels(&rig, "quic")), (1, 0));
-        let echo = targets::echo().await.unwrap();
-        echo_once(&mut DOOR.dial(&rig, echo.address()).await.unwrap(), b"hello").await;
+        let rig = rig_with_agent(async |rig, config| {
+            let proxy = proxy_to(rig.server.tunnel).await.to_string();
+            (config.servers.host, config.servers.port) = ("server.test".into(), 8132);
+            let environment = |name| (name == "HTTPS_PROXY").then(|| proxy.clone());
+            config.proxies = Proxies::from_env(environment).unwrap();
+        });
+        let rig = rig.await;
+        assert_eq!(Tunnels::of(&rig), Tunnels { tcp: 1, quic: 0 });
+        let target = targets::echo().await.unwrap();
+        used(&rig, &target).await;
     })
     .await;
 }

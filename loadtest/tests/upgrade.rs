@@ -6,18 +6,16 @@
 mod common;
 
 use std::{
-    io,
     path::PathBuf,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
 use common::{
-    mixed::{Daemon, Make, Site, until},
+    mixed::{Daemon, Make, Site, touch, until},
     within,
 };
 use culvert_loadtest::{
-    frontend::{Connection, connect::ConnectError},
     peer::Frontend,
     targets::{self, Target},
 };
@@ -77,7 +75,7 @@ struct Dialing {
 impl Dialing {
     async fn start(socket: PathBuf) -> Self {
         let target = targets::echo().await.unwrap();
-        let address = target.address().to_string();
+        let address = target.address();
         let tally = Arc::new(Mutex::new(Tally::default()));
         let counts = tally.clone();
         let dialing = tokio::spawn(async move {
@@ -85,10 +83,10 @@ impl Dialing {
             loop {
                 ticks.tick().await;
                 let began = counts.lock().unwrap().era();
-                let (socket, address, counts) = (socket.clone(), address.clone(), counts.clone());
+                let (socket, counts) = (socket.clone(), counts.clone());
                 tokio::spawn(async move {
-                    let result = timeout(DIAL_TIMEOUT, touch(socket, address)).await;
-                    let result = match result {
+                    let dial = touch(Frontend::Connect, &socket, address);
+                    let result = match timeout(DIAL_TIMEOUT, dial).await {
                         Ok(result) => result.map_err(|error| error.to_string()),
                         Err(_) => Err("nothing happens".into()),
                     };
@@ -130,15 +128,6 @@ impl Dialing {
             println!("{name}: {dials} dials, {} failed {failures:?}", failures.len());
         }
         steps
-    }
-}
-
-async fn touch(socket: PathBuf, target: String) -> Result<(), ConnectError> {
-    let mut connection = Connection::dial_unix(Frontend::Connect, &socket, target).await?;
-    connection.write(b"touched").await?;
-    match connection.read_count(7).await? {
-        same if same == b"touched" => Ok(connection.close().await?),
-        other => Err(io::Error::other(format!("{} bytes came back", other.len())).into()),
     }
 }
 

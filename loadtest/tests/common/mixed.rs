@@ -16,6 +16,7 @@ use culvert_loadtest::{
     peer::{Frontend, konnectivity::Programs},
     process::free_port,
     stock_client::StockClient,
+    targets::{self, Target},
 };
 use culvert_wire::{
     konnectivity::ALPN_H2,
@@ -34,7 +35,7 @@ use tokio::{
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use super::metric;
+use super::{echo, metric, until_stopped, within};
 
 /// How long a process may take to do what it is waited for.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -50,6 +51,9 @@ pub(crate) const OPEN_SERVERS: &str = "konnectivity_network_proxy_agent_open_ser
 pub(crate) const KNOWN_SERVERS: &str = "konnectivity_network_proxy_agent_known_server_count";
 /// Connections to targets that an agent has.
 pub(crate) const OPEN_TARGETS: &str = "konnectivity_network_proxy_agent_open_endpoint_connections";
+
+/// Both frontends.
+pub(crate) const FRONTENDS: [Frontend; 2] = [Frontend::Grpc, Frontend::Connect];
 
 /// Who made a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,11 +87,15 @@ impl Mix {
         let mut all = Vec::new();
         for agent in [Make::Culvert, Make::Stock] {
             for server in [Make::Culvert, Make::Stock] {
-                let mix = |frontend| Self { agent, server, frontend };
-                all.extend([Frontend::Grpc, Frontend::Connect].map(mix));
+                all.extend(FRONTENDS.map(|frontend| Self { agent, server, frontend }));
             }
         }
         all
+    }
+
+    /// A stock agent at our server.
+    pub(crate) fn stock_agent() -> [Self; 2] {
+        FRONTENDS.map(|frontend| Self { agent: Make::Stock, server: Make::Culvert, frontend })
     }
 
     /// Why this cannot be asked of the mix: what its stock half does.
@@ -105,6 +113,29 @@ impl Mix {
             }
             _ => None,
         }
+    }
+}
+
+/// A server, and an agent that has joined it.
+#[derive(Debug)]
+pub(crate) struct Met {
+    pub(crate) mix: Mix,
+    pub(crate) site: Site,
+    pub(crate) agent: Daemon,
+}
+
+/// Runs a test with each of these mixes; with none, and a word about it, where stock's programs
+/// cannot be built.
+pub(crate) async fn with_each(mixes: impl IntoIterator<Item = Mix>, test: impl AsyncFn(Met)) {
+    for mix in mixes {
+        println!("{mix:?}");
+        within(async {
+            let Some(site) = Site::start(mix.server, mix.frontend, &[]).await else { return };
+            let agent = site.start_agent(mix.agent, "agent", &[]).await;
+            site.until_joined(1).await;
+            test(Met { mix, site, agent }).await;
+        })
+        .await;
     }
 }
 
@@ -162,15 +193,6 @@ impl Site {
             admin: free_port().unwrap(),
             stock,
         })
-    }
-
-    /// Starts server and agent of a mix and waits until the agent has joined.
-    pub(crate) async fn start_mix(mix: Mix) -> Option<(Self, Daemon)> {
-        println!("{mix:?}");
-        let site = Self::start(mix.server, mix.frontend, &[]).await?;
-        let agent = site.start_agent(mix.agent, "agent", &[]).await;
-        site.until_joined(1).await;
-        Some((site, agent))
     }
 
     /// Starts a server where the last one was, and waits until it answers.
@@ -269,6 +291,34 @@ impl Site {
         TlsConnector::from(Arc::new(tls)).connect(name, socket).await.unwrap()
     }
 
+    /// Dials an echo, uses it once and lets it go.
+    pub(crate) async fn touch(&self, echo: &Target) -> Result<(), ConnectError> {
+        touch(self.frontend, &self.socket(), echo.address()).await
+    }
+
+    /// Waits until dials work, and goes on for a while.
+    pub(crate) async fn until_dials_work(&self, echo: &Target) {
+        until("a dial works", async || self.touch(echo).await.is_ok()).await;
+        for _ in 0..20 {
+            self.touch(echo).await.unwrap();
+        }
+    }
+
+    /// An echo, and a connection to it that has been used.
+    pub(crate) async fn open_echo(&self) -> (Target, Connection) {
+        let target = targets::echo().await.unwrap();
+        let mut connection = self.dial(target.address()).await.unwrap();
+        echo(&mut connection, b"alive").await.unwrap();
+        (target, connection)
+    }
+
+    /// Both ends of a connection through the tunnel, and the target that it goes to.
+    pub(crate) async fn both_ends(&self) -> (Connection, TcpStream, Target) {
+        let (target, mut accepted) = targets::handed_over().await.unwrap();
+        let frontend = self.dial(target.address()).await.unwrap();
+        (frontend, accepted.recv().await.unwrap(), target)
+    }
+
     /// Runs a command of the stock client: what it printed, and its exit code.
     pub(crate) async fn stock_client(
         &self,
@@ -279,6 +329,17 @@ impl Site {
         let (client, target) = (&self.stock.client, target.to_string());
         client.run(command, &self.socket(), &target, flags).await.unwrap()
     }
+}
+
+/// Dials an echo through this socket, uses it once and lets it go.
+pub(crate) async fn touch(
+    frontend: Frontend,
+    socket: &Path,
+    target: impl ToString,
+) -> Result<(), ConnectError> {
+    let mut connection = Connection::dial_unix(frontend, socket, target).await?;
+    echo(&mut connection, b"touched").await?;
+    Ok(connection.close().await?)
 }
 
 fn flag(name: &str, path: &Path) -> String {
@@ -318,10 +379,19 @@ impl Daemon {
         self.child.as_mut().expect("it was started")
     }
 
+    fn id(&self) -> u32 {
+        self.child.as_ref().and_then(Child::id).expect("it runs")
+    }
+
     /// Sends a signal.
     pub(crate) fn signal(&self, signal: Signal) {
-        let id = self.child.as_ref().and_then(Child::id).expect("it runs");
-        kill(Pid::from_raw(id.cast_signed()), signal).unwrap();
+        kill(Pid::from_raw(self.id().cast_signed()), signal).unwrap();
+    }
+
+    /// Stops it where it is, until SIGCONT; its connections stay open.
+    pub(crate) async fn freeze(&self) {
+        self.signal(Signal::SIGSTOP);
+        until_stopped(self.id()).await;
     }
 
     /// Ends it without a word.

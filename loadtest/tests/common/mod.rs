@@ -7,8 +7,9 @@ pub(crate) mod mixed;
 pub(crate) mod path;
 pub(crate) mod server;
 
-use std::{future::Future, time::Duration};
+use std::{fs, future::Future, io, time::Duration};
 
+use culvert_loadtest::frontend::Connection;
 use tokio::time::timeout;
 
 /// Long enough for a loaded machine, short enough to name the test that hangs.
@@ -37,6 +38,24 @@ pub(crate) async fn eventually(what: &str, mut is_true: impl FnMut() -> bool) {
         }
     };
     timeout(PATIENCE, looking).await.unwrap_or_else(|_| panic!("never: {what}"));
+}
+
+/// Waits until a process that was sent SIGSTOP has stopped.
+pub(crate) async fn until_stopped(process: u32) {
+    let status = format!("/proc/{process}/status");
+    eventually("the process has stopped", || {
+        fs::read_to_string(&status).unwrap().contains("State:\tT")
+    })
+    .await;
+}
+
+/// Writes to an echo and reads the same again.
+pub(crate) async fn echo(connection: &mut Connection, bytes: &[u8]) -> io::Result<()> {
+    connection.write(bytes).await?;
+    match connection.read_count(bytes.len()).await? {
+        same if same == bytes => Ok(()),
+        other => Err(io::Error::other(format!("{} bytes, or others", other.len()))),
+    }
 }
 
 /// The value of one line of a scrape; 0 when it is not there.
