@@ -1,11 +1,12 @@
-//! Stock agents at our server: what one stream for all connections could do to them, and what such
-//! an agent is told and is chosen for. The agents are real; where
+//! Stock agents at our server: what one stream for all connections could do to them, what such an
+//! agent is told and is chosen for, and what becomes of one that hangs. The agents are real; where
 //! there is no Go to build them these say so and are skipped.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod common;
 
 use std::{
+    io,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -13,11 +14,13 @@ use std::{
 use common::{
     echo,
     mixed::{
-        Daemon, KNOWN_SERVERS, Make, Met, Mix, OPEN_SERVERS, OPEN_TARGETS, Site, until, with_each,
+        Daemon, FRONTENDS, KNOWN_SERVERS, Make, Met, Mix, OPEN_SERVERS, OPEN_TARGETS, Site, until,
+        with_each,
     },
     within,
 };
 use culvert_loadtest::{frontend::Connection, peer::Frontend, targets};
+use nix::sys::signal::Signal;
 use tokio::{task::JoinSet, time::timeout};
 
 /// What a connection may wait while another one of its agent misbehaves, on a loaded machine.
@@ -203,4 +206,87 @@ async fn a_stock_agents_search_for_more_servers_costs_no_dial() {
         assert!(searches > 10, "{searches} searches");
     })
     .await;
+}
+
+/// A server that gives up an agent within seconds of its last sign of life.
+const IMPATIENT: [&str; 2] = ["--tunnel-keep-alive-interval=300ms", "--tunnel-idle-timeout=1s"];
+/// Within which it has: those and what a loaded machine adds. With the default flags it is half a
+/// minute.
+const GIVEN_UP: Duration = Duration::from_secs(8);
+
+/// The frontend's connection is cut off, and does not end as if everything had been said.
+async fn is_cut_off(frontend: Frontend, mut connection: Connection) {
+    let end = timeout(GIVEN_UP, connection.read_to_end()).await.expect("the connection hangs");
+    match frontend {
+        Frontend::Grpc => drop(end.unwrap_err()),
+        // A Unix socket knows no reset: both directions are over, unlike after an end.
+        Frontend::Connect => {
+            assert_eq!(end.unwrap(), b"");
+            let error = connection.write(b"more").await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        }
+    }
+}
+
+/// SIGSTOP: the kernel keeps the connection, and nobody answers on it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_agent_is_given_up_and_its_dials_are_made_again_at_another() {
+    /// A dial that takes longer waits for the agent that is frozen.
+    const AT_ONCE: Duration = Duration::from_millis(300);
+    for frontend in FRONTENDS {
+        within(async {
+            let Some(site) = Site::start(Make::Culvert, frontend, &IMPATIENT).await else { return };
+            let frozen = site.start_agent(Make::Stock, "frozen", &[]).await;
+            site.until_joined(1).await;
+            let (target, open) = site.open_echo().await;
+            let mut other = site.start_agent(Make::Stock, "other", &[]).await;
+            site.until_joined(2).await;
+            frozen.freeze().await;
+            let begun = Instant::now();
+            let waiting = loop {
+                let mut dial = Box::pin(site.dial(target.address()));
+                match timeout(AT_ONCE, &mut dial).await {
+                    Ok(dialed) => drop(dialed.unwrap()),
+                    Err(_) => break dial,
+                }
+            };
+            echo(&mut waiting.await.unwrap(), b"made again").await.unwrap();
+            is_cut_off(frontend, open).await;
+            assert!(begun.elapsed() < GIVEN_UP, "{:?}", begun.elapsed());
+            site.until_joined(1).await;
+            site.until_dials_work(&target).await;
+            frozen.signal(Signal::SIGCONT);
+            site.until_joined(2).await;
+            other.kill().await;
+            site.until_joined(1).await;
+            site.until_dials_work(&target).await;
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dials_of_the_only_agent_fail_while_it_is_frozen_and_work_when_it_goes_on() {
+    for frontend in FRONTENDS {
+        within(async {
+            let Some(site) = Site::start(Make::Culvert, frontend, &IMPATIENT).await else { return };
+            let agent = site.start_agent(Make::Stock, "agent", &[]).await;
+            site.until_joined(1).await;
+            let (target, open) = site.open_echo().await;
+            agent.freeze().await;
+            let begun = Instant::now();
+            let failed = site.dial(target.address()).await.unwrap_err().to_string();
+            assert!(begun.elapsed() < GIVEN_UP, "{:?}", begun.elapsed());
+            assert!(failed.contains("agent agent was lost while dialing"), "{failed}");
+            is_cut_off(frontend, open).await;
+            let begun = Instant::now();
+            let failed = site.dial(target.address()).await.unwrap_err().to_string();
+            assert!(begun.elapsed() < UNDISTURBED, "{:?}", begun.elapsed());
+            assert!(failed.contains("No agent available"), "{failed}");
+            agent.signal(Signal::SIGCONT);
+            site.until_joined(1).await;
+            site.until_dials_work(&target).await;
+        })
+        .await;
+    }
 }
