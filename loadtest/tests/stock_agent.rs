@@ -267,9 +267,12 @@ async fn a_frozen_agent_is_given_up_and_its_dials_are_made_again_at_another() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn dials_of_the_only_agent_fail_while_it_is_frozen_and_work_when_it_goes_on() {
-    for frontend in FRONTENDS {
+    /// As [`IMPATIENT`], with stock's own flag.
+    const STOCKS_FLAG: [&str; 3] =
+        ["--keepalive-time=300ms", "--tunnel-keep-alive-interval=0", "--tunnel-idle-timeout=1s"];
+    for (frontend, flags) in FRONTENDS.into_iter().zip([&IMPATIENT[..], &STOCKS_FLAG]) {
         within(async {
-            let Some(site) = Site::start(Make::Culvert, frontend, &IMPATIENT).await else { return };
+            let Some(site) = Site::start(Make::Culvert, frontend, flags).await else { return };
             let agent = site.start_agent(Make::Stock, "agent", &[]).await;
             site.until_joined(1).await;
             let (target, open) = site.open_echo().await;

@@ -110,7 +110,8 @@ pub struct AgentsConfig {
     pub token: Option<TokenConfig>,
     /// Ways to choose an agent, in order; never empty.
     pub strategies: Vec<Strategy>,
-    /// Quiet time after which a stock agent's connection is pinged; zero never pings.
+    /// Quiet time after which a stock agent's connection is pinged, where tunnels are given signs of
+    /// life less often; zero asks for nothing more than those.
     pub keep_alive_interval: Duration,
     /// How targets are dialed.
     pub dial: DialConfig,
@@ -241,6 +242,12 @@ impl Config {
             log,
             warnings,
         })
+    }
+
+    /// Quiet time after which a stock agent's connection is pinged; `None` never pings.
+    pub fn stock_keep_alive_interval(&self) -> Option<Duration> {
+        let asked = Some(self.agents.keep_alive_interval).filter(|interval| !interval.is_zero());
+        asked.into_iter().chain(self.tunnel.keep_alive_interval).min()
     }
 }
 

@@ -111,6 +111,7 @@ impl Server {
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
             settings: port.settings(),
+            stock_keep_alive_interval: config.stock_keep_alive_interval(),
             tunnels: TaskTracker::new(),
         });
         let upkeep = metrics.inner().spawn_upkeep();

@@ -69,7 +69,7 @@ pub async fn serve(stream: TlsStream<TcpStream>, remote: SocketAddr, context: Ar
         .initial_connection_window_size(WINDOW)
         .max_concurrent_streams(MAX_CALLS)
         // A stock agent answers pings and sends none for an hour.
-        .keep_alive_interval(context.settings.keep_alive_interval)
+        .keep_alive_interval(context.stock_keep_alive_interval)
         .keep_alive_timeout(context.settings.idle_timeout);
     let closing = context.closing.clone();
     let too_many_pings = CancellationToken::new();

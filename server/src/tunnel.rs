@@ -57,6 +57,8 @@ pub struct TunnelContext {
     pub closing: CancellationToken,
     /// What tunnels are set up with.
     pub settings: Settings,
+    /// Quiet time after which a stock agent's connection is pinged.
+    pub stock_keep_alive_interval: Option<Duration>,
     /// The tasks of all tunnels.
     pub tunnels: TaskTracker,
 }

@@ -79,8 +79,8 @@ pub struct Flags {
     #[arg(long, help_heading = "Agents", value_name = "FILE", default_value = "")]
     pub cluster_ca_cert: String,
 
-    /// Quiet time after which a stock agent's gRPC connection is pinged. Tunnels have
-    /// --tunnel-keep-alive-interval
+    /// Quiet time after which a stock agent's gRPC connection is pinged, where
+    /// --tunnel-keep-alive-interval, which holds for it too, is longer or 0
     #[arg(long, help_heading = "Agents", value_name = "DURATION", default_value = "1h")]
     pub keepalive_time: GoDuration,
 

@@ -78,6 +78,17 @@ fn default_ports_depend_on_the_name_of_the_program() {
 }
 
 #[test]
+fn a_stock_agent_is_pinged_after_the_shorter_of_two_intervals() {
+    let interval = |flags: &[&str]| Files::new().config(flags).unwrap().stock_keep_alive_interval();
+    let tunnels_none = "--tunnel-keep-alive-interval=0";
+    assert_eq!(interval(&[]), Some(Duration::from_secs(5)));
+    assert_eq!(interval(&["--keepalive-time=2s"]), Some(Duration::from_secs(2)));
+    assert_eq!(interval(&["--keepalive-time=0"]), Some(Duration::from_secs(5)));
+    assert_eq!(interval(&[tunnels_none]), Some(Duration::from_secs(3600)));
+    assert_eq!(interval(&[tunnels_none, "--keepalive-time=0"]), None);
+}
+
+#[test]
 fn defaults_are_stocks_but_for_the_dial_timeout() {
     let config = Files::new().config(&[]).unwrap();
     assert_eq!(config.server_count, 1);
