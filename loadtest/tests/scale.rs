@@ -5,7 +5,10 @@ mod common;
 
 use common::{eventually, metric, within};
 use culvert_loadtest::{frontend::Door, rig::Running, targets};
-use tokio::task::JoinSet;
+use tokio::{sync::Mutex, task::JoinSet};
+
+/// One test at a time: each counts what the whole process holds.
+static ALONE: Mutex<()> = Mutex::const_new(());
 
 /// What a process holds that a connection may have left behind.
 #[derive(Debug, PartialEq)]
@@ -77,6 +80,7 @@ async fn returns_to(rig: &Running, before: &Held) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_streams_at_once_through_each_door() {
+    let _alone = ALONE.lock().await;
     for door in Door::ALL {
         within(async {
             let rig = door.rig().start().await.unwrap();
@@ -111,6 +115,7 @@ async fn a_thousand_streams_at_once_through_each_door() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_dials_in_a_row_leave_nothing_behind() {
+    let _alone = ALONE.lock().await;
     for door in [Door::ConnectUnix, Door::GrpcUnix, Door::GrpcUnixTunnelTcp] {
         within(async {
             let rig = door.rig().start().await.unwrap();
