@@ -10,7 +10,7 @@ use std::fmt;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-pub use stream::{ControlError, ControlStream};
+pub use stream::{ControlError, ControlStream, Event};
 
 use crate::{
     codec::EncodeError,

@@ -26,7 +26,7 @@ use std::{
 
 use bytes::Bytes;
 use rustls_pki_types::CertificateDer;
-pub use udp::{BindError, BufferSizes};
+pub use udp::{BindError, BufferSizes, Unreachable};
 use urgency::{Attained, Class, Share};
 
 use crate::{
@@ -83,11 +83,12 @@ impl Tunnel {
         self.carrier.flushed(limit).await;
     }
 
-    /// Completes each time the network says that nobody listens at the peer's address any more.
+    /// Completes each time the network says that the peer cannot be reached, or not any more; for one
+    /// waiter.
     ///
     /// It is a hint and can be forged by whoever sees the packets: ask the peer before believing.
-    pub async fn unreachable(&self) {
-        self.carrier.unreachable().await;
+    pub async fn unreachable(&self) -> Unreachable {
+        self.carrier.unreachable().await
     }
 
     /// Sends thin writes of interactive streams twice while the path loses packets, at most `rate`

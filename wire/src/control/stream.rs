@@ -14,12 +14,14 @@ use crate::{
     code::CloseCode,
     codec::{EncodeError, MAX_BODY_LEN},
     frame::{Frame, FrameError, HEAD_LEN, Head},
-    transport::{ReadError, RecvHalf, SendHalf, Tunnel, WriteError},
+    transport::{ReadError, RecvHalf, SendHalf, Tunnel, Unreachable, WriteError},
 };
 
 /// Time for the answer to a ping, when the network says that nobody listens at the peer's address:
 /// room for one repetition of a lost ping.
-const UNREACHABLE_LIMIT: Duration = Duration::from_millis(50);
+const NOBODY_LIMIT: Duration = Duration::from_millis(50);
+/// The same when it says that there is no way: time for routes to change.
+const NO_WAY_LIMIT: Duration = Duration::from_millis(1500);
 /// How often a question's time begins anew because the peer was heard meanwhile: a busy node
 /// answers late, and only silence is death. A peer that is heard and never answers is broken.
 const MAX_RENEWALS: u32 = 5;
@@ -64,6 +66,16 @@ impl ControlError {
     }
 }
 
+/// What happens on a control stream.
+#[derive(Debug)]
+pub enum Event {
+    /// The peer says something.
+    Message(ControlMessage),
+    /// The network says that the peer cannot be reached. The peer was asked; if it is silent, the
+    /// stream ends in a moment.
+    Unreachable(Unreachable),
+}
+
 /// Both halves of a tunnel's control stream.
 #[derive(Debug)]
 pub struct ControlStream {
@@ -105,7 +117,22 @@ impl ControlStream {
         Ok(self.send.write_chunk(frame).await?)
     }
 
-    /// The next message that means something to the caller: not a ping, not a pong, not a kind
+    /// The next message that means something to the caller; see [`event`](Self::event).
+    ///
+    /// # Errors
+    /// As [`event`](Self::event).
+    ///
+    /// # Cancel safety
+    /// As [`event`](Self::event).
+    pub async fn next(&mut self) -> Result<ControlMessage, ControlError> {
+        loop {
+            if let Event::Message(message) = self.event().await? {
+                return Ok(message);
+            }
+        }
+    }
+
+    /// What happens next that means something to the caller: not a ping, not a pong, not a kind
     /// this build does not know.
     ///
     /// Meanwhile it answers the peer's pings. When the network says that the peer is gone it asks,
@@ -118,13 +145,17 @@ impl ControlStream {
     /// # Cancel safety
     /// Cancel safe, except that a pong being written may be cut short; writing waits only for a
     /// peer that has left megabytes of pongs unread.
-    pub async fn next(&mut self) -> Result<ControlMessage, ControlError> {
+    pub async fn event(&mut self) -> Result<Event, ControlError> {
         loop {
             let frame = select! {
                 frame = next_frame(&mut self.recv, &mut self.buffer) => frame?,
-                () = self.tunnel.unreachable() => {
-                    self.ask(UNREACHABLE_LIMIT).await?;
-                    continue;
+                why = self.tunnel.unreachable() => {
+                    let limit = match why {
+                        Unreachable::Port => NOBODY_LIMIT,
+                        Unreachable::Way => NO_WAY_LIMIT,
+                    };
+                    self.ask(limit).await?;
+                    return Ok(Event::Unreachable(why));
                 }
                 () = overdue(self.question.as_ref()) => {
                     self.renew()?;
@@ -143,14 +174,14 @@ impl ControlStream {
                 ControlMessage::Unknown { kind } => {
                     tracing::debug!(kind, "ignored a control message of a later revision");
                 }
-                message => return Ok(message),
+                message => return Ok(Event::Message(message)),
             }
         }
     }
 
-    /// Asks the peer to prove that it is alive. [`next`](Self::next) fails when no answer comes
+    /// Asks the peer to prove that it is alive. [`event`](Self::event) fails when no answer comes
     /// within three round trips and `limit`, or five times that for one that is heard. A question
-    /// that is already open keeps its deadline.
+    /// that is already open is not asked again; its deadline only comes nearer.
     ///
     /// # Errors
     /// When the stream is lost.
@@ -158,14 +189,17 @@ impl ControlStream {
     /// # Cancel safety
     /// As [`send`](Self::send).
     pub async fn ask(&mut self, limit: Duration) -> Result<(), ControlError> {
-        if self.question.is_some() {
-            return Ok(());
-        }
         let stats = self.tunnel.stats();
         let limit = stats.rtt * 3 + limit;
+        let deadline = Instant::now() + limit;
+        if let Some(question) = &mut self.question {
+            question.limit = question.limit.min(limit);
+            question.deadline = question.deadline.min(deadline);
+            return Ok(());
+        }
         let echo = self.next_echo;
         self.next_echo += 1;
-        let (deadline, heard) = (Instant::now() + limit, stats.received_bytes);
+        let heard = stats.received_bytes;
         self.question = Some(Question { echo, limit, deadline, heard, renewals: 0 });
         self.send(&ControlMessage::Ping(Ping { echo })).await
     }

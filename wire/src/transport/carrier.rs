@@ -8,7 +8,9 @@ use bytes::Bytes;
 use rustls_pki_types::CertificateDer;
 use tokio_util::either::Either;
 
-use super::{ReadError, RecvHalf, SendHalf, TunnelLost, TunnelStats, WriteError, qmux, quic};
+use super::{
+    ReadError, RecvHalf, SendHalf, TunnelLost, TunnelStats, Unreachable, WriteError, qmux, quic,
+};
 use crate::code::{CloseCode, StreamCode};
 
 /// One connection between two peers.
@@ -50,7 +52,7 @@ impl Connection {
     }
 
     /// TCP tells of a peer that is gone by itself, and then the connection is lost.
-    pub(super) async fn unreachable(&self) {
+    pub(super) async fn unreachable(&self) -> Unreachable {
         match self {
             Self::Quic(carrier) => carrier.unreachable().await,
             Self::Qmux(_) => std::future::pending().await,

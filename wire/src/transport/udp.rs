@@ -11,7 +11,14 @@ use std::{
     task::{Context, Poll},
 };
 
-use nix::sys::socket::{MsgFlags, SockaddrStorage, getsockopt, recvmsg, setsockopt, sockopt};
+use nix::{
+    cmsg_space,
+    errno::Errno,
+    libc,
+    sys::socket::{
+        ControlMessageOwned, MsgFlags, SockaddrStorage, getsockopt, recvmsg, setsockopt, sockopt,
+    },
+};
 use quinn::{
     AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller,
     udp::{RecvMeta, Transmit},
@@ -175,6 +182,15 @@ impl AsyncUdpSocket for Batched {
     }
 }
 
+/// What the network says of a peer whose packets it does not deliver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unreachable {
+    /// There is no way to the peer's host now. Where routes change there may be one in a moment.
+    Way,
+    /// The host is there and nobody listens: the process has gone, or a firewall says so.
+    Port,
+}
+
 /// The socket's queue of ICMP errors: which peers the network calls unreachable.
 ///
 /// It watches a second descriptor of the socket for priority and error events alone, so packets
@@ -195,12 +211,13 @@ impl ErrorQueue {
         Ok(Self { socket })
     }
 
-    /// The next peer that a packet could not be delivered to; `None` when the socket is unusable.
-    pub(super) async fn next(&self) -> Option<SocketAddr> {
+    /// The next peer that a packet could not be delivered to, and what the network says; `None` when
+    /// the socket is unusable.
+    pub(super) async fn next(&self) -> Option<(SocketAddr, Unreachable)> {
         loop {
             let mut ready = self.socket.ready(Interest::PRIORITY | Interest::ERROR).await.ok()?;
             match take_error(ready.get_inner().as_raw_fd()) {
-                Ok(Some(peer)) => return Some(peer),
+                Ok(Some(undelivered)) => return Some(undelivered),
                 Ok(None) => {}
                 Err(nix::Error::EAGAIN) => ready.clear_ready(),
                 Err(_) => return None,
@@ -215,19 +232,36 @@ impl fmt::Debug for ErrorQueue {
     }
 }
 
-/// Takes one entry off the error queue: where the packet that caused it was sent.
-fn take_error(fd: i32) -> nix::Result<Option<SocketAddr>> {
+/// Takes one entry off the error queue: where the packet that caused it was sent, and why it did not
+/// get there. A packet that was too large is left to path MTU discovery.
+fn take_error(fd: i32) -> nix::Result<Option<(SocketAddr, Unreachable)>> {
     let flags = MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT;
-    let message = recvmsg::<SockaddrStorage>(fd, &mut [], None, flags)?;
+    // QUIC asks for addresses and ECN marks of packets, which come along with errors too.
+    let mut space = cmsg_space!(libc::sock_extended_err, libc::sockaddr_in6, [u8; 256]);
+    let message = recvmsg::<SockaddrStorage>(fd, &mut [], Some(&mut space), flags)?;
+    let error = |told| match told {
+        ControlMessageOwned::Ipv4RecvErr(error, _) | ControlMessageOwned::Ipv6RecvErr(error, _) => {
+            i32::try_from(error.ee_errno).ok().map(Errno::from_raw)
+        }
+        _ => None,
+    };
+    let error = message.cmsgs().ok().and_then(|mut told| told.find_map(error));
+    let why = match error {
+        Some(Errno::EMSGSIZE) => return Ok(None),
+        Some(Errno::ECONNREFUSED) => Unreachable::Port,
+        _ => Unreachable::Way,
+    };
     let peer = message.address.and_then(|address| {
         let v4 = address.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));
         v4.or_else(|| address.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into())))
     });
-    Ok(peer)
+    Ok(peer.map(|peer| (peer, why)))
 }
 
 #[cfg(test)]
 mod tests {
+    use quinn::udp::EcnCodepoint;
+
     use super::*;
 
     const SIZE: usize = 1024 * 1024;
@@ -235,7 +269,7 @@ mod tests {
     async fn send(socket: &Arc<dyn AsyncUdpSocket>, destination: SocketAddr) {
         let transmit = Transmit {
             destination,
-            ecn: None,
+            ecn: Some(EcnCodepoint::Ect0),
             contents: b"anyone?",
             segment_size: None,
             src_ip: None,
@@ -251,7 +285,7 @@ mod tests {
         let bound = bind("127.0.0.1:0".parse().unwrap(), SIZE, 1452).unwrap();
         let gone = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         send(&bound.socket, gone).await;
-        assert_eq!(bound.errors.unwrap().next().await, Some(gone));
+        assert_eq!(bound.errors.unwrap().next().await, Some((gone, Unreachable::Port)));
     }
 
     #[tokio::test]
@@ -264,7 +298,8 @@ mod tests {
             gone
         };
         send(&bound.socket, destination).await;
-        let reported = bound.errors.unwrap().next().await.unwrap();
+        let (reported, why) = bound.errors.unwrap().next().await.unwrap();
+        assert_eq!(why, Unreachable::Port);
         assert_eq!(reported.ip().to_canonical(), gone.ip());
         assert_eq!(reported.port(), gone.port());
     }

@@ -4,7 +4,10 @@ use std::{
     collections::HashMap,
     net::SocketAddr,
     pin::pin,
-    sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -18,8 +21,8 @@ use crate::{
     chunks::advance,
     code::{CloseCode, StreamCode},
     transport::{
-        ReadError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, WriteError, canonical,
-        carrier, now, udp, urgency::Share,
+        ReadError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, Unreachable, WriteError,
+        canonical, carrier, now, udp, urgency::Share,
     },
     version::ALPN,
 };
@@ -28,13 +31,38 @@ use crate::{
 /// whoever waits at the other end, seldom enough for a thousand stalled streams.
 const RESET_INTERVAL: Duration = Duration::from_millis(50);
 
+/// What the network says about one tunnel's peer.
+#[derive(Debug, Default)]
+struct Doubt {
+    told: Notify,
+    nobody_listens: AtomicBool,
+}
+
+impl Doubt {
+    fn tell(&self, why: Unreachable) {
+        if why == Unreachable::Port {
+            self.nobody_listens.store(true, Ordering::Relaxed);
+        }
+        self.told.notify_one();
+    }
+
+    /// The gravest of what was told since the last time.
+    async fn told(&self) -> Unreachable {
+        self.told.notified().await;
+        match self.nobody_listens.swap(false, Ordering::Relaxed) {
+            true => Unreachable::Port,
+            false => Unreachable::Way,
+        }
+    }
+}
+
 /// The live tunnels of one socket by the peer's address, so that an ICMP error finds its tunnel.
 #[derive(Debug, Default)]
-pub(super) struct Neighbours(Mutex<HashMap<SocketAddr, Weak<Notify>>>);
+pub(super) struct Neighbours(Mutex<HashMap<SocketAddr, Weak<Doubt>>>);
 
 impl Neighbours {
-    fn enter(&self, address: SocketAddr) -> Arc<Notify> {
-        let doubt = Arc::new(Notify::new());
+    fn enter(&self, address: SocketAddr) -> Arc<Doubt> {
+        let doubt = Arc::new(Doubt::default());
         let mut tunnels = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         tunnels.retain(|_, doubt| doubt.strong_count() > 0);
         tunnels.insert(address, Arc::downgrade(&doubt));
@@ -47,11 +75,11 @@ impl Neighbours {
         let Some(errors) = errors else { return };
         let neighbours = Arc::downgrade(self);
         tokio::spawn(async move {
-            while let Some(address) = errors.next().await {
+            while let Some((address, why)) = errors.next().await {
                 let Some(neighbours) = neighbours.upgrade() else { return };
                 let tunnels = neighbours.0.lock().unwrap_or_else(PoisonError::into_inner);
                 if let Some(doubt) = tunnels.get(&canonical(address)).and_then(Weak::upgrade) {
-                    doubt.notify_one();
+                    doubt.tell(why);
                 }
             }
         });
@@ -101,7 +129,7 @@ pub(in crate::transport) struct Connection {
     share: Arc<Share>,
     /// Thin writes sent twice, once both sides offered it.
     hedging: Arc<OnceLock<Hedging>>,
-    doubt: Arc<Notify>,
+    doubt: Arc<Doubt>,
     /// Keeps the socket's error queue watched for as long as a tunnel uses it.
     _neighbours: Arc<Neighbours>,
 }
@@ -170,8 +198,8 @@ impl Connection {
         let _ = tokio::time::timeout(limit, self.endpoint.wait_idle()).await;
     }
 
-    pub(in crate::transport) async fn unreachable(&self) {
-        self.doubt.notified().await;
+    pub(in crate::transport) async fn unreachable(&self) -> Unreachable {
+        self.doubt.told().await
     }
 
     pub(in crate::transport) fn set_max_streams(&self, count: u32) {
