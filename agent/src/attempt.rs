@@ -156,7 +156,7 @@ impl Attempts {
     /// Dropping the future gives up what was begun.
     pub async fn attempt(
         &self,
-        Approach { ways, large_packets }: Approach,
+        Approach { ways, large_packets, at_once }: Approach,
         toward: Option<SocketAddr>,
         context: &TunnelContext,
     ) -> Attempted {
@@ -175,7 +175,8 @@ impl Attempts {
         };
         let mut last = None;
         for (place, ways) in places {
-            let place = Place { place, tls: &tls, settings, attempts: self, context };
+            let head_start = if at_once { Duration::ZERO } else { HEAD_START };
+            let place = Place { place, tls: &tls, settings, head_start, attempts: self, context };
             let attempted = place.attempt(ways).await;
             if attempted.result.is_ok() {
                 return attempted;
@@ -278,6 +279,7 @@ struct Place<'a> {
     place: Ends,
     tls: &'a ClientTls,
     settings: Settings,
+    head_start: Duration,
     attempts: &'a Attempts,
     context: &'a TunnelContext,
 }
@@ -304,7 +306,8 @@ impl Place<'_> {
                 Ok(won) => arrived(won, QuicFate::Unknown),
                 Err(error) => neither(vec![("TCP", error)]),
             },
-            Ways::QuicFirst => match race(self.over_quic(), self.over_tcp(), HEAD_START).await {
+            Ways::QuicFirst => match race(self.over_quic(), self.over_tcp(), self.head_start).await
+            {
                 Race::First(won) => arrived(won, QuicFate::Worked),
                 Race::Second(won, failed) => {
                     let word = failed.map_or("quic_silent", |error| error.label());
@@ -312,11 +315,13 @@ impl Place<'_> {
                 }
                 Race::Neither(quic, tcp) => neither(vec![("QUIC", quic), ("TCP", tcp)]),
             },
-            Ways::TcpFirst => match race(self.over_tcp(), self.over_quic(), HEAD_START).await {
-                Race::First(won) => arrived(won, QuicFate::Unknown),
-                Race::Second(won, _) => arrived(won, QuicFate::Worked),
-                Race::Neither(tcp, quic) => neither(vec![("QUIC", quic), ("TCP", tcp)]),
-            },
+            Ways::TcpFirst => {
+                match race(self.over_tcp(), self.over_quic(), self.head_start).await {
+                    Race::First(won) => arrived(won, QuicFate::Unknown),
+                    Race::Second(won, _) => arrived(won, QuicFate::Worked),
+                    Race::Neither(tcp, quic) => neither(vec![("QUIC", quic), ("TCP", tcp)]),
+                }
+            }
         }
     }
 

@@ -75,6 +75,7 @@ impl Connector {
                     if !silent && pending.as_ref().is_some_and(|p| p.goal == Goal::Replace) {
                         debug!("a silent server was heard again");
                         pending = None;
+                        self.plan.on_heard(now(), fastrand::f64());
                     }
                 }
                 goal = due(next) => pending = Some(self.begin(goal, context.clone())),
@@ -89,7 +90,7 @@ impl Connector {
         let in_use = self.servers.in_use();
         let tunnel = |served: &Arc<Served>| InUse {
             rank: served.rank,
-            silent: served.is_silent(),
+            doubt: served.doubt(),
             since: served.since,
         };
         Situation { in_use: in_use.iter().map(tunnel).collect(), count: self.servers.count() }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::{
     backoff::Backoff,
     config::{Config, Transport},
-    servers::Rank,
+    servers::{Doubt, Rank},
     transport::{Approach, QuicFate, QuicMemory, Ways},
 };
 
@@ -32,7 +32,7 @@ pub enum Goal {
     Probe,
     /// A server is missing.
     Look,
-    /// A tunnel is silent; another way may work.
+    /// The peer of a tunnel may not be there; another way may work.
     Replace,
 }
 
@@ -41,8 +41,8 @@ pub enum Goal {
 pub struct InUse {
     /// How it goes.
     pub rank: Rank,
-    /// Whether its peer does not answer.
-    pub silent: bool,
+    /// Why its peer may not be there, if there is a reason to think so.
+    pub doubt: Option<Doubt>,
     /// Since when it is there.
     pub since: Instant,
 }
@@ -141,7 +141,7 @@ impl Plan {
     ) -> Option<(Goal, Instant)> {
         let Situation { in_use, count } = situation;
         let missing = in_use.len() < (*count).max(1) as usize;
-        let silent = in_use.iter().any(|tunnel| tunnel.silent);
+        let silent = in_use.iter().any(|tunnel| tunnel.doubt.is_some());
         let worst = in_use.iter().map(|tunnel| tunnel.rank).min();
         let improvable = match self.transport {
             Transport::Auto => worst < Some(Rank::Quic),
@@ -174,9 +174,12 @@ impl Plan {
         now: Instant,
         random: f64,
     ) -> Approach {
-        let flaps =
-            |tunnel: &InUse| tunnel.silent && now.saturating_duration_since(tunnel.since) < YOUNG;
-        if goal == Goal::Replace && situation.in_use.iter().any(flaps) {
+        let replaces = |doubt| {
+            let doubted = move |tunnel: &&InUse| tunnel.doubt == Some(doubt);
+            situation.in_use.iter().filter(doubted).filter(move |_| goal == Goal::Replace)
+        };
+        let flaps = |tunnel: &InUse| now.saturating_duration_since(tunnel.since) < YOUNG;
+        if replaces(Doubt::Silent).any(flaps) {
             self.memory.on_failed(now, random);
         }
         let ways = match (self.transport, goal) {
@@ -185,8 +188,11 @@ impl Plan {
             (Transport::Auto, _) if self.memory.fails_until(now).is_some() => Ways::TcpFirst,
             (Transport::Auto, _) => Ways::QuicFirst,
         };
-        let small = goal == Goal::Replace || self.small_until.is_some_and(|until| now < until);
-        Approach { ways, large_packets: !small }
+        let silent = replaces(Doubt::Silent).next().is_some();
+        let small = silent || self.small_until.is_some_and(|until| now < until);
+        // QUIC is a round trip quicker where it works, and here it most likely does not.
+        let at_once = replaces(Doubt::Refused).next().is_some();
+        Approach { ways, large_packets: !small, at_once }
     }
 
     /// A server has welcomed the agent on a tunnel of this rank.
@@ -219,6 +225,12 @@ impl Plan {
         if self.forever {
             self.look_at = self.look_at.max(now + self.interval);
         }
+    }
+
+    /// The peer of a tunnel that was to be replaced was heard after all. Whoever can make the network
+    /// say otherwise shall not have a handshake each time.
+    pub fn on_heard(&mut self, now: Instant, random: f64) {
+        self.replace_at = now + REPLACE_INTERVAL.mul_f64(0.5 + random);
     }
 
     /// Nobody did.

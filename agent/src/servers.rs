@@ -66,18 +66,37 @@ pub struct Served {
     /// Told when a better tunnel has taken its place: no new dials, and the end once the streams have
     /// ended.
     pub retired: CancellationToken,
-    /// How much had been received when the peer was found silent, or [`HEARD`].
+    /// How much had been received when the peer was found silent, or [`HEARD`] or [`REFUSED`].
     silent_at: AtomicU64,
 }
 
 /// The peer of a tunnel answers.
 const HEARD: u64 = u64::MAX;
+/// The network says that it cannot be reached.
+const REFUSED: u64 = HEARD - 1;
+
+/// Why the peer of a tunnel may not be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Doubt {
+    /// It does not answer.
+    Silent,
+    /// The network says that it cannot be reached, and it has not been heard since.
+    Refused,
+}
 
 impl Served {
-    /// Whether the peer has not answered for a while, and still does not.
+    /// Why the peer may not be there now, if there is a reason to think so.
+    pub fn doubt(&self) -> Option<Doubt> {
+        match self.silent_at.load(Ordering::Relaxed) {
+            HEARD => None,
+            REFUSED => Some(Doubt::Refused),
+            silent_at => (self.tunnel.stats().received_bytes == silent_at).then_some(Doubt::Silent),
+        }
+    }
+
+    /// Whether the peer may not be there, for one reason or another.
     pub fn is_silent(&self) -> bool {
-        let silent_at = self.silent_at.load(Ordering::Relaxed);
-        silent_at != HEARD && self.tunnel.stats().received_bytes == silent_at
+        self.doubt().is_some()
     }
 
     /// Whether another tunnel is used instead.
@@ -166,11 +185,15 @@ impl Servers {
         self.lock().retain(|other| !Arc::ptr_eq(other, served));
     }
 
-    /// Notes that the peer of a tunnel does not answer, or that it was heard again.
-    pub fn set_silent(&self, served: &Served, silent: bool) {
-        let now = if silent { served.tunnel.stats().received_bytes } else { HEARD };
+    /// Notes that the peer of a tunnel may not be there, or that it was heard again.
+    pub fn set_doubt(&self, served: &Served, doubt: Option<Doubt>) {
+        let now = match doubt {
+            None => HEARD,
+            Some(Doubt::Refused) => REFUSED,
+            Some(Doubt::Silent) => served.tunnel.stats().received_bytes,
+        };
         let before = served.silent_at.swap(now, Ordering::Relaxed);
-        if (before == HEARD) == silent {
+        if (before == HEARD) != (now == HEARD) {
             self.changed.notify_one();
         }
     }

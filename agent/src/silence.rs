@@ -1,5 +1,5 @@
-//! When a tunnel over QUIC is to be doubted: it is asked something and does not answer. Pure: the
-//! caller brings time and what the carrier has measured.
+//! When a tunnel over QUIC is to be doubted: it is asked something and does not answer, or the network
+//! says that its peer cannot be reached. Pure: the caller brings time and what the carrier has measured.
 //!
 //! QUIC itself gives a silent peer the whole idle time-out, because it has nowhere else to go. An
 //! agent has: TCP, or another QUIC connection. It looks for that while the old tunnel lives on, so a
@@ -10,14 +10,22 @@ use std::time::{Duration, Instant};
 use culvert_wire::transport::TunnelStats;
 
 /// How often a tunnel is looked at while it carries streams.
-pub const BUSY_LOOK_INTERVAL: Duration = Duration::from_millis(250);
+const BUSY_LOOK_INTERVAL: Duration = Duration::from_millis(250);
 /// How often otherwise.
-pub const IDLE_LOOK_INTERVAL: Duration = Duration::from_secs(1);
+const IDLE_LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long the peer may take to acknowledge something, and then to answer a question: a second and a
 /// half together, so that dials have another way within three. Long paths have round trips instead.
 const ANSWER_LIMIT: Duration = Duration::from_millis(750);
 /// The same in round trips: time for a lost packet's repair, twice.
 const ANSWER_ROUND_TRIPS: u32 = 6;
+/// What arrives within this share of a round trip after the network said that the peer cannot be reached
+/// was on its way before, and proves nothing. An answer takes a whole one.
+const REFUSED_SHARE: f64 = 0.75;
+/// Looks in a round trip then, so that one is left between the two.
+const REFUSED_LOOKS: u32 = 8;
+/// Longest and shortest time between them.
+const REFUSED_LOOK_MIN: Duration = Duration::from_millis(1);
+const REFUSED_LOOK_MAX: Duration = Duration::from_millis(25);
 /// Streams may be quiet for this long before the peer is asked whether it is there.
 const QUIET_LIMIT: Duration = Duration::from_secs(2);
 
@@ -30,6 +38,8 @@ pub enum Verdict {
     Ask,
     /// The peer has not answered; look for another way.
     Silent,
+    /// The network says that the peer cannot be reached, and it was not heard since; the same.
+    Refused,
 }
 
 /// Watches one tunnel.
@@ -40,20 +50,56 @@ pub struct Silence {
     eliciting_frames: u64,
     heard_at: Instant,
     asked_at: Option<Instant>,
+    refused: Option<Refused>,
+}
+
+/// What was known when the network said that the peer cannot be reached.
+#[derive(Clone, Copy, Debug)]
+struct Refused {
+    at: Instant,
+    rtt: Duration,
 }
 
 impl Silence {
     /// Of a tunnel whose peer has just been heard.
     pub fn new(now: Instant, stats: &TunnelStats) -> Self {
         let TunnelStats { received_bytes, eliciting_frames, .. } = *stats;
-        Self { received_bytes, eliciting_frames, heard_at: now, asked_at: None }
+        Self { received_bytes, eliciting_frames, heard_at: now, asked_at: None, refused: None }
+    }
+
+    /// When to look next, when it carries so many streams.
+    pub fn interval(&self, streams: usize) -> Duration {
+        match (self.refused, streams) {
+            (Some(Refused { rtt, .. }), _) => {
+                (rtt / REFUSED_LOOKS).clamp(REFUSED_LOOK_MIN, REFUSED_LOOK_MAX)
+            }
+            (None, 0) => IDLE_LOOK_INTERVAL,
+            (None, _) => BUSY_LOOK_INTERVAL,
+        }
+    }
+
+    /// The network says that the peer cannot be reached, and the peer was asked whether that is so.
+    pub fn on_refused(&mut self, now: Instant, stats: &TunnelStats) {
+        if self.refused.is_none() {
+            self.received_bytes = stats.received_bytes;
+            self.refused = Some(Refused { at: now, rtt: stats.rtt });
+        }
     }
 
     /// What the tunnel's numbers say now, when it carries so many streams.
     pub fn look(&mut self, now: Instant, stats: &TunnelStats, streams: usize) -> Verdict {
+        if let Some(Refused { at, rtt }) = self.refused
+            && now.saturating_duration_since(at) < rtt.mul_f64(REFUSED_SHARE)
+        {
+            self.received_bytes = stats.received_bytes;
+            return Verdict::Refused;
+        }
         if stats.received_bytes != self.received_bytes {
             *self = Self::new(now, stats);
             return Verdict::Fine;
+        }
+        if self.refused.is_some() {
+            return Verdict::Refused;
         }
         let limit = ANSWER_LIMIT.max(stats.rtt * ANSWER_ROUND_TRIPS);
         if let Some(asked_at) = self.asked_at {
@@ -139,6 +185,26 @@ mod tests {
         tunnel.stats.eliciting_frames += 1;
         assert_eq!(tunnel.look(12, 0), [(12, Verdict::Ask)]);
         assert_eq!(tunnel.look(12, 0), [(12, Verdict::Silent)]);
+    }
+
+    #[test]
+    fn whoever_cannot_be_reached_is_doubted_at_once_and_until_it_answers() {
+        let mut tunnel = Watched::new(48);
+        tunnel.silence.on_refused(tunnel.now, &tunnel.stats);
+        assert_eq!(tunnel.silence.interval(0), Duration::from_millis(6));
+        let look = |tunnel: &mut Watched, millis, received| {
+            tunnel.stats.received_bytes += received;
+            let now = tunnel.now + Duration::from_millis(millis);
+            tunnel.silence.look(now, &tunnel.stats, 1)
+        };
+        assert_eq!(look(&mut tunnel, 0, 0), Verdict::Refused);
+        // What was on its way is no answer.
+        assert_eq!(look(&mut tunnel, 30, 40), Verdict::Refused);
+        assert_eq!(look(&mut tunnel, 36, 0), Verdict::Refused);
+        tunnel.silence.on_refused(tunnel.now + Duration::from_millis(40), &tunnel.stats);
+        assert_eq!(look(&mut tunnel, 48, 40), Verdict::Fine);
+        assert_eq!(tunnel.silence.interval(1), BUSY_LOOK_INTERVAL);
+        assert_eq!(look(&mut tunnel, 75, 0), Verdict::Fine);
     }
 
     #[test]

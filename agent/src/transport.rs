@@ -38,4 +38,6 @@ pub struct Approach {
     pub ways: Ways,
     /// Whether packets may be larger than any path carries.
     pub large_packets: bool,
+    /// Whether the second carrier is tried together with the first, and not a little later.
+    pub at_once: bool,
 }

@@ -10,7 +10,7 @@ use std::{
 use culvert_wire::{
     AgentId, CloseCode, InstanceId, StreamCode,
     control::{
-        ControlError, ControlMessage, ControlStream, Drain, Goodbye, Hello, Secret, Welcome,
+        ControlError, ControlMessage, ControlStream, Drain, Event, Goodbye, Hello, Secret, Welcome,
     },
     extension::Extensions,
     route::Identifiers,
@@ -24,8 +24,8 @@ use tracing::info;
 
 use crate::{
     egress::Egress,
-    servers::{Served, Servers},
-    silence::{BUSY_LOOK_INTERVAL, IDLE_LOOK_INTERVAL, Silence, Verdict},
+    servers::{Doubt, Served, Servers},
+    silence::{Silence, Verdict},
 };
 
 /// Streams the server may open at first. Slots cost memory ahead, so more are granted as they
@@ -178,8 +178,12 @@ impl Joined {
             Err(error) => Err(error),
         };
         if let Err(error) = result {
-            self.tunnel.close(error.close_code(), &error.to_string());
-            self.tunnel.flushed(FLUSH_TIMEOUT).await;
+            let code = error.close_code();
+            self.tunnel.close(code, &error.to_string());
+            // Nobody hears the last word of a tunnel to a peer that does not answer.
+            if code != CloseCode::UNRESPONSIVE {
+                self.tunnel.flushed(FLUSH_TIMEOUT).await;
+            }
         }
         self.tunnel.closed().await
     }
@@ -240,22 +244,29 @@ async fn converse(
 ) -> Result<(), ControlError> {
     let mut silence = Silence::new(now(), &served.tunnel.stats());
     loop {
-        let interval = if streams.is_empty() { IDLE_LOOK_INTERVAL } else { BUSY_LOOK_INTERVAL };
         tokio::select! {
-            message = control.next() => match message? {
-                ControlMessage::Drain(drain) => {
+            event = control.event() => match event? {
+                Event::Message(ControlMessage::Drain(drain)) => {
                     info!(deadline_millis = drain.deadline_millis, "the server drains");
                 }
-                ControlMessage::Goodbye(goodbye) => {
+                Event::Message(ControlMessage::Goodbye(goodbye)) => {
                     info!(reason = %goodbye.reason, "the server says goodbye");
                 }
                 // A second welcome, or a hello from the wrong side.
-                _ => return Err(ControlError::Unexpected),
+                Event::Message(_) => return Err(ControlError::Unexpected),
+                Event::Unreachable(_) => {
+                    silence.on_refused(now(), &served.tunnel.stats());
+                    servers.set_doubt(served, Some(Doubt::Refused));
+                }
             },
             // TCP tells of a peer that is gone in its own time, and there is no better way.
-            () = sleep(interval), if served.rank.is_quic() => {
+            () = sleep(silence.interval(streams.len())), if served.rank.is_quic() => {
                 let verdict = silence.look(now(), &served.tunnel.stats(), streams.len());
-                servers.set_silent(served, verdict == Verdict::Silent);
+                servers.set_doubt(served, match verdict {
+                    Verdict::Fine | Verdict::Ask => None,
+                    Verdict::Silent => Some(Doubt::Silent),
+                    Verdict::Refused => Some(Doubt::Refused),
+                });
                 if verdict == Verdict::Ask {
                     control.nudge().await?;
                 }

@@ -19,7 +19,7 @@ fn plan(transport: Transport) -> (Plan, Instant) {
 fn situation(count: u32, in_use: &[(Rank, bool, Instant)]) -> Situation {
     let tunnel = |(rank, silent, since): &(Rank, bool, Instant)| InUse {
         rank: *rank,
-        silent: *silent,
+        doubt: silent.then_some(Doubt::Silent),
         since: *since,
     };
     Situation { in_use: in_use.iter().map(tunnel).collect(), count }
@@ -126,7 +126,7 @@ fn a_silent_tunnel_comes_before_everything_and_is_replaced_with_small_packets() 
     let silent = situation(2, &[(Rank::Quic, true, then)]);
     assert_eq!(plan.next(&silent, None, now), Some((Goal::Replace, now)));
     let approach = plan.approach(Goal::Replace, &silent, now, 0.5);
-    assert_eq!(approach, Approach { ways: Ways::QuicFirst, large_packets: false });
+    assert_eq!(approach, Approach { ways: Ways::QuicFirst, large_packets: false, at_once: false });
     // QUIC with small packets worked: they stay small for a while.
     let small = Arrival { quic: QuicFate::Worked, rank: Rank::SmallQuic, found: Found::Better };
     plan.on_arrived(Goal::Replace, small, now, 0.5);
@@ -141,6 +141,20 @@ fn a_tunnel_that_falls_silent_again_soon_gives_way_to_tcp() {
     let silent = situation(1, &[(Rank::Quic, true, now)]);
     let approach = plan.approach(Goal::Replace, &silent, now + YOUNG / 2, 0.5);
     assert_eq!(approach.ways, Ways::TcpFirst);
+}
+
+/// One that was there for a moment only, too: the network's word is no sign of a path that swallows.
+#[test]
+fn a_tunnel_whose_peer_cannot_be_reached_is_replaced_by_whatever_gets_through_first() {
+    let (mut plan, now) = plan(Transport::Auto);
+    let mut refused = situation(1, &[(Rank::Quic, true, now)]);
+    refused.in_use[0].doubt = Some(Doubt::Refused);
+    assert_eq!(plan.next(&refused, None, now), Some((Goal::Replace, now)));
+    let approach = plan.approach(Goal::Replace, &refused, now, 0.5);
+    assert_eq!(approach, Approach { ways: Ways::QuicFirst, large_packets: true, at_once: true });
+    // A message that was wrong is believed again a little later.
+    plan.on_heard(now, 0.5);
+    assert_eq!(plan.next(&refused, None, now), Some((Goal::Replace, now + REPLACE_INTERVAL)));
 }
 
 #[test]
@@ -233,7 +247,7 @@ fn packets_that_were_made_small_are_tried_large_again() {
         let then = now + SMALL_PACKETS;
         assert_eq!(plan.next(&small, None, now), Some((Goal::Probe, then)));
         let approach = plan.approach(Goal::Probe, &small, then, 0.5);
-        assert_eq!(approach, Approach { ways: Ways::Quic, large_packets: true });
+        assert_eq!(approach, Approach { ways: Ways::Quic, large_packets: true, at_once: false });
     }
 }
 
