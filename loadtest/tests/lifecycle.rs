@@ -9,7 +9,7 @@ use std::{
 };
 
 use common::{agent, echo, eventually, metric, until_stopped, within};
-use culvert_agent::config::Transport;
+use culvert_agent::{Agent, config::Transport};
 use culvert_loadtest::{
     certificates::Certificates,
     frontend::{
@@ -109,6 +109,53 @@ async fn an_agent_killed_while_dialing_fails_the_dial_at_once() {
         })
         .await;
     }
+}
+
+fn of_server(rig: &Running, name: &str) -> f64 {
+    metric(&rig.server.metrics.render(&rig.server.backends), name)
+}
+
+#[tokio::test]
+async fn a_dial_waits_a_moment_for_an_agent_that_has_just_left() {
+    for door in [Door::ConnectUnix, Door::GrpcUnix] {
+        within(async {
+            let mut rig = door.rig().start().await.unwrap();
+            let target = targets::echo().await.unwrap();
+            let again = Agent::bind(&rig.agent_config("again")).unwrap();
+            rig.abort_agent(0);
+            rig.until_joined(0).await.unwrap();
+            let comes_back = async {
+                eventually("the dial waits", || {
+                    let pending = "konnectivity_network_proxy_server_pending_backend_dials";
+                    of_server(&rig, pending) == 1.0
+                })
+                .await;
+                again.run(std::future::pending()).await;
+            };
+            tokio::select! {
+                dialed = door.dial(&rig, target.address()) => drop(dialed.unwrap()),
+                () = comes_back => panic!("nobody told the agent to end"),
+            }
+            assert_eq!(of_server(&rig, "culvert_server_dials_waited_total{result=\"came\"}"), 1.0);
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn whoever_waits_for_an_agent_in_vain_is_told_and_whoever_comes_later_does_not_wait() {
+    within(async {
+        let door = Door::ConnectUnix;
+        let mut rig = door.rig().start().await.unwrap();
+        rig.drain_agent(0).await.unwrap();
+        rig.until_joined(0).await.unwrap();
+        for _ in 0..3 {
+            let refused = door.dial(&rig, "127.0.0.1:9").await.unwrap_err().to_string();
+            assert!(refused.contains("No agent available"), "{refused}");
+        }
+        assert_eq!(of_server(&rig, "culvert_server_dials_waited_total{result=\"failed\"}"), 1.0);
+    })
+    .await;
 }
 
 /// SIGSTOP: the process is there and says nothing. Konnectivity dials it for ever.

@@ -5,7 +5,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use culvert_wire::{
@@ -126,6 +126,7 @@ pub struct Backends(Arc<Shared>);
 struct Shared {
     registry: Mutex<Registry<Backend>>,
     changed: Notify,
+    closed: AtomicBool,
 }
 
 impl Backends {
@@ -134,6 +135,7 @@ impl Backends {
         Self(Arc::new(Shared {
             registry: Mutex::new(Registry::new(strategies)),
             changed: Notify::new(),
+            closed: AtomicBool::new(false),
         }))
     }
 
@@ -182,6 +184,36 @@ impl Backends {
         self.registry().choose(target, fastrand::usize(..))
     }
 
+    /// For how long a backend for a target may still come back that was there a moment ago, if there
+    /// was one.
+    pub fn expected_for(&self, target: &Target, now: Instant) -> Option<Duration> {
+        self.registry().expected_for(target, now)
+    }
+
+    /// Completes with a backend for a target once there is one that takes dials; `None` when no more
+    /// will come.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: it only looks.
+    pub async fn appears(&self, target: &Target) -> Option<Arc<Backend>> {
+        loop {
+            let changed = self.0.changed.notified();
+            if let Some(backend) = self.choose(target).filter(|backend| !backend.is_draining()) {
+                return Some(backend);
+            }
+            if self.0.closed.load(Ordering::Relaxed) {
+                return None;
+            }
+            changed.await;
+        }
+    }
+
+    /// Says that no more backends will come, because the server stops: nobody waits for any.
+    pub fn close(&self) {
+        self.0.closed.store(true, Ordering::Relaxed);
+        self.0.changed.notify_waiters();
+    }
+
     /// Whether the first strategy has any backend: what stock calls ready.
     pub fn is_ready(&self) -> bool {
         self.registry().is_ready()
@@ -221,7 +253,7 @@ pub struct Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        self.backends.registry().remove(&self.backend);
+        self.backends.registry().remove(&self.backend, Instant::now());
         self.backends.0.changed.notify_waiters();
     }
 }

@@ -23,7 +23,7 @@ use crate::{
     backend::{Backend, Backends, Place},
     config::DialConfig,
     metrics::{Counted, ServerMetrics},
-    registry::Candidate,
+    registry::{Candidate, RETURN_LIMIT},
 };
 
 /// An agent that has not answered a dial for this long is asked whether it is alive. Dialing a
@@ -201,7 +201,7 @@ impl Dialer {
     pub async fn dial(&self, wish: Wish) -> Result<Dialed, DialError> {
         let started = Instant::now();
         let target = wish.target.clone();
-        let Some(backend) = self.backends.choose(&target) else {
+        let Some(backend) = self.choose(&target, started).await else {
             return Err(self.failed(&target, DialError::NoAgent));
         };
         if self.config.optimistic && backend.reached.is_recent(&target, started) {
@@ -214,9 +214,32 @@ impl Dialer {
         result
     }
 
+    /// A backend for a target, and if there is none, one that comes back within a moment of having left.
+    async fn choose(&self, target: &Target, started: Instant) -> Option<Arc<Backend>> {
+        match self.backends.choose(target) {
+            Some(backend) => Some(backend),
+            None => self.wait(target, self.backends.expected_for(target, started)?).await,
+        }
+    }
+
+    /// A backend for a target that takes dials within this time. Where a dial can go nowhere else, to
+    /// wait for a moment is better than to fail: whoever asked would have to ask again, and does not
+    /// know when.
+    async fn wait(&self, target: &Target, limit: Duration) -> Option<Arc<Backend>> {
+        if limit.is_zero() {
+            return None;
+        }
+        let pending = self.metrics.dial_pending();
+        let came = timeout(limit.min(self.limit()), self.backends.appears(target)).await;
+        drop(pending);
+        let came = came.ok().flatten();
+        self.metrics.dial_waited(came.is_some());
+        came
+    }
+
     /// Asks the agent, and another one, or the same on another tunnel, when the tunnel is lost before
-    /// the answer: nothing of the connection has been sent by then, so nothing is sent twice. Whom was
-    /// asked in the end, and the answer.
+    /// the answer: nothing of the connection has been sent by then, so nothing is sent twice. A dial that
+    /// is young enough waits for such a tunnel. Whom was asked in the end, and the answer.
     async fn ask_whoever_stays(
         &self,
         mut backend: Arc<Backend>,
@@ -231,14 +254,18 @@ impl Dialer {
             }
             // It may not have been taken out yet.
             self.backends.drain(&backend);
-            match self.backends.choose(&wish.target) {
-                Some(other) if !Arc::ptr_eq(&other, &backend) => {
-                    self.metrics.dial_moved();
-                    debug!(target = %wish.target, agent_id = %other.agent_id(), "dial moved");
-                    backend = other;
+            let other = self.backends.choose(&wish.target);
+            let other = match other.filter(|other| !Arc::ptr_eq(other, &backend)) {
+                Some(other) => Some(other),
+                None => {
+                    let limit = RETURN_LIMIT.saturating_sub(started.elapsed());
+                    self.wait(&wish.target, limit).await
                 }
-                _ => return (backend, result),
-            }
+            };
+            let Some(other) = other else { return (backend, result) };
+            self.metrics.dial_moved();
+            debug!(target = %wish.target, agent_id = %other.agent_id(), "dial moved");
+            backend = other;
         }
         let result = self.ask(&backend, wish, left()).await;
         (backend, result)

@@ -34,6 +34,7 @@ const CONNECTION_DURATION: &str = "konnectivity_network_proxy_server_connection_
 const DIAL_FAILURES: &str = "konnectivity_network_proxy_server_dial_failure_count";
 const OPTIMISTIC_DIALS: &str = "culvert_server_optimistic_dials_total";
 const DIALS_MOVED: &str = "culvert_server_dials_moved_total";
+const DIALS_WAITED: &str = "culvert_server_dials_waited_total";
 const PENDING_DIALS: &str = "konnectivity_network_proxy_server_pending_backend_dials";
 const ESTABLISHED: &str = "konnectivity_network_proxy_server_established_connections";
 const GRPC_CONNECTIONS: &str = "konnectivity_network_proxy_server_grpc_connections";
@@ -132,6 +133,10 @@ impl ServerMetrics {
             DIALS_MOVED,
             "Dials whose tunnel was lost before the answer and that were made again on another.",
         );
+        metrics.describe_counter(
+            DIALS_WAITED,
+            "Dials that waited for an agent that had just left, by whether one came.",
+        );
         metrics.describe_counter(TUNNELS_LOST, "Tunnels that ended, by reason.");
         metrics.describe_counter(
             JOIN_FAILURES,
@@ -189,6 +194,12 @@ impl ServerMetrics {
     /// Counts a dial that is made again on another tunnel.
     pub fn dial_moved(&self) {
         self.metrics.counter(DIALS_MOVED, &[]).increment(1);
+    }
+
+    /// Counts a dial that waited for an agent, and whether one came.
+    pub fn dial_waited(&self, came: bool) {
+        let result = if came { "came" } else { "failed" };
+        self.metrics.counter(DIALS_WAITED, &[("result", result)]).increment(1);
     }
 
     /// Counts a dial that was answered before the agent did, and whether the agent agreed.

@@ -1,11 +1,20 @@
 //! Which backends are connected, arranged the way each strategy looks for them. Pure data: no
 //! tasks, no I/O, no clock.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use culvert_wire::{AgentId, Target, route::Identifiers};
 
 use crate::config::Strategy;
+
+/// For how long a backend that has left is expected back: an agent whose UDP begins to be rejected has
+/// another tunnel within a few round trips, and a process that crashed is started again within about a
+/// second. Whoever waits for it in vain has not waited long.
+pub const RETURN_LIMIT: Duration = Duration::from_millis(1500);
 
 /// What the registry must know of a backend.
 pub trait Candidate {
@@ -40,12 +49,26 @@ impl<B: Candidate> Registry<B> {
     }
 
     /// Removes a backend; one that is not there is no fault.
-    pub fn remove(&mut self, backend: &Arc<B>) {
+    pub fn remove(&mut self, backend: &Arc<B>, now: Instant) {
         for (strategy, group) in &mut self.groups {
             for key in strategy.keys(&**backend) {
-                group.remove(&key, backend);
+                group.remove(key, backend, now);
             }
         }
+    }
+
+    /// For how long a backend for a target may still come back that was there a moment ago; `None` if
+    /// there was none.
+    pub fn expected_for(&self, target: &Target, now: Instant) -> Option<Duration> {
+        let left = self.groups.iter().filter_map(|(strategy, group)| match strategy {
+            Strategy::Default | Strategy::DefaultRoute => group.left.back().map(|(at, _)| *at),
+            Strategy::DestHost => {
+                let of_host = |(_, key): &&(Instant, String)| key == target.host();
+                group.left.iter().rev().find(of_host).map(|(at, _)| *at)
+            }
+        });
+        let gone_for = now.saturating_duration_since(left.max()?);
+        RETURN_LIMIT.checked_sub(gone_for).filter(|limit| !limit.is_zero())
     }
 
     /// The backend for a target by the first strategy that finds one. `random` spreads the load
@@ -106,11 +129,13 @@ impl Strategy {
 struct Group<B> {
     keys: Vec<String>,
     backends: HashMap<String, Vec<Arc<B>>>,
+    /// Keys that have lost their last backend within [`RETURN_LIMIT`] of one another, and when.
+    left: VecDeque<(Instant, String)>,
 }
 
 impl<B> Default for Group<B> {
     fn default() -> Self {
-        Self { keys: Vec::new(), backends: HashMap::new() }
+        Self { keys: Vec::new(), backends: HashMap::new(), left: VecDeque::new() }
     }
 }
 
@@ -123,12 +148,17 @@ impl<B: Candidate> Group<B> {
         backends.push(backend.clone());
     }
 
-    fn remove(&mut self, key: &str, backend: &Arc<B>) {
-        let Some(backends) = self.backends.get_mut(key) else { return };
+    fn remove(&mut self, key: String, backend: &Arc<B>, now: Instant) {
+        let Some(backends) = self.backends.get_mut(&key) else { return };
         backends.retain(|other| !Arc::ptr_eq(other, backend));
         if backends.is_empty() {
-            self.backends.remove(key);
-            self.keys.retain(|other| other != key);
+            self.backends.remove(&key);
+            self.keys.retain(|other| *other != key);
+            let is_over = |(at, _): &(Instant, String)| now >= *at + RETURN_LIMIT;
+            while self.left.front().is_some_and(is_over) {
+                self.left.pop_front();
+            }
+            self.left.push_back((now, key));
         }
     }
 
@@ -239,11 +269,44 @@ mod tests {
         assert_eq!(registry.counts().collect::<Vec<_>>(), [(Strategy::Default, 1)]);
         assert_eq!(registry.of_agent(&old.agent_id).len(), 2);
         assert_chosen(registry.choose(&target("x:1"), 0), &new);
-        registry.remove(&new);
+        let now = Instant::now();
+        registry.remove(&new, now);
         assert_chosen(registry.choose(&target("x:1"), 0), &old);
-        registry.remove(&old);
-        registry.remove(&old);
+        assert_eq!(registry.expected_for(&target("x:1"), now), None);
+        registry.remove(&old, now);
+        registry.remove(&old, now);
         assert!(!registry.is_ready());
+    }
+
+    #[test]
+    fn whoever_has_left_is_expected_back_for_a_moment() {
+        let (one, two) = (fake("one", &[("ipv4", "10.0.0.1")]), fake("two", &[("host", "node-2")]));
+        let mut registry = registry(&[Strategy::DestHost], &[&one, &two]);
+        let start = Instant::now();
+        let expected = |registry: &Registry<Fake>, address, millis| {
+            let now = start + Duration::from_millis(millis);
+            registry.expected_for(&target(address), now).map(|limit| limit.as_millis())
+        };
+        assert_eq!(expected(&registry, "10.0.0.1:80", 0), None);
+        registry.remove(&one, start);
+        registry.remove(&two, start + Duration::from_millis(100));
+        assert_eq!(expected(&registry, "10.0.0.1:80", 1400), Some(100));
+        assert_eq!(expected(&registry, "10.0.0.1:80", 1500), None);
+        assert_eq!(expected(&registry, "node-2:80", 1500), Some(100));
+        assert_eq!(expected(&registry, "10.0.0.9:80", 0), None, "nobody was ever there");
+    }
+
+    #[test]
+    fn any_agent_that_has_left_is_expected_where_any_agent_will_do() {
+        let agents: Vec<_> = (0..10).map(|number| fake(&format!("a{number}"), &[])).collect();
+        let mut registry = registry(&[Strategy::Default], &agents.iter().collect::<Vec<_>>());
+        let start = Instant::now();
+        for (number, agent) in (0..).zip(&agents) {
+            registry.remove(agent, start + number * RETURN_LIMIT / 2);
+        }
+        let last = start + 9 * RETURN_LIMIT / 2;
+        assert_eq!(registry.expected_for(&target("x:1"), last), Some(RETURN_LIMIT));
+        assert_eq!(registry.groups[0].1.left.len(), 2, "those before are forgotten");
     }
 
     #[test]

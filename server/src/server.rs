@@ -193,6 +193,7 @@ impl Server {
         stopping.cancel();
         let _ = frontend.await;
         self.port.quic().refuse_new();
+        self.tunnel_context.backends.close();
         self.tunnel_context.draining.cancel();
         tasks.close();
         if !self.grace.is_zero() && !tasks.is_empty() {
