@@ -144,6 +144,8 @@ struct Model {
     /// How long the queue of the last round was.
     queued: Duration,
     in_flight: u64,
+    /// When the path was last found to have been gone.
+    outage_until: Option<Instant>,
     phase: Phase,
     window: u64,
 }
@@ -166,6 +168,7 @@ impl Model {
             delivered: 0.0,
             queued: Duration::ZERO,
             in_flight: 0,
+            outage_until: None,
             phase: Phase::Startup { full: 0.0, stale: 0 },
             window: INITIAL_WINDOW,
         }
@@ -462,20 +465,29 @@ impl Controller for Model {
 
     fn on_congestion_event(
         &mut self,
-        _now: Instant,
-        _sent: Instant,
+        now: Instant,
+        sent: Instant,
         is_persistent_congestion: bool,
         lost_bytes: u64,
     ) {
-        self.round.lost += lost_bytes;
+        if self.outage_until.is_some_and(|until| sent <= until) {
+            return;
+        }
         if is_persistent_congestion {
-            // The path is gone or another one (RFC 9002 §7.6.2): begin anew.
+            // The path was gone, and is there again or another one, for an acknowledgement has told of
+            // it (RFC 9002 §7.6.2): begin anew, as on a path that is not known yet. Whatever was sent
+            // before was lost with the old one.
+            self.outage_until = Some(now);
+            self.round.lost = 0;
             self.limit = None;
             self.short_term = None;
             self.bandwidth = MaxFilter::new(BANDWIDTH_ROUNDS);
             self.phase = Phase::Startup { full: 0.0, stale: 0 };
-            self.window = self.min_window();
-        } else if lost_bytes == 0 && !self.round.answered {
+            self.window = self.window.min(INITIAL_WINDOW).max(self.min_window());
+            return;
+        }
+        self.round.lost += lost_bytes;
+        if lost_bytes == 0 && !self.round.answered {
             // A mark is congestion by definition (RFC 3168).
             self.answer_congestion();
         }

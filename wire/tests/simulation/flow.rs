@@ -48,6 +48,8 @@ pub(crate) struct Flow {
     pub(crate) begin: Duration,
     /// Bytes per second of each download, if it cannot fill the path.
     pub(crate) limit: Option<f64>,
+    /// How many type at the same time.
+    pub(crate) typists: usize,
     /// Whether thin writes are sent twice.
     pub(crate) hedged: bool,
     /// Whether short answers go with the keystrokes, so that acknowledgements never cease.
@@ -63,6 +65,7 @@ impl Flow {
             downloads: 4,
             begin: Duration::ZERO,
             limit: None,
+            typists: 1,
             hedged: false,
             answers: true,
             scheduled: true,
@@ -183,8 +186,16 @@ impl Simulation {
                 }
                 tokio::spawn(echo(agent, *flow));
                 let (warmup, measured) = (self.warmup, self.measured);
-                let typing = keystrokes(server.clone(), *flow, warmup, measured);
-                echoes = Some((tokio::spawn(typing), answers));
+                let typists = (0..flow.typists).map(|number| {
+                    let typing = keystrokes(server.clone(), *flow, warmup, measured);
+                    // One after another, so that each keystroke is a packet of its own.
+                    let begin = KEYSTROKE_INTERVAL.mul_f64(number as f64 / flow.typists as f64);
+                    tokio::spawn(async move {
+                        sleep(begin).await;
+                        typing.await
+                    })
+                });
+                echoes = Some((typists.collect::<Vec<_>>(), answers));
             }
             received.push(bytes);
             kept.push((server, endpoints));
@@ -197,8 +208,12 @@ impl Simulation {
         let seconds = self.measured.as_secs_f64();
         let rates = before.iter().zip(&after);
         let rates = rates.map(|(before, after)| (after - before) as f64 * 8e-6 / seconds).collect();
-        let (echoes, answers) = echoes.unwrap();
-        let echoes = echoes.await.unwrap();
+        let (typists, answers) = echoes.unwrap();
+        let mut echoes = Vec::new();
+        for typist in typists {
+            echoes.extend(typist.await.unwrap());
+        }
+        echoes.sort();
         let mut answers = answers.lock().unwrap().clone();
         answers.sort();
         Outcome { rates, echoes, answers, packets: network.counters() }
@@ -306,15 +321,18 @@ async fn receive_all(server: Tunnel, bytes: Arc<AtomicU64>, answers: Arc<Mutex<V
     }
 }
 
-/// Sends back what comes on a stream that the server opens.
+/// Sends back what comes on the streams that the server opens.
 async fn echo(agent: Tunnel, flow: Flow) {
-    let (mut send, mut recv) = agent.accept().await.unwrap();
-    flow.mark(&mut send);
-    let mut chunks = [Bytes::new()];
-    while let Ok(Some(_)) = recv.read_chunks(&mut chunks).await {
-        if send.write_chunk(std::mem::take(&mut chunks[0])).await.is_err() {
-            return;
-        }
+    while let Ok((mut send, mut recv)) = agent.accept().await {
+        flow.mark(&mut send);
+        tokio::spawn(async move {
+            let mut chunks = [Bytes::new()];
+            while let Ok(Some(_)) = recv.read_chunks(&mut chunks).await {
+                if send.write_chunk(std::mem::take(&mut chunks[0])).await.is_err() {
+                    return;
+                }
+            }
+        });
     }
 }
 
