@@ -316,6 +316,8 @@ impl ServerProcess {
             transport_flag(self.door.transport()),
             "--proxy-server-host=127.0.0.1".to_owned(),
             format!("--proxy-server-port={}", self.tunnel_port),
+            // On a machine with much else to do TCP may be first otherwise.
+            "--transport=quic".to_owned(),
             format!("--ca-cert={}", self.certificates.ca().display()),
             format!("--agent-cert={}", pair.certificate.display()),
             format!("--agent-key={}", pair.key.display()),
