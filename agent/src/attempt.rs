@@ -6,8 +6,7 @@ use culvert_wire::{
     konnectivity::ALPN_H2,
     tls::{self, Identity, TlsError},
     transport::{
-        BufferSizes, Tunnel, TunnelLost,
-        quic::{self, ConnectError, Settings},
+        BufferSizes, ConnectError, Settings, Tunnel, TunnelLost, quic,
         tcp::{self, Proxies, Way},
     },
 };

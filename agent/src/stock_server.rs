@@ -11,11 +11,7 @@ use std::time::Duration;
 
 use culvert_wire::{
     konnectivity::pipe,
-    transport::{
-        Tunnel, TunnelLost,
-        quic::{ConnectError, Settings},
-        tcp::Connected,
-    },
+    transport::{ConnectError, Settings, Tunnel, TunnelLost, tcp::Connected},
 };
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};

@@ -20,7 +20,10 @@ use culvert_loadtest::{
 };
 use culvert_wire::{
     tls::{Identity, KeyExchange, authorities, certificates, tunnel_client, tunnel_server},
-    transport::quic::{Listener, Settings, connect},
+    transport::{
+        Settings,
+        quic::{Listener, connect},
+    },
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

@@ -245,8 +245,7 @@ async fn a_tunnel_whose_udp_is_refused_in_its_life_gives_way_to_one_over_tcp() {
         behind.path.refuse_udp();
         let _ = old.write(b"refused").await;
         // Meanwhile no dial fails, wherever it goes.
-        let gives_way =
-            timeout(Duration::from_secs(15), behind.until(Tunnels { tcp: 1, quic: 0 }));
+        let gives_way = timeout(Duration::from_secs(15), behind.until(Tunnels { tcp: 1, quic: 0 }));
         let dials = async {
             loop {
                 drop(DOOR.dial(&behind.rig, target.address()).await.unwrap());

@@ -9,10 +9,7 @@ use culvert_wire::{
     extension::Extensions,
     process::logging::RateLimited,
     text::{List, Text},
-    transport::{
-        Tunnel, TunnelLost,
-        quic::{ConnectError, Settings},
-    },
+    transport::{ConnectError, Settings, Tunnel, TunnelLost},
     version::{Features, REVISION},
 };
 use tokio::time::timeout;

@@ -8,8 +8,8 @@ use culvert_wire::{
     process::{listen, logging::RateLimited},
     tls::{self, Identity, TlsError},
     transport::{
-        Tunnel, TunnelLost,
-        quic::{self, ConnectError, ResetKey, Settings},
+        ConnectError, Settings, Tunnel, TunnelLost,
+        quic::{self, ResetKey},
         tcp,
     },
 };

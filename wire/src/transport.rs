@@ -13,6 +13,7 @@
 mod carrier;
 pub mod qmux;
 pub mod quic;
+mod setup;
 pub mod tcp;
 mod udp;
 pub mod urgency;
@@ -26,6 +27,7 @@ use std::{
 
 use bytes::Bytes;
 use rustls_pki_types::CertificateDer;
+pub use setup::{ConnectError, Settings};
 pub use udp::{BindError, BufferSizes, Unreachable};
 use urgency::{Attained, Class, Share};
 

@@ -15,8 +15,8 @@ use culvert_wire::{
     CloseCode,
     tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
     transport::{
-        RecvHalf, SendHalf, Tunnel, TunnelLost,
-        quic::{Listener, Settings, connect},
+        RecvHalf, SendHalf, Settings, Tunnel, TunnelLost,
+        quic::{Listener, connect},
     },
 };
 use quinn::crypto::rustls::QuicClientConfig;

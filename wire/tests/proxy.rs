@@ -11,8 +11,7 @@ use carriers::{Authority, accept_tcp, within};
 use culvert_wire::{
     tls::{KeyExchange, tunnel_client, tunnel_server},
     transport::{
-        Tunnel, TunnelLost,
-        quic::{ConnectError, Settings},
+        ConnectError, Settings, Tunnel, TunnelLost,
         tcp::{self, Proxies, Proxy, ProxyFault, Way},
     },
 };

@@ -9,9 +9,8 @@ use carriers::within;
 use culvert_wire::{
     CloseCode, StreamCode,
     transport::{
-        Tunnel, TunnelLost,
+        ConnectError, Settings, Tunnel, TunnelLost,
         qmux::{Peer, Role, establish},
-        quic::{ConnectError, Settings},
     },
 };
 use qmux::{Config, Session, Version};

@@ -14,8 +14,8 @@ use culvert_wire::{
     frame::{self, FrameError},
     tls::{KeyExchange, tunnel_client, tunnel_server},
     transport::{
-        ReadError, ReadFrameError, TunnelLost, WriteError,
-        quic::{ConnectError, Listener, Settings, connect},
+        ConnectError, ReadError, ReadFrameError, Settings, TunnelLost, WriteError,
+        quic::{Listener, connect},
     },
 };
 

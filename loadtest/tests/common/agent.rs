@@ -12,8 +12,7 @@ use culvert_wire::{
     text::Text,
     tls::{Identity, KeyExchange, authorities, certificates, tunnel_client},
     transport::{
-        Tunnel,
-        quic::{self, Settings},
+        Settings, Tunnel, quic,
         tcp::{self, Way},
     },
     version::{Features, REVISION},

@@ -11,11 +11,7 @@ use culvert_wire::{
     extension::Extensions,
     text::List,
     tls::{Identity, KeyExchange, authorities, certificates, tunnel_server},
-    transport::{
-        Tunnel,
-        quic::{self, Settings},
-        tcp,
-    },
+    transport::{Settings, Tunnel, quic, tcp},
     version::{Features, REVISION},
 };
 use tokio::net::TcpListener;

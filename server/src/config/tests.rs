@@ -320,7 +320,6 @@ fn what_has_no_effect_is_warned_of() {
     for arg in [
         "--cipher-suites=TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256",
         "--tls-min-version=VersionTLS10",
-        "--enable-lease-controller",
         "--enable-profiling",
         "--xfr-channel-size=20",
         "--log-file=/var/log/server.log",

@@ -20,7 +20,7 @@ use culvert_wire::{
     },
     process::logging::RateLimited,
     splice::{Cut, HalfEnd, Meter},
-    transport::{RecvHalf, SendHalf, Tunnel, TunnelLost, qmux::Peer, quic::ConnectError},
+    transport::{ConnectError, RecvHalf, SendHalf, Tunnel, TunnelLost, qmux::Peer},
 };
 use tokio::{
     sync::{Notify, oneshot},
@@ -94,10 +94,8 @@ impl Bridge {
         context: &Arc<TunnelContext>,
     ) -> Result<Self, JoinError> {
         let settings = context.settings;
-        let streams = culvert_wire::transport::quic::Settings {
-            max_streams: context.max_streams,
-            ..settings
-        };
+        let streams =
+            culvert_wire::transport::Settings { max_streams: context.max_streams, ..settings };
         let ends = pipe(peer, &streams, &settings).await?;
         context.tunnels.spawn(tunnel::serve_tunnel(ends.server, Some(admitted), context.clone()));
         let tunnel = ends.agent;

@@ -5,9 +5,8 @@ use std::time::Duration;
 use tokio::io::duplex;
 
 use crate::transport::{
-    Tunnel,
+    ConnectError, Settings, Tunnel,
     qmux::{Peer, Role, establish},
-    quic::{ConnectError, Settings},
 };
 
 /// Bytes that the pipe takes before its reader does.

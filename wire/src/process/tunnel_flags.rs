@@ -11,7 +11,7 @@ use super::{
     klog::KlogFlags,
     logging::{LogConfig, LogFormat},
 };
-use crate::{congestion::Congestion, tls::KeyExchange, transport::quic::Settings};
+use crate::{congestion::Congestion, tls::KeyExchange, transport::Settings};
 
 /// Shared flags, to be flattened into those of a process.
 #[derive(Debug, Clone, Args)]

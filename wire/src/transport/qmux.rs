@@ -34,7 +34,7 @@ pub(super) use self::halves::{RecvStream, SendStream};
 use self::{halves::Handle, mux::Mux, stream::Bells};
 use super::{
     RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, carrier, now,
-    quic::{ConnectError, Settings},
+    setup::{ConnectError, Settings},
     urgency::Share,
 };
 use crate::code::CloseCode;

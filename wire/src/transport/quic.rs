@@ -24,13 +24,13 @@ use quinn::{
 
 pub(super) use self::connection::{Connection, RecvStream, SendStream};
 use self::connection::{Neighbours, lost};
-pub use self::settings::{ResetKey, Settings};
+pub use self::settings::ResetKey;
 use super::{
-    Tunnel, TunnelLost, canonical,
-    tcp::ProxyFault,
+    Tunnel, canonical,
+    setup::{ConnectError, Settings},
     udp::{self, BindError, BufferSizes},
 };
-use crate::{code::CloseCode, version::ALPN};
+use crate::code::CloseCode;
 
 /// Handshakes in progress above which a client must first prove its address (RFC 9000 §8.1.2).
 const RETRY_ABOVE: usize = 128;
@@ -40,37 +40,6 @@ const IGNORE_ABOVE: usize = 1024;
 const INCOMING_BUFFER: u64 = 64 * 1024;
 /// Bytes that may wait for all handshakes that have not been accepted yet.
 const INCOMING_BUFFER_TOTAL: u64 = 16 * 1024 * 1024;
-
-/// Why a tunnel could not be made.
-#[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
-    /// The local socket could not be had.
-    #[error(transparent)]
-    Bind(#[from] BindError),
-    /// The TLS configuration has no TLS 1.3 cipher suite; the fault is ours.
-    #[error("unusable TLS configuration: {0}")]
-    Tls(String),
-    /// The server's name or address cannot be used.
-    #[error("{0}")]
-    Address(String),
-    /// The handshake did not come to its end.
-    #[error("{0}")]
-    Handshake(TunnelLost),
-    /// The network says that nobody listens at the server's address.
-    #[error("connection refused")]
-    Refused,
-    /// The proxy on the way did not let the connection through.
-    #[error("proxy {proxy}: {fault}")]
-    Proxy {
-        /// The proxy, without credentials.
-        proxy: String,
-        /// Why not.
-        fault: ProxyFault,
-    },
-    /// The peer speaks QUIC but not this protocol.
-    #[error("the peer did not agree on the protocol {}", String::from_utf8_lossy(ALPN))]
-    Protocol,
-}
 
 /// Accepts tunnels on a UDP port.
 ///

@@ -21,7 +21,7 @@ pub use self::{
 use super::{
     Tunnel, TunnelLost, canonical,
     qmux::{Peer, Role, establish},
-    quic::{ConnectError, Settings},
+    setup::{ConnectError, Settings},
 };
 use crate::version::ALPN;
 

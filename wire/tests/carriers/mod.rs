@@ -6,8 +6,8 @@ use std::{sync::Arc, time::Duration};
 use culvert_wire::{
     tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
     transport::{
-        Tunnel,
-        quic::{self, Listener, ResetKey, Settings},
+        Settings, Tunnel,
+        quic::{self, Listener, ResetKey},
         tcp::{self, Way},
     },
 };

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use culvert_wire::{
     congestion::Congestion,
     tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
-    transport::{SendHalf, Tunnel, quic},
+    transport::{self, SendHalf, Tunnel, quic},
 };
 use quinn::{
     Endpoint, EndpointConfig, TokioRuntime,
@@ -236,7 +236,8 @@ async fn tunnel(
     let server_tls = Arc::new(tunnel_server(identity, None, KeyExchange::Classic).unwrap());
     let client_tls = Arc::new(tunnel_client(roots, None, KeyExchange::Classic).unwrap());
 
-    let settings = quic::Settings { congestion: flow.congestion, ..quic::Settings::default() };
+    let settings =
+        transport::Settings { congestion: flow.congestion, ..transport::Settings::default() };
     let transport = Arc::new(settings.transport(Some(1472)));
     let mut server =
         quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(server_tls).unwrap()));
