@@ -27,7 +27,7 @@ use std::{
 
 use bytes::Bytes;
 use rustls_pki_types::CertificateDer;
-pub use setup::{ConnectError, Settings};
+pub use setup::{ConnectError, ProxyFault, Settings};
 pub use udp::{BindError, BufferSizes, Unreachable};
 use urgency::{Attained, Class, Share};
 
@@ -46,6 +46,10 @@ pub struct Tunnel {
 }
 
 impl Tunnel {
+    fn over(carrier: impl Into<carrier::Connection>) -> Self {
+        Self { carrier: carrier.into() }
+    }
+
     /// Opens a data stream. Nothing is sent until the first write.
     ///
     /// Waits while the peer's limit of open streams is reached.
@@ -266,8 +270,9 @@ pub struct SendHalf {
 }
 
 impl SendHalf {
-    fn new(carrier: carrier::SendStream, tunnel: Arc<Share>) -> Self {
+    fn new(carrier: impl Into<carrier::SendStream>, tunnel: Arc<Share>) -> Self {
         let attained = Some(Attained::new(tunnel, now()));
+        let carrier = carrier.into();
         let half = Self { carrier, ended: false, attained, class: Class::Interactive };
         half.carrier.set_priority(half.class.priority());
         half
@@ -364,8 +369,8 @@ pub struct RecvHalf {
 }
 
 impl RecvHalf {
-    fn new(carrier: carrier::RecvStream) -> Self {
-        Self { carrier, ended: false, fault: None }
+    fn new(carrier: impl Into<carrier::RecvStream>) -> Self {
+        Self { carrier: carrier.into(), ended: false, fault: None }
     }
 
     /// Fills the front of `chunks` with what has arrived, in order and without copying, waiting

@@ -11,8 +11,8 @@ use carriers::{Authority, accept_tcp, within};
 use culvert_wire::{
     tls::{KeyExchange, tunnel_client, tunnel_server},
     transport::{
-        ConnectError, Settings, Tunnel, TunnelLost,
-        tcp::{self, Proxies, Proxy, ProxyFault, Way},
+        ConnectError, ProxyFault, Settings, Tunnel, TunnelLost,
+        tcp::{self, Proxies, Proxy, Way},
     },
 };
 use tokio::{

@@ -165,3 +165,24 @@ impl RecvStream {
         }
     }
 }
+
+/// Makes each carrier's own type the one that both share, so that carriers need not know of it.
+macro_rules! carried {
+    ($($kind:ident),+) => {
+        $(
+            impl From<quic::$kind> for $kind {
+                fn from(carrier: quic::$kind) -> Self {
+                    Self::Quic(carrier)
+                }
+            }
+
+            impl From<qmux::$kind> for $kind {
+                fn from(carrier: qmux::$kind) -> Self {
+                    Self::Qmux(carrier)
+                }
+            }
+        )+
+    };
+}
+
+carried!(Connection, SendStream, RecvStream);

@@ -33,7 +33,7 @@ use tokio::{
 pub(super) use self::halves::{RecvStream, SendStream};
 use self::{halves::Handle, mux::Mux, stream::Bells};
 use super::{
-    RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, carrier, now,
+    RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, now,
     setup::{ConnectError, Settings},
     urgency::Share,
 };
@@ -93,7 +93,7 @@ where
     loop {
         let opened = shared.opened.notified();
         if shared.lock().peer().is_some() {
-            return Ok(Tunnel { carrier: carrier::Connection::Qmux(connection) });
+            return Ok(Tunnel::over(connection));
         }
         select! {
             () = opened => {}
@@ -222,8 +222,7 @@ impl Connection {
     }
 
     fn halves(&self, handle: &Handle) -> (SendHalf, RecvHalf) {
-        let send = carrier::SendStream::Qmux(SendStream::new(handle.clone()));
-        let recv = carrier::RecvStream::Qmux(RecvStream::new(handle.clone()));
+        let (send, recv) = (SendStream::new(handle.clone()), RecvStream::new(handle.clone()));
         (SendHalf::new(send, self.share.clone()), RecvHalf::new(recv))
     }
 

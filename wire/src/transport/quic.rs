@@ -4,6 +4,7 @@
 //! `connection` what becomes of them.
 
 mod connection;
+mod farewell;
 mod hedge;
 mod settings;
 
@@ -23,8 +24,8 @@ use quinn::{
 };
 
 pub(super) use self::connection::{Connection, RecvStream, SendStream};
-use self::connection::{Neighbours, lost};
 pub use self::settings::ResetKey;
+use self::{connection::Neighbours, farewell::lost};
 use super::{
     Tunnel, canonical,
     setup::{ConnectError, Settings},

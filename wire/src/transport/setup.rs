@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{TunnelLost, tcp::ProxyFault, udp::BindError};
+use super::{TunnelLost, udp::BindError};
 use crate::{congestion::Congestion, version::ALPN};
 
 /// What a tunnel is set up with, whichever carrier it gets; what only one of them knows says so.
@@ -72,4 +72,41 @@ pub enum ConnectError {
     /// The peer speaks another protocol.
     #[error("the peer did not agree on the protocol {}", String::from_utf8_lossy(ALPN))]
     Protocol,
+}
+
+/// Why a proxy did not let a connection through.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProxyFault {
+    /// It cannot be connected to.
+    #[error("it cannot be reached: {0}")]
+    Unreachable(String),
+    /// TLS to the proxy itself did not come about.
+    #[error("TLS with it failed: {0}")]
+    Tls(String),
+    /// It cannot be asked for such a server.
+    #[error("it cannot be asked for the server: {0}")]
+    Server(String),
+    /// The connection broke while it was asked.
+    #[error("the connection broke: {0}")]
+    Broken(String),
+    /// It ended the connection in place of an answer.
+    #[error("it closed the connection without an answer")]
+    Closed,
+    /// It did not answer within the idle time-out.
+    #[error("it did not answer in time")]
+    TimedOut,
+    /// What it answers is not HTTP.
+    #[error("it does not speak HTTP/1.1")]
+    Malformed,
+    /// The head of its answer does not end.
+    #[error("its answer's head is too long")]
+    LongHead,
+    /// It will not.
+    #[error("it refuses: {status} {reason}")]
+    Refused {
+        /// The status of its answer: 407 asks for other credentials.
+        status: u16,
+        /// Its words, in printable ASCII.
+        reason: String,
+    },
 }

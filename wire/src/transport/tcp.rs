@@ -16,7 +16,7 @@ use tokio_util::either::Either;
 
 pub use self::{
     proxies::{InvalidVariable, Proxies},
-    proxy::{InvalidProxy, Passage, Proxy, ProxyFault},
+    proxy::{InvalidProxy, Passage, Proxy},
 };
 use super::{
     Tunnel, TunnelLost, canonical,

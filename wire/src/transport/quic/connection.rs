@@ -16,13 +16,16 @@ use quinn::{VarInt, crypto::rustls::HandshakeData};
 use rustls_pki_types::CertificateDer;
 use tokio::{select, sync::Notify, time::sleep};
 
-use super::hedge::{Copies, Hedging};
+use super::{
+    farewell::{Farewell, stream_code},
+    hedge::{Copies, Hedging},
+};
 use crate::{
     chunks::advance,
     code::{CloseCode, StreamCode},
     transport::{
         ReadError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, Unreachable, WriteError,
-        canonical, carrier, now, udp, urgency::Share,
+        canonical, now, udp, urgency::Share,
     },
     version::ALPN,
 };
@@ -86,40 +89,6 @@ impl Neighbours {
     }
 }
 
-/// What this side said when it closed the tunnel; its streams tell it as the reason they ended.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Farewell(Arc<OnceLock<(CloseCode, String)>>);
-
-impl Farewell {
-    /// Closes the connection, and remembers why.
-    pub(super) fn close(&self, connection: &quinn::Connection, code: CloseCode, reason: &str) {
-        // Only the first close counts, for the peer too.
-        let _ = self.0.set((code, reason.to_owned()));
-        connection.close(code.as_u32().into(), reason.as_bytes());
-    }
-
-    /// Why the tunnel ended.
-    fn lost(&self, error: quinn::ConnectionError) -> TunnelLost {
-        match (lost(error), self.0.get()) {
-            (TunnelLost::ClosedHere { .. }, Some((code, reason))) => {
-                TunnelLost::ClosedHere { code: *code, reason: reason.clone() }
-            }
-            (lost, _) => lost,
-        }
-    }
-
-    fn read_error(&self, error: quinn::ReadError) -> ReadError {
-        match error {
-            quinn::ReadError::Reset(code) => ReadError::Reset(stream_code(code)),
-            quinn::ReadError::ConnectionLost(error) => ReadError::Lost(self.lost(error)),
-            // Reads are always ordered, and 0-RTT is never used.
-            quinn::ReadError::ClosedStream
-            | quinn::ReadError::IllegalOrderedRead
-            | quinn::ReadError::ZeroRttRejected => ReadError::Ended,
-        }
-    }
-}
-
 /// One QUIC connection.
 #[derive(Clone, Debug)]
 pub(in crate::transport) struct Connection {
@@ -158,7 +127,7 @@ impl Connection {
             doubt,
             _neighbours: neighbours,
         };
-        Some(Tunnel { carrier: carrier::Connection::Quic(carrier) })
+        Some(Tunnel::over(carrier))
     }
 
     pub(in crate::transport) async fn open(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
@@ -177,7 +146,6 @@ impl Connection {
         let (connection, farewell) = (self.connection.clone(), self.farewell.clone());
         let copies = self.hedging.get().map(|hedging| hedging.expect(number(recv.id())));
         let recv = RecvStream { stream: recv, connection, farewell, copies };
-        let (send, recv) = (carrier::SendStream::Quic(send), carrier::RecvStream::Quic(recv));
         (SendHalf::new(send, self.share.clone()), RecvHalf::new(recv))
     }
 
@@ -408,23 +376,4 @@ fn eliciting_frames(sent: &quinn::FrameStats) -> u64 {
 
 fn number(stream: quinn::StreamId) -> u64 {
     VarInt::from(stream).into_inner()
-}
-
-fn stream_code(code: VarInt) -> StreamCode {
-    StreamCode::from_wire(code.into_inner())
-}
-
-pub(super) fn lost(error: quinn::ConnectionError) -> TunnelLost {
-    match error {
-        quinn::ConnectionError::ApplicationClosed(close) => TunnelLost::ClosedByPeer {
-            code: CloseCode::from_wire(close.error_code.into_inner()),
-            reason: String::from_utf8_lossy(&close.reason).into_owned(),
-        },
-        quinn::ConnectionError::LocallyClosed => {
-            TunnelLost::ClosedHere { code: CloseCode::ABANDONED, reason: String::new() }
-        }
-        quinn::ConnectionError::TimedOut => TunnelLost::TimedOut,
-        quinn::ConnectionError::Reset => TunnelLost::PeerRestarted,
-        error => TunnelLost::Transport(error.to_string()),
-    }
 }

@@ -22,7 +22,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use tokio::{select, sync::Notify, time::sleep_until};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::connection::Farewell;
+use super::farewell::Farewell;
 use crate::{code::CloseCode, transport::now};
 
 /// The first byte of a datagram that carries a copy; others belong to later revisions.

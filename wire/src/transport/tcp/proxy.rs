@@ -18,8 +18,8 @@ use tokio::{
 use tokio_rustls::client::TlsStream;
 use tokio_util::either::Either;
 
-pub use self::passage::ProxyFault;
 use super::{Settings, prepare};
+use crate::transport::ProxyFault;
 
 /// A connection through a proxy, whose bytes are the server's.
 pub type Passage = BufReader<Either<TcpStream, TlsStream<TcpStream>>>;

@@ -7,7 +7,7 @@
 
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
 
-use crate::target::Target;
+use crate::{target::Target, transport::ProxyFault};
 
 /// Most bytes of the head of a proxy's answer.
 const MAX_HEAD_LEN: usize = 8 * 1024;
@@ -19,43 +19,6 @@ const READ_LEN: usize = 1024;
 const VERSION: &[u8] = b"HTTP/1.";
 /// What proxies see in their logs.
 const USER_AGENT: &str = concat!("culvert-agent/", env!("CARGO_PKG_VERSION"));
-
-/// Why a proxy did not let a connection through.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ProxyFault {
-    /// It cannot be connected to.
-    #[error("it cannot be reached: {0}")]
-    Unreachable(String),
-    /// TLS to the proxy itself did not come about.
-    #[error("TLS with it failed: {0}")]
-    Tls(String),
-    /// It cannot be asked for such a server.
-    #[error("it cannot be asked for the server: {0}")]
-    Server(String),
-    /// The connection broke while it was asked.
-    #[error("the connection broke: {0}")]
-    Broken(String),
-    /// It ended the connection in place of an answer.
-    #[error("it closed the connection without an answer")]
-    Closed,
-    /// It did not answer within the idle time-out.
-    #[error("it did not answer in time")]
-    TimedOut,
-    /// What it answers is not HTTP.
-    #[error("it does not speak HTTP/1.1")]
-    Malformed,
-    /// The head of its answer does not end.
-    #[error("its answer's head is longer than {MAX_HEAD_LEN} bytes")]
-    LongHead,
-    /// It will not.
-    #[error("it refuses: {status} {reason}")]
-    Refused {
-        /// The status of its answer: 407 asks for other credentials.
-        status: u16,
-        /// Its words, in printable ASCII.
-        reason: String,
-    },
-}
 
 /// Asks for a connection to the server. What comes out of the stream then are the server's bytes,
 /// all of them.

@@ -10,8 +10,10 @@ use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use super::ProxyFault;
-use crate::tls::{KeyExchange, certificates};
+use crate::{
+    tls::{KeyExchange, certificates},
+    transport::ProxyFault,
+};
 
 /// Where distributions keep the certificates that the system trusts (Go's `crypto/x509`).
 const SYSTEM: [&str; 6] = [
