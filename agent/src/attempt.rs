@@ -22,8 +22,8 @@ use crate::{
 /// How long the likelier carrier is tried alone. Most round trips are shorter, and a person does not
 /// notice it.
 const HEAD_START: Duration = Duration::from_millis(300);
-/// How long one carrier may take, hello and welcome included: a handshake whose first packets are lost
-/// twice takes three seconds.
+/// How long a handshake may take, and then the welcome: a handshake whose first packets are lost twice
+/// takes three seconds, and a server may have to ask others before it takes an agent in.
 const WAY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a name may take to be looked up.
 const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -123,9 +123,9 @@ impl WayError {
     fn label(&self) -> &'static str {
         match self {
             Self::Connect(ConnectError::Refused) => "quic_refused",
-            Self::Connect(ConnectError::Handshake(TunnelLost::TimedOut)) | Self::TimedOut => {
-                "quic_silent"
-            }
+            Self::Connect(ConnectError::Handshake(TunnelLost::TimedOut))
+            | Self::Join(JoinError::Lost(TunnelLost::TimedOut))
+            | Self::TimedOut => "quic_silent",
             _ => "quic_rejected",
         }
     }
@@ -283,60 +283,101 @@ struct Place<'a> {
     context: &'a TunnelContext,
 }
 
+/// A handshake that is complete: who is there is known, but not whether the agent is taken in.
+struct Reached {
+    carrier: &'static str,
+    tunnel: Tunnel,
+    /// What the kernel granted its socket, if it is UDP.
+    buffers: Option<BufferSizes>,
+}
+
+/// The names of carriers in reasons.
+const QUIC: &str = "QUIC";
+const TCP: &str = "TCP";
+
 impl Place<'_> {
+    /// Carriers race for the handshake alone. Whether a server takes the agent in is asked of it once,
+    /// however long it takes to find out, and does not depend on the carrier.
     async fn attempt(&self, ways: Ways) -> Attempted {
-        let neither = |failed| Attempted {
+        let (reached, quic) = self.reach(ways).await;
+        let failed = |failed, quic| Attempted {
             result: Err(AttemptError::Ways {
                 place: self.place.to_string(),
                 failed: WaysFailed(failed),
             }),
-            quic: QuicFate::Unknown,
+            quic,
         };
-        let arrived = |arrived, quic| Attempted { result: Ok(arrived), quic };
+        let Reached { carrier, tunnel, buffers } = match reached {
+            Ok(reached) => reached,
+            Err(errors) => return failed(errors, quic),
+        };
+        let joined = async { Ok(tunnel::join(tunnel, self.context).await?) };
+        match within(joined).await {
+            Ok(joined) => Attempted { result: Ok(Arrived { joined, buffers }), quic },
+            Err(error) => {
+                let quic = match (carrier, &error) {
+                    (QUIC, WayError::Join(error)) if error.is_refusal() => QuicFate::Unknown,
+                    (QUIC, error) => QuicFate::Failed(error.label()),
+                    _ => quic,
+                };
+                failed(vec![(carrier, error)], quic)
+            }
+        }
+    }
+
+    async fn reach(
+        &self,
+        ways: Ways,
+    ) -> (Result<Reached, Vec<(&'static str, WayError)>>, QuicFate) {
         match ways {
             Ways::Quic => match self.over_quic().await {
-                Ok(won) => arrived(won, QuicFate::Worked),
+                Ok(reached) => (Ok(reached), QuicFate::Worked),
                 Err(error) => {
-                    let quic = QuicFate::Failed(error.label());
-                    Attempted { quic, ..neither(vec![("QUIC", error)]) }
+                    let fate = QuicFate::Failed(error.label());
+                    (Err(vec![(QUIC, error)]), fate)
                 }
             },
             Ways::Tcp => match self.over_tcp().await {
-                Ok(won) => arrived(won, QuicFate::Unknown),
-                Err(error) => neither(vec![("TCP", error)]),
+                Ok(reached) => (Ok(reached), QuicFate::Unknown),
+                Err(error) => (Err(vec![(TCP, error)]), QuicFate::Unknown),
             },
-            Ways::QuicFirst => match race(self.over_quic(), self.over_tcp(), self.head_start).await
-            {
-                Race::First(won) => arrived(won, QuicFate::Worked),
-                Race::Second(won, failed) => {
-                    let word = failed.map_or("quic_silent", |error| error.label());
-                    arrived(won, QuicFate::Failed(word))
+            Ways::QuicFirst => {
+                match race(self.over_quic(), self.over_tcp(), self.head_start).await {
+                    Race::First(reached) => (Ok(reached), QuicFate::Worked),
+                    Race::Second(reached, failed) => {
+                        let word = failed.map_or("quic_silent", |error| error.label());
+                        (Ok(reached), QuicFate::Failed(word))
+                    }
+                    Race::Neither(quic, tcp) => {
+                        (Err(vec![(QUIC, quic), (TCP, tcp)]), QuicFate::Unknown)
+                    }
                 }
-                Race::Neither(quic, tcp) => neither(vec![("QUIC", quic), ("TCP", tcp)]),
-            },
+            }
             Ways::TcpFirst => {
                 match race(self.over_tcp(), self.over_quic(), self.head_start).await {
-                    Race::First(won) => arrived(won, QuicFate::Unknown),
-                    Race::Second(won, _) => arrived(won, QuicFate::Worked),
-                    Race::Neither(tcp, quic) => neither(vec![("QUIC", quic), ("TCP", tcp)]),
+                    Race::First(reached) => (Ok(reached), QuicFate::Unknown),
+                    Race::Second(reached, _) => (Ok(reached), QuicFate::Worked),
+                    Race::Neither(tcp, quic) => {
+                        (Err(vec![(QUIC, quic), (TCP, tcp)]), QuicFate::Unknown)
+                    }
                 }
             }
         }
     }
 
-    async fn over_quic(&self) -> Result<Arrived, WayError> {
+    async fn over_quic(&self) -> Result<Reached, WayError> {
         let Some(address) = self.place.quic else {
             return Err(ConnectError::Address("the server's address is not known".into()).into());
         };
         within(async {
             let (tunnel, buffers) =
                 quic::connect(address, &self.name(), self.tls.quic.clone(), &self.settings).await?;
-            self.join(tunnel, Some(buffers)).await
+            Ok(Reached { carrier: QUIC, tunnel, buffers: Some(buffers) })
         })
         .await
     }
 
-    async fn over_tcp(&self) -> Result<Arrived, WayError> {
+    async fn over_tcp(&self) -> Result<Reached, WayError> {
         within(async {
             let (way, tls) = (&self.place.tcp, self.tls.tcp.clone());
             let connected = tcp::handshake(way, &self.name(), tls, &self.settings).await?;
@@ -347,18 +388,9 @@ impl Place<'_> {
                 }
                 false => connected.begin(&self.settings).await?,
             };
-            self.join(tunnel, None).await
+            Ok(Reached { carrier: TCP, tunnel, buffers: None })
         })
         .await
-    }
-
-    async fn join(
-        &self,
-        tunnel: Tunnel,
-        buffers: Option<BufferSizes>,
-    ) -> Result<Arrived, WayError> {
-        let joined = tunnel::join(tunnel, self.context).await?;
-        Ok(Arrived { joined, buffers })
     }
 
     fn name(&self) -> String {
@@ -366,6 +398,6 @@ impl Place<'_> {
     }
 }
 
-async fn within(way: impl Future<Output = Result<Arrived, WayError>>) -> Result<Arrived, WayError> {
+async fn within<T>(way: impl Future<Output = Result<T, WayError>>) -> Result<T, WayError> {
     timeout(WAY_TIMEOUT, way).await.unwrap_or(Err(WayError::TimedOut))
 }

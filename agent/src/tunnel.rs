@@ -77,6 +77,14 @@ pub enum JoinError {
     NotWelcome,
 }
 
+impl JoinError {
+    /// Whether it is this agent that the server, or the agent itself, has something against, and not
+    /// the way between them.
+    pub fn is_refusal(&self) -> bool {
+        !matches!(self, Self::Lost(lost) if !matches!(lost, TunnelLost::ClosedByPeer { .. }))
+    }
+}
+
 /// A tunnel whose server has taken the agent in. Dropping it closes the tunnel.
 #[derive(Debug)]
 pub struct Joined {
