@@ -19,7 +19,6 @@ use kube::{
         watcher::{self, Event, watcher},
     },
 };
-use tokio::time::sleep;
 use tokio_stream::{Stream, StreamExt as _};
 use tracing::warn;
 
@@ -43,9 +42,10 @@ impl LeaseCount {
     }
 
     /// Counts for as long as it is polled. Until the Leases were listed once, the servers' own count
-    /// holds; while kube-apiserver does not answer, those that were seen last, until they expire.
+    /// holds; while kube-apiserver does not answer, the last count.
     pub async fn keep(self, servers: Arc<Servers>, metrics: Arc<AgentMetrics>) {
-        let selected = watcher::Config::default().labels(&self.selector);
+        // Thousands of agents may list at once: from what kube-apiserver has in memory.
+        let selected = watcher::Config::default().labels(&self.selector).any_semantic();
         let events = pin!(watcher(self.api, selected).default_backoff());
         count(events, &servers, &metrics).await;
     }
@@ -59,31 +59,25 @@ async fn count(
     static FAILED: RateLimited = RateLimited::new(Duration::from_secs(60));
     let mut leases = Leases::default();
     let mut list_begun = Instant::now();
-    loop {
-        let now = Timestamp::now();
-        if let Some(count) = leases.count(now) {
-            servers.set_lease_count(count);
-        }
-        tokio::select! {
-            event = events.next() => match event {
-                Some(Ok(event)) => {
-                    match &event {
-                        Event::Init => list_begun = Instant::now(),
-                        Event::InitDone => metrics.leases_listed(list_begun),
-                        _ => {}
-                    }
-                    leases.on_event(event);
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(event) => {
+                match &event {
+                    Event::Init => list_begun = Instant::now(),
+                    Event::InitDone => metrics.leases_listed(list_begun),
+                    _ => {}
                 }
-                Some(Err(error)) => {
-                    metrics.leases_failed(&error);
-                    if let Some(suppressed) = FAILED.admit(Instant::now()) {
-                        let error = reason(&error);
-                        warn!(error, suppressed, "the servers' Leases are not seen, will try again");
-                    }
+                if let Some(count) = leases.on_event(event, Timestamp::now()) {
+                    servers.set_lease_count(count);
                 }
-                None => return,
-            },
-            () = until(leases.next_expiry(now), now) => {}
+            }
+            Err(error) => {
+                metrics.leases_failed(&error);
+                if let Some(suppressed) = FAILED.admit(Instant::now()) {
+                    let error = reason(&error);
+                    warn!(error, suppressed, "the servers' Leases are not seen, will try again");
+                }
+            }
         }
     }
 }
@@ -98,14 +92,6 @@ fn reason(error: &watcher::Error) -> String {
     }
 }
 
-/// Completes at this time; never without one.
-async fn until(expiry: Option<Timestamp>, now: Timestamp) {
-    match expiry {
-        Some(expiry) => sleep(expiry.duration_since(now).try_into().unwrap_or_default()).await,
-        None => std::future::pending().await,
-    }
-}
-
 /// The Leases that there are, by name, and until when each holds.
 #[derive(Debug, Default)]
 struct Leases {
@@ -116,7 +102,12 @@ struct Leases {
 }
 
 impl Leases {
-    fn on_event(&mut self, event: Event<Lease>) {
+    /// How many hold after this event, and 1 where none does; `None` before the first list.
+    ///
+    /// Servers that live renew their Leases and so give news of all the others: one that expires is
+    /// found out with the next event. Where there is no news at all, it is kube-apiserver that does not
+    /// answer, neither here nor to those who renew, and what was counted last stays.
+    fn on_event(&mut self, event: Event<Lease>, now: Timestamp) -> Option<u32> {
         match event {
             Event::Init => self.listed.clear(),
             Event::InitApply(lease) => note(&mut self.listed, lease),
@@ -128,17 +119,8 @@ impl Leases {
                 }
             }
         }
-    }
-
-    /// How many hold, and 1 where none does; `None` before the first list.
-    fn count(&self, now: Timestamp) -> Option<u32> {
         let holding = self.known.as_ref()?.values().filter(|expiry| **expiry > now).count();
         Some(u32::try_from(holding).unwrap_or(u32::MAX).max(1))
-    }
-
-    /// When the next one will have expired.
-    fn next_expiry(&self, now: Timestamp) -> Option<Timestamp> {
-        self.known.iter().flat_map(HashMap::values).copied().filter(|expiry| *expiry > now).min()
     }
 }
 
@@ -175,59 +157,58 @@ mod tests {
         }
     }
 
-    fn listed(leases: impl IntoIterator<Item = Lease>) -> Leases {
-        let mut all = Leases::default();
-        all.on_event(Event::Init);
-        leases.into_iter().for_each(|lease| all.on_event(Event::InitApply(lease)));
-        all.on_event(Event::InitDone);
-        all
+    /// What is counted after a list at this second.
+    fn list(all: &mut Leases, second: i64, leases: impl IntoIterator<Item = Lease>) -> Option<u32> {
+        all.on_event(Event::Init, at(second));
+        for lease in leases {
+            all.on_event(Event::InitApply(lease), at(second));
+        }
+        all.on_event(Event::InitDone, at(second))
     }
 
     #[test]
     fn nothing_is_counted_before_the_list_is_complete() {
         let mut leases = Leases::default();
-        leases.on_event(Event::Init);
-        leases.on_event(Event::InitApply(lease("a", Some(100))));
-        assert_eq!(leases.count(at(100)), None);
-        leases.on_event(Event::InitDone);
-        assert_eq!(leases.count(at(100)), Some(1));
+        assert_eq!(leases.on_event(Event::Init, at(100)), None);
+        assert_eq!(leases.on_event(Event::InitApply(lease("a", Some(100))), at(100)), None);
+        assert_eq!(leases.on_event(Event::InitDone, at(100)), Some(1));
     }
 
     #[test]
     fn leases_that_hold_are_counted_as_they_come_and_go() {
-        let mut leases = listed([lease("a", Some(100)), lease("b", Some(110)), lease("c", None)]);
-        assert_eq!(leases.count(at(120)), Some(2));
-        leases.on_event(Event::Apply(lease("c", Some(120))));
-        assert_eq!(leases.count(at(120)), Some(3));
-        leases.on_event(Event::Delete(lease("b", Some(110))));
-        assert_eq!(leases.count(at(120)), Some(2));
+        let mut leases = Leases::default();
+        let three = [lease("a", Some(100)), lease("b", Some(110)), lease("c", None)];
+        assert_eq!(list(&mut leases, 120, three), Some(2));
+        assert_eq!(leases.on_event(Event::Apply(lease("c", Some(120))), at(120)), Some(3));
+        assert_eq!(leases.on_event(Event::Delete(lease("b", Some(110))), at(120)), Some(2));
     }
 
     #[test]
-    fn a_lease_that_is_not_renewed_counts_until_it_expires() {
-        let mut leases = listed([lease("a", Some(100)), lease("b", Some(110))]);
-        assert_eq!(leases.next_expiry(at(120)), Some(at(130)));
-        assert_eq!(leases.count(at(130)), Some(1));
-        leases.on_event(Event::Apply(lease("a", Some(130))));
-        assert_eq!(leases.count(at(130)), Some(2));
-        assert_eq!(leases.next_expiry(at(130)), Some(at(140)));
+    fn a_lease_that_is_not_renewed_is_missed_when_another_one_is() {
+        let mut leases = Leases::default();
+        assert_eq!(list(&mut leases, 120, [lease("a", Some(100)), lease("b", Some(110))]), Some(2));
+        assert_eq!(leases.on_event(Event::Apply(lease("b", Some(129))), at(129)), Some(2));
+        assert_eq!(leases.on_event(Event::Apply(lease("b", Some(144))), at(144)), Some(1));
+        assert_eq!(leases.on_event(Event::Apply(lease("a", Some(150))), at(150)), Some(2));
     }
 
     #[test]
     fn where_none_holds_there_is_one_server() {
-        let leases = listed([lease("a", Some(100))]);
-        assert_eq!(leases.count(at(500)), Some(1));
-        assert_eq!(leases.next_expiry(at(500)), None);
-        assert_eq!(listed([]).count(at(500)), Some(1));
+        let mut leases = Leases::default();
+        assert_eq!(list(&mut leases, 500, [lease("a", Some(100))]), Some(1));
+        assert_eq!(list(&mut leases, 500, []), Some(1));
     }
 
     #[test]
     fn a_list_made_anew_forgets_what_is_not_in_it() {
-        let mut leases = listed([lease("a", Some(100)), lease("b", Some(100))]);
-        leases.on_event(Event::Init);
-        assert_eq!(leases.count(at(100)), Some(2), "those of before hold meanwhile");
-        leases.on_event(Event::InitApply(lease("a", Some(100))));
-        leases.on_event(Event::InitDone);
-        assert_eq!(leases.count(at(100)), Some(1));
+        let mut leases = Leases::default();
+        list(&mut leases, 100, [lease("a", Some(100)), lease("b", Some(100))]);
+        assert_eq!(
+            leases.on_event(Event::Init, at(101)),
+            Some(2),
+            "those of before hold meanwhile"
+        );
+        leases.on_event(Event::InitApply(lease("a", Some(100))), at(101));
+        assert_eq!(leases.on_event(Event::InitDone, at(101)), Some(1));
     }
 }

@@ -180,6 +180,9 @@ pub struct LeaseConfig {
     pub labels: Vec<(String, String)>,
 }
 
+/// Requests per second that can be kept to.
+const RATES: std::ops::RangeInclusive<f32> = 0.01..=1_000_000.0;
+
 /// Suites Go calls secure (`crypto/tls.CipherSuites`), which is what stock accepts.
 const GO_CIPHER_SUITES: [&str; 13] = [
     "TLS_AES_128_GCM_SHA256",
@@ -460,8 +463,12 @@ fn tls(flags: &Flags, faults: &mut Faults) -> TlsConfig {
 
 fn kubernetes(flags: &Flags, faults: &mut Faults) -> KubernetesConfig {
     let (qps, burst) = (flags.kubeconfig_qps, flags.kubeconfig_burst);
-    let is_rate = qps.is_finite() && qps >= 0.0;
-    faults.require(is_rate, "kubeconfig-qps", format!("must not be negative, got {qps}"));
+    let is_rate = qps == 0.0 || RATES.contains(&qps);
+    let reason = format!("must be 0, or from {} to {}, got {qps}", RATES.start(), RATES.end());
+    faults.require(is_rate, "kubeconfig-qps", reason);
+    if qps == 0.0 && burst != 0 {
+        faults.warn("kubeconfig-burst", "has no effect without --kubeconfig-qps");
+    }
     let burst = faults.count("kubeconfig-burst", burst, 0);
     KubernetesConfig {
         kubeconfig: faults.file("kubeconfig", &flags.kubeconfig),

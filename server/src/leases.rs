@@ -36,8 +36,10 @@ const DURATION_SECONDS: i32 = 30;
 const RENEW_INTERVAL: Duration = Duration::from_secs(15);
 /// How soon after a failure: often enough within one duration.
 const RETRY_INTERVAL: Duration = Duration::from_secs(3);
-/// Time for all requests of one round, and for the last one.
-const ROUND_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time for one request: two of them, and a pause, are well within one duration.
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a failure that repeats is told.
+const TELL_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Keeps one server's Lease.
 #[derive(Debug)]
@@ -69,48 +71,51 @@ impl Leases {
     /// Publishes and renews the Lease and removes expired ones, until told to stop; then takes its own
     /// back, so that no agent looks for a server that goes.
     pub async fn keep(self, stop: CancellationToken) {
-        static FAILED: RateLimited = RateLimited::new(Duration::from_secs(60));
         loop {
-            let round = timeout(ROUND_TIMEOUT, async {
-                self.renew(Timestamp::now()).await?;
-                self.cull(Timestamp::now()).await
-            });
-            let failed = match round.await {
-                Ok(Ok(())) => None,
-                Ok(Err(error)) => Some(kubernetes::reason(&error)),
-                Err(_) => Some(format!("no answer within {ROUND_TIMEOUT:?}")),
-            };
-            let pause = match &failed {
+            let renewed = self.renew(Timestamp::now()).await;
+            self.metrics.lease_renewed(renewed.is_ok());
+            let pause = match &renewed {
                 // A spread, so that the servers of a set do not ask all at once.
-                None => RENEW_INTERVAL.mul_f64(0.96 + 0.08 * fastrand::f64()),
-                Some(_) => RETRY_INTERVAL.mul_f64(0.5 + fastrand::f64()),
+                Ok(()) => RENEW_INTERVAL.mul_f64(0.96 + 0.08 * fastrand::f64()),
+                Err(_) => RETRY_INTERVAL.mul_f64(0.5 + fastrand::f64()),
             };
-            if let Some(error) = failed
-                && let Some(suppressed) = FAILED.admit(Instant::now())
-            {
-                warn!(error, suppressed, "the server's Lease is not kept, will try again");
+            if let Err(error) = renewed {
+                static FAILED: RateLimited = RateLimited::new(TELL_INTERVAL);
+                if let Some(suppressed) = FAILED.admit(Instant::now()) {
+                    warn!(error, suppressed, "the server's Lease is not kept, will try again");
+                }
+            } else if let Err(error) = self.cull(Timestamp::now()).await {
+                static FAILED: RateLimited = RateLimited::new(TELL_INTERVAL);
+                if let Some(suppressed) = FAILED.admit(Instant::now()) {
+                    warn!(error, suppressed, "expired Leases are not removed, will try again");
+                }
             }
             tokio::select! {
                 () = stop.cancelled() => break,
                 () = sleep(pause) => {}
             }
         }
-        let params = DeleteParams::default();
-        match timeout(ROUND_TIMEOUT, self.api.delete(&self.name, &params)).await {
-            Ok(Ok(_)) => debug!(lease = self.name, "the server's Lease is taken back"),
-            Ok(Err(error)) => {
-                let error = kubernetes::reason(&error);
+        match answered(self.api.delete(&self.name, &DeleteParams::default())).await {
+            Ok(_) => debug!(lease = self.name, "the server's Lease is taken back"),
+            Err(error) => {
+                let error = error.to_string();
                 info!(error, "the server's Lease stays until it expires");
             }
-            Err(_) => info!(error = "no answer", "the server's Lease stays until it expires"),
         }
     }
 
-    async fn renew(&self, now: Timestamp) -> kube::Result<()> {
+    async fn renew(&self, now: Timestamp) -> Result<(), String> {
         let params = PostParams::default();
-        match self.api.get_opt(&self.name).await? {
-            Some(lease) => self.api.replace(&self.name, &params, &self.renewed(lease, now)).await?,
-            None => self.api.create(&params, &self.renewed(Lease::default(), now)).await?,
+        let text = |error: Unanswered| error.to_string();
+        match answered(self.api.get_opt(&self.name)).await.map_err(text)? {
+            Some(lease) => {
+                let lease = self.renewed(lease, now);
+                answered(self.api.replace(&self.name, &params, &lease)).await.map_err(text)?
+            }
+            None => {
+                let lease = self.renewed(Lease::default(), now);
+                answered(self.api.create(&params, &lease)).await.map_err(text)?
+            }
         };
         Ok(())
     }
@@ -133,21 +138,22 @@ impl Leases {
     }
 
     /// Removes the Leases of this set that have expired, unless they are renewed meanwhile.
-    async fn cull(&self, now: Timestamp) -> kube::Result<()> {
+    async fn cull(&self, now: Timestamp) -> Result<(), String> {
         let labels: Vec<_> =
             self.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
         let begun = Instant::now();
-        let listed = self.api.list(&ListParams::default().labels(&labels.join(","))).await;
-        self.metrics.lease_call(LeaseCall::List, begun, listed.as_ref().err());
-        for lease in listed?.items {
+        let listed =
+            answered(self.api.list(&ListParams::default().labels(&labels.join(",")))).await;
+        self.count(LeaseCall::List, begun, listed.as_ref().err());
+        for lease in listed.map_err(|error| error.to_string())?.items {
             let expiry = lease.spec.as_ref().and_then(lease_expiry);
             let (false, Some(name)) = (expiry > Some(now), lease.metadata.name) else { continue };
             let resource_version = lease.metadata.resource_version;
             let params = DeleteParams::default()
                 .preconditions(Preconditions { resource_version, uid: lease.metadata.uid });
             let begun = Instant::now();
-            let deleted = self.api.delete(&name, &params).await;
-            self.metrics.lease_call(LeaseCall::Delete, begun, deleted.as_ref().err());
+            let deleted = answered(self.api.delete(&name, &params)).await;
+            self.count(LeaseCall::Delete, begun, deleted.as_ref().err());
             match deleted {
                 Ok(_) => {
                     info!(lease = name, "a Lease that expired is removed");
@@ -159,4 +165,27 @@ impl Leases {
         }
         Ok(())
     }
+
+    fn count(&self, call: LeaseCall, begun: Instant, failed: Option<&Unanswered>) {
+        let (code, reason) = match failed {
+            None => ("200".into(), String::new()),
+            Some(Unanswered::Refused(error)) => kubernetes::labels(error),
+            Some(Unanswered::Silent) => ("0".into(), "unreachable".into()),
+        };
+        self.metrics.lease_call(call, begun, &code, &reason);
+    }
+}
+
+/// Why a request came to nothing.
+#[derive(Debug, thiserror::Error)]
+enum Unanswered {
+    #[error("{}", kubernetes::reason(.0))]
+    Refused(#[from] kube::Error),
+    #[error("no answer within {CALL_TIMEOUT:?}")]
+    Silent,
+}
+
+/// What kube-apiserver answers in time.
+async fn answered<T>(call: impl Future<Output = kube::Result<T>>) -> Result<T, Unanswered> {
+    Ok(timeout(CALL_TIMEOUT, call).await.map_err(|_| Unanswered::Silent)??)
 }

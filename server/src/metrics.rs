@@ -14,10 +14,7 @@ use std::{
 };
 
 use culvert_wire::{
-    process::{
-        kubernetes,
-        metrics::{BuildError, Kind, Metrics, append_family, append_meter, append_tunnels},
-    },
+    process::metrics::{BuildError, Kind, Metrics, append_family, append_meter, append_tunnels},
     splice::{HalfEnd, Meter, Outcome},
     transport::BufferSizes,
 };
@@ -49,6 +46,7 @@ const TUNNELS: &str = "culvert_server_tunnels";
 const TUNNELS_LOST: &str = "culvert_server_tunnels_lost_total";
 const JOIN_FAILURES: &str = "culvert_server_join_failures_total";
 const CULLED_LEASES: &str = "konnectivity_network_proxy_server_culled_leases_count";
+const LEASE_RENEWALS: &str = "culvert_server_lease_renewals_total";
 const LEASE_LISTS: &str = "konnectivity_network_proxy_server_lease_list_total";
 const LEASE_LIST_LATENCY: &str = "konnectivity_network_proxy_server_lease_list_latency_seconds";
 const LEASE_DELETES: &str = "konnectivity_network_proxy_server_lease_delete_total";
@@ -146,6 +144,7 @@ impl ServerMetrics {
             CULLED_LEASES,
             "Count of expired leases that the lease garbage collection controller has culled.",
         );
+        metrics.describe_counter(LEASE_RENEWALS, "Renewals of the server's own Lease, by result.");
         metrics.describe_counter(LEASE_LISTS, "Lists of Leases, by kube-apiserver's answer.");
         metrics.describe_counter(LEASE_DELETES, "Removals of Leases, by kube-apiserver's answer.");
         metrics.describe_histogram(LEASE_LIST_LATENCY, "Latency of lease list calls in seconds.");
@@ -263,15 +262,19 @@ impl ServerMetrics {
         self.metrics.counter(JOIN_FAILURES, &[("reason", reason)]).increment(1);
     }
 
+    /// Counts a renewal of the server's own Lease.
+    pub fn lease_renewed(&self, done: bool) {
+        let result = if done { "ok" } else { "failed" };
+        self.metrics.counter(LEASE_RENEWALS, &[("result", result)]).increment(1);
+    }
+
     /// Counts a request about Leases that began at `begun`, and how it was answered.
-    pub fn lease_call(&self, call: LeaseCall, begun: Instant, failed: Option<&kube::Error>) {
+    pub fn lease_call(&self, call: LeaseCall, begun: Instant, code: &str, reason: &str) {
         let (total, latency) = match call {
             LeaseCall::List => (LEASE_LISTS, LEASE_LIST_LATENCY),
             LeaseCall::Delete => (LEASE_DELETES, LEASE_DELETE_LATENCY),
         };
-        let (code, reason) =
-            failed.map_or_else(|| ("200".into(), String::new()), kubernetes::labels);
-        let labels = [("http_status_code", &*code), ("reason", &*reason)];
+        let labels = [("http_status_code", code), ("reason", reason)];
         self.metrics.counter(total, &labels).increment(1);
         self.metrics.histogram(latency, &labels[..1]).record(begun.elapsed());
     }

@@ -187,8 +187,6 @@ impl Server {
             () = accept_tunnels(&self.port, &self.tunnel_context) => {}
         }
 
-        // Agents that look for missing servers no longer look for this one.
-        uncounted.cancel();
         // No new requests first; the frontend's task ends within a moment and removes its socket.
         stopping.cancel();
         let _ = frontend.await;
@@ -204,6 +202,8 @@ impl Server {
         if cut > 0 {
             warn!(cut, "connections were still open and are cut off");
         }
+        // Until now this server's tunnels were counted, and so its Lease was.
+        uncounted.cancel();
         self.tunnel_context.closing.cancel();
         tunnels.close();
         let _ = timeout(CLOSE_TIMEOUT, tunnels.wait()).await;
@@ -223,19 +223,18 @@ fn kubernetes(
     config: &Config,
     metrics: &Arc<ServerMetrics>,
 ) -> Result<(Gate, Option<Leases>), ClientError> {
-    let agents = &config.agents;
-    if agents.token.is_none() && config.leases.is_none() {
-        return Ok((Gate::open(), None));
-    }
-    let client = config.kubernetes.client()?;
-    let gate = match &agents.token {
-        Some(expected) => Gate::by_token(client.clone(), expected.clone()),
+    let gate = match &config.agents.token {
+        Some(expected) => Gate::by_token(&config.kubernetes, expected.clone())?,
         None => Gate::open(),
     };
-    let leases = config
-        .leases
-        .as_ref()
-        .map(|leases| Leases::new(client, leases, &config.server_id, metrics.clone()));
+    // With a client of its own: a Lease must be renewed in time, however many agents wait.
+    let leases = match &config.leases {
+        Some(leases) => {
+            let client = config.kubernetes.client()?;
+            Some(Leases::new(client, leases, &config.server_id, metrics.clone()))
+        }
+        None => None,
+    };
     Ok((gate, leases))
 }
 

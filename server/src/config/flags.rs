@@ -134,7 +134,7 @@ pub struct Flags {
     #[arg(long, help_heading = "Kubernetes client", value_name = "FILE", default_value = "")]
     pub kubeconfig: String,
 
-    /// Requests per second to kube-apiserver; 0 is as many as it answers, 64 at a time
+    /// Requests per second to kube-apiserver; 0 is as many as it answers
     #[arg(long, help_heading = "Kubernetes client", value_name = "RATE", default_value_t = 0.0)]
     pub kubeconfig_qps: f32,
 

@@ -13,16 +13,13 @@ use kube::{
     client::ClientBuilder,
     config::{InClusterError, Kubeconfig, KubeconfigError},
 };
-use tower::{
-    limit::{ConcurrencyLimitLayer, RateLimitLayer},
-    util::option_layer,
-};
+use tower::{limit::RateLimitLayer, util::option_layer};
 
-/// Requests in progress at once; further ones wait. A restart of everything asks about thousands of
-/// tokens, and kube-apiserver has other things to do.
-const MAX_REQUESTS: usize = 64;
 /// Time to connect.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long nothing may come on a connection that is waited on; a watch of Leases hears of a renewal
+/// every 15 s. Without it a peer that has silently gone would not be missed.
+const READ_TIMEOUT: Duration = Duration::from_secs(45);
 /// Requests that may exceed a rate for a moment where only the rate is given: client-go's default.
 const DEFAULT_BURST: u32 = 10;
 
@@ -31,7 +28,7 @@ const DEFAULT_BURST: u32 = 10;
 pub struct KubernetesConfig {
     /// Kubeconfig; `None` is the pod's own service account.
     pub kubeconfig: Option<PathBuf>,
-    /// Requests per second; `None` is as many as kube-apiserver answers, 64 at a time.
+    /// Requests per second; `None` is as many as kube-apiserver answers.
     pub qps: Option<f32>,
     /// Requests that may exceed the rate for a moment; `None` is 10.
     pub burst: Option<u32>,
@@ -61,9 +58,7 @@ impl KubernetesConfig {
         let mut config = match &self.kubeconfig {
             Some(path) => {
                 let kubeconfig = Kubeconfig::read_from(path)?;
-                let proxied = kubeconfig.clusters.iter().any(|cluster| {
-                    cluster.cluster.as_ref().is_some_and(|cluster| cluster.proxy_url.is_some())
-                });
+                let proxied = is_proxied(&kubeconfig);
                 let mut config = Config::try_from(kubeconfig)?;
                 if !proxied {
                     config.proxy_url = None;
@@ -73,6 +68,10 @@ impl KubernetesConfig {
             None => Config::incluster()?,
         };
         config.connect_timeout = Some(CONNECT_TIMEOUT);
+        config.read_timeout = Some(READ_TIMEOUT);
+        config.reset_reader_on_write = true;
+        // Whoever asks tries again in its own time, and tells of what went wrong.
+        config.default_retry = false;
         let rate = self.qps.map(|qps| {
             let burst = self.burst.unwrap_or(DEFAULT_BURST);
             RateLimitLayer::new(
@@ -80,10 +79,7 @@ impl KubernetesConfig {
                 Duration::from_secs_f64(f64::from(burst) / f64::from(qps)),
             )
         });
-        Ok(ClientBuilder::try_from(config)?
-            .with_layer(&ConcurrencyLimitLayer::new(MAX_REQUESTS))
-            .with_layer(&option_layer(rate))
-            .build())
+        Ok(ClientBuilder::try_from(config)?.with_layer(&option_layer(rate)).build())
     }
 }
 
@@ -93,6 +89,16 @@ pub fn reason(error: &kube::Error) -> String {
         kube::Error::Api(status) => status.message.clone(),
         error => chain(error),
     }
+}
+
+/// Whether the kubeconfig itself asks for a proxy to the cluster that it means.
+fn is_proxied(kubeconfig: &Kubeconfig) -> bool {
+    let current = kubeconfig.current_context.as_deref();
+    let context = kubeconfig.contexts.iter().find(|context| Some(&*context.name) == current);
+    let cluster =
+        context.and_then(|context| context.context.as_ref()).map(|context| &context.cluster);
+    let mut clusters = kubeconfig.clusters.iter().filter(|named| Some(&named.name) == cluster);
+    clusters.any(|named| named.cluster.as_ref().is_some_and(|cluster| cluster.proxy_url.is_some()))
 }
 
 /// Until when a Lease holds: its renewal, or where there was none its acquisition, and its duration

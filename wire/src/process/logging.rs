@@ -60,9 +60,10 @@ pub fn init(config: LogConfig) -> Result<(), LogError> {
 /// tells of every failure what we tell ourselves, with its reason.
 fn filter_of(verbosity: i32) -> &'static str {
     match verbosity {
-        ..=4 => "info,kube_client=off",
-        5..=9 => "info,kube_client=off,culvert=debug", // a prefix: all our crates
-        10.. => "trace",
+        ..=4 => "info,kube_client=off,kube_runtime=off",
+        5..=9 => "info,kube_client=off,kube_runtime=off,culvert=debug", // a prefix: all our crates
+        // It would show tokens.
+        10.. => "trace,kube_client=off,kube_runtime=off",
     }
 }
 
