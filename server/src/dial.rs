@@ -218,7 +218,13 @@ impl Dialer {
     async fn choose(&self, target: &Target, started: Instant) -> Option<Arc<Backend>> {
         match self.backends.choose(target) {
             Some(backend) => Some(backend),
-            None => self.wait(target, self.backends.expected_for(target, started)?).await,
+            None => {
+                let expected = self.backends.expected_for(target, started)?;
+                let pending = self.metrics.dial_pending();
+                let came = self.wait(target, expected).await;
+                drop(pending);
+                came
+            }
         }
     }
 
@@ -229,9 +235,7 @@ impl Dialer {
         if limit.is_zero() {
             return None;
         }
-        let pending = self.metrics.dial_pending();
         let came = timeout(limit.min(self.limit()), self.backends.appears(target)).await;
-        drop(pending);
         let came = came.ok().flatten();
         self.metrics.dial_waited(came.is_some());
         came

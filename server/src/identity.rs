@@ -5,20 +5,39 @@
 //! checked before, by the handshake. A token is reviewed when its agent joins; one that expires
 //! later ends nothing.
 
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
+use aws_lc_rs::digest::{SHA256, SHA256_OUTPUT_LEN, digest};
 use culvert_wire::{
     control::Secret,
-    process::kubernetes::{self, Client},
+    process::kubernetes::{self, ClientError, KubernetesConfig},
 };
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
 use kube::{Api, api::PostParams};
-use tokio::time::timeout;
+use tokio::{sync::Semaphore, time::timeout};
+use tracing::warn;
 
 use crate::config::TokenConfig;
 
-/// Time for kube-apiserver to review a token: an agent waits for its welcome no longer than 10 s.
-const REVIEW_TIMEOUT: Duration = Duration::from_secs(8);
+/// Reviews in progress at once: a restart of everything asks about thousands of tokens, and
+/// kube-apiserver has other things to do.
+const MAX_REVIEWS: usize = 64;
+/// Time to wait for a place among them. An agent waits for its welcome no longer than 10 s, this and the
+/// review itself included; and one that comes again later is better than a review that nobody waits for.
+const PLACE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Time for kube-apiserver to review a token.
+const REVIEW_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a good verdict is remembered. An agent that looks for a missing server meets those that it
+/// has many times in a few seconds.
+const VERDICT_LIFE: Duration = Duration::from_secs(10);
+/// Verdicts that are remembered at most.
+const MAX_VERDICTS: usize = 16 * 1024;
+/// How often the client may be made anew because of failures.
+const RENEW_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Checks the agents of one server.
 #[derive(Debug)]
@@ -34,6 +53,9 @@ pub enum Refusal {
     /// It sent no token.
     #[error("no token, and this server asks for one: see the agent's --service-account-token-path")]
     NoToken,
+    /// What it sent is no token; the words are stock's.
+    #[error("{0}")]
+    NotAToken(String),
     /// kube-apiserver did not say whether the token is good.
     #[error("the token could not be reviewed: {0}")]
     NotReviewed(String),
@@ -46,7 +68,7 @@ impl Refusal {
     /// A short word for metric labels.
     pub fn label(&self) -> &'static str {
         match self {
-            Self::NoToken | Self::Refused(_) => "unauthenticated",
+            Self::NoToken | Self::NotAToken(_) | Self::Refused(_) => "unauthenticated",
             Self::NotReviewed(_) => "token_not_reviewed",
         }
     }
@@ -55,6 +77,7 @@ impl Refusal {
     pub fn in_stocks_words(&self) -> String {
         let inner = match self {
             Self::NoToken => return "Authentication context was not found in metadata".into(),
+            Self::NotAToken(reason) => return reason.clone(),
             Self::NotReviewed(reason) => format!("Failed to authenticate request. err:{reason}"),
             Self::Refused(reason) => format!("lookup failed: {reason}"),
         };
@@ -68,9 +91,22 @@ impl Gate {
         Self(None)
     }
 
-    /// Asks for a token like this, and `client` whether it is good.
-    pub fn by_token(client: Client, expected: TokenConfig) -> Self {
-        Self(Some(Reviewer { reviews: Api::all(client), expected }))
+    /// Asks for a token like this, and kube-apiserver whether it is good.
+    ///
+    /// # Errors
+    /// When kube-apiserver cannot be asked.
+    pub fn by_token(
+        kubernetes: &KubernetesConfig,
+        expected: TokenConfig,
+    ) -> Result<Self, ClientError> {
+        let api = Api::all(kubernetes.client()?);
+        Ok(Self(Some(Reviewer {
+            kubernetes: kubernetes.clone(),
+            api: Mutex::new((api, Instant::now())),
+            expected,
+            places: Semaphore::new(MAX_REVIEWS),
+            verdicts: Mutex::default(),
+        })))
     }
 
     /// Whether agents need a token.
@@ -81,7 +117,7 @@ impl Gate {
     /// Admits the agent with this token.
     ///
     /// # Errors
-    /// When it is refused, or kube-apiserver does not answer within 8 s.
+    /// When it is refused, or kube-apiserver does not answer within 8 s, the wait for a place included.
     ///
     /// # Cancel safety
     /// Cancel safe: it only asks.
@@ -95,12 +131,32 @@ impl Gate {
 
 #[derive(Debug)]
 struct Reviewer {
-    reviews: Api<TokenReview>,
+    kubernetes: KubernetesConfig,
+    /// The client, and when it was made.
+    api: Mutex<(Api<TokenReview>, Instant)>,
     expected: TokenConfig,
+    places: Semaphore,
+    verdicts: Mutex<Verdicts>,
 }
 
 impl Reviewer {
     async fn check(&self, token: &Secret) -> Result<(), Refusal> {
+        let name = name(token);
+        if lock(&self.verdicts).is_good(&name, Instant::now()) {
+            return Ok(());
+        }
+        let Ok(Ok(place)) = timeout(PLACE_TIMEOUT, self.places.acquire()).await else {
+            let reason = format!("{MAX_REVIEWS} others are under way");
+            return Err(Refusal::NotReviewed(reason));
+        };
+        let status = self.review(token).await?;
+        drop(place);
+        judge(status, &self.expected)?;
+        lock(&self.verdicts).note_good(name, Instant::now());
+        Ok(())
+    }
+
+    async fn review(&self, token: &Secret) -> Result<TokenReviewStatus, Refusal> {
         let review = TokenReview {
             spec: TokenReviewSpec {
                 token: token.expose().into(),
@@ -108,13 +164,62 @@ impl Reviewer {
             },
             ..TokenReview::default()
         };
-        let params = PostParams::default();
-        match timeout(REVIEW_TIMEOUT, self.reviews.create(&params, &review)).await {
-            Ok(Ok(review)) => judge(review.status.unwrap_or_default(), &self.expected),
-            Ok(Err(error)) => Err(Refusal::NotReviewed(kubernetes::reason(&error))),
+        let (params, api) = (PostParams::default(), lock(&self.api).0.clone());
+        match timeout(REVIEW_TIMEOUT, api.create(&params, &review)).await {
+            Ok(Ok(review)) => Ok(review.status.unwrap_or_default()),
+            Ok(Err(error)) => {
+                self.renew(Instant::now());
+                Err(Refusal::NotReviewed(kubernetes::reason(&error)))
+            }
             Err(_) => Err(Refusal::NotReviewed(format!("no answer within {REVIEW_TIMEOUT:?}"))),
         }
     }
+
+    /// Reads the kubeconfig again, because a certificate in it may have been replaced.
+    fn renew(&self, now: Instant) {
+        let mut api = lock(&self.api);
+        if now.saturating_duration_since(api.1) < RENEW_INTERVAL {
+            return;
+        }
+        api.1 = now;
+        match self.kubernetes.client() {
+            Ok(client) => api.0 = Api::all(client),
+            Err(error) => warn!(%error, "the kubeconfig cannot be read again"),
+        }
+    }
+}
+
+/// What a token is remembered by.
+type TokenName = [u8; SHA256_OUTPUT_LEN];
+
+fn name(token: &Secret) -> TokenName {
+    let mut name = [0; SHA256_OUTPUT_LEN];
+    name.copy_from_slice(digest(&SHA256, token.expose().as_bytes()).as_ref());
+    name
+}
+
+/// Tokens that were found good a moment ago, and until when that holds.
+#[derive(Debug, Default)]
+struct Verdicts(HashMap<TokenName, Instant>);
+
+impl Verdicts {
+    fn is_good(&self, name: &TokenName, now: Instant) -> bool {
+        self.0.get(name).is_some_and(|until| *until > now)
+    }
+
+    fn note_good(&mut self, name: TokenName, now: Instant) {
+        if self.0.len() >= MAX_VERDICTS {
+            self.0.retain(|_, until| *until > now);
+        }
+        if self.0.len() < MAX_VERDICTS {
+            self.0.insert(name, now + VERDICT_LIFE);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every change is complete before it could panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Whether kube-apiserver vouches for the token, and it is the one that is asked for.
@@ -216,5 +321,21 @@ mod tests {
         assert_eq!(verdict(|status| status.audiences = None), Err(meant.clone()));
         let other = |status: &mut TokenReviewStatus| status.audiences = Some(vec!["other".into()]);
         assert_eq!(verdict(other), Err(meant));
+    }
+
+    #[test]
+    fn good_verdicts_are_remembered_for_a_moment_and_never_too_many() {
+        let (mut verdicts, now) = (Verdicts::default(), Instant::now());
+        let token = |text: &str| name(&Secret::new(text).unwrap());
+        verdicts.note_good(token("good"), now);
+        assert!(verdicts.is_good(&token("good"), now));
+        assert!(!verdicts.is_good(&token("other"), now));
+        assert!(!verdicts.is_good(&token("good"), now + VERDICT_LIFE));
+        for number in 0..2 * MAX_VERDICTS {
+            verdicts.note_good(token(&number.to_string()), now);
+        }
+        assert_eq!(verdicts.0.len(), MAX_VERDICTS);
+        verdicts.note_good(token("later"), now + VERDICT_LIFE);
+        assert_eq!(verdicts.0.len(), 1, "what is over makes room");
     }
 }

@@ -45,7 +45,7 @@ use tonic::{
 use tracing::{debug, warn};
 
 use crate::{
-    identity::Admitted,
+    identity::{Admitted, Refusal},
     tunnel::{self, TunnelContext},
 };
 
@@ -156,11 +156,14 @@ async fn admit(
     remote: SocketAddr,
     context: &TunnelContext,
 ) -> Result<Admitted, Status> {
-    let token = match context.gate.asks_for_tokens() {
-        true => hello::token(metadata).map_err(Status::unknown)?,
-        false => None,
+    let admitted = async {
+        let token = match context.gate.asks_for_tokens() {
+            true => hello::token(metadata).map_err(Refusal::NotAToken)?,
+            false => None,
+        };
+        context.gate.admit(token.as_ref()).await
     };
-    context.gate.admit(token.as_ref()).await.map_err(|refusal| {
+    admitted.await.map_err(|refusal: Refusal| {
         let status = Status::unknown(refusal.in_stocks_words());
         tunnel::not_joined(remote, &refusal.into(), context);
         status

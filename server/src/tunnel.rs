@@ -105,8 +105,7 @@ impl JoinError {
 /// Serves one agent until its tunnel is gone. One that was admitted already is not asked again.
 pub async fn serve_tunnel(tunnel: Tunnel, admitted: Option<Admitted>, context: Arc<TunnelContext>) {
     let remote = tunnel.remote_address();
-    let joined = timeout(JOIN_TIMEOUT, join(tunnel, admitted, &context)).await;
-    let (backend, control) = match joined.unwrap_or(Err(JoinError::TimedOut)) {
+    let (backend, control) = match join(tunnel, admitted, &context).await {
         Ok(joined) => joined,
         Err(error) => return not_joined(remote, &error, &context),
     };
@@ -154,15 +153,24 @@ async fn introduce(
     admitted: Option<Admitted>,
     context: &TunnelContext,
 ) -> Result<(Backend, ControlStream), JoinError> {
-    let mut control = ControlStream::new(tunnel.clone(), tunnel.accept().await?);
-    let ControlMessage::Hello(hello) = control.next().await? else {
-        return Err(JoinError::NotHello);
+    let hear = async {
+        let mut control = ControlStream::new(tunnel.clone(), tunnel.accept().await?);
+        match control.next().await? {
+            ControlMessage::Hello(hello) => Ok((control, hello)),
+            _ => Err(JoinError::NotHello),
+        }
     };
+    let heard = timeout(JOIN_TIMEOUT, hear).await;
+    let (mut control, hello) = heard.unwrap_or(Err(JoinError::TimedOut))?;
     let incompatible = |error: &dyn std::fmt::Display| JoinError::Incompatible(error.to_string());
     hello.extensions.require_known().map_err(|error| incompatible(&error))?;
     let admitted = match admitted {
         Some(admitted) => admitted,
-        None => context.gate.admit(hello.token.as_ref()).await?,
+        None => tokio::select! {
+            admitted = context.gate.admit(hello.token.as_ref()) => admitted?,
+            // Nobody waits for the answer any more.
+            lost = tunnel.closed() => return Err(lost.into()),
+        },
     };
     let welcome = welcome(&hello, context);
     if welcome.features.contains(Features::HEDGE) {

@@ -6,6 +6,7 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -25,6 +26,7 @@ use serde_json::{Value, json};
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
+    time::sleep,
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::{StreamExt as _, wrappers::UnboundedReceiverStream};
@@ -51,6 +53,8 @@ struct State {
     reviews: Vec<Value>,
     /// What every request is refused with.
     refusal: Option<String>,
+    /// How long it takes to answer.
+    pause: Duration,
     leases: BTreeMap<String, Value>,
     /// What happened to Leases, each with its number; the length is the resource version.
     events: Vec<Value>,
@@ -90,6 +94,11 @@ impl KubeApi {
             "authenticated": true, "user": { "username": user }, "audiences": [audience],
         });
         self.state().tokens.insert(token.into(), status);
+    }
+
+    /// Takes this long from now on to answer.
+    pub(crate) fn take_long(&self, pause: Duration) {
+        self.state().pause = pause;
     }
 
     /// Refuses every request with these words, or no longer.
@@ -165,6 +174,10 @@ async fn answer(
         form_urlencoded::parse(head.uri.query().unwrap_or_default().as_bytes())
             .into_owned()
             .collect();
+    let pause = state.lock().unwrap().pause;
+    if !pause.is_zero() {
+        sleep(pause).await;
+    }
     let shared = state.clone();
     let mut state = state.lock().unwrap();
     let asker = format!("Bearer {ASKER}");

@@ -475,8 +475,9 @@ impl Controller for Model {
         }
         if is_persistent_congestion {
             // The path was gone, and is there again or another one, for an acknowledgement has told of
-            // it (RFC 9002 §7.6.2): begin anew, as on a path that is not known yet. Whatever was sent
-            // before was lost with the old one.
+            // it: begin anew, as on a path that is not known yet. RFC 9002 §7.6.2 would have the least
+            // window, which is for a path that is still congested; this one begins with no more than
+            // every new tunnel sends. Whatever was sent before was lost with the old one.
             self.outage_until = Some(now);
             self.round.lost = 0;
             self.limit = None;
