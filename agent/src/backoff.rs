@@ -30,9 +30,14 @@ impl Backoff {
     /// The delay after another failure. `random` is from 0 to 1 and chooses within the upper half
     /// of the delay, so that agents spread while each still waits a real while.
     pub fn next(&mut self, random: f64) -> Duration {
-        let delay = self.next.min(self.cap);
-        self.next = delay.mul_f64(self.factor).min(self.cap);
-        delay.mul_f64(0.5 + 0.5 * random.clamp(0.0, 1.0))
+        let delay = self.now(random);
+        self.next = self.next.min(self.cap).mul_f64(self.factor).min(self.cap);
+        delay
+    }
+
+    /// The delay that is due now, after what is no further failure.
+    pub fn now(&self, random: f64) -> Duration {
+        self.next.min(self.cap).mul_f64(0.5 + 0.5 * random.clamp(0.0, 1.0))
     }
 
     /// Forgets the failures: the attempt succeeded.

@@ -246,13 +246,17 @@ impl Plan {
     }
 
     /// A tunnel was lost. Many agents may have lost theirs in the same moment, to the same server, so they
-    /// come back one by one; but where the way is gone and not the server, another is tried at once.
+    /// come back one by one; but where the way is gone and not the server, another is tried at once. An
+    /// agent that loses several tunnels together waits as long as for one.
     pub fn on_lost(&mut self, cause: Cause, now: Instant, random: f64) {
-        let pause = match cause {
-            Cause::Server => self.failures.next(random),
-            Cause::Way => Duration::ZERO,
+        let look_at = match cause {
+            Cause::Server => now + self.failures.now(random),
+            Cause::Way => now,
         };
-        self.look_at = now + pause;
+        self.look_at = match self.look_at > now {
+            true => self.look_at.min(look_at),
+            false => look_at,
+        };
     }
 
     fn note(&mut self, quic: QuicFate, now: Instant, random: f64) {

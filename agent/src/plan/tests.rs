@@ -276,3 +276,22 @@ fn a_lost_server_is_looked_for_after_a_moment_and_a_lost_way_is_replaced_at_once
     plan.on_lost(Cause::Server, now, 0.0);
     assert_eq!(plan.next(&nothing, None, now), Some((Goal::Look, now + SECOND / 2)));
 }
+
+#[test]
+fn servers_that_are_lost_together_are_looked_for_as_soon_as_one() {
+    let (mut plan, now) = plan(Transport::Auto);
+    for _ in 0..20 {
+        plan.on_lost(Cause::Server, now, 1.0);
+    }
+    let nothing = situation(20, &[]);
+    assert_eq!(plan.next(&nothing, None, now), Some((Goal::Look, now + SECOND)));
+    // A pause that is longer, after servers that were known, is cut short.
+    let known = Arrival { quic: QuicFate::Worked, rank: Rank::Quic, found: Found::Known };
+    for _ in 0..200 {
+        plan.on_arrived(Goal::Look, known, now, 1.0);
+    }
+    let longest = plan.next(&nothing, None, now).unwrap().1;
+    assert!(longest > now + 5 * SECOND, "{:?}", longest - now);
+    plan.on_lost(Cause::Server, now, 1.0);
+    assert_eq!(plan.next(&nothing, None, now), Some((Goal::Look, now + SECOND)));
+}
