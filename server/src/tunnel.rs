@@ -12,7 +12,7 @@ use culvert_wire::{
     transport::{ConnectError, Settings, Tunnel, TunnelLost},
     version::{Features, REVISION},
 };
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
@@ -134,34 +134,47 @@ pub(crate) fn not_joined(remote: SocketAddr, error: &JoinError, context: &Tunnel
     }
 }
 
-/// Reads the hello and answers it.
+/// Reads the hello and answers it. A refusal closes the tunnel while the control stream still lives, so
+/// that the reason is all that the agent hears.
 async fn join(
     tunnel: Tunnel,
     admitted: Option<Admitted>,
     context: &TunnelContext,
 ) -> Result<(Backend, ControlStream), JoinError> {
     let closer = tunnel.clone();
-    let joined = introduce(tunnel, admitted, context).await;
-    if let Err(error) = &joined {
+    let refuse = |error: JoinError| {
         closer.close(error.close_code(), &error.to_string());
+        error
+    };
+    let deadline = Instant::now() + JOIN_TIMEOUT;
+    let opened = within(deadline, async { Ok(tunnel.accept().await?) });
+    let mut control = ControlStream::new(tunnel.clone(), opened.await.map_err(refuse)?);
+    let hello = within(deadline, hear(&mut control)).await.map_err(refuse)?;
+    let backend = introduce(tunnel, *hello, admitted, &mut control, context).await;
+    Ok((backend.map_err(refuse)?, control))
+}
+
+async fn within<T>(
+    deadline: Instant,
+    step: impl Future<Output = Result<T, JoinError>>,
+) -> Result<T, JoinError> {
+    timeout_at(deadline, step).await.unwrap_or(Err(JoinError::TimedOut))
+}
+
+async fn hear(control: &mut ControlStream) -> Result<Box<Hello>, JoinError> {
+    match control.next().await? {
+        ControlMessage::Hello(hello) => Ok(hello),
+        _ => Err(JoinError::NotHello),
     }
-    joined
 }
 
 async fn introduce(
     tunnel: Tunnel,
+    hello: Hello,
     admitted: Option<Admitted>,
+    control: &mut ControlStream,
     context: &TunnelContext,
-) -> Result<(Backend, ControlStream), JoinError> {
-    let hear = async {
-        let mut control = ControlStream::new(tunnel.clone(), tunnel.accept().await?);
-        match control.next().await? {
-            ControlMessage::Hello(hello) => Ok((control, hello)),
-            _ => Err(JoinError::NotHello),
-        }
-    };
-    let heard = timeout(JOIN_TIMEOUT, hear).await;
-    let (mut control, hello) = heard.unwrap_or(Err(JoinError::TimedOut))?;
+) -> Result<Backend, JoinError> {
     let incompatible = |error: &dyn std::fmt::Display| JoinError::Incompatible(error.to_string());
     hello.extensions.require_known().map_err(|error| incompatible(&error))?;
     let admitted = match admitted {
@@ -177,7 +190,7 @@ async fn introduce(
         tunnel.hedge(context.hedge_rate);
     }
     control.send(&ControlMessage::Welcome(Box::new(welcome))).await?;
-    Ok((Backend::new(tunnel, *hello, admitted, context.max_streams), control))
+    Ok(Backend::new(tunnel, hello, admitted, context.max_streams))
 }
 
 fn welcome(hello: &Hello, context: &TunnelContext) -> Welcome {

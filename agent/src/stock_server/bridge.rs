@@ -71,8 +71,11 @@ impl Ended {
 /// Plays a stock server's part on its tunnel until one of both is gone. The connection lives as long as
 /// `requests`.
 pub(super) async fn run(tunnel: Tunnel, requests: http2::SendRequest<Body>) {
-    let Err(ended) = serve(&tunnel, requests.clone()).await;
+    let Ok(opened) = tunnel.accept().await else { return };
+    let mut control = ControlStream::new(tunnel.clone(), opened);
+    let Err(ended) = serve(&tunnel, &mut control, requests.clone()).await;
     debug!(remote = %tunnel.remote_address(), %ended, "a stock server's stream is over");
+    // While the control stream still lives: the reason is all that the agent hears.
     tunnel.close(ended.close_code(), &ended.to_string());
     tunnel.flushed(FLUSH_TIMEOUT).await;
 }
@@ -80,8 +83,11 @@ pub(super) async fn run(tunnel: Tunnel, requests: http2::SendRequest<Body>) {
 /// Ends only with an error.
 type Never = std::convert::Infallible;
 
-async fn serve(tunnel: &Tunnel, requests: http2::SendRequest<Body>) -> Result<Never, Ended> {
-    let mut control = ControlStream::new(tunnel.clone(), tunnel.accept().await?);
+async fn serve(
+    tunnel: &Tunnel,
+    control: &mut ControlStream,
+    requests: http2::SendRequest<Body>,
+) -> Result<Never, Ended> {
     let ControlMessage::Hello(hello) = control.next().await? else { return Err(Ended::NotHello) };
     let (outbound, packets) = outbound();
     let Call { server_id, server_count, mut inbound } = tokio::select! {
@@ -186,7 +192,7 @@ impl Shared {
     }
 
     /// Passes on what the agent says on its control stream, as far as stock has a word for it.
-    async fn converse(&self, mut control: ControlStream) -> Result<Never, Ended> {
+    async fn converse(&self, control: &mut ControlStream) -> Result<Never, Ended> {
         loop {
             match control.next().await {
                 Ok(ControlMessage::Drain(_)) => self.outbound.urge(Packet::drain())?,

@@ -118,7 +118,7 @@ impl Bridge {
 
     /// Carries dials and connections until the agent or the tunnel is gone.
     pub(super) async fn run(self, call: Call) {
-        let Self { tunnel, control } = self;
+        let Self { tunnel, mut control } = self;
         let Call { inbound, outbound, too_many_pings } = call;
         let shared = Arc::new(Shared {
             outbound,
@@ -132,13 +132,13 @@ impl Bridge {
             biased;
             () = too_many_pings.cancelled() => Err(TooManyPings.into()),
             ended = shared.hear(inbound) => ended,
-            ended = shared.converse(control) => ended,
+            ended = shared.converse(&mut control) => ended,
             ended = &mut accepting => ended,
         };
         let Err(ended) = ended;
         debug!(remote = %tunnel.remote_address(), %ended, "a stock agent's stream is over");
-        // Before the streams are dropped: dials that were not answered are lost with the tunnel, and
-        // made again elsewhere.
+        // While the streams still live: dials that were not answered are lost with the tunnel, and made
+        // again elsewhere, and the server hears the reason and nothing else.
         tunnel.close(ended.close_code(), &ended.to_string());
     }
 }
@@ -227,7 +227,7 @@ impl Shared {
 
     /// Tells our own end that the agent drains, and reads what it has to say, of which a stock agent
     /// understands nothing.
-    async fn converse(&self, mut control: ControlStream) -> Result<Never, Ended> {
+    async fn converse(&self, control: &mut ControlStream) -> Result<Never, Ended> {
         loop {
             tokio::select! {
                 message = control.next() => drop(message?),
