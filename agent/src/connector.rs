@@ -71,8 +71,8 @@ impl Connector {
                     }
                 }
                 () = self.servers.changed() => {
-                    let silent = self.servers.in_use().iter().any(|served| served.is_silent());
-                    if !silent && pending.as_ref().is_some_and(|p| p.goal == Goal::Replace) {
+                    let doubted = self.servers.in_use().iter().any(|served| served.is_doubted());
+                    if !doubted && pending.as_ref().is_some_and(|p| p.goal == Goal::Replace) {
                         debug!("a silent server was heard again");
                         pending = None;
                         self.plan.on_heard(now(), fastrand::f64());
@@ -100,8 +100,8 @@ impl Connector {
         let approach = self.plan.approach(goal, &self.situation(), now(), fastrand::f64());
         debug!(?goal, ?approach, "an attempt to get a tunnel");
         let attempts = self.attempts.clone();
-        let silent = self.servers.in_use().into_iter().find(|served| served.is_silent());
-        let toward = silent.map(|served| served.tunnel.remote_address());
+        let doubted = self.servers.in_use().into_iter().find(|served| served.is_doubted());
+        let toward = doubted.map(|served| served.tunnel.remote_address());
         let attempted =
             tokio::spawn(async move { attempts.attempt(approach, toward, &context).await });
         Pending { goal, approach, attempted: AbortOnDropHandle::new(attempted) }

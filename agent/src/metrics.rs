@@ -168,9 +168,11 @@ impl AgentMetrics {
     /// Counts a list or watch of the servers' Leases that failed.
     pub fn leases_failed(&self, error: &watcher::Error) {
         let (name, (code, reason)) = match error {
-            watcher::Error::InitialListFailed(error) => (LEASE_LISTS, kubernetes::labels(error)),
+            watcher::Error::InitialListFailed(error) => {
+                (LEASE_LISTS, kubernetes::labels(Some(error)))
+            }
             watcher::Error::WatchStartFailed(error) | watcher::Error::WatchFailed(error) => {
-                (LEASE_WATCHES, kubernetes::labels(error))
+                (LEASE_WATCHES, kubernetes::labels(Some(error)))
             }
             watcher::Error::WatchError(status) => {
                 (LEASE_WATCHES, (status.code.to_string(), status.reason.clone()))

@@ -67,7 +67,7 @@ pub struct Served {
     /// ended.
     pub retired: CancellationToken,
     /// How much had been received when the peer was found silent, or [`HEARD`] or [`REFUSED`].
-    silent_at: AtomicU64,
+    doubted_at: AtomicU64,
 }
 
 /// The peer of a tunnel answers.
@@ -87,15 +87,17 @@ pub enum Doubt {
 impl Served {
     /// Why the peer may not be there now, if there is a reason to think so.
     pub fn doubt(&self) -> Option<Doubt> {
-        match self.silent_at.load(Ordering::Relaxed) {
+        match self.doubted_at.load(Ordering::Relaxed) {
             HEARD => None,
             REFUSED => Some(Doubt::Refused),
-            silent_at => (self.tunnel.stats().received_bytes == silent_at).then_some(Doubt::Silent),
+            doubted_at => {
+                (self.tunnel.stats().received_bytes == doubted_at).then_some(Doubt::Silent)
+            }
         }
     }
 
     /// Whether the peer may not be there, for one reason or another.
-    pub fn is_silent(&self) -> bool {
+    pub fn is_doubted(&self) -> bool {
         self.doubt().is_some()
     }
 
@@ -106,7 +108,7 @@ impl Served {
 
     /// How it stands, in a word: `used`, `silent`, or `retired` while its last streams go on.
     pub fn state(&self) -> &'static str {
-        match (self.is_retired(), self.is_silent()) {
+        match (self.is_retired(), self.is_doubted()) {
             (true, _) => "retired",
             (false, true) => "silent",
             (false, false) => "used",
@@ -156,7 +158,7 @@ impl Servers {
         let mut tunnels = self.lock();
         let in_use = |other: &&Arc<Served>| other.server_id == server_id && !other.is_retired();
         let other = tunnels.iter().find(in_use).cloned();
-        if other.as_ref().is_some_and(|other| rank <= other.rank && !other.is_silent()) {
+        if other.as_ref().is_some_and(|other| rank <= other.rank && !other.is_doubted()) {
             return Entered::Duplicate;
         }
         let served = Arc::new(Served {
@@ -167,7 +169,7 @@ impl Servers {
             reason,
             since: now,
             retired: CancellationToken::new(),
-            silent_at: AtomicU64::new(HEARD),
+            doubted_at: AtomicU64::new(HEARD),
         });
         tunnels.push(served.clone());
         drop(tunnels);
@@ -192,7 +194,7 @@ impl Servers {
             Some(Doubt::Refused) => REFUSED,
             Some(Doubt::Silent) => served.tunnel.stats().received_bytes,
         };
-        let before = served.silent_at.swap(now, Ordering::Relaxed);
+        let before = served.doubted_at.swap(now, Ordering::Relaxed);
         if (before == HEARD) != (now == HEARD) {
             self.changed.notify_one();
         }

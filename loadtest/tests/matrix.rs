@@ -11,7 +11,7 @@ use std::{
 };
 
 use common::{
-    echo,
+    at_once, echo,
     mixed::{ESTABLISHED, Feat, Make, Met, Mix, OPEN_TARGETS, until, with_each},
     noise,
 };
@@ -23,7 +23,6 @@ use culvert_loadtest::{
 use nix::sys::signal::Signal;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    task::JoinSet,
     time::timeout,
 };
 
@@ -141,16 +140,15 @@ async fn many_dials_at_once_leave_nothing() {
     const DIALS: usize = 12;
     with_each(Mix::all(), async |Met { site, agent, .. }| {
         let shared = Arc::new((site, targets::echo().await.unwrap()));
-        let mut dialers = JoinSet::new();
-        for _ in 0..DIALERS {
+        at_once(DIALERS, || {
             let shared = shared.clone();
-            dialers.spawn(async move {
+            async move {
                 for _ in 0..DIALS {
                     shared.0.touch(&shared.1).await.unwrap();
                 }
-            });
-        }
-        dialers.join_all().await;
+            }
+        })
+        .await;
         until("the agent has none", async || agent.metric(OPEN_TARGETS).await == 0.0).await;
         let server = &shared.0.server;
         until("the server has none", async || server.metric(ESTABLISHED).await == 0.0).await;

@@ -12,7 +12,7 @@ use std::{
 };
 
 use common::{
-    echo,
+    at_once, echo,
     mixed::{
         Daemon, FRONTENDS, KNOWN_SERVERS, Make, Met, Mix, OPEN_SERVERS, OPEN_TARGETS, Site, until,
         with_each,
@@ -22,7 +22,7 @@ use common::{
 use culvert_loadtest::{frontend::Connection, peer::Frontend, targets};
 use culvert_server::registry::RETURN_LIMIT;
 use nix::sys::signal::Signal;
-use tokio::{task::JoinSet, time::timeout};
+use tokio::time::timeout;
 
 /// What a connection may wait while another one of its agent misbehaves, on a loaded machine.
 const UNDISTURBED: Duration = Duration::from_secs(1);
@@ -87,17 +87,16 @@ async fn dials_that_are_given_up_leave_nothing() {
     const DIALS: usize = 500;
     with_each(Mix::stock_agent(), async |Met { site, agent, .. }| {
         let shared = Arc::new((site, targets::echo().await.unwrap()));
-        let mut dialers = JoinSet::new();
-        for _ in 0..DIALERS {
+        at_once(DIALERS, || {
             let shared = shared.clone();
-            dialers.spawn(async move {
+            async move {
                 for _ in 0..DIALS {
                     let patience = Duration::from_millis(fastrand::u64(0..6));
                     let _ = timeout(patience, shared.0.dial(shared.1.address())).await;
                 }
-            });
-        }
-        dialers.join_all().await;
+            }
+        })
+        .await;
         until("the agent has none", async || agent.metric(OPEN_TARGETS).await == 0.0).await;
         println!("{} connections were closed", close_requests(&agent));
     })

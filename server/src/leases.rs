@@ -71,30 +71,8 @@ impl Leases {
     /// Publishes and renews the Lease and removes expired ones, until told to stop; then takes its own
     /// back, so that no agent looks for a server that goes.
     pub async fn keep(self, stop: CancellationToken) {
-        loop {
-            let renewed = self.renew(Timestamp::now()).await;
-            self.metrics.lease_renewed(renewed.is_ok());
-            let pause = match &renewed {
-                // A spread, so that the servers of a set do not ask all at once.
-                Ok(()) => RENEW_INTERVAL.mul_f64(0.96 + 0.08 * fastrand::f64()),
-                Err(_) => RETRY_INTERVAL.mul_f64(0.5 + fastrand::f64()),
-            };
-            if let Err(error) = renewed {
-                static FAILED: RateLimited = RateLimited::new(TELL_INTERVAL);
-                if let Some(suppressed) = FAILED.admit(Instant::now()) {
-                    warn!(error, suppressed, "the server's Lease is not kept, will try again");
-                }
-            } else if let Err(error) = self.cull(Timestamp::now()).await {
-                static FAILED: RateLimited = RateLimited::new(TELL_INTERVAL);
-                if let Some(suppressed) = FAILED.admit(Instant::now()) {
-                    warn!(error, suppressed, "expired Leases are not removed, will try again");
-                }
-            }
-            tokio::select! {
-                () = stop.cancelled() => break,
-                () = sleep(pause) => {}
-            }
-        }
+        // A request under way does not hold the stop up.
+        while stop.run_until_cancelled(self.round()).await.is_some() {}
         match answered(self.api.delete(&self.name, &DeleteParams::default())).await {
             Ok(_) => debug!(lease = self.name, "the server's Lease is taken back"),
             Err(error) => {
@@ -102,6 +80,29 @@ impl Leases {
                 info!(error, "the server's Lease stays until it expires");
             }
         }
+    }
+
+    /// One renewal, a look at the others, and the pause until the next.
+    async fn round(&self) {
+        let renewed = self.renew(Timestamp::now()).await;
+        self.metrics.lease_renewed(renewed.is_ok());
+        let pause = match &renewed {
+            // A spread, so that the servers of a set do not ask all at once.
+            Ok(()) => RENEW_INTERVAL.mul_f64(0.96 + 0.08 * fastrand::f64()),
+            Err(_) => RETRY_INTERVAL.mul_f64(0.5 + fastrand::f64()),
+        };
+        if let Err(error) = renewed {
+            static FAILED: RateLimited = RateLimited::new(TELL_INTERVAL);
+            if let Some(suppressed) = FAILED.admit(Instant::now()) {
+                warn!(error, suppressed, "the server's Lease is not kept, will try again");
+            }
+        } else if let Err(error) = self.cull(Timestamp::now()).await {
+            static FAILED: RateLimited = RateLimited::new(TELL_INTERVAL);
+            if let Some(suppressed) = FAILED.admit(Instant::now()) {
+                warn!(error, suppressed, "expired Leases are not removed, will try again");
+            }
+        }
+        sleep(pause).await;
     }
 
     async fn renew(&self, now: Timestamp) -> Result<(), String> {
@@ -169,8 +170,8 @@ impl Leases {
     fn count(&self, call: LeaseCall, begun: Instant, failed: Option<&Unanswered>) {
         let (code, reason) = match failed {
             None => ("200".into(), String::new()),
-            Some(Unanswered::Refused(error)) => kubernetes::labels(error),
-            Some(Unanswered::Silent) => ("0".into(), "unreachable".into()),
+            Some(Unanswered::Refused(error)) => kubernetes::labels(Some(error)),
+            Some(Unanswered::Silent) => kubernetes::labels(None),
         };
         self.metrics.lease_call(call, begun, &code, &reason);
     }

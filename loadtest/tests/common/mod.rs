@@ -10,7 +10,7 @@ pub(crate) mod server;
 use std::{fs, future::Future, io, time::Duration};
 
 use culvert_loadtest::frontend::Connection;
-use tokio::time::timeout;
+use tokio::{task::JoinSet, time::timeout};
 
 /// Long enough for a loaded machine, short enough to name the test that hangs.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -27,6 +27,18 @@ pub(crate) fn noise(seed: u64, count: usize) -> Vec<u8> {
     let mut bytes = vec![0; count];
     random.fill(&mut bytes);
     bytes
+}
+
+/// Does so many of these at once, and waits until all are done.
+pub(crate) async fn at_once<F>(count: usize, work: impl Fn() -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut working = JoinSet::new();
+    for _ in 0..count {
+        working.spawn(work());
+    }
+    working.join_all().await;
 }
 
 /// Waits until something has become true that nobody announces.

@@ -110,10 +110,10 @@ pub fn lease_expiry(lease: &LeaseSpec) -> Option<Timestamp> {
 }
 
 /// The status of kube-apiserver's answer and the reason in it, for metric labels; `0` and `unreachable`
-/// where there was no answer.
-pub fn labels(error: &kube::Error) -> (String, String) {
+/// where there was no answer, or none in time.
+pub fn labels(error: Option<&kube::Error>) -> (String, String) {
     match error {
-        kube::Error::Api(status) => (status.code.to_string(), status.reason.clone()),
+        Some(kube::Error::Api(status)) => (status.code.to_string(), status.reason.clone()),
         _ => ("0".into(), "unreachable".into()),
     }
 }
