@@ -2,31 +2,31 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
+use culvert_process::{
+    admin::{self, AdminServer, Routes},
+    kubernetes::ClientError,
+    metrics::{BuildError, Upkeep},
+};
+use culvert_transport::tls::TlsError;
 use culvert_wire::{
     InstanceId,
+    bounded::TooLong,
+    identifiers::{Identifier, Identifiers},
     ids::InvalidId,
-    process::{
-        admin::{self, AdminServer, Routes},
-        kubernetes::ClientError,
-        metrics::{BuildError, Upkeep},
-    },
-    route::{Identifier, Identifiers},
-    text::TooLong,
-    tls::TlsError,
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::warn;
 
 use crate::{
-    attempt::Attempts,
     config::Config,
-    connector::Connector,
+    connector::{Connector, attempt::Attempts, plan::Plan},
     egress::Egress,
     leases::LeaseCount,
     metrics::AgentMetrics,
-    plan::Plan,
-    servers::Servers,
-    tunnel::{FIRST_STREAM_LIMIT, TunnelContext},
+    tunnels::{
+        Servers,
+        session::{FIRST_STREAM_LIMIT, TunnelContext},
+    },
 };
 
 /// An agent could not start.

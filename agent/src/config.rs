@@ -7,14 +7,12 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::ValueEnum;
-pub use culvert_wire::process::faults::{CertificatePair, ConfigError, ConfigErrors};
-use culvert_wire::{
-    process::{
-        faults::Faults, go_flags, invocation::Invocation, kubernetes::KubernetesConfig,
-        logging::LogConfig, tunnel_flags::TunnelConfig,
-    },
-    transport::tcp::Proxies,
+pub use culvert_process::faults::{CertificatePair, ConfigError, ConfigErrors};
+use culvert_process::{
+    faults::Faults, go_flags, invocation::Invocation, kubernetes::KubernetesConfig,
+    logging::LogConfig, tunnel_flags::TunnelConfig,
 };
+use culvert_transport::tcp::Proxies;
 use rustls::pki_types::ServerName;
 use uuid::Uuid;
 

@@ -1,9 +1,18 @@
 //! Keeps a tunnel to every server: looks for those that are missing, moves tunnels to better carriers,
-//! and never gives up. What is next is decided in [`crate::plan`]; here it is done.
+//! and never gives up. What is next is decided in [`crate::connector::plan`]; here it is done.
+
+pub mod approach;
+pub mod attempt;
+pub mod backoff;
+pub mod plan;
+pub mod quic_health;
+pub mod race;
 
 use std::{sync::Arc, time::Duration};
 
-use culvert_wire::{CloseCode, process::logging::RateLimited, transport::TunnelLost};
+use culvert_process::logging::RateLimited;
+use culvert_transport::TunnelLost;
+use culvert_wire::CloseCode;
 use tokio::{
     select,
     task::JoinSet,
@@ -13,12 +22,16 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info, warn};
 
 use crate::{
-    attempt::{Arrived, AttemptError, Attempted, Attempts},
+    connector::{
+        approach::{Approach, QuicFate, Ways},
+        attempt::{Arrived, AttemptError, Attempted, Attempts},
+        plan::{Arrival, Cause, Found, Goal, InUse, Plan, Situation},
+    },
     metrics::AgentMetrics,
-    plan::{Arrival, Cause, Found, Goal, InUse, Plan, Situation},
-    servers::{Entered, Rank, Served, Servers},
-    transport::{Approach, QuicFate, Ways},
-    tunnel::{Joined, TunnelContext},
+    tunnels::{
+        Entered, Rank, Served, Servers,
+        session::{Joined, TunnelContext},
+    },
 };
 
 /// How often failed attempts are told.

@@ -7,13 +7,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use culvert_transport::{
+    RecvHalf, SendHalf,
+    splice::{self, Local},
+};
 use culvert_wire::{
     StreamCode,
     dial::{DialErrorKind, DialFailure, DialReply, DialRequest, DialTiming},
     extension::Extensions,
     frame::{self, Message},
-    splice::{self, Local},
-    transport::{RecvHalf, SendHalf},
 };
 use tokio::{net::TcpStream, time::timeout};
 use tracing::debug;

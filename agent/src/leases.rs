@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use culvert_wire::process::{
+use culvert_process::{
     kubernetes::{self, ClientError, Timestamp, lease_expiry},
     logging::RateLimited,
 };
@@ -22,7 +22,7 @@ use kube::{
 use tokio_stream::{Stream, StreamExt as _};
 use tracing::warn;
 
-use crate::{config::LeaseConfig, metrics::AgentMetrics, servers::Servers};
+use crate::{config::LeaseConfig, metrics::AgentMetrics, tunnels::Servers};
 
 /// Counts the servers' Leases.
 #[derive(Debug)]

@@ -12,19 +12,19 @@ use std::{
     time::Instant,
 };
 
-use culvert_wire::{
-    dial::DialErrorKind,
-    process::{
-        kubernetes,
-        metrics::{BuildError, Kind, Metrics, append_family, append_meter, append_tunnels},
-    },
-    splice::{HalfEnd, Meter, Outcome},
-    transport::BufferSizes,
+use culvert_process::{
+    kubernetes,
+    metrics::{BuildError, Kind, Metrics, append_family, append_meter, append_tunnels},
 };
+use culvert_transport::{
+    BufferSizes,
+    splice::{HalfEnd, Meter, Outcome},
+};
+use culvert_wire::dial::DialErrorKind;
 use kube::runtime::watcher;
 use metrics::Histogram;
 
-use crate::servers::{Served, Servers};
+use crate::tunnels::{Served, Servers};
 
 const DIAL_DURATION: &str = "konnectivity_network_proxy_agent_dial_duration_seconds";
 const DIAL_FAILURES: &str = "konnectivity_network_proxy_agent_endpoint_dial_failure_total";

@@ -9,17 +9,17 @@ use culvert_loadtest::{
     targets,
 };
 use culvert_server::{
+    backends::registry::{Candidate, Registry},
     config::Strategy,
-    registry::{Candidate, Registry},
 };
+use culvert_transport::priority::{Attained, Share};
 use culvert_wire::{
     AgentId, Target,
     dial::{DialReply, DialRequest, DialTiming, Network, StreamKind},
     extension::Extensions,
     frame::{self, Frame, HEAD_LEN, Head},
+    identifiers::{Identifier, Identifiers},
     ids::DialId,
-    route::{Identifier, Identifiers},
-    transport::urgency::{Attained, Share},
 };
 use divan::{Bencher, black_box, counter::BytesCount};
 use tokio::runtime::Runtime;

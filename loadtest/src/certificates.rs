@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use culvert_wire::process::faults::CertificatePair;
+use culvert_process::faults::CertificatePair;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
     KeyPair, KeyUsagePurpose,

@@ -14,11 +14,11 @@ use std::{
 };
 
 use anyhow::Context as _;
-use culvert_wire::process::signals::StopSignals;
-use session::{Report, Sessions};
+use culvert_process::signals::StopSignals;
 use tokio::time::interval;
 
 use crate::rig::{Rig, Running};
+use session::{Report, Sessions};
 
 /// How often the table is drawn anew on a terminal.
 const FRAME: Duration = Duration::from_millis(250);

@@ -9,7 +9,7 @@ use culvert_agent::{
     Agent,
     config::{Config, Flags},
 };
-use culvert_wire::process::{go_flags, invocation::Invocation, logging};
+use culvert_process::{go_flags, invocation::Invocation, logging};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{runtime::Runtime, task::JoinSet};
 

@@ -7,7 +7,7 @@ use std::{io, path::Path, sync::Arc, time::Duration};
 
 use culvert_agent::config::Transport;
 use culvert_server::{config::Mode, frontend::listen::FrontendAddress};
-use culvert_wire::tls::{Identity, KeyExchange, authorities, certificates};
+use culvert_transport::tls::{Identity, KeyExchange, authorities, certificates};
 use rustls::{ClientConfig, pki_types::ServerName};
 use socket2::SockRef;
 use tokio::{

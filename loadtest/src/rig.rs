@@ -14,10 +14,15 @@ use std::{
 };
 
 use anyhow::Context as _;
-use culvert_agent::{Agent, config::Transport, metrics::AgentMetrics, servers::Servers};
+use culvert_agent::{Agent, config::Transport, metrics::AgentMetrics, tunnels::Servers};
+use culvert_process::{
+    kubernetes::KubernetesConfig,
+    logging::{LogConfig, LogFormat},
+    tunnel_flags::TunnelConfig,
+};
 use culvert_server::{
     Server,
-    backend::Backends,
+    backends::Backends,
     config::{
         AgentsConfig, DialConfig, FrontendConfig, FrontendListen, Mode, Strategy, TlsConfig,
         TlsVersion,
@@ -25,14 +30,7 @@ use culvert_server::{
     frontend::listen::FrontendAddress,
     metrics::ServerMetrics,
 };
-use culvert_wire::{
-    process::{
-        kubernetes::KubernetesConfig,
-        logging::{LogConfig, LogFormat},
-        tunnel_flags::TunnelConfig,
-    },
-    transport::tcp::Proxies,
-};
+use culvert_transport::tcp::Proxies;
 use rustls::pki_types::ServerName;
 use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 

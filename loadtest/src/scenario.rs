@@ -9,13 +9,12 @@ use anyhow::Context as _;
 use include_dir::{Dir, include_dir};
 use serde::{Deserialize, Serialize};
 
-pub use event::{Event, LinkEvent, When};
-
 use crate::{
     link::LinkSettings,
     load::{Kind, Workload},
     peer::Peer,
 };
+pub use event::{Event, LinkEvent, When};
 
 static SCENARIOS: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/scenarios");
 

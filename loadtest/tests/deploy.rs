@@ -3,7 +3,7 @@
 
 use std::{ffi::OsString, fs, path::Path};
 
-use culvert_wire::process::go_flags;
+use culvert_process::go_flags;
 
 /// The items of the one `args:` list of a manifest.
 fn args(manifest: &str) -> Vec<OsString> {

@@ -18,12 +18,10 @@ use culvert_loadtest::{
     certificates::Certificates,
     link::{Link, LinkError, LinkSettings, NODE, SERVER, settings::Direction},
 };
-use culvert_wire::{
+use culvert_transport::{
+    Settings,
+    quic::{Listener, connect},
     tls::{Identity, KeyExchange, authorities, certificates, tunnel_client, tunnel_server},
-    transport::{
-        Settings,
-        quic::{Listener, connect},
-    },
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{agent, eventually, metric, noise, within};
+use culvert_konnectivity::packet::{CloseDial, Packet, PacketType, Payload};
 use culvert_loadtest::{
     frontend::{
         Door,
@@ -13,11 +13,12 @@ use culvert_loadtest::{
     rig::Running,
     targets,
 };
-use culvert_wire::konnectivity::packet::{CloseDial, Packet, PacketType, Payload};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
 };
+
+use common::{agent, eventually, metric, noise, within};
 
 async fn client(rig: &Running) -> Client {
     Client::connect(UnixStream::connect(rig.uds()).await.unwrap()).await.unwrap()

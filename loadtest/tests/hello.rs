@@ -3,9 +3,10 @@
 
 mod common;
 
-use common::{server::FakeServer, within};
 use culvert_loadtest::frontend::Door;
-use culvert_wire::{CloseCode, control::Secret, route::Identifier};
+use culvert_wire::{CloseCode, control::Secret, identifiers::Identifier};
+
+use common::{server::FakeServer, within};
 
 #[tokio::test]
 async fn an_agent_tells_its_name_identifiers_and_token() {

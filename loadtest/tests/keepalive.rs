@@ -7,21 +7,22 @@ mod common;
 
 use std::{io, pin::pin};
 
-use common::{
-    mixed::{Make, Site, until},
-    within,
-};
-use culvert_loadtest::{frontend::Connection, peer::Frontend, targets::Target};
-use culvert_wire::konnectivity::{
+use culvert_konnectivity::{
     CONNECT,
     packet::{Packet, Payload},
 };
+use culvert_loadtest::{frontend::Connection, peer::Frontend, targets::Target};
 use prost::Message as _;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
 use tokio_rustls::client::TlsStream;
+
+use common::{
+    mixed::{Make, Site, until},
+    within,
+};
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const HEAD_LEN: usize = 9;

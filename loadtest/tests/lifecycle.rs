@@ -8,7 +8,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{agent, echo, eventually, metric, until_stopped, within};
 use culvert_agent::{Agent, config::Transport};
 use culvert_loadtest::{
     certificates::Certificates,
@@ -21,6 +20,8 @@ use culvert_loadtest::{
     targets,
 };
 use tokio::io::AsyncReadExt;
+
+use common::{agent, echo, eventually, metric, until_stopped, within};
 
 /// What a loaded test machine may add to "at once".
 const AT_ONCE: Duration = Duration::from_secs(3);

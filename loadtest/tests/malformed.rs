@@ -4,16 +4,18 @@
 mod common;
 
 use bytes::Bytes;
+use culvert_loadtest::{frontend::Door, rig::Running, targets};
+use culvert_transport::TunnelLost;
+use culvert_wire::frame;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpStream, UdpSocket, UnixStream},
+};
+
 use common::{
     agent, eventually, metric,
     server::{self, FakeServer},
     within,
-};
-use culvert_loadtest::{frontend::Door, rig::Running, targets};
-use culvert_wire::{frame, transport::TunnelLost};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpStream, UdpSocket, UnixStream},
 };
 
 const SEED: u64 = 20_260_823;

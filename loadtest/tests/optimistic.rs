@@ -6,18 +6,18 @@ mod common;
 use std::io;
 
 use bytes::Bytes;
-use common::{agent, metric, within};
 use culvert_loadtest::{
     frontend::{Connection, Door, connect::ConnectError},
     rig::Running,
 };
+use culvert_transport::{RecvHalf, SendHalf, Tunnel, control::ControlStream};
 use culvert_wire::{
-    control::ControlStream,
     dial::{DialErrorKind, DialFailure, DialReply, DialRequest, DialTiming},
     extension::Extensions,
     frame::{self, Message},
-    transport::{RecvHalf, SendHalf, Tunnel},
 };
+
+use common::{agent, metric, within};
 
 const TARGET: &str = "10.0.0.9:10250";
 

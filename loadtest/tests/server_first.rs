@@ -3,16 +3,17 @@
 
 mod common;
 
-use common::within;
+use culvert_konnectivity::packet::Payload;
 use culvert_loadtest::{
     frontend::{Door, connect::ESTABLISHED, proxy},
     targets,
 };
-use culvert_wire::konnectivity::packet::Payload;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
 };
+
+use common::within;
 
 const BANNER: &str = "SSH-2.0-target ready\r\n";
 

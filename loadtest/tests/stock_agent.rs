@@ -11,6 +11,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use culvert_loadtest::{frontend::Connection, peer::Frontend, targets};
+use culvert_server::backends::registry::RETURN_LIMIT;
+use nix::sys::signal::Signal;
+use tokio::time::timeout;
+
 use common::{
     at_once, echo,
     mixed::{
@@ -19,10 +24,6 @@ use common::{
     },
     within,
 };
-use culvert_loadtest::{frontend::Connection, peer::Frontend, targets};
-use culvert_server::registry::RETURN_LIMIT;
-use nix::sys::signal::Signal;
-use tokio::time::timeout;
 
 /// What a connection may wait while another one of its agent misbehaves, on a loaded machine.
 const UNDISTURBED: Duration = Duration::from_secs(1);

@@ -5,19 +5,20 @@ mod common;
 
 use std::{io, net::SocketAddr, time::Duration};
 
-use common::{echo, noise, path::Path, within};
 use culvert_agent::config::Transport;
 use culvert_loadtest::{
     frontend::{Connection, Door},
     rig::Running,
     targets::{self, Target},
 };
-use culvert_wire::transport::tcp::Proxies;
+use culvert_transport::tcp::Proxies;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
     net::{TcpListener, TcpStream},
     time::timeout,
 };
+
+use common::{echo, noise, path::Path, within};
 
 const DOOR: Door = Door::ConnectUnix;
 

@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, process::ExitCode};
 
-use culvert_wire::process::{go_flags, invocation::Invocation, logging, signals::StopSignals};
+use culvert_process::{go_flags, invocation::Invocation, logging, signals::StopSignals};
 use tracing::{info, warn};
 
 use crate::{Config, Server, config::Flags};

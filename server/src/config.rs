@@ -6,8 +6,8 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-pub use culvert_wire::process::faults::{CertificatePair, ConfigError, ConfigErrors};
-use culvert_wire::process::{
+pub use culvert_process::faults::{CertificatePair, ConfigError, ConfigErrors};
+use culvert_process::{
     faults::Faults, go_flags, invocation::Invocation, kubernetes::KubernetesConfig,
     logging::LogConfig, tunnel_flags::TunnelConfig,
 };

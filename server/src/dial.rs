@@ -5,25 +5,29 @@ use std::{
     time::{Duration, Instant},
 };
 
+use culvert_process::logging::RateLimited;
+use culvert_transport::{
+    ReadError, ReadFrameError, RecvHalf, SendHalf, TunnelLost, WriteError,
+    splice::{Cut, Head},
+};
 use culvert_wire::{
     AgentId, DialId, StreamCode, Target,
     codec::EncodeError,
     dial::{DialFailure, DialReply, DialRequest, DialTiming, Network, StreamKind, TraceContext},
     extension::{Extensions, UnknownExtension},
     frame::{self, FrameError, Message},
-    process::logging::RateLimited,
-    splice::{Cut, Head},
     target::InvalidTarget,
-    transport::{ReadError, ReadFrameError, RecvHalf, SendHalf, TunnelLost, WriteError},
 };
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info};
 
 use crate::{
-    backend::{Backend, Backends, Place},
+    backends::{
+        Backend, Backends, Place,
+        registry::{Candidate, RETURN_LIMIT},
+    },
     config::DialConfig,
     metrics::{Counted, ServerMetrics},
-    registry::{Candidate, RETURN_LIMIT},
 };
 
 /// An agent that has not answered a dial for this long is asked whether it is alive. Dialing a

@@ -5,25 +5,23 @@
 pub mod connect;
 pub mod grpc;
 pub mod listen;
-mod tls_socket;
+mod tls;
 
 use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use culvert_wire::{
-    dial::{StreamKind, TraceContext},
-    splice::{self, Abort, Cut, HalfEnd, Local, LocalRead, LocalWrite},
-};
+use culvert_transport::splice::{self, Abort, Cut, HalfEnd, Local, LocalRead, LocalWrite};
+use culvert_wire::dial::{StreamKind, TraceContext};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::debug;
 
 use crate::{
+    backends::registry::Candidate,
     config::Mode,
     dial::{Dialed, Dialer},
     metrics::{FrontendKind, ServerMetrics},
-    registry::Candidate,
 };
 
 /// Declares what a connection is for, as a request header or gRPC metadata; kube-apiserver sends

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use culvert_wire::process::{
+use culvert_process::{
     kubernetes::{self, Client, Timestamp, lease_expiry},
     logging::RateLimited,
 };

@@ -13,17 +13,18 @@ use std::{
     time::Instant,
 };
 
-use culvert_wire::{
-    process::metrics::{BuildError, Kind, Metrics, append_family, append_meter, append_tunnels},
+use culvert_process::metrics::{
+    BuildError, Kind, Metrics, append_family, append_meter, append_tunnels,
+};
+use culvert_transport::{
+    BufferSizes,
     splice::{HalfEnd, Meter, Outcome},
-    transport::BufferSizes,
 };
 use metrics::Histogram;
 
 use crate::{
-    backend::{Backend, Backends},
+    backends::{Backend, Backends, registry::Candidate},
     config::Strategy,
-    registry::Candidate,
 };
 
 const DIAL_DURATION: &str = "konnectivity_network_proxy_server_dial_duration_seconds";

@@ -2,15 +2,12 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use culvert_wire::{
-    CloseCode,
-    ids::InvalidId,
-    process::{
-        admin::{self, AdminServer, Routes},
-        kubernetes::ClientError,
-        metrics::{BuildError, Upkeep},
-    },
+use culvert_process::{
+    admin::{self, AdminServer, Routes},
+    kubernetes::ClientError,
+    metrics::{BuildError, Upkeep},
 };
+use culvert_wire::{CloseCode, ids::InvalidId};
 use tokio::time::timeout;
 use tokio_util::{
     sync::CancellationToken,
@@ -19,19 +16,21 @@ use tokio_util::{
 use tracing::{info, warn};
 
 use crate::{
-    arrival,
-    backend::Backends,
+    agents::{
+        self,
+        admission::Gate,
+        listener::{TunnelPort, TunnelPortError},
+        session::TunnelContext,
+    },
+    backends::Backends,
     config::Config,
     dial::Dialer,
     frontend::{
         FrontendContext,
         listen::{FrontendAddress, FrontendListener, ListenError},
     },
-    identity::Gate,
     leases::Leases,
     metrics::ServerMetrics,
-    tunnel::TunnelContext,
-    tunnel_port::{TunnelPort, TunnelPortError},
 };
 
 /// Time for closed tunnels' last packets, and for tasks to notice that they are over.
@@ -240,6 +239,6 @@ fn kubernetes(
 
 async fn accept_tunnels(port: &TunnelPort, context: &Arc<TunnelContext>) {
     while let Some(incoming) = port.accept().await {
-        context.tunnels.spawn(arrival::serve(incoming, context.clone()));
+        context.tunnels.spawn(agents::serve(incoming, context.clone()));
     }
 }

@@ -4,21 +4,18 @@
 //! code that says why not. After that either side may send any of the other messages at any time.
 //= docs/protocol.md#5-control-stream
 
-mod stream;
-
 use std::fmt;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-pub use stream::{ControlError, ControlStream, Event};
 
 use crate::{
+    bounded::{List, Text},
     codec::EncodeError,
     extension::Extensions,
     frame::{self, Frame, FrameError, Message},
+    identifiers::Identifiers,
     ids::{AgentId, InstanceId, ServerId},
-    route::Identifiers,
-    text::{List, Text},
     version::Features,
 };
 
@@ -135,7 +132,7 @@ impl Secret {
     ///
     /// # Errors
     /// When it has more than 8192 bytes.
-    pub fn new(token: &str) -> Result<Self, crate::text::TooLong> {
+    pub fn new(token: &str) -> Result<Self, crate::bounded::TooLong> {
         token.try_into().map(Self)
     }
 

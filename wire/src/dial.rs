@@ -8,7 +8,7 @@ use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{extension::Extensions, frame::Message, ids::DialId, target::Target, text::Text};
+use crate::{bounded::Text, extension::Extensions, frame::Message, ids::DialId, target::Target};
 
 /// How the target is spoken to. Only TCP is carried; the variants differ in address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::text::List;
+use crate::bounded::List;
 
 /// The most extensions one message may carry.
 pub const MAX_EXTENSIONS: usize = 16;

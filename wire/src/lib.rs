@@ -1,38 +1,28 @@
-//! Everything that crosses a Culvert tunnel, and nothing else: the protocol `culvert/1`, the seam
-//! to what carries it, and the splice that joins a stream to a socket.
+//! What crosses a Culvert tunnel: the protocol `culvert/1`, as types and bytes.
 //!
-//! This crate knows no frontend, no registry and no Kubernetes. The normative text is
-//! `docs/protocol.md`; modules cite its sections.
+//! Framing and routing metadata, and nothing else: no I/O, no clock, no async runtime. The normative
+//! text is `docs/protocol.md`; modules cite its sections.
 //!
 //! ```text
-//!  control ─ dial            messages, checked while they are read
-//!     └─ frame ─ codec       bytes ↔ messages, with a hard limit on every length
-//!  splice                    a stream and a socket joined, with exact ends
-//!  transport                 tunnel, stream halves; the carriers below them
-//!     └─ congestion          how much of the path a tunnel fills
+//!  control ─ dial             messages, checked while they are decoded
+//!     └─ frame ─ codec        bytes ↔ messages, with a hard limit on every length
+//!  ids, identifiers, target   what a message names: agents, servers, routes, addresses
+//!  bounded, extension         texts and lists from a peer, with a limit
+//!  code, version              close codes, reset codes, feature bits
 //! ```
 //!
-//! Start with [`transport::Tunnel`], then [`dial::DialRequest`], then [`splice`].
+//! Start with [`control::ControlMessage`], then [`dial::DialRequest`].
 
-mod chunks;
+pub mod bounded;
 pub mod code;
 pub mod codec;
-pub mod congestion;
 pub mod control;
 pub mod dial;
 pub mod extension;
 pub mod frame;
+pub mod identifiers;
 pub mod ids;
-#[cfg(feature = "konnectivity")]
-pub mod konnectivity;
-#[cfg(feature = "process")]
-pub mod process;
-pub mod route;
-pub mod splice;
 pub mod target;
-pub mod text;
-pub mod tls;
-pub mod transport;
 pub mod version;
 
 pub use code::{CloseCode, StreamCode};

@@ -5,6 +5,7 @@ mod common;
 
 use culvert_wire::{
     AgentId, CloseCode, DialId, InstanceId, ServerId, StreamCode, Target,
+    bounded::{List, Text},
     codec::{self, DecodeError, MAX_BODY_LEN},
     control::{ControlMessage, Drain, Goodbye, Hello, Ping, Pong, Secret, ServerEntry, Welcome},
     dial::{
@@ -13,8 +14,7 @@ use culvert_wire::{
     },
     extension::{Extension, Extensions, MAX_EXTENSION_LEN, MAX_EXTENSIONS},
     frame::{Frame, FrameError, HEAD_LEN, Message as _},
-    route::{Identifier, Identifiers, MAX_IDENTIFIERS},
-    text::{List, Text},
+    identifiers::{Identifier, Identifiers, MAX_IDENTIFIERS},
     version::Features,
 };
 use proptest::{collection::vec, option, prelude::*};

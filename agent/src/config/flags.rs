@@ -1,7 +1,7 @@
 //! The flags of `culvert-agent`: every one a stock `proxy-agent` has, and ours.
 
 use clap::Parser;
-use culvert_wire::process::{go_duration::GoDuration, tunnel_flags::TunnelFlags};
+use culvert_process::{go_duration::GoDuration, tunnel_flags::TunnelFlags};
 
 use super::Transport;
 

@@ -5,7 +5,7 @@
 
 use std::net::IpAddr;
 
-use culvert_wire::process::{faults::Faults, go_flags::parse_bool};
+use culvert_process::{faults::Faults, go_flags::parse_bool};
 
 const FLAG: &str = "agent-identifiers";
 

@@ -7,10 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use culvert_transport::splice;
 use culvert_wire::{
     Target,
     dial::{DialErrorKind, DialFailure, DialTiming, Network},
-    splice,
 };
 use tokio::{
     net::{TcpStream, lookup_host},

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
-use culvert_server::{backend::Backend, registry::Candidate};
+use culvert_server::backends::{Backend, registry::Candidate};
 
 use super::session::Report;
 

@@ -3,9 +3,7 @@
 use std::io;
 
 use bytes::Bytes;
-use culvert_wire::konnectivity::packet::{
-    CloseRequest, Data, DialRequest, Packet, PacketType, Payload,
-};
+use culvert_konnectivity::packet::{CloseRequest, Data, DialRequest, Packet, PacketType, Payload};
 use http::uri::PathAndQuery;
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo};

@@ -4,17 +4,19 @@ use std::sync::Arc;
 
 use culvert_agent::config::Transport;
 use culvert_loadtest::rig::Running;
+use culvert_transport::{
+    Settings, Tunnel,
+    control::ControlStream,
+    quic,
+    tcp::{self, Way},
+    tls::{Identity, KeyExchange, authorities, certificates, tunnel_client},
+};
 use culvert_wire::{
     InstanceId,
-    control::{ControlMessage, ControlStream, Hello},
+    bounded::Text,
+    control::{ControlMessage, Hello},
     extension::Extensions,
-    route::Identifiers,
-    text::Text,
-    tls::{Identity, KeyExchange, authorities, certificates, tunnel_client},
-    transport::{
-        Settings, Tunnel, quic,
-        tcp::{self, Way},
-    },
+    identifiers::Identifiers,
     version::{Features, REVISION},
 };
 

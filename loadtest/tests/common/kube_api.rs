@@ -11,7 +11,8 @@ use std::{
 
 use bytes::Bytes;
 use culvert_loadtest::certificates::Certificates;
-use culvert_wire::{process::kubernetes::Timestamp, tls::Identity};
+use culvert_process::kubernetes::Timestamp;
+use culvert_transport::tls::Identity;
 use http::{Method, Request, Response, StatusCode, header::AUTHORIZATION};
 use http_body_util::{BodyExt as _, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::{

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use culvert_konnectivity::ALPN_H2;
 use culvert_loadtest::{
     certificates::Certificates,
     frontend::{Connection, connect::ConnectError},
@@ -18,10 +19,7 @@ use culvert_loadtest::{
     stock_client::StockClient,
     targets::{self, Target},
 };
-use culvert_wire::{
-    konnectivity::ALPN_H2,
-    tls::{Identity, KeyExchange, authorities, certificates, tunnel_client},
-};
+use culvert_transport::tls::{Identity, KeyExchange, authorities, certificates, tunnel_client};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,

@@ -4,14 +4,18 @@ use std::sync::Arc;
 
 use culvert_agent::config::Transport;
 use culvert_loadtest::{frontend::Door, rig::Running};
+use culvert_transport::{
+    Settings, Tunnel,
+    control::ControlStream,
+    quic, tcp,
+    tls::{Identity, KeyExchange, authorities, certificates, tunnel_server},
+};
 use culvert_wire::{
     DialId,
-    control::{ControlMessage, ControlStream, Hello, Welcome},
+    bounded::List,
+    control::{ControlMessage, Hello, Welcome},
     dial::{DialRequest, Network, StreamKind},
     extension::Extensions,
-    text::List,
-    tls::{Identity, KeyExchange, authorities, certificates, tunnel_server},
-    transport::{Settings, Tunnel, quic, tcp},
     version::{Features, REVISION},
 };
 use tokio::net::TcpListener;

@@ -1,7 +1,7 @@
 //! A packet from a frontend, decoded and encoded again.
 #![no_main]
 
-use culvert_wire::konnectivity::packet::Packet;
+use culvert_konnectivity::packet::Packet;
 use libfuzzer_sys::fuzz_target;
 use prost::Message;
 

@@ -1,7 +1,7 @@
 //! The flags of `culvert-server`: every one a stock `proxy-server` has, and ours.
 
 use clap::Parser;
-use culvert_wire::process::{go_duration::GoDuration, tunnel_flags::TunnelFlags};
+use culvert_process::{go_duration::GoDuration, tunnel_flags::TunnelFlags};
 
 /// The control-plane side of Culvert: takes kube-apiserver's connections to nodes, pods and
 /// services and carries each to an agent through a QUIC tunnel.

@@ -8,11 +8,8 @@
 use std::{io, time::Duration};
 
 use bytes::{Bytes, BytesMut};
-use culvert_wire::{
-    Target,
-    dial::Network,
-    splice::{Abort, Local, LocalRead, LocalWrite},
-};
+use culvert_transport::splice::{Abort, Local, LocalRead, LocalWrite};
+use culvert_wire::{Target, dial::Network};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     time::{sleep, timeout},

@@ -11,11 +11,9 @@ mod service;
 
 use std::sync::Arc;
 
-use authority::LegalAuthority;
-use culvert_wire::konnectivity::packet::Packet;
+use culvert_konnectivity::packet::Packet;
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use service::ProxyService;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::mpsc,
@@ -24,6 +22,8 @@ use tonic::Status;
 use tracing::debug;
 
 use super::FrontendContext;
+use authority::LegalAuthority;
+use service::ProxyService;
 
 /// Where a `Proxy` stream's packets to the frontend go. An error ends the stream.
 type Outbound = mpsc::Sender<Result<Packet, Status>>;

@@ -9,8 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use culvert_wire::{
-    process::{listen, logging::RateLimited},
+use culvert_process::{listen, logging::RateLimited};
+use culvert_transport::{
     splice,
     tls::{Identity, KeyExchange, TlsError, authorities, certificates},
 };
@@ -26,7 +26,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tracing::{debug, warn};
 
-use super::{FrontendContext, tls_socket::SharedTcp};
+use super::{FrontendContext, tls::SharedTcp};
 use crate::config::{FrontendConfig, FrontendListen, Mode, TlsConfig, TlsVersion};
 
 /// Owner and group may connect: kube-apiserver and the server share one or the other.

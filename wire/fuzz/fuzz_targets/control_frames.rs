@@ -1,10 +1,7 @@
 //! A control stream's bytes: every frame in them, decoded and encoded again.
 #![no_main]
 
-use culvert_wire::{
-    control::ControlMessage,
-    frame::{Frame, HEAD_LEN, Head},
-};
+use culvert_wire::{control::ControlMessage, frame::{Frame, HEAD_LEN, Head}};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|stream: &[u8]| {

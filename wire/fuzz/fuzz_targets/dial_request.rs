@@ -1,10 +1,7 @@
 //! The body of a dial request, decoded and encoded again.
 #![no_main]
 
-use culvert_wire::{
-    dial::DialRequest,
-    frame::{self, Frame, HEAD_LEN, Message},
-};
+use culvert_wire::{dial::DialRequest, frame::{self, Frame, HEAD_LEN, Message}};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|body: &[u8]| {

@@ -4,4 +4,4 @@
 
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|script: &[u8]| culvert_wire::transport::qmux::fuzz_peer(script));
+fuzz_target!(|script: &[u8]| culvert_transport::qmux::fuzz_peer(script));

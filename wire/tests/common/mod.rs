@@ -5,6 +5,7 @@
 use bytes::Bytes;
 use culvert_wire::{
     CloseCode, DialId, InstanceId, Target,
+    bounded::{List, Text},
     codec::{EncodeError, MAX_BODY_LEN},
     control::{ControlMessage, Drain, Goodbye, Hello, Ping, Pong, Secret, ServerEntry, Welcome},
     dial::{
@@ -13,8 +14,7 @@ use culvert_wire::{
     },
     extension::{Extension, Extensions},
     frame::{self, Frame, FrameError, HEAD_LEN, Head, Message as _},
-    route::{Identifier, Identifiers},
-    text::{List, Text},
+    identifiers::{Identifier, Identifiers},
     version::Features,
 };
 

@@ -10,11 +10,9 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use culvert_wire::{
-    StreamCode,
-    konnectivity::packet::{Packet, Said},
-    splice::{Abort, LocalFault, LocalRead, LocalWrite},
-};
+use culvert_konnectivity::packet::{Packet, Said};
+use culvert_transport::splice::{Abort, LocalFault, LocalRead, LocalWrite};
+use culvert_wire::StreamCode;
 use tokio::{
     sync::SetOnce,
     time::{Instant, timeout_at},

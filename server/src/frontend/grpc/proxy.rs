@@ -18,12 +18,9 @@ use std::{
     },
 };
 
-use culvert_wire::{
-    Target,
-    dial::Network,
-    konnectivity::packet::{DialRequest, Packet, Said},
-    splice::{Cut, HalfEnd, Local},
-};
+use culvert_konnectivity::packet::{DialRequest, Packet, Said};
+use culvert_transport::splice::{Cut, HalfEnd, Local};
+use culvert_wire::{Target, dial::Network};
 use tonic::Streaming;
 use tracing::debug;
 

@@ -2,7 +2,7 @@
 
 use std::{convert::Infallible, future::Ready, pin::Pin, sync::Arc};
 
-use culvert_wire::konnectivity::{
+use culvert_konnectivity::{
     PROXY,
     codec::{MAX_PACKET_LEN, SmallBuffers},
     packet::Packet,

@@ -1,0 +1,282 @@
+//! A stock server's one stream on one side, a tunnel on the other.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+
+use culvert_konnectivity::{
+    Connections, End, Flooded, Inbox, Outbound, Side, carry, outbound,
+    packet::{DialRequest, Packet, Said},
+};
+use culvert_transport::{
+    ReadError, ReadFrameError, RecvHalf, SendHalf, Tunnel, TunnelLost,
+    control::{ControlError, ControlStream},
+    splice::Meter,
+};
+use culvert_wire::{
+    CloseCode, DialId, StreamCode, Target,
+    bounded::List,
+    control::{ControlMessage, Welcome},
+    dial::{DialReply, Network, StreamKind},
+    extension::Extensions,
+    frame::{self, Message},
+    version::{Features, REVISION},
+};
+use hyper::client::conn::http2;
+use tokio::{task::JoinSet, time::timeout};
+use tokio_util::sync::CancellationToken;
+use tonic::{Streaming, body::Body};
+use tracing::debug;
+
+use super::call::{Call, CallError, call};
+
+/// Dials and connections of one server; stock has no limit.
+const MAX_CONNECTIONS: usize = 10_000;
+/// Time for the last packets once the agent has left.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Why a bridge ended.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error(transparent)]
+    Refused(#[from] CallError),
+    #[error("the server ended its stream")]
+    Stream,
+    #[error("the server's stream failed: {}", .0.message())]
+    Failed(#[from] tonic::Status),
+    #[error(transparent)]
+    Flooded(#[from] Flooded),
+    #[error("{0}")]
+    Tunnel(#[from] TunnelLost),
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error("the agent began with another message than hello")]
+    NotHello,
+}
+
+impl Ended {
+    fn close_code(&self) -> CloseCode {
+        match self {
+            Self::Refused(_) => CloseCode::UNAUTHENTICATED,
+            Self::Stream => CloseCode::SHUTDOWN,
+            Self::Flooded(_) => CloseCode::OVERLOADED,
+            Self::NotHello => CloseCode::PROTOCOL_VIOLATION,
+            Self::Failed(_) | Self::Tunnel(_) | Self::Control(_) => CloseCode::ABANDONED,
+        }
+    }
+}
+
+/// Plays a stock server's part on its tunnel until one of both is gone. The connection lives as long as
+/// `requests`.
+pub(super) async fn run(tunnel: Tunnel, requests: http2::SendRequest<Body>) {
+    let Ok(opened) = tunnel.accept().await else { return };
+    let mut control = ControlStream::new(tunnel.clone(), opened);
+    let Err(ended) = serve(&tunnel, &mut control, requests.clone()).await;
+    debug!(remote = %tunnel.remote_address(), %ended, "a stock server's stream is over");
+    // While the control stream still lives: the reason is all that the agent hears.
+    tunnel.close(ended.close_code(), &ended.to_string());
+    tunnel.flushed(FLUSH_TIMEOUT).await;
+}
+
+/// Ends only with an error.
+type Never = std::convert::Infallible;
+
+async fn serve(
+    tunnel: &Tunnel,
+    control: &mut ControlStream,
+    requests: http2::SendRequest<Body>,
+) -> Result<Never, Ended> {
+    let ControlMessage::Hello(hello) = control.next().await? else { return Err(Ended::NotHello) };
+    let (outbound, packets) = outbound();
+    let Call { server_id, server_count, mut inbound } = tokio::select! {
+        called = call(requests, &hello, packets) => called?,
+        // Stock may leave a call without an answer for ever.
+        lost = tunnel.closed() => return Err(lost.into()),
+    };
+    let welcome = Welcome {
+        revision: REVISION,
+        features: Features::default(),
+        server_id,
+        server_count,
+        servers: List::default(),
+        max_streams: u32::try_from(MAX_CONNECTIONS).unwrap_or(u32::MAX),
+        extensions: Extensions::default(),
+    };
+    control.send(&ControlMessage::Welcome(Box::new(welcome))).await?;
+    let shared = Arc::new(Shared {
+        tunnel: tunnel.clone(),
+        outbound,
+        connections: Connections::default(),
+        dials: Mutex::default(),
+        last_id: AtomicI64::new(0),
+    });
+    let mut served = JoinSet::new();
+    let ended = tokio::select! {
+        ended = shared.hear(&mut inbound, &mut served) => ended,
+        ended = shared.converse(control) => ended,
+    };
+    if matches!(ended, Err(Ended::Tunnel(_) | Ended::Control(_))) {
+        // The agent has left; the server is told how every connection ended, and that it was all.
+        let told = async {
+            while served.join_next().await.is_some() {}
+            drop(shared);
+            while let Ok(Some(_)) = inbound.message().await {}
+        };
+        // A server that does not read is told by the connection's end.
+        let _ = timeout(FLUSH_TIMEOUT, told).await;
+    }
+    ended
+}
+
+/// What the tasks of one bridge share.
+#[derive(Debug)]
+struct Shared {
+    tunnel: Tunnel,
+    outbound: Outbound,
+    connections: Connections,
+    /// Dials that were not answered.
+    dials: Mutex<HashMap<i64, CancellationToken>>,
+    /// The name of the last connection.
+    last_id: AtomicI64,
+}
+
+impl Shared {
+    /// Takes what the server sends. It waits for nobody for long: all connections share this stream.
+    async fn hear(
+        self: &Arc<Self>,
+        inbound: &mut Streaming<Packet>,
+        served: &mut JoinSet<()>,
+    ) -> Result<Never, Ended> {
+        loop {
+            let message = tokio::select! {
+                message = inbound.message() => message?.ok_or(Ended::Stream)?,
+                Some(_) = served.join_next() => continue,
+            };
+            match Said::from(message) {
+                Said::Dial(request) if served.len() >= MAX_CONNECTIONS => {
+                    let error = "agent has too many connections".to_owned();
+                    self.outbound.urge(Packet::dial_response(request.random, Err(error)))?;
+                }
+                Said::Dial(request) => {
+                    let shared = self.clone();
+                    // Counted as stock counts: a dial that fails uses its number up.
+                    let id = self.last_id.fetch_add(1, Ordering::Relaxed) + 1;
+                    let cancelled = CancellationToken::new();
+                    self.dials().insert(request.random, cancelled.clone());
+                    served.spawn(async move { shared.serve(id, request, cancelled).await });
+                }
+                Said::CancelDial(random) => {
+                    if let Some(cancelled) = self.dials().remove(&random) {
+                        cancelled.cancel();
+                    }
+                }
+                Said::Data(data) if data.connect_id == 0 => {}
+                Said::Data(data) => match self.connections.push(data.connect_id, data.data) {
+                    Some(inbox) => inbox.pace().await,
+                    None => self.unknown(data.connect_id, "unrecognized connectID")?,
+                },
+                Said::Close(id) => match self.connections.remove(id) {
+                    Some(inbox) => inbox.end(End::Finished),
+                    None => self.unknown(id, "Unknown connectID")?,
+                },
+                // What only agents say, and what later versions may.
+                Said::Dialed(_) | Said::Closed(_) | Said::Drain | Said::Unknown => {}
+            }
+        }
+    }
+
+    fn unknown(&self, id: i64, reason: &str) -> Result<(), Flooded> {
+        self.outbound.urge(Packet::close_response(id, reason))
+    }
+
+    /// Passes on what the agent says on its control stream, as far as stock has a word for it.
+    async fn converse(&self, control: &mut ControlStream) -> Result<Never, Ended> {
+        loop {
+            match control.next().await {
+                Ok(ControlMessage::Drain(_)) => self.outbound.urge(Packet::drain())?,
+                Ok(_) => {}
+                // The tunnel's own reason says more.
+                Err(ControlError::Read(ReadError::Lost(lost))) => return Err(lost.into()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// One dial of the server's, and its connection.
+    async fn serve(&self, id: i64, request: DialRequest, cancelled: CancellationToken) {
+        let random = request.random;
+        let dialed = tokio::select! {
+            dialed = self.dial(request) => dialed,
+            () = cancelled.cancelled() => return debug!(id, "a stock server gave a dial up"),
+        };
+        self.dials().remove(&random);
+        match dialed {
+            Ok(stream) => {
+                // Entered before the server can know of it.
+                let inbox = self.connections.enter(id);
+                if self.outbound.carry(Packet::dial_response(random, Ok(id))).await {
+                    self.carry((id, inbox), stream).await;
+                }
+            }
+            // A server that is gone needs no answer.
+            Err(error) => {
+                self.outbound.carry(Packet::dial_response(random, Err(error))).await;
+            }
+        }
+    }
+
+    async fn carry(&self, connection: (i64, Arc<Inbox>), stream: (SendHalf, RecvHalf)) {
+        let id = connection.0;
+        let (outbound, meter) = (self.outbound.clone(), Meter::default());
+        let carried =
+            carry(connection, Side::Server, stream, outbound, &self.connections, &meter).await;
+        debug!(id, end = ?carried.end, "a stock server's connection ended");
+    }
+
+    /// A stream whose other end is the target; or why not, in the words of a stock agent.
+    async fn dial(&self, request: DialRequest) -> Result<(SendHalf, RecvHalf), String> {
+        let request = self.request(request)?;
+        let (mut send, mut recv) = self.tunnel.open().await.map_err(|lost| lost.to_string())?;
+        let asked = frame::encode(&request).map_err(|error| error.to_string())?;
+        send.write_chunk(asked).await.map_err(|error| error.to_string())?;
+        let reply = recv.read_frame(DialReply::MAX_LEN).await.map_err(|error| match error {
+            ReadFrameError::Read(ReadError::Reset(StreamCode::OVERLOADED)) => {
+                "agent has too many connections".to_owned()
+            }
+            error => error.to_string(),
+        })?;
+        let reply: DialReply = reply.message().map_err(|error| error.to_string())?;
+        reply.outcome.map_err(|failure| failure.to_string())?;
+        Ok((send, recv))
+    }
+
+    fn request(&self, request: DialRequest) -> Result<culvert_wire::dial::DialRequest, String> {
+        let DialRequest { protocol, address, .. } = request;
+        let network = Network::from_name(&protocol)
+            .ok_or_else(|| format!("dial {protocol}: unknown network {protocol}"))?;
+        let target: Target =
+            address.parse().map_err(|error: culvert_wire::target::InvalidTarget| {
+                format!("dial {protocol}: {error}")
+            })?;
+        Ok(culvert_wire::dial::DialRequest {
+            id: DialId(fastrand::u64(..)),
+            network,
+            target,
+            kind: StreamKind::UNKNOWN,
+            // Stock does not say how long it will wait.
+            timeout_millis: 0,
+            trace: None,
+            extensions: Extensions::default(),
+        })
+    }
+
+    fn dials(&self) -> MutexGuard<'_, HashMap<i64, CancellationToken>> {
+        // Every change is complete before it could panic.
+        self.dials.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,176 @@
+//! The call to a stock server: what the agent says of itself, and what the server answers.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use culvert_konnectivity::{
+    CONNECT, Packets,
+    codec::{MAX_PACKET_LEN, SmallBuffers},
+    header,
+    packet::Packet,
+};
+use culvert_wire::{ServerId, control::Hello};
+use http::uri::PathAndQuery;
+use hyper::client::conn::http2;
+use tonic::{
+    Status, Streaming,
+    body::Body,
+    client::Grpc,
+    metadata::{MetadataMap, MetadataValue, errors::InvalidMetadataValue},
+};
+
+/// A stock server did not take the agent in.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CallError {
+    /// What the agent is called or announces cannot be said in a header.
+    #[error("the agent's name, identifiers or token cannot be sent: {0}")]
+    Metadata(#[from] InvalidMetadataValue),
+    /// The server refused the call; the words are the server's.
+    #[error("{}", .0.message())]
+    Refused(Status),
+    /// The connection ended.
+    #[error("{0}")]
+    Http(#[from] hyper::Error),
+    /// The server does not say who it is, or how many there are.
+    #[error("{0}")]
+    Unnamed(String),
+}
+
+/// A call that was taken.
+#[derive(Debug)]
+pub(super) struct Call {
+    /// The server's name.
+    pub(super) server_id: ServerId,
+    /// How many servers there are said to be.
+    pub(super) server_count: u32,
+    /// What it sends.
+    pub(super) inbound: Streaming<Packet>,
+}
+
+/// Introduces the agent; `packets` are what it will say.
+pub(super) async fn call(
+    requests: http2::SendRequest<Body>,
+    hello: &Hello,
+    packets: Packets,
+) -> Result<Call, CallError> {
+    let mut request = tonic::Request::new(packets);
+    introduce(request.metadata_mut(), hello)?;
+    let origin = http::Uri::from_static("https://konnectivity-server");
+    let mut grpc =
+        Grpc::with_origin(Requests(requests), origin).max_decoding_message_size(MAX_PACKET_LEN);
+    grpc.ready().await?;
+    let path = PathAndQuery::from_static(CONNECT);
+    let response = grpc.streaming(request, path, SmallBuffers).await.map_err(CallError::Refused)?;
+    let metadata = response.metadata();
+    let server_id = one(metadata, header::SERVER_ID)?
+        .parse()
+        .map_err(|error: culvert_wire::ids::InvalidId| CallError::Unnamed(error.to_string()))?;
+    let server_count = one(metadata, header::SERVER_COUNT)?
+        .parse()
+        .map_err(|_| CallError::Unnamed("the server's count of servers is no number".into()))?;
+    Ok(Call { server_id, server_count, inbound: response.into_inner() })
+}
+
+fn introduce(metadata: &mut MetadataMap, hello: &Hello) -> Result<(), InvalidMetadataValue> {
+    let mut identifiers = form_urlencoded::Serializer::new(String::new());
+    for identifier in hello.identifiers.iter() {
+        identifiers.append_pair(&identifier.key, &identifier.value);
+    }
+    metadata.insert(header::AGENT_ID, MetadataValue::try_from(hello.agent_id.as_str())?);
+    metadata
+        .insert(header::AGENT_IDENTIFIERS, MetadataValue::try_from(identifiers.finish().as_str())?);
+    if let Some(token) = &hello.token {
+        let mut bearer = MetadataValue::try_from(format!("Bearer {}", token.expose()))?;
+        bearer.set_sensitive(true);
+        metadata.insert(header::AUTHORIZATION, bearer);
+    }
+    metadata.insert("user-agent", MetadataValue::try_from(&*hello.software)?);
+    Ok(())
+}
+
+fn one<'a>(metadata: &'a MetadataMap, key: &str) -> Result<&'a str, CallError> {
+    let mut values = metadata.get_all(key).iter();
+    match (values.next().map(|value| value.to_str()), values.next()) {
+        (Some(Ok(value)), None) => Ok(value),
+        _ => Err(CallError::Unnamed(format!("expected one {key} in the server's answer"))),
+    }
+}
+
+/// Hyper's request sender in the shape that tonic asks for.
+#[derive(Clone, Debug)]
+struct Requests(http2::SendRequest<Body>);
+
+impl tower_service::Service<http::Request<Body>> for Requests {
+    type Response = http::Response<hyper::body::Incoming>;
+    type Error = hyper::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.0.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        Box::pin(self.0.send_request(request))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use culvert_wire::{
+        InstanceId,
+        bounded::Text,
+        control::Secret,
+        extension::Extensions,
+        identifiers::{Identifier, Identifiers},
+        version::{Features, REVISION},
+    };
+
+    use super::*;
+
+    fn hello(identifiers: &[(&str, &str)], token: Option<&str>) -> Hello {
+        let identifiers: Vec<_> =
+            identifiers.iter().map(|(key, value)| Identifier::new(key, value).unwrap()).collect();
+        Hello {
+            revision: REVISION,
+            features: Features::supported(),
+            agent_id: "node-1".parse().unwrap(),
+            instance: InstanceId([0; 16]),
+            identifiers: Identifiers::try_from(identifiers).unwrap(),
+            token: token.map(|token| Secret::new(token).unwrap()),
+            software: Text::truncated("culvert-agent 1".into()),
+            extensions: Extensions::default(),
+        }
+    }
+
+    #[test]
+    fn the_agent_introduces_itself_as_a_stock_agent_does() {
+        let mut metadata = MetadataMap::new();
+        let identifiers = [("ipv4", "10.0.0.1"), ("host", "a+b"), ("default-route", "true")];
+        introduce(&mut metadata, &hello(&identifiers, Some("abc"))).unwrap();
+        let value = |key| metadata.get(key).unwrap().to_str().unwrap();
+        assert_eq!(value("agentid"), "node-1");
+        assert_eq!(value("agentidentifiers"), "ipv4=10.0.0.1&host=a%2Bb&default-route=true");
+        assert_eq!(value("authorization"), "Bearer abc");
+        assert!(!format!("{metadata:?}").contains("abc"));
+    }
+
+    #[test]
+    fn without_identifiers_or_token_the_one_is_empty_and_the_other_left_out() {
+        let mut metadata = MetadataMap::new();
+        introduce(&mut metadata, &hello(&[], None)).unwrap();
+        assert_eq!(metadata.get("agentidentifiers").unwrap(), "");
+        assert!(metadata.get("authorization").is_none());
+    }
+
+    #[test]
+    fn a_server_says_once_who_it_is() {
+        let mut metadata = MetadataMap::new();
+        assert!(one(&metadata, "serverid").is_err());
+        metadata.append("serverid", "a".parse().unwrap());
+        assert_eq!(one(&metadata, "serverid").unwrap(), "a");
+        metadata.append("serverid", "b".parse().unwrap());
+        assert!(one(&metadata, "serverid").is_err());
+    }
+}

@@ -1,0 +1,214 @@
+//! Agents that have not been upgraded: `AgentService/Connect`, as Konnectivity's own server speaks it.
+//!
+//! Each call becomes a tunnel whose agent is a bridge in this process; everything behind the
+//! tunnel goes on as with an agent of ours. Until an agent is upgraded, its connections still share
+//! one stream with one another on the network.
+
+mod bridge;
+mod hello;
+mod keepalive;
+
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use culvert_konnectivity::{
+    self as konnectivity, CONNECT, Outbound, Packets,
+    codec::{MAX_PACKET_LEN, SmallBuffers},
+    header,
+    packet::Packet,
+};
+use culvert_process::logging::RateLimited;
+use culvert_transport::qmux::Peer;
+use culvert_wire::control::Hello;
+use http::{Request, Response};
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{net::TcpStream, time::sleep};
+use tokio_rustls::server::TlsStream;
+use tokio_stream::{StreamExt as _, adapters::Map};
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    Status, Streaming,
+    body::Body,
+    metadata::{MetadataMap, MetadataValue},
+    server::{Grpc, StreamingService},
+};
+use tracing::{debug, warn};
+
+use crate::agents::{
+    admission::{Admitted, Refusal},
+    session::{self, TunnelContext},
+};
+use bridge::Bridge;
+use keepalive::{MIN_PING_INTERVAL, PingLimit, TooManyPings};
+
+/// Bytes an agent may be ahead of what was read of its one stream. What is on its way delays
+/// whatever comes behind it, so this is no larger than 100 Mbit/s need at 80 ms.
+const WINDOW: u32 = 1024 * 1024;
+/// `Connect` calls on one connection: stock makes one.
+const MAX_CALLS: u32 = 4;
+
+/// How long an agent that is here already is kept waiting when it comes again. One that looks for
+/// another server has left long before: it knows this one by its name.
+const SECOND_THOUGHTS: Duration = Duration::from_secs(1);
+
+/// Serves one connection of a stock agent until it closes or the server stops.
+pub async fn serve(stream: TlsStream<TcpStream>, remote: SocketAddr, context: Arc<TunnelContext>) {
+    let certificates = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
+    let peer = Peer { address: remote, transport: "grpc", certificates };
+    let mut http = http2::Builder::new(TokioExecutor::new());
+    http.timer(TokioTimer::new())
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
+        .max_concurrent_streams(MAX_CALLS)
+        // A stock agent answers pings and sends none for an hour.
+        .keep_alive_interval(context.stock_keep_alive_interval)
+        .keep_alive_timeout(context.settings.idle_timeout);
+    let closing = context.closing.clone();
+    let too_many_pings = CancellationToken::new();
+    let io = TokioIo::new(PingLimit::new(stream, MIN_PING_INTERVAL, too_many_pings.clone()));
+    let connect = Connect { peer, context, too_many_pings: too_many_pings.clone() };
+    let service = service_fn(move |request| answer(request, connect.clone()));
+    let mut connection = std::pin::pin!(http.serve_connection(io, service));
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = closing.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if too_many_pings.is_cancelled() {
+        tell_of_pings(remote);
+    } else if let Err(error) = ended {
+        debug!(%remote, %error, "a stock agent's connection ended");
+    }
+}
+
+fn tell_of_pings(remote: SocketAddr) {
+    static TOO_MANY: RateLimited = RateLimited::new(Duration::from_secs(1));
+    if let Some(suppressed) = TOO_MANY.admit(Instant::now()) {
+        warn!(%remote, reason = %TooManyPings, suppressed, "a stock agent was sent away");
+    }
+}
+
+async fn answer(
+    request: Request<Incoming>,
+    connect: Connect,
+) -> Result<Response<Body>, Infallible> {
+    if request.uri().path() != CONNECT {
+        let status = Status::unimplemented(format!("unknown method {}", request.uri().path()));
+        return Ok(status.into_http());
+    }
+    let mut grpc = Grpc::new(SmallBuffers).max_decoding_message_size(MAX_PACKET_LEN);
+    Ok(grpc.streaming(connect, request).await)
+}
+
+/// The method's handler, in the shape that tonic asks for.
+#[derive(Clone)]
+struct Connect {
+    peer: Peer,
+    context: Arc<TunnelContext>,
+    /// Told when the connection ends for its pings.
+    too_many_pings: CancellationToken,
+}
+
+type PacketResults = Map<Packets, fn(Packet) -> Result<Packet, Status>>;
+
+impl StreamingService<Packet> for Connect {
+    type Response = Packet;
+    type ResponseStream = PacketResults;
+    type Future =
+        Pin<Box<dyn Future<Output = Result<tonic::Response<Self::ResponseStream>, Status>> + Send>>;
+
+    fn call(&mut self, request: tonic::Request<Streaming<Packet>>) -> Self::Future {
+        let Self { peer, context, too_many_pings } = self.clone();
+        Box::pin(async move {
+            let (metadata, _, inbound) = request.into_parts();
+            let hello = hello::read(&metadata).map_err(Status::unknown)?;
+            let admitted = admit(&metadata, peer.address, &context).await?;
+            // The headers are out before any packet: packets are polled from the response.
+            let (outbound, packets) = konnectivity::outbound();
+            let response = response(packets, &context)?;
+            let call = Call { inbound, outbound, too_many_pings };
+            if context.backends.is_here(&hello.agent_id) {
+                let tunnels = context.tunnels.clone();
+                tunnels.spawn(join_again(hello, admitted, peer, context, call));
+            } else {
+                let joined = Bridge::join(hello, admitted, peer, &context).await;
+                let bridge = joined.map_err(|error| Status::unknown(error.to_string()))?;
+                context.tunnels.spawn(bridge.run(call));
+            }
+            Ok(response)
+        })
+    }
+}
+
+/// Checks the agent's token, where one is asked for, before anything else is said.
+async fn admit(
+    metadata: &MetadataMap,
+    remote: SocketAddr,
+    context: &TunnelContext,
+) -> Result<Admitted, Status> {
+    let admitted = async {
+        let token = match context.gate.asks_for_tokens() {
+            true => hello::token(metadata).map_err(Refusal::NotAToken)?,
+            false => None,
+        };
+        context.gate.admit(token.as_ref()).await
+    };
+    admitted.await.map_err(|refusal: Refusal| {
+        let status = Status::unknown(refusal.in_stocks_words());
+        session::not_joined(remote, &refusal.into(), context);
+        status
+    })
+}
+
+/// What an agent and this server say to one another in one call.
+#[derive(Debug)]
+struct Call {
+    inbound: Streaming<Packet>,
+    outbound: Outbound,
+    /// Told when the agent's connection ends for its pings.
+    too_many_pings: CancellationToken,
+}
+
+/// The answer to a call: who this server is, and then packets.
+fn response(
+    packets: Packets,
+    context: &TunnelContext,
+) -> Result<tonic::Response<PacketResults>, Status> {
+    let packets: PacketResults = packets.map(Ok);
+    let mut response = tonic::Response::new(packets);
+    let metadata = response.metadata_mut();
+    let server_id = MetadataValue::try_from(context.server_id.as_str())
+        .map_err(|_| Status::unknown("the server's name is no header value"))?;
+    metadata.insert(header::SERVER_ID, server_id);
+    metadata.insert(header::SERVER_COUNT, context.server_count.into());
+    Ok(response)
+}
+
+/// Serves an agent that is here already, unless it leaves as soon as it hears where it is. Dials
+/// would go to its newest tunnel, and be lost with it.
+async fn join_again(
+    hello: Hello,
+    admitted: Admitted,
+    peer: Peer,
+    context: Arc<TunnelContext>,
+    call: Call,
+) {
+    tokio::select! {
+        () = call.outbound.closed() => return,
+        () = context.closing.cancelled() => return,
+        () = context.backends.until_left(&hello.agent_id) => {}
+        () = sleep(SECOND_THOUGHTS) => {}
+    }
+    match Bridge::join(hello, admitted, peer, &context).await {
+        Ok(bridge) => bridge.run(call).await,
+        Err(error) => debug!(%error, "a stock agent did not join again"),
+    }
+}

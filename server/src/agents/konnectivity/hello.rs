@@ -1,0 +1,121 @@
+//! Who a stock agent says it is: the metadata of its call.
+
+use culvert_konnectivity::header;
+use culvert_wire::{
+    AgentId, InstanceId,
+    bounded::Text,
+    control::{Hello, Secret},
+    extension::Extensions,
+    identifiers::{Identifier, Identifiers},
+    version::{Features, REVISION},
+};
+use tonic::metadata::MetadataMap;
+
+/// What a stock agent's metadata says, as an agent of ours would say it, but for the [`token`]; or
+/// why it cannot be.
+pub(super) fn read(metadata: &MetadataMap) -> Result<Hello, String> {
+    let agent_id: AgentId = one(metadata, header::AGENT_ID, "agent ID")?
+        .parse()
+        .map_err(|error: culvert_wire::ids::InvalidId| error.to_string())?;
+    Ok(Hello {
+        revision: REVISION,
+        features: Features::default(),
+        agent_id,
+        instance: InstanceId(std::array::from_fn(|_| fastrand::u8(..))),
+        identifiers: identifiers(metadata)?,
+        token: None,
+        software: Text::truncated(text(metadata, "user-agent").unwrap_or_default().into()),
+        extensions: Extensions::default(),
+    })
+}
+
+/// A stock agent's token, if it sent one; or why it is none.
+pub(super) fn token(metadata: &MetadataMap) -> Result<Option<Secret>, String> {
+    let mut values = metadata.get_all(header::AUTHORIZATION).iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    match values.count() {
+        0 => {}
+        more => return Err(format!("too many ({}) tokens are received", more + 1)),
+    }
+    let token = value.to_str().ok().and_then(|value| value.strip_prefix("Bearer "));
+    let token = token.ok_or("received token does not have \"Bearer \" prefix")?;
+    Secret::new(token.trim()).map(Some).map_err(|error| error.to_string())
+}
+
+/// Unknown keys are kept: they match nothing.
+fn identifiers(metadata: &MetadataMap) -> Result<Identifiers, String> {
+    let query = match metadata.contains_key(header::AGENT_IDENTIFIERS) {
+        true => one(metadata, header::AGENT_IDENTIFIERS, "set of agent identifiers")?,
+        false => "",
+    };
+    let announced = form_urlencoded::parse(query.as_bytes());
+    let identifiers: Result<Vec<_>, _> =
+        announced.map(|(key, value)| Identifier::new(&key, &value)).collect();
+    let identifiers = identifiers.map_err(|error| error.to_string())?;
+    identifiers.try_into().map_err(|error: culvert_wire::bounded::TooLong| error.to_string())
+}
+
+fn one<'a>(metadata: &'a MetadataMap, key: &str, what: &str) -> Result<&'a str, String> {
+    let mut values = metadata.get_all(key).iter();
+    match (values.next().map(|value| value.to_str()), values.next()) {
+        (Some(Ok(value)), None) => Ok(value),
+        (None, _) => Err(format!("expected one {what} in the context, got []")),
+        _ => Err(format!("expected one {what} in the context, got several or no text")),
+    }
+}
+
+fn text<'a>(metadata: &'a MetadataMap, key: &str) -> Option<&'a str> {
+    metadata.get(key)?.to_str().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn metadata(pairs: &[(&'static str, &str)]) -> MetadataMap {
+        let mut metadata = MetadataMap::new();
+        for (key, value) in pairs {
+            metadata.append(*key, value.parse().unwrap());
+        }
+        metadata
+    }
+
+    #[test]
+    fn what_a_stock_agent_sends_is_understood() {
+        let hello = read(&metadata(&[
+            ("agentid", "node-1"),
+            ("agentidentifiers", "ipv4=10.0.0.1&host=a%2Bb&default-route=true&later=x"),
+            ("user-agent", "grpc-go/1.83.0"),
+        ]))
+        .unwrap();
+        assert_eq!(hello.agent_id.as_str(), "node-1");
+        assert_eq!(hello.identifiers.hosts().collect::<Vec<_>>(), ["10.0.0.1", "a+b"]);
+        assert!(hello.identifiers.is_default_route());
+        assert!(read(&metadata(&[("agentid", "a"), ("agentidentifiers", "")])).is_ok());
+    }
+
+    #[test]
+    fn a_fault_is_told_in_stocks_words() {
+        let fault = |pairs: &[(&'static str, &str)]| read(&metadata(pairs)).unwrap_err();
+        assert_eq!(fault(&[]), "expected one agent ID in the context, got []");
+        assert!(fault(&[("agentid", "a"), ("agentid", "b")]).starts_with("expected one agent ID"));
+    }
+
+    #[test]
+    fn a_token_is_one_and_a_bearers() {
+        let token = |values: &[&str]| {
+            let pairs: Vec<_> = values.iter().map(|value| ("authorization", *value)).collect();
+            token(&metadata(&pairs)).map(|token| token.map(|token| token.expose().to_owned()))
+        };
+        assert_eq!(token(&[]), Ok(None));
+        assert_eq!(token(&["Bearer abc\u{20}"]), Ok(Some("abc".into())));
+        assert_eq!(
+            token(&["Basic x"]).unwrap_err(),
+            "received token does not have \"Bearer \" prefix"
+        );
+        assert_eq!(
+            token(&["Bearer a", "Bearer b"]).unwrap_err(),
+            "too many (2) tokens are received"
+        );
+    }
+}

@@ -1,0 +1,327 @@
+//! Which backends are connected, arranged the way each strategy looks for them. Pure data: no
+//! tasks, no I/O, no clock.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use culvert_wire::{AgentId, Target, identifiers::Identifiers};
+
+use crate::config::Strategy;
+
+/// For how long a backend that has left is expected back: an agent whose UDP begins to be rejected has
+/// another tunnel within a few round trips, and a process that crashed is started again within about a
+/// second. Whoever waits for it in vain has not waited long.
+pub const RETURN_LIMIT: Duration = Duration::from_millis(1500);
+
+/// What the registry must know of a backend.
+pub trait Candidate {
+    /// The agent's name.
+    fn agent_id(&self) -> &AgentId;
+    /// What the agent announced that it stands for.
+    fn identifiers(&self) -> &Identifiers;
+    /// Whether the agent has asked for no new dials.
+    fn is_draining(&self) -> bool;
+}
+
+/// The connected backends, once per configured strategy.
+#[derive(Debug)]
+pub struct Registry<B> {
+    groups: Vec<(Strategy, Group<B>)>,
+}
+
+impl<B: Candidate> Registry<B> {
+    /// An empty registry for these strategies, which are asked in this order.
+    pub fn new(strategies: &[Strategy]) -> Self {
+        let groups = strategies.iter().map(|strategy| (*strategy, Group::default())).collect();
+        Self { groups }
+    }
+
+    /// Adds a backend under every key that a strategy would find it by.
+    pub fn add(&mut self, backend: &Arc<B>) {
+        for (strategy, group) in &mut self.groups {
+            for key in strategy.keys(&**backend) {
+                group.add(key, backend);
+            }
+        }
+    }
+
+    /// Removes a backend; one that is not there is no fault.
+    pub fn remove(&mut self, backend: &Arc<B>, now: Instant) {
+        for (strategy, group) in &mut self.groups {
+            for key in strategy.keys(&**backend) {
+                group.remove(key, backend, now);
+            }
+        }
+    }
+
+    /// For how long a backend for a target may still come back that was there a moment ago; `None` if
+    /// there was none.
+    pub fn expected_for(&self, target: &Target, now: Instant) -> Option<Duration> {
+        let left = self.groups.iter().filter_map(|(strategy, group)| match strategy {
+            Strategy::Default | Strategy::DefaultRoute => group.left.back().map(|(at, _)| *at),
+            Strategy::DestHost => {
+                let of_host = |(_, key): &&(Instant, String)| key == target.host();
+                group.left.iter().rev().find(of_host).map(|(at, _)| *at)
+            }
+        });
+        let gone_for = now.saturating_duration_since(left.max()?);
+        RETURN_LIMIT.checked_sub(gone_for).filter(|limit| !limit.is_zero())
+    }
+
+    /// The backend for a target by the first strategy that finds one. `random` spreads the load
+    /// where any backend will do.
+    pub fn choose(&self, target: &Target, random: usize) -> Option<Arc<B>> {
+        self.groups.iter().find_map(|(strategy, group)| match strategy {
+            Strategy::Default | Strategy::DefaultRoute => group.any(random),
+            Strategy::DestHost => group.of(target.host()),
+        })
+    }
+
+    /// How many keys each strategy can choose among.
+    pub fn counts(&self) -> impl Iterator<Item = (Strategy, usize)> {
+        self.groups.iter().map(|(strategy, group)| (*strategy, group.keys.len()))
+    }
+
+    /// Whether the first strategy has any backend: what stock calls ready.
+    pub fn is_ready(&self) -> bool {
+        self.groups.first().is_some_and(|(_, group)| !group.keys.is_empty())
+    }
+
+    /// Every other backend of this agent, oldest first.
+    pub fn of_agent(&self, agent_id: &AgentId) -> Vec<Arc<B>> {
+        let same = |backend: &&Arc<B>| backend.agent_id() == agent_id;
+        let mut found: Vec<Arc<B>> = Vec::new();
+        for (_, group) in &self.groups {
+            for backend in group.backends.values().flatten().filter(same) {
+                if !found.iter().any(|known| Arc::ptr_eq(known, backend)) {
+                    found.push(backend.clone());
+                }
+            }
+        }
+        found
+    }
+}
+
+impl Strategy {
+    /// The keys under which this strategy finds a backend; none if it never would.
+    fn keys<B: Candidate>(self, backend: &B) -> Vec<String> {
+        let name = || vec![backend.agent_id().as_str().to_owned()];
+        match self {
+            Self::Default => name(),
+            Self::DefaultRoute if backend.identifiers().is_default_route() => name(),
+            Self::DefaultRoute => Vec::new(),
+            Self::DestHost => {
+                let mut hosts: Vec<_> = backend.identifiers().hosts().map(str::to_owned).collect();
+                hosts.sort_unstable();
+                hosts.dedup();
+                hosts
+            }
+        }
+    }
+}
+
+/// Backends by key. Several under one key are tunnels of one agent, or agents that announce the
+/// same host; the newest is preferred, because an older one may be what a crash left behind.
+#[derive(Debug)]
+struct Group<B> {
+    keys: Vec<String>,
+    backends: HashMap<String, Vec<Arc<B>>>,
+    /// Keys that have lost their last backend within [`RETURN_LIMIT`] of one another, and when.
+    left: VecDeque<(Instant, String)>,
+}
+
+impl<B> Default for Group<B> {
+    fn default() -> Self {
+        Self { keys: Vec::new(), backends: HashMap::new(), left: VecDeque::new() }
+    }
+}
+
+impl<B: Candidate> Group<B> {
+    fn add(&mut self, key: String, backend: &Arc<B>) {
+        let backends = self.backends.entry(key.clone()).or_insert_with(|| {
+            self.keys.push(key);
+            Vec::new()
+        });
+        backends.push(backend.clone());
+    }
+
+    fn remove(&mut self, key: String, backend: &Arc<B>, now: Instant) {
+        let Some(backends) = self.backends.get_mut(&key) else { return };
+        backends.retain(|other| !Arc::ptr_eq(other, backend));
+        if backends.is_empty() {
+            self.backends.remove(&key);
+            self.keys.retain(|other| *other != key);
+            let is_over = |(at, _): &(Instant, String)| now >= *at + RETURN_LIMIT;
+            while self.left.front().is_some_and(is_over) {
+                self.left.pop_front();
+            }
+            self.left.push_back((now, key));
+        }
+    }
+
+    /// The newest backend of the key that is not draining, else the newest.
+    fn of(&self, key: &str) -> Option<Arc<B>> {
+        let backends = self.backends.get(key)?;
+        let ready = backends.iter().rev().find(|backend| !backend.is_draining());
+        ready.or_else(|| backends.last()).cloned()
+    }
+
+    /// A backend of any key, from a random one onwards: the first that is not draining, else the
+    /// first.
+    fn any(&self, random: usize) -> Option<Arc<B>> {
+        let start = random.checked_rem(self.keys.len())?;
+        let (before, after) = self.keys.split_at(start);
+        let mut draining = None;
+        for key in after.iter().chain(before) {
+            match self.of(key) {
+                Some(backend) if backend.is_draining() => {
+                    draining.get_or_insert(backend);
+                }
+                found => return found,
+            }
+        }
+        draining
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use culvert_wire::identifiers::Identifier;
+
+    use super::*;
+
+    struct Fake {
+        agent_id: AgentId,
+        identifiers: Identifiers,
+        draining: AtomicBool,
+    }
+
+    impl Candidate for Fake {
+        fn agent_id(&self) -> &AgentId {
+            &self.agent_id
+        }
+
+        fn identifiers(&self) -> &Identifiers {
+            &self.identifiers
+        }
+
+        fn is_draining(&self) -> bool {
+            self.draining.load(Ordering::Relaxed)
+        }
+    }
+
+    fn fake(name: &str, identifiers: &[(&str, &str)]) -> Arc<Fake> {
+        let identifiers: Vec<_> =
+            identifiers.iter().map(|(key, value)| Identifier::new(key, value).unwrap()).collect();
+        Arc::new(Fake {
+            agent_id: name.parse().unwrap(),
+            identifiers: identifiers.try_into().unwrap(),
+            draining: AtomicBool::new(false),
+        })
+    }
+
+    fn registry(strategies: &[Strategy], backends: &[&Arc<Fake>]) -> Registry<Fake> {
+        let mut registry = Registry::new(strategies);
+        backends.iter().for_each(|backend| registry.add(backend));
+        registry
+    }
+
+    fn target(address: &str) -> Target {
+        address.parse().unwrap()
+    }
+
+    #[track_caller]
+    fn assert_chosen(found: Option<Arc<Fake>>, expected: &Arc<Fake>) {
+        assert!(found.is_some_and(|found| Arc::ptr_eq(&found, expected)));
+    }
+
+    #[test]
+    fn default_reaches_every_agent_and_prefers_those_not_draining() {
+        let (a, b, c) = (fake("a", &[]), fake("b", &[]), fake("c", &[]));
+        let registry = registry(&[Strategy::Default], &[&a, &b, &c]);
+        for (random, expected) in [(0, &a), (1, &b), (2, &c), (3, &a)] {
+            assert_chosen(registry.choose(&target("x:1"), random), expected);
+        }
+        b.draining.store(true, Ordering::Relaxed);
+        assert_chosen(registry.choose(&target("x:1"), 1), &c);
+        a.draining.store(true, Ordering::Relaxed);
+        c.draining.store(true, Ordering::Relaxed);
+        assert_chosen(registry.choose(&target("x:1"), 1), &b);
+    }
+
+    #[test]
+    fn nothing_is_found_in_an_empty_registry() {
+        let strategies = [Strategy::DestHost, Strategy::DefaultRoute, Strategy::Default];
+        let registry = registry(&strategies, &[]);
+        assert!(registry.choose(&target("x:1"), 7).is_none());
+        assert!(!registry.is_ready());
+    }
+
+    #[test]
+    fn the_newest_tunnel_of_an_agent_is_used_and_the_older_one_stays_behind_it() {
+        let (old, new) = (fake("a", &[]), fake("a", &[]));
+        let mut registry = registry(&[Strategy::Default], &[&old, &new]);
+        assert_eq!(registry.counts().collect::<Vec<_>>(), [(Strategy::Default, 1)]);
+        assert_eq!(registry.of_agent(&old.agent_id).len(), 2);
+        assert_chosen(registry.choose(&target("x:1"), 0), &new);
+        let now = Instant::now();
+        registry.remove(&new, now);
+        assert_chosen(registry.choose(&target("x:1"), 0), &old);
+        assert_eq!(registry.expected_for(&target("x:1"), now), None);
+        registry.remove(&old, now);
+        registry.remove(&old, now);
+        assert!(!registry.is_ready());
+    }
+
+    #[test]
+    fn whoever_has_left_is_expected_back_for_a_moment() {
+        let (one, two) = (fake("one", &[("ipv4", "10.0.0.1")]), fake("two", &[("host", "node-2")]));
+        let mut registry = registry(&[Strategy::DestHost], &[&one, &two]);
+        let start = Instant::now();
+        let expected = |registry: &Registry<Fake>, address, millis| {
+            let now = start + Duration::from_millis(millis);
+            registry.expected_for(&target(address), now).map(|limit| limit.as_millis())
+        };
+        assert_eq!(expected(&registry, "10.0.0.1:80", 0), None);
+        registry.remove(&one, start);
+        registry.remove(&two, start + Duration::from_millis(100));
+        assert_eq!(expected(&registry, "10.0.0.1:80", 1400), Some(100));
+        assert_eq!(expected(&registry, "10.0.0.1:80", 1500), None);
+        assert_eq!(expected(&registry, "node-2:80", 1500), Some(100));
+        assert_eq!(expected(&registry, "10.0.0.9:80", 0), None, "nobody was ever there");
+    }
+
+    #[test]
+    fn any_agent_that_has_left_is_expected_where_any_agent_will_do() {
+        let agents: Vec<_> = (0..10).map(|number| fake(&format!("a{number}"), &[])).collect();
+        let mut registry = registry(&[Strategy::Default], &agents.iter().collect::<Vec<_>>());
+        let start = Instant::now();
+        for (number, agent) in (0..).zip(&agents) {
+            registry.remove(agent, start + number * RETURN_LIMIT / 2);
+        }
+        let last = start + 9 * RETURN_LIMIT / 2;
+        assert_eq!(registry.expected_for(&target("x:1"), last), Some(RETURN_LIMIT));
+        assert_eq!(registry.groups[0].1.left.len(), 2, "those before are forgotten");
+    }
+
+    #[test]
+    fn strategies_are_asked_in_order_and_fall_through() {
+        let host = fake("host", &[("ipv4", "10.0.0.1"), ("host", "node-1"), ("ipv6", "fd00::1")]);
+        let route = fake("route", &[("default-route", "true"), ("host", "other")]);
+        let order = [Strategy::DestHost, Strategy::DefaultRoute];
+        let registry = registry(&order, &[&host, &route]);
+        for address in ["10.0.0.1:80", "node-1:80", "[fd00::1]:80"] {
+            assert_chosen(registry.choose(&target(address), 1), &host);
+        }
+        assert_chosen(registry.choose(&target("10.9.9.9:80"), 1), &route);
+        assert_eq!(
+            registry.counts().collect::<Vec<_>>(),
+            [(Strategy::DestHost, 4), (Strategy::DefaultRoute, 1)]
+        );
+    }
+}

@@ -1,0 +1,290 @@
+//! What a stock peer has sent on one connection and nobody has taken yet.
+//!
+//! Stock has no window per connection, so a reader that stalls can only be waited for by everybody
+//! or be cut off. It is cut off, once [`HARD_LIMIT`] bytes wait for it. One that is merely slower
+//! than the peer sets the pace for a while instead: whoever fills the inbox waits a moment above
+//! [`SOFT_LIMIT`], as long as the reader is at work. All inboxes of a peer together have a limit too.
+
+use std::{
+    collections::VecDeque,
+    io,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use culvert_transport::splice::LocalFault;
+use culvert_wire::code::StreamCode;
+use tokio::{
+    sync::Notify,
+    time::{Instant, timeout_at},
+};
+
+/// Bytes above which the peer is held back for a reader at work.
+const SOFT_LIMIT: usize = 1024 * 1024;
+/// Bytes that wait for one reader at most.
+const HARD_LIMIT: usize = 16 * 1024 * 1024;
+/// How long the peer is held back for a reader that takes nothing: the most that one connection
+/// delays the others, once for each time it stalls.
+const PATIENCE: Duration = Duration::from_millis(50);
+/// What a chunk that waits costs beside its bytes.
+const CHUNK_COST: usize = 64;
+/// Bytes that are taken at once: a reader at work shows it this often.
+const MAX_TAKE: usize = 16 * 1024;
+
+/// How the peer's half of a connection ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// In order, behind everything it sent.
+    Finished,
+    /// Early; what was not taken is dropped.
+    Cut {
+        /// As the other side is told.
+        code: StreamCode,
+        /// For people.
+        reason: String,
+    },
+}
+
+/// What waits in all inboxes of one peer, in bytes. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Held(Arc<AtomicUsize>);
+
+impl Held {
+    pub(super) fn bytes(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A queue between the stock peer's one stream and one connection's reader.
+#[derive(Debug)]
+pub struct Inbox {
+    state: Mutex<State>,
+    changed: Notify,
+    taken: Notify,
+    held: Held,
+}
+
+#[derive(Debug)]
+struct State {
+    chunks: VecDeque<Bytes>,
+    len: usize,
+    end: Option<End>,
+    taken_at: Instant,
+}
+
+impl Inbox {
+    /// One of a peer's, of all of which `held` tells how much waits in them.
+    pub(super) fn new(held: Held) -> Self {
+        let state = State { chunks: VecDeque::new(), len: 0, end: None, taken_at: Instant::now() };
+        let state = Mutex::new(state);
+        Self { state, changed: Notify::new(), taken: Notify::new(), held }
+    }
+
+    /// Adds bytes that the peer sent. A reader that is too far behind is cut off.
+    pub(super) fn push(&self, bytes: Bytes) {
+        self.change(|state| {
+            if state.end.is_some() || bytes.is_empty() {
+                return;
+            }
+            if state.held() + bytes.len() > HARD_LIMIT {
+                let reason = format!("{HARD_LIMIT} bytes wait and are not read");
+                state.cut(StreamCode::OVERLOADED, reason);
+            } else {
+                state.len += bytes.len();
+                state.chunks.push_back(bytes);
+            }
+        });
+        self.changed.notify_one();
+    }
+
+    /// What waits in it, in bytes.
+    pub(super) fn held(&self) -> usize {
+        self.state().held()
+    }
+
+    /// Waits while much is to be read and the reader is at work.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: it only waits.
+    pub async fn pace(&self) {
+        loop {
+            let taken = self.taken.notified();
+            let patience = {
+                let state = self.state();
+                if state.len <= SOFT_LIMIT || state.end.is_some() {
+                    return;
+                }
+                state.taken_at + PATIENCE
+            };
+            if timeout_at(patience, taken).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Ends the peer's half. Only the first end counts.
+    pub fn end(&self, end: End) {
+        self.change(|state| match end {
+            _ if state.end.is_some() => {}
+            End::Finished => state.end = Some(End::Finished),
+            End::Cut { code, reason } => state.cut(code, reason),
+        });
+        self.changed.notify_one();
+        self.taken.notify_one();
+    }
+
+    /// The next bytes; `None` at the end in order.
+    ///
+    /// # Errors
+    /// When the half was cut.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: nothing is taken before it completes.
+    pub(super) async fn take(&self) -> Result<Option<Bytes>, LocalFault> {
+        loop {
+            let changed = self.changed.notified();
+            if let Some(bytes) = self.change(State::take) {
+                self.taken.notify_one();
+                return Ok(Some(bytes));
+            }
+            match &self.state().end {
+                Some(End::Finished) => return Ok(None),
+                Some(End::Cut { code, reason }) => return Err(fault(*code, reason)),
+                None => {}
+            }
+            changed.await;
+        }
+    }
+
+    /// Completes when the half is cut.
+    pub(super) async fn cut(&self) -> LocalFault {
+        loop {
+            let changed = self.changed.notified();
+            if let Some(End::Cut { code, reason }) = &self.state().end {
+                return fault(*code, reason);
+            }
+            changed.await;
+        }
+    }
+
+    /// Changes the state, and what all inboxes hold together with it.
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.state();
+        let before = state.held();
+        let result = change(&mut state);
+        let after = state.held();
+        // Added before it is taken away, so that it never runs below nothing.
+        self.held.0.fetch_add(after, Ordering::Relaxed);
+        self.held.0.fetch_sub(before, Ordering::Relaxed);
+        result
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change is complete before it could panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        self.held.0.fetch_sub(self.held(), Ordering::Relaxed);
+    }
+}
+
+impl State {
+    fn held(&self) -> usize {
+        self.len + self.chunks.len() * CHUNK_COST
+    }
+
+    fn cut(&mut self, code: StreamCode, reason: String) {
+        self.chunks.clear();
+        self.len = 0;
+        self.end = Some(End::Cut { code, reason });
+    }
+
+    /// What is there, small pieces in one.
+    fn take(&mut self) -> Option<Bytes> {
+        let mut first = self.chunks.pop_front()?;
+        let more = |next: &Bytes, len: usize| len + next.len() <= MAX_TAKE;
+        if self.chunks.front().is_some_and(|next| more(next, first.len())) {
+            let mut joined = BytesMut::with_capacity(MAX_TAKE);
+            joined.extend_from_slice(&first);
+            while let Some(next) = self.chunks.pop_front_if(|next| more(next, joined.len())) {
+                joined.extend_from_slice(&next);
+            }
+            first = joined.freeze();
+        }
+        if first.len() > MAX_TAKE {
+            self.chunks.push_front(first.split_off(MAX_TAKE));
+        }
+        self.len -= first.len();
+        self.taken_at = Instant::now();
+        Some(first)
+    }
+}
+
+fn fault(code: StreamCode, reason: &str) -> LocalFault {
+    LocalFault { code, source: io::Error::new(io::ErrorKind::ConnectionReset, reason.to_owned()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(len: usize) -> Bytes {
+        Bytes::from(vec![7; len])
+    }
+
+    #[tokio::test]
+    async fn what_was_pushed_is_taken_in_order_and_then_the_end() {
+        let inbox = Inbox::new(Held::default());
+        inbox.push(Bytes::from_static(b"one "));
+        inbox.push(Bytes::from_static(b"two"));
+        inbox.push(of(40_000));
+        inbox.end(End::Finished);
+        inbox.push(Bytes::from_static(b"late"));
+        let mut all = Vec::new();
+        while let Some(bytes) = inbox.take().await.unwrap() {
+            assert!(bytes.len() <= MAX_TAKE);
+            all.extend_from_slice(&bytes);
+        }
+        assert_eq!((&all[..7], all.len()), (&b"one two"[..], 40_007));
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_is_too_far_behind_is_cut_off() {
+        let inbox = Inbox::new(Held::default());
+        for _ in 0..15 {
+            inbox.push(of(1 << 20));
+        }
+        assert_eq!(inbox.take().await.unwrap().unwrap().len(), MAX_TAKE);
+        inbox.push(of(1 << 20));
+        inbox.push(of(1 << 20));
+        assert_eq!(inbox.take().await.unwrap_err().code, StreamCode::OVERLOADED);
+        assert_eq!(inbox.cut().await.code, StreamCode::OVERLOADED);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_peer_waits_for_a_reader_at_work_and_not_for_one_that_stalls() {
+        let inbox = Inbox::new(Held::default());
+        inbox.push(of(SOFT_LIMIT + 2 * MAX_TAKE));
+        let begun = Instant::now();
+        // Nobody reads: once, and then no more.
+        inbox.pace().await;
+        assert_eq!(begun.elapsed(), PATIENCE);
+        inbox.pace().await;
+        assert_eq!(begun.elapsed(), PATIENCE);
+        // Somebody reads: until there is room.
+        let reads = async {
+            inbox.take().await.unwrap();
+            tokio::time::sleep(PATIENCE / 2).await;
+            inbox.take().await.unwrap();
+        };
+        tokio::join!(biased; reads, inbox.pace());
+        assert_eq!(begun.elapsed(), PATIENCE + PATIENCE / 2);
+    }
+}

@@ -1,0 +1,310 @@
+//! Command lines as Go's pflag reads them, declared with clap.
+//!
+//! Manifests written for Konnectivity must keep working to the letter, and pflag differs from
+//! clap: a boolean takes its value only behind `=` and in any of Go's spellings, a repeated flag
+//! means its last occurrence, a value may begin with a hyphen or be empty, `a_b` is `a-b`, and
+//! whatever is wrong ends in exit code 1. Structs of flags are ordinary clap derive; every plain
+//! `bool` in them becomes a Go boolean.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fmt,
+    process::ExitCode,
+};
+
+use clap::{Arg, ArgAction, Command, Parser, builder::ValueParser, error::ErrorKind};
+use clap_complete::Shell;
+
+/// The process is to end before it began: after `--help` and its like, or over a bad flag.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Exit {
+    /// 0 when the text is what was asked for, 1 when the command line was wrong (clap alone: 2).
+    pub code: u8,
+    /// What to print: to standard output for code 0, to standard error otherwise.
+    pub text: String,
+}
+
+/// Flags read from `args`, whose first item is the program's own name.
+///
+/// # Errors
+/// An [`Exit`] with everything that is to be printed.
+pub fn try_parse_from<F: Parser>(args: impl IntoIterator<Item = OsString>) -> Result<F, Exit> {
+    let mut command = command::<F>();
+    let args = normalise(&command, args);
+    let matches = command.try_get_matches_from_mut(args)?;
+    if let Some(shell) = matches.get_one::<Shell>(COMPLETION) {
+        return Err(completion(&mut command, *shell));
+    }
+    Ok(F::from_arg_matches(&matches)?)
+}
+
+/// The clap command for `F` with pflag's manners: what help and completion are made from.
+pub fn command<F: Parser>() -> Command {
+    F::command().args_override_self(true).mut_args(|arg| quiet_default(go_boolean(arg))).arg(
+        Arg::new(COMPLETION)
+            .long(COMPLETION)
+            .value_name("SHELL")
+            .value_parser(clap::value_parser!(Shell))
+            .help("Print a completion script for this shell and exit"),
+    )
+}
+
+impl Exit {
+    /// Prints the text where it belongs; the code to leave with.
+    pub fn print(&self) -> ExitCode {
+        if self.code == 0 {
+            print!("{}", self.text);
+        } else {
+            eprint!("{}", self.text);
+        }
+        ExitCode::from(self.code)
+    }
+}
+
+impl From<clap::Error> for Exit {
+    fn from(error: clap::Error) -> Self {
+        let code = match error.kind() {
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => 0,
+            _ => 1,
+        };
+        Self { code, text: error.render().to_string() }
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// The boolean Go's `strconv.ParseBool` reads from `text`.
+///
+/// # Errors
+/// A sentence naming the spellings that would do.
+pub fn parse_bool(text: &str) -> Result<bool, String> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        _ => Err("write true or false (1, t, 0 and f do as well)".to_owned()),
+    }
+}
+
+/// Items of a comma-separated list; `[a,b]`, the way Go prints one, is `a,b`, and `[]` is nothing.
+///
+/// Upstream's test runner passes every flag as Go printed it, so the brackets must be understood.
+pub fn parse_list(text: &str) -> Vec<String> {
+    let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    inner.split(',').filter(|item| !item.is_empty()).map(str::to_owned).collect()
+}
+
+const COMPLETION: &str = "completion";
+
+/// Gives a plain `bool` Go's reading: `--f` and `--f=VALUE`, never `--f VALUE`.
+fn go_boolean(arg: Arg) -> Arg {
+    if !matches!(arg.get_action(), ArgAction::SetTrue) {
+        return arg;
+    }
+    let defaulted = !arg.get_default_values().is_empty();
+    let arg = arg
+        .action(ArgAction::Set)
+        .num_args(0..=1)
+        .require_equals(true)
+        .default_missing_value("true")
+        .value_name("BOOL")
+        .value_parser(ValueParser::new(parse_bool));
+    if defaulted { arg } else { arg.default_value("false") }
+}
+
+/// Keeps `[default: ""]` out of help: an empty default is no value, and its help says so.
+fn quiet_default(arg: Arg) -> Arg {
+    let empty = arg.get_default_values().iter().all(|value| value.is_empty());
+    if empty { arg.hide_default_value(true) } else { arg }
+}
+
+/// `args` with hyphens for underscores in names, and `--name value` joined to `--name=value`.
+fn normalise(command: &Command, args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut args = args.into_iter();
+    let mut out: Vec<OsString> = args.next().into_iter().collect();
+    while let Some(arg) = args.next() {
+        let Some(body) = arg.to_str().and_then(|text| text.strip_prefix("--")) else {
+            out.push(arg);
+            continue;
+        };
+        if body.is_empty() {
+            out.push(arg); // `--` ends the flags
+            break;
+        }
+        let (name, value) = match body.split_once('=') {
+            Some((name, value)) => (name, Some(value)),
+            None => (body, None),
+        };
+        let name = name.replace('_', "-");
+        let value = match value {
+            Some(value) => Some(OsString::from(value)),
+            None if wants_value(command, &name) => args.next(),
+            None => None,
+        };
+        out.push(joined(&name, value.as_deref()));
+    }
+    out.extend(args);
+    out
+}
+
+fn joined(name: &str, value: Option<&OsStr>) -> OsString {
+    let mut arg = OsString::from(format!("--{name}"));
+    if let Some(value) = value {
+        arg.push("=");
+        arg.push(value);
+    }
+    arg
+}
+
+/// Whether the flag takes the next argument as its value when there is no `=`.
+fn wants_value(command: &Command, name: &str) -> bool {
+    let is_named = |arg: &&Arg| {
+        arg.get_long() == Some(name)
+            || arg.get_all_aliases().is_some_and(|aliases| aliases.contains(&name))
+    };
+    command
+        .get_arguments()
+        .find(is_named)
+        .is_some_and(|arg| arg.get_action().takes_values() && !arg.is_require_equals_set())
+}
+
+fn completion(command: &mut Command, shell: Shell) -> Exit {
+    let name = command.get_name().to_owned();
+    let mut script = Vec::new();
+    clap_complete::generate(shell, command, name, &mut script);
+    Exit { code: 0, text: String::from_utf8_lossy(&script).into_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::go_duration::GoDuration;
+
+    #[derive(Debug, Parser)]
+    #[command(name = "sample", version = "1.2.3")]
+    struct Sample {
+        #[arg(long, default_value = "")]
+        name: String,
+        #[arg(long)]
+        off: bool,
+        #[arg(long, default_value_t = true)]
+        on: bool,
+        #[arg(short = 'v', long = "v", default_value_t = 4)]
+        verbosity: i32,
+        #[arg(long, default_value = "1h")]
+        keepalive_time: GoDuration,
+        #[arg(long, alias = "old-list", default_value = "")]
+        list: String,
+    }
+
+    fn parse(args: &[&str]) -> Result<Sample, Exit> {
+        try_parse_from(["sample"].iter().chain(args).map(OsString::from))
+    }
+
+    #[test]
+    fn values_follow_an_equals_sign_or_a_space() {
+        for args in [&["--name=a=b"][..], &["--name", "a=b"]] {
+            assert_eq!(parse(args).unwrap().name, "a=b");
+        }
+        assert_eq!(parse(&["--name", "-x"]).unwrap().name, "-x");
+        assert_eq!(parse(&["--name", "--off"]).unwrap().name, "--off");
+        assert_eq!(parse(&["--name=x", "--name="]).unwrap().name, "");
+        assert_eq!(parse(&["--old-list", "-a"]).unwrap().list, "-a");
+    }
+
+    #[test]
+    fn booleans_take_a_value_only_behind_equals() {
+        for (args, off, on) in [
+            (&[][..], false, true),
+            (&["--off"], true, true),
+            (&["--off=true", "--on=false"], true, false),
+            (&["--off=1", "--on=0"], true, false),
+            (&["--off=t", "--on=f"], true, false),
+            (&["--off=TRUE", "--on=False"], true, false),
+            (&["--on=false", "--on"], false, true),
+        ] {
+            let flags = parse(args).unwrap();
+            assert_eq!((flags.off, flags.on), (off, on), "{args:?}");
+        }
+        assert_eq!(parse(&["--off", "true"]).unwrap_err().code, 1, "a stray word");
+        for args in [["--off=yes"], ["--off="], ["--off=tRue"]] {
+            let exit = parse(&args).unwrap_err();
+            assert_eq!(exit.code, 1);
+            assert!(exit.text.contains("--off"), "{}", exit.text);
+        }
+    }
+
+    #[test]
+    fn the_last_of_a_repeated_flag_wins() {
+        let flags =
+            parse(&["--name=a", "--off", "-v=8", "--off=f", "--name", "b", "--v=3"]).unwrap();
+        assert_eq!((flags.name.as_str(), flags.off, flags.verbosity), ("b", false, 3));
+    }
+
+    #[test]
+    fn underscores_in_names_are_hyphens_and_stay_in_values() {
+        let flags = parse(&["--keepalive_time=100ms", "--name=a_b"]).unwrap();
+        assert_eq!(flags.keepalive_time.to_string(), "100ms");
+        assert_eq!(flags.name, "a_b");
+    }
+
+    #[test]
+    fn verbosity_has_all_of_pflags_forms() {
+        for args in [&["-v=8"][..], &["-v", "8"], &["-v8"], &["--v=8"], &["--v", "8"]] {
+            assert_eq!(parse(args).unwrap().verbosity, 8, "{args:?}");
+        }
+        assert_eq!(parse(&["-v"]).unwrap_err().code, 1);
+    }
+
+    #[test]
+    fn what_cannot_be_read_ends_in_code_1_and_is_named() {
+        for (args, named) in [
+            (&["--nope=1"][..], "--nope"),
+            (&["--nam=1"], "--nam"),
+            (&["-x"], "-x"),
+            (&["word"], "word"),
+            (&["--keepalive-time=10"], "--keepalive-time"),
+            (&["--keepalive-time="], "--keepalive-time"),
+            (&["--name"], "--name"),
+        ] {
+            let exit = parse(args).unwrap_err();
+            assert_eq!(exit.code, 1, "{args:?}");
+            assert!(exit.text.contains(named), "{}", exit.text);
+        }
+    }
+
+    #[test]
+    fn help_version_and_completion_end_in_code_0() {
+        for (args, text) in [
+            (&["--help"][..], "--keepalive-time"),
+            (&["-h"], "--completion"),
+            (&["--version"], "sample 1.2.3"),
+            (&["--completion=bash"], "--keepalive-time"),
+            (&["--completion", "zsh"], "--keepalive-time"),
+            (&["--completion=fish"], "keepalive-time"),
+            (&["--completion=elvish"], "--keepalive-time"),
+            (&["--completion=powershell"], "--keepalive-time"),
+        ] {
+            let exit = parse(args).unwrap_err();
+            assert_eq!(exit.code, 0, "{args:?}");
+            assert!(exit.text.contains(text), "{args:?}: {}", exit.text);
+        }
+        assert_eq!(parse(&["--completion=csh"]).unwrap_err().code, 1);
+    }
+
+    #[test]
+    fn lists_are_comma_separated_with_or_without_gos_brackets() {
+        for (text, items) in [
+            ("", &[][..]),
+            ("[]", &[]),
+            ("a", &["a"]),
+            ("a,b", &["a", "b"]),
+            ("[a,b]", &["a", "b"]),
+        ] {
+            assert_eq!(parse_list(text), items, "{text}");
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! The log of a process: where it goes, how much, and how a repeating fault is kept to a line.
+
+use std::{
+    io::{self, IsTerminal},
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use clap::ValueEnum;
+use tracing::Subscriber;
+use tracing_subscriber::{EnvFilter, filter::ParseError, fmt::MakeWriter};
+
+/// Environment variable that beats `-v`, in tracing-subscriber's notation.
+const FILTER_VARIABLE: &str = "RUST_LOG";
+
+/// Form of the log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people: one line each, coloured on a terminal
+    Text,
+    /// For collectors: one JSON object each
+    Json,
+}
+
+/// How to log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogConfig {
+    /// Form of the lines.
+    pub format: LogFormat,
+    /// klog's verbosity: 0 to 4 info, 5 to 9 debug, 10 and more trace.
+    pub verbosity: i32,
+}
+
+/// Why there is no log.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The environment asks for a filter that cannot be read.
+    #[error("RUST_LOG is not a log filter: {0}")]
+    Filter(#[from] ParseError),
+    /// The process has a log already.
+    #[error("the log was set up twice")]
+    Twice(#[from] tracing::subscriber::SetGlobalDefaultError),
+}
+
+/// Sends the log of the whole process to standard error.
+///
+/// # Errors
+/// When `RUST_LOG` is set and unreadable, or when called twice.
+pub fn init(config: LogConfig) -> Result<(), LogError> {
+    let filter = std::env::var(FILTER_VARIABLE).ok();
+    let coloured = io::stderr().is_terminal();
+    let subscriber = subscriber(config, filter.as_deref(), io::stderr, coloured)?;
+    Ok(tracing::subscriber::set_global_default(subscriber)?)
+}
+
+/// What `-v` means as a filter.
+///
+/// Kamaji starts every agent with `-v=8`, so debug must stay readable: libraries, whose debug
+/// lines come with each packet, stay at info until everything is asked for. kube-apiserver's client
+/// tells of every failure what we tell ourselves, with its reason.
+fn filter_of(verbosity: i32) -> &'static str {
+    match verbosity {
+        ..=4 => "info,kube_client=off,kube_runtime=off",
+        5..=9 => "info,kube_client=off,kube_runtime=off,culvert=debug", // a prefix: all our crates
+        // It would show tokens.
+        10.. => "trace,kube_client=off,kube_runtime=off",
+    }
+}
+
+fn subscriber<W>(
+    config: LogConfig,
+    filter: Option<&str>,
+    writer: W,
+    coloured: bool,
+) -> Result<Box<dyn Subscriber + Send + Sync>, LogError>
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let filter = match filter {
+        Some(filter) if !filter.is_empty() => EnvFilter::builder().parse(filter)?,
+        _ => EnvFilter::builder().parse(filter_of(config.verbosity))?,
+    };
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(writer)
+        .with_ansi(coloured && config.format == LogFormat::Text);
+    Ok(match config.format {
+        LogFormat::Text => Box::new(lines.finish()),
+        LogFormat::Json => Box::new(lines.json().flatten_event(true).finish()),
+    })
+}
+
+/// Keeps a fault that repeats to one log line per interval.
+///
+/// One value per call site, usually a `static`. The line that does come says how many did not:
+///
+/// ```
+/// # use std::time::{Duration, Instant};
+/// # use crate::logging::RateLimited;
+/// static ACCEPT_FAILED: RateLimited = RateLimited::new(Duration::from_secs(10));
+/// if let Some(suppressed) = ACCEPT_FAILED.admit(Instant::now()) {
+///     tracing::warn!(suppressed, "a connection could not be accepted");
+/// }
+/// ```
+#[derive(Debug)]
+pub struct RateLimited {
+    interval: Duration,
+    state: Mutex<Admitted>,
+}
+
+#[derive(Debug)]
+struct Admitted {
+    last: Option<Instant>,
+    suppressed: u64,
+}
+
+impl RateLimited {
+    /// At most one line per `interval`; the first is always let through.
+    pub const fn new(interval: Duration) -> Self {
+        Self { interval, state: Mutex::new(Admitted { last: None, suppressed: 0 }) }
+    }
+
+    /// `Some` with the number of lines held back since the last one, when a line may be written
+    /// at `now`; `None` when it is to be held back.
+    pub fn admit(&self, now: Instant) -> Option<u64> {
+        let mut state = self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        match state.last {
+            Some(last) if now.saturating_duration_since(last) < self.interval => {
+                state.suppressed += 1;
+                None
+            }
+            _ => {
+                state.last = Some(now);
+                Some(std::mem::take(&mut state.suppressed))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Captured(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Captured {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn logged(format: LogFormat, verbosity: i32, filter: Option<&str>) -> String {
+        let captured = Captured::default();
+        let writer = captured.clone();
+        let config = LogConfig { format, verbosity };
+        let subscriber = subscriber(config, filter, move || writer.clone(), false).unwrap();
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::info!(target: "culvert_agent", port = 8132, "ours at info");
+            tracing::debug!(target: "culvert_agent", "ours at debug");
+            tracing::debug!(target: "quinn_proto", "theirs at debug");
+            tracing::trace!(target: "quinn_proto", "theirs at trace");
+        });
+        let bytes = captured.0.lock().unwrap().clone();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn verbosity_maps_to_levels_and_libraries_stay_quiet_at_debug() {
+        for (verbosity, lines) in
+            [(-1, 1), (0, 1), (4, 1), (5, 2), (8, 2), (9, 2), (10, 4), (99, 4)]
+        {
+            let text = logged(LogFormat::Text, verbosity, None);
+            assert_eq!(text.lines().count(), lines, "-v={verbosity}: {text}");
+        }
+    }
+
+    #[test]
+    fn the_environment_beats_verbosity() {
+        assert_eq!(logged(LogFormat::Text, 10, Some("warn")), "");
+        assert_eq!(logged(LogFormat::Text, 4, Some("")).lines().count(), 1);
+        let config = LogConfig { format: LogFormat::Text, verbosity: 4 };
+        let refused = subscriber(config, Some("a=b=c"), io::sink, false).map(drop).unwrap_err();
+        assert!(refused.to_string().contains("RUST_LOG"), "{refused}");
+    }
+
+    #[test]
+    fn lines_are_plain_text_or_json() {
+        let text = logged(LogFormat::Text, 4, None);
+        assert!(text.contains("ours at info port=8132") && !text.contains('\u{1b}'), "{text}");
+        let json = logged(LogFormat::Json, 4, None);
+        assert!(json.starts_with('{') && json.contains(r#""port":8132"#), "{json}");
+    }
+
+    #[test]
+    fn repeating_faults_get_a_line_per_interval_that_counts_the_others() {
+        let limit = RateLimited::new(Duration::from_secs(10));
+        let start = Instant::now();
+        for (seconds, admitted) in [
+            (0, Some(0)),
+            (1, None),
+            (9, None),
+            (10, Some(2)),
+            (11, None),
+            (60, Some(1)),
+            (70, Some(0)),
+        ] {
+            assert_eq!(limit.admit(start + Duration::from_secs(seconds)), admitted, "{seconds}");
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! What an agent announces that it stands for, so that a strategy can choose it by target.
+
+use serde::{Deserialize, Serialize};
+
+use crate::bounded::{List, Text};
+
+/// The most identifiers one agent may announce.
+pub const MAX_IDENTIFIERS: usize = 64;
+
+/// One announced fact: a key such as `ipv4` and its value.
+///
+/// Keys known today are `ipv4`, `ipv6`, `host`, `cidr` and `default-route`; a server ignores those
+/// it does not know, so that newer agents can announce more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identifier {
+    /// What kind of fact it is.
+    pub key: Text<32>,
+    /// The fact itself, for example an address.
+    pub value: Text<255>,
+}
+
+/// Everything one agent announces.
+pub type Identifiers = List<Identifier, MAX_IDENTIFIERS>;
+
+impl Identifiers {
+    /// The identifiers that name a target host exactly: `ipv4`, `ipv6` and `host`.
+    pub fn hosts(&self) -> impl Iterator<Item = &str> {
+        self.iter()
+            .filter(|identifier| matches!(identifier.key.as_str(), "ipv4" | "ipv6" | "host"))
+            .map(|identifier| identifier.value.as_str())
+    }
+
+    /// Whether the agent offers to reach targets that nobody announced.
+    pub fn is_default_route(&self) -> bool {
+        self.iter().find(|identifier| identifier.key.as_str() == "default-route").is_some_and(
+            |identifier| {
+                matches!(identifier.value.as_str(), "true" | "1" | "t" | "T" | "TRUE" | "True")
+            },
+        )
+    }
+}
+
+impl Identifier {
+    /// The fact with this key and value.
+    ///
+    /// # Errors
+    /// When either is longer than its limit.
+    pub fn new(key: &str, value: &str) -> Result<Self, crate::bounded::TooLong> {
+        Ok(Self { key: key.try_into()?, value: value.try_into()? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_are_addresses_and_names_and_nothing_else() {
+        let announced = [
+            ("ipv4", "10.0.0.1"),
+            ("cidr", "10.0.0.0/8"),
+            ("host", "node-1"),
+            ("ipv6", "fd00::1"),
+            ("later-addition", "x"),
+            ("default-route", "true"),
+        ];
+        let identifiers: Vec<_> =
+            announced.iter().map(|(key, value)| Identifier::new(key, value).unwrap()).collect();
+        let identifiers = Identifiers::try_from(identifiers).unwrap();
+        assert_eq!(identifiers.hosts().collect::<Vec<_>>(), ["10.0.0.1", "node-1", "fd00::1"]);
+        assert!(identifiers.is_default_route());
+        assert!(!Identifiers::default().is_default_route());
+    }
+}

@@ -1,0 +1,297 @@
+//! The control stream at work: messages in and out, pings answered, and doubts about the peer
+//! turned into a question with a deadline.
+
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use culvert_wire::control::{ControlMessage, Ping, Pong};
+use culvert_wire::{
+    code::CloseCode,
+    codec::{EncodeError, MAX_BODY_LEN},
+    frame::{Frame, FrameError, HEAD_LEN, Head},
+};
+use tokio::{
+    select,
+    time::{Instant, sleep_until},
+};
+
+use crate::{ReadError, RecvHalf, SendHalf, Tunnel, Unreachable, WriteError};
+
+/// Time for the answer to a ping, when the network says that nobody listens at the peer's address:
+/// room for one repetition of a lost ping.
+const NOBODY_LIMIT: Duration = Duration::from_millis(50);
+/// The same when it says that there is no way: time for routes to change.
+const NO_WAY_LIMIT: Duration = Duration::from_millis(1500);
+/// How often a question's time begins anew because the peer was heard meanwhile: a busy node
+/// answers late, and only silence is death. A peer that is heard and never answers is broken.
+const MAX_RENEWALS: u32 = 5;
+/// The control stream goes before every other: a question about a busy peer must not wait behind
+/// what keeps it busy.
+const PRIORITY: i32 = 100;
+
+/// Why a control stream ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// The peer finished the stream, which only ends with the tunnel.
+    #[error("the peer ended the control stream")]
+    Ended,
+    /// The peer sent a message that has no place where it came.
+    #[error("a message that has no place here")]
+    Unexpected,
+    /// The peer's bytes break the protocol.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// A message of ours does not fit its frame.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+    /// The stream cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The stream cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The peer did not answer a ping in time.
+    #[error("no answer to a ping within {0:?}")]
+    Unresponsive(Duration),
+}
+
+impl ControlError {
+    /// The code with which the tunnel is to be closed for this.
+    pub fn close_code(&self) -> CloseCode {
+        match self {
+            Self::Unresponsive(_) => CloseCode::UNRESPONSIVE,
+            Self::Encode(_) => CloseCode::ABANDONED,
+            _ => CloseCode::PROTOCOL_VIOLATION,
+        }
+    }
+}
+
+/// What happens on a control stream.
+#[derive(Debug)]
+pub enum Event {
+    /// The peer says something.
+    Message(ControlMessage),
+    /// The network says that the peer cannot be reached. The peer was asked; if it is silent, the
+    /// stream ends in a moment.
+    Unreachable(Unreachable),
+}
+
+/// Both halves of a tunnel's control stream.
+#[derive(Debug)]
+pub struct ControlStream {
+    tunnel: Tunnel,
+    send: SendHalf,
+    recv: RecvHalf,
+    buffer: BytesMut,
+    question: Option<Question>,
+    next_echo: u64,
+}
+
+/// A ping that has not been answered.
+#[derive(Debug)]
+struct Question {
+    echo: u64,
+    limit: Duration,
+    deadline: Instant,
+    /// Bytes that had come from the peer when its time began.
+    heard: u64,
+    renewals: u32,
+}
+
+impl ControlStream {
+    /// The control stream that these halves are.
+    pub fn new(tunnel: Tunnel, (mut send, recv): (SendHalf, RecvHalf)) -> Self {
+        send.set_priority(PRIORITY);
+        Self { tunnel, send, recv, buffer: BytesMut::new(), question: None, next_echo: 0 }
+    }
+
+    /// Sends a message.
+    ///
+    /// # Errors
+    /// When it does not fit its frame, or the stream is lost.
+    ///
+    /// # Cancel safety
+    /// Not cancel safe: part of the message may be out. Close the tunnel then.
+    pub async fn send(&mut self, message: &ControlMessage) -> Result<(), ControlError> {
+        let frame = message.encode()?;
+        Ok(self.send.write_chunk(frame).await?)
+    }
+
+    /// The next message that means something to the caller; see [`event`](Self::event).
+    ///
+    /// # Errors
+    /// As [`event`](Self::event).
+    ///
+    /// # Cancel safety
+    /// As [`event`](Self::event).
+    pub async fn next(&mut self) -> Result<ControlMessage, ControlError> {
+        loop {
+            if let Event::Message(message) = self.event().await? {
+                return Ok(message);
+            }
+        }
+    }
+
+    /// What happens next that means something to the caller: not a ping, not a pong, not a kind
+    /// this build does not know.
+    ///
+    /// Meanwhile it answers the peer's pings. When the network says that the peer is gone it asks,
+    /// and gives up on a peer that is silent. One that is heard but does not answer gets more time.
+    ///
+    /// # Errors
+    /// When the peer breaks the protocol, ends the stream or is found unresponsive. The tunnel is
+    /// then to be closed with [`ControlError::close_code`].
+    ///
+    /// # Cancel safety
+    /// Cancel safe, except that a pong being written may be cut short; writing waits only for a
+    /// peer that has left megabytes of pongs unread.
+    pub async fn event(&mut self) -> Result<Event, ControlError> {
+        loop {
+            let frame = select! {
+                frame = next_frame(&mut self.recv, &mut self.buffer) => frame?,
+                why = self.tunnel.unreachable() => {
+                    let limit = match why {
+                        Unreachable::Port => NOBODY_LIMIT,
+                        Unreachable::Way => NO_WAY_LIMIT,
+                    };
+                    self.ask(limit).await?;
+                    return Ok(Event::Unreachable(why));
+                }
+                () = overdue(self.question.as_ref()) => {
+                    self.renew()?;
+                    continue;
+                }
+            };
+            match ControlMessage::decode(&frame)? {
+                ControlMessage::Ping(Ping { echo }) => {
+                    self.send(&ControlMessage::Pong(Pong { echo })).await?;
+                }
+                ControlMessage::Pong(Pong { echo }) => {
+                    if self.question.as_ref().is_some_and(|question| question.echo == echo) {
+                        self.question = None;
+                    }
+                }
+                ControlMessage::Unknown { kind } => {
+                    tracing::debug!(kind, "ignored a control message of a later revision");
+                }
+                message => return Ok(Event::Message(message)),
+            }
+        }
+    }
+
+    /// Asks the peer to prove that it is alive. [`event`](Self::event) fails when no answer comes
+    /// within three round trips and `limit`, or five times that for one that is heard. A question
+    /// that is already open is not asked again; its deadline only comes nearer.
+    ///
+    /// # Errors
+    /// When the stream is lost.
+    ///
+    /// # Cancel safety
+    /// As [`send`](Self::send).
+    pub async fn ask(&mut self, limit: Duration) -> Result<(), ControlError> {
+        let stats = self.tunnel.stats();
+        let limit = stats.rtt * 3 + limit;
+        let deadline = Instant::now() + limit;
+        if let Some(question) = &mut self.question {
+            question.limit = question.limit.min(limit);
+            question.deadline = question.deadline.min(deadline);
+            return Ok(());
+        }
+        let echo = self.next_echo;
+        self.next_echo += 1;
+        let heard = stats.received_bytes;
+        self.question = Some(Question { echo, limit, deadline, heard, renewals: 0 });
+        self.send(&ControlMessage::Ping(Ping { echo })).await
+    }
+
+    /// Sends a ping whose answer is of no consequence but that something comes in: for whoever
+    /// watches what is received.
+    ///
+    /// # Errors
+    /// When the stream is lost.
+    ///
+    /// # Cancel safety
+    /// As [`send`](Self::send).
+    pub async fn nudge(&mut self) -> Result<(), ControlError> {
+        let echo = self.next_echo;
+        self.next_echo += 1;
+        self.send(&ControlMessage::Ping(Ping { echo })).await
+    }
+
+    /// Gives a question whose time is over more of it, if the peer was heard meanwhile.
+    fn renew(&mut self) -> Result<(), ControlError> {
+        let heard = self.tunnel.stats().received_bytes;
+        let Some(question) = &mut self.question else { return Ok(()) };
+        if heard == question.heard || question.renewals == MAX_RENEWALS {
+            return Err(ControlError::Unresponsive(question.limit * (question.renewals + 1)));
+        }
+        question.renewals += 1;
+        question.heard = heard;
+        question.deadline = Instant::now() + question.limit;
+        Ok(())
+    }
+}
+
+/// Completes when the question's deadline has passed.
+async fn overdue(question: Option<&Question>) {
+    match question {
+        Some(question) => sleep_until(question.deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The next frame; what was read of it stays in `buffer` when the future is dropped.
+async fn next_frame(recv: &mut RecvHalf, buffer: &mut BytesMut) -> Result<Frame, ControlError> {
+    loop {
+        if let Some(frame) = split_frame(buffer)? {
+            return Ok(frame);
+        }
+        // A few packets at a time bound what a peer can make us hold.
+        let mut chunks = [const { Bytes::new() }; 4];
+        let Some(count) = recv.read_chunks(&mut chunks).await? else {
+            return Err(ControlError::Ended);
+        };
+        chunks[..count].iter().for_each(|chunk| buffer.extend_from_slice(chunk));
+    }
+}
+
+fn split_frame(buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
+    let Some(head) = buffer.first_chunk::<HEAD_LEN>() else { return Ok(None) };
+    let Head { kind, length } = Head::decode(*head);
+    if length > MAX_BODY_LEN {
+        return Err(FrameError::Oversized { kind, length, limit: MAX_BODY_LEN });
+    }
+    if buffer.len() < HEAD_LEN + length {
+        return Ok(None);
+    }
+    buffer.advance(HEAD_LEN);
+    Ok(Some(Frame { kind, body: buffer.split_to(length).freeze() }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_split_wherever_the_packets_were_cut() {
+        let stream = [0x03, 0, 1, 7, 0x04, 0, 0, 0x05, 0, 2, 1];
+        for cut in 0..stream.len() {
+            let mut buffer = BytesMut::new();
+            let mut kinds = Vec::new();
+            for part in [&stream[..cut], &stream[cut..]] {
+                buffer.extend_from_slice(part);
+                while let Some(frame) = split_frame(&mut buffer).unwrap() {
+                    kinds.push((frame.kind, frame.body.len()));
+                }
+            }
+            assert_eq!(kinds, [(3, 1), (4, 0)], "cut at {cut}");
+            assert_eq!(&buffer[..], [5, 0, 2, 1]);
+        }
+    }
+
+    #[test]
+    fn an_oversized_frame_is_refused_by_its_head() {
+        let mut buffer = BytesMut::from(&[0x01, 0xff, 0xff][..]);
+        assert!(matches!(split_frame(&mut buffer), Err(FrameError::Oversized { .. })));
+    }
+}

@@ -1,0 +1,40 @@
+//! Tunnels between agents and servers, the streams on them, and the splice that joins a stream to a
+//! socket.
+//!
+//! A [`Tunnel`] is one authenticated connection between one agent and one server. Either side opens
+//! streams on it; each stream has two halves that end on their own: a [`SendHalf`] is finished or
+//! reset, a [`RecvHalf`] runs to its end or is stopped. Code that uses a tunnel does not know what
+//! carries it.
+//!
+//! ```text
+//!  splice                    a stream and a socket joined, with exact ends
+//!  control                   the control stream: messages, pings, deadlines
+//!  tunnel                    Tunnel, SendHalf, RecvHalf; which stream's bytes go first
+//!  carrier                   one set of names for what carries a tunnel
+//!     ├─ quic                QUIC, by quinn; named nowhere else
+//!     ├─ qmux ─ tcp          QMux over TLS over TCP, directly or through a proxy
+//!     └─ qmux ─ memory       both ends in one process
+//! ```
+//!
+//! Start with [`Tunnel`], then [`splice`](mod@splice).
+
+mod carrier;
+mod chunks;
+pub mod congestion;
+pub mod control;
+pub mod memory;
+pub mod priority;
+pub mod qmux;
+pub mod quic;
+mod settings;
+pub mod splice;
+pub mod tcp;
+pub mod tls;
+mod tunnel;
+
+pub use quic::udp::{BindError, BufferSizes, Unreachable};
+pub use settings::{ConnectError, ProxyFault, Settings};
+pub use tunnel::{
+    ReadError, ReadFrameError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, WriteError,
+};
+pub(crate) use tunnel::{canonical, now};

@@ -1,0 +1,267 @@
+//! The carrier where UDP does not get through: QMux, which is QUIC's streams over a byte stream
+//! (draft-ietf-quic-qmux-02). Decision 0008 says why it is spoken here.
+//!
+//! The byte stream is TLS over TCP, see [`super::tcp`], or anything else that is reliable, such as
+//! a pipe within one process. All streams share its order: a lost packet delays them all, which is
+//! why QUIC goes first wherever it can. What they do not share is a reader: one that is stalled has
+//! its own window, and nobody waits behind it.
+
+//= docs/protocol.md#1-carrier
+
+mod frame;
+mod halves;
+mod io;
+mod mux;
+mod stream;
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use culvert_wire::code::CloseCode;
+use rustls_pki_types::CertificateDer;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    select,
+    sync::{Notify, SetOnce},
+};
+
+pub(super) use self::halves::{RecvStream, SendStream};
+use self::{halves::Handle, mux::Mux, stream::Bells};
+use super::{
+    RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, now,
+    priority::Share,
+    settings::{ConnectError, Settings},
+};
+
+/// Which end of the byte stream this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The agent's, which made the connection.
+    Client,
+    /// The server's.
+    Server,
+}
+
+impl Role {
+    /// The lowest bit of the streams that this end opens (RFC 9000 §2.1).
+    fn bit(self) -> u64 {
+        match self {
+            Self::Client => 0,
+            Self::Server => 1,
+        }
+    }
+}
+
+/// Who is at the other end of the byte stream.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Where it is.
+    pub address: SocketAddr,
+    /// What the byte stream is, for logs and metric labels.
+    pub transport: &'static str,
+    /// Its certificate chain, leaf first, if it presented one.
+    pub certificates: Option<Vec<CertificateDer<'static>>>,
+}
+
+/// Makes a tunnel of a reliable byte stream whose other end does the same in the other role.
+///
+/// # Errors
+/// When the peer does not begin within the idle time-out, or speaks something else.
+pub async fn establish<IO>(
+    stream: IO,
+    role: Role,
+    peer: Peer,
+    settings: &Settings,
+) -> Result<Tunnel, ConnectError>
+where
+    IO: AsyncRead + AsyncWrite + Send + 'static,
+{
+    let idle = u64::try_from(settings.idle_timeout.as_millis()).unwrap_or(u64::MAX >> 2);
+    let mux = Mux::new(role, settings.stream_receive_window, settings.max_streams, idle);
+    let shared = Arc::new(Shared::new(mux, peer));
+    let (reader, writer) = tokio::io::split(stream);
+    tokio::spawn(io::read(reader, shared.clone(), settings.idle_timeout));
+    tokio::spawn(io::write(writer, shared.clone(), settings.keep_alive_interval));
+    let connection =
+        Connection { owner: Arc::new(Owner(shared.clone())), share: Share::new(now()) };
+    loop {
+        let opened = shared.opened.notified();
+        if shared.lock().peer().is_some() {
+            return Ok(Tunnel::over(connection));
+        }
+        select! {
+            () = opened => {}
+            lost = shared.closed() => return Err(ConnectError::Handshake(lost)),
+        }
+    }
+}
+
+/// A connection and a peer that may do anything, for the fuzzer.
+#[cfg(fuzzing)]
+pub fn fuzz_peer(script: &[u8]) {
+    let _ = mux::exercise(script);
+}
+
+/// What the tasks, the handles and the streams of one connection share.
+struct Shared {
+    mux: Mutex<Mux>,
+    /// There may be something to send.
+    work: Notify,
+    /// The peer has opened a stream, or allows one more.
+    opened: Notify,
+    /// Why the connection is over.
+    lost: SetOnce<TunnelLost>,
+    /// The last words are out.
+    flushed: SetOnce<()>,
+    /// What this side said when it closed the tunnel.
+    farewell: OnceLock<(CloseCode, String)>,
+    peer: Peer,
+    sent: AtomicU64,
+    received: AtomicU64,
+    rtt_micros: AtomicU64,
+}
+
+impl Shared {
+    fn new(mux: Mux, peer: Peer) -> Self {
+        Self {
+            mux: Mutex::new(mux),
+            work: Notify::new(),
+            opened: Notify::new(),
+            lost: SetOnce::new(),
+            flushed: SetOnce::new(),
+            farewell: OnceLock::new(),
+            peer,
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            rtt_micros: AtomicU64::new(0),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Mux> {
+        // Every change is complete before it could panic.
+        self.mux.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connection is over for this reason, unless it was before.
+    fn lose(&self, lost: TunnelLost) {
+        let _ = self.lost.set(lost);
+    }
+
+    fn close(&self, code: CloseCode, reason: &str) {
+        // Only the first close counts, for the peer too.
+        if self.farewell.set((code, reason.to_owned())).is_ok() {
+            self.lock().close(true, code.as_u32().into(), reason);
+            self.lose(TunnelLost::ClosedHere { code, reason: reason.to_owned() });
+        }
+    }
+
+    async fn closed(&self) -> TunnelLost {
+        self.lost.wait().await.clone()
+    }
+
+    fn set_rtt(&self, rtt: Duration) {
+        let micros = u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX);
+        self.rtt_micros.store(micros, Ordering::Relaxed);
+    }
+}
+
+/// Closes the connection when nobody holds it or a stream of it any more.
+struct Owner(Arc<Shared>);
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.0.close(CloseCode::DONE, "");
+    }
+}
+
+/// One QMux connection.
+#[derive(Clone)]
+pub(super) struct Connection {
+    owner: Arc<Owner>,
+    share: Arc<Share>,
+}
+
+impl Connection {
+    fn shared(&self) -> &Shared {
+        &self.owner.0
+    }
+
+    pub(super) async fn open(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
+        self.stream(Mux::open).await
+    }
+
+    pub(super) async fn accept(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
+        self.stream(Mux::accept).await
+    }
+
+    /// Waits for the stream that `get` gives.
+    async fn stream(
+        &self,
+        get: impl Fn(&mut Mux) -> Option<(u64, Arc<Bells>)>,
+    ) -> Result<(SendHalf, RecvHalf), TunnelLost> {
+        loop {
+            let opened = self.shared().opened.notified();
+            if let Some(lost) = self.shared().lost.get() {
+                return Err(lost.clone());
+            }
+            let stream = get(&mut self.shared().lock());
+            if let Some((id, bells)) = stream {
+                return Ok(self.halves(&Handle::new(id, bells, self.owner.clone())));
+            }
+            select! {
+                () = opened => {}
+                lost = self.shared().closed() => return Err(lost),
+            }
+        }
+    }
+
+    fn halves(&self, handle: &Handle) -> (SendHalf, RecvHalf) {
+        let (send, recv) = (SendStream::new(handle.clone()), RecvStream::new(handle.clone()));
+        (SendHalf::new(send, self.share.clone()), RecvHalf::new(recv))
+    }
+
+    pub(super) fn close(&self, code: CloseCode, reason: &str) {
+        self.shared().close(code, reason);
+    }
+
+    pub(super) async fn closed(&self) -> TunnelLost {
+        self.shared().closed().await
+    }
+
+    pub(super) async fn flushed(&self, limit: Duration) {
+        let _ = tokio::time::timeout(limit, self.shared().flushed.wait()).await;
+    }
+
+    pub(super) fn set_max_streams(&self, count: u32) {
+        self.shared().lock().set_max_streams(count);
+        self.shared().work.notify_one();
+    }
+
+    pub(super) fn remote_address(&self) -> SocketAddr {
+        self.shared().peer.address
+    }
+
+    pub(super) fn name(&self) -> &'static str {
+        self.shared().peer.transport
+    }
+
+    pub(super) fn peer_certificates(&self) -> Option<Vec<CertificateDer<'static>>> {
+        self.shared().peer.certificates.clone()
+    }
+
+    pub(super) fn stats(&self) -> TunnelStats {
+        let now = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        TunnelStats {
+            rtt: Duration::from_micros(now(&self.shared().rtt_micros)),
+            sent_bytes: now(&self.shared().sent),
+            received_bytes: now(&self.shared().received),
+            ..TunnelStats::default()
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The two halves of a QMux stream, in the seam's vocabulary.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use bytes::Bytes;
+use culvert_wire::code::StreamCode;
+use tokio::select;
+
+use super::{
+    Owner, Shared,
+    mux::Mux,
+    stream::{Bells, Found, Room},
+};
+use crate::{ReadError, TunnelLost, WriteError};
+
+/// One stream of a connection.
+#[derive(Clone)]
+pub(super) struct Handle {
+    id: u64,
+    bells: Arc<Bells>,
+    owner: Arc<Owner>,
+}
+
+impl Handle {
+    pub(super) fn new(id: u64, bells: Arc<Bells>, owner: Arc<Owner>) -> Self {
+        Self { id, bells, owner }
+    }
+
+    fn shared(&self) -> &Shared {
+        &self.owner.0
+    }
+
+    /// Changes the stream, and lets what follows from it be sent.
+    fn change<T>(&self, change: impl FnOnce(&mut Mux) -> T) -> T {
+        let mut mux = self.shared().lock();
+        let result = change(&mut mux);
+        let has_work = mux.has_work();
+        drop(mux);
+        if has_work {
+            self.shared().work.notify_one();
+        }
+        result
+    }
+}
+
+/// The half of a QMux stream that this side writes.
+pub(crate) struct SendStream(Handle);
+
+impl SendStream {
+    pub(super) fn new(handle: Handle) -> Self {
+        Self(handle)
+    }
+
+    pub(crate) async fn write_chunk(&self, mut chunk: Bytes) -> Result<(), WriteError> {
+        let Handle { id, bells, .. } = &self.0;
+        let length = chunk.len() as u64;
+        loop {
+            if let Some(lost) = self.0.shared().lost.get() {
+                return Err(WriteError::Lost(lost.clone()));
+            }
+            match self.0.change(|mux| mux.write(*id, &mut chunk)) {
+                Room::Taken => {
+                    self.0.shared().sent.fetch_add(length, Ordering::Relaxed);
+                    return Ok(());
+                }
+                Room::Stopped(code) => return Err(WriteError::Stopped(code)),
+                Room::Ended => {
+                    return Err(match bells.end.get() {
+                        Some(Some(code)) => WriteError::Stopped(*code),
+                        _ => WriteError::Ended,
+                    });
+                }
+                Room::None => select! {
+                    () = bells.room.notified() => {}
+                    _ = self.0.shared().lost.wait() => {}
+                },
+            }
+        }
+    }
+
+    pub(crate) fn finish(&self) {
+        self.0.change(|mux| mux.finish(self.0.id));
+    }
+
+    pub(crate) fn reset(&self, code: StreamCode) {
+        self.0.change(|mux| mux.reset(self.0.id, code.as_u32().into()));
+    }
+
+    pub(crate) fn stopped(
+        &self,
+    ) -> impl Future<Output = Result<Option<StreamCode>, TunnelLost>> + Send + Sync + 'static {
+        let (bells, owner) = (self.0.bells.clone(), self.0.owner.clone());
+        async move {
+            select! {
+                biased;
+                end = bells.end.wait() => Ok(*end),
+                lost = owner.0.closed() => Err(lost),
+            }
+        }
+    }
+
+    pub(crate) fn set_priority(&self, priority: i32) {
+        self.0.change(|mux| mux.set_priority(self.0.id, priority));
+    }
+}
+
+/// The half of a QMux stream that this side reads.
+pub(crate) struct RecvStream(Handle);
+
+impl RecvStream {
+    pub(super) fn new(handle: Handle) -> Self {
+        Self(handle)
+    }
+
+    pub(crate) async fn read_chunks(
+        &self,
+        chunks: &mut [Bytes],
+    ) -> Result<Option<usize>, ReadError> {
+        self.read_some(chunks, usize::MAX).await
+    }
+
+    pub(crate) async fn read(&self, buf: &mut [u8]) -> Result<Option<usize>, ReadError> {
+        let mut chunks = [Bytes::new()];
+        let read = self.read_some(&mut chunks, buf.len()).await?;
+        Ok(read.map(|_| {
+            buf[..chunks[0].len()].copy_from_slice(&chunks[0]);
+            chunks[0].len()
+        }))
+    }
+
+    async fn read_some(
+        &self,
+        chunks: &mut [Bytes],
+        limit: usize,
+    ) -> Result<Option<usize>, ReadError> {
+        let Handle { id, bells, .. } = &self.0;
+        loop {
+            match self.0.change(|mux| mux.read(*id, chunks, limit)) {
+                Found::Chunks(count) => {
+                    let length: usize = chunks[..count].iter().map(Bytes::len).sum();
+                    self.0.shared().received.fetch_add(length as u64, Ordering::Relaxed);
+                    return Ok(Some(count));
+                }
+                Found::End => return Ok(None),
+                Found::Reset(code) => return Err(ReadError::Reset(code)),
+                Found::Stopped => return Err(ReadError::Ended),
+                Found::Nothing => select! {
+                    biased;
+                    () = bells.arrived.notified() => {}
+                    lost = self.0.shared().closed() => return Err(ReadError::Lost(lost)),
+                },
+            }
+        }
+    }
+
+    pub(crate) fn stop(&self, code: StreamCode) {
+        self.0.change(|mux| mux.stop(self.0.id, code.as_u32().into()));
+    }
+
+    pub(crate) async fn failed(&self) -> ReadError {
+        let Handle { id, bells, .. } = &self.0;
+        loop {
+            if let Some(code) = self.0.change(|mux| mux.reset_of(*id)) {
+                return ReadError::Reset(code);
+            }
+            select! {
+                biased;
+                lost = self.0.shared().closed() => return ReadError::Lost(lost),
+                () = bells.arrived.notified() => {}
+            }
+        }
+    }
+}

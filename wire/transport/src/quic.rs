@@ -1,0 +1,279 @@
+//! The carrier that QUIC is: this module and those below it are the ones that name quinn.
+//!
+//! Here tunnels are made, from either end; `settings` says what they are set up with, and
+//! `connection` what becomes of them.
+
+mod connection;
+mod farewell;
+mod hedge;
+mod settings;
+pub(crate) mod udp;
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use culvert_wire::code::CloseCode;
+use quinn::{
+    TokioRuntime,
+    crypto::rustls::{QuicClientConfig, QuicServerConfig},
+};
+
+pub(super) use self::connection::{Connection, RecvStream, SendStream};
+pub use self::settings::ResetKey;
+use self::{
+    connection::Neighbours,
+    farewell::lost,
+    udp::{BindError, BufferSizes},
+};
+use super::{
+    Tunnel, canonical,
+    settings::{ConnectError, Settings},
+};
+
+/// Handshakes in progress above which a client must first prove its address (RFC 9000 §8.1.2).
+const RETRY_ABOVE: usize = 128;
+/// Handshakes in progress above which further ones are dropped unanswered.
+const IGNORE_ABOVE: usize = 1024;
+/// Bytes that may wait for one handshake that has not been accepted yet.
+const INCOMING_BUFFER: u64 = 64 * 1024;
+/// Bytes that may wait for all handshakes that have not been accepted yet.
+const INCOMING_BUFFER_TOTAL: u64 = 16 * 1024 * 1024;
+
+/// Accepts tunnels on a UDP port.
+///
+/// Dropping it closes every tunnel that it accepted with [`CloseCode::ABANDONED`].
+#[derive(Debug)]
+pub struct Listener {
+    endpoint: quinn::Endpoint,
+    config: quinn::ServerConfig,
+    settings: Settings,
+    neighbours: Arc<Neighbours>,
+    handshakes: Arc<AtomicUsize>,
+    buffer_sizes: BufferSizes,
+}
+
+impl Listener {
+    /// Binds the UDP port and starts to answer on it.
+    ///
+    /// An unspecified IPv6 address takes IPv4 as well. Without a reset key a random one is used.
+    ///
+    /// # Errors
+    /// When the port cannot be had or the TLS configuration cannot carry QUIC.
+    pub fn bind(
+        address: SocketAddr,
+        tls: Arc<rustls::ServerConfig>,
+        settings: &Settings,
+        reset_key: Option<&ResetKey>,
+    ) -> Result<Self, ConnectError> {
+        let bound = udp::bind(address, settings.udp_buffer_size, settings.mtu_cap)?;
+        let config = server_config(tls)?;
+        let endpoint = quinn::Endpoint::new_with_abstract_socket(
+            settings.endpoint(reset_key),
+            Some(config.clone()),
+            bound.socket,
+            Arc::new(TokioRuntime),
+        )
+        .map_err(|error| BindError::new(address, error))?;
+        let neighbours = Arc::new(Neighbours::default());
+        neighbours.listen(bound.errors);
+        Ok(Self {
+            endpoint,
+            config,
+            settings: *settings,
+            neighbours,
+            handshakes: Arc::default(),
+            buffer_sizes: bound.buffer_sizes,
+        })
+    }
+
+    /// The port that was bound.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.endpoint.local_addr()
+    }
+
+    /// The buffers that the kernel granted to the socket.
+    pub fn buffer_sizes(&self) -> BufferSizes {
+        self.buffer_sizes
+    }
+
+    /// The next agent that wants a tunnel; `None` once the listener is closed.
+    ///
+    /// It returns before any cryptography is done: spawn, then [`Incoming::complete`]. Under a
+    /// flood of handshakes it makes clients prove their address first, and then drops them.
+    pub async fn accept(&self) -> Option<Incoming> {
+        loop {
+            let incoming = self.endpoint.accept().await?;
+            let pending = self.handshakes.load(Ordering::Relaxed);
+            if pending >= IGNORE_ABOVE {
+                incoming.ignore();
+            } else if pending >= RETRY_ABOVE && incoming.may_retry() {
+                // Only fails when the address is validated already, which may_retry excludes.
+                let _ = incoming.retry();
+            } else {
+                return Some(Incoming {
+                    config: self.config_for(&incoming),
+                    incoming,
+                    pending: Pending::enter(&self.handshakes),
+                    neighbours: self.neighbours.clone(),
+                    endpoint: self.endpoint.clone(),
+                });
+            }
+        }
+    }
+
+    /// The configuration for one path, whose first link is known by now.
+    fn config_for(&self, incoming: &quinn::Incoming) -> quinn::ServerConfig {
+        let link = udp::link_payload(canonical(incoming.remote_address()));
+        let mut config = self.config.clone();
+        config.transport_config(Arc::new(self.settings.transport(link)));
+        config
+    }
+
+    /// Refuses further handshakes; live tunnels go on.
+    pub fn refuse_new(&self) {
+        self.endpoint.set_server_config(None);
+    }
+
+    /// Closes every tunnel and waits until the peers have been told, at most `limit`.
+    pub async fn close(&self, code: CloseCode, reason: &str, limit: Duration) {
+        self.endpoint.close(code.as_u32().into(), reason.as_bytes());
+        let _ = tokio::time::timeout(limit, self.endpoint.wait_idle()).await;
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.endpoint.close(CloseCode::ABANDONED.as_u32().into(), b"");
+    }
+}
+
+/// An agent's wish for a tunnel, before its handshake.
+#[derive(Debug)]
+pub struct Incoming {
+    incoming: quinn::Incoming,
+    config: quinn::ServerConfig,
+    pending: Pending,
+    neighbours: Arc<Neighbours>,
+    endpoint: quinn::Endpoint,
+}
+
+impl Incoming {
+    /// Where the wish comes from; not proven before the handshake is complete.
+    pub fn remote_address(&self) -> SocketAddr {
+        canonical(self.incoming.remote_address())
+    }
+
+    /// Does the handshake: certificates are checked, the protocol is agreed on.
+    ///
+    /// # Errors
+    /// When the peer goes away, is refused, or speaks another protocol.
+    pub async fn complete(self) -> Result<Tunnel, ConnectError> {
+        let handshake = async { self.incoming.accept_with(Arc::new(self.config))?.await };
+        let connection = handshake.await.map_err(|error| ConnectError::Handshake(lost(error)))?;
+        drop(self.pending);
+        Connection::established(connection, self.endpoint, self.neighbours)
+            .ok_or(ConnectError::Protocol)
+    }
+}
+
+/// Counts one handshake in progress for as long as it lives.
+#[derive(Debug)]
+struct Pending(Arc<AtomicUsize>);
+
+impl Pending {
+    fn enter(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Makes a tunnel to a server, on a UDP socket of its own.
+///
+/// A shared socket would hash to the same replica behind a load balancer every time.
+///
+/// # Errors
+/// When the socket cannot be had, nobody listens at the address, or the handshake does not come to
+/// its end; it gives up after the idle time-out.
+pub async fn connect(
+    remote: SocketAddr,
+    server_name: &str,
+    tls: Arc<rustls::ClientConfig>,
+    settings: &Settings,
+) -> Result<(Tunnel, BufferSizes), ConnectError> {
+    let any = match remote.ip() {
+        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    let local = SocketAddr::new(any, 0);
+    let bound = udp::bind(local, settings.udp_buffer_size, settings.mtu_cap)?;
+    let endpoint = quinn::Endpoint::new_with_abstract_socket(
+        settings.endpoint(None),
+        None,
+        bound.socket,
+        Arc::new(TokioRuntime),
+    )
+    .map_err(|error| BindError::new(local, error))?;
+    let neighbours = Arc::new(Neighbours::default());
+
+    let crypto = QuicClientConfig::try_from(tls).map_err(|e| ConnectError::Tls(e.to_string()))?;
+    let mut client = quinn::ClientConfig::new(Arc::new(crypto));
+    client.transport_config(Arc::new(settings.transport(udp::link_payload(remote))));
+    let connecting = endpoint
+        .connect_with(client, remote, server_name)
+        .map_err(|error| ConnectError::Address(error.to_string()))?;
+    let connection = tokio::select! {
+        connected = connecting => connected.map_err(|error| ConnectError::Handshake(lost(error)))?,
+        () = refused(bound.errors.as_ref()) => return Err(ConnectError::Refused),
+    };
+    neighbours.listen(bound.errors);
+    let tunnel =
+        Connection::established(connection, endpoint, neighbours).ok_or(ConnectError::Protocol)?;
+    Ok((tunnel, bound.buffer_sizes))
+}
+
+/// The tunnel that an established connection is, over whatever socket its endpoint has: for networks
+/// that are not the system's. The connection was set up with [`Settings::transport`].
+///
+/// # Errors
+/// When its peer did not agree on the protocol; it is closed then.
+pub fn adopt(
+    connection: quinn::Connection,
+    endpoint: quinn::Endpoint,
+) -> Result<Tunnel, ConnectError> {
+    Connection::established(connection, endpoint, Arc::default()).ok_or(ConnectError::Protocol)
+}
+
+/// Completes when a packet of the handshake could not be delivered. The socket has one peer, so
+/// every error is the server's.
+async fn refused(errors: Option<&udp::ErrorQueue>) {
+    match errors {
+        Some(errors) if errors.next().await.is_some() => {}
+        _ => std::future::pending().await,
+    }
+}
+
+fn server_config(tls: Arc<rustls::ServerConfig>) -> Result<quinn::ServerConfig, ConnectError> {
+    let crypto = QuicServerConfig::try_from(tls).map_err(|e| ConnectError::Tls(e.to_string()))?;
+    let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    server
+        .max_incoming(IGNORE_ABOVE)
+        .incoming_buffer_size(INCOMING_BUFFER)
+        .incoming_buffer_size_total(INCOMING_BUFFER_TOTAL);
+    Ok(server)
+}

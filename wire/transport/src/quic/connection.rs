@@ -1,0 +1,375 @@
+//! One QUIC connection and its streams, in the seam's vocabulary.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    pin::pin,
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use culvert_wire::{
+    code::{CloseCode, StreamCode},
+    version::ALPN,
+};
+use quinn::{VarInt, crypto::rustls::HandshakeData};
+use rustls_pki_types::CertificateDer;
+use tokio::{select, sync::Notify, time::sleep};
+
+use super::{
+    farewell::{Farewell, stream_code},
+    hedge::{Copies, Hedging},
+};
+use crate::{
+    ReadError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, Unreachable, WriteError,
+    canonical, chunks::advance, now, priority::Share, quic::udp,
+};
+
+/// How often a stream with unread bytes is asked whether the peer has reset it: soon enough for
+/// whoever waits at the other end, seldom enough for a thousand stalled streams.
+const RESET_INTERVAL: Duration = Duration::from_millis(50);
+
+/// What the network says about one tunnel's peer.
+#[derive(Debug, Default)]
+struct Doubt {
+    told: Notify,
+    nobody_listens: AtomicBool,
+}
+
+impl Doubt {
+    fn tell(&self, why: Unreachable) {
+        if why == Unreachable::Port {
+            self.nobody_listens.store(true, Ordering::Relaxed);
+        }
+        self.told.notify_one();
+    }
+
+    /// The gravest of what was told since the last time.
+    async fn told(&self) -> Unreachable {
+        self.told.notified().await;
+        match self.nobody_listens.swap(false, Ordering::Relaxed) {
+            true => Unreachable::Port,
+            false => Unreachable::Way,
+        }
+    }
+}
+
+/// The live tunnels of one socket by the peer's address, so that an ICMP error finds its tunnel.
+#[derive(Debug, Default)]
+pub(super) struct Neighbours(Mutex<HashMap<SocketAddr, Weak<Doubt>>>);
+
+impl Neighbours {
+    fn enter(&self, address: SocketAddr) -> Arc<Doubt> {
+        let doubt = Arc::new(Doubt::default());
+        let mut tunnels = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        tunnels.retain(|_, doubt| doubt.strong_count() > 0);
+        tunnels.insert(address, Arc::downgrade(&doubt));
+        doubt
+    }
+
+    /// Wakes the tunnel behind each address that the network reports as unreachable, for as long
+    /// as the socket lives.
+    pub(super) fn listen(self: &Arc<Self>, errors: Option<udp::ErrorQueue>) {
+        let Some(errors) = errors else { return };
+        let neighbours = Arc::downgrade(self);
+        tokio::spawn(async move {
+            while let Some((address, why)) = errors.next().await {
+                let Some(neighbours) = neighbours.upgrade() else { return };
+                let tunnels = neighbours.0.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(doubt) = tunnels.get(&canonical(address)).and_then(Weak::upgrade) {
+                    doubt.tell(why);
+                }
+            }
+        });
+    }
+}
+
+/// One QUIC connection.
+#[derive(Clone, Debug)]
+pub(crate) struct Connection {
+    connection: quinn::Connection,
+    endpoint: quinn::Endpoint,
+    farewell: Farewell,
+    share: Arc<Share>,
+    /// Thin writes sent twice, once both sides offered it.
+    hedging: Arc<OnceLock<Hedging>>,
+    doubt: Arc<Doubt>,
+    /// Keeps the socket's error queue watched for as long as a tunnel uses it.
+    _neighbours: Arc<Neighbours>,
+}
+
+impl Connection {
+    /// The tunnel that a completed handshake is; `None`, and closed, if it did not agree on the
+    /// protocol.
+    pub(super) fn established(
+        connection: quinn::Connection,
+        endpoint: quinn::Endpoint,
+        neighbours: Arc<Neighbours>,
+    ) -> Option<Tunnel> {
+        let data =
+            connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
+        if data.and_then(|data| data.protocol).as_deref() != Some(ALPN) {
+            connection.close(CloseCode::INCOMPATIBLE.as_u32().into(), b"no protocol agreed on");
+            return None;
+        }
+        let doubt = neighbours.enter(canonical(connection.remote_address()));
+        let carrier = Self {
+            connection,
+            endpoint,
+            farewell: Farewell::default(),
+            share: Share::new(now()),
+            hedging: Arc::default(),
+            doubt,
+            _neighbours: neighbours,
+        };
+        Some(Tunnel::over(carrier))
+    }
+
+    pub(crate) async fn open(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
+        let opened = self.connection.open_bi().await;
+        opened.map(|stream| self.halves(stream)).map_err(|error| self.farewell.lost(error))
+    }
+
+    pub(crate) async fn accept(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
+        let accepted = self.connection.accept_bi().await;
+        accepted.map(|stream| self.halves(stream)).map_err(|error| self.farewell.lost(error))
+    }
+
+    fn halves(&self, (send, recv): (quinn::SendStream, quinn::RecvStream)) -> (SendHalf, RecvHalf) {
+        let (farewell, hedging) = (self.farewell.clone(), self.hedging.clone());
+        let send = SendStream { stream: send, farewell, hedging, written: 0 };
+        let (connection, farewell) = (self.connection.clone(), self.farewell.clone());
+        let copies = self.hedging.get().map(|hedging| hedging.expect(number(recv.id())));
+        let recv = RecvStream { stream: recv, connection, farewell, copies };
+        (SendHalf::new(send, self.share.clone()), RecvHalf::new(recv))
+    }
+
+    pub(crate) fn hedge(&self, rate: u32) {
+        let (connection, farewell) = (&self.connection, &self.farewell);
+        self.hedging.get_or_init(|| Hedging::begin(connection.clone(), farewell.clone(), rate));
+    }
+
+    pub(crate) fn close(&self, code: CloseCode, reason: &str) {
+        self.farewell.close(&self.connection, code, reason);
+    }
+
+    pub(crate) async fn closed(&self) -> TunnelLost {
+        self.farewell.lost(self.connection.closed().await)
+    }
+
+    pub(crate) async fn flushed(&self, limit: Duration) {
+        let _ = tokio::time::timeout(limit, self.endpoint.wait_idle()).await;
+    }
+
+    pub(crate) async fn unreachable(&self) -> Unreachable {
+        self.doubt.told().await
+    }
+
+    pub(crate) fn set_max_streams(&self, count: u32) {
+        self.connection.set_max_concurrent_bi_streams(VarInt::from_u32(count));
+    }
+
+    pub(crate) fn remote_address(&self) -> SocketAddr {
+        canonical(self.connection.remote_address())
+    }
+
+    pub(crate) fn peer_certificates(&self) -> Option<Vec<CertificateDer<'static>>> {
+        let chain = self.connection.peer_identity()?.downcast().ok()?;
+        Some(*chain)
+    }
+
+    pub(crate) fn stats(&self) -> TunnelStats {
+        let stats = self.connection.stats();
+        let (copies_sent, copies_used) = self.hedging.get().map_or((0, 0), Hedging::counts);
+        TunnelStats {
+            rtt: stats.path.rtt,
+            cwnd: stats.path.cwnd,
+            mtu: stats.path.current_mtu,
+            sent_packets: stats.path.sent_packets,
+            lost_packets: stats.path.lost_packets,
+            lost_bytes: stats.path.lost_bytes,
+            congestion_events: stats.path.congestion_events,
+            black_holes: stats.path.black_holes_detected,
+            sent_bytes: stats.udp_tx.bytes,
+            received_bytes: stats.udp_rx.bytes,
+            eliciting_frames: eliciting_frames(&stats.frame_tx),
+            copies_sent,
+            copies_used,
+        }
+    }
+}
+
+/// The half of a QUIC stream that this side writes.
+pub(crate) struct SendStream {
+    stream: quinn::SendStream,
+    farewell: Farewell,
+    hedging: Arc<OnceLock<Hedging>>,
+    /// Bytes written: where in the stream the next ones are.
+    written: u64,
+}
+
+impl SendStream {
+    /// Writes the chunk; twice, if it is interactive and thin and the path loses packets.
+    pub(crate) async fn write_chunk(
+        &mut self,
+        chunk: Bytes,
+        interactive: bool,
+    ) -> Result<(), WriteError> {
+        let hedging = self.hedging.get().filter(|_| interactive);
+        let hedged = hedging.and_then(|hedging| Some((hedging, hedging.hedge(&chunk)?)));
+        let offset = self.written;
+        self.written += chunk.len() as u64;
+        self.stream.write_chunk(chunk).await.map_err(|error| match error {
+            quinn::WriteError::Stopped(code) => WriteError::Stopped(stream_code(code)),
+            quinn::WriteError::ConnectionLost(error) => WriteError::Lost(self.farewell.lost(error)),
+            // 0-RTT is never used.
+            quinn::WriteError::ClosedStream | quinn::WriteError::ZeroRttRejected => {
+                WriteError::Ended
+            }
+        })?;
+        if let Some((hedging, copy)) = hedged {
+            hedging.send(number(self.stream.id()), offset, &copy);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn finish(&mut self) {
+        // Fails only on a stream that has ended, which SendHalf excludes.
+        let _ = self.stream.finish();
+    }
+
+    pub(crate) fn reset(&mut self, code: StreamCode) {
+        let _ = self.stream.reset(code.as_u32().into());
+    }
+
+    pub(crate) fn stopped(
+        &self,
+    ) -> impl Future<Output = Result<Option<StreamCode>, TunnelLost>> + Send + Sync + 'static {
+        let stopped = self.stream.stopped();
+        let farewell = self.farewell.clone();
+        async move {
+            match stopped.await {
+                Ok(code) => Ok(code.map(stream_code)),
+                Err(quinn::StoppedError::ConnectionLost(error)) => Err(farewell.lost(error)),
+                Err(quinn::StoppedError::ZeroRttRejected) => Ok(None),
+            }
+        }
+    }
+
+    pub(crate) fn set_priority(&self, priority: i32) {
+        let _ = self.stream.set_priority(priority);
+    }
+}
+
+/// The half of a QUIC stream that this side reads.
+pub(crate) struct RecvStream {
+    stream: quinn::RecvStream,
+    connection: quinn::Connection,
+    farewell: Farewell,
+    /// What the peer sent twice, where that was agreed on.
+    copies: Option<Copies>,
+}
+
+impl RecvStream {
+    pub(crate) async fn read_chunks(
+        &mut self,
+        chunks: &mut [Bytes],
+    ) -> Result<Option<usize>, ReadError> {
+        let Some(copies) = &mut self.copies else {
+            return self.stream.read_chunks(chunks).await.map_err(|e| self.farewell.read_error(e));
+        };
+        loop {
+            let read = select! {
+                biased;
+                read = self.stream.read_chunks(chunks) => read,
+                copy = copies.next(usize::MAX) => {
+                    chunks[0] = copy;
+                    return Ok(Some(1));
+                }
+            };
+            let Some(count) = read.map_err(|error| self.farewell.read_error(error))? else {
+                return Ok(None);
+            };
+            let stale = copies.stale(chunks[..count].iter().map(Bytes::len).sum());
+            let used = advance(&mut chunks[..count], stale);
+            chunks[..count].rotate_left(used);
+            if used < count {
+                return Ok(Some(count - used));
+            }
+        }
+    }
+
+    pub(crate) async fn read(&mut self, buf: &mut [u8]) -> Result<Option<usize>, ReadError> {
+        let Some(copies) = &mut self.copies else {
+            return self.stream.read(buf).await.map_err(|error| self.farewell.read_error(error));
+        };
+        let limit = buf.len();
+        loop {
+            let read = select! {
+                biased;
+                read = self.stream.read(buf) => read,
+                copy = copies.next(limit) => {
+                    buf[..copy.len()].copy_from_slice(&copy);
+                    return Ok(Some(copy.len()));
+                }
+            };
+            let Some(count) = read.map_err(|error| self.farewell.read_error(error))? else {
+                return Ok(None);
+            };
+            let stale = copies.stale(count);
+            buf.copy_within(stale..count, 0);
+            if stale < count {
+                return Ok(Some(count - stale));
+            }
+        }
+    }
+
+    pub(crate) fn stop(&mut self, code: StreamCode) {
+        // Fails only on a stream that has ended, which has nothing left to stop.
+        let _ = self.stream.stop(code.as_u32().into());
+    }
+
+    /// Looks for a reset by reading nothing, again and again while bytes wait to be read.
+    ///
+    /// quinn could wake us, but its `received_reset` leaves our waker in the connection when the
+    /// future is dropped and the rest of the stream has arrived already: a leak, and a panic in
+    /// debug builds. Reading nothing waits only where more has to arrive, which clears it.
+    pub(crate) async fn failed(&mut self) -> ReadError {
+        let mut closed = pin!(self.connection.closed());
+        loop {
+            select! {
+                biased;
+                read = self.stream.read_chunk(0, true) => match read {
+                    Ok(Some(_)) => {}
+                    Ok(None) => std::future::pending().await,
+                    Err(error) => return self.farewell.read_error(error),
+                },
+                error = &mut closed => return ReadError::Lost(self.farewell.lost(error)),
+            }
+            select! {
+                () = sleep(RESET_INTERVAL) => {}
+                error = &mut closed => return ReadError::Lost(self.farewell.lost(error)),
+            }
+        }
+    }
+}
+
+/// The frames that make a packet ack-eliciting (RFC 9002 §2) and that a tunnel sends in its life.
+fn eliciting_frames(sent: &quinn::FrameStats) -> u64 {
+    sent.stream
+        + sent.ping
+        + sent.datagram
+        + sent.reset_stream
+        + sent.stop_sending
+        + sent.max_data
+        + sent.max_stream_data
+        + sent.max_streams_bidi
+}
+
+fn number(stream: quinn::StreamId) -> u64 {
+    VarInt::from(stream).into_inner()
+}

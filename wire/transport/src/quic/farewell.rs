@@ -1,0 +1,62 @@
+//! Why a tunnel over QUIC and its streams ended, in the seam's vocabulary.
+
+use std::sync::{Arc, OnceLock};
+
+use culvert_wire::code::{CloseCode, StreamCode};
+use quinn::VarInt;
+
+use crate::{ReadError, TunnelLost};
+
+/// What this side said when it closed the tunnel; its streams tell it as the reason they ended.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Farewell(Arc<OnceLock<(CloseCode, String)>>);
+
+impl Farewell {
+    /// Closes the connection, and remembers why.
+    pub(super) fn close(&self, connection: &quinn::Connection, code: CloseCode, reason: &str) {
+        // Only the first close counts, for the peer too.
+        let _ = self.0.set((code, reason.to_owned()));
+        connection.close(code.as_u32().into(), reason.as_bytes());
+    }
+
+    /// Why the tunnel ended.
+    pub(super) fn lost(&self, error: quinn::ConnectionError) -> TunnelLost {
+        match (lost(error), self.0.get()) {
+            (TunnelLost::ClosedHere { .. }, Some((code, reason))) => {
+                TunnelLost::ClosedHere { code: *code, reason: reason.clone() }
+            }
+            (lost, _) => lost,
+        }
+    }
+
+    pub(super) fn read_error(&self, error: quinn::ReadError) -> ReadError {
+        match error {
+            quinn::ReadError::Reset(code) => ReadError::Reset(stream_code(code)),
+            quinn::ReadError::ConnectionLost(error) => ReadError::Lost(self.lost(error)),
+            // Reads are always ordered, and 0-RTT is never used.
+            quinn::ReadError::ClosedStream
+            | quinn::ReadError::IllegalOrderedRead
+            | quinn::ReadError::ZeroRttRejected => ReadError::Ended,
+        }
+    }
+}
+
+pub(super) fn stream_code(code: VarInt) -> StreamCode {
+    StreamCode::from_wire(code.into_inner())
+}
+
+/// Why the tunnel ended, as far as QUIC knows.
+pub(super) fn lost(error: quinn::ConnectionError) -> TunnelLost {
+    match error {
+        quinn::ConnectionError::ApplicationClosed(close) => TunnelLost::ClosedByPeer {
+            code: CloseCode::from_wire(close.error_code.into_inner()),
+            reason: String::from_utf8_lossy(&close.reason).into_owned(),
+        },
+        quinn::ConnectionError::LocallyClosed => {
+            TunnelLost::ClosedHere { code: CloseCode::ABANDONED, reason: String::new() }
+        }
+        quinn::ConnectionError::TimedOut => TunnelLost::TimedOut,
+        quinn::ConnectionError::Reset => TunnelLost::PeerRestarted,
+        error => TunnelLost::Transport(error.to_string()),
+    }
+}

@@ -1,0 +1,105 @@
+//! What quinn is told for a tunnel of many small and a few huge streams; each setting says why.
+
+use std::{sync::Arc, time::Duration};
+
+use quinn::{EndpointConfig, TransportConfig, VarInt};
+use quinn_proto::HashedConnectionIdGenerator;
+
+use crate::settings::Settings;
+
+/// Unacknowledged and queued bytes per tunnel: no limit. quinn wakes the latest writer first when
+/// such a limit gives way, so that a few downloads at the limit would starve every keystroke. What
+/// the peer may send ahead of its reader bounds each stream, here as there.
+const SEND_WINDOW: u64 = 1 << 40;
+/// Largest UDP payload that is tried where the first link's is not known: Ethernet's with IPv6.
+const MTU_GUESS: u16 = 1452;
+/// Bytes of datagrams that may wait to be sent, and to be taken.
+const DATAGRAM_BUFFER: usize = 64 * 1024;
+/// Least time between two stateless resets: a thousand agents are told of a restart within half a
+/// second. A reset is shorter than what it answers, so it serves no attacker.
+const RESET_INTERVAL: Duration = Duration::from_micros(500);
+/// First guess of the round-trip time. It sets when a lost first packet is sent again (three times
+/// this); the RFC's 333 ms would make that a second.
+const INITIAL_RTT: Duration = Duration::from_millis(100);
+
+impl Settings {
+    /// What quinn is told for a path whose first link carries UDP payloads of at most `link` bytes, if
+    /// that is known.
+    pub fn transport(&self, link: Option<u16>) -> TransportConfig {
+        let mut mtu_discovery = quinn::MtuDiscoveryConfig::default();
+        mtu_discovery.upper_bound(link.unwrap_or(MTU_GUESS).clamp(1200, self.mtu_cap));
+
+        let mut transport = TransportConfig::default();
+        transport
+            // Beyond what a VarInt of milliseconds holds is "never".
+            .max_idle_timeout(quinn::IdleTimeout::try_from(self.idle_timeout).ok())
+            .keep_alive_interval(self.keep_alive_interval)
+            .max_concurrent_bidi_streams(VarInt::from_u32(self.max_streams))
+            .max_concurrent_uni_streams(VarInt::from_u32(0))
+            .stream_receive_window(VarInt::from_u32(self.stream_receive_window))
+            // A finite one would let a few stalled streams freeze the tunnel; memory is bounded by
+            // streams times stream window instead.
+            .receive_window(VarInt::MAX)
+            .send_window(SEND_WINDOW)
+            .initial_rtt(INITIAL_RTT)
+            .congestion_controller_factory(self.congestion.factory())
+            .mtu_discovery_config(Some(mtu_discovery))
+            // Datagrams carry second copies, of use for a moment only.
+            .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))
+            .datagram_send_buffer_size(DATAGRAM_BUFFER);
+        transport
+    }
+
+    pub(super) fn endpoint(&self, reset_key: Option<&ResetKey>) -> EndpointConfig {
+        let mut endpoint = EndpointConfig::default();
+        if let Some(key) = reset_key {
+            endpoint = EndpointConfig::new(Arc::new(key.hmac()));
+            // A packet whose connection id this process cannot have given is dropped without an
+            // answer, so a restart must go on to know its own.
+            let ids = key.connection_ids();
+            endpoint.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
+            endpoint.min_reset_interval(RESET_INTERVAL);
+        }
+        // The cap is checked where it is configured; out of range leaves quinn's default.
+        let _ = endpoint.max_udp_payload_size(self.mtu_cap.max(1200));
+        endpoint
+    }
+}
+
+/// The secret that stateless resets are made from (RFC 9000 §10.3).
+///
+/// A server that keeps it over a restart makes its peers notice the restart with their next
+/// packet instead of after the idle time-out.
+#[derive(Clone)]
+pub struct ResetKey([u8; 32]);
+
+impl ResetKey {
+    /// The key derived from a secret of any length, such as a private key that outlives restarts.
+    pub fn derive(secret: &[u8]) -> Self {
+        let mut key = [0; 32];
+        key.copy_from_slice(Self::tag(secret, b"culvert reset key").as_ref());
+        Self(key)
+    }
+
+    /// The key by which the server's own connection ids are known; it protects nothing.
+    fn connection_ids(&self) -> u64 {
+        let tag = Self::tag(&self.0, b"culvert connection ids");
+        let first = tag.as_ref().first_chunk().copied().unwrap_or_default();
+        u64::from_le_bytes(first)
+    }
+
+    fn tag(secret: &[u8], purpose: &[u8]) -> aws_lc_rs::hmac::Tag {
+        let salt = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, purpose);
+        aws_lc_rs::hmac::sign(&salt, secret)
+    }
+
+    fn hmac(&self) -> aws_lc_rs::hmac::Key {
+        aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, &self.0)
+    }
+}
+
+impl std::fmt::Debug for ResetKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ResetKey(…)")
+    }
+}

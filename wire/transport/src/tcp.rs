@@ -1,0 +1,183 @@
+//! QMux over TLS over TCP: how a tunnel goes where UDP does not.
+
+mod proxies;
+mod proxy;
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use culvert_wire::version::ALPN;
+use rustls::pki_types::ServerName;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout_at},
+};
+use tokio_rustls::{TlsConnector, client, server::TlsStream};
+use tokio_util::either::Either;
+
+pub use self::{
+    proxies::{InvalidVariable, Proxies},
+    proxy::{InvalidProxy, Passage, Proxy},
+};
+use super::{
+    Tunnel, TunnelLost, canonical,
+    qmux::{Peer, Role, establish},
+    settings::{ConnectError, Settings},
+};
+
+/// What such tunnels are called.
+const TRANSPORT: &str = "tcp";
+/// Bytes that TCP takes beyond what the path lets out: what waits in the kernel cannot be overtaken.
+const MAX_UNSENT: u32 = 64 * 1024;
+
+/// How a server is reached.
+#[derive(Clone, Debug)]
+pub enum Way {
+    /// At its address.
+    Direct(SocketAddr),
+    /// By a proxy, which looks its name up.
+    Proxied {
+        /// The proxy.
+        proxy: Arc<Proxy>,
+        /// The server's name or address, without brackets.
+        host: String,
+        /// The server's port.
+        port: u16,
+    },
+}
+
+/// Makes a tunnel to a server. Through a proxy, the peer's address is the proxy's.
+///
+/// # Errors
+/// When the server or the proxy cannot be reached, is not who it should be, or does not agree on
+/// the protocol; it gives up after the idle time-out.
+///
+/// # Cancel safety
+/// Dropping the future gives up what was begun.
+pub async fn connect(
+    way: &Way,
+    server_name: &str,
+    tls: Arc<rustls::ClientConfig>,
+    settings: &Settings,
+) -> Result<Tunnel, ConnectError> {
+    handshake(way, server_name, tls, settings).await?.begin(settings).await
+}
+
+/// Connects to a server and does the TLS handshake; what is spoken then is what both agreed on.
+///
+/// # Errors
+/// When the server or the proxy cannot be reached or is not who it should be; it gives up after the
+/// idle time-out.
+///
+/// # Cancel safety
+/// Dropping the future gives up what was begun.
+pub async fn handshake(
+    way: &Way,
+    server_name: &str,
+    tls: Arc<rustls::ClientConfig>,
+    settings: &Settings,
+) -> Result<Connected, ConnectError> {
+    let name = ServerName::try_from(server_name.to_owned())
+        .map_err(|error| ConnectError::Address(error.to_string()))?;
+    let deadline = Instant::now() + settings.idle_timeout;
+    let (socket, address) = match way {
+        Way::Direct(remote) => {
+            let socket = in_time(deadline, TcpStream::connect(remote)).await?;
+            prepare(&socket, settings);
+            (Either::Left(socket), *remote)
+        }
+        Way::Proxied { proxy, host, port } => {
+            let passage = proxy.pass((host, *port), settings, deadline).await;
+            let (passage, address) =
+                passage.map_err(|fault| ConnectError::Proxy { proxy: proxy.to_string(), fault })?;
+            (Either::Right(passage), canonical(address))
+        }
+    };
+    let stream = in_time(deadline, TlsConnector::from(tls).connect(name, socket)).await?;
+    Ok(Connected { stream, address })
+}
+
+/// What a step of a handshake comes to.
+async fn in_time<T>(
+    deadline: Instant,
+    step: impl Future<Output = io::Result<T>>,
+) -> Result<T, ConnectError> {
+    let lost = match timeout_at(deadline, step).await {
+        Ok(Ok(done)) => return Ok(done),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            return Err(ConnectError::Refused);
+        }
+        Ok(Err(error)) => TunnelLost::Transport(error.to_string()),
+        Err(_) => TunnelLost::TimedOut,
+    };
+    Err(ConnectError::Handshake(lost))
+}
+
+/// The bytes of a connection to a server, directly or through a proxy.
+pub type Stream = client::TlsStream<Either<TcpStream, Passage>>;
+
+/// A connection to a server whose TLS handshake is done.
+#[derive(Debug)]
+pub struct Connected {
+    stream: Stream,
+    address: SocketAddr,
+}
+
+impl Connected {
+    /// The protocol that was agreed on (RFC 7301).
+    pub fn protocol(&self) -> Option<&[u8]> {
+        self.stream.get_ref().1.alpn_protocol()
+    }
+
+    /// Makes a tunnel of it.
+    ///
+    /// # Errors
+    /// When the server does not begin within the idle time-out, or agreed on something else.
+    pub async fn begin(self, settings: &Settings) -> Result<Tunnel, ConnectError> {
+        if self.protocol() != Some(ALPN) {
+            return Err(ConnectError::Protocol);
+        }
+        let (stream, peer) = self.into_parts(TRANSPORT);
+        establish(stream, Role::Client, peer, settings).await
+    }
+
+    /// The bytes, for whoever speaks something else on them, and who is at the other end; `transport`
+    /// is what the connection is called in logs.
+    pub fn into_parts(self, transport: &'static str) -> (Stream, Peer) {
+        let certificates = self.stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
+        (self.stream, Peer { address: self.address, transport, certificates })
+    }
+}
+
+/// Makes a tunnel of an agent's connection whose TLS handshake is done, and agreed on the protocol.
+///
+/// # Errors
+/// When the agent does not begin within the idle time-out, or agreed on something else.
+pub async fn accept(
+    stream: TlsStream<TcpStream>,
+    settings: &Settings,
+) -> Result<Tunnel, ConnectError> {
+    let (socket, session) = stream.get_ref();
+    if session.alpn_protocol() != Some(ALPN) {
+        return Err(ConnectError::Protocol);
+    }
+    prepare(socket, settings);
+    let address = socket.peer_addr().map_err(|error| ConnectError::Address(error.to_string()))?;
+    let certificates = session.peer_certificates().map(<[_]>::to_vec);
+    let peer = Peer { address: canonical(address), transport: TRANSPORT, certificates };
+    establish(stream, Role::Server, peer, settings).await
+}
+
+/// Sets up the socket: small writes go at once, little waits in the kernel, and a peer that is gone
+/// shows within the idle time-out.
+pub fn prepare(socket: &TcpStream, settings: &Settings) {
+    // A socket that is gone already shows it at the first read.
+    let _ = socket.set_nodelay(true);
+    let socket = SockRef::from(socket);
+    let _ = socket.set_tcp_notsent_lowat(MAX_UNSENT);
+    let _ = socket.set_tcp_user_timeout(Some(settings.idle_timeout));
+    let interval = settings.keep_alive_interval.unwrap_or(settings.idle_timeout / 3);
+    let interval = interval.max(Duration::from_secs(1));
+    let keep_alive = TcpKeepalive::new().with_time(interval).with_interval(interval);
+    let _ = socket.set_tcp_keepalive(&keep_alive);
+}

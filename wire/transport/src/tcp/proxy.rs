@@ -1,0 +1,296 @@
+//! An HTTP proxy, by which connections leave a network that lets nothing out by itself.
+//!
+//! It is asked to reach the server (RFC 9110 §9.3.6, CONNECT), and from then on carries bytes that
+//! it cannot read: TLS to the server begins behind it, and who the server is has to be proven to
+//! the agent as ever.
+
+mod passage;
+mod trust;
+
+use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr};
+
+use base64::{Engine as _, prelude::BASE64_STANDARD as BASE64};
+use tokio::{
+    io::BufReader,
+    net::TcpStream,
+    time::{Instant, timeout_at},
+};
+use tokio_rustls::client::TlsStream;
+use tokio_util::either::Either;
+
+use super::{Settings, prepare};
+use crate::ProxyFault;
+
+/// A connection through a proxy, whose bytes are the server's.
+pub type Passage = BufReader<Either<TcpStream, TlsStream<TcpStream>>>;
+
+/// Where a proxy is, and what it asks of whoever comes.
+///
+/// It reads as `http://host:port` or `https://host:port`, and shows no credentials.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Proxy {
+    scheme: Scheme,
+    host: String,
+    port: u16,
+    credentials: Option<Credentials>,
+    /// A PEM file of who may vouch for the proxy; without one it is the system's.
+    authorities: Option<PathBuf>,
+}
+
+/// How a proxy is spoken to, before it carries anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scheme {
+    Http,
+    /// HTTP within TLS to the proxy itself, so that nobody on the way sees the credentials.
+    Https,
+}
+
+/// The value of a Proxy-Authorization header. It never shows in logs.
+#[derive(Clone, PartialEq, Eq)]
+struct Credentials(String);
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Credentials(…)")
+    }
+}
+
+/// Text is no proxy's address. It is not repeated here, for it may hold a password.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidProxy {
+    /// It is spoken to in another way than HTTP.
+    #[error("a proxy of the scheme {0} is not supported; use an http:// or https:// one")]
+    Scheme(String),
+    /// There is no host.
+    #[error("the proxy's host is missing")]
+    Host,
+    /// There is something else than a port behind the host.
+    #[error("the proxy's port is not a number from 1 to 65535")]
+    Port,
+    /// The user's name or the password cannot be read.
+    #[error("the proxy's user or password has a percent sign before no two hexadecimal digits")]
+    Credentials,
+}
+
+impl Proxy {
+    /// Lets the certificates of this PEM file vouch for the proxy itself, instead of the system's.
+    #[must_use]
+    pub fn with_authorities(self, file: PathBuf) -> Self {
+        Self { authorities: Some(file), ..self }
+    }
+
+    /// Connects to the proxy and has it connect to the server; and where the proxy is.
+    ///
+    /// The proxy looks the server's name up, not this side.
+    ///
+    /// # Errors
+    /// When the proxy cannot be reached, is not who it should be, or refuses.
+    pub(super) async fn pass(
+        &self,
+        (host, port): (&str, u16),
+        settings: &Settings,
+        deadline: Instant,
+    ) -> Result<(Passage, SocketAddr), ProxyFault> {
+        let passing = async {
+            let (stream, address) = self.reach(settings).await?;
+            let credentials = self.credentials.as_ref().map(|Credentials(value)| value.as_str());
+            Ok((passage::open(stream, host, port, credentials).await?, address))
+        };
+        timeout_at(deadline, passing).await.unwrap_or(Err(ProxyFault::TimedOut))
+    }
+
+    /// Connects to the proxy itself.
+    async fn reach(
+        &self,
+        settings: &Settings,
+    ) -> Result<(Either<TcpStream, TlsStream<TcpStream>>, SocketAddr), ProxyFault> {
+        let unreachable = |error: std::io::Error| ProxyFault::Unreachable(error.to_string());
+        let socket =
+            TcpStream::connect((self.host.as_str(), self.port)).await.map_err(unreachable)?;
+        prepare(&socket, settings);
+        let address = socket.peer_addr().map_err(unreachable)?;
+        let stream = match self.scheme {
+            Scheme::Http => Either::Left(socket),
+            Scheme::Https => {
+                let file = self.authorities.as_deref();
+                Either::Right(trust::handshake(socket, &self.host, file).await?)
+            }
+        };
+        Ok((stream, address))
+    }
+}
+
+impl FromStr for Proxy {
+    type Err = InvalidProxy;
+
+    /// Reads `[scheme://][user[:password]@]host[:port]` as Go's `httpproxy` does: the scheme is
+    /// `http` unless another is told, and whatever stands behind the address means nothing.
+    fn from_str(url: &str) -> Result<Self, InvalidProxy> {
+        let url = url.trim();
+        let (scheme, rest) = match url.split_once("://") {
+            Some((scheme, rest)) if is_scheme(scheme) => (scheme, rest),
+            _ => ("http", url),
+        };
+        let scheme = match scheme.to_ascii_lowercase().as_str() {
+            "http" => Scheme::Http,
+            "https" => Scheme::Https,
+            other => return Err(InvalidProxy::Scheme(other.to_owned())),
+        };
+        let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        let (user, address) = match authority.rsplit_once('@') {
+            Some((user, address)) => (Some(user), address),
+            None => (None, authority),
+        };
+        let (host, port) = split_address(address)?;
+        Ok(Self {
+            scheme,
+            host: host.to_owned(),
+            port: port.unwrap_or_else(|| scheme.default_port()),
+            credentials: user.map(Credentials::from_user_info).transpose()?,
+            authorities: None,
+        })
+    }
+}
+
+impl fmt::Display for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { scheme, host, port, .. } = self;
+        let scheme = scheme.name();
+        match host.contains(':') {
+            true => write!(f, "{scheme}://[{host}]:{port}"),
+            false => write!(f, "{scheme}://{host}:{port}"),
+        }
+    }
+}
+
+impl Scheme {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Http => "http",
+            Self::Https => "https",
+        }
+    }
+
+    fn default_port(self) -> u16 {
+        match self {
+            Self::Http => 80,
+            Self::Https => 443,
+        }
+    }
+}
+
+/// Whether a URL's scheme may read so (RFC 3986 §3.1).
+fn is_scheme(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphabetic())
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
+}
+
+/// The host without brackets, and the port if there is one.
+fn split_address(address: &str) -> Result<(&str, Option<u16>), InvalidProxy> {
+    let (host, port) = if let Some(rest) = address.strip_prefix('[') {
+        rest.split_once(']').ok_or(InvalidProxy::Host)?
+    } else {
+        address.split_at(address.find(':').unwrap_or(address.len()))
+    };
+    if host.is_empty() || host.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        return Err(InvalidProxy::Host);
+    }
+    let port = match port.strip_prefix(':') {
+        None if port.is_empty() => None,
+        // A colon and nothing behind it is no port either.
+        Some("") => None,
+        Some(digits) if digits.bytes().all(|byte| byte.is_ascii_digit()) => {
+            let port = digits.parse().ok().filter(|port| *port > 0);
+            Some(port.ok_or(InvalidProxy::Port)?)
+        }
+        _ => return Err(InvalidProxy::Port),
+    };
+    Ok((host, port))
+}
+
+impl Credentials {
+    /// The header of `user[:password]` as it stands in a URL (RFC 7617 §2).
+    fn from_user_info(text: &str) -> Result<Self, InvalidProxy> {
+        let (user, password) = text.split_once(':').unwrap_or((text, ""));
+        let mut pair = decode_percent(user)?;
+        pair.push(b':');
+        pair.extend(decode_percent(password)?);
+        Ok(Self(format!("Basic {}", BASE64.encode(&pair))))
+    }
+}
+
+/// The bytes that a part of a URL stands for.
+fn decode_percent(text: &str) -> Result<Vec<u8>, InvalidProxy> {
+    let digit = |byte: Option<u8>| {
+        let digit = char::from(byte?).to_digit(16)?;
+        u8::try_from(digit).ok()
+    };
+    let mut bytes = text.bytes();
+    let mut decoded = Vec::with_capacity(text.len());
+    while let Some(byte) = bytes.next() {
+        decoded.push(match byte {
+            b'%' => match (digit(bytes.next()), digit(bytes.next())) {
+                (Some(high), Some(low)) => high << 4 | low,
+                _ => return Err(InvalidProxy::Credentials),
+            },
+            byte => byte,
+        });
+    }
+    Ok(decoded)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(url: &str) -> String {
+        match url.parse::<Proxy>() {
+            Ok(proxy) => proxy.to_string(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn an_address_reads_as_it_does_in_go() {
+        for (url, proxy) in [
+            ("http://proxy.example:3128", "http://proxy.example:3128"),
+            ("http://proxy.example", "http://proxy.example:80"),
+            ("http://proxy.example:", "http://proxy.example:80"),
+            ("HTTPS://proxy.example/", "https://proxy.example:443"),
+            ("https://10.0.0.1:8443/ignored?too#yes", "https://10.0.0.1:8443"),
+            ("proxy.example:3128", "http://proxy.example:3128"),
+            ("10.0.0.1", "http://10.0.0.1:80"),
+            (" http://[fd00::1]:3128 ", "http://[fd00::1]:3128"),
+            ("[fd00::1]", "http://[fd00::1]:80"),
+            ("user:p@ss@proxy:1", "http://proxy:1"),
+            (
+                "socks5://proxy:1080",
+                "a proxy of the scheme socks5 is not supported; use an http:// or https:// one",
+            ),
+            ("http://", "the proxy's host is missing"),
+            ("http://user@:3128", "the proxy's host is missing"),
+            ("http://[fd00::1:3128", "the proxy's host is missing"),
+            ("http://a b:1", "the proxy's host is missing"),
+            ("http://proxy:0", "the proxy's port is not a number from 1 to 65535"),
+            ("http://proxy:65536", "the proxy's port is not a number from 1 to 65535"),
+            ("http://proxy:+1", "the proxy's port is not a number from 1 to 65535"),
+            ("http://fd00::1", "the proxy's port is not a number from 1 to 65535"),
+            ("http://[fd00::1]3128", "the proxy's port is not a number from 1 to 65535"),
+        ] {
+            assert_eq!(shown(url), proxy, "{url}");
+        }
+    }
+
+    #[test]
+    fn credentials_are_decoded_and_never_shown() {
+        let proxy: Proxy = "http://us%65r:hunter%322@proxy:1".parse().unwrap();
+        // "user:hunter22" in base 64.
+        assert_eq!(proxy.credentials, Some(Credentials("Basic dXNlcjpodW50ZXIyMg==".into())));
+        for shown in [format!("{proxy:?}"), proxy.to_string()] {
+            assert!(!shown.contains("hunter") && !shown.contains("dXNl"), "{shown}");
+        }
+        let fault = "http://user:hunter%2@proxy:1".parse::<Proxy>().unwrap_err();
+        assert_eq!(fault, InvalidProxy::Credentials);
+        assert!(!shown("http://user:hunter2@proxy:x").contains("hunter"));
+    }
+}

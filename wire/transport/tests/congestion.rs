@@ -1,0 +1,234 @@
+//! The congestion controller on simulated networks, with bounds on what it achieves, what it loses
+//! and how long keystrokes wait beside it.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod simulation;
+
+use std::time::Duration;
+
+use culvert_transport::congestion::Congestion;
+
+use simulation::{Bursts, Flow, Policer, Settings, Simulation};
+
+/// 100 Mbit/s, 50 ms, with a buffer of this many bandwidth-delay products.
+fn wan(products: f64) -> Settings {
+    Settings::new(100.0, 50, products)
+}
+
+#[test]
+fn one_seed_gives_one_run() {
+    let simulation = Simulation {
+        measured: Duration::from_secs(2),
+        ..Simulation::new(Settings { loss: 0.01, ..wan(1.0) })
+    };
+    let (once, again) = (simulation.run("once"), simulation.run("again"));
+    assert_eq!(once.rates, again.rates);
+    assert_eq!(once.echoes, again.echoes);
+}
+
+#[test]
+fn a_clean_link_is_full_and_its_queue_short() {
+    let outcome = Simulation::new(wan(1.0)).run("clean");
+    assert!(outcome.total() > 90.0);
+    assert!(outcome.echo(0.5) < 60.0 && outcome.echo(0.99) < 80.0);
+}
+
+#[test]
+fn random_loss_is_no_congestion() {
+    for (loss, least, p99) in [(0.01, 88.0, 120.0), (0.05, 80.0, 180.0)] {
+        let outcome = Simulation::new(Settings { loss, ..wan(1.0) }).run(&format!("loss {loss}"));
+        assert!(outcome.total() > least);
+        assert!(outcome.echo(0.5) < 62.0 && outcome.echo(0.99) < p99);
+    }
+}
+
+#[test]
+fn a_path_is_found_at_once_whatever_it_loses() {
+    for seed in 1..=20 {
+        let simulation = Simulation {
+            warmup: Duration::from_secs(2),
+            measured: Duration::from_secs(2),
+            seed,
+            ..Simulation::new(Settings { loss: 0.05, ..wan(1.0) })
+        };
+        assert!(simulation.run("found").total() > 75.0);
+    }
+}
+
+#[test]
+fn losses_in_bursts_are_no_congestion() {
+    let bursts = Some(Bursts { begin: 0.002, end: 0.2 });
+    let outcome = Simulation::new(Settings { bursts, ..wan(1.0) }).run("bursts of 5");
+    assert!(outcome.total() > 80.0);
+    assert!(outcome.echo(0.5) < 62.0);
+}
+
+#[test]
+fn a_shallow_buffer_drops_little_and_a_deep_one_stays_empty() {
+    let shallow = Simulation::new(wan(0.1)).run("buffer of 0.1 products");
+    assert!(shallow.total() > 80.0 && shallow.dropped() < 0.04);
+    let deep = Simulation::new(wan(4.0)).run("buffer of 4 products");
+    assert!(deep.total() > 90.0 && deep.dropped() < 0.01);
+    assert!(deep.echo(0.5) < 60.0 && deep.echo(0.99) < 80.0);
+}
+
+#[test]
+fn a_gigabit_is_filled() {
+    let simulation = Simulation {
+        measured: Duration::from_secs(3),
+        ..Simulation::new(Settings::new(1000.0, 20, 1.0))
+    };
+    let outcome = simulation.run("1 Gbit/s");
+    assert!(outcome.total() > 800.0);
+    assert!(outcome.echo(0.5) < 30.0);
+}
+
+#[test]
+fn a_satellite_is_filled() {
+    let link = Settings { loss: 0.005, ..Settings::new(20.0, 600, 1.0) };
+    let simulation = Simulation {
+        warmup: Duration::from_secs(15),
+        measured: Duration::from_secs(30),
+        ..Simulation::new(link)
+    };
+    let outcome = simulation.run("satellite");
+    assert!(outcome.total() > 16.0);
+    assert!(outcome.echo(0.5) < 700.0);
+}
+
+#[test]
+fn a_policer_is_obeyed() {
+    let policer = Some(Policer { rate: 20.0, burst: 100_000.0 });
+    let outcome = Simulation::new(Settings { policer, ..wan(1.0) }).run("policed to 20 Mbit/s");
+    assert!(outcome.total() > 14.0);
+    assert!(outcome.dropped() < 0.1);
+}
+
+#[test]
+fn a_rate_that_swings_is_followed() {
+    let link = Settings {
+        swing: 0.5,
+        jitter: Duration::from_millis(5),
+        buffer: 2_000_000.0,
+        ..Settings::new(30.0, 60, 1.0)
+    };
+    let simulation = Simulation { measured: Duration::from_secs(20), ..Simulation::new(link) };
+    let outcome = simulation.run("cellular");
+    assert!(outcome.total() > 22.0);
+    assert!(outcome.echo(0.5) < 120.0 && outcome.echo(0.99) < 400.0);
+}
+
+#[test]
+fn a_flow_that_was_idle_fills_the_link_at_once() {
+    let flow = Flow { begin: Duration::from_secs(3), ..Flow::new(Congestion::Model) };
+    let simulation = Simulation {
+        flows: vec![flow],
+        warmup: Duration::from_secs(4),
+        measured: Duration::from_secs(4),
+        ..Simulation::new(wan(1.0))
+    };
+    assert!(simulation.run("after idling").total() > 85.0);
+}
+
+#[test]
+fn a_flow_that_has_little_to_send_sends_it_without_a_queue() {
+    let flow = Flow { downloads: 2, limit: Some(2_500_000.0), ..Flow::new(Congestion::Model) };
+    let simulation = Simulation { flows: vec![flow], ..Simulation::new(wan(1.0)) };
+    let outcome = simulation.run("application-limited");
+    assert!(outcome.total() > 38.0);
+    assert!(outcome.echo(0.99) < 65.0);
+}
+
+#[test]
+fn two_of_ours_share() {
+    let flows = vec![
+        Flow::new(Congestion::Model),
+        Flow { begin: Duration::from_secs(2), ..Flow::new(Congestion::Model) },
+    ];
+    let simulation = Simulation {
+        flows,
+        warmup: Duration::from_secs(15),
+        measured: Duration::from_secs(20),
+        ..Simulation::new(wan(1.0))
+    };
+    let outcome = simulation.run("two of ours");
+    let [one, other] = outcome.rates[..] else { panic!() };
+    assert!(outcome.total() > 88.0);
+    assert!(one.min(other) >= 0.8 * one.max(other));
+}
+
+#[test]
+fn ours_and_cubic_leave_each_other_a_quarter() {
+    for products in [1.0, 4.0] {
+        let flows = vec![Flow::new(Congestion::Model), Flow::new(Congestion::Cubic)];
+        let simulation = Simulation {
+            flows,
+            warmup: Duration::from_secs(10),
+            measured: Duration::from_secs(30),
+            ..Simulation::new(wan(products))
+        };
+        let outcome = simulation.run(&format!("ours and cubic, {products} products"));
+        let share = outcome.rates[0] / outcome.total();
+        assert!((0.25..=0.75).contains(&share), "{share}");
+    }
+}
+
+#[test]
+fn a_thin_write_that_is_sent_twice_does_not_wait_for_a_loss() {
+    for (loss, downloads, least, p98) in
+        [(0.01, 0, 0.0, 56.0), (0.01, 4, 88.0, 80.0), (0.05, 4, 80.0, 90.0)]
+    {
+        let flow = Flow { downloads, hedged: true, ..Flow::new(Congestion::Model) };
+        let link = Settings { loss, ..wan(1.0) };
+        let simulation = Simulation { flows: vec![flow], ..Simulation::new(link) };
+        let outcome = simulation.run(&format!("hedged, {downloads} downloads, loss {loss}"));
+        assert!(outcome.total() >= least);
+        // One keystroke whose both copies are lost holds back the next one or two.
+        assert!(outcome.echo(0.5) < 60.0 && outcome.echo(0.98) < p98);
+    }
+}
+
+#[test]
+fn keystrokes_and_short_answers_overtake_forty_downloads() {
+    let [plain, scheduled] = [false, true].map(|scheduled| {
+        let flow = Flow { downloads: 40, scheduled, ..Flow::new(Congestion::Model) };
+        let simulation = Simulation { flows: vec![flow], ..Simulation::new(wan(1.0)) };
+        simulation.run(if scheduled { "forty downloads" } else { "forty downloads, one class" })
+    });
+    assert!(scheduled.total() > 88.0, "the downloads go on");
+    assert!(scheduled.echo(0.5) < 60.0 && scheduled.echo(0.99) < 80.0);
+    // 25 ms of path and 5 of bandwidth, and what waits in front.
+    assert!(scheduled.answer(0.5) < 50.0);
+    assert!(plain.answer(0.5) > 2.0 * scheduled.answer(0.5), "this is what classes are for");
+}
+
+#[test]
+fn a_link_that_is_gone_for_a_moment_holds_keystrokes_up_little_longer() {
+    for (typists, downloads, millis) in [(1, 0, 300), (1, 4, 300), (1, 0, 1000), (40, 0, 500)] {
+        // Alone, keystrokes have round trips so even that QUIC finds the path gone for good.
+        let answers = typists == 1;
+        let flow =
+            Flow { typists, downloads, hedged: true, answers, ..Flow::new(Congestion::Model) };
+        let outage = Some((Duration::from_secs(6), Duration::from_millis(millis)));
+        let link = Settings { outage, ..wan(1.0) };
+        let simulation = Simulation { flows: vec![flow], ..Simulation::new(link) };
+        let beside = format!("{typists} typists, {downloads} downloads");
+        let outcome = simulation.run(&format!("gone for {millis} ms, {beside}"));
+        assert!(outcome.echo(1.0) < millis as f64 + 250.0);
+    }
+}
+
+/// One typist and nothing else: nothing follows a lost packet that would show the loss soon.
+#[test]
+fn a_lone_keystroke_does_not_wait_for_a_time_out() {
+    for (loss, hedged) in [(0.01, false), (0.01, true), (0.05, false), (0.05, true)] {
+        let flow = Flow { downloads: 0, hedged, answers: false, ..Flow::new(Congestion::Model) };
+        let link = Settings { loss, ..wan(1.0) };
+        let measured = Duration::from_secs(100);
+        let simulation = Simulation { flows: vec![flow], measured, ..Simulation::new(link) };
+        let copies = if hedged { "twice" } else { "once" };
+        let outcome = simulation.run(&format!("one typist, sent {copies}, loss {loss}"));
+        // Two round trips and 10 ms.
+        assert!(!hedged || outcome.echo(0.99) < 110.0);
+    }
+}

@@ -1,0 +1,249 @@
+//! Thin writes that are sent twice, over real QUIC on a loopback path that loses packets.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use culvert_transport::{
+    RecvHalf, SendHalf, Settings, Tunnel, TunnelLost,
+    quic::{Listener, connect},
+    tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
+};
+use culvert_wire::CloseCode;
+use quinn::crypto::rustls::QuicClientConfig;
+use rcgen::{CertificateParams, KeyPair};
+use tokio::{net::UdpSocket, task::JoinSet};
+
+/// Bytes per second that may be sent twice: no limit for what is sent here.
+const RATE: u32 = 10 << 20;
+
+/// A server, and what a client needs to know it.
+struct Server {
+    listener: Listener,
+    address: SocketAddr,
+    client_tls: Arc<rustls::ClientConfig>,
+}
+
+impl Server {
+    fn new() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new(["127.0.0.1".to_owned()]).unwrap();
+        let certificate = params.self_signed(&key).unwrap().der().clone();
+        let roots = authorities(std::slice::from_ref(&certificate)).unwrap();
+        let key = key.serialize_der().try_into().unwrap();
+        let identity = Identity { chain: vec![certificate], key };
+        let tls = tunnel_server(identity, None, KeyExchange::Classic).unwrap();
+        let address = "127.0.0.1:0".parse().unwrap();
+        let listener = Listener::bind(address, tls.into(), &Settings::default(), None).unwrap();
+        let client_tls = tunnel_client(roots, None, KeyExchange::Classic).unwrap().into();
+        Self { address: listener.local_addr().unwrap(), listener, client_tls }
+    }
+
+    /// A tunnel to this server through `path`; the server's end first.
+    async fn tunnel(&self, path: SocketAddr) -> (Tunnel, Tunnel) {
+        let tls = self.client_tls.clone();
+        let settings = Settings::default();
+        let (server, agent) =
+            tokio::join!(self.accept(), connect(path, "127.0.0.1", tls, &settings));
+        (server, agent.unwrap().0)
+    }
+
+    async fn accept(&self) -> Tunnel {
+        self.listener.accept().await.unwrap().complete().await.unwrap()
+    }
+}
+
+/// Forwards UDP between one client and a server, and loses packets once it is told to.
+struct Path {
+    address: SocketAddr,
+    lossy: Arc<AtomicBool>,
+    _tasks: JoinSet<()>,
+}
+
+impl Path {
+    async fn to(server: SocketAddr, seed: u64) -> Self {
+        let lossy = Arc::new(AtomicBool::new(false));
+        let near = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+        let far = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+        far.connect(server).await.unwrap();
+        let address = near.local_addr().unwrap();
+        let mut tasks = JoinSet::new();
+        let (client_known, client) = tokio::sync::watch::channel(None);
+        tasks.spawn({
+            let (near, far, mut draw) = (near.clone(), far.clone(), Draw::new(&lossy, seed));
+            async move {
+                let mut packet = vec![0; 65_536];
+                while let Ok((length, from)) = near.recv_from(&mut packet).await {
+                    client_known.send_replace(Some(from));
+                    if !draw.loses() {
+                        let _ = far.send(&packet[..length]).await;
+                    }
+                }
+            }
+        });
+        tasks.spawn({
+            let mut draw = Draw::new(&lossy, seed + 1);
+            async move {
+                let mut packet = vec![0; 65_536];
+                while let Ok(length) = far.recv(&mut packet).await {
+                    let to = *client.borrow();
+                    if let (Some(to), false) = (to, draw.loses()) {
+                        let _ = near.send_to(&packet[..length], to).await;
+                    }
+                }
+            }
+        });
+        Self { address, lossy, _tasks: tasks }
+    }
+}
+
+/// Decides which packets are lost: one in five.
+struct Draw {
+    lossy: Arc<AtomicBool>,
+    random: fastrand::Rng,
+}
+
+impl Draw {
+    fn new(lossy: &Arc<AtomicBool>, seed: u64) -> Self {
+        Self { lossy: lossy.clone(), random: fastrand::Rng::with_seed(seed) }
+    }
+
+    fn loses(&mut self) -> bool {
+        self.lossy.load(Ordering::Relaxed) && self.random.u8(..5) == 0
+    }
+}
+
+async fn within<T>(test: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test hangs")
+}
+
+/// Sends back what comes.
+async fn echo((mut send, mut recv): (SendHalf, RecvHalf)) {
+    let mut chunks = [const { Bytes::new() }; 4];
+    while let Some(count) = recv.read_chunks(&mut chunks).await.unwrap() {
+        for chunk in &chunks[..count] {
+            // Chunks are handed on as they came, so that thin ones stay thin.
+            send.write_chunk(chunk.clone()).await.unwrap();
+        }
+    }
+    send.finish();
+    send.stopped().await.unwrap();
+}
+
+/// Sends `count` keystrokes of random bytes, each after the echo of the one before.
+async fn type_keys((mut send, mut recv): (SendHalf, RecvHalf), count: usize, seed: u64) {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut chunks = [Bytes::new()];
+    for _ in 0..count {
+        let keys: Vec<u8> = (0..random.usize(1..300)).map(|_| random.u8(..)).collect();
+        send.write_chunk(keys.clone().into()).await.unwrap();
+        let mut echoed = Vec::new();
+        while echoed.len() < keys.len() {
+            recv.read_chunks(&mut chunks).await.unwrap().expect("the echo goes on");
+            echoed.extend_from_slice(&chunks[0]);
+        }
+        assert_eq!(echoed, keys, "each byte once and in its place");
+    }
+    send.finish();
+    assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), None);
+}
+
+/// Types on eight streams over a path that loses a fifth of its packets.
+async fn type_over_a_bad_path(server: &Tunnel, agent: &Tunnel, path: &Path, seed: u64) {
+    path.lossy.store(true, Ordering::Relaxed);
+    let mut typing = JoinSet::new();
+    for stream in 0..8 {
+        let (server, agent) = (server.clone(), agent.clone());
+        typing
+            .spawn(async move { type_keys(server.open().await.unwrap(), 60, seed + stream).await });
+        typing.spawn(async move { echo(agent.accept().await.unwrap()).await });
+    }
+    typing.join_all().await;
+}
+
+#[tokio::test]
+async fn what_is_sent_twice_is_read_once_and_in_order() {
+    let seed = fastrand::u64(..1 << 32);
+    println!("seed {seed}");
+    within(async {
+        let server = Server::new();
+        let path = Path::to(server.address, seed).await;
+        let (near, far) = server.tunnel(path.address).await;
+        near.hedge(RATE);
+        far.hedge(RATE);
+        type_over_a_bad_path(&near, &far, &path, seed).await;
+        for tunnel in [&near, &far] {
+            let stats = tunnel.stats();
+            assert!(stats.copies_sent > 0, "nothing was sent twice: {stats:?}");
+            assert!(stats.copies_used > 0, "no copy was of use: {stats:?}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_rate_of_nothing_sends_nothing_twice_and_takes_what_the_peer_does() {
+    let seed = fastrand::u64(..1 << 32);
+    println!("seed {seed}");
+    within(async {
+        let server = Server::new();
+        let path = Path::to(server.address, seed).await;
+        let (near, far) = server.tunnel(path.address).await;
+        near.hedge(0);
+        far.hedge(RATE);
+        type_over_a_bad_path(&near, &far, &path, seed).await;
+        assert_eq!((near.stats().copies_sent, far.stats().copies_used), (0, 0));
+        assert!(near.stats().copies_used > 0);
+    })
+    .await;
+}
+
+/// A QUIC connection that speaks for itself, to a server that takes copies.
+async fn raw_client(server: &Server) -> (Tunnel, quinn::Connection, quinn::Endpoint) {
+    let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    let tls = QuicClientConfig::try_from(server.client_tls.clone()).unwrap();
+    let config = quinn::ClientConfig::new(Arc::new(tls));
+    let connecting = endpoint.connect_with(config, server.address, "127.0.0.1").unwrap();
+    let (tunnel, client) = tokio::join!(server.accept(), connecting);
+    tunnel.hedge(RATE);
+    (tunnel, client.unwrap(), endpoint)
+}
+
+#[tokio::test]
+async fn a_datagram_without_a_head_costs_the_tunnel() {
+    within(async {
+        let server = Server::new();
+        let (tunnel, client, _endpoint) = raw_client(&server).await;
+        client.send_datagram(Bytes::from_static(b"\x20short")).unwrap();
+        let TunnelLost::ClosedHere { code, reason } = tunnel.closed().await else {
+            panic!("closed by somebody else")
+        };
+        assert_eq!(code, CloseCode::PROTOCOL_VIOLATION, "{reason}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn copies_for_nobody_and_datagrams_of_later_revisions_are_ignored() {
+    within(async {
+        let server = Server::new();
+        let (tunnel, client, _endpoint) = raw_client(&server).await;
+        let no_such_stream = [&[0x20][..], &[0; 8], &[0xff; 8], b"late"].concat();
+        client.send_datagram(no_such_stream.into()).unwrap();
+        client.send_datagram(Bytes::from_static(b"\x21 of a later revision")).unwrap();
+        let (mut send, _recv) = client.open_bi().await.unwrap();
+        send.write_all(b"still here").await.unwrap();
+        let (_send, mut recv) = tunnel.accept().await.unwrap();
+        let mut chunks = [Bytes::new()];
+        recv.read_chunks(&mut chunks).await.unwrap();
+        assert_eq!(chunks[0], "still here");
+    })
+    .await;
+}

@@ -1,0 +1,167 @@
+//! What a splice does when it does not come to its end, and what it counts when it does.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod carriers;
+
+use std::{io, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use culvert_transport::{
+    ReadError, RecvHalf, SendHalf, WriteError,
+    splice::{Cut, HalfEnd, Local, Meter, Outcome, SpliceSocket, halves, splice},
+};
+use culvert_wire::StreamCode;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, UnixStream},
+    time::timeout,
+};
+
+use carriers::{Carrier, Pair, each};
+
+/// A splice's own ends, and those that the test holds.
+struct Bench {
+    spliced: (TcpStream, (SendHalf, RecvHalf)),
+    socket: TcpStream,
+    stream: (SendHalf, RecvHalf),
+    _pair: Pair,
+}
+
+impl Bench {
+    async fn new(carrier: Carrier) -> Self {
+        let pair = Pair::new(carrier).await;
+        let mut stream = pair.server.open().await.unwrap();
+        // A stream exists for the peer from its first byte.
+        stream.0.write_chunk(Bytes::from_static(b"!")).await.unwrap();
+        let mut held = pair.agent.accept().await.unwrap();
+        let mut chunks = [Bytes::new()];
+        held.1.read_chunks(&mut chunks).await.unwrap();
+
+        let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let socket = TcpStream::connect(tcp.local_addr().unwrap()).await.unwrap();
+        let (spliced, _) = tcp.accept().await.unwrap();
+        Self { spliced: (spliced, stream), socket, stream: held, _pair: pair }
+    }
+}
+
+async fn run(socket: impl SpliceSocket, stream: (SendHalf, RecvHalf), meter: &Meter) -> Outcome {
+    let (reader, writer, abort) = halves(socket);
+    splice(Local::new(reader, writer, abort), stream, meter).await
+}
+
+#[tokio::test]
+async fn the_crash_of_a_splice_is_a_reset_on_both_sides() {
+    each(async |carrier| {
+        let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _pair } =
+            Bench::new(carrier).await;
+        peer.write_all(b"half a sent").await.unwrap();
+        let task = tokio::spawn(async move { run(socket, stream, &Meter::default()).await });
+        let mut chunks = [Bytes::new()];
+        assert_eq!(held.1.read_chunks(&mut chunks).await.unwrap(), Some(1));
+        task.abort();
+        let error = held.1.read_chunks(&mut chunks).await.unwrap_err();
+        assert_eq!(error, ReadError::Reset(StreamCode::ABANDONED));
+        assert_eq!(held.0.stopped().await.unwrap(), Some(StreamCode::ABANDONED));
+        let error = peer.read_u8().await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn both_directions_are_counted_and_their_ends_told() {
+    each(async |carrier| {
+        let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _pair } =
+            Bench::new(carrier).await;
+        let meter = Arc::new(Meter::default());
+        let counted = meter.clone();
+        let task = tokio::spawn(async move { run(socket, stream, &counted).await });
+        peer.write_all(b"12345").await.unwrap();
+        peer.shutdown().await.unwrap();
+        held.0.write_chunk(Bytes::from_static(b"123")).await.unwrap();
+        held.0.finish();
+        let mut chunks = [const { Bytes::new() }; 8];
+        while held.1.read_chunks(&mut chunks).await.unwrap().is_some() {}
+        let mut answer = Vec::new();
+        peer.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, b"123");
+        let outcome = task.await.unwrap();
+        assert_eq!((outcome.to_tunnel, outcome.from_tunnel), (5, 3));
+        assert!(matches!(outcome.end, Ok((HalfEnd::Finished, HalfEnd::Finished))));
+        assert_eq!((meter.to_tunnel(), meter.from_tunnel()), (5, 3));
+    })
+    .await;
+}
+
+/// A hung target, and a user who gave up on it: the stream must not stay for ever.
+#[tokio::test]
+async fn a_peer_that_takes_nothing_after_the_close_is_cut_off() {
+    each(async |carrier| {
+        let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _pair } =
+            Bench::new(carrier).await;
+        // More than all buffers on the way hold, and then the close.
+        let flood = tokio::spawn(async move {
+            held.1.stop(StreamCode::CLOSED);
+            loop {
+                if let Err(error) = held.0.write_chunk(vec![0; 65_536].into()).await {
+                    return error;
+                }
+            }
+        });
+        let (reader, writer, abort) = halves(socket);
+        let limit = Duration::from_millis(200);
+        let local = Local::new(reader, writer, abort).with_stuck_timeout(limit);
+        let outcome = splice(local, stream, &Meter::default()).await;
+        assert!(matches!(outcome.end, Err(Cut::Stuck)), "{outcome:?}");
+        assert_eq!(flood.await.unwrap(), WriteError::Stopped(StreamCode::IO_ERROR));
+        let error = peer.read_to_end(&mut Vec::new()).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_splice_is_over_only_when_the_other_side_has_everything() {
+    each(async |carrier| {
+        let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _pair } =
+            Bench::new(carrier).await;
+        held.0.finish();
+        peer.write_all(b"never read by the other side").await.unwrap();
+        peer.shutdown().await.unwrap();
+        held.1.stop(StreamCode::BROKEN_PIPE);
+        let outcome = run(socket, stream, &Meter::default()).await;
+        let code = StreamCode::BROKEN_PIPE;
+        assert!(matches!(outcome.end, Ok((HalfEnd::Stopped(found), _)) if found == code));
+    })
+    .await;
+}
+
+/// The kernel calls it a reset when somebody leaves a Unix socket with bytes unread. What he wrote
+/// before arrives all the same, though it has to wait for room in the stream.
+#[tokio::test]
+async fn whoever_leaves_a_unix_socket_with_an_answer_unread_has_written_what_he_wrote() {
+    const PATIENCE: Duration = Duration::from_millis(200);
+    each(async |carrier| {
+        let Bench { spliced: (_, stream), stream: mut held, _pair, .. } = Bench::new(carrier).await;
+        let (socket, mut peer) = UnixStream::pair().unwrap();
+        let task = tokio::spawn(async move { run(socket, stream, &Meter::default()).await });
+        held.0.write_chunk(Bytes::from_static(b"an answer that nobody reads")).await.unwrap();
+        peer.readable().await.unwrap();
+        let mut written = 0;
+        while let Ok(length) = timeout(PATIENCE, peer.write(&[0; 65_536])).await {
+            written += length.unwrap();
+        }
+        drop(peer);
+        let stopped = timeout(PATIENCE, held.0.stopped()).await;
+        assert!(stopped.is_err(), "{stopped:?}");
+        let (mut chunks, mut arrived) = ([const { Bytes::new() }; 8], 0);
+        while let Some(count) = held.1.read_chunks(&mut chunks).await.unwrap() {
+            arrived += chunks[..count].iter().map(Bytes::len).sum::<usize>();
+        }
+        assert_eq!(arrived, written);
+        held.0.finish();
+        let outcome = task.await.unwrap();
+        assert!(matches!(outcome.end, Ok((HalfEnd::Finished, _))), "{outcome:?}");
+    })
+    .await;
+}

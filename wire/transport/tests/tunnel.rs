@@ -1,0 +1,405 @@
+//! Tunnels over real QUIC, and over TLS on TCP, on loopback: what a dropped half means, who is let in, and how a peer
+//! that does not answer is found out.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod carriers;
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use culvert_transport::{
+    ConnectError, ReadError, ReadFrameError, Settings, TunnelLost, WriteError,
+    control::{ControlError, ControlStream},
+    quic::{Listener, connect},
+    tls::{KeyExchange, tunnel_client, tunnel_server},
+};
+use culvert_wire::{
+    CloseCode, StreamCode,
+    control::{ControlMessage, Drain, Ping},
+    frame::{self, FrameError},
+};
+
+use carriers::{Authority, Pair, each, within};
+
+/// Whether the future completes at once; it is dropped in any case.
+async fn is_ready(future: impl Future) -> bool {
+    tokio::select! {
+        biased;
+        _ = future => true,
+        () = std::future::ready(()) => false,
+    }
+}
+
+#[tokio::test]
+async fn a_dropped_sender_is_a_reset_and_never_an_end() {
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
+        let (mut send, _recv) = pair.server.open().await.unwrap();
+        send.write_chunk(Bytes::from_static(b"half a sentence")).await.unwrap();
+        let (_send, mut recv) = pair.agent.accept().await.unwrap();
+        let mut chunks = [Bytes::new()];
+        recv.read_chunks(&mut chunks).await.unwrap();
+        drop(send);
+        let error = recv.read_chunks(&mut chunks).await.unwrap_err();
+        assert_eq!(error, ReadError::Reset(StreamCode::ABANDONED));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_finished_sender_is_an_end_and_delivery_is_reported() {
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
+        let (mut send, _recv) = pair.server.open().await.unwrap();
+        send.write_chunk(Bytes::from_static(b"all")).await.unwrap();
+        send.finish();
+        send.reset(StreamCode::IO_ERROR); // too late to mean anything
+        let delivered = send.stopped();
+        drop(send);
+        let (_send, mut recv) = pair.agent.accept().await.unwrap();
+        let mut chunks = [Bytes::new()];
+        assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), Some(1));
+        assert_eq!(chunks[0], "all");
+        assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), None);
+        assert_eq!(delivered.await.unwrap(), None);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_dropped_receiver_stops_the_sender() {
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
+        let (mut send, _recv) = pair.server.open().await.unwrap();
+        send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
+        let (_send, recv) = pair.agent.accept().await.unwrap();
+        drop(recv);
+        assert_eq!(send.stopped().await.unwrap(), Some(StreamCode::ABANDONED));
+        let error = send.write_chunk(Bytes::from_static(b"y")).await.unwrap_err();
+        assert_eq!(error, WriteError::Stopped(StreamCode::ABANDONED));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_reset_is_noticed_by_a_reader_that_holds_back() {
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
+        let (mut send, _recv) = pair.server.open().await.unwrap();
+        send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
+        let (_send, mut recv) = pair.agent.accept().await.unwrap();
+        send.reset(StreamCode::PEER_RESET);
+        assert_eq!(recv.failed().await, ReadError::Reset(StreamCode::PEER_RESET));
+    })
+    .await;
+}
+
+/// Watching must leave nothing behind in the tunnel: neither a panic nor a waker, and no byte less.
+#[tokio::test]
+async fn a_stream_that_was_watched_for_a_reset_is_read_to_its_clean_end() {
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
+        for bytes in ["", "unread"] {
+            let (mut send, _recv) = pair.server.open().await.unwrap();
+            send.write_chunk(Bytes::from_static(b"first")).await.unwrap();
+            let (_send, mut recv) = pair.agent.accept().await.unwrap();
+            let mut chunks = [const { Bytes::new() }; 4];
+            assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), Some(1));
+            send.write_chunk(Bytes::from_static(bytes.as_bytes())).await.unwrap();
+            send.finish();
+            // All of it has arrived before anybody watches.
+            assert_eq!(send.stopped().await.unwrap(), None);
+            assert!(!is_ready(recv.failed()).await);
+            let mut rest = Vec::new();
+            while let Some(count) = recv.read_chunks(&mut chunks).await.unwrap() {
+                rest.extend(chunks[..count].concat());
+            }
+            assert_eq!(rest, bytes.as_bytes());
+            assert!(!is_ready(recv.failed()).await);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_lost_tunnel_is_noticed_by_a_reader_that_holds_back() {
+    each(async |carrier| {
+        for bytes in ["", "unread"] {
+            let pair = Pair::new(carrier).await;
+            let (mut send, _recv) = pair.server.open().await.unwrap();
+            send.write_chunk(Bytes::from_static(b"first")).await.unwrap();
+            let (_send, mut recv) = pair.agent.accept().await.unwrap();
+            recv.read_chunks(&mut [Bytes::new()]).await.unwrap();
+            send.write_chunk(Bytes::from_static(bytes.as_bytes())).await.unwrap();
+            pair.server.close(CloseCode::SHUTDOWN, "");
+            let code = CloseCode::SHUTDOWN;
+            let lost = TunnelLost::ClosedByPeer { code, reason: String::new() };
+            assert_eq!(recv.failed().await, ReadError::Lost(lost));
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_reset_stays_a_reset_however_often_it_is_asked_for() {
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
+        let reset = ReadError::Reset(StreamCode::CANCELLED);
+        for watched in [false, true] {
+            let (mut send, _recv) = pair.server.open().await.unwrap();
+            send.reset(StreamCode::CANCELLED);
+            let (_send, mut recv) = pair.agent.accept().await.unwrap();
+            if watched {
+                assert_eq!(recv.failed().await, reset);
+            }
+            for _ in 0..2 {
+                assert_eq!(recv.read_chunks(&mut [Bytes::new()]).await, Err(reset.clone()));
+                assert_eq!(recv.read_frame(8).await.unwrap_err(), reset.clone().into());
+            }
+            assert_eq!(recv.failed().await, reset);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn streams_end_with_the_reason_for_which_the_tunnel_was_closed() {
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
+        let (mut send, mut recv) = pair.server.open().await.unwrap();
+        send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
+        let (_send, mut far) = pair.agent.accept().await.unwrap();
+        pair.server.close(CloseCode::UNRESPONSIVE, "no answer");
+        let (code, reason) = (CloseCode::UNRESPONSIVE, "no answer".to_owned());
+        let here = TunnelLost::ClosedHere { code, reason: reason.clone() };
+        let there = TunnelLost::ClosedByPeer { code, reason };
+        let mut chunks = [Bytes::new()];
+        assert_eq!(recv.read_chunks(&mut chunks).await.unwrap_err(), ReadError::Lost(here.clone()));
+        assert_eq!(pair.server.closed().await, here);
+        assert_eq!(pair.agent.closed().await, there);
+        assert_eq!(far.failed().await, ReadError::Lost(there));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_agent_without_a_certificate_or_with_a_strangers_is_refused() {
+    within(async {
+        let (authority, stranger) = (Authority::new(), Authority::new());
+        let (kx, roots) = (KeyExchange::Classic, authority.roots());
+        let tls = tunnel_server(authority.identity(), Some(roots.clone()), kx).unwrap();
+        let address = "127.0.0.1:0".parse().unwrap();
+        let settings = Settings::default();
+        let listener = Listener::bind(address, tls.into(), &settings, None).unwrap();
+        let remote = listener.local_addr().unwrap();
+        for identity in [None, Some(stranger.identity())] {
+            let tls = tunnel_client(roots.clone(), identity, kx).unwrap();
+            let accept = async { listener.accept().await.unwrap().complete().await };
+            let connect = async {
+                // The client is done a round trip before the server has looked at its certificate.
+                match connect(remote, "127.0.0.1", tls.into(), &settings).await {
+                    Ok((tunnel, _)) => tunnel.closed().await,
+                    Err(ConnectError::Handshake(lost)) => lost,
+                    Err(error) => panic!("{error}"),
+                }
+            };
+            let (accepted, refused) = tokio::join!(accept, connect);
+            assert!(accepted.is_err());
+            assert!(matches!(refused, TunnelLost::Transport(_)), "{refused}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_server_of_another_name_or_ca_is_refused() {
+    within(async {
+        let (authority, stranger) = (Authority::new(), Authority::new());
+        let kx = KeyExchange::Hybrid;
+        let tls = tunnel_server(authority.identity(), None, kx).unwrap();
+        let address = "127.0.0.1:0".parse().unwrap();
+        let settings = Settings::default();
+        let listener = Listener::bind(address, tls.into(), &settings, None).unwrap();
+        let remote = listener.local_addr().unwrap();
+        let serve = async {
+            while let Some(incoming) = listener.accept().await {
+                assert!(incoming.complete().await.is_err());
+            }
+        };
+        let attempts = async {
+            for (name, roots) in [("localhost", authority.roots()), ("127.0.0.1", stranger.roots())]
+            {
+                let tls = tunnel_client(roots, None, kx).unwrap();
+                let attempt = connect(remote, name, tls.into(), &settings).await;
+                assert!(matches!(attempt, Err(ConnectError::Handshake(_))), "{name}");
+            }
+        };
+        tokio::select! {
+            () = serve => unreachable!("the listener is open"),
+            () = attempts => {}
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_attempt_at_a_port_where_nobody_listens_fails_at_once() {
+    within(async {
+        let gone = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let authority = Authority::new();
+        let tls = tunnel_client(authority.roots(), None, KeyExchange::Hybrid).unwrap();
+        let attempt = connect(gone, "127.0.0.1", tls.into(), &Settings::default()).await;
+        assert!(matches!(attempt, Err(ConnectError::Refused)));
+    })
+    .await;
+}
+
+/// The control stream of each end.
+async fn controls(pair: &Pair) -> (ControlStream, ControlStream) {
+    let mut agent = ControlStream::new(pair.agent.clone(), pair.agent.open().await.unwrap());
+    // A stream exists for the peer from its first byte.
+    agent.send(&ControlMessage::Drain(Drain { deadline_millis: 1 })).await.unwrap();
+    let mut server = ControlStream::new(pair.server.clone(), pair.server.accept().await.unwrap());
+    assert!(matches!(server.next().await.unwrap(), ControlMessage::Drain(_)));
+    (server, agent)
+}
+
+#[tokio::test]
+async fn a_peer_that_answers_pings_is_never_found_unresponsive() {
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
+        let (mut server, mut agent) = controls(&pair).await;
+        server.ask(Duration::from_secs(20)).await.unwrap();
+        // The agent's answer goes out while it waits for something else.
+        agent.send(&ControlMessage::Drain(Drain { deadline_millis: 2 })).await.unwrap();
+        let talk = async {
+            assert!(matches!(server.next().await.unwrap(), ControlMessage::Drain(_)));
+            server.send(&ControlMessage::Drain(Drain { deadline_millis: 3 })).await.unwrap();
+            server.next().await
+        };
+        let listen = async {
+            let message = agent.next().await.unwrap();
+            assert_eq!(message, ControlMessage::Drain(Drain { deadline_millis: 3 }));
+            agent.send(&ControlMessage::Drain(Drain { deadline_millis: 4 })).await.unwrap();
+        };
+        let (last, ()) = tokio::join!(talk, listen);
+        assert_eq!(last.unwrap(), ControlMessage::Drain(Drain { deadline_millis: 4 }));
+    })
+    .await;
+}
+
+/// Its QUIC acknowledges what nobody reads: that buys it time, but not for ever.
+#[tokio::test]
+async fn a_peer_that_is_heard_and_does_not_answer_is_found_unresponsive() {
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
+        let (mut server, _agent) = controls(&pair).await;
+        let limit = Duration::from_millis(50);
+        server.ask(limit).await.unwrap();
+        let error = server.next().await.unwrap_err();
+        assert!(matches!(error, ControlError::Unresponsive(waited) if waited >= limit));
+        assert_eq!(error.close_code(), CloseCode::UNRESPONSIVE);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_later_revisions_message_is_ignored_and_a_malformed_one_is_not() {
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
+        let (mut send, _recv) = pair.agent.open().await.unwrap();
+        let ping = frame::encode(&Ping { echo: 1 }).unwrap();
+        let drain = frame::encode(&Drain { deadline_millis: 9 }).unwrap();
+        let later: &[u8] = &[0x40, 0, 2, 1, 2];
+        send.write_chunk([later, &ping, &drain].concat().into()).await.unwrap();
+        let mut server =
+            ControlStream::new(pair.server.clone(), pair.server.accept().await.unwrap());
+        let message = server.next().await.unwrap();
+        assert_eq!(message, ControlMessage::Drain(Drain { deadline_millis: 9 }));
+        send.write_chunk(Bytes::from_static(&[0x03, 0xff, 0xff])).await.unwrap();
+        let error = server.next().await.unwrap_err();
+        assert!(matches!(error, ControlError::Frame(FrameError::Oversized { kind: 3, .. })));
+        assert_eq!(error.close_code(), CloseCode::PROTOCOL_VIOLATION);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_frame_is_read_exactly_and_leaves_what_follows() {
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
+        let (mut send, _recv) = pair.server.open().await.unwrap();
+        let bytes = [&frame::encode(&Ping { echo: 5 }).unwrap()[..], b"raw bytes"].concat();
+        for byte in bytes.chunks(1) {
+            send.write_chunk(Bytes::copy_from_slice(byte)).await.unwrap();
+        }
+        send.finish();
+        let (_send, mut recv) = pair.agent.accept().await.unwrap();
+        let ping: Ping = recv.read_frame(16).await.unwrap().message().unwrap();
+        assert_eq!(ping, Ping { echo: 5 });
+        let mut rest = Vec::new();
+        let mut chunks = [const { Bytes::new() }; 8];
+        while let Some(count) = recv.read_chunks(&mut chunks).await.unwrap() {
+            chunks[..count].iter().for_each(|chunk| rest.extend_from_slice(chunk));
+        }
+        assert_eq!(rest, b"raw bytes");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_frame_that_is_cut_or_too_long_is_refused() {
+    each(async |carrier| {
+        let pair = Pair::new(carrier).await;
+        for (bytes, limit, is_expected) in [
+            (&[][..], 10, (|e| *e == ReadFrameError::End) as fn(&ReadFrameError) -> bool),
+            (&[3, 0], 10, |e| *e == ReadFrameError::Truncated),
+            (&[3, 0, 5, 1], 10, |e| *e == ReadFrameError::Truncated),
+            (&[3, 0, 11], 10, |e| matches!(e, ReadFrameError::Frame(FrameError::Oversized { .. }))),
+        ] {
+            let (mut send, _recv) = pair.server.open().await.unwrap();
+            send.write_chunk(Bytes::copy_from_slice(bytes)).await.unwrap();
+            send.finish();
+            let (_send, mut recv) = pair.agent.accept().await.unwrap();
+            let error = recv.read_frame(limit).await.unwrap_err();
+            assert!(is_expected(&error), "{bytes:?}: {error}");
+        }
+    })
+    .await;
+}
+
+/// A stream per connection is the point: one that nobody reads leaves the others alone.
+#[tokio::test]
+async fn stalled_streams_do_not_fill_the_tunnel() {
+    each(async |carrier| {
+        let settings = Settings { stream_receive_window: 64 * 1024, ..Settings::default() };
+        let pair = Pair::with(carrier, &settings).await;
+        let mut stalled = Vec::new();
+        for _ in 0..64 {
+            let (mut send, recv) = pair.server.open().await.unwrap();
+            let filling = async {
+                loop {
+                    send.write_chunk(vec![0; 16 * 1024].into()).await.unwrap();
+                }
+            };
+            let full: Result<(), _> =
+                tokio::time::timeout(Duration::from_millis(20), filling).await;
+            assert!(full.is_err());
+            stalled.push((send, recv, pair.agent.accept().await.unwrap()));
+        }
+        let (mut send, _recv) = pair.server.open().await.unwrap();
+        send.write_chunk(vec![1; 32 * 1024].into()).await.unwrap();
+        send.finish();
+        let (_send, mut recv) = pair.agent.accept().await.unwrap();
+        let mut chunks = [const { Bytes::new() }; 64];
+        let mut got = 0;
+        while let Some(count) = recv.read_chunks(&mut chunks).await.unwrap() {
+            got += chunks[..count].iter().map(Bytes::len).sum::<usize>();
+        }
+        assert_eq!(got, 32 * 1024);
+        drop(stalled);
+        pair.server.close(CloseCode::DONE, "");
+        pair.server.flushed(Duration::from_secs(1)).await;
+    })
+    .await;
+}
