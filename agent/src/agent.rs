@@ -24,7 +24,7 @@ use crate::{
     leases::LeaseCount,
     metrics::AgentMetrics,
     tunnels::{
-        Servers,
+        ServerTunnels,
         session::{FIRST_STREAM_LIMIT, TunnelContext},
     },
 };
@@ -57,7 +57,7 @@ pub enum StartError {
 pub struct Agent {
     connector: Connector,
     context: Arc<TunnelContext>,
-    servers: Arc<Servers>,
+    servers: Arc<ServerTunnels>,
     health: AdminServer,
     admin: Option<AdminServer>,
     metrics: Arc<AgentMetrics>,
@@ -83,7 +83,7 @@ impl Agent {
             proxies: config.proxies.clone(),
         };
         attempts.check_files()?;
-        let servers = Arc::new(Servers::new(config.sync.count_source));
+        let servers = Arc::new(ServerTunnels::new(config.sync.count_source));
         let leases = config.sync.leases.as_ref().map(LeaseCount::new).transpose()?;
         let connector = Connector {
             attempts: Arc::new(attempts),
@@ -125,7 +125,7 @@ impl Agent {
     }
 
     /// The servers that have taken the agent in.
-    pub fn servers(&self) -> &Arc<Servers> {
+    pub fn servers(&self) -> &Arc<ServerTunnels> {
         &self.servers
     }
 

@@ -26,7 +26,7 @@ pub use flags::Flags;
 pub struct Config {
     /// Name of this agent, unlike any other's.
     pub agent_id: String,
-    /// What the agent announces it can reach, as the URL query stock sends; valid.
+    /// What the agent announces it can reach, as the URL query Konnectivity sends; valid.
     pub identifiers: String,
     /// The same, decoded: keys are ipv4, ipv6, host, cidr and default-route.
     pub identifier_pairs: Vec<(String, String)>,
@@ -66,7 +66,7 @@ pub enum Transport {
     Auto,
     /// QUIC over UDP.
     Quic,
-    /// TLS over TCP: QMux, or gRPC to a stock server.
+    /// TLS over TCP: QMux, or gRPC to a Konnectivity server.
     Tcp,
 }
 
@@ -85,9 +85,9 @@ pub struct ServersConfig {
     pub certificate: Option<CertificatePair>,
     /// File with the agent's token, if it has one.
     pub token_file: Option<PathBuf>,
-    /// ALPN names offered to a stock server before `h2`.
+    /// ALPN names offered to a Konnectivity server before `h2`.
     pub extra_alpn: Vec<String>,
-    /// Quiet time after which a stock server is pinged; zero never pings.
+    /// Quiet time after which a Konnectivity server is pinged; zero never pings.
     pub keep_alive_interval: Duration,
 }
 
@@ -98,7 +98,7 @@ pub struct SyncConfig {
     pub interval: Duration,
     /// What failures may stretch it to; never below `interval`.
     pub interval_cap: Duration,
-    /// Interval at which the connection to a stock server is checked.
+    /// Interval at which the connection to a Konnectivity server is checked.
     pub probe_interval: Duration,
     /// Whether to look on once all servers were found.
     pub forever: bool,
@@ -267,7 +267,7 @@ fn sync(flags: &Flags, faults: &mut Faults) -> SyncConfig {
     }
 }
 
-/// Stock's rules for flags that do nothing here, and a warning for each that is set.
+/// Konnectivity's rules for flags that do nothing here, and a warning for each that is set.
 fn without_effect(flags: &Flags, faults: &mut Faults) {
     faults.require(
         flags.enable_profiling || !flags.enable_contention_profiling,

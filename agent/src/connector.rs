@@ -1,9 +1,9 @@
 //! Keeps a tunnel to every server: looks for those that are missing, moves tunnels to better carriers,
 //! and never gives up. What is next is decided in [`crate::connector::plan`]; here it is done.
 
-pub mod approach;
 pub mod attempt;
 pub mod backoff;
+pub mod options;
 pub mod plan;
 pub mod quic_health;
 pub mod race;
@@ -23,13 +23,13 @@ use tracing::{debug, info, warn};
 
 use crate::{
     connector::{
-        approach::{Approach, QuicFate, Ways},
         attempt::{Arrived, AttemptError, Attempted, Attempts},
+        options::{AttemptOptions, CarrierOrder, QuicOutcome},
         plan::{Arrival, Cause, Found, Goal, InUse, Plan, Situation},
     },
     metrics::AgentMetrics,
     tunnels::{
-        Entered, Rank, Served, Servers,
+        AddOutcome, Rank, ServerTunnel, ServerTunnels,
         session::{Joined, TunnelContext},
     },
 };
@@ -45,7 +45,7 @@ pub struct Connector {
     /// What is next.
     pub plan: Plan,
     /// What there is.
-    pub servers: Arc<Servers>,
+    pub servers: Arc<ServerTunnels>,
     /// What is counted.
     pub metrics: Arc<AgentMetrics>,
 }
@@ -54,12 +54,12 @@ pub struct Connector {
 #[derive(Debug)]
 struct Pending {
     goal: Goal,
-    approach: Approach,
+    options: AttemptOptions,
     attempted: AbortOnDropHandle<Attempted>,
 }
 
 /// The tunnels that are served, each in a task of its own.
-type Tunnels = JoinSet<(Arc<Served>, TunnelLost)>;
+type Tunnels = JoinSet<(Arc<ServerTunnel>, TunnelLost)>;
 
 impl Connector {
     /// Connects and serves until the agent drains and its tunnels have ended.
@@ -79,13 +79,13 @@ impl Connector {
                     }
                 }
                 attempted = finished(&mut pending) => {
-                    if let Some((goal, approach, attempted)) = attempted {
-                        self.on_attempted(goal, approach, attempted, &mut tunnels, &context);
+                    if let Some((goal, options, attempted)) = attempted {
+                        self.on_attempted(goal, options, attempted, &mut tunnels, &context);
                     }
                 }
                 () = self.servers.changed() => {
-                    let doubted = self.servers.in_use().iter().any(|served| served.is_doubted());
-                    if !doubted && pending.as_ref().is_some_and(|p| p.goal == Goal::Replace) {
+                    let suspected = self.servers.in_use().iter().any(|served| served.is_suspect());
+                    if !suspected && pending.as_ref().is_some_and(|p| p.goal == Goal::Replace) {
                         debug!("a silent server was heard again");
                         pending = None;
                         self.plan.on_heard(now(), fastrand::f64());
@@ -101,29 +101,29 @@ impl Connector {
 
     fn situation(&self) -> Situation {
         let in_use = self.servers.in_use();
-        let tunnel = |served: &Arc<Served>| InUse {
+        let tunnel = |served: &Arc<ServerTunnel>| InUse {
             rank: served.rank,
-            doubt: served.doubt(),
+            suspicion: served.suspicion(),
             since: served.since,
         };
         Situation { in_use: in_use.iter().map(tunnel).collect(), count: self.servers.count() }
     }
 
     fn begin(&mut self, goal: Goal, context: Arc<TunnelContext>) -> Pending {
-        let approach = self.plan.approach(goal, &self.situation(), now(), fastrand::f64());
-        debug!(?goal, ?approach, "an attempt to get a tunnel");
+        let options = self.plan.options(goal, &self.situation(), now(), fastrand::f64());
+        debug!(?goal, ?options, "an attempt to get a tunnel");
         let attempts = self.attempts.clone();
-        let doubted = self.servers.in_use().into_iter().find(|served| served.is_doubted());
-        let toward = doubted.map(|served| served.tunnel.remote_address());
+        let suspected = self.servers.in_use().into_iter().find(|served| served.is_suspect());
+        let toward = suspected.map(|served| served.tunnel.remote_address());
         let attempted =
-            tokio::spawn(async move { attempts.attempt(approach, toward, &context).await });
-        Pending { goal, approach, attempted: AbortOnDropHandle::new(attempted) }
+            tokio::spawn(async move { attempts.attempt(options, toward, &context).await });
+        Pending { goal, options, attempted: AbortOnDropHandle::new(attempted) }
     }
 
     fn on_attempted(
         &mut self,
         goal: Goal,
-        approach: Approach,
+        options: AttemptOptions,
         Attempted { result, quic }: Attempted,
         tunnels: &mut Tunnels,
         context: &Arc<TunnelContext>,
@@ -131,8 +131,8 @@ impl Connector {
         match result {
             Ok(arrived) => {
                 self.metrics.connect_attempt("ok");
-                let rank = Rank::of(arrived.joined.tunnel(), approach.large_packets);
-                let reason = reason(goal, approach.ways, quic, rank);
+                let rank = Rank::of(arrived.joined.tunnel(), options.large_packets);
+                let reason = reason(goal, options.order, quic, rank);
                 let found = self.enter(arrived, rank, reason, tunnels, context);
                 let arrival = Arrival { quic, rank, found };
                 self.plan.on_arrived(goal, arrival, now(), fastrand::f64());
@@ -161,9 +161,9 @@ impl Connector {
         let way = (tunnel.clone(), rank);
         let entered = self.servers.enter(server_id.clone(), way, buffers, reason, now());
         let (served, other) = match entered {
-            Entered::New(served) => (served, None),
-            Entered::Instead(served, other) => (served, Some(other)),
-            Entered::Duplicate => {
+            AddOutcome::New(served) => (served, None),
+            AddOutcome::Instead(served, other) => (served, Some(other)),
+            AddOutcome::Duplicate => {
                 debug!(%server_id, %address, "a server that is connected already");
                 tunnel.close(CloseCode::DONE, "a duplicate of the agent's tunnel");
                 return Found::Known;
@@ -188,7 +188,7 @@ impl Connector {
     fn spawn(
         &self,
         joined: Joined,
-        served: Arc<Served>,
+        served: Arc<ServerTunnel>,
         tunnels: &mut Tunnels,
         context: &Arc<TunnelContext>,
     ) {
@@ -201,7 +201,7 @@ impl Connector {
         });
     }
 
-    fn on_lost(&mut self, served: &Served, lost: &TunnelLost) {
+    fn on_lost(&mut self, served: &ServerTunnel, lost: &TunnelLost) {
         let (server_id, transport) = (&served.server_id, served.tunnel.transport());
         let retired = served.is_retired();
         self.metrics.tunnel_lost(lost.label());
@@ -209,7 +209,7 @@ impl Connector {
         if !retired {
             let unanswered = |code: &CloseCode| *code == CloseCode::UNRESPONSIVE;
             let cause = match lost {
-                TunnelLost::ClosedHere { code, .. } if unanswered(code) => Cause::Way,
+                TunnelLost::ClosedHere { code, .. } if unanswered(code) => Cause::Path,
                 _ => Cause::Server,
             };
             self.plan.on_lost(cause, now(), fastrand::f64());
@@ -218,7 +218,7 @@ impl Connector {
 }
 
 /// Takes a tunnel out of the agent's when its task ends, however it ends.
-struct Leaving(Arc<Servers>, Arc<Served>);
+struct Leaving(Arc<ServerTunnels>, Arc<ServerTunnel>);
 
 impl Drop for Leaving {
     fn drop(&mut self) {
@@ -227,13 +227,15 @@ impl Drop for Leaving {
 }
 
 /// Why a tunnel goes the way it goes, in a word.
-fn reason(goal: Goal, ways: Ways, quic: QuicFate, rank: Rank) -> &'static str {
-    match (goal, quic, ways) {
-        (_, QuicFate::Failed(word), _) => word,
+fn reason(goal: Goal, order: CarrierOrder, quic: QuicOutcome, rank: Rank) -> &'static str {
+    match (goal, quic, order) {
+        (_, QuicOutcome::Failed(word), _) => word,
         (Goal::Probe, ..) => "quic_works",
         (Goal::Replace, ..) => "quic_silent",
-        (_, _, Ways::TcpFirst) if !rank.is_quic() => "quic_failed_before",
-        (_, _, Ways::QuicFirst | Ways::TcpFirst) if rank.is_quic() => "first_choice",
+        (_, _, CarrierOrder::TcpFirst) if !rank.is_quic() => "quic_failed_before",
+        (_, _, CarrierOrder::QuicFirst | CarrierOrder::TcpFirst) if rank.is_quic() => {
+            "first_choice"
+        }
         // The server's address is known to a proxy alone, or one carrier was told.
         _ => "only_choice",
     }
@@ -252,15 +254,15 @@ fn tell(goal: Goal, error: &AttemptError) {
 }
 
 /// The result of the attempt that goes on, which then does so no more; never without one.
-async fn finished(pending: &mut Option<Pending>) -> Option<(Goal, Approach, Attempted)> {
-    let Some(Pending { goal, approach, attempted }) = pending else {
+async fn finished(pending: &mut Option<Pending>) -> Option<(Goal, AttemptOptions, Attempted)> {
+    let Some(Pending { goal, options, attempted }) = pending else {
         return std::future::pending().await;
     };
-    let (goal, approach) = (*goal, *approach);
+    let (goal, options) = (*goal, *options);
     let attempted = attempted.await;
     *pending = None;
     // It cannot be aborted while it is here; were it to panic, it would be made again.
-    attempted.ok().map(|attempted| (goal, approach, attempted))
+    attempted.ok().map(|attempted| (goal, options, attempted))
 }
 
 /// Completes with what is next when it is due; never when nothing is.

@@ -1,4 +1,4 @@
-//! Servers that have not been upgraded: `AgentService/Connect`, as Konnectivity's own agent speaks it.
+//! ServerTunnels that have not been upgraded: `AgentService/Connect`, as Konnectivity's own agent speaks it.
 //!
 //! The call becomes a tunnel whose server is a bridge in this process; everything on this side of the
 //! tunnel goes on as with a server of ours. Until the server is upgraded, its connections still share
@@ -16,9 +16,9 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 /// Bytes a server may be ahead of what was read of its one stream. What is on its way delays whatever
 /// comes behind it, so this is no larger than 100 Mbit/s need at 80 ms.
 const WINDOW: u32 = 1024 * 1024;
-/// A stock server ends connections that are pinged more often.
+/// A Konnectivity server ends connections that are pinged more often.
 const LEAST_KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(30);
-/// Time for the answer to a ping; stock's value.
+/// Time for the answer to a ping; Konnectivity's value.
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Makes a tunnel of a connection on which HTTP/2 was agreed on. The call itself is made with the

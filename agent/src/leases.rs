@@ -22,7 +22,7 @@ use kube::{
 use tokio_stream::{Stream, StreamExt as _};
 use tracing::warn;
 
-use crate::{config::LeaseConfig, metrics::AgentMetrics, tunnels::Servers};
+use crate::{config::LeaseConfig, metrics::AgentMetrics, tunnels::ServerTunnels};
 
 /// Counts the servers' Leases.
 #[derive(Debug)]
@@ -43,7 +43,7 @@ impl LeaseCount {
 
     /// Counts for as long as it is polled. Until the Leases were listed once, the servers' own count
     /// holds; while kube-apiserver does not answer, the last count.
-    pub async fn keep(self, servers: Arc<Servers>, metrics: Arc<AgentMetrics>) {
+    pub async fn keep(self, servers: Arc<ServerTunnels>, metrics: Arc<AgentMetrics>) {
         // Thousands of agents may list at once: from what kube-apiserver has in memory.
         let selected = watcher::Config::default().labels(&self.selector).any_semantic();
         let events = pin!(watcher(self.api, selected).default_backoff());
@@ -53,7 +53,7 @@ impl LeaseCount {
 
 async fn count(
     mut events: impl Stream<Item = Result<Event<Lease>, watcher::Error>> + Unpin,
-    servers: &Servers,
+    servers: &ServerTunnels,
     metrics: &AgentMetrics,
 ) {
     static FAILED: RateLimited = RateLimited::new(Duration::from_secs(60));
@@ -104,7 +104,7 @@ struct Leases {
 impl Leases {
     /// How many hold after this event, and 1 where none does; `None` before the first list.
     ///
-    /// Servers that live renew their Leases and so give news of all the others: one that expires is
+    /// ServerTunnels that live renew their Leases and so give news of all the others: one that expires is
     /// found out with the next event. Where there is no news at all, it is kube-apiserver that does not
     /// answer, neither here nor to those who renew, and what was counted last stays.
     fn on_event(&mut self, event: Event<Lease>, now: Timestamp) -> Option<u32> {

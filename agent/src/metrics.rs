@@ -24,7 +24,7 @@ use culvert_wire::dial::DialErrorKind;
 use kube::runtime::watcher;
 use metrics::Histogram;
 
-use crate::tunnels::{Served, Servers};
+use crate::tunnels::{ServerTunnel, ServerTunnels};
 
 const DIAL_DURATION: &str = "konnectivity_network_proxy_agent_dial_duration_seconds";
 const DIAL_FAILURES: &str = "konnectivity_network_proxy_agent_endpoint_dial_failure_total";
@@ -189,7 +189,7 @@ impl AgentMetrics {
     }
 
     /// Everything, in Prometheus' text format, with the tunnels as they are now.
-    pub fn render(&self, servers: &Servers) -> String {
+    pub fn render(&self, servers: &ServerTunnels) -> String {
         let mut text = self.metrics.render();
         let now = |count: &AtomicU64| count.load(Ordering::Relaxed);
         let mut one = |name, kind, help, value| {
@@ -211,8 +211,8 @@ impl AgentMetrics {
 }
 
 /// Appends what there is to know of each tunnel that is used, which is one for each server.
-fn append_served(text: &mut String, tunnels: &[Arc<Served>]) {
-    let server = |served: &Served| ("server_id", served.server_id.to_string());
+fn append_served(text: &mut String, tunnels: &[Arc<ServerTunnel>]) {
+    let server = |served: &ServerTunnel| ("server_id", served.server_id.to_string());
     let rows = tunnels.iter().map(|served| {
         let labels = vec![
             server(served),

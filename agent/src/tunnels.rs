@@ -22,7 +22,7 @@ use crate::config::CountSource;
 /// How good a way is; a tunnel gives way to one of the same server that has a better one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Rank {
-    /// A stock server's gRPC, where connections wait for one another.
+    /// A Konnectivity server's gRPC, where connections wait for one another.
     Grpc,
     /// QMux over TCP, where they wait for lost packets.
     Tcp,
@@ -51,7 +51,7 @@ impl Rank {
 
 /// One tunnel that a server has taken the agent in on.
 #[derive(Debug)]
-pub struct Served {
+pub struct ServerTunnel {
     /// Whose tunnel it is.
     pub server_id: ServerId,
     /// The tunnel.
@@ -68,7 +68,7 @@ pub struct Served {
     /// ended.
     pub retired: CancellationToken,
     /// How much had been received when the peer was found silent, or [`HEARD`] or [`REFUSED`].
-    doubted_at: AtomicU64,
+    suspected_at: AtomicU64,
 }
 
 /// The peer of a tunnel answers.
@@ -78,28 +78,28 @@ const REFUSED: u64 = HEARD - 1;
 
 /// Why the peer of a tunnel may not be there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Doubt {
+pub enum Suspicion {
     /// It does not answer.
     Silent,
     /// The network says that it cannot be reached, and it has not been heard since.
     Refused,
 }
 
-impl Served {
+impl ServerTunnel {
     /// Why the peer may not be there now, if there is a reason to think so.
-    pub fn doubt(&self) -> Option<Doubt> {
-        match self.doubted_at.load(Ordering::Relaxed) {
+    pub fn suspicion(&self) -> Option<Suspicion> {
+        match self.suspected_at.load(Ordering::Relaxed) {
             HEARD => None,
-            REFUSED => Some(Doubt::Refused),
-            doubted_at => {
-                (self.tunnel.stats().received_bytes == doubted_at).then_some(Doubt::Silent)
+            REFUSED => Some(Suspicion::Refused),
+            suspected_at => {
+                (self.tunnel.stats().received_bytes == suspected_at).then_some(Suspicion::Silent)
             }
         }
     }
 
     /// Whether the peer may not be there, for one reason or another.
-    pub fn is_doubted(&self) -> bool {
-        self.doubt().is_some()
+    pub fn is_suspect(&self) -> bool {
+        self.suspicion().is_some()
     }
 
     /// Whether another tunnel is used instead.
@@ -109,7 +109,7 @@ impl Served {
 
     /// How it stands, in a word: `used`, `silent`, or `retired` while its last streams go on.
     pub fn state(&self) -> &'static str {
-        match (self.is_retired(), self.is_doubted()) {
+        match (self.is_retired(), self.is_suspect()) {
             (true, _) => "retired",
             (false, true) => "silent",
             (false, false) => "used",
@@ -119,19 +119,19 @@ impl Served {
 
 /// What became of a new tunnel.
 #[derive(Debug)]
-pub enum Entered {
+pub enum AddOutcome {
     /// Its server had none.
-    New(Arc<Served>),
+    New(Arc<ServerTunnel>),
     /// It takes the place of this one, which is told.
-    Instead(Arc<Served>, Arc<Served>),
+    Instead(Arc<ServerTunnel>, Arc<ServerTunnel>),
     /// Its server has one that is as good.
     Duplicate,
 }
 
 /// The agent's tunnels. Shared by whoever looks for servers and whoever tells about them.
 #[derive(Debug, Default)]
-pub struct Servers {
-    tunnels: Mutex<Vec<Arc<Served>>>,
+pub struct ServerTunnels {
+    tunnels: Mutex<Vec<Arc<ServerTunnel>>>,
     /// How many servers there are, by their own words; 0 before the first has said so.
     told: AtomicU32,
     /// How many have a Lease; 0 where Leases are not counted.
@@ -141,7 +141,7 @@ pub struct Servers {
     changed: Notify,
 }
 
-impl Servers {
+impl ServerTunnels {
     /// No tunnels yet; where Leases are counted, `source` says which count holds.
     pub fn new(source: CountSource) -> Self {
         Self { larger: source == CountSource::Larger, ..Self::default() }
@@ -155,14 +155,15 @@ impl Servers {
         buffers: Option<BufferSizes>,
         reason: &'static str,
         now: Instant,
-    ) -> Entered {
+    ) -> AddOutcome {
         let mut tunnels = self.lock();
-        let in_use = |other: &&Arc<Served>| other.server_id == server_id && !other.is_retired();
+        let in_use =
+            |other: &&Arc<ServerTunnel>| other.server_id == server_id && !other.is_retired();
         let other = tunnels.iter().find(in_use).cloned();
-        if other.as_ref().is_some_and(|other| rank <= other.rank && !other.is_doubted()) {
-            return Entered::Duplicate;
+        if other.as_ref().is_some_and(|other| rank <= other.rank && !other.is_suspect()) {
+            return AddOutcome::Duplicate;
         }
-        let served = Arc::new(Served {
+        let served = Arc::new(ServerTunnel {
             server_id,
             tunnel,
             buffers,
@@ -170,32 +171,32 @@ impl Servers {
             reason,
             since: now,
             retired: CancellationToken::new(),
-            doubted_at: AtomicU64::new(HEARD),
+            suspected_at: AtomicU64::new(HEARD),
         });
         tunnels.push(served.clone());
         drop(tunnels);
         match other {
-            None => Entered::New(served),
+            None => AddOutcome::New(served),
             Some(other) => {
                 other.retired.cancel();
-                Entered::Instead(served, other)
+                AddOutcome::Instead(served, other)
             }
         }
     }
 
     /// Takes a tunnel out that is gone.
-    pub fn leave(&self, served: &Arc<Served>) {
+    pub fn leave(&self, served: &Arc<ServerTunnel>) {
         self.lock().retain(|other| !Arc::ptr_eq(other, served));
     }
 
     /// Notes that the peer of a tunnel may not be there, or that it was heard again.
-    pub fn set_doubt(&self, served: &Served, doubt: Option<Doubt>) {
-        let now = match doubt {
+    pub fn set_suspicion(&self, served: &ServerTunnel, suspicion: Option<Suspicion>) {
+        let now = match suspicion {
             None => HEARD,
-            Some(Doubt::Refused) => REFUSED,
-            Some(Doubt::Silent) => served.tunnel.stats().received_bytes,
+            Some(Suspicion::Refused) => REFUSED,
+            Some(Suspicion::Silent) => served.tunnel.stats().received_bytes,
         };
-        let before = served.doubted_at.swap(now, Ordering::Relaxed);
+        let before = served.suspected_at.swap(now, Ordering::Relaxed);
         if (before == HEARD) != (now == HEARD) {
             self.changed.notify_one();
         }
@@ -239,7 +240,7 @@ impl Servers {
         u32::try_from(count).unwrap_or(u32::MAX)
     }
 
-    /// Whether a server has taken the agent in: what stock calls ready.
+    /// Whether a server has taken the agent in: what Konnectivity calls ready.
     pub fn is_connected(&self) -> bool {
         self.lock().iter().any(|served| !served.is_retired())
     }
@@ -251,9 +252,9 @@ impl Servers {
 
     /// A line for each tunnel, for whoever asks whether the agent is ready.
     pub fn describe(&self) -> Vec<String> {
-        let line = |served: &Arc<Served>| {
+        let line = |served: &Arc<ServerTunnel>| {
             let mark = if served.state() == "used" { '+' } else { '-' };
-            let Served { server_id, reason, since, .. } = &**served;
+            let ServerTunnel { server_id, reason, since, .. } = &**served;
             let (transport, state) = (served.tunnel.transport(), served.state());
             let seconds = since.elapsed().as_secs_f64();
             format!("[{mark}]tunnel {server_id}: {transport} for {seconds:.1}s ({reason}), {state}")
@@ -262,11 +263,11 @@ impl Servers {
     }
 
     /// The tunnels that dials come on, one for each server.
-    pub fn in_use(&self) -> Vec<Arc<Served>> {
+    pub fn in_use(&self) -> Vec<Arc<ServerTunnel>> {
         self.lock().iter().filter(|served| !served.is_retired()).cloned().collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Served>>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<ServerTunnel>>> {
         // Every change is complete before it could panic.
         self.tunnels.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -12,7 +12,7 @@ use culvert_server::{
     backends::registry::{Candidate, Registry},
     config::Strategy,
 };
-use culvert_transport::priority::{Attained, Share};
+use culvert_transport::priority::{AttainedService, PriorityBudget};
 use culvert_wire::{
     AgentId, Target,
     dial::{DialReply, DialRequest, DialTiming, Network, StreamKind},
@@ -125,8 +125,8 @@ fn add_and_remove_a_backend(bencher: Bencher<'_, '_>, backends: usize) {
 #[divan::bench]
 fn schedule_a_write(bencher: Bencher<'_, '_>) {
     let now = Instant::now();
-    let share = Share::new(now);
-    let mut streams: Vec<_> = (0..100).map(|_| Attained::new(share.clone(), now)).collect();
+    let share = PriorityBudget::new(now);
+    let mut streams: Vec<_> = (0..100).map(|_| AttainedService::new(share.clone(), now)).collect();
     let mut turn = 0;
     bencher.bench_local(|| {
         turn = (turn + 1) % streams.len();

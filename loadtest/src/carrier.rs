@@ -12,7 +12,7 @@ pub enum Carrier {
     Quic,
     /// QMux over TLS over TCP.
     Tcp,
-    /// The one stream of a stock server.
+    /// The one stream of a Konnectivity server.
     Grpc,
 }
 

@@ -16,10 +16,10 @@ use anyhow::Context as _;
 use tempfile::TempDir;
 
 use crate::{
+    konnectivity_client::KonnectivityClient,
     peer::{Frontend, Peer, Programs, konnectivity},
     report::{Report, Run},
     scenario::{Congestion, Scenario},
-    stock_client::StockClient,
 };
 
 /// What to leave out, and where Culvert's programs are.
@@ -50,12 +50,12 @@ pub struct Options {
 pub struct Comparison {
     options: Options,
     programs: Programs,
-    stock_client: Option<StockClient>,
+    konnectivity_client: Option<KonnectivityClient>,
     _folder: TempDir,
 }
 
 impl Comparison {
-    /// Builds the stock programs that these scenarios need, where Go is installed; says so where it
+    /// Builds the Konnectivity programs that these scenarios need, where Go is installed; says so where it
     /// is not.
     ///
     /// # Errors
@@ -69,14 +69,14 @@ impl Comparison {
         let wanted = |peer: &&Peer| options.peers.is_empty() || options.peers.contains(peer);
         let peers = || scenarios.iter().flat_map(|scenario| &scenario.peers).filter(wanted);
         let runtime = tokio::runtime::Runtime::new()?;
-        let (mut stock_client, mut konnectivity) = (None, None);
+        let (mut konnectivity_client, mut konnectivity) = (None, None);
         if peers().any(|peer| matches!(peer, Peer::Konnectivity(_))) {
             eprintln!("building Konnectivity; the first time takes some minutes");
             konnectivity = runtime.block_on(konnectivity::Programs::build(folder.path()))?;
         }
         if peers().any(|peer| peer.frontend() == Some(Frontend::Grpc)) {
-            stock_client = runtime.block_on(StockClient::build(folder.path()))?;
-            if stock_client.is_none() {
+            konnectivity_client = runtime.block_on(KonnectivityClient::build(folder.path()))?;
+            if konnectivity_client.is_none() {
                 eprintln!("Go is not installed: only culvert-connect and direct can be compared");
             }
         }
@@ -87,7 +87,7 @@ impl Comparison {
             culvert_flags: options.culvert_flag.clone(),
             konnectivity,
         };
-        Ok(Self { options, programs, stock_client, _folder: folder })
+        Ok(Self { options, programs, konnectivity_client, _folder: folder })
     }
 
     /// Runs a scenario: every seed through every peer in turn, so that what changes on the machine
@@ -128,7 +128,7 @@ impl Comparison {
             let options = &self.options.peers;
             let possible = match peer {
                 Peer::Culvert(Frontend::Connect) | Peer::Direct => true,
-                Peer::Culvert(Frontend::Grpc) => self.stock_client.is_some(),
+                Peer::Culvert(Frontend::Grpc) => self.konnectivity_client.is_some(),
                 Peer::Konnectivity(_) => self.programs.konnectivity.is_some(),
             };
             possible && (options.is_empty() || options.contains(peer))
@@ -148,8 +148,8 @@ impl Comparison {
         congestion: Congestion,
         seed: u64,
     ) -> anyhow::Result<Run> {
-        let stock_client =
-            self.stock_client.as_ref().filter(|_| peer.frontend() == Some(Frontend::Grpc));
+        let konnectivity_client =
+            self.konnectivity_client.as_ref().filter(|_| peer.frontend() == Some(Frontend::Grpc));
         let name = name(peer, congestion);
         let attempt = run::Attempt {
             scenario,
@@ -158,7 +158,7 @@ impl Comparison {
             congestion,
             seed,
             programs: &self.programs,
-            stock_client,
+            konnectivity_client,
         };
         attempt.run()
     }

@@ -1,7 +1,7 @@
 //! What goes through a front door during a run: a plan of workloads, and the samples they give.
 //!
 //! A [`Plan`] is data. Two programs carry it out in the same way: [`drive`] for the doors that this
-//! process can knock at itself, and `stockclient load` for gRPC, with kube-apiserver's own client
+//! process can knock at itself, and `konnectivity-client load` for gRPC, with kube-apiserver's own client
 //! library. Both say what happened as a stream of [`Sample`]s, one JSON value per line.
 //!
 //! Every session talks to the one target of the plan, [`service`], and says with its first byte what

@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use culvert_agent::{Agent, config::Transport, metrics::AgentMetrics, tunnels::Servers};
+use culvert_agent::{Agent, config::Transport, metrics::AgentMetrics, tunnels::ServerTunnels};
 use culvert_process::{
     kubernetes::KubernetesConfig,
     logging::{LogConfig, LogFormat},
@@ -276,7 +276,7 @@ pub struct RunningAgent {
     /// What it counts.
     pub metrics: Arc<AgentMetrics>,
     /// The servers that have taken it in.
-    pub servers: Arc<Servers>,
+    pub servers: Arc<ServerTunnels>,
     task: Task,
 }
 

@@ -225,7 +225,7 @@ fn processes() -> impl Iterator<Item = i32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// Servers and agents that this process has started.
+/// ServerTunnels and agents that this process has started.
 fn children(parent: i32) -> Vec<i32> {
     let is_side = |id: &i32| {
         let args = fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();

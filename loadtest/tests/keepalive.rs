@@ -1,6 +1,6 @@
-//! How often a stock agent may ping: what the stock server bears, and what it says to an agent that
+//! How often a Konnectivity agent may ping: what the Konnectivity server bears, and what it says to an agent that
 //! goes too far, ours bears and says too. The agents here are bytes of HTTP/2 (RFC 9113); where
-//! there is no Go to build the stock server these say so and are skipped.
+//! there is no Go to build the Konnectivity server these say so and are skipped.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod common;
@@ -57,14 +57,14 @@ fn goaway(last_stream: u32) -> Goaway {
     Goaway { last_stream, code: 0xb, text: "too_many_pings".into() }
 }
 
-/// A stock agent as far as a server can tell.
+/// A Konnectivity agent as far as a server can tell.
 struct RawAgent {
     socket: TlsStream<TcpStream>,
 }
 
 impl RawAgent {
     async fn connect(site: &Site) -> Self {
-        let mut agent = Self { socket: site.as_stock_agent().await };
+        let mut agent = Self { socket: site.as_konnectivity_agent().await };
         agent.socket.write_all(PREFACE).await.unwrap();
         assert_eq!(agent.fence().await, None);
         agent
@@ -185,7 +185,7 @@ impl RawAgent {
 
 async fn sites(frontend: Frontend) -> Vec<(Make, Site)> {
     let mut sites = Vec::new();
-    for make in [Make::Stock, Make::Culvert] {
+    for make in [Make::Konnectivity, Make::Culvert] {
         if let Some(site) = Site::start(make, frontend, &[]).await {
             sites.push((make, site));
         }
@@ -232,13 +232,13 @@ async fn pings_behind_what_the_server_sent_are_free_with_both_servers() {
     .await;
 }
 
-/// A stock agent on whom data come in has its bandwidth measured all the time.
+/// A Konnectivity agent on whom data come in has its bandwidth measured all the time.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_busy_stock_agent_is_not_sent_away() {
+async fn a_busy_konnectivity_agent_is_not_sent_away() {
     const BYTES: u64 = 256 << 20;
     within(async {
         let Some(site) = Site::start(Make::Culvert, Frontend::Connect, &[]).await else { return };
-        let _agent = site.start_agent(Make::Stock, "agent", &[]).await;
+        let _agent = site.start_agent(Make::Konnectivity, "agent", &[]).await;
         site.until_joined(1).await;
         let target = Target::start(|mut socket| async move {
             tokio::io::copy(&mut (&mut socket).take(BYTES), &mut tokio::io::sink()).await?;
@@ -283,7 +283,7 @@ async fn what_an_agent_carries_is_cut_off_when_it_is_sent_away_and_the_reason_is
         until("the loss is counted", counted).await;
         agent.ends().await;
         drop(agent);
-        let told = async || site.server.log().contains("a stock agent was sent away");
+        let told = async || site.server.log().contains("a Konnectivity agent was sent away");
         until("the reason is logged", told).await;
         assert!(site.server.log().contains("the agent pings more often than every 30s"));
         // It may come back.

@@ -1,5 +1,5 @@
-//! Servers that are counted by their Leases: servers that publish them and agents that count them, of both
-//! makes. Where there is no Go to build stock's programs these say so and are skipped.
+//! ServerTunnels that are counted by their Leases: servers that publish them and agents that count them, of both
+//! makes. Where there is no Go to build Konnectivity's programs these say so and are skipped.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod common;
@@ -13,7 +13,7 @@ use culvert_loadtest::peer::Frontend;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-const MAKES: [Make; 2] = [Make::Culvert, Make::Stock];
+const MAKES: [Make; 2] = [Make::Culvert, Make::Konnectivity];
 const OWN: &str = "konnectivity-proxy-server-the-server";
 const CULLED: &str = "konnectivity_network_proxy_server_culled_leases_count";
 const JSON: &str = "--kube-api-content-type=application/json";
@@ -137,7 +137,7 @@ async fn an_agent_that_takes_the_larger_count_hears_the_servers_too() {
     .await;
 }
 
-/// Stock's waits for its first list before it connects.
+/// Konnectivity's waits for its first list before it connects.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_of_ours_serves_while_leases_cannot_be_listed() {
     let Some((mut site, api)) = site().await else { return };

@@ -1,5 +1,5 @@
 //! Agents and servers of both makes, every one with every other, through both frontends: what
-//! mixes while a cluster is upgraded. The programs are real; where there is no Go to build stock's
+//! mixes while a cluster is upgraded. The programs are real; where there is no Go to build Konnectivity's
 //! these say so and are skipped.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -108,12 +108,12 @@ async fn large_transfers_arrive_unchanged_both_ways() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_stock_client_transfers_both_ways_at_once() {
+async fn the_konnectivity_client_transfers_both_ways_at_once() {
     let mixes = Mix::all().into_iter().filter(|mix| mix.frontend == Frontend::Grpc);
     with_each(mixes, async |Met { site, .. }| {
         let target = targets::echo().await.unwrap();
         let flags = ["--bytes", "16777216"];
-        let (answer, code) = site.stock_client("echo", target.address(), &flags).await;
+        let (answer, code) = site.konnectivity_client("echo", target.address(), &flags).await;
         assert_eq!(code, Some(0), "{answer}");
         assert_eq!(answer["sent_sha256"], answer["received_sha256"], "{answer}");
     })
@@ -168,7 +168,8 @@ async fn a_target_that_speaks_first_is_heard() {
             Frontend::Grpc => {
                 let count = DIALS.to_string();
                 let flags = ["--count", &count, "--expect", "ready", "--timeout", "10s"];
-                let (answer, _) = site.stock_client("banner", target.address(), &flags).await;
+                let (answer, _) =
+                    site.konnectivity_client("banner", target.address(), &flags).await;
                 println!("{answer}");
                 answer["right"].as_u64().unwrap()
             }
@@ -246,7 +247,7 @@ async fn a_draining_agent_keeps_what_it_has_and_the_other_one_gets_what_comes() 
         let new = site.start_agent(mix.agent, "other", &[]).await;
         site.until_joined(2).await;
         old.signal(Signal::SIGTERM);
-        // A stock agent says so only when it hears from the server next.
+        // A Konnectivity agent says so only when it hears from the server next.
         let all_go_to_the_new_one = async || {
             until("none is left", async || new.metric(OPEN_TARGETS).await == 0.0).await;
             let mut held = Vec::new();
@@ -265,7 +266,7 @@ async fn a_draining_agent_keeps_what_it_has_and_the_other_one_gets_what_comes() 
     .await;
 }
 
-/// Stock has nobody else to ask then either.
+/// Konnectivity has nobody else to ask then either.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_only_agent_serves_while_it_drains() {
     with_each(Mix::all(), async |Met { site, agent, .. }| {

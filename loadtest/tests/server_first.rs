@@ -40,7 +40,7 @@ async fn the_200_is_out_alone_before_the_banner_in_300_dials() {
     }
 }
 
-/// The stock client loses DATA that overtakes its own bookkeeping of the DIAL_RSP.
+/// The Konnectivity client loses DATA that overtakes its own bookkeeping of the DIAL_RSP.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_first_data_of_a_target_waits_for_the_clients_registration() {
     for door in Door::GRPC_UNIX {

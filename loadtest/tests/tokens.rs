@@ -1,5 +1,5 @@
 //! Agents that prove who they are by a service-account token: agents and servers of both makes, and
-//! a kube-apiserver that says which tokens are good. Where there is no Go to build stock's programs
+//! a kube-apiserver that says which tokens are good. Where there is no Go to build Konnectivity's programs
 //! these say so and are skipped.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -15,7 +15,7 @@ use common::{
 use culvert_loadtest::{peer::Frontend, targets};
 
 const AUDIENCE: &str = "system:konnectivity-server";
-const MAKES: [Make; 2] = [Make::Culvert, Make::Stock];
+const MAKES: [Make; 2] = [Make::Culvert, Make::Konnectivity];
 
 /// A server that asks for tokens, and the kube-apiserver that it asks.
 struct Guarded {
@@ -141,7 +141,7 @@ async fn an_agent_without_a_token_is_told_that_it_needs_one() {
                 let process = guarded.site.start_agent_unproven(agent, &name, Vec::new());
                 let words = match server {
                     Make::Culvert => "--service-account-token-path",
-                    Make::Stock => "Authentication context was not found in metadata",
+                    Make::Konnectivity => "Authentication context was not found in metadata",
                 };
                 guarded.until_told(agent, &process, words).await;
             })
@@ -179,12 +179,12 @@ impl Guarded {
         self.site.until_joined(0).await;
     }
 
-    /// Waits until server and agent have logged that the agent is refused with these words. A stock
+    /// Waits until server and agent have logged that the agent is refused with these words. A Konnectivity
     /// agent sees no more than that there is no answer.
     async fn until_told(&self, make: Make, agent: &Daemon, words: &str) {
         let agent_sees = match make {
             Make::Culvert => words,
-            Make::Stock => "expected one server ID in the context, got []",
+            Make::Konnectivity => "expected one server ID in the context, got []",
         };
         // Both makes escape quotes.
         let logged = |log: String, words| log.replace('\\', "").contains(words);

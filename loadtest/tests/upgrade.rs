@@ -1,6 +1,6 @@
 //! A cluster's tunnel is upgraded one process at a time while kube-apiserver goes on dialing: in
-//! every order, and beside what the same steps cost where stock replaces stock. Where there is no
-//! Go to build stock's programs these say so and are skipped.
+//! every order, and beside what the same steps cost where Konnectivity replaces Konnectivity. Where there is no
+//! Go to build Konnectivity's programs these say so and are skipped.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod common;
@@ -179,7 +179,7 @@ impl Cluster {
             match old_make {
                 Make::Culvert => assert!(old.ended().await.success()),
                 // It never ends, and drains as soon as it hears from the server.
-                Make::Stock => {
+                Make::Konnectivity => {
                     self.dialing.settle().await;
                     old.kill().await;
                 }
@@ -208,10 +208,10 @@ impl Cluster {
     }
 }
 
-/// What happens while everything that is stock becomes this.
+/// What happens while everything that is Konnectivity becomes this.
 async fn upgrade(first: First, to: Make) -> Option<Vec<Step>> {
     println!("{first:?} first");
-    let mut cluster = Cluster::start(Make::Stock, Make::Stock).await?;
+    let mut cluster = Cluster::start(Make::Konnectivity, Make::Konnectivity).await?;
     match first {
         First::Agents => {
             cluster.replace_agents(to).await;
@@ -226,13 +226,13 @@ async fn upgrade(first: First, to: Make) -> Option<Vec<Step>> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upgrade_drops_no_dial_that_stock_would_not_drop() {
+async fn an_upgrade_drops_no_dial_that_konnectivity_would_not_drop() {
     for first in [First::Server, First::Agents] {
         within(async {
-            let Some(stock) = upgrade(first, Make::Stock).await else { return };
+            let Some(konnectivity) = upgrade(first, Make::Konnectivity).await else { return };
             let Some(ours) = upgrade(first, Make::Culvert).await else { return };
-            for (ours, stock) in ours.iter().zip(&stock) {
-                let (lost, allowed) = (ours.failures.len(), stock.failures.len());
+            for (ours, konnectivity) in ours.iter().zip(&konnectivity) {
+                let (lost, allowed) = (ours.failures.len(), konnectivity.failures.len());
                 assert!(lost <= allowed, "{}: {lost} of {} dials", ours.name, ours.dials);
             }
         })
@@ -253,8 +253,11 @@ async fn agents_of_ours_are_replaced_without_a_dial_dropped() {
 /// The same server again, and the way back.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_of_ours_is_replaced_without_a_dial_dropped() {
-    let steps =
-        [(Make::Culvert, Make::Culvert), (Make::Stock, Make::Culvert), (Make::Stock, Make::Stock)];
+    let steps = [
+        (Make::Culvert, Make::Culvert),
+        (Make::Konnectivity, Make::Culvert),
+        (Make::Konnectivity, Make::Konnectivity),
+    ];
     for (agents, becomes) in steps {
         within(async {
             let Some(mut cluster) = Cluster::start(Make::Culvert, agents).await else { return };

@@ -16,9 +16,9 @@ use culvert_wire::{AgentId, InstanceId, Target, control::Hello, identifiers::Ide
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::{
-    agents::admission::Admitted,
+    agents::admission::Authenticated,
     backends::{
-        recently_reached::Reached,
+        recently_reached::RecentlyReached,
         registry::{Candidate, Registry},
     },
     config::Strategy,
@@ -30,29 +30,29 @@ pub struct Backend {
     /// The tunnel that dials travel on.
     pub tunnel: Tunnel,
     /// What the agent reached lately.
-    pub reached: Reached,
+    pub recently_reached: RecentlyReached,
     agent_id: AgentId,
     instance: InstanceId,
     identifiers: Identifiers,
     streams: Arc<Semaphore>,
     open_streams: AtomicUsize,
     draining: AtomicBool,
-    doubts: Notify,
+    suspicions: Notify,
 }
 
 impl Backend {
     /// The backend that this tunnel's agent introduced itself as, once it was admitted.
-    pub fn new(tunnel: Tunnel, hello: Hello, _: Admitted, max_streams: u32) -> Self {
+    pub fn new(tunnel: Tunnel, hello: Hello, _: Authenticated, max_streams: u32) -> Self {
         Self {
             tunnel,
-            reached: Reached::default(),
+            recently_reached: RecentlyReached::default(),
             agent_id: hello.agent_id,
             instance: hello.instance,
             identifiers: hello.identifiers,
             streams: Arc::new(Semaphore::new(max_streams as usize)),
             open_streams: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
-            doubts: Notify::new(),
+            suspicions: Notify::new(),
         }
     }
 
@@ -62,10 +62,10 @@ impl Backend {
     }
 
     /// Takes one place among the streams this agent may carry; `None` when all are taken.
-    pub fn reserve(self: &Arc<Self>) -> Option<Place> {
+    pub fn permit(self: &Arc<Self>) -> Option<StreamPermit> {
         let permit = self.streams.clone().try_acquire_owned().ok()?;
         self.open_streams.fetch_add(1, Ordering::Relaxed);
-        Some(Place { backend: self.clone(), _permit: permit })
+        Some(StreamPermit { backend: self.clone(), _permit: permit })
     }
 
     /// Streams that are being dialed or spliced now.
@@ -78,13 +78,13 @@ impl Backend {
     }
 
     /// Asks whoever drives the tunnel to find out whether the agent is alive.
-    pub fn doubt(&self) {
-        self.doubts.notify_one();
+    pub fn suspect(&self) {
+        self.suspicions.notify_one();
     }
 
     /// Completes when somebody doubts that the agent is alive.
-    pub async fn doubted(&self) {
-        self.doubts.notified().await;
+    pub async fn suspected(&self) {
+        self.suspicions.notified().await;
     }
 }
 
@@ -104,19 +104,19 @@ impl Candidate for Backend {
 
 /// A place among a backend's streams, given back when dropped.
 #[derive(Debug)]
-pub struct Place {
+pub struct StreamPermit {
     backend: Arc<Backend>,
     _permit: OwnedSemaphorePermit,
 }
 
-impl Place {
+impl StreamPermit {
     /// Whose place it is.
     pub fn backend(&self) -> &Arc<Backend> {
         &self.backend
     }
 }
 
-impl Drop for Place {
+impl Drop for StreamPermit {
     fn drop(&mut self) {
         self.backend.open_streams.fetch_sub(1, Ordering::Relaxed);
     }
@@ -146,16 +146,16 @@ impl Backends {
     /// Takes dials for this backend until the returned guard is dropped.
     ///
     /// Older tunnels under the same name are doubted: most often they are what a restart left.
-    pub fn register(&self, backend: Arc<Backend>) -> Registered {
+    pub fn register(&self, backend: Arc<Backend>) -> Registration {
         let older = {
             let mut registry = self.registry();
             let older = registry.of_agent(&backend.agent_id);
             registry.add(&backend);
             older
         };
-        older.iter().for_each(|backend| backend.doubt());
+        older.iter().for_each(|backend| backend.suspect());
         self.0.changed.notify_waiters();
-        Registered { backends: self.clone(), backend }
+        Registration { backends: self.clone(), backend }
     }
 
     /// Gives an agent no new dials while another will do.
@@ -218,7 +218,7 @@ impl Backends {
         self.0.changed.notify_waiters();
     }
 
-    /// Whether the first strategy has any backend: what stock calls ready.
+    /// Whether the first strategy has any backend: what Konnectivity calls ready.
     pub fn is_ready(&self) -> bool {
         self.registry().is_ready()
     }
@@ -250,12 +250,12 @@ impl Backends {
 
 /// Keeps a backend among the connected ones for as long as it lives.
 #[derive(Debug)]
-pub struct Registered {
+pub struct Registration {
     backends: Backends,
     backend: Arc<Backend>,
 }
 
-impl Drop for Registered {
+impl Drop for Registration {
     fn drop(&mut self) {
         self.backends.registry().remove(&self.backend, Instant::now());
         self.backends.0.changed.notify_waiters();
@@ -264,4 +264,4 @@ impl Drop for Registered {
 
 /// How long a doubted agent may take to answer before its tunnel is closed: well above the pause
 /// of a busy node, well below what a person waits for.
-pub const DOUBT_LIMIT: Duration = Duration::from_millis(1500);
+pub const SUSPECT_LIMIT: Duration = Duration::from_millis(1500);

@@ -17,7 +17,7 @@ mod flags;
 
 pub use flags::Flags;
 
-/// Time for an agent to answer a dial when no flag says otherwise. Stock waits for ever, and dials
+/// Time for an agent to answer a dial when no flag says otherwise. Konnectivity waits for ever, and dials
 /// to an agent that hangs pile up.
 const DEFAULT_BACKEND_DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -110,7 +110,7 @@ pub struct AgentsConfig {
     pub token: Option<TokenConfig>,
     /// Ways to choose an agent, in order; never empty.
     pub strategies: Vec<Strategy>,
-    /// Quiet time after which a stock agent's connection is pinged, where tunnels are given signs of
+    /// Quiet time after which a Konnectivity agent's connection is pinged, where tunnels are given signs of
     /// life less often; zero asks for nothing more than those.
     pub keep_alive_interval: Duration,
     /// How targets are dialed.
@@ -183,7 +183,7 @@ pub struct LeaseConfig {
 /// Requests per second that can be kept to.
 const RATES: std::ops::RangeInclusive<f32> = 0.01..=1_000_000.0;
 
-/// Suites Go calls secure (`crypto/tls.CipherSuites`), which is what stock accepts.
+/// Suites Go calls secure (`crypto/tls.CipherSuites`), which is what Konnectivity accepts.
 const GO_CIPHER_SUITES: [&str; 13] = [
     "TLS_AES_128_GCM_SHA256",
     "TLS_AES_256_GCM_SHA384",
@@ -247,8 +247,8 @@ impl Config {
         })
     }
 
-    /// Quiet time after which a stock agent's connection is pinged; `None` never pings.
-    pub fn stock_keep_alive_interval(&self) -> Option<Duration> {
+    /// Quiet time after which a Konnectivity agent's connection is pinged; `None` never pings.
+    pub fn konnectivity_keep_alive_interval(&self) -> Option<Duration> {
         let asked = Some(self.agents.keep_alive_interval).filter(|interval| !interval.is_zero());
         asked.into_iter().chain(self.tunnel.keep_alive_interval).min()
     }

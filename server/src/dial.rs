@@ -23,7 +23,7 @@ use tracing::{debug, info};
 
 use crate::{
     backends::{
-        Backend, Backends, Place,
+        Backend, Backends, StreamPermit,
         registry::{Candidate, RETURN_LIMIT},
     },
     config::DialConfig,
@@ -32,14 +32,14 @@ use crate::{
 
 /// An agent that has not answered a dial for this long is asked whether it is alive. Dialing a
 /// target may rightly take longer, so the dial itself goes on.
-const DOUBT_AFTER: Duration = Duration::from_secs(1);
+const SUSPECT_AFTER: Duration = Duration::from_secs(1);
 
 /// How often a dial is made again because its tunnel was lost.
 const MAX_MOVES: usize = 3;
 
 /// What a frontend wants to reach.
 #[derive(Clone, Debug)]
-pub struct Wish {
+pub struct DialParameters {
     /// How the target is spoken to.
     pub network: Network,
     /// The target.
@@ -58,7 +58,7 @@ pub struct Dialed {
     /// The stream, at the first byte of the target's.
     pub stream: (SendHalf, RecvHalf),
     /// The backend's place that the stream takes up.
-    pub place: Place,
+    pub permit: StreamPermit,
     /// The agent's answer.
     pub answer: Answer,
 }
@@ -99,10 +99,10 @@ impl Expected {
         let read = timeout(self.limit, read_reply(&self.backend, recv));
         let read = tokio::select! {
             read = read => read.unwrap_or(Err(DialError::TimedOut)),
-            never = doubt_when_slow(&self.backend) => match never {},
+            never = suspect_when_slow(&self.backend) => match never {},
         };
         let result = read.and_then(|reply| Ok(reply.outcome?));
-        self.dialer.told(&self.backend, &self.target, started, &result);
+        self.dialer.record_outcome(&self.backend, &self.target, started, &result);
         self.dialer.metrics.optimistic_dial(result.is_ok());
         result.map_err(|error| match error {
             DialError::Lost { source, .. } => Cut::Lost(source),
@@ -120,7 +120,7 @@ pub enum DialError {
     /// No strategy found a backend.
     #[error("No agent available")]
     NoAgent,
-    /// The address is not one; nobody was asked. Stock's agent would say the same.
+    /// The address is not one; nobody was asked. Konnectivity's agent would say the same.
     #[error("dial tcp: {0}")]
     Address(#[from] InvalidTarget),
     /// The network is not one that is carried.
@@ -166,7 +166,7 @@ pub enum DialError {
 
 impl DialError {
     /// The reason in the vocabulary of Konnectivity's `dial_failure_count` metric, extended where
-    /// stock has no word.
+    /// Konnectivity has no word.
     pub fn reason(&self) -> &'static str {
         match self {
             Self::NoAgent => "no_agent",
@@ -202,19 +202,22 @@ impl Dialer {
     ///
     /// # Cancel safety
     /// Dropping the future abandons the dial, and the agent gives it up.
-    pub async fn dial(&self, wish: Wish) -> Result<Dialed, DialError> {
+    pub async fn dial(&self, parameters: DialParameters) -> Result<Dialed, DialError> {
         let started = Instant::now();
-        let target = wish.target.clone();
+        let target = parameters.target.clone();
         let Some(backend) = self.choose(&target, started).await else {
             return Err(self.failed(&target, DialError::NoAgent));
         };
-        if self.config.optimistic && backend.reached.is_recent(&target, started) {
-            return self.expect(backend, wish).await.map_err(|error| self.failed(&target, error));
+        if self.config.optimistic && backend.recently_reached.is_recent(&target, started) {
+            return self
+                .expect(backend, parameters)
+                .await
+                .map_err(|error| self.failed(&target, error));
         }
         let pending = self.metrics.dial_pending();
-        let (backend, result) = self.ask_whoever_stays(backend, wish, started).await;
+        let (backend, result) = self.ask_whoever_stays(backend, parameters, started).await;
         drop(pending);
-        self.told(&backend, &target, started, &result);
+        self.record_outcome(&backend, &target, started, &result);
         result
     }
 
@@ -251,31 +254,31 @@ impl Dialer {
     async fn ask_whoever_stays(
         &self,
         mut backend: Arc<Backend>,
-        wish: Wish,
+        parameters: DialParameters,
         started: Instant,
     ) -> (Arc<Backend>, Result<Dialed, DialError>) {
         let left = || self.limit().saturating_sub(started.elapsed());
         for _ in 0..MAX_MOVES {
-            let result = self.ask(&backend, wish.clone(), left()).await;
+            let result = self.ask(&backend, parameters.clone(), left()).await;
             if !matches!(result, Err(DialError::Lost { .. })) {
                 return (backend, result);
             }
             // It may not have been taken out yet.
             self.backends.drain(&backend);
-            let other = self.backends.choose(&wish.target);
+            let other = self.backends.choose(&parameters.target);
             let other = match other.filter(|other| !Arc::ptr_eq(other, &backend)) {
                 Some(other) => Some(other),
                 None => {
                     let limit = RETURN_LIMIT.saturating_sub(started.elapsed());
-                    self.wait(&wish.target, limit).await
+                    self.wait(&parameters.target, limit).await
                 }
             };
             let Some(other) = other else { return (backend, result) };
             self.metrics.dial_moved();
-            debug!(target = %wish.target, agent_id = %other.agent_id(), "dial moved");
+            debug!(target = %parameters.target, agent_id = %other.agent_id(), "dial moved");
             backend = other;
         }
-        let result = self.ask(&backend, wish, left()).await;
+        let result = self.ask(&backend, parameters, left()).await;
         (backend, result)
     }
 
@@ -283,19 +286,19 @@ impl Dialer {
     async fn ask(
         &self,
         backend: &Arc<Backend>,
-        wish: Wish,
+        parameters: DialParameters,
         limit: Duration,
     ) -> Result<Dialed, DialError> {
-        let place = reserve(backend)?;
-        let request = self.request(wish);
+        let permit = permit(backend)?;
+        let request = self.request(parameters);
         let mut pending = PendingStream(None);
         let asked = async {
-            let recv = send_request(&place, &request, &mut pending).await?;
+            let recv = send_request(&permit, &request, &mut pending).await?;
             read_reply(backend, recv).await
         };
         let asked = tokio::select! {
             asked = timeout(limit, asked) => asked,
-            never = doubt_when_slow(backend) => match never {},
+            never = suspect_when_slow(backend) => match never {},
         };
         let reply = match asked {
             Ok(reply) => reply?,
@@ -307,15 +310,19 @@ impl Dialer {
         reply.outcome?;
         // Without a stream there was no reply.
         let stream = pending.0.take().ok_or(DialError::TimedOut)?;
-        Ok(Dialed { id: request.id, stream, place, answer: Answer::Came(reply.timing) })
+        Ok(Dialed { id: request.id, stream, permit, answer: Answer::Came(reply.timing) })
     }
 
     /// Asks the agent and takes its answer for granted.
-    async fn expect(&self, backend: Arc<Backend>, wish: Wish) -> Result<Dialed, DialError> {
-        let place = reserve(&backend)?;
-        let (request, target) = (self.request(wish.clone()), wish.target);
+    async fn expect(
+        &self,
+        backend: Arc<Backend>,
+        parameters: DialParameters,
+    ) -> Result<Dialed, DialError> {
+        let permit = permit(&backend)?;
+        let (request, target) = (self.request(parameters.clone()), parameters.target);
         let mut pending = PendingStream(None);
-        let sent = timeout(self.limit(), send_request(&place, &request, &mut pending)).await;
+        let sent = timeout(self.limit(), send_request(&permit, &request, &mut pending)).await;
         sent.map_err(|_| DialError::TimedOut)??;
         let stream = pending.0.take().ok_or(DialError::TimedOut)?;
         let expected = Expected {
@@ -325,27 +332,27 @@ impl Dialer {
             limit: self.limit(),
             _pending: self.metrics.dial_pending(),
         };
-        Ok(Dialed { id: request.id, stream, place, answer: Answer::Expected(Box::new(expected)) })
+        Ok(Dialed { id: request.id, stream, permit, answer: Answer::Expected(Box::new(expected)) })
     }
 
     fn limit(&self) -> Duration {
         self.config.limit.unwrap_or(Duration::MAX)
     }
 
-    fn request(&self, wish: Wish) -> DialRequest {
+    fn request(&self, parameters: DialParameters) -> DialRequest {
         DialRequest {
             id: DialId(fastrand::u64(..)),
-            network: wish.network,
-            target: wish.target,
-            kind: wish.kind,
+            network: parameters.network,
+            target: parameters.target,
+            kind: parameters.kind,
             timeout_millis: self.config.limit.map_or(0, millis),
-            trace: wish.trace,
+            trace: parameters.trace,
             extensions: Extensions::default(),
         }
     }
 
     /// Counts and remembers what an agent answered.
-    fn told<T>(
+    fn record_outcome<T>(
         &self,
         backend: &Backend,
         target: &Target,
@@ -357,9 +364,11 @@ impl Dialer {
             Err(error) => self.count_failure(target, error),
         }
         match result {
-            Ok(_) if self.config.optimistic => backend.reached.note(target, Instant::now()),
+            Ok(_) if self.config.optimistic => {
+                backend.recently_reached.note(target, Instant::now())
+            }
             Ok(_) => {}
-            Err(_) => backend.reached.forget(target),
+            Err(_) => backend.recently_reached.forget(target),
         }
     }
 
@@ -377,8 +386,8 @@ impl Dialer {
     }
 }
 
-fn reserve(backend: &Arc<Backend>) -> Result<Place, DialError> {
-    backend.reserve().ok_or_else(|| DialError::Overloaded(backend.agent_id().clone()))
+fn permit(backend: &Arc<Backend>) -> Result<StreamPermit, DialError> {
+    backend.permit().ok_or_else(|| DialError::Overloaded(backend.agent_id().clone()))
 }
 
 /// A stream whose dial has not been answered: reset as cancelled when the frontend gives up.
@@ -401,11 +410,11 @@ impl Drop for PendingStream {
 
 /// Opens a stream and writes the request; the half that the reply will come on.
 async fn send_request<'a>(
-    place: &Place,
+    permit: &StreamPermit,
     request: &DialRequest,
     pending: &'a mut PendingStream,
 ) -> Result<&'a mut RecvHalf, DialError> {
-    let backend = place.backend();
+    let backend = permit.backend();
     let lost = |source| DialError::Lost { agent_id: backend.agent_id().clone(), source };
     let (send, recv) = pending.0.insert(backend.tunnel.open().await.map_err(lost)?);
     send.write_chunk(frame::encode(request)?).await.map_err(|error| match error {
@@ -438,9 +447,9 @@ fn malformed(backend: &Backend, reason: String) -> DialError {
     DialError::Malformed { agent_id: backend.agent_id().clone(), reason }
 }
 
-async fn doubt_when_slow(backend: &Backend) -> std::convert::Infallible {
-    sleep(DOUBT_AFTER).await;
-    backend.doubt();
+async fn suspect_when_slow(backend: &Backend) -> std::convert::Infallible {
+    sleep(SUSPECT_AFTER).await;
+    backend.suspect();
     std::future::pending().await
 }
 

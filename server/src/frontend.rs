@@ -30,12 +30,12 @@ const KIND_HEADER: &str = "culvert-kind";
 
 /// What a frontend's request says beyond its target.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Declared {
+struct RequestHints {
     kind: StreamKind,
     trace: Option<TraceContext>,
 }
 
-impl Declared {
+impl RequestHints {
     /// Reads the headers that `header` finds by their lower-case names.
     fn read<'a>(header: impl Fn(&str) -> Option<&'a str>) -> Self {
         let trace = header("traceparent").and_then(|traceparent| {
@@ -88,9 +88,9 @@ impl FrontendContext {
         local: Local<R, W, A>,
         dialed: Dialed,
     ) -> Result<(HalfEnd, HalfEnd), Cut> {
-        let Dialed { id, stream, place, answer } = dialed;
+        let Dialed { id, stream, permit, answer } = dialed;
         let started = Instant::now();
-        let agent_id = place.backend().agent_id().as_str();
+        let agent_id = permit.backend().agent_id().as_str();
         debug!(dial = %id, agent_id, ?answer, "spliced");
         let counted = self.metrics.stream_open();
         let splice = Box::pin(splice::splice_behind(answer, local, stream, &self.metrics.meter));

@@ -1,6 +1,6 @@
 //! The Lease by which agents count this server, and the end of those that other servers left behind.
 //!
-//! Names, times and labels are stock's (`pkg/server/leases`), so that servers of both makes count as
+//! Names, times and labels are Konnectivity's (`pkg/server/leases`), so that servers of both makes count as
 //! one set.
 
 use std::{

@@ -18,8 +18,8 @@ use tracing::{info, warn};
 use crate::{
     agents::{
         self,
-        admission::Gate,
-        listener::{TunnelPort, TunnelPortError},
+        admission::Authenticator,
+        listener::{AgentListener, ListenerError},
         session::TunnelContext,
     },
     backends::Backends,
@@ -44,7 +44,7 @@ pub enum StartError {
     Frontend(#[from] ListenError),
     /// Agents cannot be let in.
     #[error(transparent)]
-    TunnelPort(#[from] TunnelPortError),
+    AgentListener(#[from] ListenerError),
     /// kube-apiserver cannot be asked.
     #[error(transparent)]
     Kubernetes(#[from] ClientError),
@@ -67,7 +67,7 @@ pub enum StartError {
 pub struct Server {
     frontend: FrontendListener,
     frontend_context: Arc<FrontendContext>,
-    port: TunnelPort,
+    port: AgentListener,
     tunnel_context: Arc<TunnelContext>,
     health: AdminServer,
     admin: AdminServer,
@@ -84,7 +84,7 @@ impl Server {
     pub fn bind(config: &Config) -> Result<Self, StartError> {
         let metrics = Arc::new(ServerMetrics::new()?);
         let backends = Backends::new(&config.agents.strategies);
-        let port = TunnelPort::bind(config)?;
+        let port = AgentListener::bind(config)?;
         metrics.set_udp_buffers(port.quic().buffer_sizes());
         let frontend = FrontendListener::bind(&config.frontend, &config.tls)?;
         let frontend_context = Arc::new(FrontendContext {
@@ -97,10 +97,10 @@ impl Server {
             closing: CancellationToken::new(),
             tasks: TaskTracker::new(),
         });
-        let (gate, leases) = kubernetes(config, &metrics)?;
+        let (authenticator, leases) = kubernetes(config, &metrics)?;
         let tunnel_context = Arc::new(TunnelContext {
             backends: backends.clone(),
-            gate,
+            authenticator,
             metrics: metrics.clone(),
             server_id: config.server_id.parse()?,
             server_count: config.server_count,
@@ -110,7 +110,7 @@ impl Server {
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
             settings: port.settings(),
-            stock_keep_alive_interval: config.stock_keep_alive_interval(),
+            konnectivity_keep_alive_interval: config.konnectivity_keep_alive_interval(),
             tunnels: TaskTracker::new(),
         });
         let upkeep = metrics.inner().spawn_upkeep();
@@ -175,10 +175,10 @@ impl Server {
     pub async fn run(self, stop: impl Future<Output = ()>) {
         let FrontendContext { stopping, closing, tasks, .. } = &*self.frontend_context;
         let tunnels = self.tunnel_context.tunnels.clone();
-        let uncounted = CancellationToken::new();
-        let counted = self
+        let stop_lease = CancellationToken::new();
+        let lease_task = self
             .leases
-            .map(|leases| AbortOnDropHandle::new(tokio::spawn(leases.keep(uncounted.clone()))));
+            .map(|leases| AbortOnDropHandle::new(tokio::spawn(leases.keep(stop_lease.clone()))));
         let frontend =
             AbortOnDropHandle::new(tokio::spawn(self.frontend.run(self.frontend_context.clone())));
         tokio::select! {
@@ -201,30 +201,30 @@ impl Server {
         if cut > 0 {
             warn!(cut, "connections were still open and are cut off");
         }
-        // Until now this server's tunnels were counted, and so its Lease was.
-        uncounted.cancel();
+        // Until now this server's tunnels were lease_task, and so its Lease was.
+        stop_lease.cancel();
         self.tunnel_context.closing.cancel();
         tunnels.close();
         let _ = timeout(CLOSE_TIMEOUT, tunnels.wait()).await;
         self.port.close(CloseCode::SHUTDOWN, "the server stops", CLOSE_TIMEOUT).await;
         closing.cancel();
         let _ = timeout(CLOSE_TIMEOUT, tasks.wait()).await;
-        if let Some(counted) = counted {
-            let _ = timeout(CLOSE_TIMEOUT, counted).await;
+        if let Some(lease_task) = lease_task {
+            let _ = timeout(CLOSE_TIMEOUT, lease_task).await;
         }
         self.health.stop().await;
         self.admin.stop().await;
     }
 }
 
-/// What kube-apiserver is asked for: who may come in, and who is counted.
+/// What kube-apiserver is asked for: who may come in, and who is lease_task.
 fn kubernetes(
     config: &Config,
     metrics: &Arc<ServerMetrics>,
-) -> Result<(Gate, Option<Leases>), ClientError> {
-    let gate = match &config.agents.token {
-        Some(expected) => Gate::by_token(&config.kubernetes, expected.clone())?,
-        None => Gate::open(),
+) -> Result<(Authenticator, Option<Leases>), ClientError> {
+    let authenticator = match &config.agents.token {
+        Some(expected) => Authenticator::by_token(&config.kubernetes, expected.clone())?,
+        None => Authenticator::open(),
     };
     // With a client of its own: a Lease must be renewed in time, however many agents wait.
     let leases = match &config.leases {
@@ -234,10 +234,10 @@ fn kubernetes(
         }
         None => None,
     };
-    Ok((gate, leases))
+    Ok((authenticator, leases))
 }
 
-async fn accept_tunnels(port: &TunnelPort, context: &Arc<TunnelContext>) {
+async fn accept_tunnels(port: &AgentListener, context: &Arc<TunnelContext>) {
     while let Some(incoming) = port.accept().await {
         context.tunnels.spawn(agents::serve(incoming, context.clone()));
     }

@@ -1,4 +1,4 @@
-//! The flags of `culvert-agent`: every one a stock `proxy-agent` has, and ours.
+//! The flags of `culvert-agent`: every one a Konnectivity `proxy-agent` has, and ours.
 
 use clap::Parser;
 use culvert_process::{go_duration::GoDuration, tunnel_flags::TunnelFlags};
@@ -15,52 +15,52 @@ use super::Transport;
 pub struct Flags {
     /// Where the servers are: an IPv4 address, an IPv6 address without brackets, or a DNS name.
     /// One address for all of them, such as a load balancer's
-    #[arg(long, help_heading = "Servers", value_name = "HOST", default_value = "127.0.0.1")]
+    #[arg(long, help_heading = "ServerTunnels", value_name = "HOST", default_value = "127.0.0.1")]
     pub proxy_server_host: String,
 
     /// Agent port of the servers, UDP and TCP [default: 8132, or 8091 when started as proxy-agent]
-    #[arg(long, help_heading = "Servers", value_name = "PORT")]
+    #[arg(long, help_heading = "ServerTunnels", value_name = "PORT")]
     pub proxy_server_port: Option<i64>,
 
     /// Name or address the servers' certificate must carry [default: --proxy-server-host]
-    #[arg(long, help_heading = "Servers", value_name = "NAME", default_value = "")]
+    #[arg(long, help_heading = "ServerTunnels", value_name = "NAME", default_value = "")]
     pub server_name: String,
 
     /// CA that the servers' certificate must come from, PEM. Mandatory
-    #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
+    #[arg(long, help_heading = "ServerTunnels", value_name = "FILE", default_value = "")]
     pub ca_cert: String,
 
-    /// What carries a tunnel: quic over UDP; tcp, and a stock server's gRPC, on the same port; auto tries
+    /// What carries a tunnel: quic over UDP; tcp, and a Konnectivity server's gRPC, on the same port; auto tries
     /// quic and, once it has failed or taken 300 ms, tcp. Then auto goes on looking: from tcp to quic when
     /// UDP gets through again, from quic to tcp when it does not any more
-    #[arg(long, help_heading = "Servers", value_name = "KIND", default_value = "auto")]
+    #[arg(long, help_heading = "ServerTunnels", value_name = "KIND", default_value = "auto")]
     pub transport: Transport,
 
     /// How long after quic has failed it is tried again, with auto. Twice as long after each further
     /// failure, up to 10m
-    #[arg(long, help_heading = "Servers", value_name = "DURATION", default_value = "10s")]
+    #[arg(long, help_heading = "ServerTunnels", value_name = "DURATION", default_value = "10s")]
     pub quic_retry_interval: GoDuration,
 
     /// Certificate chain the agent proves itself with, PEM
-    #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
+    #[arg(long, help_heading = "ServerTunnels", value_name = "FILE", default_value = "")]
     pub agent_cert: String,
 
     /// Private key of --agent-cert, PEM
-    #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
+    #[arg(long, help_heading = "ServerTunnels", value_name = "FILE", default_value = "")]
     pub agent_key: String,
 
     /// Service-account token the agent proves itself with; read anew for each tunnel
-    #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
+    #[arg(long, help_heading = "ServerTunnels", value_name = "FILE", default_value = "")]
     pub service_account_token_path: String,
 
-    /// ALPN names offered before h2 to a stock server, separated by commas: tells this traffic
+    /// ALPN names offered before h2 to a Konnectivity server, separated by commas: tells this traffic
     /// from kube-apiserver's where both share an address
-    #[arg(long, help_heading = "Servers", value_name = "LIST", default_value = "")]
+    #[arg(long, help_heading = "ServerTunnels", value_name = "LIST", default_value = "")]
     pub alpn_proto: String,
 
-    /// Quiet time after which the connection to a stock server is pinged; at least 30s, or it would end
+    /// Quiet time after which the connection to a Konnectivity server is pinged; at least 30s, or it would end
     /// the connection. Tunnels have --tunnel-keep-alive-interval
-    #[arg(long, help_heading = "Servers", value_name = "DURATION", default_value = "1h")]
+    #[arg(long, help_heading = "ServerTunnels", value_name = "DURATION", default_value = "1h")]
     pub keepalive_time: GoDuration,
 
     /// Interval at which missing servers are looked for after a failure
@@ -71,7 +71,7 @@ pub struct Flags {
     #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "10s")]
     pub sync_interval_cap: GoDuration,
 
-    /// Interval at which the connection to a stock server is checked. Accepted and ignored: a lost
+    /// Interval at which the connection to a Konnectivity server is checked. Accepted and ignored: a lost
     /// connection shows by itself
     #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "1s")]
     pub probe_interval: GoDuration,
@@ -149,7 +149,7 @@ pub struct Flags {
     #[arg(long, help_heading = "Agent", value_name = "DURATION", default_value = "20s")]
     pub drain_timeout: GoDuration,
 
-    /// Queue length of a stock agent. Accepted and ignored: each stream has a window of its own
+    /// Queue length of a Konnectivity agent. Accepted and ignored: each stream has a window of its own
     #[arg(long, help_heading = "Agent", value_name = "COUNT", default_value_t = 150)]
     pub xfr_channel_size: i64,
 

@@ -1,6 +1,6 @@
 //! `--agent-identifiers`: what an agent announces it can reach, as a URL query.
 //!
-//! Reads what Go's `url.ParseQuery` reads. Stock checks the keys alone; a value that is no address
+//! Reads what Go's `url.ParseQuery` reads. Konnectivity checks the keys alone; a value that is no address
 //! would match no target ever, so values are checked here as well.
 
 use std::net::IpAddr;
@@ -29,7 +29,7 @@ fn check_value(key: &str, value: &str, faults: &mut Faults) {
     let address = value.parse::<IpAddr>();
     match (key, address) {
         ("ipv4", Ok(IpAddr::V4(_))) | ("ipv6", Ok(IpAddr::V6(_))) => {}
-        // Common where a manifest says ipv4=$(HOST_IP) and the node has IPv6 only; stock takes it.
+        // Common where a manifest says ipv4=$(HOST_IP) and the node has IPv6 only; Konnectivity takes it.
         ("ipv4" | "ipv6", Ok(_)) => {
             faults.warn(FLAG, format!("{key}={value} is an address of the other family"));
         }

@@ -48,7 +48,7 @@ fn default_ports_depend_on_the_name_of_the_program() {
 }
 
 #[test]
-fn defaults_are_stocks() {
+fn defaults_are_konnectivitys() {
     let config = Files::new().config(&[]).unwrap();
     assert_eq!(config.agent_id.len(), 36, "a UUID: {}", config.agent_id);
     assert_eq!(config.servers.host, "127.0.0.1");
@@ -96,9 +96,9 @@ fn kamajis_command_line_is_understood() {
     assert_eq!(config.warnings, [""; 0]);
 }
 
-/// Every stock flag as `--name=value`, the way upstream's test runner writes them.
+/// Every Konnectivity flag as `--name=value`, the way upstream's test runner writes them.
 #[test]
-fn every_stock_flag_parses_as_go_prints_it() {
+fn every_konnectivity_flag_parses_as_go_prints_it() {
     let args = [
         "--admin-bind-address=127.0.0.1",
         "--admin-server-port=50001",

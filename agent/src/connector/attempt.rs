@@ -5,7 +5,7 @@ use std::{fmt, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 use culvert_konnectivity::ALPN_H2;
 use culvert_transport::{
     BufferSizes, ConnectError, Settings, Tunnel, TunnelLost, quic,
-    tcp::{self, Proxies, Way},
+    tcp::{self, Proxies, Route},
     tls::{self, Identity, TlsError},
 };
 use tokio::{net::lookup_host, time::timeout};
@@ -13,7 +13,7 @@ use tokio::{net::lookup_host, time::timeout};
 use crate::{
     config::ServersConfig,
     connector::{
-        approach::{Approach, QuicFate, Ways},
+        options::{AttemptOptions, CarrierOrder, QuicOutcome},
         race::{Race, race},
     },
     konnectivity,
@@ -25,7 +25,7 @@ use crate::{
 const HEAD_START: Duration = Duration::from_millis(300);
 /// How long a handshake may take, and then the welcome: a handshake whose first packets are lost twice
 /// takes three seconds, and a server may have to ask others before it takes an agent in.
-const WAY_TIMEOUT: Duration = Duration::from_secs(10);
+const CARRIER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a name may take to be looked up.
 const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(5);
 /// UDP payload that every path carries that carries QUIC at all (RFC 9000 §14).
@@ -46,7 +46,7 @@ pub struct Attempted {
     /// The tunnel, or why there is none.
     pub result: Result<Arrived, AttemptError>,
     /// How QUIC did.
-    pub quic: QuicFate,
+    pub quic: QuicOutcome,
 }
 
 /// Why an attempt to get a tunnel failed.
@@ -65,11 +65,11 @@ pub enum AttemptError {
     Tls(#[from] TlsError),
     /// No carrier that may be used got through.
     #[error("{place}: {failed}")]
-    Ways {
+    CarrierOrder {
         /// Where the server is said to be.
         place: String,
         /// Each carrier's reason.
-        failed: WaysFailed,
+        failed: CarrierFailures,
     },
 }
 
@@ -79,19 +79,21 @@ impl AttemptError {
         match self {
             Self::Resolve { .. } => "unresolvable",
             Self::Tls(_) => "tls_files",
-            Self::Ways { failed, .. } if failed.0.iter().any(|(_, error)| error.is_join()) => {
+            Self::CarrierOrder { failed, .. }
+                if failed.0.iter().any(|(_, error)| error.is_join()) =>
+            {
                 "join_failed"
             }
-            Self::Ways { .. } => "connect_failed",
+            Self::CarrierOrder { .. } => "connect_failed",
         }
     }
 }
 
 /// Each carrier that was tried, and why it did not get through.
 #[derive(Debug)]
-pub struct WaysFailed(Vec<(&'static str, WayError)>);
+pub struct CarrierFailures(Vec<(&'static str, CarrierError)>);
 
-impl fmt::Display for WaysFailed {
+impl fmt::Display for CarrierFailures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, (carrier, error)) in self.0.iter().enumerate() {
             let separator = if index == 0 { "" } else { "; " };
@@ -103,7 +105,7 @@ impl fmt::Display for WaysFailed {
 
 /// Why one carrier did not get through.
 #[derive(Debug, thiserror::Error)]
-pub enum WayError {
+pub enum CarrierError {
     /// There is no connection.
     #[error("{0}")]
     Connect(#[from] ConnectError),
@@ -111,11 +113,11 @@ pub enum WayError {
     #[error("{0}")]
     Join(#[from] JoinError),
     /// Nothing came of it for too long.
-    #[error("nothing within {WAY_TIMEOUT:?}")]
+    #[error("nothing within {CARRIER_TIMEOUT:?}")]
     TimedOut,
 }
 
-impl WayError {
+impl CarrierError {
     fn is_join(&self) -> bool {
         matches!(self, Self::Join(_))
     }
@@ -156,11 +158,11 @@ impl Attempts {
     /// Dropping the future gives up what was begun.
     pub async fn attempt(
         &self,
-        Approach { ways, large_packets, at_once }: Approach,
+        AttemptOptions { order, large_packets, at_once }: AttemptOptions,
         toward: Option<SocketAddr>,
         context: &TunnelContext,
     ) -> Attempted {
-        let unknown = |error| Attempted { result: Err(error), quic: QuicFate::Unknown };
+        let unknown = |error| Attempted { result: Err(error), quic: QuicOutcome::Unknown };
         let tls = match self.client_tls() {
             Ok(tls) => tls,
             Err(error) => return unknown(error.into()),
@@ -169,15 +171,15 @@ impl Attempts {
         if !large_packets {
             settings.mtu_cap = settings.mtu_cap.min(SMALLEST_MTU);
         }
-        let places = match self.places(ways, toward).await {
+        let places = match self.places(order, toward).await {
             Ok(places) => places,
             Err(error) => return unknown(error),
         };
         let mut last = None;
-        for (place, ways) in places {
+        for (place, order) in places {
             let head_start = if at_once { Duration::ZERO } else { HEAD_START };
             let place = Place { place, tls: &tls, settings, head_start, attempts: self, context };
-            let attempted = place.attempt(ways).await;
+            let attempted = place.attempt(order).await;
             if attempted.result.is_ok() {
                 return attempted;
             }
@@ -191,11 +193,11 @@ impl Attempts {
     /// can look up.
     async fn places(
         &self,
-        ways: Ways,
+        order: CarrierOrder,
         toward: Option<SocketAddr>,
-    ) -> Result<Vec<(Ends, Ways)>, AttemptError> {
+    ) -> Result<Vec<(Ends, CarrierOrder)>, AttemptError> {
         let ServersConfig { host, port, .. } = &self.servers;
-        let proxied = self.proxies.proxy_for(host, *port).map(|proxy| Way::Proxied {
+        let proxied = self.proxies.proxy_for(host, *port).map(|proxy| Route::Proxied {
             proxy,
             host: host.clone(),
             port: *port,
@@ -207,18 +209,20 @@ impl Attempts {
         };
         let mut addresses: Vec<_> = match found {
             Ok(addresses) => addresses,
-            Err(_) if proxied.is_some() && ways != Ways::Quic => Vec::new(),
+            Err(_) if proxied.is_some() && order != CarrierOrder::Quic => Vec::new(),
             Err(reason) => return Err(self.unresolvable(&reason)),
         };
         fastrand::shuffle(&mut addresses);
         addresses.sort_by_key(|address| Some(*address) != toward);
         let direct = addresses.into_iter().map(|address| {
-            let tcp = proxied.clone().unwrap_or(Way::Direct(address));
-            (Ends { quic: Some(address), tcp }, ways)
+            let tcp = proxied.clone().unwrap_or(Route::Direct(address));
+            (Ends { quic: Some(address), tcp }, order)
         });
         let places: Vec<_> = direct.collect();
         match proxied {
-            Some(tcp) if places.is_empty() => Ok(vec![(Ends { quic: None, tcp }, Ways::Tcp)]),
+            Some(tcp) if places.is_empty() => {
+                Ok(vec![(Ends { quic: None, tcp }, CarrierOrder::Tcp)])
+            }
             _ => Ok(places),
         }
     }
@@ -250,7 +254,7 @@ impl Attempts {
     }
 }
 
-/// TLS of both carriers: over TCP, stock servers are talked to as well.
+/// TLS of both carriers: over TCP, Konnectivity servers are talked to as well.
 struct ClientTls {
     quic: Arc<rustls::ClientConfig>,
     tcp: Arc<rustls::ClientConfig>,
@@ -261,15 +265,15 @@ struct ClientTls {
 struct Ends {
     /// Not without an address, which a proxy does not tell.
     quic: Option<SocketAddr>,
-    tcp: Way,
+    tcp: Route,
 }
 
 impl fmt::Display for Ends {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.tcp, self.quic) {
-            (Way::Proxied { host, port, .. }, None) => write!(f, "{host} port {port}"),
-            (Way::Proxied { .. }, Some(address)) => write!(f, "{address}"),
-            (Way::Direct(address), _) => write!(f, "{address}"),
+            (Route::Proxied { host, port, .. }, None) => write!(f, "{host} port {port}"),
+            (Route::Proxied { .. }, Some(address)) => write!(f, "{address}"),
+            (Route::Direct(address), _) => write!(f, "{address}"),
         }
     }
 }
@@ -299,12 +303,12 @@ const TCP: &str = "TCP";
 impl Place<'_> {
     /// Carriers race for the handshake alone. Whether a server takes the agent in is asked of it once,
     /// however long it takes to find out, and does not depend on the carrier.
-    async fn attempt(&self, ways: Ways) -> Attempted {
-        let (reached, quic) = self.reach(ways).await;
+    async fn attempt(&self, order: CarrierOrder) -> Attempted {
+        let (reached, quic) = self.reach(order).await;
         let failed = |failed, quic| Attempted {
-            result: Err(AttemptError::Ways {
+            result: Err(AttemptError::CarrierOrder {
                 place: self.place.to_string(),
-                failed: WaysFailed(failed),
+                failed: CarrierFailures(failed),
             }),
             quic,
         };
@@ -317,8 +321,8 @@ impl Place<'_> {
             Ok(joined) => Attempted { result: Ok(Arrived { joined, buffers }), quic },
             Err(error) => {
                 let quic = match (carrier, &error) {
-                    (QUIC, WayError::Join(error)) if error.is_refusal() => QuicFate::Unknown,
-                    (QUIC, error) => QuicFate::Failed(error.label()),
+                    (QUIC, CarrierError::Join(error)) if error.is_refusal() => QuicOutcome::Unknown,
+                    (QUIC, error) => QuicOutcome::Failed(error.label()),
                     _ => quic,
                 };
                 failed(vec![(carrier, error)], quic)
@@ -328,45 +332,45 @@ impl Place<'_> {
 
     async fn reach(
         &self,
-        ways: Ways,
-    ) -> (Result<Reached, Vec<(&'static str, WayError)>>, QuicFate) {
-        match ways {
-            Ways::Quic => match self.over_quic().await {
-                Ok(reached) => (Ok(reached), QuicFate::Worked),
+        order: CarrierOrder,
+    ) -> (Result<Reached, Vec<(&'static str, CarrierError)>>, QuicOutcome) {
+        match order {
+            CarrierOrder::Quic => match self.over_quic().await {
+                Ok(reached) => (Ok(reached), QuicOutcome::Worked),
                 Err(error) => {
-                    let fate = QuicFate::Failed(error.label());
+                    let fate = QuicOutcome::Failed(error.label());
                     (Err(vec![(QUIC, error)]), fate)
                 }
             },
-            Ways::Tcp => match self.over_tcp().await {
-                Ok(reached) => (Ok(reached), QuicFate::Unknown),
-                Err(error) => (Err(vec![(TCP, error)]), QuicFate::Unknown),
+            CarrierOrder::Tcp => match self.over_tcp().await {
+                Ok(reached) => (Ok(reached), QuicOutcome::Unknown),
+                Err(error) => (Err(vec![(TCP, error)]), QuicOutcome::Unknown),
             },
-            Ways::QuicFirst => {
+            CarrierOrder::QuicFirst => {
                 match race(self.over_quic(), self.over_tcp(), self.head_start).await {
-                    Race::First(reached) => (Ok(reached), QuicFate::Worked),
+                    Race::First(reached) => (Ok(reached), QuicOutcome::Worked),
                     Race::Second(reached, failed) => {
                         let word = failed.map_or("quic_silent", |error| error.label());
-                        (Ok(reached), QuicFate::Failed(word))
+                        (Ok(reached), QuicOutcome::Failed(word))
                     }
                     Race::Neither(quic, tcp) => {
-                        (Err(vec![(QUIC, quic), (TCP, tcp)]), QuicFate::Unknown)
+                        (Err(vec![(QUIC, quic), (TCP, tcp)]), QuicOutcome::Unknown)
                     }
                 }
             }
-            Ways::TcpFirst => {
+            CarrierOrder::TcpFirst => {
                 match race(self.over_tcp(), self.over_quic(), self.head_start).await {
-                    Race::First(reached) => (Ok(reached), QuicFate::Unknown),
-                    Race::Second(reached, _) => (Ok(reached), QuicFate::Worked),
+                    Race::First(reached) => (Ok(reached), QuicOutcome::Unknown),
+                    Race::Second(reached, _) => (Ok(reached), QuicOutcome::Worked),
                     Race::Neither(tcp, quic) => {
-                        (Err(vec![(QUIC, quic), (TCP, tcp)]), QuicFate::Unknown)
+                        (Err(vec![(QUIC, quic), (TCP, tcp)]), QuicOutcome::Unknown)
                     }
                 }
             }
         }
     }
 
-    async fn over_quic(&self) -> Result<Reached, WayError> {
+    async fn over_quic(&self) -> Result<Reached, CarrierError> {
         let Some(address) = self.place.quic else {
             return Err(ConnectError::Address("the server's address is not known".into()).into());
         };
@@ -378,7 +382,7 @@ impl Place<'_> {
         .await
     }
 
-    async fn over_tcp(&self) -> Result<Reached, WayError> {
+    async fn over_tcp(&self) -> Result<Reached, CarrierError> {
         within(async {
             let (way, tls) = (&self.place.tcp, self.tls.tcp.clone());
             let connected = tcp::handshake(way, &self.name(), tls, &self.settings).await?;
@@ -399,6 +403,6 @@ impl Place<'_> {
     }
 }
 
-async fn within<T>(way: impl Future<Output = Result<T, WayError>>) -> Result<T, WayError> {
-    timeout(WAY_TIMEOUT, way).await.unwrap_or(Err(WayError::TimedOut))
+async fn within<T>(way: impl Future<Output = Result<T, CarrierError>>) -> Result<T, CarrierError> {
+    timeout(CARRIER_TIMEOUT, way).await.unwrap_or(Err(CarrierError::TimedOut))
 }

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use crate::{
     config::{Config, Transport},
     connector::{
-        approach::{Approach, QuicFate, Ways},
         backoff::Backoff,
-        quic_health::QuicMemory,
+        options::{AttemptOptions, CarrierOrder, QuicOutcome},
+        quic_health::QuicHealth,
     },
-    tunnels::{Doubt, Rank},
+    tunnels::{Rank, Suspicion},
 };
 
 /// Pause after a tunnel to a server that was known already, behind an address that leads to any of
@@ -45,7 +45,7 @@ pub struct InUse {
     /// How it goes.
     pub rank: Rank,
     /// Why its peer may not be there, if there is a reason to think so.
-    pub doubt: Option<Doubt>,
+    pub suspicion: Option<Suspicion>,
     /// Since when it is there.
     pub since: Instant,
 }
@@ -74,7 +74,7 @@ pub enum Found {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Arrival {
     /// How QUIC did.
-    pub quic: QuicFate,
+    pub quic: QuicOutcome,
     /// How the tunnel goes.
     pub rank: Rank,
     /// What it is good for.
@@ -87,7 +87,7 @@ pub enum Cause {
     /// The server closed it, has restarted, or nothing is known.
     Server,
     /// The network says that nobody is there, and nobody answered.
-    Way,
+    Path,
 }
 
 /// Remembers what was tried.
@@ -96,7 +96,7 @@ pub struct Plan {
     transport: Transport,
     forever: bool,
     interval: Duration,
-    memory: QuicMemory,
+    memory: QuicHealth,
     /// Pauses after failures, and after servers that were known.
     failures: Backoff,
     hunt: Backoff,
@@ -106,8 +106,8 @@ pub struct Plan {
     probe_at: Instant,
     replace_at: Instant,
     small_until: Option<Instant>,
-    /// The last server was a stock one.
-    met_stock: bool,
+    /// The last server was a Konnectivity one.
+    met_konnectivity: bool,
 }
 
 impl Plan {
@@ -118,11 +118,11 @@ impl Plan {
             transport: config.transport,
             forever: sync.forever,
             interval: sync.interval,
-            memory: QuicMemory::new(config.quic_retry_interval),
+            memory: QuicHealth::new(config.quic_retry_interval),
             probes: Backoff::growing_by(
                 PROBE_GROWTH,
                 config.quic_retry_interval,
-                QuicMemory::LONGEST,
+                QuicHealth::LONGEST,
             ),
             failures: Backoff::new(sync.interval, sync.interval_cap),
             hunt: Backoff::growing_by(HUNT.1, HUNT.0, sync.interval_cap),
@@ -130,7 +130,7 @@ impl Plan {
             probe_at: now,
             replace_at: now,
             small_until: None,
-            met_stock: false,
+            met_konnectivity: false,
         }
     }
 
@@ -144,7 +144,7 @@ impl Plan {
     ) -> Option<(Goal, Instant)> {
         let Situation { in_use, count } = situation;
         let missing = in_use.len() < (*count).max(1) as usize;
-        let silent = in_use.iter().any(|tunnel| tunnel.doubt.is_some());
+        let silent = in_use.iter().any(|tunnel| tunnel.suspicion.is_some());
         let worst = in_use.iter().map(|tunnel| tunnel.rank).min();
         let improvable = match self.transport {
             Transport::Auto => worst < Some(Rank::Quic),
@@ -170,32 +170,34 @@ impl Plan {
     }
 
     /// How to go about it.
-    pub fn approach(
+    pub fn options(
         &mut self,
         goal: Goal,
         situation: &Situation,
         now: Instant,
         random: f64,
-    ) -> Approach {
-        let replaces = |doubt| {
-            let doubted = move |tunnel: &&InUse| tunnel.doubt == Some(doubt);
-            situation.in_use.iter().filter(doubted).filter(move |_| goal == Goal::Replace)
+    ) -> AttemptOptions {
+        let replaces = |suspicion| {
+            let suspected = move |tunnel: &&InUse| tunnel.suspicion == Some(suspicion);
+            situation.in_use.iter().filter(suspected).filter(move |_| goal == Goal::Replace)
         };
         let flaps = |tunnel: &InUse| now.saturating_duration_since(tunnel.since) < YOUNG;
-        if replaces(Doubt::Silent).any(flaps) {
+        if replaces(Suspicion::Silent).any(flaps) {
             self.memory.on_failed(now, random);
         }
-        let ways = match (self.transport, goal) {
-            (Transport::Quic, _) | (_, Goal::Probe) => Ways::Quic,
-            (Transport::Tcp, _) => Ways::Tcp,
-            (Transport::Auto, _) if self.memory.fails_until(now).is_some() => Ways::TcpFirst,
-            (Transport::Auto, _) => Ways::QuicFirst,
+        let order = match (self.transport, goal) {
+            (Transport::Quic, _) | (_, Goal::Probe) => CarrierOrder::Quic,
+            (Transport::Tcp, _) => CarrierOrder::Tcp,
+            (Transport::Auto, _) if self.memory.fails_until(now).is_some() => {
+                CarrierOrder::TcpFirst
+            }
+            (Transport::Auto, _) => CarrierOrder::QuicFirst,
         };
-        let silent = replaces(Doubt::Silent).next().is_some();
+        let silent = replaces(Suspicion::Silent).next().is_some();
         let small = silent || self.small_until.is_some_and(|until| now < until);
         // QUIC is a round trip quicker where it works, and here it most likely does not.
-        let at_once = replaces(Doubt::Refused).next().is_some();
-        Approach { ways, large_packets: !small, at_once }
+        let at_once = replaces(Suspicion::Refused).next().is_some();
+        AttemptOptions { order, large_packets: !small, at_once }
     }
 
     /// A server has welcomed the agent on a tunnel of this rank.
@@ -209,11 +211,11 @@ impl Plan {
             }
             Found::Known => self.look_at = now + self.hunt.next(random),
             Found::New | Found::Better => {
-                // A stock server was upgraded: what was found out about the one before is over.
-                if self.met_stock && rank == Rank::Tcp {
+                // A Konnectivity server was upgraded: what was found out about the one before is over.
+                if self.met_konnectivity && rank == Rank::Tcp {
                     self.memory.forget();
                 }
-                self.met_stock = rank == Rank::Grpc;
+                self.met_konnectivity = rank == Rank::Grpc;
                 if goal == Goal::Replace && rank == Rank::SmallQuic {
                     self.small_until = Some(now + SMALL_PACKETS);
                 }
@@ -237,12 +239,12 @@ impl Plan {
     }
 
     /// Nobody did.
-    pub fn on_failed(&mut self, goal: Goal, quic: QuicFate, now: Instant, random: f64) {
+    pub fn on_failed(&mut self, goal: Goal, quic: QuicOutcome, now: Instant, random: f64) {
         self.note(quic, now, random);
         match goal {
             Goal::Look => self.look_at = now + self.failures.next(random),
             // Of a failure of QUIC the memory says how long it is believed.
-            Goal::Probe if quic != QuicFate::Unknown => {}
+            Goal::Probe if quic != QuicOutcome::Unknown => {}
             Goal::Probe => self.probe_at = now + self.probes.next(random),
             Goal::Replace => self.replace_at = now + REPLACE_INTERVAL.mul_f64(0.5 + random),
         }
@@ -254,7 +256,7 @@ impl Plan {
     pub fn on_lost(&mut self, cause: Cause, now: Instant, random: f64) {
         let look_at = match cause {
             Cause::Server => now + self.failures.now(random),
-            Cause::Way => now,
+            Cause::Path => now,
         };
         self.look_at = match self.look_at > now {
             true => self.look_at.min(look_at),
@@ -262,11 +264,11 @@ impl Plan {
         };
     }
 
-    fn note(&mut self, quic: QuicFate, now: Instant, random: f64) {
+    fn note(&mut self, quic: QuicOutcome, now: Instant, random: f64) {
         match quic {
-            QuicFate::Unknown => {}
-            QuicFate::Worked => self.memory.on_worked(now),
-            QuicFate::Failed(_) => self.memory.on_failed(now, random),
+            QuicOutcome::Unknown => {}
+            QuicOutcome::Worked => self.memory.on_worked(now),
+            QuicOutcome::Failed(_) => self.memory.on_failed(now, random),
         }
     }
 }

@@ -11,14 +11,14 @@ const HELD: Duration = Duration::from_secs(600);
 
 /// Whether QUIC is worth trying.
 #[derive(Clone, Debug)]
-pub struct QuicMemory {
+pub struct QuicHealth {
     first: Duration,
     failures: u32,
     believed_until: Option<Instant>,
     worked_at: Option<Instant>,
 }
 
-impl QuicMemory {
+impl QuicHealth {
     /// How long a failure is believed at most: as often, one handshake is spent on finding out.
     pub const LONGEST: Duration = Duration::from_secs(600);
 
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     /// How long each of so many failures in a row is believed, in seconds.
-    fn believed(memory: &mut QuicMemory, now: &mut Instant, failures: usize) -> Vec<u64> {
+    fn believed(memory: &mut QuicHealth, now: &mut Instant, failures: usize) -> Vec<u64> {
         let mut seconds = Vec::new();
         for _ in 0..failures {
             memory.on_failed(*now, 0.5);
@@ -79,7 +79,7 @@ mod tests {
 
     #[test]
     fn each_failure_is_believed_for_longer_up_to_a_limit() {
-        let (mut memory, mut now) = (QuicMemory::new(Duration::from_secs(10)), Instant::now());
+        let (mut memory, mut now) = (QuicHealth::new(Duration::from_secs(10)), Instant::now());
         assert_eq!(memory.fails_until(now), None);
         assert_eq!(believed(&mut memory, &mut now, 8), [10, 20, 40, 80, 160, 320, 600, 600]);
         assert_eq!(memory.fails_until(now), None);
@@ -87,7 +87,7 @@ mod tests {
 
     #[test]
     fn failures_while_none_was_expected_to_work_count_once() {
-        let (mut memory, now) = (QuicMemory::new(Duration::from_secs(10)), Instant::now());
+        let (mut memory, now) = (QuicHealth::new(Duration::from_secs(10)), Instant::now());
         memory.on_failed(now, 0.5);
         memory.on_failed(now + Duration::from_secs(9), 0.5);
         assert_eq!(memory.fails_until(now), Some(now + Duration::from_secs(10)));
@@ -95,7 +95,7 @@ mod tests {
 
     #[test]
     fn what_comes_and_goes_is_left_alone_for_longer_each_time() {
-        let (mut memory, mut now) = (QuicMemory::new(Duration::from_secs(10)), Instant::now());
+        let (mut memory, mut now) = (QuicHealth::new(Duration::from_secs(10)), Instant::now());
         assert_eq!(believed(&mut memory, &mut now, 2), [10, 20]);
         memory.on_worked(now);
         assert_eq!(memory.fails_until(now), None);
@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn what_has_held_is_trusted_again() {
-        let (mut memory, mut now) = (QuicMemory::new(Duration::from_secs(10)), Instant::now());
+        let (mut memory, mut now) = (QuicHealth::new(Duration::from_secs(10)), Instant::now());
         assert_eq!(believed(&mut memory, &mut now, 3), [10, 20, 40]);
         memory.on_worked(now);
         // Further tunnels do not make it begin anew.
@@ -120,7 +120,7 @@ mod tests {
     fn a_fleet_does_not_come_back_in_step() {
         let now = Instant::now();
         let until = |random| {
-            let mut memory = QuicMemory::new(Duration::from_secs(10));
+            let mut memory = QuicHealth::new(Duration::from_secs(10));
             memory.on_failed(now, random);
             memory.fails_until(now).unwrap() - now
         };

@@ -72,7 +72,7 @@ mod tests {
         result
     }
 
-    /// What comes of two ways, and after how many milliseconds.
+    /// What comes of two order, and after how many milliseconds.
     async fn run(
         first: (u64, Result<u8, char>),
         second: (u64, Result<u8, char>),

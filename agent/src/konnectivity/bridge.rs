@@ -1,4 +1,4 @@
-//! A stock server's one stream on one side, a tunnel on the other.
+//! A Konnectivity server's one stream on one side, a tunnel on the other.
 
 use std::{
     collections::HashMap,
@@ -10,8 +10,8 @@ use std::{
 };
 
 use culvert_konnectivity::{
-    Connections, End, Flooded, Inbox, Outbound, Side, carry, outbound,
-    packet::{DialRequest, Packet, Said},
+    Connections, End, Inbox, Outbound, PeerNotReading, Side, carry, outbound,
+    packet::{DialRequest, Packet, PacketMessage},
 };
 use culvert_transport::{
     ReadError, ReadFrameError, RecvHalf, SendHalf, Tunnel, TunnelLost,
@@ -35,7 +35,7 @@ use tracing::debug;
 
 use super::call::{Call, CallError, call};
 
-/// Dials and connections of one server; stock has no limit.
+/// Dials and connections of one server; Konnectivity has no limit.
 const MAX_CONNECTIONS: usize = 10_000;
 /// Time for the last packets once the agent has left.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
@@ -50,7 +50,7 @@ enum Ended {
     #[error("the server's stream failed: {}", .0.message())]
     Failed(#[from] tonic::Status),
     #[error(transparent)]
-    Flooded(#[from] Flooded),
+    PeerNotReading(#[from] PeerNotReading),
     #[error("{0}")]
     Tunnel(#[from] TunnelLost),
     #[error(transparent)]
@@ -64,20 +64,20 @@ impl Ended {
         match self {
             Self::Refused(_) => CloseCode::UNAUTHENTICATED,
             Self::Stream => CloseCode::SHUTDOWN,
-            Self::Flooded(_) => CloseCode::OVERLOADED,
+            Self::PeerNotReading(_) => CloseCode::OVERLOADED,
             Self::NotHello => CloseCode::PROTOCOL_VIOLATION,
             Self::Failed(_) | Self::Tunnel(_) | Self::Control(_) => CloseCode::ABANDONED,
         }
     }
 }
 
-/// Plays a stock server's part on its tunnel until one of both is gone. The connection lives as long as
+/// Plays a Konnectivity server's part on its tunnel until one of both is gone. The connection lives as long as
 /// `requests`.
 pub(super) async fn run(tunnel: Tunnel, requests: http2::SendRequest<Body>) {
     let Ok(opened) = tunnel.accept().await else { return };
     let mut control = ControlStream::new(tunnel.clone(), opened);
     let Err(ended) = serve(&tunnel, &mut control, requests.clone()).await;
-    debug!(remote = %tunnel.remote_address(), %ended, "a stock server's stream is over");
+    debug!(remote = %tunnel.remote_address(), %ended, "a Konnectivity server's stream is over");
     // While the control stream still lives: the reason is all that the agent hears.
     tunnel.close(ended.close_code(), &ended.to_string());
     tunnel.flushed(FLUSH_TIMEOUT).await;
@@ -95,7 +95,7 @@ async fn serve(
     let (outbound, packets) = outbound();
     let Call { server_id, server_count, mut inbound } = tokio::select! {
         called = call(requests, &hello, packets) => called?,
-        // Stock may leave a call without an answer for ever.
+        // Konnectivity may leave a call without an answer for ever.
         lost = tunnel.closed() => return Err(lost.into()),
     };
     let welcome = Welcome {
@@ -157,48 +157,53 @@ impl Shared {
                 message = inbound.message() => message?.ok_or(Ended::Stream)?,
                 Some(_) = served.join_next() => continue,
             };
-            match Said::from(message) {
-                Said::Dial(request) if served.len() >= MAX_CONNECTIONS => {
+            match PacketMessage::from(message) {
+                PacketMessage::Dial(request) if served.len() >= MAX_CONNECTIONS => {
                     let error = "agent has too many connections".to_owned();
-                    self.outbound.urge(Packet::dial_response(request.random, Err(error)))?;
+                    self.outbound.send_urgent(Packet::dial_response(request.random, Err(error)))?;
                 }
-                Said::Dial(request) => {
+                PacketMessage::Dial(request) => {
                     let shared = self.clone();
-                    // Counted as stock counts: a dial that fails uses its number up.
+                    // Counted as Konnectivity counts: a dial that fails uses its number up.
                     let id = self.last_id.fetch_add(1, Ordering::Relaxed) + 1;
                     let cancelled = CancellationToken::new();
                     self.dials().insert(request.random, cancelled.clone());
                     served.spawn(async move { shared.serve(id, request, cancelled).await });
                 }
-                Said::CancelDial(random) => {
+                PacketMessage::CancelDial(random) => {
                     if let Some(cancelled) = self.dials().remove(&random) {
                         cancelled.cancel();
                     }
                 }
-                Said::Data(data) if data.connect_id == 0 => {}
-                Said::Data(data) => match self.connections.push(data.connect_id, data.data) {
-                    Some(inbox) => inbox.pace().await,
-                    None => self.unknown(data.connect_id, "unrecognized connectID")?,
-                },
-                Said::Close(id) => match self.connections.remove(id) {
+                PacketMessage::Data(data) if data.connect_id == 0 => {}
+                PacketMessage::Data(data) => {
+                    match self.connections.push(data.connect_id, data.data) {
+                        Some(inbox) => inbox.pace().await,
+                        None => self.unknown(data.connect_id, "unrecognized connectID")?,
+                    }
+                }
+                PacketMessage::Close(id) => match self.connections.remove(id) {
                     Some(inbox) => inbox.end(End::Finished),
                     None => self.unknown(id, "Unknown connectID")?,
                 },
                 // What only agents say, and what later versions may.
-                Said::Dialed(_) | Said::Closed(_) | Said::Drain | Said::Unknown => {}
+                PacketMessage::Dialed(_)
+                | PacketMessage::Closed(_)
+                | PacketMessage::Drain
+                | PacketMessage::Unknown => {}
             }
         }
     }
 
-    fn unknown(&self, id: i64, reason: &str) -> Result<(), Flooded> {
-        self.outbound.urge(Packet::close_response(id, reason))
+    fn unknown(&self, id: i64, reason: &str) -> Result<(), PeerNotReading> {
+        self.outbound.send_urgent(Packet::close_response(id, reason))
     }
 
-    /// Passes on what the agent says on its control stream, as far as stock has a word for it.
+    /// Passes on what the agent says on its control stream, as far as Konnectivity has a word for it.
     async fn converse(&self, control: &mut ControlStream) -> Result<Never, Ended> {
         loop {
             match control.next().await {
-                Ok(ControlMessage::Drain(_)) => self.outbound.urge(Packet::drain())?,
+                Ok(ControlMessage::Drain(_)) => self.outbound.send_urgent(Packet::drain())?,
                 Ok(_) => {}
                 // The tunnel's own reason says more.
                 Err(ControlError::Read(ReadError::Lost(lost))) => return Err(lost.into()),
@@ -212,12 +217,12 @@ impl Shared {
         let random = request.random;
         let dialed = tokio::select! {
             dialed = self.dial(request) => dialed,
-            () = cancelled.cancelled() => return debug!(id, "a stock server gave a dial up"),
+            () = cancelled.cancelled() => return debug!(id, "a Konnectivity server gave a dial up"),
         };
         self.dials().remove(&random);
         match dialed {
             Ok(stream) => {
-                // Entered before the server can know of it.
+                // AddOutcome before the server can know of it.
                 let inbox = self.connections.enter(id);
                 if self.outbound.carry(Packet::dial_response(random, Ok(id))).await {
                     self.carry((id, inbox), stream).await;
@@ -235,10 +240,10 @@ impl Shared {
         let (outbound, meter) = (self.outbound.clone(), Meter::default());
         let carried =
             carry(connection, Side::Server, stream, outbound, &self.connections, &meter).await;
-        debug!(id, end = ?carried.end, "a stock server's connection ended");
+        debug!(id, end = ?carried.end, "a Konnectivity server's connection ended");
     }
 
-    /// A stream whose other end is the target; or why not, in the words of a stock agent.
+    /// A stream whose other end is the target; or why not, in the words of a Konnectivity agent.
     async fn dial(&self, request: DialRequest) -> Result<(SendHalf, RecvHalf), String> {
         let request = self.request(request)?;
         let (mut send, mut recv) = self.tunnel.open().await.map_err(|lost| lost.to_string())?;
@@ -268,7 +273,7 @@ impl Shared {
             network,
             target,
             kind: StreamKind::UNKNOWN,
-            // Stock does not say how long it will wait.
+            // Konnectivity does not say how long it will wait.
             timeout_millis: 0,
             trace: None,
             extensions: Extensions::default(),

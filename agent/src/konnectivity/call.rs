@@ -1,4 +1,4 @@
-//! The call to a stock server: what the agent says of itself, and what the server answers.
+//! The call to a Konnectivity server: what the agent says of itself, and what the server answers.
 
 use std::{
     pin::Pin,
@@ -21,7 +21,7 @@ use tonic::{
     metadata::{MetadataMap, MetadataValue, errors::InvalidMetadataValue},
 };
 
-/// A stock server did not take the agent in.
+/// A Konnectivity server did not take the agent in.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CallError {
     /// What the agent is called or announces cannot be said in a header.
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn the_agent_introduces_itself_as_a_stock_agent_does() {
+    fn the_agent_introduces_itself_as_a_konnectivity_agent_does() {
         let mut metadata = MetadataMap::new();
         let identifiers = [("ipv4", "10.0.0.1"), ("host", "a+b"), ("default-route", "true")];
         introduce(&mut metadata, &hello(&identifiers, Some("abc"))).unwrap();

@@ -44,7 +44,7 @@ pub enum Verdict {
 
 /// Watches one tunnel.
 #[derive(Clone, Debug)]
-pub struct Silence {
+pub struct Liveness {
     received_bytes: u64,
     /// What had been sent that the peer must acknowledge, when it was last heard.
     eliciting_frames: u64,
@@ -60,7 +60,7 @@ struct Refused {
     rtt: Duration,
 }
 
-impl Silence {
+impl Liveness {
     /// Of a tunnel whose peer has just been heard.
     pub fn new(now: Instant, stats: &TunnelStats) -> Self {
         let TunnelStats { received_bytes, eliciting_frames, .. } = *stats;
@@ -122,7 +122,7 @@ mod tests {
 
     /// A tunnel that is looked at every quarter of a second.
     struct Watched {
-        silence: Silence,
+        silence: Liveness,
         now: Instant,
         stats: TunnelStats,
     }
@@ -132,7 +132,7 @@ mod tests {
             let mut stats = TunnelStats::default();
             stats.rtt = Duration::from_millis(rtt_millis);
             let now = Instant::now();
-            Self { silence: Silence::new(now, &stats), now, stats }
+            Self { silence: Liveness::new(now, &stats), now, stats }
         }
 
         /// What is said at each of so many looks that is not "fine", and after how many looks.

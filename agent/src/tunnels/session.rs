@@ -26,8 +26,8 @@ use tracing::info;
 use crate::{
     egress::Egress,
     tunnels::{
-        Doubt, Served, Servers,
-        liveness::{Silence, Verdict},
+        ServerTunnel, ServerTunnels, Suspicion,
+        liveness::{Liveness, Verdict},
     },
 };
 
@@ -171,8 +171,8 @@ impl Joined {
     /// drained; why it went.
     pub async fn serve(
         mut self,
-        served: &Served,
-        servers: &Servers,
+        served: &ServerTunnel,
+        servers: &ServerTunnels,
         context: Arc<TunnelContext>,
     ) -> TunnelLost {
         let streams = TaskTracker::new();
@@ -203,8 +203,8 @@ impl Joined {
     /// when the agent drains: a tunnel that a better one has replaced stays as long as its streams.
     async fn drain(
         &mut self,
-        served: &Served,
-        servers: &Servers,
+        served: &ServerTunnel,
+        servers: &ServerTunnels,
         context: &Arc<TunnelContext>,
         streams: &TaskTracker,
     ) -> Result<(), ControlError> {
@@ -249,11 +249,11 @@ impl Joined {
 /// Answers the server's messages and watches whether it is there; ends only with an error.
 async fn converse(
     control: &mut ControlStream,
-    served: &Served,
-    servers: &Servers,
+    served: &ServerTunnel,
+    servers: &ServerTunnels,
     streams: &TaskTracker,
 ) -> Result<(), ControlError> {
-    let mut silence = Silence::new(now(), &served.tunnel.stats());
+    let mut silence = Liveness::new(now(), &served.tunnel.stats());
     loop {
         tokio::select! {
             event = control.event() => match event? {
@@ -267,16 +267,16 @@ async fn converse(
                 Event::Message(_) => return Err(ControlError::Unexpected),
                 Event::Unreachable(_) => {
                     silence.on_refused(now(), &served.tunnel.stats());
-                    servers.set_doubt(served, Some(Doubt::Refused));
+                    servers.set_suspicion(served, Some(Suspicion::Refused));
                 }
             },
             // TCP tells of a peer that is gone in its own time, and there is no better way.
             () = sleep(silence.interval(streams.len())), if served.rank.is_quic() => {
                 let verdict = silence.look(now(), &served.tunnel.stats(), streams.len());
-                servers.set_doubt(served, match verdict {
+                servers.set_suspicion(served, match verdict {
                     Verdict::Fine | Verdict::Ask => None,
-                    Verdict::Silent => Some(Doubt::Silent),
-                    Verdict::Refused => Some(Doubt::Refused),
+                    Verdict::Silent => Some(Suspicion::Silent),
+                    Verdict::Refused => Some(Suspicion::Refused),
                 });
                 if verdict == Verdict::Ask {
                     control.nudge().await?;

@@ -1,5 +1,5 @@
-// Command fleet runs many stock agents in one process, each with connections of its
-// own: fleet COUNT FLAGS, with the flags of the stock agent.
+// Command fleet runs many Konnectivity agents in one process, each with connections of its
+// own: fleet COUNT FLAGS, with the flags of the Konnectivity agent.
 package main
 
 import (
@@ -50,7 +50,7 @@ func run(args []string) error {
 	return nil
 }
 
-// start runs one agent as the stock agent's own main does.
+// start runs one agent as the Konnectivity agent's own main does.
 func start(o *options.GrpcProxyAgentOptions, id string, forever <-chan struct{}) error {
 	tls, err := util.GetClientTLSConfig(o.CaCert, o.AgentCert, o.AgentKey, o.ProxyServerHost, o.AlpnProtos)
 	if err != nil {

@@ -19,12 +19,12 @@ use super::{
 };
 use crate::{
     certificates::Certificates,
+    konnectivity_client::KonnectivityClient,
     link::Counters,
     load::{Plan, Sample, Workload, drive::drive, service::Service},
     peer::{Daemon, Frontend, Peer, Programs, Stage, Started},
     report::{self, LinkUsage, Run, Usage},
     scenario::{Congestion, Event, Fleet, Scenario, When},
-    stock_client::StockClient,
 };
 
 /// Threads of the load and of the target: more than there are cores help nobody.
@@ -42,7 +42,7 @@ pub(super) struct Attempt<'a> {
     pub(super) congestion: Congestion,
     pub(super) seed: u64,
     pub(super) programs: &'a Programs,
-    pub(super) stock_client: Option<&'a StockClient>,
+    pub(super) konnectivity_client: Option<&'a KonnectivityClient>,
 }
 
 impl Attempt<'_> {
@@ -145,7 +145,7 @@ impl Attempt<'_> {
         let (sender, samples) = unbounded_channel();
         match (self.peer.frontend(), &started.socket) {
             (Some(Frontend::Grpc), Some(socket)) => {
-                let client = self.stock_client.context("Go is not installed")?;
+                let client = self.konnectivity_client.context("Go is not installed")?;
                 let loadtest = &stage.programs.loadtest;
                 client.load(loadtest, &stage.server, socket, &plan, sender).await?;
             }

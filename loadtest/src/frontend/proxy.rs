@@ -1,4 +1,4 @@
-//! gRPC, packet by packet: what tests need that the stock client does not let through.
+//! gRPC, packet by packet: what tests need that the Konnectivity client does not let through.
 
 use std::io;
 
@@ -69,7 +69,7 @@ impl Client {
         self.begin(method, None).await
     }
 
-    /// Begins a `Proxy` stream with this packet: a stock server answers nothing, not even the
+    /// Begins a `Proxy` stream with this packet: a Konnectivity server answers nothing, not even the
     /// call, before it has a packet to send.
     async fn proxy_with(&self, first: Packet) -> io::Result<ProxyStream> {
         self.begin("/ProxyService/Proxy", Some(first)).await
@@ -174,7 +174,7 @@ pub fn close_request(connect_id: i64) -> Packet {
     Packet { r#type: PacketType::CloseReq.into(), payload: Some(Payload::CloseRequest(request)) }
 }
 
-/// One proxied connection on a `Proxy` stream and a socket of its own, as the stock client has it.
+/// One proxied connection on a `Proxy` stream and a socket of its own, as the Konnectivity client has it.
 #[derive(Debug)]
 pub struct ProxyConnection {
     stream: ProxyStream,
@@ -240,7 +240,7 @@ impl ProxyConnection {
 
     pub(super) async fn close(mut self) -> io::Result<()> {
         self.stream.send(close_request(self.connect_id)).await?;
-        // As in the stock client, data that still comes is not read.
+        // As in the Konnectivity client, data that still comes is not read.
         let mut ignored = Vec::new();
         while self.read(&mut ignored).await? > 0 {
             ignored.clear();

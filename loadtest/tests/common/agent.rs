@@ -8,7 +8,7 @@ use culvert_transport::{
     Settings, Tunnel,
     control::ControlStream,
     quic,
-    tcp::{self, Way},
+    tcp::{self, Route},
     tls::{Identity, KeyExchange, authorities, certificates, tunnel_client},
 };
 use culvert_wire::{
@@ -32,7 +32,9 @@ pub(crate) async fn tunnel(rig: &Running) -> Tunnel {
         Transport::Auto | Transport::Quic => {
             quic::connect(address, &name, tls, &settings).await.unwrap().0
         }
-        Transport::Tcp => tcp::connect(&Way::Direct(address), &name, tls, &settings).await.unwrap(),
+        Transport::Tcp => {
+            tcp::connect(&Route::Direct(address), &name, tls, &settings).await.unwrap()
+        }
     }
 }
 

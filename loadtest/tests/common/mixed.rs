@@ -1,4 +1,4 @@
-//! Servers and agents of either make as processes on loopback: whoever may meet in a rollout.
+//! ServerTunnels and agents of either make as processes on loopback: whoever may meet in a rollout.
 
 use std::{
     fs::File,
@@ -14,9 +14,9 @@ use culvert_konnectivity::ALPN_H2;
 use culvert_loadtest::{
     certificates::Certificates,
     frontend::{Connection, connect::ConnectError},
+    konnectivity_client::KonnectivityClient,
     peer::{Frontend, konnectivity::Programs},
     process::free_port,
-    stock_client::StockClient,
     targets::{self, Target},
 };
 use culvert_transport::tls::{Identity, KeyExchange, authorities, certificates, tunnel_client};
@@ -43,9 +43,9 @@ const READY_BACKENDS: &str =
     "konnectivity_network_proxy_server_ready_backends{proxy_strategy=\"default\"}";
 /// Connections of a server between a frontend and a target.
 pub(crate) const ESTABLISHED: &str = "konnectivity_network_proxy_server_established_connections";
-/// Servers that an agent has joined.
+/// ServerTunnels that an agent has joined.
 pub(crate) const OPEN_SERVERS: &str = "konnectivity_network_proxy_agent_open_server_connections";
-/// Servers that an agent has heard of.
+/// ServerTunnels that an agent has heard of.
 pub(crate) const KNOWN_SERVERS: &str = "konnectivity_network_proxy_agent_known_server_count";
 /// Connections to targets that an agent has.
 pub(crate) const OPEN_TARGETS: &str = "konnectivity_network_proxy_agent_open_endpoint_connections";
@@ -59,7 +59,7 @@ pub(crate) enum Make {
     /// This workspace.
     Culvert,
     /// Upstream.
-    Stock,
+    Konnectivity,
 }
 
 /// Who meets whom, and how frontends come in.
@@ -70,7 +70,7 @@ pub(crate) struct Mix {
     pub(crate) frontend: Frontend,
 }
 
-/// What stock does not do right, whoever is at the other end.
+/// What Konnectivity does not do right, whoever is at the other end.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Feat {
     /// Hands on what a target says before it was asked.
@@ -83,32 +83,36 @@ impl Mix {
     /// Every mix.
     pub(crate) fn all() -> Vec<Self> {
         let mut all = Vec::new();
-        for agent in [Make::Culvert, Make::Stock] {
-            for server in [Make::Culvert, Make::Stock] {
+        for agent in [Make::Culvert, Make::Konnectivity] {
+            for server in [Make::Culvert, Make::Konnectivity] {
                 all.extend(FRONTENDS.map(|frontend| Self { agent, server, frontend }));
             }
         }
         all
     }
 
-    /// A stock agent at our server.
-    pub(crate) fn stock_agent() -> [Self; 2] {
-        FRONTENDS.map(|frontend| Self { agent: Make::Stock, server: Make::Culvert, frontend })
+    /// A Konnectivity agent at our server.
+    pub(crate) fn konnectivity_agent() -> [Self; 2] {
+        FRONTENDS.map(|frontend| Self {
+            agent: Make::Konnectivity,
+            server: Make::Culvert,
+            frontend,
+        })
     }
 
-    /// Why this cannot be asked of the mix: what its stock half does.
+    /// Why this cannot be asked of the mix: what its Konnectivity half does.
     pub(crate) fn excuse(self, feat: Feat) -> Option<&'static str> {
         match (feat, self.agent, self.server, self.frontend) {
-            (Feat::ServerFirst, _, Make::Stock, Frontend::Grpc) => Some(
-                "the client library drops what comes right behind a dial's answer, and a stock \
+            (Feat::ServerFirst, _, Make::Konnectivity, Frontend::Grpc) => Some(
+                "the client library drops what comes right behind a dial's answer, and a Konnectivity \
                  server does not give it the moment it needs",
             ),
-            (Feat::ServerFirst, _, Make::Stock, Frontend::Connect) => {
-                Some("a stock server writes its 200 and the target's bytes in no order")
+            (Feat::ServerFirst, _, Make::Konnectivity, Frontend::Connect) => {
+                Some("a Konnectivity server writes its 200 and the target's bytes in no order")
             }
-            (Feat::WrittenThenClosed, Make::Stock, _, _) => {
-                Some("a stock agent closes the target's socket before it has written what it holds")
-            }
+            (Feat::WrittenThenClosed, Make::Konnectivity, _, _) => Some(
+                "a Konnectivity agent closes the target's socket before it has written what it holds",
+            ),
             _ => None,
         }
     }
@@ -122,7 +126,7 @@ pub(crate) struct Met {
     pub(crate) agent: Daemon,
 }
 
-/// Runs a test with each of these mixes; with none, and a word about it, where stock's programs
+/// Runs a test with each of these mixes; with none, and a word about it, where Konnectivity's programs
 /// cannot be built.
 pub(crate) async fn with_each(mixes: impl IntoIterator<Item = Mix>, test: impl AsyncFn(Met)) {
     for mix in mixes {
@@ -139,25 +143,27 @@ pub(crate) async fn with_each(mixes: impl IntoIterator<Item = Mix>, test: impl A
 
 /// Upstream's programs.
 #[derive(Debug)]
-struct Stock {
+struct Konnectivity {
     programs: Programs,
-    client: StockClient,
+    client: KonnectivityClient,
 }
 
 /// Upstream's programs, built once; `None`, and a word about it, where there is no Go.
-async fn stock() -> Option<&'static Stock> {
-    static STOCK: OnceCell<Option<Stock>> = OnceCell::const_new();
+async fn konnectivity() -> Option<&'static Konnectivity> {
+    static KONNECTIVITY: OnceCell<Option<Konnectivity>> = OnceCell::const_new();
     let build = || async {
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
         let programs = Programs::build(folder).await.unwrap()?;
-        let client = StockClient::build(folder).await.unwrap()?;
-        Some(Stock { programs, client })
+        let client = KonnectivityClient::build(folder).await.unwrap()?;
+        Some(Konnectivity { programs, client })
     };
-    let stock = STOCK.get_or_init(build).await.as_ref();
-    if stock.is_none() {
-        eprintln!("SKIPPED: Go is not installed, so the stock server and agent cannot be built");
+    let konnectivity = KONNECTIVITY.get_or_init(build).await.as_ref();
+    if konnectivity.is_none() {
+        eprintln!(
+            "SKIPPED: Go is not installed, so the Konnectivity server and agent cannot be built"
+        );
     }
-    stock
+    konnectivity
 }
 
 /// One place for a server, which may be started again, and what its agents need to find it.
@@ -169,27 +175,27 @@ pub(crate) struct Site {
     frontend: Frontend,
     tunnel: u16,
     admin: u16,
-    stock: &'static Stock,
+    konnectivity: &'static Konnectivity,
 }
 
 impl Site {
-    /// Starts a server; `None`, and a word about it, where stock's cannot be built.
+    /// Starts a server; `None`, and a word about it, where Konnectivity's cannot be built.
     pub(crate) async fn start(make: Make, frontend: Frontend, flags: &[&str]) -> Option<Self> {
         let mut site = Self::idle(frontend).await?;
         site.start_server(make, flags).await;
         Some(site)
     }
 
-    /// A place where no server runs yet; `None`, and a word about it, where stock's cannot be built.
+    /// A place where no server runs yet; `None`, and a word about it, where Konnectivity's cannot be built.
     pub(crate) async fn idle(frontend: Frontend) -> Option<Self> {
-        let stock = stock().await?;
+        let konnectivity = konnectivity().await?;
         Some(Self {
             server: Daemon::default(),
             certificates: Certificates::generate().unwrap(),
             frontend,
             tunnel: free_port().unwrap(),
             admin: free_port().unwrap(),
-            stock,
+            konnectivity,
         })
     }
 
@@ -217,7 +223,7 @@ impl Site {
         ];
         flags.extend(more.iter().map(|flag| (*flag).to_owned()));
         let log = self.certificates.folder().join("server.log");
-        let program = (make, "server", &*self.stock.programs.server);
+        let program = (make, "server", &*self.konnectivity.programs.server);
         self.server = Daemon::start(program, &flags, log, health);
         self.server.until_answering().await;
     }
@@ -228,7 +234,7 @@ impl Site {
         let mut flags = vec![flag("agent-cert", &pair.certificate), flag("agent-key", &pair.key)];
         flags.extend(more.iter().map(|flag| (*flag).to_owned()));
         let agent = self.start_agent_unproven(make, name, flags);
-        // Asking stock for its readiness fills its log.
+        // Asking Konnectivity for its readiness fills its log.
         let joined =
             async || agent.scrape().await.is_ok_and(|scrape| metric(&scrape, OPEN_SERVERS) > 0.0);
         until(&format!("{name} has joined"), joined).await;
@@ -252,7 +258,7 @@ impl Site {
         ];
         flags.extend(more);
         let log = self.certificates.folder().join(format!("{name}.log"));
-        Daemon::start((make, "agent", &self.stock.programs.agent), &flags, log, health)
+        Daemon::start((make, "agent", &self.konnectivity.programs.agent), &flags, log, health)
     }
 
     /// The path of the frontend's socket.
@@ -276,8 +282,8 @@ impl Site {
         Connection::dial_unix(self.frontend, &self.socket(), target).await
     }
 
-    /// Connects where agents come in, with the certificate of one, as stock agents do.
-    pub(crate) async fn as_stock_agent(&self) -> TlsStream<TcpStream> {
+    /// Connects where agents come in, with the certificate of one, as Konnectivity agents do.
+    pub(crate) async fn as_konnectivity_agent(&self) -> TlsStream<TcpStream> {
         let pair = self.certificates.agent();
         let identity = Identity::from_pem_files(&pair.certificate, &pair.key).unwrap();
         let roots = authorities(&certificates(&self.certificates.ca()).unwrap()).unwrap();
@@ -317,14 +323,14 @@ impl Site {
         (frontend, accepted.recv().await.unwrap(), target)
     }
 
-    /// Runs a command of the stock client: what it printed, and its exit code.
-    pub(crate) async fn stock_client(
+    /// Runs a command of the Konnectivity client: what it printed, and its exit code.
+    pub(crate) async fn konnectivity_client(
         &self,
         command: &str,
         target: impl ToString,
         flags: &[&str],
     ) -> (serde_json::Value, Option<i32>) {
-        let (client, target) = (&self.stock.client, target.to_string());
+        let (client, target) = (&self.konnectivity.client, target.to_string());
         client.run(command, &self.socket(), &target, flags).await.unwrap()
     }
 }
@@ -354,7 +360,7 @@ pub(crate) struct Daemon {
 
 impl Daemon {
     fn start(
-        (make, side, stock): (Make, &str, &Path),
+        (make, side, konnectivity): (Make, &str, &Path),
         flags: &[String],
         log: PathBuf,
         health: u16,
@@ -365,7 +371,7 @@ impl Daemon {
                 command.arg(side);
                 command
             }
-            Make::Stock => Command::new(stock),
+            Make::Konnectivity => Command::new(konnectivity),
         };
         let file = File::options().create(true).append(true).open(&log).unwrap();
         command.args(flags).env_remove("RUST_LOG").stdin(Stdio::null()).kill_on_drop(true);

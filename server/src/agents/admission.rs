@@ -1,6 +1,6 @@
 //! Whether an agent is who it says: its token, where one is asked for, reviewed by kube-apiserver.
 //!
-//! The rules are stock's (`pkg/server/server.go`, `validateAuthToken`): kube-apiserver must vouch for
+//! The rules are Konnectivity's (`pkg/server/server.go`, `validateAuthToken`): kube-apiserver must vouch for
 //! the token and for the audience, and it must be that of one service account. Certificates are
 //! checked before, by the handshake. A token is reviewed when its agent joins; one that expires
 //! later ends nothing.
@@ -32,26 +32,26 @@ const REVIEW_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a good verdict is remembered. An agent that looks for a missing server meets those that it
 /// has many times in a few seconds.
 const VERDICT_LIFE: Duration = Duration::from_secs(10);
-/// Verdicts that are remembered at most.
-const MAX_VERDICTS: usize = 16 * 1024;
+/// TokenCache that are remembered at most.
+const MAX_CACHED_TOKENS: usize = 16 * 1024;
 /// How often the client may be made anew because of failures.
 const RENEW_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Checks the agents of one server.
 #[derive(Debug)]
-pub struct Gate(Option<Reviewer>);
+pub struct Authenticator(Option<Reviewer>);
 
-/// An agent passed the gate that its server has. Nobody else can make one.
+/// An agent passed the authenticator that its server has. Nobody else can make one.
 #[derive(Debug)]
-pub struct Admitted(());
+pub struct Authenticated(());
 
-/// Why an agent was not admitted.
+/// Why an agent was not authenticated.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// It sent no token.
     #[error("no token, and this server asks for one: see the agent's --service-account-token-path")]
     NoToken,
-    /// What it sent is no token; the words are stock's.
+    /// What it sent is no token; the words are Konnectivity's.
     #[error("{0}")]
     NotAToken(String),
     /// kube-apiserver did not say whether the token is good.
@@ -71,8 +71,8 @@ impl Refusal {
         }
     }
 
-    /// What a stock server answers in this case.
-    pub fn in_stocks_words(&self) -> String {
+    /// What a Konnectivity server answers in this case.
+    pub fn konnectivity_message(&self) -> String {
         let inner = match self {
             Self::NoToken => return "Authentication context was not found in metadata".into(),
             Self::NotAToken(reason) => return reason.clone(),
@@ -83,7 +83,7 @@ impl Refusal {
     }
 }
 
-impl Gate {
+impl Authenticator {
     /// Asks for no token: certificates are all there is, or nothing at all.
     pub fn open() -> Self {
         Self(None)
@@ -119,11 +119,11 @@ impl Gate {
     ///
     /// # Cancel safety
     /// Cancel safe: it only asks.
-    pub async fn admit(&self, token: Option<&Secret>) -> Result<Admitted, Refusal> {
+    pub async fn admit(&self, token: Option<&Secret>) -> Result<Authenticated, Refusal> {
         if let Some(reviewer) = &self.0 {
             reviewer.check(token.ok_or(Refusal::NoToken)?).await?;
         }
-        Ok(Admitted(()))
+        Ok(Authenticated(()))
     }
 }
 
@@ -134,7 +134,7 @@ struct Reviewer {
     api: Mutex<(Api<TokenReview>, Instant)>,
     expected: TokenConfig,
     places: Semaphore,
-    verdicts: Mutex<Verdicts>,
+    verdicts: Mutex<TokenCache>,
 }
 
 impl Reviewer {
@@ -198,18 +198,18 @@ fn name(token: &Secret) -> TokenName {
 
 /// Tokens that were found good a moment ago, and until when that holds.
 #[derive(Debug, Default)]
-struct Verdicts(HashMap<TokenName, Instant>);
+struct TokenCache(HashMap<TokenName, Instant>);
 
-impl Verdicts {
+impl TokenCache {
     fn is_good(&self, name: &TokenName, now: Instant) -> bool {
         self.0.get(name).is_some_and(|until| *until > now)
     }
 
     fn note_good(&mut self, name: TokenName, now: Instant) {
-        if self.0.len() >= MAX_VERDICTS {
+        if self.0.len() >= MAX_CACHED_TOKENS {
             self.0.retain(|_, until| *until > now);
         }
-        if self.0.len() < MAX_VERDICTS {
+        if self.0.len() < MAX_CACHED_TOKENS {
             self.0.insert(name, now + VERDICT_LIFE);
         }
     }
@@ -271,7 +271,7 @@ mod tests {
             ..TokenReviewStatus::default()
         };
         change(&mut status);
-        judge(status, &expected).map_err(|refusal| refusal.in_stocks_words())
+        judge(status, &expected).map_err(|refusal| refusal.konnectivity_message())
     }
 
     fn user(name: &str) -> Option<UserInfo> {
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn every_other_token_is_refused_in_stocks_words() {
+    fn every_other_token_is_refused_konnectivity_message() {
         let refused = |expected: &str, change: fn(&mut TokenReviewStatus)| {
             let text =
                 format!("Failed to validate authentication token, err:lookup failed: {expected}");
@@ -323,16 +323,16 @@ mod tests {
 
     #[test]
     fn good_verdicts_are_remembered_for_a_moment_and_never_too_many() {
-        let (mut verdicts, now) = (Verdicts::default(), Instant::now());
+        let (mut verdicts, now) = (TokenCache::default(), Instant::now());
         let token = |text: &str| name(&Secret::new(text).unwrap());
         verdicts.note_good(token("good"), now);
         assert!(verdicts.is_good(&token("good"), now));
         assert!(!verdicts.is_good(&token("other"), now));
         assert!(!verdicts.is_good(&token("good"), now + VERDICT_LIFE));
-        for number in 0..2 * MAX_VERDICTS {
+        for number in 0..2 * MAX_CACHED_TOKENS {
             verdicts.note_good(token(&number.to_string()), now);
         }
-        assert_eq!(verdicts.0.len(), MAX_VERDICTS);
+        assert_eq!(verdicts.0.len(), MAX_CACHED_TOKENS);
         verdicts.note_good(token("later"), now + VERDICT_LIFE);
         assert_eq!(verdicts.0.len(), 1, "what is over makes room");
     }

@@ -41,7 +41,7 @@ use tonic::{
 use tracing::{debug, warn};
 
 use crate::agents::{
-    admission::{Admitted, Refusal},
+    admission::{Authenticated, Refusal},
     session::{self, TunnelContext},
 };
 use bridge::Bridge;
@@ -50,14 +50,14 @@ use keepalive::{MIN_PING_INTERVAL, PingLimit, TooManyPings};
 /// Bytes an agent may be ahead of what was read of its one stream. What is on its way delays
 /// whatever comes behind it, so this is no larger than 100 Mbit/s need at 80 ms.
 const WINDOW: u32 = 1024 * 1024;
-/// `Connect` calls on one connection: stock makes one.
+/// `Connect` calls on one connection: Konnectivity makes one.
 const MAX_CALLS: u32 = 4;
 
 /// How long an agent that is here already is kept waiting when it comes again. One that looks for
 /// another server has left long before: it knows this one by its name.
-const SECOND_THOUGHTS: Duration = Duration::from_secs(1);
+const REJOIN_DELAY: Duration = Duration::from_secs(1);
 
-/// Serves one connection of a stock agent until it closes or the server stops.
+/// Serves one connection of a Konnectivity agent until it closes or the server stops.
 pub async fn serve(stream: TlsStream<TcpStream>, remote: SocketAddr, context: Arc<TunnelContext>) {
     let certificates = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
     let peer = Peer { address: remote, transport: "grpc", certificates };
@@ -66,8 +66,8 @@ pub async fn serve(stream: TlsStream<TcpStream>, remote: SocketAddr, context: Ar
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)
         .max_concurrent_streams(MAX_CALLS)
-        // A stock agent answers pings and sends none for an hour.
-        .keep_alive_interval(context.stock_keep_alive_interval)
+        // A Konnectivity agent answers pings and sends none for an hour.
+        .keep_alive_interval(context.konnectivity_keep_alive_interval)
         .keep_alive_timeout(context.settings.idle_timeout);
     let closing = context.closing.clone();
     let too_many_pings = CancellationToken::new();
@@ -85,14 +85,14 @@ pub async fn serve(stream: TlsStream<TcpStream>, remote: SocketAddr, context: Ar
     if too_many_pings.is_cancelled() {
         tell_of_pings(remote);
     } else if let Err(error) = ended {
-        debug!(%remote, %error, "a stock agent's connection ended");
+        debug!(%remote, %error, "a Konnectivity agent's connection ended");
     }
 }
 
 fn tell_of_pings(remote: SocketAddr) {
     static TOO_MANY: RateLimited = RateLimited::new(Duration::from_secs(1));
     if let Some(suppressed) = TOO_MANY.admit(Instant::now()) {
-        warn!(%remote, reason = %TooManyPings, suppressed, "a stock agent was sent away");
+        warn!(%remote, reason = %TooManyPings, suppressed, "a Konnectivity agent was sent away");
     }
 }
 
@@ -130,16 +130,16 @@ impl StreamingService<Packet> for Connect {
         Box::pin(async move {
             let (metadata, _, inbound) = request.into_parts();
             let hello = hello::read(&metadata).map_err(Status::unknown)?;
-            let admitted = admit(&metadata, peer.address, &context).await?;
+            let authenticated = admit(&metadata, peer.address, &context).await?;
             // The headers are out before any packet: packets are polled from the response.
             let (outbound, packets) = konnectivity::outbound();
             let response = response(packets, &context)?;
             let call = Call { inbound, outbound, too_many_pings };
             if context.backends.is_here(&hello.agent_id) {
                 let tunnels = context.tunnels.clone();
-                tunnels.spawn(join_again(hello, admitted, peer, context, call));
+                tunnels.spawn(join_again(hello, authenticated, peer, context, call));
             } else {
-                let joined = Bridge::join(hello, admitted, peer, &context).await;
+                let joined = Bridge::join(hello, authenticated, peer, &context).await;
                 let bridge = joined.map_err(|error| Status::unknown(error.to_string()))?;
                 context.tunnels.spawn(bridge.run(call));
             }
@@ -153,16 +153,16 @@ async fn admit(
     metadata: &MetadataMap,
     remote: SocketAddr,
     context: &TunnelContext,
-) -> Result<Admitted, Status> {
-    let admitted = async {
-        let token = match context.gate.asks_for_tokens() {
+) -> Result<Authenticated, Status> {
+    let authenticated = async {
+        let token = match context.authenticator.asks_for_tokens() {
             true => hello::token(metadata).map_err(Refusal::NotAToken)?,
             false => None,
         };
-        context.gate.admit(token.as_ref()).await
+        context.authenticator.admit(token.as_ref()).await
     };
-    admitted.await.map_err(|refusal: Refusal| {
-        let status = Status::unknown(refusal.in_stocks_words());
+    authenticated.await.map_err(|refusal: Refusal| {
+        let status = Status::unknown(refusal.konnectivity_message());
         session::not_joined(remote, &refusal.into(), context);
         status
     })
@@ -196,7 +196,7 @@ fn response(
 /// would go to its newest tunnel, and be lost with it.
 async fn join_again(
     hello: Hello,
-    admitted: Admitted,
+    authenticated: Authenticated,
     peer: Peer,
     context: Arc<TunnelContext>,
     call: Call,
@@ -205,10 +205,10 @@ async fn join_again(
         () = call.outbound.closed() => return,
         () = context.closing.cancelled() => return,
         () = context.backends.until_left(&hello.agent_id) => {}
-        () = sleep(SECOND_THOUGHTS) => {}
+        () = sleep(REJOIN_DELAY) => {}
     }
-    match Bridge::join(hello, admitted, peer, &context).await {
+    match Bridge::join(hello, authenticated, peer, &context).await {
         Ok(bridge) => bridge.run(call).await,
-        Err(error) => debug!(%error, "a stock agent did not join again"),
+        Err(error) => debug!(%error, "a Konnectivity agent did not join again"),
     }
 }

@@ -32,7 +32,7 @@ const MAX_ATTEMPTS: usize = 16;
 
 /// Agents cannot be let in.
 #[derive(Debug, thiserror::Error)]
-pub enum TunnelPortError {
+pub enum ListenerError {
     /// The tunnel port cannot be listened on.
     #[error("--agent-port: {0}")]
     Tunnel(#[from] ConnectError),
@@ -62,10 +62,10 @@ pub enum TunnelPortError {
 
 /// Both listeners of the tunnel port.
 #[derive(Debug)]
-pub struct TunnelPort {
+pub struct AgentListener {
     quic: quic::Listener,
     tcp: TcpListener,
-    /// How handshakes over TCP are done, where stock agents come too.
+    /// How handshakes over TCP are done, where Konnectivity agents come too.
     tls: Arc<ServerConfig>,
     settings: Settings,
     handshakes: Arc<Semaphore>,
@@ -76,8 +76,8 @@ pub struct TunnelPort {
 pub enum Arrival {
     /// An agent of ours.
     Tunnel(Tunnel),
-    /// A stock agent, which speaks gRPC.
-    Stock(Box<TlsStream<TcpStream>>),
+    /// A Konnectivity agent, which speaks gRPC.
+    Konnectivity(Box<TlsStream<TcpStream>>),
 }
 
 /// An agent's wish for a tunnel, before its handshake.
@@ -124,7 +124,7 @@ impl Incoming {
                 drop(place);
                 if stream.get_ref().1.alpn_protocol() == Some(ALPN_H2) {
                     tcp::prepare(stream.get_ref().0, &settings);
-                    return Ok(Arrival::Stock(Box::new(stream)));
+                    return Ok(Arrival::Konnectivity(Box::new(stream)));
                 }
                 tcp::accept(stream, &settings).await.map(Arrival::Tunnel)
             }
@@ -132,12 +132,12 @@ impl Incoming {
     }
 }
 
-impl TunnelPort {
+impl AgentListener {
     /// Binds the port, with the certificates and the secret that the configuration names.
     ///
     /// # Errors
     /// When a file cannot be used or the port cannot be had, for UDP or for TCP.
-    pub fn bind(config: &Config) -> Result<Self, TunnelPortError> {
+    pub fn bind(config: &Config) -> Result<Self, ListenerError> {
         let agents = &config.agents;
         let identity =
             Identity::from_pem_files(&agents.certificate.certificate, &agents.certificate.key)?;
@@ -145,7 +145,7 @@ impl TunnelPort {
         let reset_key = match &agents.reset_key_file {
             Some(path) => {
                 let secret = fs::read(path)
-                    .map_err(|source| TunnelPortError::ResetKey { path: path.clone(), source })?;
+                    .map_err(|source| ListenerError::ResetKey { path: path.clone(), source })?;
                 ResetKey::derive(&secret)
             }
             None => ResetKey::derive(identity.key.secret_der()),
@@ -221,7 +221,7 @@ fn bind_both(
     tls: &Arc<ServerConfig>,
     settings: &Settings,
     reset_key: &ResetKey,
-) -> Result<(quic::Listener, TcpListener), TunnelPortError> {
+) -> Result<(quic::Listener, TcpListener), ListenerError> {
     let mut attempts = if address.port() == 0 { MAX_ATTEMPTS } else { 1 };
     loop {
         attempts -= 1;
@@ -230,7 +230,7 @@ fn bind_both(
         match listen::tcp(bound) {
             Ok(tcp) => return Ok((quic, tcp)),
             Err(source) if attempts == 0 => {
-                return Err(TunnelPortError::TunnelTcp { address: bound, source });
+                return Err(ListenerError::TunnelTcp { address: bound, source });
             }
             Err(_) => {}
         }

@@ -20,8 +20,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use crate::{
-    agents::admission::{Admitted, Gate, Refusal},
-    backends::{Backend, Backends, DOUBT_LIMIT, registry::Candidate},
+    agents::admission::{Authenticated, Authenticator, Refusal},
+    backends::{Backend, Backends, SUSPECT_LIMIT, registry::Candidate},
     metrics::ServerMetrics,
 };
 
@@ -37,7 +37,7 @@ pub struct TunnelContext {
     /// Where a tunnel is entered once its agent is known.
     pub backends: Backends,
     /// Who is let in.
-    pub gate: Gate,
+    pub authenticator: Authenticator,
     /// What is counted.
     pub metrics: Arc<ServerMetrics>,
     /// This server's name, told to agents.
@@ -56,8 +56,8 @@ pub struct TunnelContext {
     pub closing: CancellationToken,
     /// What tunnels are set up with.
     pub settings: Settings,
-    /// Quiet time after which a stock agent's connection is pinged.
-    pub stock_keep_alive_interval: Option<Duration>,
+    /// Quiet time after which a Konnectivity agent's connection is pinged.
+    pub konnectivity_keep_alive_interval: Option<Duration>,
     /// The tasks of all tunnels.
     pub tunnels: TaskTracker,
 }
@@ -105,9 +105,13 @@ impl JoinError {
 }
 
 /// Serves one agent until its tunnel is gone. One that was admitted already is not asked again.
-pub async fn serve_tunnel(tunnel: Tunnel, admitted: Option<Admitted>, context: Arc<TunnelContext>) {
+pub async fn serve_tunnel(
+    tunnel: Tunnel,
+    authenticated: Option<Authenticated>,
+    context: Arc<TunnelContext>,
+) {
     let remote = tunnel.remote_address();
-    let (backend, control) = match join(tunnel, admitted, &context).await {
+    let (backend, control) = match join(tunnel, authenticated, &context).await {
         Ok(joined) => joined,
         Err(error) => return not_joined(remote, &error, &context),
     };
@@ -140,7 +144,7 @@ pub(crate) fn not_joined(remote: SocketAddr, error: &JoinError, context: &Tunnel
 /// that the reason is all that the agent hears.
 async fn join(
     tunnel: Tunnel,
-    admitted: Option<Admitted>,
+    authenticated: Option<Authenticated>,
     context: &TunnelContext,
 ) -> Result<(Backend, ControlStream), JoinError> {
     let closer = tunnel.clone();
@@ -152,7 +156,7 @@ async fn join(
     let opened = within(deadline, async { Ok(tunnel.accept().await?) });
     let mut control = ControlStream::new(tunnel.clone(), opened.await.map_err(refuse)?);
     let hello = within(deadline, hear(&mut control)).await.map_err(refuse)?;
-    let backend = introduce(tunnel, *hello, admitted, &mut control, context).await;
+    let backend = introduce(tunnel, *hello, authenticated, &mut control, context).await;
     Ok((backend.map_err(refuse)?, control))
 }
 
@@ -173,16 +177,16 @@ async fn hear(control: &mut ControlStream) -> Result<Box<Hello>, JoinError> {
 async fn introduce(
     tunnel: Tunnel,
     hello: Hello,
-    admitted: Option<Admitted>,
+    authenticated: Option<Authenticated>,
     control: &mut ControlStream,
     context: &TunnelContext,
 ) -> Result<Backend, JoinError> {
     let incompatible = |error: &dyn std::fmt::Display| JoinError::Incompatible(error.to_string());
     hello.extensions.require_known().map_err(|error| incompatible(&error))?;
-    let admitted = match admitted {
-        Some(admitted) => admitted,
+    let authenticated = match authenticated {
+        Some(authenticated) => authenticated,
         None => tokio::select! {
-            admitted = context.gate.admit(hello.token.as_ref()) => admitted?,
+            authenticated = context.authenticator.admit(hello.token.as_ref()) => authenticated?,
             // Nobody waits for the answer any more.
             lost = tunnel.closed() => return Err(lost.into()),
         },
@@ -192,7 +196,7 @@ async fn introduce(
         tunnel.hedge(context.hedge_rate);
     }
     control.send(&ControlMessage::Welcome(Box::new(welcome))).await?;
-    Ok(Backend::new(tunnel, hello, admitted, context.max_streams))
+    Ok(Backend::new(tunnel, hello, authenticated, context.max_streams))
 }
 
 fn welcome(hello: &Hello, context: &TunnelContext) -> Welcome {
@@ -247,7 +251,7 @@ async fn converse(
                 // A second introduction, or an answer to none.
                 _ => return Err(ControlError::Unexpected),
             },
-            () = backend.doubted() => control.ask(DOUBT_LIMIT).await?,
+            () = backend.suspected() => control.ask(SUSPECT_LIMIT).await?,
             () = context.draining.cancelled(), if !told => {
                 told = true;
                 let deadline_millis =

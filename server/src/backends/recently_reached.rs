@@ -15,9 +15,9 @@ const MAX_TARGETS: usize = 1024;
 
 /// Which targets an agent reached, and when last.
 #[derive(Debug, Default)]
-pub struct Reached(Mutex<HashMap<Target, Instant>>);
+pub struct RecentlyReached(Mutex<HashMap<Target, Instant>>);
 
-impl Reached {
+impl RecentlyReached {
     /// Remembers a target that was reached.
     pub fn note(&self, target: &Target, now: Instant) {
         let mut targets = self.targets();
@@ -60,24 +60,24 @@ mod tests {
 
     #[test]
     fn a_target_is_remembered_for_five_minutes_and_until_it_is_missed() {
-        let (reached, start) = (Reached::default(), Instant::now());
-        assert!(!reached.is_recent(&target(1), start));
-        reached.note(&target(1), start);
-        reached.note(&target(2), start);
-        assert!(reached.is_recent(&target(1), start + MEMORY - Duration::from_secs(1)));
-        assert!(!reached.is_recent(&target(1), start + MEMORY));
-        reached.forget(&target(2));
-        assert!(!reached.is_recent(&target(2), start));
+        let (recently_reached, start) = (RecentlyReached::default(), Instant::now());
+        assert!(!recently_reached.is_recent(&target(1), start));
+        recently_reached.note(&target(1), start);
+        recently_reached.note(&target(2), start);
+        assert!(recently_reached.is_recent(&target(1), start + MEMORY - Duration::from_secs(1)));
+        assert!(!recently_reached.is_recent(&target(1), start + MEMORY));
+        recently_reached.forget(&target(2));
+        assert!(!recently_reached.is_recent(&target(2), start));
     }
 
     #[test]
     fn the_oldest_target_makes_room() {
-        let (reached, start) = (Reached::default(), Instant::now());
+        let (recently_reached, start) = (RecentlyReached::default(), Instant::now());
         for port in 0..=MAX_TARGETS as u16 {
-            reached.note(&target(port), start + Duration::from_millis(port.into()));
+            recently_reached.note(&target(port), start + Duration::from_millis(port.into()));
         }
-        assert_eq!(reached.targets().len(), MAX_TARGETS);
-        assert!(!reached.is_recent(&target(0), start));
-        assert!(reached.is_recent(&target(1), start));
+        assert_eq!(recently_reached.targets().len(), MAX_TARGETS);
+        assert!(!recently_reached.is_recent(&target(0), start));
+        assert!(recently_reached.is_recent(&target(1), start));
     }
 }

@@ -85,7 +85,7 @@ impl<B: Candidate> Registry<B> {
         self.groups.iter().map(|(strategy, group)| (*strategy, group.keys.len()))
     }
 
-    /// Whether the first strategy has any backend: what stock calls ready.
+    /// Whether the first strategy has any backend: what Konnectivity calls ready.
     pub fn is_ready(&self) -> bool {
         self.groups.first().is_some_and(|(_, group)| !group.keys.is_empty())
     }

@@ -1,4 +1,4 @@
-//! The flags of `culvert-server`: every one a stock `proxy-server` has, and ours.
+//! The flags of `culvert-server`: every one a Konnectivity `proxy-server` has, and ours.
 
 use clap::Parser;
 use culvert_process::{go_duration::GoDuration, tunnel_flags::TunnelFlags};
@@ -79,7 +79,7 @@ pub struct Flags {
     #[arg(long, help_heading = "Agents", value_name = "FILE", default_value = "")]
     pub cluster_ca_cert: String,
 
-    /// Quiet time after which a stock agent's gRPC connection is pinged, where
+    /// Quiet time after which a Konnectivity agent's gRPC connection is pinged, where
     /// --tunnel-keep-alive-interval, which holds for it too, is longer or 0
     #[arg(long, help_heading = "Agents", value_name = "DURATION", default_value = "1h")]
     pub keepalive_time: GoDuration,
@@ -89,7 +89,7 @@ pub struct Flags {
     #[arg(long, help_heading = "Agents", value_name = "LIST", default_value = "default")]
     pub proxy_strategies: String,
 
-    /// Time for an agent to answer a dial; 0 waits for ever, which is stock's default
+    /// Time for an agent to answer a dial; 0 waits for ever, which is Konnectivity's default
     /// [default: 10s]
     #[arg(long, help_heading = "Agents", value_name = "DURATION")]
     pub backend_dial_timeout: Option<GoDuration>,
@@ -104,11 +104,11 @@ pub struct Flags {
     #[arg(long, help_heading = "Agents", value_name = "COUNT", default_value_t = 10_000)]
     pub max_streams_per_agent: i64,
 
-    /// Queue length of a stock server. Accepted and ignored: each stream has a window of its own
+    /// Queue length of a Konnectivity server. Accepted and ignored: each stream has a window of its own
     #[arg(long, help_heading = "Agents", value_name = "COUNT", default_value_t = 10)]
     pub xfr_channel_size: i64,
 
-    /// Accepted and ignored, as stock does
+    /// Accepted and ignored, as Konnectivity does
     #[arg(long, help_heading = "Agents", hide = true, default_value_t = true)]
     pub warn_on_channel_limit: bool,
 

@@ -78,8 +78,9 @@ fn default_ports_depend_on_the_name_of_the_program() {
 }
 
 #[test]
-fn a_stock_agent_is_pinged_after_the_shorter_of_two_intervals() {
-    let interval = |flags: &[&str]| Files::new().config(flags).unwrap().stock_keep_alive_interval();
+fn a_konnectivity_agent_is_pinged_after_the_shorter_of_two_intervals() {
+    let interval =
+        |flags: &[&str]| Files::new().config(flags).unwrap().konnectivity_keep_alive_interval();
     let tunnels_none = "--tunnel-keep-alive-interval=0";
     assert_eq!(interval(&[]), Some(Duration::from_secs(5)));
     assert_eq!(interval(&["--keepalive-time=2s"]), Some(Duration::from_secs(2)));
@@ -89,7 +90,7 @@ fn a_stock_agent_is_pinged_after_the_shorter_of_two_intervals() {
 }
 
 #[test]
-fn defaults_are_stocks_but_for_the_dial_timeout() {
+fn defaults_are_konnectivitys_but_for_the_dial_timeout() {
     let config = Files::new().config(&[]).unwrap();
     assert_eq!(config.server_count, 1);
     assert_eq!(config.server_id.len(), 36, "a UUID: {}", config.server_id);
@@ -158,9 +159,9 @@ fn agents_that_need_no_proof_are_told_of_and_proof_beats_that() {
     assert!(open.contains("NOT AUTHENTICATED"), "{open}");
 }
 
-/// Every stock flag as `--name=value`, the way upstream's test runners write them.
+/// Every Konnectivity flag as `--name=value`, the way upstream's test runners write them.
 #[test]
-fn every_stock_flag_parses_as_go_prints_it() {
+fn every_konnectivity_flag_parses_as_go_prints_it() {
     let args = [
         "--admin-bind-address=127.0.0.1",
         "--admin-port=8095",

@@ -16,8 +16,8 @@ use tokio::{
 };
 use tracing::debug;
 
-use super::{Declared, FrontendContext};
-use crate::dial::{DialError, Dialed, Wish};
+use super::{FrontendContext, RequestHints};
+use crate::dial::{DialError, DialParameters, Dialed};
 
 /// The most bytes a request's head may have.
 const MAX_HEAD_LEN: usize = 16 * 1024;
@@ -50,7 +50,7 @@ pub trait FrontendSocket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
 #[derive(Debug, PartialEq, Eq)]
 struct Request {
     address: String,
-    declared: Declared,
+    hints: RequestHints,
 }
 
 /// A request that was not.
@@ -121,7 +121,7 @@ fn parse(head: &[u8]) -> Result<Request, BadRequest> {
         let header = request.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name));
         header.and_then(|header| std::str::from_utf8(header.value).ok())
     };
-    Ok(Request { address: path.to_owned(), declared: Declared::read(header) })
+    Ok(Request { address: path.to_owned(), hints: RequestHints::read(header) })
 }
 
 /// The parser, for the fuzzer.
@@ -141,10 +141,10 @@ async fn dial<S: FrontendSocket>(
         Ok(target) => target,
         Err(error) => return Some(Err(DialError::Address(error))),
     };
-    let Declared { kind, trace } = request.declared;
-    let wish = Wish { network: Network::Tcp, target, kind, trace };
+    let RequestHints { kind, trace } = request.hints;
+    let parameters = DialParameters { network: Network::Tcp, target, kind, trace };
     tokio::select! {
-        result = context.dialer.dial(wish) => Some(result),
+        result = context.dialer.dial(parameters) => Some(result),
         () = gone(socket, buffer) => None,
     }
 }
@@ -237,7 +237,7 @@ fn refusal(error: &DialError) -> String {
     }
 }
 
-/// The status that stands for an error's text: clients and alerts know stock's mapping.
+/// The status that stands for an error's text: clients and alerts know Konnectivity's mapping.
 fn status(text: &str) -> &'static str {
     let text = text.to_lowercase();
     if text.contains("timeout") || text.contains("deadline exceeded") {
@@ -264,7 +264,7 @@ mod tests {
         ] {
             let request = parse(head.as_bytes()).unwrap();
             assert_eq!(request.address, "10.0.0.1:10250");
-            assert_eq!(request.declared, Declared::default());
+            assert_eq!(request.hints, RequestHints::default());
         }
     }
 
@@ -276,8 +276,8 @@ mod tests {
         );
         let request = parse(head.as_bytes()).unwrap();
         assert_eq!(request.address, "[fd00::1]:443");
-        assert_eq!(request.declared.kind, StreamKind::LOGS);
-        assert_eq!(request.declared.trace.unwrap().traceparent.as_str(), parent);
+        assert_eq!(request.hints.kind, StreamKind::LOGS);
+        assert_eq!(request.hints.trace.unwrap().traceparent.as_str(), parent);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! One connection of a stock peer as the local side of a splice.
+//! One connection of a Konnectivity peer as the local side of a splice.
 
 use std::{
     collections::HashMap,
@@ -24,7 +24,7 @@ use super::{
 /// The largest DATA packet: what Konnectivity's own server sends at most.
 const MAX_DATA_LEN: usize = 32 * 1024;
 
-/// Which side of the protocol the stock peer is, and so how a connection's end is told to it.
+/// Which side of the protocol the Konnectivity peer is, and so how a connection's end is told to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
     /// An agent: CLOSE_REQ, which it answers with CLOSE_RSP.
@@ -36,7 +36,7 @@ pub enum Side {
 /// Bytes that wait for all readers of one peer together at most; then the one furthest behind is cut off.
 const TOTAL_LIMIT: usize = 128 * 1024 * 1024;
 
-/// The connections of one stock peer, by their names. Clones share them.
+/// The connections of one Konnectivity peer, by their names. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct Connections {
     inboxes: Arc<Mutex<HashMap<i64, Arc<Inbox>>>>,
@@ -87,7 +87,7 @@ impl Connections {
     }
 }
 
-/// Joins a connection of the stock peer and a stream until both have ended; the peer is told the
+/// Joins a connection of the Konnectivity peer and a stream until both have ended; the peer is told the
 /// end. There is no half-close: the end of either direction ends both, behind what was sent before.
 ///
 /// # Cancel safety
@@ -101,9 +101,9 @@ pub async fn carry(
     meter: &Meter,
 ) -> Outcome {
     let closing = Arc::new(Closing { id, side, outbound, told: AtomicBool::new(false) });
-    let reader = StockRead { inbox: inbox.clone() };
-    let writer = StockWrite { inbox: inbox.clone(), closing: closing.clone() };
-    let outcome = splice(Local::new(reader, writer, Told), stream, meter).await;
+    let reader = KonnectivityRead { inbox: inbox.clone() };
+    let writer = KonnectivityWrite { inbox: inbox.clone(), closing: closing.clone() };
+    let outcome = splice(Local::new(reader, writer, NoAbort), stream, meter).await;
     connections.leave(id, &inbox);
     let reason = match &outcome.end {
         Ok(_) => String::new(),
@@ -139,11 +139,11 @@ impl Closing {
 
 /// What the peer sends.
 #[derive(Debug)]
-struct StockRead {
+struct KonnectivityRead {
     inbox: Arc<Inbox>,
 }
 
-impl LocalRead for StockRead {
+impl LocalRead for KonnectivityRead {
     async fn read(&mut self) -> Result<Option<Bytes>, LocalFault> {
         self.inbox.take().await
     }
@@ -155,12 +155,12 @@ impl LocalRead for StockRead {
 
 /// What the peer gets.
 #[derive(Debug)]
-struct StockWrite {
+struct KonnectivityWrite {
     inbox: Arc<Inbox>,
     closing: Arc<Closing>,
 }
 
-impl StockWrite {
+impl KonnectivityWrite {
     async fn send(&self, data: Bytes) -> Result<(), LocalFault> {
         if data.is_empty() || self.closing.outbound.carry(Packet::data(self.closing.id, data)).await
         {
@@ -170,7 +170,7 @@ impl StockWrite {
     }
 }
 
-impl LocalWrite for StockWrite {
+impl LocalWrite for KonnectivityWrite {
     async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), LocalFault> {
         let mut batch = BytesMut::new();
         for chunk in chunks {
@@ -205,9 +205,9 @@ impl LocalWrite for StockWrite {
 
 /// Whoever awaits the splice's end tells it to the peer.
 #[derive(Debug)]
-struct Told;
+struct NoAbort;
 
-impl Abort for Told {
+impl Abort for NoAbort {
     fn abort(&self) {}
 }
 

@@ -1,6 +1,6 @@
-//! What a stock peer has sent on one connection and nobody has taken yet.
+//! What a Konnectivity peer has sent on one connection and nobody has taken yet.
 //!
-//! Stock has no window per connection, so a reader that stalls can only be waited for by everybody
+//! Konnectivity has no window per connection, so a reader that stalls can only be waited for by everybody
 //! or be cut off. It is cut off, once [`HARD_LIMIT`] bytes wait for it. One that is merely slower
 //! than the peer sets the pace for a while instead: whoever fills the inbox waits a moment above
 //! [`SOFT_LIMIT`], as long as the reader is at work. All inboxes of a peer together have a limit too.
@@ -59,7 +59,7 @@ impl Held {
     }
 }
 
-/// A queue between the stock peer's one stream and one connection's reader.
+/// A queue between the Konnectivity peer's one stream and one connection's reader.
 #[derive(Debug)]
 pub struct Inbox {
     state: Mutex<State>,

@@ -1,16 +1,16 @@
-//! What stock Konnectivity peers say to each other, so that rollouts may mix versions.
+//! What Konnectivity peers say to each other, so that rollouts may mix versions.
 //!
-//! Stock knows no streams: all connections of an agent are packets of one gRPC stream, told apart
+//! Konnectivity knows no streams: all connections of an agent are packets of one gRPC stream, told apart
 //! by a number, and none of them can be slowed down alone. Here each of them becomes a stream of a
 //! tunnel again, whose other end is in the same process, and everything above the
 //! [tunnel](culvert_transport::Tunnel) goes on as with any other tunnel:
 //!
 //! ```text
-//! stock agent ──▶ gRPC ── bridge ═ pipe ═ tunnel ─ the server as ever
-//! the agent as ever ─ tunnel ═ pipe ═ bridge ── gRPC ──▶ stock server
+//! Konnectivity agent ──▶ gRPC ── bridge ═ pipe ═ tunnel ─ the server as ever
+//! the agent as ever ─ tunnel ═ pipe ═ bridge ── gRPC ──▶ Konnectivity server
 //! ```
 
-//= docs/protocol.md#11-stock-peers
+//= docs/protocol.md#11-konnectivity-peers
 
 pub mod codec;
 mod connection;
@@ -20,7 +20,7 @@ pub mod packet;
 
 pub use connection::{Connections, Side, carry};
 pub use inbox::{End, Inbox};
-pub use outbound::{Flooded, Outbound, Packets, outbound};
+pub use outbound::{Outbound, Packets, PeerNotReading, outbound};
 
 /// The method between agent and server.
 pub const CONNECT: &str = "/AgentService/Connect";

@@ -1,4 +1,4 @@
-//! Packets on their way to a stock peer.
+//! Packets on their way to a Konnectivity peer.
 
 use std::{
     pin::Pin,
@@ -16,7 +16,7 @@ const CARRIED: usize = 4;
 /// what makes no sense. A peer that leaves more unread is not worth waiting for.
 const URGENT: usize = 1024;
 
-/// Where packets to a stock peer go.
+/// Where packets to a Konnectivity peer go.
 #[derive(Clone, Debug)]
 pub struct Outbound {
     carried: mpsc::Sender<Packet>,
@@ -34,9 +34,9 @@ pub struct Packets {
 /// The peer does not read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the peer leaves {URGENT} packets unread")]
-pub struct Flooded;
+pub struct PeerNotReading;
 
-/// Both ends of the way to a stock peer.
+/// Both ends of the way to a Konnectivity peer.
 pub fn outbound() -> (Outbound, Packets) {
     let (carried, carried_packets) = mpsc::channel(CARRIED);
     let (urgent, urgent_packets) = mpsc::channel(URGENT);
@@ -58,10 +58,10 @@ impl Outbound {
     ///
     /// # Errors
     /// When the peer leaves too much unread. One that is gone is no error; its stream tells that.
-    pub fn urge(&self, packet: Packet) -> Result<(), Flooded> {
+    pub fn send_urgent(&self, packet: Packet) -> Result<(), PeerNotReading> {
         match self.urgent.try_send(packet) {
             Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => Ok(()),
-            Err(mpsc::error::TrySendError::Full(_)) => Err(Flooded),
+            Err(mpsc::error::TrySendError::Full(_)) => Err(PeerNotReading),
         }
     }
 

@@ -186,7 +186,7 @@ impl Packet {
 
 /// What a packet says, by its type; a payload that is missing is an empty one.
 #[derive(Debug)]
-pub enum Said {
+pub enum PacketMessage {
     /// Reach a target.
     Dial(DialRequest),
     /// A dial's answer.
@@ -205,7 +205,7 @@ pub enum Said {
     Unknown,
 }
 
-impl From<Packet> for Said {
+impl From<Packet> for PacketMessage {
     fn from(packet: Packet) -> Self {
         let Ok(r#type) = PacketType::try_from(packet.r#type) else { return Self::Unknown };
         match (r#type, packet.payload) {
@@ -256,16 +256,16 @@ mod tests {
 
     #[test]
     fn the_type_decides_and_a_missing_payload_is_an_empty_one() {
-        let bare = |r#type| Said::from(Packet { r#type, payload: None });
-        assert!(matches!(bare(0), Said::Dial(dial) if dial.address.is_empty()));
-        assert!(matches!(bare(1), Said::Dialed(answer) if answer.connect_id == 0));
-        assert!(matches!(bare(2), Said::Close(0)));
-        assert!(matches!(bare(3), Said::Closed(closed) if closed.error.is_empty()));
-        assert!(matches!(bare(4), Said::Data(data) if data.connect_id == 0));
-        assert!(matches!(bare(5), Said::CancelDial(0)));
-        assert!(matches!(bare(6), Said::Drain));
+        let bare = |r#type| PacketMessage::from(Packet { r#type, payload: None });
+        assert!(matches!(bare(0), PacketMessage::Dial(dial) if dial.address.is_empty()));
+        assert!(matches!(bare(1), PacketMessage::Dialed(answer) if answer.connect_id == 0));
+        assert!(matches!(bare(2), PacketMessage::Close(0)));
+        assert!(matches!(bare(3), PacketMessage::Closed(closed) if closed.error.is_empty()));
+        assert!(matches!(bare(4), PacketMessage::Data(data) if data.connect_id == 0));
+        assert!(matches!(bare(5), PacketMessage::CancelDial(0)));
+        assert!(matches!(bare(6), PacketMessage::Drain));
         for r#type in [7, -1, i32::MAX] {
-            assert!(matches!(bare(r#type), Said::Unknown), "{type}");
+            assert!(matches!(bare(r#type), PacketMessage::Unknown), "{type}");
         }
     }
 }

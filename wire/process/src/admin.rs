@@ -30,7 +30,7 @@ use tokio::{
 
 use super::{listen, logging::RateLimited};
 
-/// Time for a client to send its request's head, and to sit idle between two; stock's value.
+/// Time for a client to send its request's head, and to sit idle between two; Konnectivity's value.
 const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// Bytes of a request's head. Probes and scrapers send a few hundred.
 const MAX_HEADER_BYTES: usize = 64 << 10;
@@ -43,7 +43,7 @@ const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Page {
+pub struct AdminResponse {
     /// Status line.
     pub status: StatusCode,
     /// Media type of the body.
@@ -54,7 +54,7 @@ pub struct Page {
     pub body: String,
 }
 
-impl Page {
+impl AdminResponse {
     /// Plain text.
     pub fn text(status: StatusCode, body: impl Into<String>) -> Self {
         let content_type = "text/plain; charset=utf-8";
@@ -78,50 +78,50 @@ impl Page {
     }
 }
 
-/// Readiness of a server as stock words it: 200 `ok`, or 500 while no agent is connected.
-pub fn server_readiness(has_backend: bool) -> Page {
+/// Readiness of a server as Konnectivity words it: 200 `ok`, or 500 while no agent is connected.
+pub fn server_readiness(has_backend: bool) -> AdminResponse {
     if has_backend {
-        Page::text(StatusCode::OK, "ok")
+        AdminResponse::text(StatusCode::OK, "ok")
     } else {
-        Page::text(StatusCode::INTERNAL_SERVER_ERROR, "no connection to any proxy agent")
+        AdminResponse::text(StatusCode::INTERNAL_SERVER_ERROR, "no connection to any proxy agent")
     }
 }
 
-/// Readiness of an agent as stock words it: 200 `ok` (or the list of checks, when `verbose`), or
+/// Readiness of an agent as Konnectivity words it: 200 `ok` (or the list of checks, when `verbose`), or
 /// 503 and the list while no server is connected. `tunnels` are lines of ours about each tunnel, behind
-/// stock's.
-pub fn agent_readiness(connected: bool, verbose: bool, tunnels: &[String]) -> Page {
+/// Konnectivity's.
+pub fn agent_readiness(connected: bool, verbose: bool, tunnels: &[String]) -> AdminResponse {
     let lines: String = tunnels.iter().map(|line| format!("{line}\n")).collect();
     match (connected, verbose) {
-        (true, false) => Page::text(StatusCode::OK, "ok"),
+        (true, false) => AdminResponse::text(StatusCode::OK, "ok"),
         (true, true) => {
             let checks = "[+]ping ok\n[+]server-connected ok\n";
-            Page::text(StatusCode::OK, format!("{checks}{lines}check passed\n"))
+            AdminResponse::text(StatusCode::OK, format!("{checks}{lines}check passed\n"))
         }
         (false, _) => {
             let checks = "[+]ping ok\n[-]server-connected failed: no servers connected\n";
-            Page::text(StatusCode::SERVICE_UNAVAILABLE, format!("{checks}{lines}"))
+            AdminResponse::text(StatusCode::SERVICE_UNAVAILABLE, format!("{checks}{lines}"))
         }
     }
 }
 
 /// What a handler may know of the request.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Ask<'a> {
+pub struct AdminRequest<'a> {
     /// Behind the question mark, as sent.
     pub query: &'a str,
     /// The Host header, with port if it has one.
     pub host: &'a str,
 }
 
-impl Ask<'_> {
+impl AdminRequest<'_> {
     /// Whether the query has `verbose`, with or without a value.
     pub fn is_verbose(&self) -> bool {
         self.query.split('&').any(|pair| pair.split('=').next() == Some("verbose"))
     }
 }
 
-type Handler = Box<dyn Fn(Ask<'_>) -> Page + Send + Sync>;
+type Handler = Box<dyn Fn(AdminRequest<'_>) -> AdminResponse + Send + Sync>;
 
 /// Paths and what answers them; every other path is a 404.
 #[derive(Default)]
@@ -145,7 +145,7 @@ impl Routes {
     pub fn on(
         mut self,
         path: &'static str,
-        handler: impl Fn(Ask<'_>) -> Page + Send + Sync + 'static,
+        handler: impl Fn(AdminRequest<'_>) -> AdminResponse + Send + Sync + 'static,
     ) -> Self {
         self.table.push((path, Box::new(handler)));
         self
@@ -153,11 +153,14 @@ impl Routes {
 
     /// Adds `/healthz`: 200 `ok` for as long as the process answers at all.
     pub fn healthz(self) -> Self {
-        self.on("/healthz", |_| Page::text(StatusCode::OK, "ok"))
+        self.on("/healthz", |_| AdminResponse::text(StatusCode::OK, "ok"))
     }
 
     /// Adds `/readyz` and its old name `/ready`; see [`server_readiness`], [`agent_readiness`].
-    pub fn readyz(self, ready: impl Fn(Ask<'_>) -> Page + Send + Sync + 'static) -> Self {
+    pub fn readyz(
+        self,
+        ready: impl Fn(AdminRequest<'_>) -> AdminResponse + Send + Sync + 'static,
+    ) -> Self {
         let ready = Arc::new(ready);
         let same = Arc::clone(&ready);
         self.on("/readyz", move |ask| ready(ask)).on("/ready", move |ask| same(ask))
@@ -165,29 +168,29 @@ impl Routes {
 
     /// Adds `/metrics`: what `render` gives, as Prometheus' text format.
     pub fn metrics(self, render: impl Fn() -> String + Send + Sync + 'static) -> Self {
-        self.on("/metrics", move |_| Page {
+        self.on("/metrics", move |_| AdminResponse {
             content_type: "text/plain; version=0.0.4; charset=utf-8",
-            ..Page::text(StatusCode::OK, render())
+            ..AdminResponse::text(StatusCode::OK, render())
         })
     }
 
     /// Adds `/metrics` as a 301 to the same path on another port of the same host, which is how
-    /// a stock agent's admin port answers.
+    /// a Konnectivity agent's admin port answers.
     pub fn metrics_on_port(self, port: u16) -> Self {
         self.on("/metrics", move |ask| {
             let host = host_without_port(ask.host);
             let mark = if ask.query.is_empty() { "" } else { "?" };
-            Page::redirect(format!("//{host}:{port}/metrics{mark}{}", ask.query))
+            AdminResponse::redirect(format!("//{host}:{port}/metrics{mark}{}", ask.query))
         })
     }
 
-    fn answer<B>(&self, request: &Request<B>) -> Page {
+    fn answer<B>(&self, request: &Request<B>) -> AdminResponse {
         let path = request.uri().path();
         let Some((_, handler)) = self.table.iter().find(|(known, _)| *known == path) else {
-            return Page::text(StatusCode::NOT_FOUND, "404 page not found\n");
+            return AdminResponse::text(StatusCode::NOT_FOUND, "404 page not found\n");
         };
         let host = request.headers().get(HOST).and_then(|host| host.to_str().ok());
-        handler(Ask {
+        handler(AdminRequest {
             query: request.uri().query().unwrap_or_default(),
             host: host.unwrap_or_default(),
         })

@@ -13,9 +13,9 @@ use std::{
 
 use super::go_duration::GoDuration;
 
-/// Ports above this are ephemeral (RFC 6335 §6); stock refuses them on the server.
+/// Ports above this are ephemeral (RFC 6335 §6); Konnectivity refuses them on the server.
 const LAST_REGISTERED_PORT: i64 = 49151;
-/// Ports below this are for the super-user; stock refuses them on the server.
+/// Ports below this are for the super-user; Konnectivity refuses them on the server.
 const FIRST_REGISTERED_PORT: i64 = 1024;
 /// Longest name of a server or an agent: a DNS name (253 bytes) fits, which nodes are named by.
 const MAX_ID_BYTES: usize = 255;
@@ -110,7 +110,7 @@ impl Faults {
             return None;
         }
         let path = PathBuf::from(path);
-        // As stock: only absence is a fault now. Permissions may still change before it is read.
+        // As Konnectivity: only absence is a fault now. Permissions may still change before it is read.
         if let Err(error) = std::fs::metadata(&path)
             && error.kind() == io::ErrorKind::NotFound
         {
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn ports_have_stocks_bounds() {
+    fn ports_have_konnectivitys_bounds() {
         for (port, fine) in
             [(1023, false), (1024, true), (49151, true), (49152, false), (-1, false)]
         {

@@ -1,4 +1,4 @@
-//! Durations as Go writes them (`1h0m0s`, `100ms`, `1.5h`), because every stock flag does.
+//! Durations as Go writes them (`1h0m0s`, `100ms`, `1.5h`), because every Konnectivity flag does.
 
 use std::{fmt, str::FromStr, time::Duration};
 

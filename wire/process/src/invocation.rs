@@ -6,7 +6,7 @@ use std::{ffi::OsStr, path::Path};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Invocation {
     /// Started as `proxy-server` or `proxy-agent`: a swapped image, so Konnectivity's own ports.
-    Stock,
+    Konnectivity,
     /// Started by any other name: the ports Kubernetes' manifests use (8132, 8133, 8134).
     Culvert,
 }
@@ -16,15 +16,15 @@ impl Invocation {
     pub fn from_argv0(argv0: Option<&OsStr>) -> Self {
         let name = argv0.and_then(|argv0| Path::new(argv0).file_name()).and_then(OsStr::to_str);
         match name {
-            Some(name) if name.starts_with("proxy-") => Self::Stock,
+            Some(name) if name.starts_with("proxy-") => Self::Konnectivity,
             _ => Self::Culvert,
         }
     }
 
     /// The default that applies of the two.
-    pub fn choose<T>(self, stock: T, culvert: T) -> T {
+    pub fn choose<T>(self, konnectivity: T, culvert: T) -> T {
         match self {
-            Self::Stock => stock,
+            Self::Konnectivity => konnectivity,
             Self::Culvert => culvert,
         }
     }
@@ -37,9 +37,9 @@ mod tests {
     #[test]
     fn only_the_last_component_of_the_path_decides() {
         for (argv0, invocation) in [
-            ("/proxy-server", Invocation::Stock),
-            ("proxy-agent", Invocation::Stock),
-            ("./bin/proxy-agent", Invocation::Stock),
+            ("/proxy-server", Invocation::Konnectivity),
+            ("proxy-agent", Invocation::Konnectivity),
+            ("./bin/proxy-agent", Invocation::Konnectivity),
             ("/proxy-server/culvert-server", Invocation::Culvert),
             ("culvert-agent", Invocation::Culvert),
             ("", Invocation::Culvert),

@@ -1,4 +1,4 @@
-//! klog's flags: every stock binary has them, so manifests pass them and they must be accepted.
+//! klog's flags: every Konnectivity binary has them, so manifests pass them and they must be accepted.
 //!
 //! Only the verbosity means something here. Culvert writes its log to standard error and leaves
 //! files, rotation and headers to whoever collects it.
@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::faults::Faults;
 
-/// The flags of klog, with klog's names (hyphens for underscores) and stock's defaults.
+/// The flags of klog, with klog's names (hyphens for underscores) and Konnectivity's defaults.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Logging")]
 pub struct KlogFlags {

@@ -4,7 +4,7 @@ use std::io;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Exit code of a process that was told to stop twice, as stock has it.
+/// Exit code of a process that was told to stop twice, as Konnectivity has it.
 const IMPATIENT_EXIT_CODE: i32 = 1;
 
 /// The two stop signals, caught from the moment this value exists.

@@ -19,9 +19,9 @@ use crate::{ReadError, RecvHalf, SendHalf, Tunnel, Unreachable, WriteError};
 
 /// Time for the answer to a ping, when the network says that nobody listens at the peer's address:
 /// room for one repetition of a lost ping.
-const NOBODY_LIMIT: Duration = Duration::from_millis(50);
+const REFUSED_LIMIT: Duration = Duration::from_millis(50);
 /// The same when it says that there is no way: time for routes to change.
-const NO_WAY_LIMIT: Duration = Duration::from_millis(1500);
+const UNREACHABLE_LIMIT: Duration = Duration::from_millis(1500);
 /// How often a question's time begins anew because the peer was heard meanwhile: a busy node
 /// answers late, and only silence is death. A peer that is heard and never answers is broken.
 const MAX_RENEWALS: u32 = 5;
@@ -151,8 +151,8 @@ impl ControlStream {
                 frame = next_frame(&mut self.recv, &mut self.buffer) => frame?,
                 why = self.tunnel.unreachable() => {
                     let limit = match why {
-                        Unreachable::Port => NOBODY_LIMIT,
-                        Unreachable::Way => NO_WAY_LIMIT,
+                        Unreachable::Port => REFUSED_LIMIT,
+                        Unreachable::Host => UNREACHABLE_LIMIT,
                     };
                     self.ask(limit).await?;
                     return Ok(Event::Unreachable(why));

@@ -49,16 +49,16 @@ impl Class {
 
 /// What one direction of a stream has had.
 #[derive(Debug)]
-pub struct Attained {
+pub struct AttainedService {
     bytes: u64,
     /// When the stream last had nothing to send.
     idle_from: Instant,
-    tunnel: Arc<Share>,
+    tunnel: Arc<PriorityBudget>,
 }
 
-impl Attained {
+impl AttainedService {
     /// Of a stream that has had nothing, on a tunnel whose streams share this.
-    pub fn new(tunnel: Arc<Share>, now: Instant) -> Self {
+    pub fn new(tunnel: Arc<PriorityBudget>, now: Instant) -> Self {
         Self { bytes: 0, idle_from: now, tunnel }
     }
 
@@ -86,7 +86,7 @@ impl Attained {
 
 /// What all streams of a tunnel had: how many bytes may go first now.
 #[derive(Debug)]
-pub struct Share(Mutex<Credit>);
+pub struct PriorityBudget(Mutex<Credit>);
 
 #[derive(Debug)]
 struct Credit {
@@ -94,7 +94,7 @@ struct Credit {
     at: Instant,
 }
 
-impl Share {
+impl PriorityBudget {
     /// Of a tunnel that begins.
     pub fn new(now: Instant) -> Arc<Self> {
         Arc::new(Self(Mutex::new(Credit { bytes: CREDIT, at: now })))
@@ -133,7 +133,7 @@ mod tests {
         #[test]
         fn little_is_always_first(writes in prop::collection::vec((1_u64..2000, 1_u64..50), 1..500)) {
             let mut now = Instant::now();
-            let mut stream = Attained::new(Share::new(now), now);
+            let mut stream = AttainedService::new(PriorityBudget::new(now), now);
             for (bytes, pause) in writes {
                 // At most 2 000 bytes every 8 ms.
                 now += millis(8 + pause);
@@ -145,7 +145,7 @@ mod tests {
         #[test]
         fn much_sinks_and_silence_forgives(chunk in 1_000_u64..65_536, silence in 2_000_u64..100_000) {
             let mut now = Instant::now();
-            let mut stream = Attained::new(Share::new(now), now);
+            let mut stream = AttainedService::new(PriorityBudget::new(now), now);
             let mut classes = Vec::new();
             for _ in 0..(MEMORY / chunk + 1) {
                 now += millis(1);
@@ -161,7 +161,7 @@ mod tests {
         #[test]
         fn greed_is_no_silence(chunk in 1_000_u64..65_536, wait in 1_u64..10_000) {
             let mut now = Instant::now();
-            let mut stream = Attained::new(Share::new(now), now);
+            let mut stream = AttainedService::new(PriorityBudget::new(now), now);
             for _ in 0..(SHORT / chunk + 1) {
                 stream.on_write(now, chunk);
                 now += millis(wait);
@@ -174,8 +174,8 @@ mod tests {
         #[test]
         fn nothing_starves(writes in prop::collection::vec((0_usize..40, 1_u64..65_536), 1..2000)) {
             let now = Instant::now();
-            let share = Share::new(now);
-            let mut streams: Vec<_> = (0..40).map(|_| Attained::new(share.clone(), now)).collect();
+            let budget = PriorityBudget::new(now);
+            let mut streams: Vec<_> = (0..40).map(|_| AttainedService::new(budget.clone(), now)).collect();
             let (mut first, mut all) = (0, 0);
             for (stream, bytes) in writes {
                 all += bytes;

@@ -32,10 +32,10 @@ use tokio::{
 };
 
 pub(super) use self::halves::{RecvStream, SendStream};
-use self::{halves::Handle, mux::Mux, stream::Bells};
+use self::{halves::Handle, mux::Mux, stream::Wakers};
 use super::{
     RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, now,
-    priority::Share,
+    priority::PriorityBudget,
     settings::{ConnectError, Settings},
 };
 
@@ -89,7 +89,7 @@ where
     tokio::spawn(io::read(reader, shared.clone(), settings.idle_timeout));
     tokio::spawn(io::write(writer, shared.clone(), settings.keep_alive_interval));
     let connection =
-        Connection { owner: Arc::new(Owner(shared.clone())), share: Share::new(now()) };
+        Connection { owner: Arc::new(Owner(shared.clone())), budget: PriorityBudget::new(now()) };
     loop {
         let opened = shared.opened.notified();
         if shared.lock().peer().is_some() {
@@ -120,7 +120,7 @@ struct Shared {
     /// The last words are out.
     flushed: SetOnce<()>,
     /// What this side said when it closed the tunnel.
-    farewell: OnceLock<(CloseCode, String)>,
+    close_reason: OnceLock<(CloseCode, String)>,
     peer: Peer,
     sent: AtomicU64,
     received: AtomicU64,
@@ -135,7 +135,7 @@ impl Shared {
             opened: Notify::new(),
             lost: SetOnce::new(),
             flushed: SetOnce::new(),
-            farewell: OnceLock::new(),
+            close_reason: OnceLock::new(),
             peer,
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
@@ -155,7 +155,7 @@ impl Shared {
 
     fn close(&self, code: CloseCode, reason: &str) {
         // Only the first close counts, for the peer too.
-        if self.farewell.set((code, reason.to_owned())).is_ok() {
+        if self.close_reason.set((code, reason.to_owned())).is_ok() {
             self.lock().close(true, code.as_u32().into(), reason);
             self.lose(TunnelLost::ClosedHere { code, reason: reason.to_owned() });
         }
@@ -184,7 +184,7 @@ impl Drop for Owner {
 #[derive(Clone)]
 pub(super) struct Connection {
     owner: Arc<Owner>,
-    share: Arc<Share>,
+    budget: Arc<PriorityBudget>,
 }
 
 impl Connection {
@@ -203,7 +203,7 @@ impl Connection {
     /// Waits for the stream that `get` gives.
     async fn stream(
         &self,
-        get: impl Fn(&mut Mux) -> Option<(u64, Arc<Bells>)>,
+        get: impl Fn(&mut Mux) -> Option<(u64, Arc<Wakers>)>,
     ) -> Result<(SendHalf, RecvHalf), TunnelLost> {
         loop {
             let opened = self.shared().opened.notified();
@@ -211,8 +211,8 @@ impl Connection {
                 return Err(lost.clone());
             }
             let stream = get(&mut self.shared().lock());
-            if let Some((id, bells)) = stream {
-                return Ok(self.halves(&Handle::new(id, bells, self.owner.clone())));
+            if let Some((id, wakers)) = stream {
+                return Ok(self.halves(&Handle::new(id, wakers, self.owner.clone())));
             }
             select! {
                 () = opened => {}
@@ -223,7 +223,7 @@ impl Connection {
 
     fn halves(&self, handle: &Handle) -> (SendHalf, RecvHalf) {
         let (send, recv) = (SendStream::new(handle.clone()), RecvStream::new(handle.clone()));
-        (SendHalf::new(send, self.share.clone()), RecvHalf::new(recv))
+        (SendHalf::new(send, self.budget.clone()), RecvHalf::new(recv))
     }
 
     pub(super) fn close(&self, code: CloseCode, reason: &str) {

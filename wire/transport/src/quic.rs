@@ -3,8 +3,8 @@
 //! Here tunnels are made, from either end; `settings` says what they are set up with, and
 //! `connection` what becomes of them.
 
+mod close_reason;
 mod connection;
-mod farewell;
 mod hedge;
 mod settings;
 pub(crate) mod udp;
@@ -28,8 +28,8 @@ use quinn::{
 pub(super) use self::connection::{Connection, RecvStream, SendStream};
 pub use self::settings::ResetKey;
 use self::{
-    connection::Neighbours,
-    farewell::lost,
+    close_reason::lost,
+    connection::IcmpRouter,
     udp::{BindError, BufferSizes},
 };
 use super::{
@@ -54,7 +54,7 @@ pub struct Listener {
     endpoint: quinn::Endpoint,
     config: quinn::ServerConfig,
     settings: Settings,
-    neighbours: Arc<Neighbours>,
+    icmp_router: Arc<IcmpRouter>,
     handshakes: Arc<AtomicUsize>,
     buffer_sizes: BufferSizes,
 }
@@ -81,13 +81,13 @@ impl Listener {
             Arc::new(TokioRuntime),
         )
         .map_err(|error| BindError::new(address, error))?;
-        let neighbours = Arc::new(Neighbours::default());
-        neighbours.listen(bound.errors);
+        let icmp_router = Arc::new(IcmpRouter::default());
+        icmp_router.listen(bound.errors);
         Ok(Self {
             endpoint,
             config,
             settings: *settings,
-            neighbours,
+            icmp_router,
             handshakes: Arc::default(),
             buffer_sizes: bound.buffer_sizes,
         })
@@ -124,7 +124,7 @@ impl Listener {
                     config: self.config_for(&incoming),
                     incoming,
                     pending: Pending::enter(&self.handshakes),
-                    neighbours: self.neighbours.clone(),
+                    icmp_router: self.icmp_router.clone(),
                     endpoint: self.endpoint.clone(),
                 });
             }
@@ -163,7 +163,7 @@ pub struct Incoming {
     incoming: quinn::Incoming,
     config: quinn::ServerConfig,
     pending: Pending,
-    neighbours: Arc<Neighbours>,
+    icmp_router: Arc<IcmpRouter>,
     endpoint: quinn::Endpoint,
 }
 
@@ -181,7 +181,7 @@ impl Incoming {
         let handshake = async { self.incoming.accept_with(Arc::new(self.config))?.await };
         let connection = handshake.await.map_err(|error| ConnectError::Handshake(lost(error)))?;
         drop(self.pending);
-        Connection::established(connection, self.endpoint, self.neighbours)
+        Connection::established(connection, self.endpoint, self.icmp_router)
             .ok_or(ConnectError::Protocol)
     }
 }
@@ -229,7 +229,7 @@ pub async fn connect(
         Arc::new(TokioRuntime),
     )
     .map_err(|error| BindError::new(local, error))?;
-    let neighbours = Arc::new(Neighbours::default());
+    let icmp_router = Arc::new(IcmpRouter::default());
 
     let crypto = QuicClientConfig::try_from(tls).map_err(|e| ConnectError::Tls(e.to_string()))?;
     let mut client = quinn::ClientConfig::new(Arc::new(crypto));
@@ -241,9 +241,9 @@ pub async fn connect(
         connected = connecting => connected.map_err(|error| ConnectError::Handshake(lost(error)))?,
         () = refused(bound.errors.as_ref()) => return Err(ConnectError::Refused),
     };
-    neighbours.listen(bound.errors);
+    icmp_router.listen(bound.errors);
     let tunnel =
-        Connection::established(connection, endpoint, neighbours).ok_or(ConnectError::Protocol)?;
+        Connection::established(connection, endpoint, icmp_router).ok_or(ConnectError::Protocol)?;
     Ok((tunnel, bound.buffer_sizes))
 }
 

@@ -17,7 +17,7 @@ use tokio_util::either::Either;
 
 pub use self::{
     proxies::{InvalidVariable, Proxies},
-    proxy::{InvalidProxy, Passage, Proxy},
+    proxy::{InvalidProxy, ProxiedStream, Proxy},
 };
 use super::{
     Tunnel, TunnelLost, canonical,
@@ -32,7 +32,7 @@ const MAX_UNSENT: u32 = 64 * 1024;
 
 /// How a server is reached.
 #[derive(Clone, Debug)]
-pub enum Way {
+pub enum Route {
     /// At its address.
     Direct(SocketAddr),
     /// By a proxy, which looks its name up.
@@ -55,7 +55,7 @@ pub enum Way {
 /// # Cancel safety
 /// Dropping the future gives up what was begun.
 pub async fn connect(
-    way: &Way,
+    way: &Route,
     server_name: &str,
     tls: Arc<rustls::ClientConfig>,
     settings: &Settings,
@@ -72,7 +72,7 @@ pub async fn connect(
 /// # Cancel safety
 /// Dropping the future gives up what was begun.
 pub async fn handshake(
-    way: &Way,
+    way: &Route,
     server_name: &str,
     tls: Arc<rustls::ClientConfig>,
     settings: &Settings,
@@ -81,16 +81,16 @@ pub async fn handshake(
         .map_err(|error| ConnectError::Address(error.to_string()))?;
     let deadline = Instant::now() + settings.idle_timeout;
     let (socket, address) = match way {
-        Way::Direct(remote) => {
+        Route::Direct(remote) => {
             let socket = in_time(deadline, TcpStream::connect(remote)).await?;
             prepare(&socket, settings);
             (Either::Left(socket), *remote)
         }
-        Way::Proxied { proxy, host, port } => {
-            let passage = proxy.pass((host, *port), settings, deadline).await;
-            let (passage, address) =
-                passage.map_err(|fault| ConnectError::Proxy { proxy: proxy.to_string(), fault })?;
-            (Either::Right(passage), canonical(address))
+        Route::Proxied { proxy, host, port } => {
+            let proxied_stream = proxy.pass((host, *port), settings, deadline).await;
+            let (proxied_stream, address) = proxied_stream
+                .map_err(|fault| ConnectError::Proxy { proxy: proxy.to_string(), fault })?;
+            (Either::Right(proxied_stream), canonical(address))
         }
     };
     let stream = in_time(deadline, TlsConnector::from(tls).connect(name, socket)).await?;
@@ -114,7 +114,7 @@ async fn in_time<T>(
 }
 
 /// The bytes of a connection to a server, directly or through a proxy.
-pub type Stream = client::TlsStream<Either<TcpStream, Passage>>;
+pub type Stream = client::TlsStream<Either<TcpStream, ProxiedStream>>;
 
 /// A connection to a server whose TLS handshake is done.
 #[derive(Debug)]

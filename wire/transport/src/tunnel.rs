@@ -21,7 +21,7 @@ use rustls_pki_types::CertificateDer;
 
 use crate::{
     carrier,
-    priority::{Attained, Class, Share},
+    priority::{AttainedService, Class, PriorityBudget},
     quic::udp::Unreachable,
 };
 
@@ -115,7 +115,7 @@ impl Tunnel {
         self.carrier.stats()
     }
 
-    /// The carrier's name for logs and metric labels: `quic`, `tcp`, or `grpc` to a stock peer.
+    /// The carrier's name for logs and metric labels: `quic`, `tcp`, or `grpc` to a Konnectivity peer.
     pub fn transport(&self) -> &'static str {
         self.carrier.name()
     }
@@ -254,13 +254,16 @@ pub struct SendHalf {
     carrier: carrier::SendStream,
     ended: bool,
     /// What the stream has had, unless its priority was set.
-    attained: Option<Attained>,
+    attained: Option<AttainedService>,
     class: Class,
 }
 
 impl SendHalf {
-    pub(crate) fn new(carrier: impl Into<carrier::SendStream>, tunnel: Arc<Share>) -> Self {
-        let attained = Some(Attained::new(tunnel, now()));
+    pub(crate) fn new(
+        carrier: impl Into<carrier::SendStream>,
+        tunnel: Arc<PriorityBudget>,
+    ) -> Self {
+        let attained = Some(AttainedService::new(tunnel, now()));
         let carrier = carrier.into();
         let half = Self { carrier, ended: false, attained, class: Class::Interactive };
         half.carrier.set_priority(half.class.priority());

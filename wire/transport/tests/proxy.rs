@@ -9,7 +9,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use bytes::Bytes;
 use culvert_transport::{
     ConnectError, ProxyFault, Settings, Tunnel, TunnelLost,
-    tcp::{self, Proxies, Proxy, Way},
+    tcp::{self, Proxies, Proxy, Route},
     tls::{KeyExchange, tunnel_client, tunnel_server},
 };
 use tokio::{
@@ -69,7 +69,7 @@ impl TestProxy {
     }
 
     /// The way through this proxy, as somebody with these credentials.
-    fn way(&self, credentials: &str) -> Way {
+    fn way(&self, credentials: &str) -> Route {
         let url = format!("http://{credentials}{}", self.address);
         through(url.parse().unwrap())
     }
@@ -117,8 +117,8 @@ async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
 }
 
 /// A server with a name that only the proxy can look up.
-fn through(proxy: Proxy) -> Way {
-    Way::Proxied { proxy: proxy.into(), host: "server.invalid".into(), port: 8132 }
+fn through(proxy: Proxy) -> Route {
+    Route::Proxied { proxy: proxy.into(), host: "server.invalid".into(), port: 8132 }
 }
 
 /// A server, and what agents need to connect to it.
@@ -145,14 +145,14 @@ impl Server {
         accept_tcp(socket, tls.into(), &Settings::default()).await
     }
 
-    async fn connect(&self, way: &Way, settings: &Settings) -> Result<Tunnel, ConnectError> {
+    async fn connect(&self, way: &Route, settings: &Settings) -> Result<Tunnel, ConnectError> {
         let roots = self.authority.roots();
         let tls = tunnel_client(roots, None, KeyExchange::Hybrid).unwrap();
         tcp::connect(way, "127.0.0.1", tls.into(), settings).await
     }
 
     /// Both ends of a tunnel that goes this way; the server's first.
-    async fn pair(&self, way: &Way) -> (Tunnel, Tunnel) {
+    async fn pair(&self, way: &Route) -> (Tunnel, Tunnel) {
         let settings = Settings::default();
         let (server, agent) = tokio::join!(self.accept(), self.connect(way, &settings));
         (server, agent.unwrap())
@@ -266,7 +266,7 @@ async fn the_proxy_itself_may_be_behind_tls() {
             })
             .unwrap();
             let proxy = proxies.proxy_for("server.invalid", 8132).unwrap();
-            Way::Proxied { proxy, host: "server.invalid".into(), port: 8132 }
+            Route::Proxied { proxy, host: "server.invalid".into(), port: 8132 }
         };
         let (near, far) = server.pair(&way(file("vouching", &vouching))).await;
         carries(&near, &far).await;

@@ -1,4 +1,4 @@
-//! A stock agent's one stream on one side, a tunnel on the other.
+//! A Konnectivity agent's one stream on one side, a tunnel on the other.
 
 use std::{
     collections::HashMap,
@@ -8,8 +8,8 @@ use std::{
 };
 
 use culvert_konnectivity::{
-    Connections, End, Flooded, Inbox, Outbound, Side, carry,
-    packet::{DialResponse, Packet, Said},
+    Connections, End, Inbox, Outbound, PeerNotReading, Side, carry,
+    packet::{DialResponse, Packet, PacketMessage},
 };
 use culvert_process::logging::RateLimited;
 use culvert_transport::{
@@ -36,14 +36,14 @@ use tracing::{debug, warn};
 
 use super::{Call, keepalive::TooManyPings};
 use crate::agents::{
-    admission::Admitted,
+    admission::Authenticated,
     session::{self, TunnelContext},
 };
 
 /// Time for our own end of the tunnel to welcome the agent.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why a stock agent was not let in.
+/// Why a Konnectivity agent was not let in.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum JoinError {
     #[error(transparent)]
@@ -64,7 +64,7 @@ enum Ended {
     #[error("the agent's stream failed: {}", .0.message())]
     Failed(#[from] tonic::Status),
     #[error(transparent)]
-    Flooded(#[from] Flooded),
+    PeerNotReading(#[from] PeerNotReading),
     #[error(transparent)]
     Pings(#[from] TooManyPings),
     #[error("{0}")]
@@ -82,7 +82,7 @@ impl Ended {
     }
 }
 
-/// Plays a stock agent's part on its tunnel.
+/// Plays a Konnectivity agent's part on its tunnel.
 #[derive(Debug)]
 pub(super) struct Bridge {
     tunnel: Tunnel,
@@ -93,14 +93,18 @@ impl Bridge {
     /// Introduces the agent on a new tunnel of this process.
     pub(super) async fn join(
         hello: Hello,
-        admitted: Admitted,
+        authenticated: Authenticated,
         peer: Peer,
         context: &Arc<TunnelContext>,
     ) -> Result<Self, JoinError> {
         let settings = context.settings;
         let streams = culvert_transport::Settings { max_streams: context.max_streams, ..settings };
         let ends = pipe(peer, &streams, &settings).await?;
-        context.tunnels.spawn(session::serve_tunnel(ends.server, Some(admitted), context.clone()));
+        context.tunnels.spawn(session::serve_tunnel(
+            ends.server,
+            Some(authenticated),
+            context.clone(),
+        ));
         let tunnel = ends.agent;
         let introduced = async {
             let mut control = ControlStream::new(tunnel.clone(), tunnel.open().await?);
@@ -139,7 +143,7 @@ impl Bridge {
             ended = &mut accepting => ended,
         };
         let Err(ended) = ended;
-        debug!(remote = %tunnel.remote_address(), %ended, "a stock agent's stream is over");
+        debug!(remote = %tunnel.remote_address(), %ended, "a Konnectivity agent's stream is over");
         // While the streams still live: dials that were not answered are lost with the tunnel, and made
         // again elsewhere, and the server hears the reason and nothing else.
         tunnel.close(ended.close_code(), &ended.to_string());
@@ -181,16 +185,16 @@ impl Shared {
     /// Takes what the agent sends. It waits for nobody for long: all connections share this stream.
     async fn hear(&self, mut inbound: Streaming<Packet>) -> Result<Never, Ended> {
         loop {
-            match Said::from(inbound.message().await?.ok_or(Ended::Stream)?) {
-                Said::Dialed(response) => self.dialed(response)?,
+            match PacketMessage::from(inbound.message().await?.ok_or(Ended::Stream)?) {
+                PacketMessage::Dialed(response) => self.dialed(response)?,
                 // One that is not here was closed; the agent goes on reading its target for a
                 // moment.
-                Said::Data(data) => {
+                PacketMessage::Data(data) => {
                     if let Some(inbox) = self.connections.push(data.connect_id, data.data) {
                         inbox.pace().await;
                     }
                 }
-                Said::Closed(closed) => {
+                PacketMessage::Closed(closed) => {
                     if let Some(inbox) = self.connections.remove(closed.connect_id) {
                         inbox.end(match closed.error {
                             error if error.is_empty() => End::Finished,
@@ -198,14 +202,17 @@ impl Shared {
                         });
                     }
                 }
-                Said::Drain => self.drained.notify_one(),
+                PacketMessage::Drain => self.drained.notify_one(),
                 // What only servers say, and what later versions may.
-                Said::Dial(_) | Said::Close(_) | Said::CancelDial(_) | Said::Unknown => {}
+                PacketMessage::Dial(_)
+                | PacketMessage::Close(_)
+                | PacketMessage::CancelDial(_)
+                | PacketMessage::Unknown => {}
             }
         }
     }
 
-    fn dialed(&self, response: DialResponse) -> Result<(), Flooded> {
+    fn dialed(&self, response: DialResponse) -> Result<(), PeerNotReading> {
         let waiting = self.dials().remove(&response.random);
         if !response.error.is_empty() {
             if let Some(waiting) = waiting {
@@ -223,12 +230,12 @@ impl Shared {
                 let reason = "the agent gave its name away".into();
                 inbox.end(End::Cut { code: StreamCode::MALFORMED, reason });
             }
-            self.outbound.urge(Packet::close_request(id))?;
+            self.outbound.send_urgent(Packet::close_request(id))?;
         }
         Ok(())
     }
 
-    /// Tells our own end that the agent drains, and reads what it has to say, of which a stock agent
+    /// Tells our own end that the agent drains, and reads what it has to say, of which a Konnectivity agent
     /// understands nothing.
     async fn converse(&self, control: &mut ControlStream) -> Result<Never, Ended> {
         loop {
@@ -264,7 +271,7 @@ impl Shared {
         let Ok(reply) = frame::encode(&reply) else { return };
         if send.write_chunk(reply).await.is_err() {
             // Without a reader the splice below would find the same; the agent is told there.
-            debug!(target = %request.target, "nobody waits for a stock agent's answer");
+            debug!(target = %request.target, "nobody waits for a Konnectivity agent's answer");
         }
         match answer {
             Ok(connection) => {
@@ -289,7 +296,7 @@ impl Shared {
         let mut pending = PendingDial { shared: self, random, answer };
         let packet =
             Packet::dial_request(random, request.network.name(), request.target.to_string());
-        self.outbound.urge(packet).map_err(|flooded| flooded.to_string())?;
+        self.outbound.send_urgent(packet).map_err(|not_reading| not_reading.to_string())?;
         (&mut pending.answer).await.unwrap_or_else(|_| Err("dial closed".into()))
     }
 
@@ -315,12 +322,12 @@ impl Drop for PendingDial<'_> {
             // It came while the dial was given up.
             Ok(Ok((id, _))) => {
                 connections.remove(id);
-                outbound.urge(Packet::close_request(id))
+                outbound.send_urgent(Packet::close_request(id))
             }
             Ok(Err(_)) => Ok(()),
             // One that comes nevertheless is answered with CLOSE_REQ.
             Err(_) => match self.shared.dials().remove(&self.random) {
-                Some(_) => outbound.urge(Packet::close_dial(self.random)),
+                Some(_) => outbound.send_urgent(Packet::close_dial(self.random)),
                 None => Ok(()),
             },
         };
@@ -335,14 +342,14 @@ fn told(request: &DialRequest, end: &Result<(HalfEnd, HalfEnd), Cut>) {
     match end {
         Err(Cut::Local(fault)) if fault.code == StreamCode::OVERLOADED => {
             if let Some(suppressed) = TOO_SLOW.admit(Instant::now()) {
-                warn!(%target, %fault, suppressed, "a stock agent's connection was cut off");
+                warn!(%target, %fault, suppressed, "a Konnectivity agent's connection was cut off");
             }
         }
-        end => debug!(%target, ?end, "a stock agent's connection ended"),
+        end => debug!(%target, ?end, "a Konnectivity agent's connection ended"),
     }
 }
 
-/// The reason in a stock agent's words, which are Go's, and its kind as far as they tell.
+/// The reason in a Konnectivity agent's words, which are Go's, and its kind as far as they tell.
 fn failure(text: &str) -> DialFailure {
     let kind = [
         ("connection refused", DialErrorKind::REFUSED),

@@ -1,4 +1,4 @@
-//! Who a stock agent says it is: the metadata of its call.
+//! Who a Konnectivity agent says it is: the metadata of its call.
 
 use culvert_konnectivity::header;
 use culvert_wire::{
@@ -11,7 +11,7 @@ use culvert_wire::{
 };
 use tonic::metadata::MetadataMap;
 
-/// What a stock agent's metadata says, as an agent of ours would say it, but for the [`token`]; or
+/// What a Konnectivity agent's metadata says, as an agent of ours would say it, but for the [`token`]; or
 /// why it cannot be.
 pub(super) fn read(metadata: &MetadataMap) -> Result<Hello, String> {
     let agent_id: AgentId = one(metadata, header::AGENT_ID, "agent ID")?
@@ -29,7 +29,7 @@ pub(super) fn read(metadata: &MetadataMap) -> Result<Hello, String> {
     })
 }
 
-/// A stock agent's token, if it sent one; or why it is none.
+/// A Konnectivity agent's token, if it sent one; or why it is none.
 pub(super) fn token(metadata: &MetadataMap) -> Result<Option<Secret>, String> {
     let mut values = metadata.get_all(header::AUTHORIZATION).iter();
     let Some(value) = values.next() else { return Ok(None) };
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_stock_agent_sends_is_understood() {
+    fn what_a_konnectivity_agent_sends_is_understood() {
         let hello = read(&metadata(&[
             ("agentid", "node-1"),
             ("agentidentifiers", "ipv4=10.0.0.1&host=a%2Bb&default-route=true&later=x"),
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_is_told_in_stocks_words() {
+    fn a_fault_is_told_konnectivity_message() {
         let fault = |pairs: &[(&'static str, &str)]| read(&metadata(pairs)).unwrap_err();
         assert_eq!(fault(&[]), "expected one agent ID in the context, got []");
         assert!(fault(&[("agentid", "a"), ("agentid", "b")]).starts_with("expected one agent ID"));

@@ -1,4 +1,4 @@
-//! How often a stock agent may ping, as Konnectivity's own server enforces it.
+//! How often a Konnectivity agent may ping, as Konnectivity's own server enforces it.
 //!
 //! That server is grpc-go's with `EnforcementPolicy{MinTime: 30s, PermitWithoutStream: true}`
 //! (upstream's `cmd/server/app/server.go`), whose rule is `handlePing` of grpc-go's

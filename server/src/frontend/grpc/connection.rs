@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use culvert_konnectivity::packet::{Packet, Said};
+use culvert_konnectivity::packet::{Packet, PacketMessage};
 use culvert_transport::splice::{Abort, LocalFault, LocalRead, LocalWrite};
 use culvert_wire::StreamCode;
 use tokio::{
@@ -106,7 +106,7 @@ impl ProxyRead {
     async fn handle(&mut self, packet: Packet) -> Result<Option<Bytes>, LocalFault> {
         let id = self.closing.id;
         let answer = match packet.into() {
-            Said::Data(data) => {
+            PacketMessage::Data(data) => {
                 if data.connect_id == 0 {
                     return Ok(None);
                 }
@@ -120,7 +120,7 @@ impl ProxyRead {
                 }
                 Packet::close_response(data.connect_id, "unrecognized connectID")
             }
-            Said::Close(closed) => {
+            PacketMessage::Close(closed) => {
                 self.closing.registration.heard();
                 // Nothing that follows has a meaning, whichever connection it names.
                 self.ended = true;
@@ -129,7 +129,7 @@ impl ProxyRead {
                 }
                 Packet::close_response(closed, "Unknown connectID")
             }
-            Said::Dial(second) => second_dial_refused(second.random),
+            PacketMessage::Dial(second) => second_dial_refused(second.random),
             _ => return Ok(None),
         };
         self.closing.outbound.send(Ok(answer)).await.map_err(|_| cancelled())?;

@@ -18,20 +18,20 @@ use std::{
     },
 };
 
-use culvert_konnectivity::packet::{DialRequest, Packet, Said};
+use culvert_konnectivity::packet::{DialRequest, Packet, PacketMessage};
 use culvert_transport::splice::{Cut, HalfEnd, Local};
 use culvert_wire::{Target, dial::Network};
 use tonic::Streaming;
 use tracing::debug;
 
 use super::{
-    super::{Declared, FrontendContext},
+    super::{FrontendContext, RequestHints},
     Outbound,
     connection::{self, CutOnDrop, Registration},
     second_dial_refused,
 };
 use crate::{
-    dial::{DialError, Dialed, Wish},
+    dial::{DialError, DialParameters, Dialed},
     metrics::FrontendKind,
 };
 
@@ -41,14 +41,14 @@ static NEXT_CONNECT_ID: AtomicI64 = AtomicI64::new(1);
 /// Serves one `Proxy` stream until the frontend ends it or its connection is over.
 pub(super) async fn serve(
     context: Arc<FrontendContext>,
-    declared: Declared,
+    hints: RequestHints,
     mut inbound: Streaming<Packet>,
     outbound: Outbound,
 ) {
     let _counted = context.metrics.frontend_open(FrontendKind::Grpc);
     while let Some(request) = first_dial(&mut inbound, &outbound).await {
         let random = request.random;
-        let dialed = match dial(&context, &declared, request, &mut inbound, &outbound).await {
+        let dialed = match dial(&context, &hints, request, &mut inbound, &outbound).await {
             Dialing::Done(dialed) => dialed,
             Dialing::Cancelled => continue,
             Dialing::Left => return,
@@ -70,14 +70,14 @@ pub(super) async fn serve(
 async fn first_dial(inbound: &mut Streaming<Packet>, outbound: &Outbound) -> Option<DialRequest> {
     while let Ok(Some(packet)) = inbound.message().await {
         match packet.into() {
-            Said::Dial(request) => return Some(request),
-            Said::Close(id) => {
+            PacketMessage::Dial(request) => return Some(request),
+            PacketMessage::Close(id) => {
                 outbound
                     .send(Ok(Packet::close_response(id, "backend uninitialized")))
                     .await
                     .ok()?;
             }
-            Said::Data(data) => {
+            PacketMessage::Data(data) => {
                 let answer = Packet::close_response(data.connect_id, "backend not initialized");
                 outbound.send(Ok(answer)).await.ok()?;
                 return None;
@@ -100,16 +100,16 @@ enum Dialing {
 /// Dials while listening to what the frontend has to say meanwhile.
 async fn dial(
     context: &FrontendContext,
-    declared: &Declared,
+    hints: &RequestHints,
     request: DialRequest,
     inbound: &mut Streaming<Packet>,
     outbound: &Outbound,
 ) -> Dialing {
-    let wish = match wish(declared, &request) {
-        Ok(wish) => wish,
+    let parameters = match parameters(hints, &request) {
+        Ok(parameters) => parameters,
         Err(error) => return Dialing::Done(Err(error)),
     };
-    let mut dialing = pin!(context.dialer.dial(wish));
+    let mut dialing = pin!(context.dialer.dial(parameters));
     loop {
         let packet = tokio::select! {
             result = &mut dialing => return Dialing::Done(result.map(Box::new)),
@@ -120,14 +120,16 @@ async fn dial(
             return Dialing::Left;
         };
         let refusal = match packet.into() {
-            Said::CancelDial(random) if random == request.random => {
+            PacketMessage::CancelDial(random) if random == request.random => {
                 context.metrics.dial_failed("frontend_close");
                 return Dialing::Cancelled;
             }
-            Said::Dial(second) => second_dial_refused(second.random),
-            Said::Data(data) if data.connect_id == 0 => continue,
-            Said::Data(data) => Packet::close_response(data.connect_id, "unrecognized connectID"),
-            Said::Close(id) => Packet::close_response(id, "Unknown connectID"),
+            PacketMessage::Dial(second) => second_dial_refused(second.random),
+            PacketMessage::Data(data) if data.connect_id == 0 => continue,
+            PacketMessage::Data(data) => {
+                Packet::close_response(data.connect_id, "unrecognized connectID")
+            }
+            PacketMessage::Close(id) => Packet::close_response(id, "Unknown connectID"),
             _ => continue,
         };
         if outbound.send(Ok(refusal)).await.is_err() {
@@ -136,12 +138,12 @@ async fn dial(
     }
 }
 
-fn wish(declared: &Declared, request: &DialRequest) -> Result<Wish, DialError> {
+fn parameters(hints: &RequestHints, request: &DialRequest) -> Result<DialParameters, DialError> {
     let network = Network::from_name(&request.protocol)
         .ok_or_else(|| DialError::Network(request.protocol.chars().take(32).collect()))?;
     let target: Target = request.address.parse()?;
-    let Declared { kind, trace } = declared.clone();
-    Ok(Wish { network, target, kind, trace })
+    let RequestHints { kind, trace } = hints.clone();
+    Ok(DialParameters { network, target, kind, trace })
 }
 
 /// Tells the frontend its connection's name and splices it until both directions have ended.

@@ -18,7 +18,7 @@ use tonic::{
 };
 
 use super::{
-    super::{Declared, FrontendContext},
+    super::{FrontendContext, RequestHints},
     proxy,
 };
 
@@ -69,8 +69,8 @@ impl StreamingService<Packet> for Proxy {
         let context = self.0.clone();
         let tasks = context.tasks.clone();
         let metadata = request.metadata();
-        let declared = Declared::read(|name| metadata.get(name)?.to_str().ok());
-        tasks.spawn(proxy::serve(context, declared, request.into_inner(), outbound));
+        let hints = RequestHints::read(|name| metadata.get(name)?.to_str().ok());
+        tasks.spawn(proxy::serve(context, hints, request.into_inner(), outbound));
         std::future::ready(Ok(tonic::Response::new(ReceiverStream::new(packets))))
     }
 }

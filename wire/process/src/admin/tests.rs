@@ -23,7 +23,7 @@ async fn get(server: &AdminServer, path: &str) -> (u16, String) {
 }
 
 #[tokio::test]
-async fn a_server_answers_as_stock_does() {
+async fn a_server_answers_as_konnectivity_does() {
     for (has_backend, expected) in
         [(true, (200, "ok")), (false, (500, "no connection to any proxy agent"))]
     {
@@ -41,7 +41,7 @@ async fn a_server_answers_as_stock_does() {
 }
 
 #[tokio::test]
-async fn an_agent_answers_as_stock_does() {
+async fn an_agent_answers_as_konnectivity_does() {
     const FAILED: &str = "[+]ping ok\n[-]server-connected failed: no servers connected\n";
     const FAILED_WITH: &str =
         "[+]ping ok\n[-]server-connected failed: no servers connected\n[+]a tunnel\n";

@@ -33,7 +33,7 @@ const BANDWIDTH_ROUNDS: u64 = 24;
 const MIN_RTT_LIFETIME: Duration = Duration::from_secs(10);
 /// How long the window is lowered to look for it.
 const PROBE_RTT_DURATION: Duration = Duration::from_millis(200);
-/// Share of the product that is in flight meanwhile (§5.3.4.3).
+/// PriorityBudget of the product that is in flight meanwhile (§5.3.4.3).
 const PROBE_RTT_GAIN: f64 = 0.5;
 /// Growth per round by which startup knows that there is more (§5.3.1.2).
 const FULL_GROWTH: f64 = 1.25;
@@ -55,11 +55,11 @@ const DRAINED_CYCLES: u32 = 3;
 /// in step.
 const CRUISE_ROUNDS: u64 = 8;
 const CRUISE_SPREAD: u64 = 3;
-/// Share of a round that may be lost by chance, whatever the path usually loses.
+/// PriorityBudget of a round that may be lost by chance, whatever the path usually loses.
 const LOSS_TOLERANCE: f64 = 0.08;
-/// Share that a path may lose before it is known.
+/// PriorityBudget that a path may lose before it is known.
 const CHANCE_LOSS: f64 = 0.05;
-/// Share beyond the usual loss that counts as congestion when a queue stands (§2.7: 2 %).
+/// PriorityBudget beyond the usual loss that counts as congestion when a queue stands (§2.7: 2 %).
 const LOSS_MARGIN: f64 = 0.02;
 /// Fewer lost packets in a round say nothing.
 const LOSS_PACKETS: u64 = 8;
@@ -133,7 +133,7 @@ struct Model {
     short_term: Option<f64>,
     min_rtt: Option<Duration>,
     min_rtt_at: Instant,
-    /// Share that the path loses usually.
+    /// PriorityBudget that the path loses usually.
     usual_loss: f64,
     /// Most that may be in flight, if more was too much (§5.5.10: inflight_longterm).
     limit: Option<u64>,

@@ -9,7 +9,7 @@ use tokio::select;
 use super::{
     Owner, Shared,
     mux::Mux,
-    stream::{Bells, Found, Room},
+    stream::{Found, Room, Wakers},
 };
 use crate::{ReadError, TunnelLost, WriteError};
 
@@ -17,13 +17,13 @@ use crate::{ReadError, TunnelLost, WriteError};
 #[derive(Clone)]
 pub(super) struct Handle {
     id: u64,
-    bells: Arc<Bells>,
+    wakers: Arc<Wakers>,
     owner: Arc<Owner>,
 }
 
 impl Handle {
-    pub(super) fn new(id: u64, bells: Arc<Bells>, owner: Arc<Owner>) -> Self {
-        Self { id, bells, owner }
+    pub(super) fn new(id: u64, wakers: Arc<Wakers>, owner: Arc<Owner>) -> Self {
+        Self { id, wakers, owner }
     }
 
     fn shared(&self) -> &Shared {
@@ -52,7 +52,7 @@ impl SendStream {
     }
 
     pub(crate) async fn write_chunk(&self, mut chunk: Bytes) -> Result<(), WriteError> {
-        let Handle { id, bells, .. } = &self.0;
+        let Handle { id, wakers, .. } = &self.0;
         let length = chunk.len() as u64;
         loop {
             if let Some(lost) = self.0.shared().lost.get() {
@@ -65,13 +65,13 @@ impl SendStream {
                 }
                 Room::Stopped(code) => return Err(WriteError::Stopped(code)),
                 Room::Ended => {
-                    return Err(match bells.end.get() {
+                    return Err(match wakers.end.get() {
                         Some(Some(code)) => WriteError::Stopped(*code),
                         _ => WriteError::Ended,
                     });
                 }
                 Room::None => select! {
-                    () = bells.room.notified() => {}
+                    () = wakers.room.notified() => {}
                     _ = self.0.shared().lost.wait() => {}
                 },
             }
@@ -89,11 +89,11 @@ impl SendStream {
     pub(crate) fn stopped(
         &self,
     ) -> impl Future<Output = Result<Option<StreamCode>, TunnelLost>> + Send + Sync + 'static {
-        let (bells, owner) = (self.0.bells.clone(), self.0.owner.clone());
+        let (wakers, owner) = (self.0.wakers.clone(), self.0.owner.clone());
         async move {
             select! {
                 biased;
-                end = bells.end.wait() => Ok(*end),
+                end = wakers.end.wait() => Ok(*end),
                 lost = owner.0.closed() => Err(lost),
             }
         }
@@ -133,7 +133,7 @@ impl RecvStream {
         chunks: &mut [Bytes],
         limit: usize,
     ) -> Result<Option<usize>, ReadError> {
-        let Handle { id, bells, .. } = &self.0;
+        let Handle { id, wakers, .. } = &self.0;
         loop {
             match self.0.change(|mux| mux.read(*id, chunks, limit)) {
                 Found::Chunks(count) => {
@@ -146,7 +146,7 @@ impl RecvStream {
                 Found::Stopped => return Err(ReadError::Ended),
                 Found::Nothing => select! {
                     biased;
-                    () = bells.arrived.notified() => {}
+                    () = wakers.arrived.notified() => {}
                     lost = self.0.shared().closed() => return Err(ReadError::Lost(lost)),
                 },
             }
@@ -158,7 +158,7 @@ impl RecvStream {
     }
 
     pub(crate) async fn failed(&self) -> ReadError {
-        let Handle { id, bells, .. } = &self.0;
+        let Handle { id, wakers, .. } = &self.0;
         loop {
             if let Some(code) = self.0.change(|mux| mux.reset_of(*id)) {
                 return ReadError::Reset(code);
@@ -166,7 +166,7 @@ impl RecvStream {
             select! {
                 biased;
                 lost = self.0.shared().closed() => return ReadError::Lost(lost),
-                () = bells.arrived.notified() => {}
+                () = wakers.arrived.notified() => {}
             }
         }
     }

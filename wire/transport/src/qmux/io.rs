@@ -111,13 +111,13 @@ pub(super) async fn write<IO: AsyncWrite>(
         }
         asked = measure(asked, &shared);
     }
-    let farewell = async {
+    let close_reason = async {
         output.clear();
         shared.lock().fill(&mut output);
         let _ = put(&mut io, &output).await;
         let _ = io.shutdown().await;
     };
-    let _ = timeout(FAREWELL_LIMIT, farewell).await;
+    let _ = timeout(FAREWELL_LIMIT, close_reason).await;
     let _ = shared.flushed.set(());
 }
 

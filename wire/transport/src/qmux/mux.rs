@@ -19,7 +19,7 @@ pub(super) use self::exercise::exercise;
 use super::{
     Role,
     frame::{Frame, FrameFault, MAX_DATA_LEN, MAX_RECORD, Parameters, Record},
-    stream::{Bells, Found, Recv, Room, Send, Stream},
+    stream::{Found, Recv, Room, Send, Stream, Wakers},
 };
 
 /// Bytes of a stream that wait here for their turn; what is beyond waits with its writer.
@@ -129,7 +129,7 @@ impl Mux {
     // ---- Streams, from this side ----
 
     /// Opens a stream, if the peer allows one more.
-    pub(super) fn open(&mut self) -> Option<(u64, Arc<Bells>)> {
+    pub(super) fn open(&mut self) -> Option<(u64, Arc<Wakers>)> {
         let peer = self.peer?;
         if self.opened >= self.may_open {
             return None;
@@ -140,24 +140,24 @@ impl Mux {
     }
 
     /// The next stream that the peer opened.
-    pub(super) fn accept(&mut self) -> Option<(u64, Arc<Bells>)> {
+    pub(super) fn accept(&mut self) -> Option<(u64, Arc<Wakers>)> {
         let id = self.waiting.pop_front()?;
-        let bells = self.streams.get(&id).map(|stream| stream.bells.clone());
+        let wakers = self.streams.get(&id).map(|stream| stream.wakers.clone());
         // A stream that is over already still has its halves.
-        Some((id, bells.unwrap_or_default()))
+        Some((id, wakers.unwrap_or_default()))
     }
 
-    fn insert(&mut self, id: u64, limit: u64) -> Arc<Bells> {
-        let bells = Arc::<Bells>::default();
+    fn insert(&mut self, id: u64, limit: u64) -> Arc<Wakers> {
+        let wakers = Arc::<Wakers>::default();
         let (send, recv) = (Send::new(limit), Recv::new(self.window));
-        self.streams.insert(id, Stream { bells: bells.clone(), send, recv });
-        bells
+        self.streams.insert(id, Stream { wakers: wakers.clone(), send, recv });
+        wakers
     }
 
     /// Takes a chunk to be sent, if there is room for it.
     pub(super) fn write(&mut self, id: u64, chunk: &mut Bytes) -> Room {
         let Some(stream) = self.streams.get_mut(&id) else { return Room::Ended };
-        if let Some(Some(code)) = stream.bells.end.get() {
+        if let Some(Some(code)) = stream.wakers.end.get() {
             return Room::Stopped(*code);
         }
         if stream.send.over || stream.send.finished {
@@ -363,7 +363,7 @@ impl Mux {
                 send.over = true;
                 ends.push(id);
             }
-            stream.bells.room.notify_one();
+            stream.wakers.room.notify_one();
             self.schedule(id);
             return Some(Frame::Stream { id, offset, data, fin });
         }
@@ -421,8 +421,8 @@ impl Mux {
                         stream.recv.reset = Some(StreamCode::from_wire(code));
                         stream.recv.queue.clear();
                     }
-                    stream.bells.arrived.notify_waiters();
-                    stream.bells.arrived.notify_one();
+                    stream.wakers.arrived.notify_waiters();
+                    stream.wakers.arrived.notify_one();
                     self.retire(id);
                 }
                 return Ok(taken);
@@ -433,8 +433,8 @@ impl Mux {
                 if let Some(stream) = self.streams.get_mut(&id)
                     && !stream.send.settled
                 {
-                    let _ = stream.bells.end.set(Some(StreamCode::from_wire(code)));
-                    stream.bells.room.notify_one();
+                    let _ = stream.wakers.end.set(Some(StreamCode::from_wire(code)));
+                    stream.wakers.room.notify_one();
                     self.reset(id, code);
                 }
                 return Ok(taken);
@@ -488,7 +488,7 @@ impl Mux {
             let short = data.len() < COPY_BELOW;
             recv.queue.push_back(if short { Bytes::copy_from_slice(&data) } else { data });
         }
-        stream.bells.arrived.notify_one();
+        stream.wakers.arrived.notify_one();
         self.retire(id);
         Ok(taken)
     }
@@ -525,7 +525,7 @@ impl Mux {
             for id in self.marks.pop_front().into_iter().flat_map(|(_, ends)| ends) {
                 if let Some(stream) = self.streams.get_mut(&id) {
                     // A code that came before counts.
-                    let _ = stream.bells.end.set(None);
+                    let _ = stream.wakers.end.set(None);
                     stream.send.settled = true;
                     self.retire(id);
                 }

@@ -6,9 +6,9 @@ use bytes::Bytes;
 use culvert_wire::code::StreamCode;
 use tokio::sync::{Notify, SetOnce};
 
-/// The bells and the end of one stream.
+/// The wakers and the end of one stream.
 #[derive(Debug, Default)]
-pub(super) struct Bells {
+pub(super) struct Wakers {
     /// There may be room to write.
     pub(super) room: Notify,
     /// There may be something to read.
@@ -20,7 +20,7 @@ pub(super) struct Bells {
 /// A stream, both halves.
 #[derive(Debug)]
 pub(super) struct Stream {
-    pub(super) bells: Arc<Bells>,
+    pub(super) wakers: Arc<Wakers>,
     pub(super) send: Send,
     pub(super) recv: Recv,
 }

@@ -21,12 +21,12 @@ use rustls_pki_types::CertificateDer;
 use tokio::{select, sync::Notify, time::sleep};
 
 use super::{
-    farewell::{Farewell, stream_code},
+    close_reason::{CloseReason, stream_code},
     hedge::{Copies, Hedging},
 };
 use crate::{
     ReadError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, Unreachable, WriteError,
-    canonical, chunks::advance, now, priority::Share, quic::udp,
+    canonical, chunks::advance, now, priority::PriorityBudget, quic::udp,
 };
 
 /// How often a stream with unread bytes is asked whether the peer has reset it: soon enough for
@@ -35,12 +35,12 @@ const RESET_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What the network says about one tunnel's peer.
 #[derive(Debug, Default)]
-struct Doubt {
+struct Reachability {
     told: Notify,
     nobody_listens: AtomicBool,
 }
 
-impl Doubt {
+impl Reachability {
     fn tell(&self, why: Unreachable) {
         if why == Unreachable::Port {
             self.nobody_listens.store(true, Ordering::Relaxed);
@@ -53,35 +53,36 @@ impl Doubt {
         self.told.notified().await;
         match self.nobody_listens.swap(false, Ordering::Relaxed) {
             true => Unreachable::Port,
-            false => Unreachable::Way,
+            false => Unreachable::Host,
         }
     }
 }
 
 /// The live tunnels of one socket by the peer's address, so that an ICMP error finds its tunnel.
 #[derive(Debug, Default)]
-pub(super) struct Neighbours(Mutex<HashMap<SocketAddr, Weak<Doubt>>>);
+pub(super) struct IcmpRouter(Mutex<HashMap<SocketAddr, Weak<Reachability>>>);
 
-impl Neighbours {
-    fn enter(&self, address: SocketAddr) -> Arc<Doubt> {
-        let doubt = Arc::new(Doubt::default());
+impl IcmpRouter {
+    fn enter(&self, address: SocketAddr) -> Arc<Reachability> {
+        let reachability = Arc::new(Reachability::default());
         let mut tunnels = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        tunnels.retain(|_, doubt| doubt.strong_count() > 0);
-        tunnels.insert(address, Arc::downgrade(&doubt));
-        doubt
+        tunnels.retain(|_, reachability| reachability.strong_count() > 0);
+        tunnels.insert(address, Arc::downgrade(&reachability));
+        reachability
     }
 
     /// Wakes the tunnel behind each address that the network reports as unreachable, for as long
     /// as the socket lives.
     pub(super) fn listen(self: &Arc<Self>, errors: Option<udp::ErrorQueue>) {
         let Some(errors) = errors else { return };
-        let neighbours = Arc::downgrade(self);
+        let icmp_router = Arc::downgrade(self);
         tokio::spawn(async move {
             while let Some((address, why)) = errors.next().await {
-                let Some(neighbours) = neighbours.upgrade() else { return };
-                let tunnels = neighbours.0.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some(doubt) = tunnels.get(&canonical(address)).and_then(Weak::upgrade) {
-                    doubt.tell(why);
+                let Some(icmp_router) = icmp_router.upgrade() else { return };
+                let tunnels = icmp_router.0.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(reachability) = tunnels.get(&canonical(address)).and_then(Weak::upgrade)
+                {
+                    reachability.tell(why);
                 }
             }
         });
@@ -93,13 +94,13 @@ impl Neighbours {
 pub(crate) struct Connection {
     connection: quinn::Connection,
     endpoint: quinn::Endpoint,
-    farewell: Farewell,
-    share: Arc<Share>,
+    close_reason: CloseReason,
+    budget: Arc<PriorityBudget>,
     /// Thin writes sent twice, once both sides offered it.
     hedging: Arc<OnceLock<Hedging>>,
-    doubt: Arc<Doubt>,
+    reachability: Arc<Reachability>,
     /// Keeps the socket's error queue watched for as long as a tunnel uses it.
-    _neighbours: Arc<Neighbours>,
+    _icmp_router: Arc<IcmpRouter>,
 }
 
 impl Connection {
@@ -108,7 +109,7 @@ impl Connection {
     pub(super) fn established(
         connection: quinn::Connection,
         endpoint: quinn::Endpoint,
-        neighbours: Arc<Neighbours>,
+        icmp_router: Arc<IcmpRouter>,
     ) -> Option<Tunnel> {
         let data =
             connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
@@ -116,49 +117,49 @@ impl Connection {
             connection.close(CloseCode::INCOMPATIBLE.as_u32().into(), b"no protocol agreed on");
             return None;
         }
-        let doubt = neighbours.enter(canonical(connection.remote_address()));
+        let reachability = icmp_router.enter(canonical(connection.remote_address()));
         let carrier = Self {
             connection,
             endpoint,
-            farewell: Farewell::default(),
-            share: Share::new(now()),
+            close_reason: CloseReason::default(),
+            budget: PriorityBudget::new(now()),
             hedging: Arc::default(),
-            doubt,
-            _neighbours: neighbours,
+            reachability,
+            _icmp_router: icmp_router,
         };
         Some(Tunnel::over(carrier))
     }
 
     pub(crate) async fn open(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
         let opened = self.connection.open_bi().await;
-        opened.map(|stream| self.halves(stream)).map_err(|error| self.farewell.lost(error))
+        opened.map(|stream| self.halves(stream)).map_err(|error| self.close_reason.lost(error))
     }
 
     pub(crate) async fn accept(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
         let accepted = self.connection.accept_bi().await;
-        accepted.map(|stream| self.halves(stream)).map_err(|error| self.farewell.lost(error))
+        accepted.map(|stream| self.halves(stream)).map_err(|error| self.close_reason.lost(error))
     }
 
     fn halves(&self, (send, recv): (quinn::SendStream, quinn::RecvStream)) -> (SendHalf, RecvHalf) {
-        let (farewell, hedging) = (self.farewell.clone(), self.hedging.clone());
-        let send = SendStream { stream: send, farewell, hedging, written: 0 };
-        let (connection, farewell) = (self.connection.clone(), self.farewell.clone());
+        let (close_reason, hedging) = (self.close_reason.clone(), self.hedging.clone());
+        let send = SendStream { stream: send, close_reason, hedging, written: 0 };
+        let (connection, close_reason) = (self.connection.clone(), self.close_reason.clone());
         let copies = self.hedging.get().map(|hedging| hedging.expect(number(recv.id())));
-        let recv = RecvStream { stream: recv, connection, farewell, copies };
-        (SendHalf::new(send, self.share.clone()), RecvHalf::new(recv))
+        let recv = RecvStream { stream: recv, connection, close_reason, copies };
+        (SendHalf::new(send, self.budget.clone()), RecvHalf::new(recv))
     }
 
     pub(crate) fn hedge(&self, rate: u32) {
-        let (connection, farewell) = (&self.connection, &self.farewell);
-        self.hedging.get_or_init(|| Hedging::begin(connection.clone(), farewell.clone(), rate));
+        let (connection, close_reason) = (&self.connection, &self.close_reason);
+        self.hedging.get_or_init(|| Hedging::begin(connection.clone(), close_reason.clone(), rate));
     }
 
     pub(crate) fn close(&self, code: CloseCode, reason: &str) {
-        self.farewell.close(&self.connection, code, reason);
+        self.close_reason.close(&self.connection, code, reason);
     }
 
     pub(crate) async fn closed(&self) -> TunnelLost {
-        self.farewell.lost(self.connection.closed().await)
+        self.close_reason.lost(self.connection.closed().await)
     }
 
     pub(crate) async fn flushed(&self, limit: Duration) {
@@ -166,7 +167,7 @@ impl Connection {
     }
 
     pub(crate) async fn unreachable(&self) -> Unreachable {
-        self.doubt.told().await
+        self.reachability.told().await
     }
 
     pub(crate) fn set_max_streams(&self, count: u32) {
@@ -206,7 +207,7 @@ impl Connection {
 /// The half of a QUIC stream that this side writes.
 pub(crate) struct SendStream {
     stream: quinn::SendStream,
-    farewell: Farewell,
+    close_reason: CloseReason,
     hedging: Arc<OnceLock<Hedging>>,
     /// Bytes written: where in the stream the next ones are.
     written: u64,
@@ -225,7 +226,9 @@ impl SendStream {
         self.written += chunk.len() as u64;
         self.stream.write_chunk(chunk).await.map_err(|error| match error {
             quinn::WriteError::Stopped(code) => WriteError::Stopped(stream_code(code)),
-            quinn::WriteError::ConnectionLost(error) => WriteError::Lost(self.farewell.lost(error)),
+            quinn::WriteError::ConnectionLost(error) => {
+                WriteError::Lost(self.close_reason.lost(error))
+            }
             // 0-RTT is never used.
             quinn::WriteError::ClosedStream | quinn::WriteError::ZeroRttRejected => {
                 WriteError::Ended
@@ -250,11 +253,11 @@ impl SendStream {
         &self,
     ) -> impl Future<Output = Result<Option<StreamCode>, TunnelLost>> + Send + Sync + 'static {
         let stopped = self.stream.stopped();
-        let farewell = self.farewell.clone();
+        let close_reason = self.close_reason.clone();
         async move {
             match stopped.await {
                 Ok(code) => Ok(code.map(stream_code)),
-                Err(quinn::StoppedError::ConnectionLost(error)) => Err(farewell.lost(error)),
+                Err(quinn::StoppedError::ConnectionLost(error)) => Err(close_reason.lost(error)),
                 Err(quinn::StoppedError::ZeroRttRejected) => Ok(None),
             }
         }
@@ -269,7 +272,7 @@ impl SendStream {
 pub(crate) struct RecvStream {
     stream: quinn::RecvStream,
     connection: quinn::Connection,
-    farewell: Farewell,
+    close_reason: CloseReason,
     /// What the peer sent twice, where that was agreed on.
     copies: Option<Copies>,
 }
@@ -280,7 +283,11 @@ impl RecvStream {
         chunks: &mut [Bytes],
     ) -> Result<Option<usize>, ReadError> {
         let Some(copies) = &mut self.copies else {
-            return self.stream.read_chunks(chunks).await.map_err(|e| self.farewell.read_error(e));
+            return self
+                .stream
+                .read_chunks(chunks)
+                .await
+                .map_err(|e| self.close_reason.read_error(e));
         };
         loop {
             let read = select! {
@@ -291,7 +298,7 @@ impl RecvStream {
                     return Ok(Some(1));
                 }
             };
-            let Some(count) = read.map_err(|error| self.farewell.read_error(error))? else {
+            let Some(count) = read.map_err(|error| self.close_reason.read_error(error))? else {
                 return Ok(None);
             };
             let stale = copies.stale(chunks[..count].iter().map(Bytes::len).sum());
@@ -305,7 +312,11 @@ impl RecvStream {
 
     pub(crate) async fn read(&mut self, buf: &mut [u8]) -> Result<Option<usize>, ReadError> {
         let Some(copies) = &mut self.copies else {
-            return self.stream.read(buf).await.map_err(|error| self.farewell.read_error(error));
+            return self
+                .stream
+                .read(buf)
+                .await
+                .map_err(|error| self.close_reason.read_error(error));
         };
         let limit = buf.len();
         loop {
@@ -317,7 +328,7 @@ impl RecvStream {
                     return Ok(Some(copy.len()));
                 }
             };
-            let Some(count) = read.map_err(|error| self.farewell.read_error(error))? else {
+            let Some(count) = read.map_err(|error| self.close_reason.read_error(error))? else {
                 return Ok(None);
             };
             let stale = copies.stale(count);
@@ -346,13 +357,13 @@ impl RecvStream {
                 read = self.stream.read_chunk(0, true) => match read {
                     Ok(Some(_)) => {}
                     Ok(None) => std::future::pending().await,
-                    Err(error) => return self.farewell.read_error(error),
+                    Err(error) => return self.close_reason.read_error(error),
                 },
-                error = &mut closed => return ReadError::Lost(self.farewell.lost(error)),
+                error = &mut closed => return ReadError::Lost(self.close_reason.lost(error)),
             }
             select! {
                 () = sleep(RESET_INTERVAL) => {}
-                error = &mut closed => return ReadError::Lost(self.farewell.lost(error)),
+                error = &mut closed => return ReadError::Lost(self.close_reason.lost(error)),
             }
         }
     }

@@ -23,7 +23,7 @@ use culvert_wire::code::CloseCode;
 use tokio::{select, sync::Notify, time::sleep_until};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::farewell::Farewell;
+use super::close_reason::CloseReason;
 use crate::now;
 
 /// The first byte of a datagram that carries a copy; others belong to later revisions.
@@ -57,7 +57,7 @@ pub(super) struct Hedging {
 #[derive(Debug)]
 struct Shared {
     connection: quinn::Connection,
-    farewell: Farewell,
+    close_reason: CloseReason,
     outgoing: Mutex<Outgoing>,
     queued: Notify,
     slots: Mutex<HashMap<u64, Arc<Slot>>>,
@@ -67,10 +67,14 @@ struct Shared {
 
 impl Hedging {
     /// Begins to send copies, of at most `rate` bytes per second, and to take the peer's.
-    pub(super) fn begin(connection: quinn::Connection, farewell: Farewell, rate: u32) -> Self {
+    pub(super) fn begin(
+        connection: quinn::Connection,
+        close_reason: CloseReason,
+        rate: u32,
+    ) -> Self {
         let shared = Arc::new(Shared {
             connection,
-            farewell,
+            close_reason,
             outgoing: Mutex::new(Outgoing::new(rate, now())),
             queued: Notify::new(),
             slots: Mutex::default(),
@@ -130,7 +134,7 @@ async fn run(shared: Arc<Shared>) {
                 let Ok(datagram) = datagram else { return };
                 if shared.take(datagram).is_err() {
                     let (code, reason) = (CloseCode::PROTOCOL_VIOLATION, "a datagram is too short");
-                    return shared.farewell.close(&shared.connection, code, reason);
+                    return shared.close_reason.close(&shared.connection, code, reason);
                 }
             }
         }

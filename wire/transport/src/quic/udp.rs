@@ -186,7 +186,7 @@ impl AsyncUdpSocket for Batched {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unreachable {
     /// There is no way to the peer's host now. Where routes change there may be one in a moment.
-    Way,
+    Host,
     /// The host is there and nobody listens: the process has gone, or a firewall says so.
     Port,
 }
@@ -249,7 +249,7 @@ fn take_error(fd: i32) -> nix::Result<Option<(SocketAddr, Unreachable)>> {
     let why = match error {
         Some(Errno::EMSGSIZE) => return Ok(None),
         Some(Errno::ECONNREFUSED) => Unreachable::Port,
-        _ => Unreachable::Way,
+        _ => Unreachable::Host,
     };
     let peer = message.address.and_then(|address| {
         let v4 = address.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));

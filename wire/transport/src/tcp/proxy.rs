@@ -4,7 +4,7 @@
 //! it cannot read: TLS to the server begins behind it, and who the server is has to be proven to
 //! the agent as ever.
 
-mod passage;
+mod proxied_stream;
 mod trust;
 
 use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr};
@@ -22,7 +22,7 @@ use super::{Settings, prepare};
 use crate::ProxyFault;
 
 /// A connection through a proxy, whose bytes are the server's.
-pub type Passage = BufReader<Either<TcpStream, TlsStream<TcpStream>>>;
+pub type ProxiedStream = BufReader<Either<TcpStream, TlsStream<TcpStream>>>;
 
 /// Where a proxy is, and what it asks of whoever comes.
 ///
@@ -90,11 +90,11 @@ impl Proxy {
         (host, port): (&str, u16),
         settings: &Settings,
         deadline: Instant,
-    ) -> Result<(Passage, SocketAddr), ProxyFault> {
+    ) -> Result<(ProxiedStream, SocketAddr), ProxyFault> {
         let passing = async {
             let (stream, address) = self.reach(settings).await?;
             let credentials = self.credentials.as_ref().map(|Credentials(value)| value.as_str());
-            Ok((passage::open(stream, host, port, credentials).await?, address))
+            Ok((proxied_stream::open(stream, host, port, credentials).await?, address))
         };
         timeout_at(deadline, passing).await.unwrap_or(Err(ProxyFault::TimedOut))
     }

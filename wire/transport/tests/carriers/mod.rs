@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use culvert_transport::{
     Settings, Tunnel,
     quic::{self, Listener, ResetKey},
-    tcp::{self, Way},
+    tcp::{self, Route},
     tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
 };
 use rcgen::{CertificateParams, CertifiedIssuer, IsCa, KeyPair};
@@ -93,7 +93,7 @@ impl Pair {
             }
             Carrier::Tcp => {
                 let listener = TcpListener::bind(address).await.unwrap();
-                let way = Way::Direct(listener.local_addr().unwrap());
+                let way = Route::Direct(listener.local_addr().unwrap());
                 let accept = async {
                     let (socket, _) = listener.accept().await.unwrap();
                     accept_tcp(socket, server_tls.into(), settings).await

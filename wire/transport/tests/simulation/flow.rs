@@ -122,7 +122,7 @@ impl Outcome {
         self.rates.iter().sum()
     }
 
-    /// Share of packets that the buffer or the policer dropped.
+    /// PriorityBudget of packets that the buffer or the policer dropped.
     pub(crate) fn dropped(&self) -> f64 {
         self.packets.dropped as f64 / self.packets.packets as f64
     }

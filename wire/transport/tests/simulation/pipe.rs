@@ -16,7 +16,7 @@ pub(crate) struct Settings {
     pub(crate) buffer: f64,
     pub(crate) delay: Duration,
     pub(crate) jitter: Duration,
-    /// Share of packets that is lost, each on its own.
+    /// PriorityBudget of packets that is lost, each on its own.
     pub(crate) loss: f64,
     pub(crate) bursts: Option<Bursts>,
     pub(crate) policer: Option<Policer>,

@@ -1,4 +1,4 @@
-// Command stockclient drives a tunnel server with the unmodified upstream
+// Command konnectivity-client drives a tunnel server with the unmodified upstream
 // Konnectivity client library, used the way kube-apiserver uses it.
 package main
 
@@ -72,7 +72,7 @@ func run(args []string) int {
 			return c.run(args[1:])
 		}
 	}
-	fmt.Fprintf(os.Stderr, "stockclient: no command %q\n", args[0])
+	fmt.Fprintf(os.Stderr, "konnectivity-client: no command %q\n", args[0])
 	usage(os.Stderr)
 	return exitFailed
 }
@@ -80,7 +80,7 @@ func run(args []string) int {
 func (c command) run(args []string) int {
 	var d dialer
 	var verbose bool
-	fs := flag.NewFlagSet("stockclient "+c.name, flag.ContinueOnError)
+	fs := flag.NewFlagSet("konnectivity-client "+c.name, flag.ContinueOnError)
 	fs.StringVar(&d.uds, "uds", "", "the server's unix socket `path`")
 	if !c.findsTarget {
 		fs.StringVar(&d.target, "target", "", "`host:port` to dial through the tunnel")
@@ -95,7 +95,7 @@ func (c command) run(args []string) int {
 		return exitFailed
 	}
 	if err := errors.Join(d.check(fs.Args()), c.checkTarget(d.target)); err != nil {
-		fmt.Fprintf(os.Stderr, "stockclient %s: %v\n", c.name, err)
+		fmt.Fprintf(os.Stderr, "konnectivity-client %s: %v\n", c.name, err)
 		return exitFailed
 	}
 	setLogging(verbose)
@@ -115,7 +115,7 @@ func (c command) run(args []string) int {
 	case errors.Is(err, errQuietFailure):
 		return exitFailed
 	default:
-		fmt.Fprintf(os.Stderr, "stockclient %s: %v\n", c.name, err)
+		fmt.Fprintf(os.Stderr, "konnectivity-client %s: %v\n", c.name, err)
 		return exitFailed
 	}
 }
@@ -128,14 +128,14 @@ func (c command) checkTarget(target string) error {
 }
 
 func usage(w io.Writer) {
-	fmt.Fprintln(w, "usage: stockclient COMMAND --uds PATH --target HOST:PORT [--timeout 60s] [--verbose] [flags]")
+	fmt.Fprintln(w, "usage: konnectivity-client COMMAND --uds PATH --target HOST:PORT [--timeout 60s] [--verbose] [flags]")
 	fmt.Fprintln(w)
 	for _, c := range commands {
 		fmt.Fprintf(w, "  %-11s %s\n", c.name, c.brief)
 	}
 	fmt.Fprintln(w)
 	fmt.Fprintln(w, "load has no --target: its plan names the target.")
-	fmt.Fprintln(w, "stockclient COMMAND --help lists the flags of one command.")
+	fmt.Fprintln(w, "konnectivity-client COMMAND --help lists the flags of one command.")
 }
 
 // setLogging discards what the client library logs, or shows all of it.
@@ -150,7 +150,7 @@ func setLogging(verbose bool) {
 	klog.InitFlags(fs)
 	for name, value := range settings {
 		if err := fs.Set(name, value); err != nil {
-			fmt.Fprintf(os.Stderr, "stockclient: log setting %s: %v\n", name, err)
+			fmt.Fprintf(os.Stderr, "konnectivity-client: log setting %s: %v\n", name, err)
 		}
 	}
 }
@@ -158,7 +158,7 @@ func setLogging(verbose bool) {
 // printJSON prints v as one line.
 func printJSON(v any) {
 	if err := json.NewEncoder(os.Stdout).Encode(v); err != nil {
-		fmt.Fprintf(os.Stderr, "stockclient: cannot print the result: %v\n", err)
+		fmt.Fprintf(os.Stderr, "konnectivity-client: cannot print the result: %v\n", err)
 		os.Exit(exitFailed)
 	}
 }

@@ -1,4 +1,4 @@
-//! kube-apiserver's own client library, as a program (see `loadtest/stockclient`).
+//! kube-apiserver's own client library, as a program (see `loadtest/konnectivity-client`).
 
 use std::{
     io,
@@ -18,20 +18,20 @@ use crate::{
     load::{Plan, Sample},
 };
 
-/// The stock client, built from the pinned Go module.
+/// The Konnectivity client, built from the pinned Go module.
 #[derive(Clone, Debug)]
-pub struct StockClient {
+pub struct KonnectivityClient {
     program: PathBuf,
 }
 
-impl StockClient {
+impl KonnectivityClient {
     /// Builds the program into `folder`; `None` where there is no Go.
     ///
     /// # Errors
     /// When Go is there and cannot build it.
     pub async fn build(folder: &Path) -> anyhow::Result<Option<Self>> {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("stockclient");
-        let program = folder.join("stockclient");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("konnectivity-client");
+        let program = folder.join("konnectivity-client");
         let built = Command::new("go")
             .args(["build", "-o"])
             .arg(&program)
@@ -43,7 +43,7 @@ impl StockClient {
             Ok(built) if built.status.success() => Ok(Some(Self { program })),
             Ok(built) => {
                 let error = String::from_utf8_lossy(&built.stderr).into_owned();
-                Err(anyhow::anyhow!(error).context("go build in loadtest/stockclient"))
+                Err(anyhow::anyhow!(error).context("go build in loadtest/konnectivity-client"))
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error.into()),
@@ -71,7 +71,10 @@ impl StockClient {
         let ended = self.command(command, uds, target, flags).output().await?;
         let line = String::from_utf8_lossy(&ended.stdout);
         let answer = serde_json::from_str(&line).with_context(|| {
-            format!("stockclient {command}: {line}{}", String::from_utf8_lossy(&ended.stderr))
+            format!(
+                "konnectivity-client {command}: {line}{}",
+                String::from_utf8_lossy(&ended.stderr)
+            )
         })?;
         Ok((answer, ended.status.code()))
     }
@@ -113,8 +116,8 @@ impl StockClient {
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()?;
-        let mut stdin = child.stdin.take().context("the stock client has no input")?;
-        let stdout = child.stdout.take().context("the stock client has no output")?;
+        let mut stdin = child.stdin.take().context("the Konnectivity client has no input")?;
+        let stdout = child.stdout.take().context("the Konnectivity client has no output")?;
         stdin.write_all(&serde_json::to_vec(plan)?).await?;
         drop(stdin);
         tokio::spawn(async move {

@@ -1,4 +1,4 @@
-//! Stock agents at our server: what one stream for all connections could do to them, what such an
+//! Konnectivity agents at our server: what one stream for all connections could do to them, what such an
 //! agent is told and is chosen for, and what becomes of one that hangs. The agents are real; where
 //! there is no Go to build them these say so and are skipped.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
@@ -28,7 +28,7 @@ use common::{
 /// What a connection may wait while another one of its agent misbehaves, on a loaded machine.
 const UNDISTURBED: Duration = Duration::from_secs(1);
 
-/// How often a stock agent was told to close a connection.
+/// How often a Konnectivity agent was told to close a connection.
 fn close_requests(agent: &Daemon) -> usize {
     agent.log().matches("\"received CLOSE_REQ\"").count()
 }
@@ -49,10 +49,10 @@ async fn slowest_echo(
     slowest
 }
 
-/// One stream carries all connections of a stock agent, so it must not wait for one of them.
+/// One stream carries all connections of a Konnectivity agent, so it must not wait for one of them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_stalls_is_cut_off_and_delays_nobody() {
-    with_each(Mix::stock_agent(), async |Met { mix, site, agent }| {
+    with_each(Mix::konnectivity_agent(), async |Met { mix, site, agent }| {
         let (endless, idle) = (targets::source(u64::MAX), targets::echo());
         let (endless, idle) = (endless.await.unwrap(), idle.await.unwrap());
         let mut other = site.dial(idle.address()).await.unwrap();
@@ -86,7 +86,7 @@ async fn a_reader_that_stalls_is_cut_off_and_delays_nobody() {
 async fn dials_that_are_given_up_leave_nothing() {
     const DIALERS: usize = 8;
     const DIALS: usize = 500;
-    with_each(Mix::stock_agent(), async |Met { site, agent, .. }| {
+    with_each(Mix::konnectivity_agent(), async |Met { site, agent, .. }| {
         let shared = Arc::new((site, targets::echo().await.unwrap()));
         at_once(DIALERS, || {
             let shared = shared.clone();
@@ -107,7 +107,7 @@ async fn dials_that_are_given_up_leave_nothing() {
 /// `kubectl logs -f` of busy containers, ended by Ctrl-C: what is under way then has no reader.
 #[tokio::test(flavor = "multi_thread")]
 async fn closing_busy_connections_delays_nobody() {
-    with_each(Mix::stock_agent(), async |Met { site, agent, .. }| {
+    with_each(Mix::konnectivity_agent(), async |Met { site, agent, .. }| {
         let (endless, idle) = (targets::source(u64::MAX), targets::echo());
         let (endless, idle) = (endless.await.unwrap(), idle.await.unwrap());
         let mut other = site.dial(idle.address()).await.unwrap();
@@ -130,7 +130,7 @@ async fn closing_busy_connections_delays_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stock_agent_is_told_who_its_server_is_and_how_many_there_are() {
+async fn a_konnectivity_agent_is_told_who_its_server_is_and_how_many_there_are() {
     within(async {
         let Some(site) = Site::start(Make::Culvert, Frontend::Grpc, &["--server-count=3"]).await
         else {
@@ -139,7 +139,7 @@ async fn a_stock_agent_is_told_who_its_server_is_and_how_many_there_are() {
         let token = site.certificates.folder().join("token");
         std::fs::write(&token, "a.b.c").unwrap();
         let token = format!("--service-account-token-path={}", token.display());
-        let agent = site.start_agent(Make::Stock, "agent", &[&token]).await;
+        let agent = site.start_agent(Make::Konnectivity, "agent", &[&token]).await;
         site.until_joined(1).await;
         assert_eq!(agent.metric(OPEN_SERVERS).await, 1.0);
         until("3 servers are known", async || agent.metric(KNOWN_SERVERS).await == 3.0).await;
@@ -150,7 +150,7 @@ async fn a_stock_agent_is_told_who_its_server_is_and_how_many_there_are() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stock_agent_is_chosen_for_the_host_that_it_stands_for() {
+async fn a_konnectivity_agent_is_chosen_for_the_host_that_it_stands_for() {
     within(async {
         let flags = ["--proxy-strategies=destHost"];
         let Some(site) = Site::start(Make::Culvert, Frontend::Connect, &flags).await else {
@@ -158,9 +158,9 @@ async fn a_stock_agent_is_chosen_for_the_host_that_it_stands_for() {
         };
         let target = targets::echo().await.unwrap();
         let elsewhere = ["--agent-identifiers=ipv4=127.0.0.2&host=elsewhere"];
-        let _elsewhere = site.start_agent(Make::Stock, "elsewhere", &elsewhere).await;
+        let _elsewhere = site.start_agent(Make::Konnectivity, "elsewhere", &elsewhere).await;
         let here = ["--agent-identifiers=ipv4=127.0.0.1&default-route=true"];
-        let here = site.start_agent(Make::Stock, "here", &here).await;
+        let here = site.start_agent(Make::Konnectivity, "here", &here).await;
         until("a dial works", async || site.touch(&target).await.is_ok()).await;
         let _open = site.dial(target.address()).await.unwrap();
         assert_eq!(here.metric(OPEN_TARGETS).await, 1.0);
@@ -169,33 +169,33 @@ async fn a_stock_agent_is_chosen_for_the_host_that_it_stands_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stock_agent_without_a_certificate_is_refused() {
+async fn a_konnectivity_agent_without_a_certificate_is_refused() {
     within(async {
         let Some(site) = Site::start(Make::Culvert, Frontend::Grpc, &[]).await else { return };
-        let stranger = site.start_agent_unproven(Make::Stock, "stranger", Vec::new());
+        let stranger = site.start_agent_unproven(Make::Konnectivity, "stranger", Vec::new());
         let refused = async || stranger.log().contains("certificate required");
         until("the stranger is told why", refused).await;
         assert_eq!(stranger.metric(OPEN_SERVERS).await, 0.0);
         assert_eq!(site.ready_backends().await, 0.0);
         assert!(site.server.log().contains("an agent did not join"), "{}", site.server.log());
-        let _known = site.start_agent(Make::Stock, "known", &[]).await;
+        let _known = site.start_agent(Make::Konnectivity, "known", &[]).await;
         site.until_joined(1).await;
         assert_eq!(stranger.metric(OPEN_SERVERS).await, 0.0);
     })
     .await;
 }
 
-/// A stock agent that misses a server dials again and again, and leaves as soon as it hears that
+/// A Konnectivity agent that misses a server dials again and again, and leaves as soon as it hears that
 /// it is at one that it knows.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stock_agents_search_for_more_servers_costs_no_dial() {
+async fn a_konnectivity_agents_search_for_more_servers_costs_no_dial() {
     within(async {
         let Some(site) = Site::start(Make::Culvert, Frontend::Connect, &["--server-count=3"]).await
         else {
             return;
         };
         let flags = ["--sync-interval=10ms", "--sync-interval-cap=10ms"];
-        let agent = site.start_agent(Make::Stock, "agent", &flags).await;
+        let agent = site.start_agent(Make::Konnectivity, "agent", &flags).await;
         site.until_joined(1).await;
         let (target, mut open) = site.open_echo().await;
         let begun = Instant::now();
@@ -237,10 +237,10 @@ async fn a_frozen_agent_is_given_up_and_its_dials_are_made_again_at_another() {
     for frontend in FRONTENDS {
         within(async {
             let Some(site) = Site::start(Make::Culvert, frontend, &IMPATIENT).await else { return };
-            let frozen = site.start_agent(Make::Stock, "frozen", &[]).await;
+            let frozen = site.start_agent(Make::Konnectivity, "frozen", &[]).await;
             site.until_joined(1).await;
             let (target, open) = site.open_echo().await;
-            let mut other = site.start_agent(Make::Stock, "other", &[]).await;
+            let mut other = site.start_agent(Make::Konnectivity, "other", &[]).await;
             site.until_joined(2).await;
             frozen.freeze().await;
             let begun = Instant::now();
@@ -268,13 +268,13 @@ async fn a_frozen_agent_is_given_up_and_its_dials_are_made_again_at_another() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn dials_of_the_only_agent_fail_while_it_is_frozen_and_work_when_it_goes_on() {
-    /// As [`IMPATIENT`], with stock's own flag.
-    const STOCKS_FLAG: [&str; 3] =
+    /// As [`IMPATIENT`], with Konnectivity's own flag.
+    const KONNECTIVITYS_FLAG: [&str; 3] =
         ["--keepalive-time=300ms", "--tunnel-keep-alive-interval=0", "--tunnel-idle-timeout=1s"];
-    for (frontend, flags) in FRONTENDS.into_iter().zip([&IMPATIENT[..], &STOCKS_FLAG]) {
+    for (frontend, flags) in FRONTENDS.into_iter().zip([&IMPATIENT[..], &KONNECTIVITYS_FLAG]) {
         within(async {
             let Some(site) = Site::start(Make::Culvert, frontend, flags).await else { return };
-            let agent = site.start_agent(Make::Stock, "agent", &[]).await;
+            let agent = site.start_agent(Make::Konnectivity, "agent", &[]).await;
             site.until_joined(1).await;
             let (target, open) = site.open_echo().await;
             agent.freeze().await;

@@ -1,4 +1,4 @@
-module culvert.dev/stockclient
+module culvert.dev/konnectivity-client
 
 go 1.24.0
 

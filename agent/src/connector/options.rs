@@ -3,7 +3,7 @@
 
 /// Which carriers are tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ways {
+pub enum CarrierOrder {
     /// QUIC alone.
     Quic,
     /// TCP alone.
@@ -16,7 +16,7 @@ pub enum Ways {
 
 /// What is known of QUIC after an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QuicFate {
+pub enum QuicOutcome {
     /// Nothing: it was not tried, or the server was not reached in any other way either.
     Unknown,
     /// It got through.
@@ -27,9 +27,9 @@ pub enum QuicFate {
 
 /// How an attempt is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Approach {
+pub struct AttemptOptions {
     /// Which carriers are tried.
-    pub ways: Ways,
+    pub order: CarrierOrder,
     /// Whether packets may be larger than any path carries.
     pub large_packets: bool,
     /// Whether the second carrier is tried together with the first, and not a little later.

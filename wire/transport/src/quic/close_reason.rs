@@ -9,9 +9,9 @@ use crate::{ReadError, TunnelLost};
 
 /// What this side said when it closed the tunnel; its streams tell it as the reason they ended.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Farewell(Arc<OnceLock<(CloseCode, String)>>);
+pub(super) struct CloseReason(Arc<OnceLock<(CloseCode, String)>>);
 
-impl Farewell {
+impl CloseReason {
     /// Closes the connection, and remembers why.
     pub(super) fn close(&self, connection: &quinn::Connection, code: CloseCode, reason: &str) {
         // Only the first close counts, for the peer too.
