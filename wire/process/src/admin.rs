@@ -5,12 +5,7 @@
 //! the oldest one gives way: whoever hoards them cannot keep the kubelet out.
 
 use std::{
-    collections::VecDeque,
-    convert::Infallible,
-    fmt, io,
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant},
+    collections::VecDeque, convert::Infallible, fmt, io, net::SocketAddr, sync::Arc, time::Duration,
 };
 
 use bytes::Bytes;
@@ -28,7 +23,7 @@ use tokio::{
     task::{AbortHandle, JoinHandle, JoinSet},
 };
 
-use super::{listen, logging::RateLimited};
+use crate::{accept::Acceptor, listen};
 
 /// Time for a client to send its request's head, and to sit idle between two; Konnectivity's value.
 const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(60);
@@ -38,8 +33,6 @@ const MAX_HEADER_BYTES: usize = 64 << 10;
 const MAX_CONNECTIONS: usize = 256;
 /// Time for answers on their way when the server stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
-/// Wait after a failed accept: it fails for want of file descriptors, which takes a moment.
-const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -238,8 +231,9 @@ impl AdminServer {
         let blame = |source| BindError { flag, address, source };
         let listener = listen::tcp(address).map_err(blame)?;
         let local_address = listener.local_addr().map_err(blame)?;
-        let (stop, stopped) = watch::channel(false);
-        let task = tokio::spawn(accept_loop(listener, Arc::new(routes), stopped));
+        let (stop, stopping) = watch::channel(false);
+        let acceptor = Acceptor::new("admin", listener);
+        let task = tokio::spawn(run(acceptor, Arc::new(routes), stopping));
         Ok(Self { local_address, stop, task })
     }
 
@@ -261,40 +255,30 @@ impl Drop for AdminServer {
     }
 }
 
-/// Waits for the word to stop, or for the loss of whoever could give it.
-async fn told(stopped: &mut watch::Receiver<bool>) {
-    let _ = stopped.wait_for(|stop| *stop).await;
+/// Completes when the server stops, or was dropped.
+async fn stopping(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
 }
 
-async fn accept_loop(
-    listener: TcpListener,
+async fn run(
+    mut acceptor: Acceptor<TcpListener>,
     routes: Arc<Routes>,
-    mut stopped: watch::Receiver<bool>,
+    mut stop: watch::Receiver<bool>,
 ) {
-    static ACCEPT_FAILED: RateLimited = RateLimited::new(Duration::from_secs(10));
     let mut connections = JoinSet::new();
     let mut by_age = VecDeque::new();
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            _ = connections.join_next(), if !connections.is_empty() => continue,
-            () = told(&mut stopped) => break,
-        };
-        match accepted {
-            Ok((stream, _)) => {
+        tokio::select! {
+            (socket, _) = acceptor.accept() => {
                 make_room(&mut by_age);
-                let serving = serve(stream, Arc::clone(&routes), stopped.clone());
+                let serving = serve(socket, Arc::clone(&routes), stop.clone());
                 by_age.push_back(connections.spawn(serving));
             }
-            Err(error) => {
-                if let Some(suppressed) = ACCEPT_FAILED.admit(Instant::now()) {
-                    tracing::warn!(%error, suppressed, "admin connection not accepted");
-                }
-                tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
-            }
+            Some(_) = connections.join_next() => {}
+            () = stopping(&mut stop) => break,
         }
     }
-    drop(listener);
+    drop(acceptor);
     while connections.join_next().await.is_some() {}
 }
 
@@ -311,7 +295,7 @@ fn make_room(by_age: &mut VecDeque<AbortHandle>) {
     }
 }
 
-async fn serve(stream: TcpStream, routes: Arc<Routes>, mut stopped: watch::Receiver<bool>) {
+async fn serve(stream: TcpStream, routes: Arc<Routes>, mut stop: watch::Receiver<bool>) {
     let service = service_fn(move |request| {
         let page = routes.answer(&request);
         async move { Ok::<_, Infallible>(page.into_response()) }
@@ -324,7 +308,7 @@ async fn serve(stream: TcpStream, routes: Arc<Routes>, mut stopped: watch::Recei
     tokio::pin!(connection);
     let ended = tokio::select! {
         ended = &mut connection => ended,
-        () = told(&mut stopped) => {
+        () = stopping(&mut stop) => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }

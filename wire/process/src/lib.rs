@@ -7,6 +7,7 @@
 //!
 //! Start with [`go_flags::try_parse_from`], with which each process begins.
 
+pub mod accept;
 pub mod admin;
 pub mod byte_size;
 pub mod faults;

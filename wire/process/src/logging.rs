@@ -2,11 +2,13 @@
 
 use std::{
     io::{self, IsTerminal},
-    sync::Mutex,
     time::{Duration, Instant},
 };
 
 use clap::ValueEnum;
+use parking_lot::Mutex;
+#[doc(hidden)]
+pub use tracing;
 use tracing::Subscriber;
 use tracing_subscriber::{EnvFilter, filter::ParseError, fmt::MakeWriter};
 
@@ -90,47 +92,75 @@ where
     })
 }
 
-/// Keeps a fault that repeats to one log line per interval.
+/// Logs an event at most once per interval; for faults that can repeat with every packet or dial.
 ///
-/// One value per call site, usually a `static`. The line that does come says how many did not:
+/// Takes the interval (a constant expression), the level in tracing's spelling, fields, and the
+/// message as a literal. Each place of use has a limit of its own. The line has one more field,
+/// `suppressed`: the number of events of this place that were left out since its last line.
 ///
 /// ```
-/// # use std::time::{Duration, Instant};
-/// # use crate::logging::RateLimited;
-/// static ACCEPT_FAILED: RateLimited = RateLimited::new(Duration::from_secs(10));
-/// if let Some(suppressed) = ACCEPT_FAILED.admit(Instant::now()) {
-///     tracing::warn!(suppressed, "a connection could not be accepted");
-/// }
+/// use std::time::Duration;
+///
+/// let error = std::io::Error::other("too many open files");
+/// culvert_process::rate_limited!(
+///     Duration::from_secs(10), WARN, listener = "agents", %error, "a connection was not accepted"
+/// );
 /// ```
-#[derive(Debug)]
-pub struct RateLimited {
-    interval: Duration,
-    state: Mutex<Admitted>,
+#[macro_export]
+macro_rules! rate_limited {
+    ($interval:expr, $level:ident, $($event:tt)+) => {{
+        static LIMIT: $crate::logging::RateLimit = $crate::logging::RateLimit::new($interval);
+        if let Some(suppressed) = LIMIT.admit(::std::time::Instant::now()) {
+            $crate::rate_limited!(@event $level, suppressed, [] $($event)+);
+        }
+    }};
+    // Moves the fields into the brackets, so that `suppressed` can follow them.
+    (@event $level:ident, $suppressed:ident, [$($fields:tt)*] $message:literal) => {
+        $crate::logging::tracing::event!(
+            $crate::logging::tracing::Level::$level, $($fields)* $suppressed, $message
+        )
+    };
+    (@event $level:ident, $suppressed:ident, [$($fields:tt)*] $next:tt $($rest:tt)+) => {
+        $crate::rate_limited!(@event $level, $suppressed, [$($fields)* $next] $($rest)+)
+    };
 }
 
+/// The state behind one use of [`rate_limited!`](crate::rate_limited).
+#[doc(hidden)]
 #[derive(Debug)]
-struct Admitted {
-    last: Option<Instant>,
+pub struct RateLimit {
+    interval: Duration,
+    state: Mutex<LimitState>,
+}
+
+/// The former name, until every use is the macro's.
+#[doc(hidden)]
+pub use self::RateLimit as RateLimited;
+
+#[derive(Debug)]
+struct LimitState {
+    last_line: Option<Instant>,
     suppressed: u64,
 }
 
-impl RateLimited {
-    /// At most one line per `interval`; the first is always let through.
+impl RateLimit {
+    /// At most one line per `interval`; the first event always gets one.
     pub const fn new(interval: Duration) -> Self {
-        Self { interval, state: Mutex::new(Admitted { last: None, suppressed: 0 }) }
+        let state = LimitState { last_line: None, suppressed: 0 };
+        Self { interval, state: parking_lot::const_mutex(state) }
     }
 
-    /// `Some` with the number of lines held back since the last one, when a line may be written
-    /// at `now`; `None` when it is to be held back.
+    /// The number of events suppressed since the last line if an event at `now` gets a line;
+    /// `None` if it is suppressed.
     pub fn admit(&self, now: Instant) -> Option<u64> {
-        let mut state = self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        match state.last {
+        let mut state = self.state.lock();
+        match state.last_line {
             Some(last) if now.saturating_duration_since(last) < self.interval => {
                 state.suppressed += 1;
                 None
             }
             _ => {
-                state.last = Some(now);
+                state.last_line = Some(now);
                 Some(std::mem::take(&mut state.suppressed))
             }
         }
@@ -148,7 +178,7 @@ mod tests {
 
     impl io::Write for Captured {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().unwrap().extend_from_slice(bytes);
+            self.0.lock().extend_from_slice(bytes);
             Ok(bytes.len())
         }
         fn flush(&mut self) -> io::Result<()> {
@@ -156,19 +186,28 @@ mod tests {
         }
     }
 
-    fn logged(format: LogFormat, verbosity: i32, filter: Option<&str>) -> String {
+    fn captured(
+        format: LogFormat,
+        verbosity: i32,
+        filter: Option<&str>,
+        log: impl FnOnce(),
+    ) -> String {
         let captured = Captured::default();
         let writer = captured.clone();
         let config = LogConfig { format, verbosity };
         let subscriber = subscriber(config, filter, move || writer.clone(), false).unwrap();
-        tracing::subscriber::with_default(subscriber, || {
+        tracing::subscriber::with_default(subscriber, log);
+        let bytes = captured.0.lock().clone();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    fn logged(format: LogFormat, verbosity: i32, filter: Option<&str>) -> String {
+        captured(format, verbosity, filter, || {
             tracing::info!(target: "culvert_agent", port = 8132, "ours at info");
             tracing::debug!(target: "culvert_agent", "ours at debug");
             tracing::debug!(target: "quinn_proto", "theirs at debug");
             tracing::trace!(target: "quinn_proto", "theirs at trace");
-        });
-        let bytes = captured.0.lock().unwrap().clone();
-        String::from_utf8(bytes).unwrap()
+        })
     }
 
     #[test]
@@ -200,7 +239,7 @@ mod tests {
 
     #[test]
     fn repeating_faults_get_a_line_per_interval_that_counts_the_others() {
-        let limit = RateLimited::new(Duration::from_secs(10));
+        let limit = RateLimit::new(Duration::from_secs(10));
         let start = Instant::now();
         for (seconds, admitted) in [
             (0, Some(0)),
@@ -213,5 +252,22 @@ mod tests {
         ] {
             assert_eq!(limit.admit(start + Duration::from_secs(seconds)), admitted, "{seconds}");
         }
+    }
+
+    #[test]
+    fn a_rate_limited_event_has_its_fields_and_the_count_of_those_left_out() {
+        let text = captured(LogFormat::Text, 4, None, || {
+            for attempt in 0..3 {
+                crate::rate_limited!(
+                    Duration::from_secs(3600), WARN, attempt, reason = %"full", "no room"
+                );
+                crate::rate_limited!(Duration::ZERO, INFO, "each time");
+            }
+        });
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 4, "{text}");
+        assert!(lines[0].contains("WARN culvert_process::logging::tests: no room"), "{text}");
+        assert!(lines[0].ends_with("attempt=0 reason=full suppressed=0"), "{text}");
+        assert_eq!(text.matches("each time suppressed=0").count(), 3, "{text}");
     }
 }
