@@ -170,8 +170,8 @@ impl Connector {
             }
         };
         self.servers.set_told_count(count);
-        let transport = tunnel.transport();
-        let from = other.as_ref().map_or("none", |other| other.tunnel.transport());
+        let transport = tunnel.carrier().name();
+        let from = other.as_ref().map_or("none", |other| other.tunnel.carrier().name());
         self.metrics.transport_switched(from, transport, reason);
         info!(%server_id, %address, transport, from, reason, "server connected");
         if let Some(buffers) = buffers.filter(|buffers| buffers.is_small()) {
@@ -202,10 +202,10 @@ impl Connector {
     }
 
     fn on_lost(&mut self, served: &ServerTunnel, lost: &TunnelLost) {
-        let (server_id, transport) = (&served.server_id, served.tunnel.transport());
+        let (server_id, transport) = (&served.server_id, served.tunnel.carrier());
         let retired = served.is_retired();
         self.metrics.tunnel_lost(lost.label());
-        info!(%server_id, transport, reason = %lost, retired, "server gone");
+        info!(%server_id, %transport, reason = %lost, retired, "server gone");
         if !retired {
             let unanswered = |code: &CloseCode| *code == CloseCode::UNRESPONSIVE;
             let cause = match lost {

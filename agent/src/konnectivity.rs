@@ -9,7 +9,9 @@ mod call;
 
 use std::time::Duration;
 
-use culvert_transport::{ConnectError, Settings, Tunnel, TunnelLost, memory::pipe, tcp::Connected};
+use culvert_transport::{
+    Carrier, ConnectError, Settings, TransportFault, Tunnel, memory::Pair, tcp::Connected,
+};
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 
@@ -31,7 +33,7 @@ pub(crate) async fn connect(
     keep_alive_interval: Duration,
     settings: &Settings,
 ) -> Result<Tunnel, ConnectError> {
-    let (stream, peer) = connected.into_parts("grpc");
+    let (stream, peer) = connected.into_parts(Carrier::Grpc);
     let keep_alive = (!keep_alive_interval.is_zero())
         .then(|| keep_alive_interval.max(LEAST_KEEP_ALIVE_INTERVAL));
     let (requests, connection) = http2::Builder::new(TokioExecutor::new())
@@ -43,9 +45,10 @@ pub(crate) async fn connect(
         .keep_alive_while_idle(true)
         .handshake(TokioIo::new(stream))
         .await
-        .map_err(|error| ConnectError::Handshake(TunnelLost::Transport(error.to_string())))?;
+        .map_err(|error| TransportFault::Protocol(error.to_string()))?;
     // The server opens streams, and nobody else does.
-    let ends = pipe(peer, settings, &Settings { max_streams: 1, ..*settings }).await?;
+    let one = Settings { max_streams: 1, ..*settings };
+    let ends = Pair::without_idle_timeout(peer, settings, &one).await?;
     // Its fault, if it has one, is the stream's as well. It lives as long as somebody may call.
     tokio::spawn(async move { drop(connection.await) });
     tokio::spawn(bridge::run(ends.server, requests));

@@ -216,7 +216,7 @@ fn append_served(text: &mut String, tunnels: &[Arc<ServerTunnel>]) {
     let rows = tunnels.iter().map(|served| {
         let labels = vec![
             server(served),
-            ("transport", served.tunnel.transport().to_owned()),
+            ("transport", served.tunnel.carrier().name().to_owned()),
             ("reason", served.reason.to_owned()),
             ("state", served.state().to_owned()),
         ];
@@ -235,7 +235,7 @@ fn append_served(text: &mut String, tunnels: &[Arc<ServerTunnel>]) {
     append_family(text, UDP_BUFFER, Kind::Gauge, help, rows);
     let paths: Vec<_> = tunnels
         .iter()
-        .map(|served| (server(served), served.tunnel.transport(), served.tunnel.stats()))
+        .map(|served| (server(served), served.tunnel.carrier(), served.tunnel.stats()))
         .collect();
     append_tunnels(text, "culvert_agent_tunnel", &paths);
 }

@@ -12,7 +12,7 @@ use std::{
     time::Instant,
 };
 
-use culvert_transport::{BufferSizes, Tunnel};
+use culvert_transport::{BufferSizes, Carrier, Tunnel};
 use culvert_wire::ServerId;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -35,11 +35,11 @@ pub enum Rank {
 impl Rank {
     /// The way of this tunnel.
     pub fn of(tunnel: &Tunnel, large_packets: bool) -> Self {
-        match tunnel.transport() {
-            "quic" if large_packets => Self::Quic,
-            "quic" => Self::SmallQuic,
-            "tcp" => Self::Tcp,
-            _ => Self::Grpc,
+        match tunnel.carrier() {
+            Carrier::Quic if large_packets => Self::Quic,
+            Carrier::Quic => Self::SmallQuic,
+            Carrier::Tcp => Self::Tcp,
+            Carrier::Grpc => Self::Grpc,
         }
     }
 
@@ -255,7 +255,7 @@ impl ServerTunnels {
         let line = |served: &Arc<ServerTunnel>| {
             let mark = if served.state() == "used" { '+' } else { '-' };
             let ServerTunnel { server_id, reason, since, .. } = &**served;
-            let (transport, state) = (served.tunnel.transport(), served.state());
+            let (transport, state) = (served.tunnel.carrier(), served.state());
             let seconds = since.elapsed().as_secs_f64();
             format!("[{mark}]tunnel {server_id}: {transport} for {seconds:.1}s ({reason}), {state}")
         };

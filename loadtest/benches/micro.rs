@@ -17,7 +17,7 @@ use culvert_wire::{
     AgentId, Target,
     dial::{DialReply, DialRequest, DialTiming, Network, StreamKind},
     extension::Extensions,
-    frame::{self, Frame, HEAD_LEN, Head},
+    frame::{self, Frame, FrameHead, HEAD_LEN},
     identifiers::{Identifier, Identifiers},
     ids::DialId,
 };
@@ -42,7 +42,7 @@ fn request() -> DialRequest {
 
 fn frame_of(bytes: &[u8]) -> Frame {
     let (head, body) = bytes.split_first_chunk::<HEAD_LEN>().unwrap();
-    Frame { kind: Head::decode(*head).kind, body: body.to_vec().into() }
+    Frame { kind: FrameHead::decode(*head).kind, body: body.to_vec().into() }
 }
 
 #[divan::bench]

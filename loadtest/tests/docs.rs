@@ -124,7 +124,7 @@ fn every_example_frame_decodes_to_what_it_is_called() {
     use culvert_wire::{
         control::ControlMessage,
         dial::{DialReply, DialRequest},
-        frame::{Frame, HEAD_LEN, Head},
+        frame::{Frame, FrameHead, HEAD_LEN},
     };
     let document = read("docs/protocol.md");
     let mut examples = 0;
@@ -136,7 +136,7 @@ fn every_example_frame_decodes_to_what_it_is_called() {
             .step_by(2)
             .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap())
             .collect();
-        let head = Head::decode(*bytes.first_chunk::<HEAD_LEN>().unwrap());
+        let head = FrameHead::decode(*bytes.first_chunk::<HEAD_LEN>().unwrap());
         assert_eq!(bytes.len(), HEAD_LEN + head.length, "{name}");
         let frame = Frame { kind: head.kind, body: bytes[HEAD_LEN..].to_vec().into() };
         let is_right = match name {

@@ -19,7 +19,7 @@ use culvert_loadtest::{
     link::{Link, LinkError, LinkSettings, NODE, SERVER, settings::Direction},
 };
 use culvert_transport::{
-    Settings,
+    Settings, Tunnel,
     quic::{Listener, connect},
     tls::{Identity, KeyExchange, authorities, certificates, tunnel_client, tunnel_server},
 };
@@ -82,7 +82,8 @@ fn share(buffer_ms: f64) -> Option<(f64, f64)> {
     node.spawn(async move {
         let name = SERVER.to_string();
         let settings = Settings::default();
-        let (tunnel, _) = connect(address, &name, tls, &settings).await.unwrap();
+        let (connection, _) = connect(address, &name, tls, &settings).await.unwrap();
+        let tunnel = Tunnel::from(connection);
         let (mut send, _recv) = tunnel.open().await.unwrap();
         while send.write_chunk(Bytes::from_static(&[7; 65_536])).await.is_ok() {}
     });
@@ -125,7 +126,8 @@ fn bind() -> (Listener, Arc<rustls::ClientConfig>) {
 }
 
 async fn serve_tunnel(listener: Listener, arrived: Arrived) {
-    let tunnel = listener.accept().await.unwrap().complete().await.unwrap();
+    let connection = listener.accept().await.unwrap().complete().await.unwrap();
+    let tunnel = Tunnel::from(connection);
     let (_send, mut recv) = tunnel.accept().await.unwrap();
     let mut chunks = [const { Bytes::new() }; 32];
     while let Ok(Some(count)) = recv.read_chunks(&mut chunks).await {

@@ -33,7 +33,7 @@ impl Tunnels {
     fn of(rig: &Running) -> Self {
         let tunnels = rig.server.metrics.tunnels();
         let over = |transport| {
-            tunnels.iter().filter(|backend| backend.tunnel.transport() == transport).count()
+            tunnels.iter().filter(|backend| backend.tunnel.carrier().name() == transport).count()
         };
         Self { tcp: over("tcp"), quic: over("quic") }
     }

@@ -336,7 +336,7 @@ impl ServerMetrics {
             tunnels.iter().map(|backend| (backend.agent_id(), backend)).collect();
         let paths: Vec<_> = newest
             .into_values()
-            .map(|backend| (agent(backend), backend.tunnel.transport(), backend.tunnel.stats()))
+            .map(|backend| (agent(backend), backend.tunnel.carrier(), backend.tunnel.stats()))
             .collect();
         append_tunnels(&mut text, "culvert_server_tunnel", &paths);
 

@@ -8,7 +8,7 @@
 //! ```
 //= docs/protocol.md#3-frames
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes, BytesMut};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::codec::{self, DecodeError, EncodeError, MAX_BODY_LEN};
@@ -26,15 +26,15 @@ pub trait Message: Serialize + DeserializeOwned {
 
 /// The first three bytes of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Head {
+pub struct FrameHead {
     /// Which message follows.
     pub kind: u8,
-    /// How many bytes it has.
+    /// Length of the body, in bytes.
     pub length: usize,
 }
 
-impl Head {
-    /// The head that these bytes are; every three bytes are one.
+impl FrameHead {
+    /// The head that these bytes encode; every three bytes encode one.
     pub const fn decode([kind, high, low]: [u8; HEAD_LEN]) -> Self {
         Self { kind, length: u16::from_be_bytes([high, low]) as usize }
     }
@@ -81,6 +81,24 @@ pub enum FrameError {
 }
 
 impl Frame {
+    /// Takes the first frame off the front of `buffer`; `None`, and nothing taken, while part of it
+    /// is missing.
+    ///
+    /// # Errors
+    /// When the head announces a body of more than `limit` bytes, whether or not it has arrived.
+    pub fn split(buffer: &mut BytesMut, limit: usize) -> Result<Option<Self>, FrameError> {
+        let Some(head) = buffer.first_chunk::<HEAD_LEN>() else { return Ok(None) };
+        let FrameHead { kind, length } = FrameHead::decode(*head);
+        if length > limit {
+            return Err(FrameError::Oversized { kind, length, limit });
+        }
+        if buffer.len() < HEAD_LEN + length {
+            return Ok(None);
+        }
+        buffer.advance(HEAD_LEN);
+        Ok(Some(Self { kind, body: buffer.split_to(length).freeze() }))
+    }
+
     /// Reads the body as an `M`.
     ///
     /// # Errors
@@ -133,7 +151,7 @@ mod tests {
     fn a_frame_is_kind_length_body() {
         let bytes = encode(&Word("hi".into())).unwrap();
         assert_eq!(&bytes[..], [0x7f, 0, 3, 2, b'h', b'i']);
-        assert_eq!(Head::decode([0x7f, 0, 3]), Head { kind: 0x7f, length: 3 });
+        assert_eq!(FrameHead::decode([0x7f, 0, 3]), FrameHead { kind: 0x7f, length: 3 });
     }
 
     #[test]
@@ -150,5 +168,30 @@ mod tests {
             frame.message::<Word>(),
             Err(FrameError::UnexpectedKind { found: 1, expected: 0x7f })
         );
+    }
+
+    #[test]
+    fn frames_are_split_wherever_the_bytes_were_cut() {
+        let stream = [0x03, 0, 1, 7, 0x04, 0, 0, 0x05, 0, 2, 1];
+        for cut in 0..stream.len() {
+            let mut buffer = BytesMut::new();
+            let mut frames = Vec::new();
+            for part in [&stream[..cut], &stream[cut..]] {
+                buffer.extend_from_slice(part);
+                while let Some(Frame { kind, body }) = Frame::split(&mut buffer, 2).unwrap() {
+                    frames.push((kind, body.to_vec()));
+                }
+            }
+            assert_eq!(frames, [(3, vec![7]), (4, vec![])], "cut at {cut}");
+            assert_eq!(&buffer[..], [5, 0, 2, 1]);
+        }
+    }
+
+    #[test]
+    fn an_oversized_frame_is_refused_by_its_head() {
+        let split = |limit| Frame::split(&mut BytesMut::from(&[0x01, 0x01, 0x00][..]), limit);
+        assert_eq!(split(256), Ok(None));
+        let oversized = FrameError::Oversized { kind: 1, length: 256, limit: 255 };
+        assert_eq!(split(255), Err(oversized));
     }
 }

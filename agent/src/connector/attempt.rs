@@ -112,6 +112,9 @@ pub enum CarrierError {
     /// There is one, and the server did not take the agent in.
     #[error("{0}")]
     Join(#[from] JoinError),
+    /// The server's address is not known: a proxy looks its name up.
+    #[error("the server's address is not known")]
+    UnknownAddress,
     /// Nothing came of it for too long.
     #[error("nothing within {CARRIER_TIMEOUT:?}")]
     TimedOut,
@@ -372,12 +375,12 @@ impl Place<'_> {
 
     async fn over_quic(&self) -> Result<Reached, CarrierError> {
         let Some(address) = self.place.quic else {
-            return Err(ConnectError::Address("the server's address is not known".into()).into());
+            return Err(CarrierError::UnknownAddress);
         };
         within(async {
-            let (tunnel, buffers) =
+            let (connection, buffers) =
                 quic::connect(address, &self.name(), self.tls.quic.clone(), &self.settings).await?;
-            Ok(Reached { carrier: QUIC, tunnel, buffers: Some(buffers) })
+            Ok(Reached { carrier: QUIC, tunnel: connection.into(), buffers: Some(buffers) })
         })
         .await
     }
@@ -391,7 +394,7 @@ impl Place<'_> {
                     let keep_alive = self.attempts.servers.keep_alive_interval;
                     konnectivity::connect(connected, keep_alive, &self.settings).await?
                 }
-                false => connected.begin(&self.settings).await?,
+                false => connected.begin(&self.settings).await?.into(),
             };
             Ok(Reached { carrier: TCP, tunnel, buffers: None })
         })

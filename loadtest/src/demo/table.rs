@@ -32,7 +32,7 @@ pub(super) fn draw(reports: &[Report], tunnels: &[Arc<Backend>]) -> String {
         let stats = backend.tunnel.stats();
         agents.add_row([
             backend.agent_id().to_string(),
-            backend.tunnel.transport().to_owned(),
+            backend.tunnel.carrier().to_string(),
             backend.open_streams().to_string(),
             millis(stats.rtt),
             bytes(stats.cwnd),

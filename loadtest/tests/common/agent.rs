@@ -30,10 +30,10 @@ pub(crate) async fn tunnel(rig: &Running) -> Tunnel {
     let (name, settings) = (address.ip().to_string(), Settings::default());
     match rig.transport() {
         Transport::Auto | Transport::Quic => {
-            quic::connect(address, &name, tls, &settings).await.unwrap().0
+            quic::connect(address, &name, tls, &settings).await.unwrap().0.into()
         }
         Transport::Tcp => {
-            tcp::connect(&Route::Direct(address), &name, tls, &settings).await.unwrap()
+            tcp::connect(&Route::Direct(address), &name, tls, &settings).await.unwrap().into()
         }
     }
 }

@@ -101,11 +101,13 @@ impl Listener {
 
     async fn accept(&self) -> Tunnel {
         match self {
-            Self::Quic(listener) => listener.accept().await.unwrap().complete().await.unwrap(),
+            Self::Quic(listener) => {
+                listener.accept().await.unwrap().complete().await.unwrap().into()
+            }
             Self::Tcp(listener, acceptor) => {
                 let (socket, _) = listener.accept().await.unwrap();
                 let stream = acceptor.accept(socket).await.unwrap();
-                tcp::accept(stream, &Settings::default()).await.unwrap()
+                tcp::accept(stream, &Settings::default()).await.unwrap().into()
             }
         }
     }

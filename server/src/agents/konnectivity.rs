@@ -23,7 +23,7 @@ use culvert_konnectivity::{
     packet::Packet,
 };
 use culvert_process::logging::RateLimited;
-use culvert_transport::qmux::Peer;
+use culvert_transport::{Carrier, qmux::Peer};
 use culvert_wire::control::Hello;
 use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
@@ -60,7 +60,7 @@ const REJOIN_DELAY: Duration = Duration::from_secs(1);
 /// Serves one connection of a Konnectivity agent until it closes or the server stops.
 pub async fn serve(stream: TlsStream<TcpStream>, remote: SocketAddr, context: Arc<TunnelContext>) {
     let certificates = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
-    let peer = Peer { address: remote, transport: "grpc", certificates };
+    let peer = Peer { address: remote, carrier: Carrier::Grpc, certificates };
     let mut http = http2::Builder::new(TokioExecutor::new());
     http.timer(TokioTimer::new())
         .initial_stream_window_size(WINDOW)

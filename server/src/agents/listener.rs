@@ -5,7 +5,7 @@ use std::{fs, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use culvert_konnectivity::ALPN_H2;
 use culvert_process::{listen, logging::RateLimited};
 use culvert_transport::{
-    ConnectError, Settings, Tunnel, TunnelLost,
+    ConnectError, Settings, TransportFault, Tunnel,
     quic::{self, ResetKey},
     tcp,
     tls::{self, Identity, TlsError},
@@ -115,18 +115,16 @@ impl Incoming {
     /// When the peer goes away, is refused, or speaks another protocol.
     pub async fn complete(self) -> Result<Arrival, ConnectError> {
         match self {
-            Self::Quic(incoming) => incoming.complete().await.map(Arrival::Tunnel),
+            Self::Quic(incoming) => Ok(Arrival::Tunnel(incoming.complete().await?.into())),
             Self::Tcp { socket, tls, settings, place, .. } => {
-                let lost = |error: io::Error| {
-                    ConnectError::Handshake(TunnelLost::Transport(error.to_string()))
-                };
-                let stream = TlsAcceptor::from(tls).accept(socket).await.map_err(lost)?;
+                let accepted = TlsAcceptor::from(tls).accept(socket).await;
+                let stream = accepted.map_err(TransportFault::from)?;
                 drop(place);
                 if stream.get_ref().1.alpn_protocol() == Some(ALPN_H2) {
                     tcp::prepare(stream.get_ref().0, &settings);
                     return Ok(Arrival::Konnectivity(Box::new(stream)));
                 }
-                tcp::accept(stream, &settings).await.map(Arrival::Tunnel)
+                Ok(Arrival::Tunnel(tcp::accept(stream, &settings).await?.into()))
             }
         }
     }

@@ -120,7 +120,7 @@ pub async fn serve_tunnel(
     let counted = context.metrics.tunnel_open(&backend);
     let registered = context.backends.register(backend.clone());
     info!(
-        agent_id = %agent_id, %remote, transport = backend.tunnel.transport(),
+        agent_id = %agent_id, %remote, transport = %backend.tunnel.carrier(),
         instance = ?backend.instance(), "agent connected",
     );
     let lost = drive(&backend, control, &context).await;

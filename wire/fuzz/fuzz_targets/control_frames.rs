@@ -1,22 +1,23 @@
 //! A control stream's bytes: every frame in them, decoded and encoded again.
 #![no_main]
 
-use culvert_wire::{control::ControlMessage, frame::{Frame, HEAD_LEN, Head}};
+use bytes::BytesMut;
+use culvert_wire::{
+    codec::MAX_BODY_LEN,
+    control::ControlMessage,
+    frame::Frame,
+};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|stream: &[u8]| {
-    let mut rest = stream;
-    while let Some(head) = rest.first_chunk::<HEAD_LEN>() {
-        let Head { kind, length } = Head::decode(*head);
-        let Some(body) = rest.get(HEAD_LEN..HEAD_LEN + length) else { return };
-        let frame = Frame { kind, body: body.to_vec().into() };
-        if let Ok(message) = ControlMessage::decode(&frame) {
-            let again = message.encode().expect("what was decoded fits its frame");
-            if let Some(body) = again.get(HEAD_LEN..) {
-                let frame = Frame { kind, body: body.to_vec().into() };
-                assert_eq!(ControlMessage::decode(&frame), Ok(message));
-            }
+    let mut stream = BytesMut::from(stream);
+    while let Ok(Some(frame)) = Frame::split(&mut stream, MAX_BODY_LEN) {
+        let Ok(message) = ControlMessage::decode(&frame) else { continue };
+        let mut again =
+            BytesMut::from(&message.encode().expect("what was decoded fits its frame")[..]);
+        let again = Frame::split(&mut again, MAX_BODY_LEN).expect("what was decoded is short");
+        if let Some(frame) = again {
+            assert_eq!(ControlMessage::decode(&frame), Ok(message));
         }
-        rest = &rest[HEAD_LEN + length..];
     }
 });

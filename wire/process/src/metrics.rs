@@ -5,7 +5,7 @@
 
 use std::{fmt::Write as _, sync::Arc, time::Duration};
 
-use culvert_transport::{TunnelStats, splice::Meter};
+use culvert_transport::{Carrier, TunnelStats, splice::Meter};
 use metrics::{Counter, Gauge, Histogram, Key, Label, Level, Metadata, Recorder, SharedString};
 pub use metrics_exporter_prometheus::BuildError;
 use metrics_exporter_prometheus::{
@@ -168,14 +168,14 @@ fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
-/// One tunnel in a scrape: the label that names its peer, its transport, and its path.
-pub type TunnelRow = ((&'static str, String), &'static str, TunnelStats);
+/// One tunnel in a scrape: the label that names its peer, its carrier, and its path.
+pub type TunnelRow = ((&'static str, String), Carrier, TunnelStats);
 
 /// Appends the paths of tunnels, in families that begin with `prefix`.
 pub fn append_tunnels(text: &mut String, prefix: &str, tunnels: &[TunnelRow]) {
     let mut family = |name, kind, help, value: fn(&TunnelStats) -> f64| {
-        let rows = tunnels.iter().map(|(peer, transport, stats)| {
-            (vec![peer.clone(), ("transport", (*transport).to_owned())], value(stats))
+        let rows = tunnels.iter().map(|(peer, carrier, stats)| {
+            (vec![peer.clone(), ("transport", carrier.name().to_owned())], value(stats))
         });
         append_family(text, &format!("{prefix}_{name}"), kind, help, rows);
     };

@@ -13,7 +13,7 @@ use culvert_wire::{
         TraceContext,
     },
     extension::{Extension, Extensions},
-    frame::{self, Frame, FrameError, HEAD_LEN, Head, Message as _},
+    frame::{self, Frame, FrameError, FrameHead, HEAD_LEN, Message as _},
     identifiers::{Identifier, Identifiers},
     version::Features,
 };
@@ -58,7 +58,7 @@ impl Message {
 /// The first frame of these bytes, if the whole of it is there.
 pub(crate) fn first_frame(bytes: &[u8]) -> Option<Frame> {
     let (head, rest) = bytes.split_first_chunk::<HEAD_LEN>()?;
-    let Head { kind, length } = Head::decode(*head);
+    let FrameHead { kind, length } = FrameHead::decode(*head);
     let body = rest.get(..length)?;
     Some(Frame { kind, body: Bytes::copy_from_slice(body) })
 }

@@ -3,19 +3,18 @@
 
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
 use culvert_wire::control::{ControlMessage, Ping, Pong};
 use culvert_wire::{
     code::CloseCode,
     codec::{EncodeError, MAX_BODY_LEN},
-    frame::{Frame, FrameError, HEAD_LEN, Head},
+    frame::FrameError,
 };
 use tokio::{
     select,
     time::{Instant, sleep_until},
 };
 
-use crate::{ReadError, RecvHalf, SendHalf, Tunnel, Unreachable, WriteError};
+use crate::{ReadError, ReadFrameError, RecvHalf, SendHalf, Tunnel, Unreachable, WriteError};
 
 /// Time for the answer to a ping, when the network says that nobody listens at the peer's address:
 /// room for one repetition of a lost ping.
@@ -55,6 +54,16 @@ pub enum ControlError {
     Unresponsive(Duration),
 }
 
+impl From<ReadFrameError> for ControlError {
+    fn from(error: ReadFrameError) -> Self {
+        match error {
+            ReadFrameError::End | ReadFrameError::Truncated => Self::Ended,
+            ReadFrameError::Frame(error) => Self::Frame(error),
+            ReadFrameError::Read(error) => Self::Read(error),
+        }
+    }
+}
+
 impl ControlError {
     /// The code with which the tunnel is to be closed for this.
     pub fn close_code(&self) -> CloseCode {
@@ -82,7 +91,6 @@ pub struct ControlStream {
     tunnel: Tunnel,
     send: SendHalf,
     recv: RecvHalf,
-    buffer: BytesMut,
     question: Option<Question>,
     next_echo: u64,
 }
@@ -102,7 +110,7 @@ impl ControlStream {
     /// The control stream that these halves are.
     pub fn new(tunnel: Tunnel, (mut send, recv): (SendHalf, RecvHalf)) -> Self {
         send.set_priority(PRIORITY);
-        Self { tunnel, send, recv, buffer: BytesMut::new(), question: None, next_echo: 0 }
+        Self { tunnel, send, recv, question: None, next_echo: 0 }
     }
 
     /// Sends a message.
@@ -148,7 +156,7 @@ impl ControlStream {
     pub async fn event(&mut self) -> Result<Event, ControlError> {
         loop {
             let frame = select! {
-                frame = next_frame(&mut self.recv, &mut self.buffer) => frame?,
+                frame = self.recv.read_frame(MAX_BODY_LEN) => frame?,
                 why = self.tunnel.unreachable() => {
                     let limit = match why {
                         Unreachable::Port => REFUSED_LIMIT,
@@ -237,61 +245,5 @@ async fn overdue(question: Option<&Question>) {
     match question {
         Some(question) => sleep_until(question.deadline).await,
         None => std::future::pending().await,
-    }
-}
-
-/// The next frame; what was read of it stays in `buffer` when the future is dropped.
-async fn next_frame(recv: &mut RecvHalf, buffer: &mut BytesMut) -> Result<Frame, ControlError> {
-    loop {
-        if let Some(frame) = split_frame(buffer)? {
-            return Ok(frame);
-        }
-        // A few packets at a time bound what a peer can make us hold.
-        let mut chunks = [const { Bytes::new() }; 4];
-        let Some(count) = recv.read_chunks(&mut chunks).await? else {
-            return Err(ControlError::Ended);
-        };
-        chunks[..count].iter().for_each(|chunk| buffer.extend_from_slice(chunk));
-    }
-}
-
-fn split_frame(buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
-    let Some(head) = buffer.first_chunk::<HEAD_LEN>() else { return Ok(None) };
-    let Head { kind, length } = Head::decode(*head);
-    if length > MAX_BODY_LEN {
-        return Err(FrameError::Oversized { kind, length, limit: MAX_BODY_LEN });
-    }
-    if buffer.len() < HEAD_LEN + length {
-        return Ok(None);
-    }
-    buffer.advance(HEAD_LEN);
-    Ok(Some(Frame { kind, body: buffer.split_to(length).freeze() }))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn frames_are_split_wherever_the_packets_were_cut() {
-        let stream = [0x03, 0, 1, 7, 0x04, 0, 0, 0x05, 0, 2, 1];
-        for cut in 0..stream.len() {
-            let mut buffer = BytesMut::new();
-            let mut kinds = Vec::new();
-            for part in [&stream[..cut], &stream[cut..]] {
-                buffer.extend_from_slice(part);
-                while let Some(frame) = split_frame(&mut buffer).unwrap() {
-                    kinds.push((frame.kind, frame.body.len()));
-                }
-            }
-            assert_eq!(kinds, [(3, 1), (4, 0)], "cut at {cut}");
-            assert_eq!(&buffer[..], [5, 0, 2, 1]);
-        }
-    }
-
-    #[test]
-    fn an_oversized_frame_is_refused_by_its_head() {
-        let mut buffer = BytesMut::from(&[0x01, 0xff, 0xff][..]);
-        assert!(matches!(split_frame(&mut buffer), Err(FrameError::Oversized { .. })));
     }
 }

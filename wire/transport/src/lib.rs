@@ -22,19 +22,28 @@ mod carrier;
 mod chunks;
 pub mod congestion;
 pub mod control;
+mod error;
 pub mod memory;
 pub mod priority;
 pub mod qmux;
 pub mod quic;
 mod settings;
 pub mod splice;
+mod stream;
 pub mod tcp;
+#[cfg(feature = "test-util")]
+#[doc(hidden)]
+pub mod test_util;
 pub mod tls;
 mod tunnel;
 
-pub use quic::udp::{BindError, BufferSizes, Unreachable};
-pub use settings::{ConnectError, ProxyFault, Settings};
-pub use tunnel::{
-    ReadError, ReadFrameError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, WriteError,
+pub use carrier::Carrier;
+pub use error::{
+    ConnectError, IoFault, ProxyFault, ReadError, ReadFrameError, TransportFault, TunnelLost,
+    WriteError,
 };
+pub use quic::udp::{BindError, BufferSizes, Unreachable};
+pub use settings::Settings;
+pub use stream::{RecvHalf, SendHalf};
+pub use tunnel::{Tunnel, TunnelStats};
 pub(crate) use tunnel::{canonical, now};

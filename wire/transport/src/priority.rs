@@ -6,10 +6,9 @@
 //! for room does not count as such: forty downloads that share a path are each slow, and all greedy. What goes first is at most
 //! three quarters of a tunnel's bytes, so that nothing starves however many streams there are.
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Instant,
-};
+use std::{sync::Arc, time::Instant};
+
+use parking_lot::Mutex;
 
 /// What a stream may send per second for ever without sinking, in bytes: 2 Mbit/s, which is more
 /// than anybody types or reads.
@@ -103,7 +102,7 @@ impl PriorityBudget {
     /// Counts bytes that want to go first or not; whether they may. Those that do not pay for three
     /// times as many that do.
     fn admits(&self, now: Instant, bytes: u64, first: bool) -> bool {
-        let mut credit = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut credit = self.0.lock();
         let elapsed = now.saturating_duration_since(credit.at).as_secs_f64();
         credit.bytes = (credit.bytes + (elapsed * FLOOR as f64) as u64).min(CREDIT);
         credit.at = now;

@@ -15,15 +15,17 @@ mod mux;
 mod stream;
 
 use std::{
+    fmt,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use culvert_wire::code::CloseCode;
+use parking_lot::{Mutex, MutexGuard};
 use rustls_pki_types::CertificateDer;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -31,13 +33,9 @@ use tokio::{
     sync::{Notify, SetOnce},
 };
 
-pub(super) use self::halves::{RecvStream, SendStream};
+pub(crate) use self::halves::{RecvStream, SendStream};
 use self::{halves::Handle, mux::Mux, stream::Wakers};
-use super::{
-    RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, now,
-    priority::PriorityBudget,
-    settings::{ConnectError, Settings},
-};
+use super::{Carrier, ConnectError, Settings, TunnelLost, TunnelStats};
 
 /// Which end of the byte stream this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,13 +61,13 @@ impl Role {
 pub struct Peer {
     /// Where it is.
     pub address: SocketAddr,
-    /// What the byte stream is, for logs and metric labels.
-    pub transport: &'static str,
+    /// What carries the byte stream.
+    pub carrier: Carrier,
     /// Its certificate chain, leaf first, if it presented one.
     pub certificates: Option<Vec<CertificateDer<'static>>>,
 }
 
-/// Makes a tunnel of a reliable byte stream whose other end does the same in the other role.
+/// Begins QMux on a reliable byte stream whose other end does the same in the other role.
 ///
 /// # Errors
 /// When the peer does not begin within the idle time-out, or speaks something else.
@@ -78,7 +76,7 @@ pub async fn establish<IO>(
     role: Role,
     peer: Peer,
     settings: &Settings,
-) -> Result<Tunnel, ConnectError>
+) -> Result<Connection, ConnectError>
 where
     IO: AsyncRead + AsyncWrite + Send + 'static,
 {
@@ -88,12 +86,11 @@ where
     let (reader, writer) = tokio::io::split(stream);
     tokio::spawn(io::read(reader, shared.clone(), settings.idle_timeout));
     tokio::spawn(io::write(writer, shared.clone(), settings.keep_alive_interval));
-    let connection =
-        Connection { owner: Arc::new(Owner(shared.clone())), budget: PriorityBudget::new(now()) };
+    let connection = Connection { owner: Arc::new(Owner(shared.clone())) };
     loop {
         let opened = shared.opened.notified();
         if shared.lock().peer().is_some() {
-            return Ok(Tunnel::over(connection));
+            return Ok(connection);
         }
         select! {
             () = opened => {}
@@ -144,8 +141,7 @@ impl Shared {
     }
 
     fn lock(&self) -> MutexGuard<'_, Mux> {
-        // Every change is complete before it could panic.
-        self.mux.lock().unwrap_or_else(PoisonError::into_inner)
+        self.mux.lock()
     }
 
     /// The connection is over for this reason, unless it was before.
@@ -180,11 +176,16 @@ impl Drop for Owner {
     }
 }
 
-/// One QMux connection.
+/// An established QMux connection: make a [`Tunnel`](crate::Tunnel) of it.
 #[derive(Clone)]
-pub(super) struct Connection {
+pub struct Connection {
     owner: Arc<Owner>,
-    budget: Arc<PriorityBudget>,
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection").field("peer", &self.shared().peer).finish_non_exhaustive()
+    }
 }
 
 impl Connection {
@@ -192,11 +193,11 @@ impl Connection {
         &self.owner.0
     }
 
-    pub(super) async fn open(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
+    pub(super) async fn open(&self) -> Result<(SendStream, RecvStream), TunnelLost> {
         self.stream(Mux::open).await
     }
 
-    pub(super) async fn accept(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
+    pub(super) async fn accept(&self) -> Result<(SendStream, RecvStream), TunnelLost> {
         self.stream(Mux::accept).await
     }
 
@@ -204,7 +205,7 @@ impl Connection {
     async fn stream(
         &self,
         get: impl Fn(&mut Mux) -> Option<(u64, Arc<Wakers>)>,
-    ) -> Result<(SendHalf, RecvHalf), TunnelLost> {
+    ) -> Result<(SendStream, RecvStream), TunnelLost> {
         loop {
             let opened = self.shared().opened.notified();
             if let Some(lost) = self.shared().lost.get() {
@@ -212,18 +213,14 @@ impl Connection {
             }
             let stream = get(&mut self.shared().lock());
             if let Some((id, wakers)) = stream {
-                return Ok(self.halves(&Handle::new(id, wakers, self.owner.clone())));
+                let handle = Handle::new(id, wakers, self.owner.clone());
+                return Ok((SendStream::new(handle.clone()), RecvStream::new(handle)));
             }
             select! {
                 () = opened => {}
                 lost = self.shared().closed() => return Err(lost),
             }
         }
-    }
-
-    fn halves(&self, handle: &Handle) -> (SendHalf, RecvHalf) {
-        let (send, recv) = (SendStream::new(handle.clone()), RecvStream::new(handle.clone()));
-        (SendHalf::new(send, self.budget.clone()), RecvHalf::new(recv))
     }
 
     pub(super) fn close(&self, code: CloseCode, reason: &str) {
@@ -247,8 +244,8 @@ impl Connection {
         self.shared().peer.address
     }
 
-    pub(super) fn name(&self) -> &'static str {
-        self.shared().peer.transport
+    pub(super) fn carrier(&self) -> Carrier {
+        self.shared().peer.carrier
     }
 
     pub(super) fn peer_certificates(&self) -> Option<Vec<CertificateDer<'static>>> {

@@ -25,17 +25,15 @@ use quinn::{
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
 };
 
-pub(super) use self::connection::{Connection, RecvStream, SendStream};
+pub use self::connection::Connection;
+pub(crate) use self::connection::{RecvStream, SendStream};
 pub use self::settings::ResetKey;
 use self::{
     close_reason::lost,
     connection::IcmpRouter,
     udp::{BindError, BufferSizes},
 };
-use super::{
-    Tunnel, canonical,
-    settings::{ConnectError, Settings},
-};
+use super::{ConnectError, Settings, TransportFault, canonical};
 
 /// Handshakes in progress above which a client must first prove its address (RFC 9000 §8.1.2).
 const RETRY_ABOVE: usize = 128;
@@ -177,7 +175,7 @@ impl Incoming {
     ///
     /// # Errors
     /// When the peer goes away, is refused, or speaks another protocol.
-    pub async fn complete(self) -> Result<Tunnel, ConnectError> {
+    pub async fn complete(self) -> Result<Connection, ConnectError> {
         let handshake = async { self.incoming.accept_with(Arc::new(self.config))?.await };
         let connection = handshake.await.map_err(|error| ConnectError::Handshake(lost(error)))?;
         drop(self.pending);
@@ -215,7 +213,7 @@ pub async fn connect(
     server_name: &str,
     tls: Arc<rustls::ClientConfig>,
     settings: &Settings,
-) -> Result<(Tunnel, BufferSizes), ConnectError> {
+) -> Result<(Connection, BufferSizes), ConnectError> {
     let any = match remote.ip() {
         IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
@@ -231,31 +229,30 @@ pub async fn connect(
     .map_err(|error| BindError::new(local, error))?;
     let icmp_router = Arc::new(IcmpRouter::default());
 
-    let crypto = QuicClientConfig::try_from(tls).map_err(|e| ConnectError::Tls(e.to_string()))?;
+    let crypto = QuicClientConfig::try_from(tls).map_err(|_| ConnectError::CipherSuites)?;
     let mut client = quinn::ClientConfig::new(Arc::new(crypto));
     client.transport_config(Arc::new(settings.transport(udp::link_payload(remote))));
-    let connecting = endpoint
-        .connect_with(client, remote, server_name)
-        .map_err(|error| ConnectError::Address(error.to_string()))?;
+    let connecting = endpoint.connect_with(client, remote, server_name).map_err(not_begun)?;
     let connection = tokio::select! {
         connected = connecting => connected.map_err(|error| ConnectError::Handshake(lost(error)))?,
         () = refused(bound.errors.as_ref()) => return Err(ConnectError::Refused),
     };
     icmp_router.listen(bound.errors);
-    let tunnel =
+    let connection =
         Connection::established(connection, endpoint, icmp_router).ok_or(ConnectError::Protocol)?;
-    Ok((tunnel, bound.buffer_sizes))
+    Ok((connection, bound.buffer_sizes))
 }
 
-/// The tunnel that an established connection is, over whatever socket its endpoint has: for networks
-/// that are not the system's. The connection was set up with [`Settings::transport`].
+/// The connection that was established on an endpoint of any network, with the settings of
+/// [`Settings::transport`].
 ///
 /// # Errors
 /// When its peer did not agree on the protocol; it is closed then.
-pub fn adopt(
+#[cfg(feature = "test-util")]
+pub(crate) fn adopt(
     connection: quinn::Connection,
     endpoint: quinn::Endpoint,
-) -> Result<Tunnel, ConnectError> {
+) -> Result<Connection, ConnectError> {
     Connection::established(connection, endpoint, Arc::default()).ok_or(ConnectError::Protocol)
 }
 
@@ -268,8 +265,21 @@ async fn refused(errors: Option<&udp::ErrorQueue>) {
     }
 }
 
+/// Why quinn did not begin a handshake.
+fn not_begun(error: quinn::ConnectError) -> ConnectError {
+    match error {
+        quinn::ConnectError::InvalidServerName(name) => ConnectError::ServerName(name),
+        quinn::ConnectError::InvalidRemoteAddress(address) => ConnectError::Address(address),
+        // The endpoint is new, has a configuration, and speaks the version of its configuration.
+        quinn::ConnectError::EndpointStopping
+        | quinn::ConnectError::NoDefaultClientConfig
+        | quinn::ConnectError::UnsupportedVersion
+        | quinn::ConnectError::CidsExhausted => TransportFault::Exhausted.into(),
+    }
+}
+
 fn server_config(tls: Arc<rustls::ServerConfig>) -> Result<quinn::ServerConfig, ConnectError> {
-    let crypto = QuicServerConfig::try_from(tls).map_err(|e| ConnectError::Tls(e.to_string()))?;
+    let crypto = QuicServerConfig::try_from(tls).map_err(|_| ConnectError::CipherSuites)?;
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
     server
         .max_incoming(IGNORE_ABOVE)

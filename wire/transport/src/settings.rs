@@ -1,11 +1,8 @@
-//! What tunnels are set up with over any carrier, and why one could not be made.
+//! What tunnels are set up with, over any carrier.
 
 use std::time::Duration;
 
-use culvert_wire::version::ALPN;
-
 use crate::congestion::Congestion;
-use crate::{TunnelLost, quic::udp::BindError};
 
 /// What a tunnel is set up with, whichever carrier it gets; what only one of them knows says so.
 #[derive(Clone, Copy, Debug)]
@@ -43,72 +40,4 @@ impl Default for Settings {
             congestion: Congestion::Auto,
         }
     }
-}
-
-/// Why a tunnel could not be made.
-#[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
-    /// The local socket could not be had.
-    #[error(transparent)]
-    Bind(#[from] BindError),
-    /// The TLS configuration has no TLS 1.3 cipher suite; the fault is ours.
-    #[error("unusable TLS configuration: {0}")]
-    Tls(String),
-    /// The server's name or address cannot be used.
-    #[error("{0}")]
-    Address(String),
-    /// The handshake did not come to its end.
-    #[error("{0}")]
-    Handshake(TunnelLost),
-    /// The network says that nobody listens at the server's address.
-    #[error("connection refused")]
-    Refused,
-    /// The proxy on the way did not let the connection through.
-    #[error("proxy {proxy}: {fault}")]
-    Proxy {
-        /// The proxy, without credentials.
-        proxy: String,
-        /// Why not.
-        fault: ProxyFault,
-    },
-    /// The peer speaks another protocol.
-    #[error("the peer did not agree on the protocol {}", String::from_utf8_lossy(ALPN))]
-    Protocol,
-}
-
-/// Why a proxy did not let a connection through.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ProxyFault {
-    /// It cannot be connected to.
-    #[error("it cannot be reached: {0}")]
-    Unreachable(String),
-    /// TLS to the proxy itself did not come about.
-    #[error("TLS with it failed: {0}")]
-    Tls(String),
-    /// It cannot be asked for such a server.
-    #[error("it cannot be asked for the server: {0}")]
-    Server(String),
-    /// The connection broke while it was asked.
-    #[error("the connection broke: {0}")]
-    Broken(String),
-    /// It ended the connection in place of an answer.
-    #[error("it closed the connection without an answer")]
-    Closed,
-    /// It did not answer within the idle time-out.
-    #[error("it did not answer in time")]
-    TimedOut,
-    /// What it answers is not HTTP.
-    #[error("it does not speak HTTP/1.1")]
-    Malformed,
-    /// The head of its answer does not end.
-    #[error("its answer's head is too long")]
-    LongHead,
-    /// It will not.
-    #[error("it refuses: {status} {reason}")]
-    Refused {
-        /// The status of its answer: 407 asks for other credentials.
-        status: u16,
-        /// Its words, in printable ASCII.
-        reason: String,
-    },
 }

@@ -20,13 +20,10 @@ pub use self::{
     proxy::{InvalidProxy, ProxiedStream, Proxy},
 };
 use super::{
-    Tunnel, TunnelLost, canonical,
-    qmux::{Peer, Role, establish},
-    settings::{ConnectError, Settings},
+    Carrier, ConnectError, Settings, TransportFault, TunnelLost, canonical,
+    qmux::{Connection, Peer, Role, establish},
 };
 
-/// What such tunnels are called.
-const TRANSPORT: &str = "tcp";
 /// Bytes that TCP takes beyond what the path lets out: what waits in the kernel cannot be overtaken.
 const MAX_UNSENT: u32 = 64 * 1024;
 
@@ -59,7 +56,7 @@ pub async fn connect(
     server_name: &str,
     tls: Arc<rustls::ClientConfig>,
     settings: &Settings,
-) -> Result<Tunnel, ConnectError> {
+) -> Result<Connection, ConnectError> {
     handshake(way, server_name, tls, settings).await?.begin(settings).await
 }
 
@@ -78,7 +75,7 @@ pub async fn handshake(
     settings: &Settings,
 ) -> Result<Connected, ConnectError> {
     let name = ServerName::try_from(server_name.to_owned())
-        .map_err(|error| ConnectError::Address(error.to_string()))?;
+        .map_err(|_| ConnectError::ServerName(server_name.to_owned()))?;
     let deadline = Instant::now() + settings.idle_timeout;
     let (socket, address) = match way {
         Route::Direct(remote) => {
@@ -107,7 +104,7 @@ async fn in_time<T>(
         Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
             return Err(ConnectError::Refused);
         }
-        Ok(Err(error)) => TunnelLost::Transport(error.to_string()),
+        Ok(Err(error)) => error.into(),
         Err(_) => TunnelLost::TimedOut,
     };
     Err(ConnectError::Handshake(lost))
@@ -133,19 +130,19 @@ impl Connected {
     ///
     /// # Errors
     /// When the server does not begin within the idle time-out, or agreed on something else.
-    pub async fn begin(self, settings: &Settings) -> Result<Tunnel, ConnectError> {
+    pub async fn begin(self, settings: &Settings) -> Result<Connection, ConnectError> {
         if self.protocol() != Some(ALPN) {
             return Err(ConnectError::Protocol);
         }
-        let (stream, peer) = self.into_parts(TRANSPORT);
+        let (stream, peer) = self.into_parts(Carrier::Tcp);
         establish(stream, Role::Client, peer, settings).await
     }
 
-    /// The bytes, for whoever speaks something else on them, and who is at the other end; `transport`
-    /// is what the connection is called in logs.
-    pub fn into_parts(self, transport: &'static str) -> (Stream, Peer) {
+    /// The byte stream and its peer, for a caller that speaks another protocol on it; `carrier` is what
+    /// the tunnel is then said to be carried by.
+    pub fn into_parts(self, carrier: Carrier) -> (Stream, Peer) {
         let certificates = self.stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
-        (self.stream, Peer { address: self.address, transport, certificates })
+        (self.stream, Peer { address: self.address, carrier, certificates })
     }
 }
 
@@ -156,15 +153,15 @@ impl Connected {
 pub async fn accept(
     stream: TlsStream<TcpStream>,
     settings: &Settings,
-) -> Result<Tunnel, ConnectError> {
+) -> Result<Connection, ConnectError> {
     let (socket, session) = stream.get_ref();
     if session.alpn_protocol() != Some(ALPN) {
         return Err(ConnectError::Protocol);
     }
     prepare(socket, settings);
-    let address = socket.peer_addr().map_err(|error| ConnectError::Address(error.to_string()))?;
+    let address = socket.peer_addr().map_err(TransportFault::from)?;
     let certificates = session.peer_certificates().map(<[_]>::to_vec);
-    let peer = Peer { address: canonical(address), transport: TRANSPORT, certificates };
+    let peer = Peer { address: canonical(address), carrier: Carrier::Tcp, certificates };
     establish(stream, Role::Server, peer, settings).await
 }
 

@@ -52,11 +52,11 @@ impl Server {
         let settings = Settings::default();
         let (server, agent) =
             tokio::join!(self.accept(), connect(path, "127.0.0.1", tls, &settings));
-        (server, agent.unwrap().0)
+        (server, agent.unwrap().0.into())
     }
 
     async fn accept(&self) -> Tunnel {
-        self.listener.accept().await.unwrap().complete().await.unwrap()
+        self.listener.accept().await.unwrap().complete().await.unwrap().into()
     }
 }
 

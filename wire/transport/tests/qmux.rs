@@ -6,7 +6,7 @@ mod carriers;
 
 use bytes::Bytes;
 use culvert_transport::{
-    ConnectError, Settings, Tunnel, TunnelLost,
+    Carrier, ConnectError, Settings, Tunnel, TunnelLost,
     qmux::{Peer, Role, establish},
 };
 use culvert_wire::{CloseCode, StreamCode};
@@ -23,11 +23,11 @@ use carriers::within;
 const PIPE: usize = 64 * 1024;
 
 fn peer() -> Peer {
-    Peer { address: "192.0.2.1:8132".parse().unwrap(), transport: "tcp", certificates: None }
+    Peer { address: "192.0.2.1:8132".parse().unwrap(), carrier: Carrier::Tcp, certificates: None }
 }
 
 async fn end(io: DuplexStream, role: Role, settings: &Settings) -> Tunnel {
-    establish(io, role, peer(), settings).await.unwrap()
+    establish(io, role, peer(), settings).await.unwrap().into()
 }
 
 /// Both ends of a tunnel through a pipe within the process; the server's first.
@@ -170,7 +170,7 @@ async fn fate(bytes: Vec<u8>) -> String {
     let settings = Settings { max_streams: 4, ..Settings::default() };
     let near = tokio::spawn(async move {
         match establish(near, Role::Server, peer(), &settings).await {
-            Ok(tunnel) => tunnel.closed().await.to_string(),
+            Ok(connection) => Tunnel::from(connection).closed().await.to_string(),
             Err(ConnectError::Handshake(lost)) => lost.to_string(),
             Err(error) => panic!("{error}"),
         }

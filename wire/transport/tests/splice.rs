@@ -7,7 +7,7 @@ use std::{io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use culvert_transport::{
-    ReadError, RecvHalf, SendHalf, WriteError,
+    Carrier, ReadError, RecvHalf, SendHalf, WriteError,
     splice::{Cut, HalfEnd, Local, Meter, Outcome, SpliceSocket, halves, splice},
 };
 use culvert_wire::StreamCode;
@@ -17,7 +17,7 @@ use tokio::{
     time::timeout,
 };
 
-use carriers::{Carrier, Pair, each};
+use carriers::{Pair, each};
 
 /// A splice's own ends, and those that the test holds.
 struct Bench {

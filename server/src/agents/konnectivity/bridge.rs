@@ -15,7 +15,7 @@ use culvert_process::logging::RateLimited;
 use culvert_transport::{
     ConnectError, RecvHalf, SendHalf, Tunnel, TunnelLost,
     control::{ControlError, ControlStream},
-    memory::pipe,
+    memory::Pair,
     qmux::Peer,
     splice::{Cut, HalfEnd, Meter},
 };
@@ -99,7 +99,7 @@ impl Bridge {
     ) -> Result<Self, JoinError> {
         let settings = context.settings;
         let streams = culvert_transport::Settings { max_streams: context.max_streams, ..settings };
-        let ends = pipe(peer, &streams, &settings).await?;
+        let ends = Pair::without_idle_timeout(peer, &streams, &settings).await?;
         context.tunnels.spawn(session::serve_tunnel(
             ends.server,
             Some(authenticated),

@@ -116,26 +116,9 @@ impl RecvStream {
         &self,
         chunks: &mut [Bytes],
     ) -> Result<Option<usize>, ReadError> {
-        self.read_some(chunks, usize::MAX).await
-    }
-
-    pub(crate) async fn read(&self, buf: &mut [u8]) -> Result<Option<usize>, ReadError> {
-        let mut chunks = [Bytes::new()];
-        let read = self.read_some(&mut chunks, buf.len()).await?;
-        Ok(read.map(|_| {
-            buf[..chunks[0].len()].copy_from_slice(&chunks[0]);
-            chunks[0].len()
-        }))
-    }
-
-    async fn read_some(
-        &self,
-        chunks: &mut [Bytes],
-        limit: usize,
-    ) -> Result<Option<usize>, ReadError> {
         let Handle { id, wakers, .. } = &self.0;
         loop {
-            match self.0.change(|mux| mux.read(*id, chunks, limit)) {
+            match self.0.change(|mux| mux.read(*id, chunks)) {
                 Found::Chunks(count) => {
                     let length: usize = chunks[..count].iter().map(Bytes::len).sum();
                     self.0.shared().received.fetch_add(length as u64, Ordering::Relaxed);

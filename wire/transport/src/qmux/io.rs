@@ -15,7 +15,7 @@ use super::{
     frame::{Frame, split_record},
     mux::{Fault, Taken},
 };
-use crate::TunnelLost;
+use crate::{TransportFault, TunnelLost};
 
 /// Room for one read.
 const READ_LEN: usize = 64 * 1024;
@@ -39,10 +39,8 @@ pub(super) async fn read<IO: AsyncRead>(
         };
         match read {
             Err(_) => break TunnelLost::TimedOut,
-            Ok(Err(error)) => break TunnelLost::Transport(error.to_string()),
-            Ok(Ok(0)) => {
-                break TunnelLost::Transport("the connection ended without a word".into());
-            }
+            Ok(Err(error)) => break error.into(),
+            Ok(Ok(0)) => break TransportFault::Ended.into(),
             Ok(Ok(_)) => {}
         }
         match take(&mut input, &shared) {
@@ -51,7 +49,7 @@ pub(super) async fn read<IO: AsyncRead>(
             Err(fault) => {
                 let reason = fault.to_string();
                 shared.lock().close(false, PROTOCOL_VIOLATION, &reason);
-                break TunnelLost::Transport(format!("the peer broke the protocol: {reason}"));
+                break TransportFault::Protocol(reason).into();
             }
         }
         shared.work.notify_one();
@@ -71,8 +69,8 @@ fn take(input: &mut BytesMut, shared: &Shared) -> Result<Option<TunnelLost>, Fau
                     let code = CloseCode::from_wire(code);
                     return Ok(Some(TunnelLost::ClosedByPeer { code, reason }));
                 }
-                Taken::Closed { application: false, reason, .. } => {
-                    return Ok(Some(TunnelLost::Transport(reason)));
+                Taken::Closed { application: false, code, reason } => {
+                    return Ok(Some(TransportFault::Aborted { code, reason }.into()));
                 }
             }
         }
@@ -106,7 +104,7 @@ pub(super) async fn write<IO: AsyncWrite>(
                 _ = shared.lost.wait() => break,
             };
             if let Err(error) = written {
-                shared.lose(TunnelLost::Transport(error.to_string()));
+                shared.lose(error.into());
             }
         }
         asked = measure(asked, &shared);

@@ -205,24 +205,17 @@ impl Mux {
     }
 
     /// Fills the front of `chunks` with what has arrived.
-    pub(super) fn read(&mut self, id: u64, chunks: &mut [Bytes], limit: usize) -> Found {
+    pub(super) fn read(&mut self, id: u64, chunks: &mut [Bytes]) -> Found {
         let window = self.window;
         let Some(stream) = self.streams.get_mut(&id) else { return Found::End };
         let recv = &mut stream.recv;
         if recv.stopped {
             return Found::Stopped;
         }
-        let mut count = 0;
-        let mut length = 0;
-        while count < chunks.len() && length < limit {
-            let Some(front) = recv.queue.front_mut() else { break };
-            let part = front.split_to(front.len().min(limit - length));
-            if front.is_empty() {
-                recv.queue.pop_front();
-            }
-            length += part.len();
-            chunks[count] = part;
-            count += 1;
+        let count = chunks.len().min(recv.queue.len());
+        for (chunk, arrived) in chunks.iter_mut().zip(recv.queue.drain(..count)) {
+            recv.read += arrived.len() as u64;
+            *chunk = arrived;
         }
         if count == 0 {
             let found = match (recv.reset, recv.finished) {
@@ -234,7 +227,6 @@ impl Mux {
             self.retire(id);
             return found;
         }
-        recv.read += length as u64;
         // An eighth at a time, so that a sender need not wait and grants are few.
         if !recv.is_over() && recv.read + window >= recv.limit + window / 8 {
             recv.limit = recv.read + window;

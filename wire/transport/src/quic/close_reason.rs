@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use culvert_wire::code::{CloseCode, StreamCode};
 use quinn::VarInt;
 
-use crate::{ReadError, TunnelLost};
+use crate::{ReadError, TransportFault, TunnelLost};
 
 /// What this side said when it closed the tunnel; its streams tell it as the reason they ended.
 #[derive(Clone, Debug, Default)]
@@ -57,6 +57,31 @@ pub(super) fn lost(error: quinn::ConnectionError) -> TunnelLost {
         }
         quinn::ConnectionError::TimedOut => TunnelLost::TimedOut,
         quinn::ConnectionError::Reset => TunnelLost::PeerRestarted,
-        error => TunnelLost::Transport(error.to_string()),
+        error => TunnelLost::Transport(fault(error)),
+    }
+}
+
+/// The fault below the tunnel that ended the connection.
+fn fault(error: quinn::ConnectionError) -> TransportFault {
+    let reason = error.to_string();
+    match error {
+        quinn::ConnectionError::TransportError(error) => match alert(error.code) {
+            Some(alert) => TransportFault::TlsRefused { alert: Some(alert), reason },
+            None => TransportFault::Protocol(reason),
+        },
+        quinn::ConnectionError::ConnectionClosed(close) => match alert(close.error_code) {
+            Some(alert) => TransportFault::TlsAlert { alert, reason },
+            None => TransportFault::Aborted { code: close.error_code.into(), reason },
+        },
+        quinn::ConnectionError::VersionMismatch => TransportFault::Version,
+        _ => TransportFault::Exhausted,
+    }
+}
+
+/// The TLS alert that a code of QUIC stands for (RFC 9001 §4.8).
+fn alert(code: quinn::TransportErrorCode) -> Option<u8> {
+    match u64::from(code) {
+        code @ 0x100..0x200 => u8::try_from(code - 0x100).ok(),
+        _ => None,
     }
 }

@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     pin::pin,
     sync::{
-        Arc, Mutex, OnceLock, PoisonError, Weak,
+        Arc, OnceLock, Weak,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -16,6 +16,7 @@ use culvert_wire::{
     code::{CloseCode, StreamCode},
     version::ALPN,
 };
+use parking_lot::Mutex;
 use quinn::{VarInt, crypto::rustls::HandshakeData};
 use rustls_pki_types::CertificateDer;
 use tokio::{select, sync::Notify, time::sleep};
@@ -25,8 +26,8 @@ use super::{
     hedge::{Copies, Hedging},
 };
 use crate::{
-    ReadError, RecvHalf, SendHalf, Tunnel, TunnelLost, TunnelStats, Unreachable, WriteError,
-    canonical, chunks::advance, now, priority::PriorityBudget, quic::udp,
+    ReadError, TunnelLost, TunnelStats, Unreachable, WriteError, canonical, chunks::advance,
+    quic::udp,
 };
 
 /// How often a stream with unread bytes is asked whether the peer has reset it: soon enough for
@@ -65,7 +66,7 @@ pub(super) struct IcmpRouter(Mutex<HashMap<SocketAddr, Weak<Reachability>>>);
 impl IcmpRouter {
     fn enter(&self, address: SocketAddr) -> Arc<Reachability> {
         let reachability = Arc::new(Reachability::default());
-        let mut tunnels = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tunnels = self.0.lock();
         tunnels.retain(|_, reachability| reachability.strong_count() > 0);
         tunnels.insert(address, Arc::downgrade(&reachability));
         reachability
@@ -79,7 +80,7 @@ impl IcmpRouter {
         tokio::spawn(async move {
             while let Some((address, why)) = errors.next().await {
                 let Some(icmp_router) = icmp_router.upgrade() else { return };
-                let tunnels = icmp_router.0.lock().unwrap_or_else(PoisonError::into_inner);
+                let tunnels = icmp_router.0.lock();
                 if let Some(reachability) = tunnels.get(&canonical(address)).and_then(Weak::upgrade)
                 {
                     reachability.tell(why);
@@ -89,13 +90,12 @@ impl IcmpRouter {
     }
 }
 
-/// One QUIC connection.
+/// An established QUIC connection: make a [`Tunnel`](crate::Tunnel) of it.
 #[derive(Clone, Debug)]
-pub(crate) struct Connection {
+pub struct Connection {
     connection: quinn::Connection,
     endpoint: quinn::Endpoint,
     close_reason: CloseReason,
-    budget: Arc<PriorityBudget>,
     /// Thin writes sent twice, once both sides offered it.
     hedging: Arc<OnceLock<Hedging>>,
     reachability: Arc<Reachability>,
@@ -104,13 +104,13 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// The tunnel that a completed handshake is; `None`, and closed, if it did not agree on the
+    /// The connection whose handshake is complete; `None`, and closed, if it did not agree on the
     /// protocol.
     pub(super) fn established(
         connection: quinn::Connection,
         endpoint: quinn::Endpoint,
         icmp_router: Arc<IcmpRouter>,
-    ) -> Option<Tunnel> {
+    ) -> Option<Self> {
         let data =
             connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
         if data.and_then(|data| data.protocol).as_deref() != Some(ALPN) {
@@ -118,35 +118,35 @@ impl Connection {
             return None;
         }
         let reachability = icmp_router.enter(canonical(connection.remote_address()));
-        let carrier = Self {
+        Some(Self {
             connection,
             endpoint,
             close_reason: CloseReason::default(),
-            budget: PriorityBudget::new(now()),
             hedging: Arc::default(),
             reachability,
             _icmp_router: icmp_router,
-        };
-        Some(Tunnel::over(carrier))
+        })
     }
 
-    pub(crate) async fn open(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
+    pub(crate) async fn open(&self) -> Result<(SendStream, RecvStream), TunnelLost> {
         let opened = self.connection.open_bi().await;
         opened.map(|stream| self.halves(stream)).map_err(|error| self.close_reason.lost(error))
     }
 
-    pub(crate) async fn accept(&self) -> Result<(SendHalf, RecvHalf), TunnelLost> {
+    pub(crate) async fn accept(&self) -> Result<(SendStream, RecvStream), TunnelLost> {
         let accepted = self.connection.accept_bi().await;
         accepted.map(|stream| self.halves(stream)).map_err(|error| self.close_reason.lost(error))
     }
 
-    fn halves(&self, (send, recv): (quinn::SendStream, quinn::RecvStream)) -> (SendHalf, RecvHalf) {
+    fn halves(
+        &self,
+        (send, recv): (quinn::SendStream, quinn::RecvStream),
+    ) -> (SendStream, RecvStream) {
         let (close_reason, hedging) = (self.close_reason.clone(), self.hedging.clone());
         let send = SendStream { stream: send, close_reason, hedging, written: 0 };
         let (connection, close_reason) = (self.connection.clone(), self.close_reason.clone());
         let copies = self.hedging.get().map(|hedging| hedging.expect(number(recv.id())));
-        let recv = RecvStream { stream: recv, connection, close_reason, copies };
-        (SendHalf::new(send, self.budget.clone()), RecvHalf::new(recv))
+        (send, RecvStream { stream: recv, connection, close_reason, copies })
     }
 
     pub(crate) fn hedge(&self, rate: u32) {
@@ -293,7 +293,7 @@ impl RecvStream {
             let read = select! {
                 biased;
                 read = self.stream.read_chunks(chunks) => read,
-                copy = copies.next(usize::MAX) => {
+                copy = copies.next() => {
                     chunks[0] = copy;
                     return Ok(Some(1));
                 }
@@ -306,35 +306,6 @@ impl RecvStream {
             chunks[..count].rotate_left(used);
             if used < count {
                 return Ok(Some(count - used));
-            }
-        }
-    }
-
-    pub(crate) async fn read(&mut self, buf: &mut [u8]) -> Result<Option<usize>, ReadError> {
-        let Some(copies) = &mut self.copies else {
-            return self
-                .stream
-                .read(buf)
-                .await
-                .map_err(|error| self.close_reason.read_error(error));
-        };
-        let limit = buf.len();
-        loop {
-            let read = select! {
-                biased;
-                read = self.stream.read(buf) => read,
-                copy = copies.next(limit) => {
-                    buf[..copy.len()].copy_from_slice(&copy);
-                    return Ok(Some(copy.len()));
-                }
-            };
-            let Some(count) = read.map_err(|error| self.close_reason.read_error(error))? else {
-                return Ok(None);
-            };
-            let stale = copies.stale(count);
-            buf.copy_within(stale..count, 0);
-            if stale < count {
-                return Ok(Some(count - stale));
             }
         }
     }

@@ -12,7 +12,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -20,6 +20,7 @@ use std::{
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use culvert_wire::code::CloseCode;
+use parking_lot::Mutex;
 use tokio::{select, sync::Notify, time::sleep_until};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -90,7 +91,7 @@ impl Hedging {
         if chunk.len() > THIN {
             return None;
         }
-        let mut outgoing = lock(&self.shared.outgoing);
+        let mut outgoing = self.shared.outgoing.lock();
         let path = || self.shared.connection.stats().path;
         outgoing.admits(now(), chunk.len(), path).then(|| chunk.clone())
     }
@@ -102,14 +103,14 @@ impl Hedging {
         datagram.put_u64(stream);
         datagram.put_u64(offset);
         datagram.put_slice(chunk);
-        lock(&self.shared.outgoing).push(now(), datagram.freeze());
+        self.shared.outgoing.lock().push(now(), datagram.freeze());
         self.shared.queued.notify_one();
     }
 
     /// Takes copies for this stream until the returned guard is dropped.
     pub(super) fn expect(&self, stream: u64) -> Copies {
         let slot = Arc::new(Slot::default());
-        lock(&self.shared.slots).insert(stream, slot.clone());
+        self.shared.slots.lock().insert(stream, slot.clone());
         Copies { stream, slot, shared: self.shared.clone(), position: Position::default() }
     }
 
@@ -148,11 +149,11 @@ impl Shared {
     /// The next datagram, once it is time for it.
     async fn due(&self) -> Bytes {
         loop {
-            let front = lock(&self.outgoing).queue.front().map(|(due, _)| *due);
+            let front = self.outgoing.lock().queue.front().map(|(due, _)| *due);
             match front {
                 Some(due) => {
                     sleep_until(due.into()).await;
-                    if let Some((_, datagram)) = lock(&self.outgoing).queue.pop_front() {
+                    if let Some((_, datagram)) = self.outgoing.lock().queue.pop_front() {
                         return datagram;
                     }
                 }
@@ -168,7 +169,7 @@ impl Shared {
         let stream = datagram.try_get_u64().map_err(|_| TooShort)?;
         let offset = datagram.try_get_u64().map_err(|_| TooShort)?;
         // A stream that has ended here, or has not begun.
-        let Some(slot) = lock(&self.slots).get(&stream).cloned() else { return Ok(()) };
+        let Some(slot) = self.slots.lock().get(&stream).cloned() else { return Ok(()) };
         slot.put(offset, &datagram);
         Ok(())
     }
@@ -261,7 +262,7 @@ impl Slot {
         if end <= next {
             return;
         }
-        let mut ahead = lock(&self.ahead);
+        let mut ahead = self.ahead.lock();
         ahead.retain(|(offset, copy)| offset + copy.len() as u64 > next);
         if ahead.len() < MAX_AHEAD {
             // A slice of the datagram would keep the whole batch of packets it came in.
@@ -273,7 +274,7 @@ impl Slot {
 
     /// The bytes from `next` on, as far as a copy has them.
     fn get(&self, next: u64) -> Option<Bytes> {
-        let ahead = lock(&self.ahead);
+        let ahead = self.ahead.lock();
         ahead.iter().find_map(|(offset, copy)| {
             let skipped = usize::try_from(next.checked_sub(*offset)?).ok()?;
             (skipped < copy.len()).then(|| copy.slice(skipped..))
@@ -291,14 +292,13 @@ pub(super) struct Copies {
 }
 
 impl Copies {
-    /// Completes with the stream's next bytes, at most `limit`, when a copy has them.
+    /// Completes with the stream's next bytes when a copy has them.
     ///
     /// # Cancel safety
     /// Cancel safe: bytes are taken only when the future completes.
-    pub(super) async fn next(&mut self, limit: usize) -> Bytes {
+    pub(super) async fn next(&mut self) -> Bytes {
         loop {
-            if let Some(mut copy) = self.slot.get(self.position.next) {
-                copy.truncate(limit);
+            if let Some(copy) = self.slot.get(self.position.next) {
                 self.position.copied(copy.len());
                 self.tell();
                 self.shared.used.fetch_add(1, Ordering::Relaxed);
@@ -323,7 +323,7 @@ impl Copies {
 
 impl Drop for Copies {
     fn drop(&mut self) {
-        lock(&self.shared.slots).remove(&self.stream);
+        self.shared.slots.lock().remove(&self.stream);
     }
 }
 
@@ -351,11 +351,6 @@ impl Position {
         // At most `length`, which was one.
         usize::try_from(stale).unwrap_or(usize::MAX)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every change is complete before it could panic.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -446,11 +441,11 @@ mod tests {
         for number in 0..1000 {
             slot.put(number * 10, &[0; 10]);
         }
-        assert_eq!(lock(&slot.ahead).len(), MAX_AHEAD);
+        assert_eq!(slot.ahead.lock().len(), MAX_AHEAD);
         slot.next.store(5_000, Ordering::Relaxed);
         slot.put(5_000, &[0; 10]);
-        assert_eq!(lock(&slot.ahead).len(), 1);
+        assert_eq!(slot.ahead.lock().len(), 1);
         slot.put(u64::MAX, &[0; 10]);
-        assert_eq!(lock(&slot.ahead).len(), 1, "a place beyond every stream's end");
+        assert_eq!(slot.ahead.lock().len(), 1, "a place beyond every stream's end");
     }
 }

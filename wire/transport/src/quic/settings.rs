@@ -25,7 +25,7 @@ const INITIAL_RTT: Duration = Duration::from_millis(100);
 impl Settings {
     /// What quinn is told for a path whose first link carries UDP payloads of at most `link` bytes, if
     /// that is known.
-    pub fn transport(&self, link: Option<u16>) -> TransportConfig {
+    pub(crate) fn transport(&self, link: Option<u16>) -> TransportConfig {
         let mut mtu_discovery = quinn::MtuDiscoveryConfig::default();
         mtu_discovery.upper_bound(link.unwrap_or(MTU_GUESS).clamp(1200, self.mtu_cap));
 

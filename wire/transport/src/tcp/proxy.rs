@@ -104,7 +104,7 @@ impl Proxy {
         &self,
         settings: &Settings,
     ) -> Result<(Either<TcpStream, TlsStream<TcpStream>>, SocketAddr), ProxyFault> {
-        let unreachable = |error: std::io::Error| ProxyFault::Unreachable(error.to_string());
+        let unreachable = |error: std::io::Error| ProxyFault::Unreachable(error.into());
         let socket =
             TcpStream::connect((self.host.as_str(), self.port)).await.map_err(unreachable)?;
         prepare(&socket, settings);

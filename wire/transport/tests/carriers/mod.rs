@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use culvert_transport::{
-    Settings, Tunnel,
+    Carrier, Settings, Tunnel,
     quic::{self, Listener, ResetKey},
     tcp::{self, Route},
     tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
@@ -14,17 +14,10 @@ use rustls::RootCertStore;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 
-/// What carries a tunnel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Carrier {
-    Quic,
-    Tcp,
-}
-
 /// Runs a test over each carrier, and fails it when it hangs.
 pub(crate) async fn each(test: impl AsyncFn(Carrier)) {
     for carrier in [Carrier::Quic, Carrier::Tcp] {
-        println!("over {carrier:?}");
+        println!("over {carrier}");
         within(test(carrier)).await;
     }
 }
@@ -89,9 +82,13 @@ impl Pair {
                 let accept = async { listener.accept().await.unwrap().complete().await.unwrap() };
                 let connect = quic::connect(remote, "127.0.0.1", client_tls.into(), settings);
                 let (server, agent) = tokio::join!(accept, connect);
-                Self { server, agent: agent.unwrap().0, _listener: Some(listener) }
+                Self {
+                    server: server.into(),
+                    agent: agent.unwrap().0.into(),
+                    _listener: Some(listener),
+                }
             }
-            Carrier::Tcp => {
+            Carrier::Tcp | Carrier::Grpc => {
                 let listener = TcpListener::bind(address).await.unwrap();
                 let way = Route::Direct(listener.local_addr().unwrap());
                 let accept = async {
@@ -100,7 +97,7 @@ impl Pair {
                 };
                 let connect = tcp::connect(&way, "127.0.0.1", client_tls.into(), settings);
                 let (server, agent) = tokio::join!(accept, connect);
-                Self { server, agent: agent.unwrap(), _listener: None }
+                Self { server, agent: agent.unwrap().into(), _listener: None }
             }
         }
     }
@@ -113,5 +110,5 @@ pub(crate) async fn accept_tcp(
     settings: &Settings,
 ) -> Tunnel {
     let stream = TlsAcceptor::from(tls).accept(socket).await.unwrap();
-    tcp::accept(stream, settings).await.unwrap()
+    tcp::accept(stream, settings).await.unwrap().into()
 }

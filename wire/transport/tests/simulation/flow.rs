@@ -13,7 +13,7 @@ use bytes::Bytes;
 use culvert_transport::{
     self as transport, SendHalf, Tunnel,
     congestion::Congestion,
-    quic,
+    test_util,
     tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
 };
 use quinn::{
@@ -239,7 +239,7 @@ async fn tunnel(
 
     let settings =
         transport::Settings { congestion: flow.congestion, ..transport::Settings::default() };
-    let transport = Arc::new(settings.transport(Some(1472)));
+    let transport = Arc::new(test_util::quic_transport(&settings, Some(1472)));
     let mut server =
         quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(server_tls).unwrap()));
     server.transport_config(Arc::clone(&transport));
@@ -260,8 +260,8 @@ async fn tunnel(
     let connecting = agents.connect_with(client, address(1), "127.0.0.1").unwrap();
     let accept = async { servers.accept().await.unwrap().await.unwrap() };
     let (server, agent) = tokio::join!(accept, async { connecting.await.unwrap() });
-    let agent = quic::adopt(agent, agents.clone()).unwrap();
-    let server = quic::adopt(server, servers.clone()).unwrap();
+    let agent = test_util::adopt(agent, agents.clone()).unwrap();
+    let server = test_util::adopt(server, servers.clone()).unwrap();
     if flow.hedged {
         agent.hedge(HEDGE_RATE);
         server.hedge(HEDGE_RATE);

@@ -173,7 +173,7 @@ impl Exercise {
             2 | 3 => {
                 let mut chunks = [const { Bytes::new() }; 4];
                 let count = usize::from(much % 4) + 1;
-                mux.read(id, &mut chunks[..count], usize::from(much) * 8 + 1);
+                mux.read(id, &mut chunks[..count]);
             }
             4 => mux.finish(id),
             5 => mux.reset(id, much.into()),

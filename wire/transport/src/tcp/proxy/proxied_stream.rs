@@ -34,7 +34,7 @@ where
 {
     // No line can end within the name, so it cannot add headers.
     let server = Target::new(host, port).map_err(|error| ProxyFault::Server(error.to_string()))?;
-    let broken = |error: std::io::Error| ProxyFault::Broken(error.to_string());
+    let broken = |error: std::io::Error| ProxyFault::Broken(error.into());
     stream.write_all(request(&server, credentials).as_bytes()).await.map_err(broken)?;
     stream.flush().await.map_err(broken)?;
     let mut stream = BufReader::with_capacity(READ_LEN, stream);
@@ -66,7 +66,7 @@ where
             return Err(ProxyFault::LongHead);
         }
         let read = stream.fill_buf().await;
-        let read = read.map_err(|error| ProxyFault::Broken(error.to_string()))?;
+        let read = read.map_err(|error| ProxyFault::Broken(error.into()))?;
         let Some(byte) = read.first().copied() else { return Err(ProxyFault::Closed) };
         // Whoever speaks something else may wait for an answer, and never end this head.
         if VERSION.get(head.len()).is_some_and(|expected| *expected != byte) {

@@ -1,0 +1,289 @@
+//! The two halves of a stream, whichever carrier it is on.
+//!
+//! Two guards live here because forgetting them loses data in silence:
+//! - a half that is dropped before it ended is reset (or stopped), never finished, so that a task
+//!   that crashed cannot look like a clean end;
+//! - bytes that were read together with a frame and follow it stay in the half, for the next read.
+
+use std::{fmt, sync::Arc};
+
+use bytes::{Bytes, BytesMut};
+use culvert_wire::{code::StreamCode, frame::Frame};
+use tokio_util::either::Either;
+
+use crate::{
+    ReadError, ReadFrameError, TunnelLost, WriteError,
+    priority::{AttainedService, Class, PriorityBudget},
+    qmux, quic,
+    tunnel::now,
+};
+
+/// Does the same with the variant of either carrier.
+macro_rules! either {
+    ($kind:ident, $value:expr, $inner:ident => $call:expr) => {
+        match $value {
+            $kind::Quic($inner) => $call,
+            $kind::Qmux($inner) => $call,
+        }
+    };
+}
+pub(crate) use either;
+
+/// A carrier's half that this side writes.
+pub(crate) enum SendStream {
+    Quic(quic::SendStream),
+    Qmux(qmux::SendStream),
+}
+
+/// A carrier's half that this side reads.
+pub(crate) enum RecvStream {
+    Quic(quic::RecvStream),
+    Qmux(qmux::RecvStream),
+}
+
+macro_rules! from_carriers {
+    ($($kind:ident),+) => {
+        $(
+            impl From<quic::$kind> for $kind {
+                fn from(stream: quic::$kind) -> Self {
+                    Self::Quic(stream)
+                }
+            }
+
+            impl From<qmux::$kind> for $kind {
+                fn from(stream: qmux::$kind) -> Self {
+                    Self::Qmux(stream)
+                }
+            }
+        )+
+    };
+}
+
+from_carriers!(SendStream, RecvStream);
+
+/// The half of a stream that this side writes.
+///
+/// Dropping it before [`finish`](Self::finish) or [`reset`](Self::reset) resets it with
+/// [`StreamCode::ABANDONED`].
+pub struct SendHalf {
+    stream: SendStream,
+    ended: bool,
+    /// The service that the stream has attained; `None` once its priority was set.
+    attained: Option<AttainedService>,
+    class: Class,
+}
+
+impl SendHalf {
+    pub(crate) fn new(stream: SendStream, budget: Arc<PriorityBudget>) -> Self {
+        let attained = Some(AttainedService::new(budget, now()));
+        let half = Self { stream, ended: false, attained, class: Class::Interactive };
+        half.prioritize(half.class.priority());
+        half
+    }
+
+    /// Queues the whole chunk without copying it, waiting while the windows are full.
+    ///
+    /// # Errors
+    /// When the peer stopped the stream or the tunnel is lost.
+    ///
+    /// # Cancel safety
+    /// Not cancel safe: an unknown part of the chunk may have been queued. Reset the half then.
+    pub async fn write_chunk(&mut self, chunk: Bytes) -> Result<(), WriteError> {
+        if let Some(attained) = &mut self.attained {
+            let class = attained.on_write(now(), chunk.len() as u64);
+            if class != self.class {
+                self.class = class;
+                self.prioritize(class.priority());
+            }
+        }
+        // A stream with a fixed priority always has others in flight, which reveal its losses.
+        let interactive = self.attained.is_some() && self.class == Class::Interactive;
+        let written = match &mut self.stream {
+            SendStream::Quic(stream) => stream.write_chunk(chunk, interactive).await,
+            // Boxed, so that an idle stream over QUIC has no room for it.
+            SendStream::Qmux(stream) => Box::pin(stream.write_chunk(chunk)).await,
+        };
+        if let Some(attained) = &mut self.attained {
+            attained.on_written(now());
+        }
+        written
+    }
+
+    /// Ends the stream cleanly after all that was written. Returns at once; delivery goes on.
+    pub fn finish(&mut self) {
+        if !self.ended {
+            self.ended = true;
+            either!(SendStream, &mut self.stream, stream => stream.finish());
+        }
+    }
+
+    /// Abandons the stream: unsent bytes are dropped, and the peer sees `code`, never an end.
+    pub fn reset(&mut self, code: StreamCode) {
+        if !self.ended {
+            self.ended = true;
+            either!(SendStream, &mut self.stream, stream => stream.reset(code));
+        }
+    }
+
+    /// Completes when the peer is done with the stream: with a code when it stopped it, with
+    /// `None` when it has everything up to the finish.
+    ///
+    /// The future does not borrow the half, so it can be watched while writing.
+    ///
+    /// # Errors
+    /// When the tunnel is lost.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub fn stopped(
+        &self,
+    ) -> impl Future<Output = Result<Option<StreamCode>, TunnelLost>> + Send + Sync + 'static {
+        match &self.stream {
+            SendStream::Quic(stream) => Either::Left(stream.stopped()),
+            SendStream::Qmux(stream) => Either::Right(Box::pin(stream.stopped())),
+        }
+    }
+
+    /// Fixes the stream's priority among the tunnel's others; higher goes first. Without it the
+    /// priority follows how much the stream sends, between −10 and 10.
+    pub fn set_priority(&mut self, priority: i32) {
+        self.attained = None;
+        self.prioritize(priority);
+    }
+
+    fn prioritize(&self, priority: i32) {
+        either!(SendStream, &self.stream, stream => stream.set_priority(priority));
+    }
+}
+
+impl Drop for SendHalf {
+    fn drop(&mut self) {
+        self.reset(StreamCode::ABANDONED);
+    }
+}
+
+impl fmt::Debug for SendHalf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SendHalf").field("ended", &self.ended).finish_non_exhaustive()
+    }
+}
+
+/// The half of a stream that this side reads.
+///
+/// Dropping it before its end stops it with [`StreamCode::ABANDONED`].
+pub struct RecvHalf {
+    stream: RecvStream,
+    /// Bytes that were taken from the stream and not handed on: part of a frame, or what follows one.
+    buffered: BytesMut,
+    ended: bool,
+    /// What ended it, unless that was the clean end or this side.
+    fault: Option<ReadError>,
+}
+
+impl RecvHalf {
+    pub(crate) fn new(stream: RecvStream) -> Self {
+        Self { stream, buffered: BytesMut::new(), ended: false, fault: None }
+    }
+
+    /// Fills the front of `chunks` with what has arrived, in order, waiting for the first; returns
+    /// how many it filled. `None` is the clean end. Bytes are copied only if they arrived in the same
+    /// packet as a frame.
+    ///
+    /// # Errors
+    /// When the peer reset the stream or the tunnel is lost.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: nothing is taken before the future completes.
+    pub async fn read_chunks(&mut self, chunks: &mut [Bytes]) -> Result<Option<usize>, ReadError> {
+        self.check()?;
+        match chunks.first_mut() {
+            Some(first) if !self.buffered.is_empty() => {
+                *first = std::mem::take(&mut self.buffered).freeze();
+                Ok(Some(1))
+            }
+            _ => self.read_stream(chunks).await,
+        }
+    }
+
+    /// The next frame, if its body has at most `limit` bytes. Bytes that follow it stay in the half.
+    ///
+    /// # Errors
+    /// When the stream ends, fails, or announces more than `limit`.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: the part of a frame that has arrived stays in the half, and the next call goes
+    /// on with it.
+    pub async fn read_frame(&mut self, limit: usize) -> Result<Frame, ReadFrameError> {
+        self.check()?;
+        loop {
+            if let Some(frame) = Frame::split(&mut self.buffered, limit)? {
+                if self.buffered.is_empty() {
+                    // Lets the frame's memory go with the frame.
+                    self.buffered = BytesMut::new();
+                }
+                return Ok(frame);
+            }
+            // One chunk at a time bounds what a peer can make this side buffer.
+            let mut chunk = [Bytes::new()];
+            match self.read_stream(&mut chunk).await? {
+                Some(_) => self.buffered.extend_from_slice(&chunk[0]),
+                None if self.buffered.is_empty() => return Err(ReadFrameError::End),
+                None => return Err(ReadFrameError::Truncated),
+            }
+        }
+    }
+
+    /// Reads from the carrier, and remembers how the half ended if this is its end.
+    async fn read_stream(&mut self, chunks: &mut [Bytes]) -> Result<Option<usize>, ReadError> {
+        let read = match &mut self.stream {
+            RecvStream::Quic(stream) => stream.read_chunks(chunks).await,
+            RecvStream::Qmux(stream) => Box::pin(stream.read_chunks(chunks)).await,
+        };
+        self.ended |= !matches!(read, Ok(Some(_)));
+        self.fault = read.as_ref().err().cloned();
+        read
+    }
+
+    /// Fails once the half has failed: a carrier may report a fault once and a clean end after it.
+    fn check(&self) -> Result<(), ReadError> {
+        self.fault.clone().map_or(Ok(()), Err)
+    }
+
+    /// Refuses the rest of the stream: what has arrived is dropped and the peer sees `code`.
+    pub fn stop(&mut self, code: StreamCode) {
+        if !self.ended {
+            self.ended = true;
+            either!(RecvStream, &mut self.stream, stream => stream.stop(code));
+        }
+    }
+
+    /// Completes when the peer resets the stream or the tunnel is lost, and never on a clean end.
+    ///
+    /// It is for readers that stop reading for a while and must notice a failure meanwhile.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: no byte is taken.
+    pub async fn failed(&mut self) -> ReadError {
+        if let Some(fault) = &self.fault {
+            return fault.clone();
+        }
+        let fault = match &mut self.stream {
+            RecvStream::Quic(stream) => stream.failed().await,
+            RecvStream::Qmux(stream) => Box::pin(stream.failed()).await,
+        };
+        self.ended = true;
+        self.fault.insert(fault).clone()
+    }
+}
+
+impl Drop for RecvHalf {
+    fn drop(&mut self) {
+        self.stop(StreamCode::ABANDONED);
+    }
+}
+
+impl fmt::Debug for RecvHalf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RecvHalf").field("ended", &self.ended).finish_non_exhaustive()
+    }
+}
