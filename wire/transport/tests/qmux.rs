@@ -1,8 +1,10 @@
-//! What is special about QMux: a byte stream that all streams share, and a peer that may be any
-//! implementation of the draft.
+//! QMux over a pipe: streams share one byte stream and nothing else, and the peer may be any
+//! implementation of the draft, or something else altogether.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod carriers;
+
+use std::time::Duration;
 
 use bytes::Bytes;
 use culvert_transport::{
@@ -19,7 +21,7 @@ use web_transport_trait::{RecvStream as _, SendStream as _, Session as _};
 
 use carriers::within;
 
-/// Bytes that the pipe between two ends holds.
+/// Capacity of the pipe between two ends, in bytes.
 const PIPE: usize = 64 * 1024;
 
 fn peer() -> Peer {
@@ -30,7 +32,7 @@ async fn end(io: DuplexStream, role: Role, settings: &Settings) -> Tunnel {
     establish(io, role, peer(), settings).await.unwrap().into()
 }
 
-/// Both ends of a tunnel through a pipe within the process; the server's first.
+/// Both ends of a tunnel through a pipe within the process, the server's first.
 async fn pair(settings: &Settings) -> (Tunnel, Tunnel) {
     let (near, far) = duplex(PIPE);
     tokio::join!(end(near, Role::Server, settings), end(far, Role::Client, settings))
@@ -51,7 +53,7 @@ async fn echo(tunnel: Tunnel) {
     }
 }
 
-/// Sends bytes there and back on a stream of its own.
+/// Sends bytes to an echo and back, on a stream of their own.
 async fn round_trip(tunnel: &Tunnel, length: usize, seed: u64) {
     let (mut send, mut recv) = tunnel.open().await.unwrap();
     let mut random = fastrand::Rng::with_seed(seed);
@@ -85,7 +87,7 @@ async fn many_streams_share_a_pipe() {
             trips.spawn(async move { round_trip(&server, 100_000, stream).await });
         }
         trips.join_all().await;
-        // Streams that are over make room for others.
+        // Streams that are closed make room for others.
         for stream in 0..1000 {
             round_trip(&server, 1, stream).await;
         }
@@ -94,7 +96,7 @@ async fn many_streams_share_a_pipe() {
 }
 
 #[tokio::test]
-async fn few_streams_at_once_are_many_one_after_another() {
+async fn a_limit_of_two_streams_allows_ten_one_after_another() {
     within(async {
         let (server, agent) = pair(&Settings { max_streams: 2, ..Settings::default() }).await;
         tokio::spawn(echo(agent));
@@ -106,13 +108,13 @@ async fn few_streams_at_once_are_many_one_after_another() {
 }
 
 #[tokio::test]
-async fn a_stalled_reader_holds_up_nobody_else() {
+async fn stalled_readers_do_not_delay_other_streams() {
     within(async {
         let settings = Settings { stream_receive_window: 64 * 1024, ..Settings::default() };
         let (server, agent) = pair(&settings).await;
         let mut stalled = Vec::new();
         for _ in 0..20 {
-            // A window and what waits in front of it, never to be read.
+            // As much as the window and the send buffer hold, which is never read.
             let (mut send, recv) = server.open().await.unwrap();
             for _ in 0..(64 + 128) / 16 {
                 send.write_chunk(Bytes::from_static(&[7; 16_384])).await.unwrap();
@@ -128,13 +130,16 @@ async fn a_stalled_reader_holds_up_nobody_else() {
 }
 
 #[tokio::test]
-async fn an_end_that_was_not_delivered_is_a_loss() {
+async fn a_fin_that_was_not_delivered_is_reported_as_a_loss() {
     within(async {
         let (near, mut far) = duplex(1024);
-        // A peer that begins with a mebibyte and nine streams, and then reads no more.
-        let mebibyte = &[0x80, 0x10, 0, 0][..];
-        let granted = parameters(&[(4, mebibyte), (6, mebibyte), (8, &[9])]);
-        far.write_all(&record(&[&granted])).await.unwrap();
+        // The peer allows a mebibyte on nine streams, and then reads no more.
+        let parameters = frames::parameters(&[
+            (frames::MAX_DATA, 1 << 20),
+            (frames::MAX_STREAM_DATA_REMOTE, 1 << 20),
+            (frames::MAX_STREAMS, 9),
+        ]);
+        far.write_all(&frames::record(&[&parameters])).await.unwrap();
         let near = end(near, Role::Server, &Settings::default()).await;
         let (mut send, _recv) = near.open().await.unwrap();
         for _ in 0..4 {
@@ -148,24 +153,37 @@ async fn an_end_that_was_not_delivered_is_a_loss() {
     .await;
 }
 
-/// The frame that begins a connection, with what it grants.
-fn parameters(granted: &[(u8, &[u8])]) -> Vec<u8> {
-    let granted: Vec<_> = granted
-        .iter()
-        .flat_map(|(id, value)| [&[*id, value.len() as u8], *value].concat())
-        .collect();
-    let head = [0xff, 0x51, 0x53, 0x30, 0x0d, 0x0a, 0x0d, 0x0a, granted.len() as u8];
-    [&head[..], &granted].concat()
+/// Frames as a peer writes them, spelt out here lest the crate's own encoder be tested by itself.
+mod frames {
+    pub(crate) const MAX_DATA: u8 = 0x04;
+    pub(crate) const MAX_STREAM_DATA_REMOTE: u8 = 0x06;
+    pub(crate) const MAX_STREAMS: u8 = 0x08;
+
+    pub(crate) const STOP_SENDING: u8 = 0x05;
+    pub(crate) const STREAM: u8 = 0x08;
+    pub(crate) const OFF: u8 = 0x04;
+    pub(crate) const LEN: u8 = 0x02;
+
+    /// QX_TRANSPORT_PARAMETERS: the frame that comes first, with numbers of four bytes each.
+    pub(crate) fn parameters(granted: &[(u8, u32)]) -> Vec<u8> {
+        let encode = |(id, value): &(u8, u32)| {
+            let [first, rest @ ..] = value.to_be_bytes();
+            [&[*id, 4, 0x80 | first][..], &rest].concat()
+        };
+        let granted = granted.iter().flat_map(encode).collect::<Vec<_>>();
+        let kind = [0xff, 0x51, 0x53, 0x30, 0x0d, 0x0a, 0x0d, 0x0a];
+        [&kind[..], &[granted.len() as u8], &granted].concat()
+    }
+
+    /// A record of these frames.
+    pub(crate) fn record(frames: &[&[u8]]) -> Vec<u8> {
+        let frames = frames.concat();
+        [&[0x40 | (frames.len() >> 8) as u8, frames.len() as u8][..], &frames].concat()
+    }
 }
 
-/// Bytes of a record of these frames.
-fn record(frames: &[&[u8]]) -> Vec<u8> {
-    let frames = frames.concat();
-    [&[0x40 | (frames.len() >> 8) as u8, frames.len() as u8][..], &frames].concat()
-}
-
-/// What becomes of a server whose peer sends this.
-async fn fate(bytes: Vec<u8>) -> String {
+/// Why a server's tunnel is lost whose peer sends these bytes.
+async fn loss_after(bytes: Vec<u8>) -> String {
     let (near, mut far) = duplex(PIPE);
     let settings = Settings { max_streams: 4, ..Settings::default() };
     let near = tokio::spawn(async move {
@@ -176,31 +194,66 @@ async fn fate(bytes: Vec<u8>) -> String {
         }
     });
     far.write_all(&bytes).await.unwrap();
-    let fate = near.await.unwrap();
-    // The last words come, and then the end.
+    let lost = near.await.unwrap();
+    // The close comes, and then the end.
     far.read_to_end(&mut Vec::new()).await.unwrap();
-    fate
+    lost
 }
 
 #[tokio::test]
-async fn a_peer_that_breaks_the_protocol_costs_its_own_tunnel() {
+async fn a_peer_that_breaks_the_protocol_loses_the_tunnel_with_the_reason() {
+    use frames::{LEN, OFF, STOP_SENDING, STREAM};
     within(async {
-        let parameters = &parameters(&[(8, &[9])])[..];
-        for (bytes, words) in [
-            (b"GET / HTTP/1.1\r\n\r\n".repeat(200), "a frame of the unknown type"),
-            (vec![0x80, 1, 0, 0], "a record of 65536 bytes"),
-            (record(&[&[0x05, 0, 0]]), "frames before the transport parameters"),
-            (record(&[parameters, parameters]), "or these twice"),
-            (record(&[parameters, &[0x3f]]), "a frame of the unknown type 0x3f"),
-            (record(&[parameters, &[0x0e, 16, 0, 0]]), "more than was granted"),
-            (record(&[parameters, &[0x0e, 1, 0, 0]]), "a stream that cannot be"),
-            (record(&[parameters, &[0x0e, 2, 0, 0]]), "a stream that cannot be"),
-            (record(&[parameters, &[0x0e, 0, 5, 1, 0]]), "not in order"),
-            (record(&[parameters, &[0x0e, 0, 0, 9, 0]]), "ends before its time"),
+        let parameters = &frames::parameters(&[(frames::MAX_STREAMS, 9)])[..];
+        // The first client stream has the id 0, the first server stream 1.
+        for (frames, reason) in [
+            (&[&[STOP_SENDING, 0, 0][..]][..], "transport parameters are missing"),
+            (&[parameters, parameters], "or came twice"),
+            (&[parameters, &[0x3f]], "a frame of the unknown type 0x3f"),
+            (&[parameters, &[STREAM | OFF | LEN, 4 << 2, 0, 0]], "more bytes or streams than"),
+            (&[parameters, &[STREAM | OFF | LEN, 1, 0, 0]], "an id that cannot exist"),
+            (&[parameters, &[STREAM | OFF | LEN, 2, 0, 0]], "an id that cannot exist"),
+            (&[parameters, &[STREAM | OFF | LEN, 0, 5, 1, 0]], "not in order"),
+            (&[parameters, &[STREAM | OFF | LEN, 0, 0, 9, 0]], "cut short"),
         ] {
-            let fate = fate(bytes).await;
-            assert!(fate.contains(words), "{fate}, not {words}");
+            let lost = loss_after(frames::record(frames)).await;
+            assert!(lost.contains(reason), "{lost}, not {reason}");
         }
+        let http = b"GET / HTTP/1.1\r\n\r\n".repeat(200);
+        assert!(loss_after(http).await.contains("a frame of the unknown type"));
+        let long_record = vec![0x80, 1, 0, 0];
+        assert!(loss_after(long_record).await.contains("a record of 65536 bytes"));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_connection_starts_with_these_bytes() {
+    within(async {
+        let (near, mut far) = duplex(PIPE);
+        let settings = Settings {
+            idle_timeout: Duration::from_secs(30),
+            stream_receive_window: 4 << 20,
+            max_streams: 4,
+            ..Settings::default()
+        };
+        let _near =
+            tokio::spawn(async move { establish(near, Role::Client, peer(), &settings).await });
+        // Record, frame type, length; idle time-out 30 s, no limit of data, 4 MiB on each stream
+        // of either side, 4 streams.
+        let expected = [
+            &[0x40, 40][..],
+            &[0xff, 0x51, 0x53, 0x30, 0x0d, 0x0a, 0x0d, 0x0a, 31],
+            &[0x01, 4, 0x80, 0x00, 0x75, 0x30],
+            &[0x04, 8, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff],
+            &[0x05, 4, 0x80, 0x40, 0x00, 0x00],
+            &[0x06, 4, 0x80, 0x40, 0x00, 0x00],
+            &[0x08, 1, 4],
+        ]
+        .concat();
+        let mut sent = vec![0; expected.len()];
+        far.read_exact(&mut sent).await.unwrap();
+        assert_eq!(sent, expected);
     })
     .await;
 }
@@ -215,7 +268,7 @@ fn transport(io: DuplexStream) -> qmux::transport::Stream<DuplexStream> {
 }
 
 #[tokio::test]
-async fn another_implementation_is_a_client_of_ours() {
+async fn another_implementation_works_as_client() {
     within(async {
         let (near, far) = duplex(PIPE);
         let settings = Settings::default();
@@ -248,7 +301,7 @@ async fn another_implementation_is_a_client_of_ours() {
 }
 
 #[tokio::test]
-async fn another_implementation_is_a_server_of_ours() {
+async fn another_implementation_works_as_server() {
     within(async {
         let (near, far) = duplex(PIPE);
         let settings = Settings::default();

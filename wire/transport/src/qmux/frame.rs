@@ -1,17 +1,18 @@
 //! Records and frames as they cross the byte stream (draft-ietf-quic-qmux-02).
 //!
-//! A record is its length and whole frames. Frames are QUIC's (RFC 9000 §19), as far as a reliable
-//! byte stream leaves a use for them, and two of QMux's own. Pure: bytes in, frames out.
+//! A record is a length and whole frames. Frames are those of QUIC (RFC 9000 §19) that are of use
+//! on a reliable byte stream, and three of QMux's own. Pure: bytes in, frames out.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
-/// Largest record that every peer takes, and the largest that is asked of a peer.
+/// Maximum length of a record, in bytes without its length field: the largest that every peer must
+/// accept, and the largest that is accepted here.
 pub(super) const MAX_RECORD: usize = 16_382;
-/// Most bytes of a STREAM frame before its data: type, id, offset, length.
+/// Maximum length of a STREAM frame before its data, in bytes: type, id, offset, length.
 const STREAM_HEAD: usize = 1 + 8 + 8 + 4;
-/// Most data in one STREAM frame.
+/// Maximum length of the data in one STREAM frame, in bytes.
 pub(super) const MAX_DATA_LEN: usize = MAX_RECORD - STREAM_HEAD;
-/// Longest reason that is sent with a close.
+/// Maximum length of the reason that is sent with a close, in bytes.
 const MAX_REASON: usize = 1024;
 
 const PADDING: u64 = 0x00;
@@ -35,16 +36,16 @@ const QX_TRANSPORT_PARAMETERS: u64 = 0x3f51_5330_0d0a_0d0a;
 const QX_PING: u64 = 0x348c_6752_9ef8_c7bd;
 const QX_PONG: u64 = 0x348c_6752_9ef8_c7be;
 
-/// Why bytes are no frames. The text is for people; every fault ends the connection.
+/// Why bytes are not frames. Every fault ends the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum FrameFault {
-    #[error("a frame ends before its time")]
+    #[error("a frame is cut short")]
     Short,
     #[error("a frame of the unknown type {0:#x}")]
     Unknown(u64),
     #[error("a record of {0} bytes")]
     LongRecord(u64),
-    #[error("a transport parameter that is no number")]
+    #[error("a transport parameter that is not a number")]
     Parameter,
 }
 
@@ -80,18 +81,19 @@ pub(super) enum Frame {
     Parameters(Parameters),
     Ping(u64),
     Pong(u64),
-    /// Means nothing here: padding, blocked senders, limits of streams that are not used.
+    /// Padding, a blocked sender, or a limit of streams that are not used: no effect.
     Nothing,
 }
 
-/// What a side grants at the beginning, in bytes, streams and milliseconds; 0 is none.
+/// What a side grants at the start (RFC 9000 §18.2), in bytes, streams and milliseconds. 0 means
+/// none, and for the idle time-out that there is none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Parameters {
     pub(super) max_idle_timeout: u64,
     pub(super) max_data: u64,
-    /// On streams that the side itself opens.
+    /// For streams that the side itself opens.
     pub(super) max_stream_data_local: u64,
-    /// On streams that its peer opens.
+    /// For streams that its peer opens.
     pub(super) max_stream_data_remote: u64,
     pub(super) max_streams: u64,
 }
@@ -132,7 +134,7 @@ impl Parameters {
                 Self::STREAM_DATA_LOCAL => &mut parameters.max_stream_data_local,
                 Self::STREAM_DATA_REMOTE => &mut parameters.max_stream_data_remote,
                 Self::STREAMS => &mut parameters.max_streams,
-                // What it grants is not used here.
+                // Not used here.
                 _ => continue,
             };
             *field = get_varint(&mut value).map_err(|_| FrameFault::Parameter)?;
@@ -161,7 +163,7 @@ impl Frame {
             Self::Close { application, code, reason } => {
                 match application {
                     true => numbers(&[APPLICATION_CLOSE, *code]),
-                    // Behind the code stands the type of the frame that was at fault, if known.
+                    // The code is followed by the type of the frame at fault, 0 if unknown.
                     false => numbers(&[TRANSPORT_CLOSE, *code, 0]),
                 }
                 let length = reason.floor_char_boundary(MAX_REASON);
@@ -179,7 +181,7 @@ impl Frame {
         }
     }
 
-    /// Takes one frame off the front of a record.
+    /// Splits one frame off the front of a record.
     pub(super) fn decode(buf: &mut Bytes) -> Result<Self, FrameFault> {
         let kind = get_varint(buf)?;
         Ok(match kind {
@@ -230,7 +232,7 @@ impl Frame {
     }
 }
 
-/// Takes a whole record off the front of what has been read; `None` while part of it is missing.
+/// Splits a whole record off the front of what was read; `None` while part of it is missing.
 pub(super) fn split_record(input: &mut BytesMut) -> Result<Option<Bytes>, FrameFault> {
     let Some(first) = input.first() else { return Ok(None) };
     let head = 1 << (first >> 6);
@@ -250,14 +252,14 @@ pub(super) fn split_record(input: &mut BytesMut) -> Result<Option<Bytes>, FrameF
     Ok(Some(input.split_to(length).freeze()))
 }
 
-/// A record that is being written at the end of a buffer.
+/// A record under construction at the end of a buffer.
 pub(super) struct Record<'a> {
     output: &'a mut BytesMut,
     start: usize,
 }
 
 impl<'a> Record<'a> {
-    /// Bytes of a record's length, which every record has room for in two.
+    /// Length of a record's length field, in bytes: two hold every length.
     const HEAD: usize = 2;
 
     pub(super) fn begin(output: &'a mut BytesMut) -> Self {
@@ -270,17 +272,17 @@ impl<'a> Record<'a> {
         self.output.len() - self.start - Self::HEAD
     }
 
-    /// Bytes that still fit.
+    /// Number of bytes that still fit.
     pub(super) fn room(&self) -> usize {
         MAX_RECORD - self.len()
     }
 
-    /// Appends a frame, which fits.
+    /// Appends a frame, which must fit.
     pub(super) fn put(&mut self, frame: &Frame) {
         frame.encode(self.output);
     }
 
-    /// Writes the length; without frames there is no record, and it answers false.
+    /// Writes the length. Without frames nothing is left of the record, and it returns false.
     pub(super) fn end(self) -> bool {
         let length = self.len();
         if length == 0 {
@@ -318,7 +320,7 @@ fn get_varint(buf: &mut impl Buf) -> Result<u64, FrameFault> {
     Ok(value)
 }
 
-/// Bytes behind their length.
+/// Bytes that are preceded by their length.
 fn get_bytes(buf: &mut Bytes) -> Result<Bytes, FrameFault> {
     let length = get_varint(buf)?;
     match usize::try_from(length) {
@@ -369,7 +371,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn frames_come_back_as_they_were(frames in prop::collection::vec(frame(), 0..20)) {
+        fn an_encoded_frame_decodes_to_itself(frames in prop::collection::vec(frame(), 0..20)) {
             let mut encoded = BytesMut::new();
             frames.iter().for_each(|frame| frame.encode(&mut encoded));
             let mut record = encoded.freeze();
@@ -389,7 +391,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_are_a_surprise(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn arbitrary_bytes_do_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let mut input = BytesMut::from(&bytes[..]);
             while let Ok(Some(mut record)) = split_record(&mut input) {
                 while !record.is_empty() && Frame::decode(&mut record).is_ok() {}
@@ -398,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn records_are_split_wherever_the_packets_were_cut() {
+    fn records_are_found_however_the_bytes_are_cut() {
         let mut stream = BytesMut::new();
         for length in [3, 300] {
             let data = Bytes::from(vec![7; length]);
@@ -421,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_that_is_too_long_is_refused_by_its_head() {
+    fn a_record_that_is_too_long_is_refused_before_it_arrives() {
         let mut input = BytesMut::new();
         put_varint(&mut input, MAX_RECORD as u64 + 1);
         assert_eq!(split_record(&mut input), Err(FrameFault::LongRecord(16_383)));

@@ -1,4 +1,4 @@
-//! The two tasks of a QMux connection: one that reads, one that writes.
+//! The two tasks of a QMux connection: one reads, one writes.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,19 +12,20 @@ use tokio::{
 
 use super::{
     Shared,
+    fault::Fault,
     frame::{Frame, split_record},
-    mux::{Fault, Taken},
+    mux::Received,
 };
 use crate::{TransportFault, TunnelLost};
 
-/// Room for one read.
+/// Room for one read, in bytes.
 const READ_LEN: usize = 64 * 1024;
 /// QUIC's code for a peer that broke the protocol (RFC 9000 §20.1).
 const PROTOCOL_VIOLATION: u64 = 0x0a;
-/// How long the peer is given to take the last words.
-const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
+/// Maximum time for the peer to take the close and what was queued before it.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Reads until the connection is over, and says why it is.
+/// Reads until the connection is over, and records why it is.
 pub(super) async fn read<IO: AsyncRead>(
     mut io: tokio::io::ReadHalf<IO>,
     shared: Arc<Shared>,
@@ -43,7 +44,7 @@ pub(super) async fn read<IO: AsyncRead>(
             Ok(Ok(0)) => break TransportFault::Ended.into(),
             Ok(Ok(_)) => {}
         }
-        match take(&mut input, &shared) {
+        match receive(&mut input, &shared) {
             Ok(None) => {}
             Ok(Some(lost)) => break lost,
             Err(fault) => {
@@ -58,18 +59,18 @@ pub(super) async fn read<IO: AsyncRead>(
 }
 
 /// Takes every whole record; why the connection is over, if it is.
-fn take(input: &mut BytesMut, shared: &Shared) -> Result<Option<TunnelLost>, Fault> {
+fn receive(input: &mut BytesMut, shared: &Shared) -> Result<Option<TunnelLost>, Fault> {
     let mut mux = shared.lock();
     while let Some(mut record) = split_record(input)? {
         while !record.is_empty() {
-            match mux.take(Frame::decode(&mut record)?)? {
-                Taken::Nothing => {}
-                Taken::Opened => shared.opened.notify_waiters(),
-                Taken::Closed { application: true, code, reason } => {
+            match mux.receive(Frame::decode(&mut record)?)? {
+                Received::Nothing => {}
+                Received::Streams => shared.opened.notify_waiters(),
+                Received::Closed { application: true, code, reason } => {
                     let code = CloseCode::from_wire(code);
                     return Ok(Some(TunnelLost::ClosedByPeer { code, reason }));
                 }
-                Taken::Closed { application: false, code, reason } => {
+                Received::Closed { application: false, code, reason } => {
                     return Ok(Some(TransportFault::Aborted { code, reason }.into()));
                 }
             }
@@ -78,14 +79,14 @@ fn take(input: &mut BytesMut, shared: &Shared) -> Result<Option<TunnelLost>, Fau
     Ok(None)
 }
 
-/// Writes what there is to write until the connection is over, then its last words.
+/// Writes until the connection is over, then what is left, with the close at its end.
 pub(super) async fn write<IO: AsyncWrite>(
     mut io: tokio::io::WriteHalf<IO>,
     shared: Arc<Shared>,
     keep_alive: Option<Duration>,
 ) {
     let mut output = BytesMut::new();
-    let mut asked = None;
+    let mut ping = None;
     while !shared.lost.initialized() {
         output.clear();
         shared.lock().fill(&mut output);
@@ -95,7 +96,7 @@ pub(super) async fn write<IO: AsyncWrite>(
                 () = shared.work.notified() => {}
                 _ = shared.lost.wait() => {}
                 () = until(quiet) => {
-                    asked = Some((shared.lock().ping(), Instant::now()));
+                    ping = Some((shared.lock().ping(), Instant::now()));
                 }
             }
         } else {
@@ -107,15 +108,15 @@ pub(super) async fn write<IO: AsyncWrite>(
                 shared.lose(error.into());
             }
         }
-        asked = measure(asked, &shared);
+        ping = measure(ping, &shared);
     }
-    let close_reason = async {
+    let close = async {
         output.clear();
         shared.lock().fill(&mut output);
         let _ = put(&mut io, &output).await;
         let _ = io.shutdown().await;
     };
-    let _ = timeout(FAREWELL_LIMIT, close_reason).await;
+    let _ = timeout(CLOSE_TIMEOUT, close).await;
     let _ = shared.flushed.set(());
 }
 
@@ -131,12 +132,12 @@ async fn until(deadline: Option<Instant>) {
     }
 }
 
-/// Learns the round-trip time from a question that has been answered.
-fn measure(asked: Option<(u64, Instant)>, shared: &Shared) -> Option<(u64, Instant)> {
-    let (question, since) = asked?;
-    if shared.lock().answered() < question {
-        return asked;
+/// Records the round-trip time once the ping is answered; the ping, if it is not.
+fn measure(ping: Option<(u64, Instant)>, shared: &Shared) -> Option<(u64, Instant)> {
+    let (sequence, sent) = ping?;
+    if shared.lock().answered() < sequence {
+        return ping;
     }
-    shared.set_rtt(since.elapsed());
+    shared.set_rtt(sent.elapsed());
     None
 }

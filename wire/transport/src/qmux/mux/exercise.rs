@@ -1,37 +1,44 @@
-//! A connection that is put through whatever a peer may send while this side uses it: for the
-//! fuzzer, and for the test that stands in for it where nobody fuzzes.
+//! A connection whose peer may send anything while this side uses it: for the fuzzer, and for a
+//! test that tries random scripts where no fuzzer runs.
 //!
-//! A script's first byte says who is who and how the peer's bytes are to be taken; then come steps
-//! of four bytes, behind some of which the peer's bytes stand. After every step the connection is checked for what has to
-//! hold whatever came, and what it sends is read as a peer would read it.
+//! The first byte of a script holds flags; then come steps of four bytes, some of which are
+//! followed by bytes of the peer. After every step the invariants of the connection are checked,
+//! and what it sends is read as a peer would read it.
 
 use std::collections::HashMap;
 
 use bytes::{Bytes, BytesMut};
 
 use super::{
-    super::frame::split_record, BATCH, Fault, Frame, MAX_RECORD, MAX_URGENT, Mux, Parameters, Role,
-    Room, SEND_BUFFER, Taken,
+    super::{
+        fault::Fault,
+        frame::{Frame, MAX_RECORD, Parameters, split_record},
+        stream::{Room, Stream},
+    },
+    Mux, Received, Role, SEND_BUFFER,
+    incoming::MAX_URGENT,
+    outgoing::BATCH,
 };
 
-/// Bytes that may come on a stream before they are read: few, so that a script comes upon the limit.
+/// Number of bytes that may arrive on a stream before they are read: few, so that scripts reach the
+/// limit.
 const WINDOW: u32 = 1024;
-/// Streams that the peer may have open.
+/// Number of streams that the peer may have open.
 const MAX_STREAMS: u32 = 8;
-/// The largest chunk that is written, in units of the byte that tells it.
+/// Length of a written chunk, in bytes, per unit of the script's byte.
 const CHUNK_UNIT: usize = 300;
 
-/// This side is the server.
+/// Flag: this side is the server.
 const SERVER: u8 = 1 << 0;
-/// The peer has begun in order.
+/// Flag: the peer has sent its transport parameters.
 const BEGUN: u8 = 1 << 1;
-/// Bytes of a step are the frames of a record, whose length is right.
+/// Flag: the peer's bytes of a step are frames, which are put into records of the right length.
 const RECORDS: u8 = 1 << 2;
 
-/// How a script came to its end.
+/// How a script ended.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::qmux) enum Ended {
-    /// Nothing more was in it.
+    /// All of it was followed.
     Script,
     /// The peer closed the connection.
     Closed,
@@ -42,21 +49,21 @@ pub(in crate::qmux) enum Ended {
 /// Follows a script to its end.
 ///
 /// # Panics
-/// When something does not hold that has to.
+/// When an invariant does not hold.
 pub(in crate::qmux) fn exercise(script: &[u8]) -> Ended {
     let mut script = Script(script);
-    let Some(how) = script.byte() else { return Ended::Script };
-    let role = if how & SERVER == 0 { Role::Client } else { Role::Server };
+    let Some(flags) = script.byte() else { return Ended::Script };
+    let role = if flags & SERVER == 0 { Role::Client } else { Role::Server };
     let mut exercise = Exercise {
         mux: Mux::new(role, WINDOW, MAX_STREAMS, 30_000),
-        records: how & RECORDS != 0,
+        records: flags & RECORDS != 0,
         input: BytesMut::new(),
         ids: Vec::new(),
         max_streams: MAX_STREAMS.into(),
         caused_here: 1,
         sent: Sent::default(),
     };
-    let ended = exercise.follow(script, how & BEGUN != 0).unwrap_or(Ended::Script);
+    let ended = exercise.follow(script, flags & BEGUN != 0).unwrap_or(Ended::Script);
     if let Ended::Fault(fault) = &ended {
         exercise.mux.close(false, 0x0a, &fault.to_string());
     }
@@ -64,7 +71,7 @@ pub(in crate::qmux) fn exercise(script: &[u8]) -> Ended {
     ended
 }
 
-/// What is left of a script.
+/// The rest of a script.
 struct Script<'a>(&'a [u8]);
 
 impl<'a> Script<'a> {
@@ -78,7 +85,7 @@ impl<'a> Script<'a> {
         Some(*first)
     }
 
-    /// So many bytes, or all that are left.
+    /// The next `length` bytes, or all that are left.
     fn bytes(&mut self, length: u16) -> &'a [u8] {
         let (bytes, rest) = self.0.split_at(usize::from(length).min(self.0.len()));
         self.0 = rest;
@@ -90,17 +97,17 @@ struct Exercise {
     mux: Mux,
     records: bool,
     input: BytesMut,
-    /// Streams that this side knows of.
+    /// Streams that this side has opened or accepted.
     ids: Vec<u64>,
-    /// Most streams that the peer was ever allowed to have open.
+    /// Largest number of streams that the peer was ever allowed to have open.
     max_streams: u64,
-    /// Frames that this side may have caused without the peer.
+    /// Number of frames that this side may have caused without the peer.
     caused_here: usize,
     sent: Sent,
 }
 
 impl Exercise {
-    /// `None` when the script is over.
+    /// Follows the script; `None` at its end.
     fn follow(&mut self, mut script: Script<'_>, begun: bool) -> Option<Ended> {
         if begun {
             let parameters = Parameters {
@@ -110,7 +117,7 @@ impl Exercise {
                 max_streams: 4,
                 ..Parameters::default()
             };
-            self.mux.take(Frame::Parameters(parameters)).expect("a peer begins so");
+            self.mux.receive(Frame::Parameters(parameters)).expect("these come first");
         }
         loop {
             if let Err(ended) = self.step(&mut script)? {
@@ -151,8 +158,8 @@ impl Exercise {
         while let Some(mut record) = split_record(&mut self.input).map_err(|f| fault(f.into()))? {
             while !record.is_empty() {
                 let frame = Frame::decode(&mut record).map_err(|f| fault(f.into()))?;
-                comes_back(&frame);
-                if let Taken::Closed { .. } = self.mux.take(frame).map_err(fault)? {
+                check_encoding(&frame);
+                if let Received::Closed { .. } = self.mux.receive(frame).map_err(fault)? {
                     return Err(Ended::Closed);
                 }
             }
@@ -161,41 +168,41 @@ impl Exercise {
         Ok(())
     }
 
-    fn use_stream(&mut self, which: usize, what: u8, much: u8) {
-        let Some(id) = self.ids.get(which % self.ids.len().max(1)).copied() else { return };
+    fn use_stream(&mut self, index: usize, operation: u8, argument: u8) {
+        let Some(id) = self.ids.get(index % self.ids.len().max(1)).copied() else { return };
         let mux = &mut self.mux;
-        match what % 8 {
+        match operation % 8 {
             0 | 1 => {
-                let mut chunk = Bytes::from(vec![much; usize::from(much) * CHUNK_UNIT]);
+                let mut chunk = Bytes::from(vec![argument; usize::from(argument) * CHUNK_UNIT]);
                 let room = mux.write(id, &mut chunk);
-                assert!(chunk.is_empty() || !matches!(room, Room::Taken), "a chunk is taken whole");
+                assert!(chunk.is_empty() || room != Room::Taken, "a chunk is taken whole");
             }
             2 | 3 => {
                 let mut chunks = [const { Bytes::new() }; 4];
-                let count = usize::from(much % 4) + 1;
+                let count = usize::from(argument % 4) + 1;
                 mux.read(id, &mut chunks[..count]);
             }
             4 => mux.finish(id),
-            5 => mux.reset(id, much.into()),
-            6 => mux.stop(id, much.into()),
-            _ if much & 1 == 0 => drop(mux.reset_of(id)),
-            _ => mux.set_priority(id, i32::from(much) - 128),
+            5 => mux.reset(id, argument.into()),
+            6 => mux.stop(id, argument.into()),
+            _ if argument & 1 == 0 => drop(mux.reset_of(id)),
+            _ => mux.set_priority(id, i32::from(argument) - 128),
         }
     }
 
-    fn use_connection(&mut self, what: u8, much: u8) {
-        match what % 4 {
+    fn use_connection(&mut self, operation: u8, argument: u8) {
+        match operation % 4 {
             0 | 1 => self.drain(),
             2 => drop(self.mux.ping()),
             _ => {
-                let count = u32::from(much) % 32;
+                let count = u32::from(argument) % 32;
                 self.max_streams = self.max_streams.max(count.into());
                 self.mux.set_max_streams(count);
             }
         }
     }
 
-    /// Sends all that may be sent.
+    /// Sends everything that may be sent.
     fn drain(&mut self) {
         let mut output = BytesMut::new();
         loop {
@@ -206,42 +213,50 @@ impl Exercise {
             assert!(output.len() <= BATCH + 2 * (MAX_RECORD + 2), "{} bytes at once", output.len());
             self.sent.read(&mut output);
         }
-        assert!(!self.mux.has_work(), "something is left over for nobody");
+        assert!(!self.mux.has_work(), "there is work that produces nothing");
         self.caused_here = 0;
     }
 
-    /// What holds at any time: everything that the peer can make grow is bounded, credit is kept to,
-    /// and no stream waits that could go on.
+    /// Checks the invariants: whatever the peer can make grow is bounded, limits are kept, and a
+    /// stream that may send has a turn.
     fn check(&self) {
         let mux = &self.mux;
         let theirs = mux.streams.keys().filter(|id| *id & 1 != mux.role.bit()).count() as u64;
         assert!(theirs <= self.max_streams, "the peer has {theirs} streams");
-        assert!(mux.streams.len() as u64 <= theirs + mux.opened);
-        assert!(mux.waiting.len() as u64 <= theirs);
+        assert_eq!(theirs, mux.remote_opened - mux.remote_closed);
+        assert!(mux.remote_opened <= mux.remote_granted);
+        assert!(mux.remote_announced <= mux.remote_granted);
+        assert!(mux.local_opened <= mux.local_allowed);
+        assert!(mux.streams.len() as u64 <= theirs + mux.local_opened);
+        assert!(mux.unaccepted.len() as u64 <= mux.remote_opened);
         let urgent = mux.urgent.len();
         assert!(urgent <= MAX_URGENT + 2 + self.caused_here, "{urgent} frames wait");
-        assert!(mux.sent <= mux.may_send);
+        assert!(mux.data_sent <= mux.data_allowed);
         for (id, stream) in &mux.streams {
-            let (send, recv) = (&stream.send, &stream.recv);
-            let waiting: usize = recv.queue.iter().map(Bytes::len).sum();
-            assert!(waiting as u64 <= recv.offset - recv.read, "stream {id}");
-            assert!(waiting <= WINDOW as usize, "stream {id} holds {waiting} bytes");
-            assert!(recv.offset <= recv.limit, "stream {id}");
-            assert!(send.offset <= send.limit, "stream {id}");
-            let queued: usize = send.queue.iter().map(Bytes::len).sum();
-            assert!(queued < SEND_BUFFER + 256 * CHUNK_UNIT, "stream {id} has {queued} bytes");
-            assert!(send.over || queued == send.queued, "stream {id} counts {}", send.queued);
-            let in_turn = mux.ready.get(&send.priority).is_some_and(|band| band.contains(id));
-            assert!(!send.scheduled || in_turn, "stream {id} waits for a turn that does not come");
-            let credit = send.offset < send.limit && mux.sent < mux.may_send;
-            let may = !send.over && (if queued > 0 { credit } else { send.finished });
-            assert!(!may || send.scheduled, "stream {id} could go on");
+            self.check_stream(*id, stream);
         }
+    }
+
+    fn check_stream(&self, id: u64, stream: &Stream) {
+        let (mux, send) = (&self.mux, &stream.send);
+        send.check();
+        stream.recv.check();
+        assert!(!stream.is_closed(), "stream {id} is kept");
+        let held = stream.recv.waiting();
+        assert!(held <= WINDOW as usize, "stream {id} holds {held} bytes");
+        let queued = send.queued();
+        assert!(queued < SEND_BUFFER + 256 * CHUNK_UNIT, "stream {id} has {queued} bytes");
+        let turns = mux.ready.get(&send.priority);
+        let turns = turns.map_or(0, |band| band.iter().filter(|other| **other == id).count());
+        assert!(turns <= 1, "stream {id} has {turns} turns");
+        assert!(!send.scheduled || turns == 1, "stream {id} waits for a turn that does not come");
+        let blocked = queued > 0 && mux.data_sent == mux.data_allowed;
+        assert!(!send.is_ready() || blocked || send.scheduled, "stream {id} has no turn");
     }
 }
 
-/// A frame that was read is the same once it has been written.
-fn comes_back(frame: &Frame) {
+/// Checks that a frame that was decoded is the same after it is encoded.
+fn check_encoding(frame: &Frame) {
     if matches!(frame, Frame::Close { reason, .. } if reason.len() > 1024) {
         return;
     }
@@ -250,7 +265,7 @@ fn comes_back(frame: &Frame) {
     assert_eq!(Frame::decode(&mut bytes.freeze()).as_ref(), Ok(frame));
 }
 
-/// What the peer has got: where each stream is, and `None` once it has ended.
+/// What the peer has received: the offset of each stream, and `None` once it has ended.
 #[derive(Default)]
 struct Sent(HashMap<u64, Option<u64>>);
 
@@ -269,12 +284,12 @@ impl Sent {
         match frame {
             Frame::Stream { id, offset, data, fin } => {
                 let at = self.0.entry(id).or_insert(Some(0));
-                assert_eq!(*at, Some(offset), "stream {id} goes on where it was");
+                assert_eq!(*at, Some(offset), "stream {id} continues at its offset");
                 *at = (!fin).then_some(offset + data.len() as u64);
             }
             Frame::ResetStream { id, final_size, .. } => {
                 let at = self.0.entry(id).or_insert(Some(0)).take();
-                assert_eq!(at, Some(final_size), "stream {id} is reset where it was");
+                assert_eq!(at, Some(final_size), "stream {id} is reset at its offset");
             }
             _ => {}
         }
@@ -285,14 +300,14 @@ impl Sent {
 mod tests {
     use super::*;
 
-    /// How many scripts are tried.
+    /// Number of scripts that are tried.
     const SCRIPTS: u64 = 30_000;
 
-    /// Frames of a peer that uses a few streams, and misuses them if it is wild.
+    /// Frames of a peer that uses a few streams, and breaks the protocol with them if it is wild.
     fn frames(rng: &mut fastrand::Rng, offsets: &mut HashMap<u64, u64>, wild: bool) -> Bytes {
         let mut bytes = BytesMut::new();
         for _ in 0..rng.u8(1..6) {
-            // A server's peer opens the even ones; the others have to be opened here before.
+            // A server's peer opens the even ones; the others exist once this side has opened them.
             let id = if wild { rng.u64(..40) } else { rng.u64(..6) << 2 };
             let (code, limit) = (rng.u64(..9), rng.u64(..80_000));
             let frame = match rng.u8(..24) {
@@ -319,7 +334,7 @@ mod tests {
         bytes.freeze()
     }
 
-    /// A script whose peer knows the protocol, at the least.
+    /// A script whose peer sends whole records, and keeps to the protocol in half of the scripts.
     fn script(rng: &mut fastrand::Rng) -> Vec<u8> {
         let wild = rng.bool();
         let server = if wild { rng.u8(..) & SERVER } else { SERVER };
@@ -341,7 +356,7 @@ mod tests {
         script
     }
 
-    /// Breaks a script in one of the ways in which bytes break.
+    /// Breaks a script: a bit flips, a length changes, bytes are missing.
     fn mutate(rng: &mut fastrand::Rng, script: &mut Vec<u8>) {
         let position = rng.usize(..script.len());
         match rng.u8(..5) {
@@ -353,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn no_peer_is_a_surprise() {
+    fn invariants_hold_whatever_the_peer_sends() {
         let seed = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok());
         let seed = seed.unwrap_or_else(|| fastrand::u64(..));
         println!("SEED={seed}");
@@ -372,10 +387,11 @@ mod tests {
             *ended.entry(label).or_default() += 1;
         }
         println!("{ended:?}");
-        // Peers get far, and find every fault but the flood, which takes longer.
+        // Scripts get far, and reach every fault but the flood, which takes longer.
         assert!(ended.get("Script").is_some_and(|count| *count > SCRIPTS / 5), "{ended:?}");
-        for fault in ["Frame", "Order", "Limit", "Stream", "Offset"] {
-            assert!(ended.contains_key(fault), "{fault} never came: {ended:?}");
+        for fault in ["Frame", "Parameters", "Limit", "StreamId", "Offset", "AfterEnd", "FinalSize"]
+        {
+            assert!(ended.contains_key(fault), "{fault} was never reached: {ended:?}");
         }
     }
 }
