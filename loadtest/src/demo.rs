@@ -78,7 +78,7 @@ async fn show(rig: &Running, sessions: &Sessions, time: Duration) -> anyhow::Res
         sessions.check()?;
         let is_over = started.elapsed() >= time;
         if in_place || is_over {
-            let picture = table::draw(&sessions.reports(), &rig.server.metrics.tunnels());
+            let picture = table::draw(&sessions.reports(), &rig.server.backends.all());
             let mut out = io::stdout().lock();
             if drawn > 0 {
                 // Up to the first line of the last picture, and everything below it away.

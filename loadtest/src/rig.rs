@@ -187,7 +187,7 @@ impl Rig {
             }
         };
         culvert_server::Config {
-            server_id: "server-0".into(),
+            server_id: "server-0".parse().expect("a valid name"),
             server_count: 1,
             frontend: FrontendConfig {
                 mode: self.mode,
@@ -208,7 +208,7 @@ impl Rig {
                 reset_key_file: None,
             },
             tunnel: self.tunnel,
-            tls: TlsConfig { min_version: TlsVersion::Tls12, cipher_suites: Vec::new() },
+            tls: TlsConfig { min_version: TlsVersion::Tls12 },
             kubernetes: KubernetesConfig::default(),
             leases: None,
             health_address: loopback(),

@@ -31,7 +31,7 @@ struct Tunnels {
 
 impl Tunnels {
     fn of(rig: &Running) -> Self {
-        let tunnels = rig.server.metrics.tunnels();
+        let tunnels = rig.server.backends.all();
         let over = |transport| {
             tunnels.iter().filter(|backend| backend.tunnel.carrier().name() == transport).count()
         };

@@ -1,29 +1,21 @@
-//! Whoever comes in at the tunnel port, from the handshake to the end: an agent of ours, or a Konnectivity one.
+//! Agents: their connections, from the accept to the loss of the tunnel.
+//!
+//! ```text
+//!  listener            one port number, over UDP and over TCP; an accept loop each
+//!  unadmitted          a peer between its accept and its admission: the handshake, the deadline
+//!     ├─ join          the introduction of an agent of ours: hello, admission, welcome
+//!     │   session      its tunnel as a backend, until it is lost
+//!     └─ konnectivity  an agent of Konnectivity's, bridged to a tunnel within this process
+//!  admission           whether an agent is who it says it is
+//!  context             what they share
+//! ```
 
-pub mod admission;
-pub mod konnectivity;
-pub mod listener;
-pub mod session;
+pub(crate) mod admission;
+mod context;
+mod join;
+mod konnectivity;
+pub(crate) mod listener;
+mod session;
+mod unadmitted;
 
-use std::sync::Arc;
-
-use tokio::time::timeout;
-
-use crate::agents::{
-    listener::{Arrival, Incoming},
-    session::{JOIN_TIMEOUT, JoinError, TunnelContext},
-};
-
-/// Serves whoever comes in until they are gone.
-pub(crate) async fn serve(incoming: Incoming, context: Arc<TunnelContext>) {
-    let remote = incoming.remote_address();
-    let arrived = timeout(JOIN_TIMEOUT, incoming.complete()).await;
-    match arrived.map(|arrived| arrived.map_err(JoinError::from)) {
-        Ok(Ok(Arrival::Tunnel(tunnel))) => session::serve_tunnel(tunnel, None, context).await,
-        Ok(Ok(Arrival::Konnectivity(stream))) => {
-            konnectivity::serve(*stream, remote, context).await
-        }
-        Ok(Err(error)) => session::not_joined(remote, &error, &context),
-        Err(_) => session::not_joined(remote, &JoinError::TimedOut, &context),
-    }
-}
+pub(crate) use context::AgentContext;

@@ -1,155 +1,63 @@
-//! One agent as the server sees it: a live tunnel that takes dials until it drains or dies.
+//! The connected backends: which there are, which one a dial takes, and when that changes.
+//!
+//! ```text
+//!  backends            Backends: the registry, shared, and its changes awaited
+//!  registry            who is connected, arranged by strategy; pure data
+//!  strategy            keys under which a strategy finds a backend
+//!  backend             one agent's live tunnel, its permits and its suspicions
+//!  recently_reached    targets that an agent reached in the last minutes
+//! ```
 
-pub mod recently_reached;
+mod backend;
+mod recently_reached;
 pub mod registry;
+mod strategy;
 
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use culvert_transport::Tunnel;
-use culvert_wire::{AgentId, InstanceId, Target, control::Hello, identifiers::Identifiers};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use culvert_wire::{AgentId, Target};
+use tokio::{sync::Notify, time::Instant};
 
-use crate::{
-    agents::admission::Authenticated,
-    backends::{
-        recently_reached::RecentlyReached,
-        registry::{Candidate, Registry},
-    },
-    config::Strategy,
-};
+pub use backend::Backend;
+pub(crate) use backend::StreamPermit;
+pub use strategy::Strategy;
 
-/// One agent's live tunnel.
-#[derive(Debug)]
-pub struct Backend {
-    /// The tunnel that dials travel on.
-    pub tunnel: Tunnel,
-    /// What the agent reached lately.
-    pub recently_reached: RecentlyReached,
-    agent_id: AgentId,
-    instance: InstanceId,
-    identifiers: Identifiers,
-    streams: Arc<Semaphore>,
-    open_streams: AtomicUsize,
-    draining: AtomicBool,
-    suspicions: Notify,
-}
+use registry::{Candidate, Registry};
 
-impl Backend {
-    /// The backend that this tunnel's agent introduced itself as, once it was admitted.
-    pub fn new(tunnel: Tunnel, hello: Hello, _: Authenticated, max_streams: u32) -> Self {
-        Self {
-            tunnel,
-            recently_reached: RecentlyReached::default(),
-            agent_id: hello.agent_id,
-            instance: hello.instance,
-            identifiers: hello.identifiers,
-            streams: Arc::new(Semaphore::new(max_streams as usize)),
-            open_streams: AtomicUsize::new(0),
-            draining: AtomicBool::new(false),
-            suspicions: Notify::new(),
-        }
-    }
-
-    /// Which process of the agent's name this is.
-    pub fn instance(&self) -> InstanceId {
-        self.instance
-    }
-
-    /// Takes one place among the streams this agent may carry; `None` when all are taken.
-    pub fn permit(self: &Arc<Self>) -> Option<StreamPermit> {
-        let permit = self.streams.clone().try_acquire_owned().ok()?;
-        self.open_streams.fetch_add(1, Ordering::Relaxed);
-        Some(StreamPermit { backend: self.clone(), _permit: permit })
-    }
-
-    /// Streams that are being dialed or spliced now.
-    pub fn open_streams(&self) -> usize {
-        self.open_streams.load(Ordering::Relaxed)
-    }
-
-    fn drain(&self) {
-        self.draining.store(true, Ordering::Relaxed);
-    }
-
-    /// Asks whoever drives the tunnel to find out whether the agent is alive.
-    pub fn suspect(&self) {
-        self.suspicions.notify_one();
-    }
-
-    /// Completes when somebody doubts that the agent is alive.
-    pub async fn suspected(&self) {
-        self.suspicions.notified().await;
-    }
-}
-
-impl Candidate for Backend {
-    fn agent_id(&self) -> &AgentId {
-        &self.agent_id
-    }
-
-    fn identifiers(&self) -> &Identifiers {
-        &self.identifiers
-    }
-
-    fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Relaxed)
-    }
-}
-
-/// A place among a backend's streams, given back when dropped.
-#[derive(Debug)]
-pub struct StreamPermit {
-    backend: Arc<Backend>,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl StreamPermit {
-    /// Whose place it is.
-    pub fn backend(&self) -> &Arc<Backend> {
-        &self.backend
-    }
-}
-
-impl Drop for StreamPermit {
-    fn drop(&mut self) {
-        self.backend.open_streams.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// The connected backends, shared by everybody who needs them. Clones share them.
+/// The connected backends. Clones share them.
 #[derive(Clone, Debug)]
-pub struct Backends(Arc<Shared>);
+pub struct Backends(Arc<State>);
 
 #[derive(Debug)]
-struct Shared {
+struct State {
     registry: Mutex<Registry<Backend>>,
     changed: Notify,
     closed: AtomicBool,
 }
 
 impl Backends {
-    /// No backends yet, to be chosen by these strategies.
-    pub fn new(strategies: &[Strategy]) -> Self {
-        Self(Arc::new(Shared {
+    /// No backends yet; these strategies will choose among them, in this order.
+    pub(crate) fn new(strategies: &[Strategy]) -> Self {
+        Self(Arc::new(State {
             registry: Mutex::new(Registry::new(strategies)),
             changed: Notify::new(),
             closed: AtomicBool::new(false),
         }))
     }
 
-    /// Takes dials for this backend until the returned guard is dropped.
+    /// Gives dials to this backend until the returned guard is dropped.
     ///
-    /// Older tunnels under the same name are doubted: most often they are what a restart left.
-    pub fn register(&self, backend: Arc<Backend>) -> Registration {
+    /// Older tunnels of the same agent are suspected: most often a restart left them behind.
+    pub(crate) fn register(&self, backend: Arc<Backend>) -> Registration {
         let older = {
             let mut registry = self.registry();
-            let older = registry.of_agent(&backend.agent_id);
+            let older = registry.of_agent(backend.agent_id());
             registry.add(&backend);
             older
         };
@@ -158,85 +66,87 @@ impl Backends {
         Registration { backends: self.clone(), backend }
     }
 
-    /// Gives an agent no new dials while another will do.
-    pub fn drain(&self, backend: &Backend) {
+    /// Gives a backend no new dials while another one will do.
+    pub(crate) fn drain(&self, backend: &Backend) {
         backend.drain();
         self.0.changed.notify_waiters();
     }
 
-    /// Completes when no backend of this agent is left but such as drain.
+    /// Completes when every backend of this agent is gone or drains.
     ///
     /// # Cancel safety
-    /// Cancel safe: it only looks.
-    pub async fn until_left(&self, agent_id: &AgentId) {
-        loop {
-            let changed = self.0.changed.notified();
-            if !self.is_here(agent_id) {
-                return;
-            }
-            changed.await;
-        }
+    /// Cancel safe: it changes nothing.
+    pub(crate) async fn until_left(&self, agent_id: &AgentId) {
+        self.until_some(|| (!self.is_here(agent_id)).then_some(())).await;
     }
 
-    /// Whether this agent has a backend here that does not drain.
-    pub fn is_here(&self, agent_id: &AgentId) -> bool {
+    /// Whether this agent has a backend that does not drain.
+    pub(crate) fn is_here(&self, agent_id: &AgentId) -> bool {
         self.registry().of_agent(agent_id).iter().any(|backend| !backend.is_draining())
     }
 
     /// The backend for a target, if there is any.
-    pub fn choose(&self, target: &Target) -> Option<Arc<Backend>> {
+    pub(crate) fn choose(&self, target: &Target) -> Option<Arc<Backend>> {
         self.registry().choose(target, fastrand::usize(..))
     }
 
-    /// For how long a backend for a target may still come back that was there a moment ago, if there
-    /// was one.
-    pub fn expected_for(&self, target: &Target, now: Instant) -> Option<Duration> {
+    /// For how long a backend for a target is still expected back that has just left; `None` if
+    /// there was none.
+    pub(crate) fn expected_for(&self, target: &Target, now: Instant) -> Option<Duration> {
         self.registry().expected_for(target, now)
     }
 
-    /// Completes with a backend for a target once there is one that takes dials; `None` when no more
-    /// will come.
+    /// Completes with a backend for a target once there is one that does not drain; `None` once
+    /// the server stops.
     ///
     /// # Cancel safety
-    /// Cancel safe: it only looks.
-    pub async fn appears(&self, target: &Target) -> Option<Arc<Backend>> {
-        loop {
-            let changed = self.0.changed.notified();
-            if let Some(backend) = self.choose(target).filter(|backend| !backend.is_draining()) {
-                return Some(backend);
-            }
-            if self.0.closed.load(Ordering::Relaxed) {
-                return None;
-            }
-            changed.await;
-        }
+    /// Cancel safe: it changes nothing.
+    pub(crate) async fn appears(&self, target: &Target) -> Option<Arc<Backend>> {
+        self.until_some(|| {
+            let ready = self.choose(target).filter(|backend| !backend.is_draining());
+            let closed = self.0.closed.load(Ordering::Relaxed);
+            (ready.is_some() || closed).then_some(ready)
+        })
+        .await
     }
 
-    /// Says that no more backends will come, because the server stops: nobody waits for any.
-    pub fn close(&self) {
+    /// Ends every wait for a backend: the server stops, and no more will come.
+    pub(crate) fn close(&self) {
         self.0.closed.store(true, Ordering::Relaxed);
         self.0.changed.notify_waiters();
     }
 
     /// Whether the first strategy has any backend: what Konnectivity calls ready.
-    pub fn is_ready(&self) -> bool {
+    pub(crate) fn is_ready(&self) -> bool {
         self.registry().is_ready()
     }
 
-    /// How many keys each strategy can choose among.
-    pub fn counts(&self) -> Vec<(Strategy, usize)> {
+    /// Number of keys that each strategy can choose among.
+    pub(crate) fn counts(&self) -> Vec<(Strategy, usize)> {
         self.registry().counts().collect()
+    }
+
+    /// Every registered backend, in the order of arrival.
+    pub fn all(&self) -> Vec<Arc<Backend>> {
+        self.registry().all().to_vec()
     }
 
     /// Completes when the first strategy can choose among exactly `count` keys.
     ///
     /// # Cancel safety
-    /// Cancel safe: it only looks.
+    /// Cancel safe: it changes nothing.
     pub async fn until(&self, count: usize) {
+        let reached = || self.counts().first().is_some_and(|(_, now)| *now == count);
+        self.until_some(|| reached().then_some(())).await;
+    }
+
+    /// Completes with what `look` finds, which is called again after each change.
+    async fn until_some<T>(&self, look: impl Fn() -> Option<T>) -> T {
         loop {
+            // Begun before the look, so that a change behind it is not missed.
             let changed = self.0.changed.notified();
-            if self.counts().first().is_some_and(|(_, now)| *now == count) {
-                return;
+            if let Some(found) = look() {
+                return found;
             }
             changed.await;
         }
@@ -248,9 +158,9 @@ impl Backends {
     }
 }
 
-/// Keeps a backend among the connected ones for as long as it lives.
+/// Keeps a backend registered for as long as it lives.
 #[derive(Debug)]
-pub struct Registration {
+pub(crate) struct Registration {
     backends: Backends,
     backend: Arc<Backend>,
 }
@@ -262,6 +172,5 @@ impl Drop for Registration {
     }
 }
 
-/// How long a doubted agent may take to answer before its tunnel is closed: well above the pause
-/// of a busy node, well below what a person waits for.
-pub const SUSPECT_LIMIT: Duration = Duration::from_millis(1500);
+#[cfg(test)]
+mod tests;

@@ -13,6 +13,7 @@ use culvert_process::{
     kubernetes::{self, Client, Timestamp, lease_expiry},
     logging::RateLimited,
 };
+use culvert_wire::ServerId;
 use k8s_openapi::{
     api::coordination::v1::{Lease, LeaseSpec},
     apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta},
@@ -43,7 +44,7 @@ const TELL_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Keeps one server's Lease.
 #[derive(Debug)]
-pub struct Leases {
+pub(crate) struct Leases {
     api: Api<Lease>,
     name: String,
     server_id: String,
@@ -53,16 +54,16 @@ pub struct Leases {
 
 impl Leases {
     /// The Lease of this server; nothing is published yet.
-    pub fn new(
+    pub(crate) fn new(
         client: Client,
         config: &LeaseConfig,
-        server_id: &str,
+        server_id: &ServerId,
         metrics: Arc<ServerMetrics>,
     ) -> Self {
         Self {
             api: Api::namespaced(client, &config.namespace),
             name: format!("konnectivity-proxy-server-{server_id}"),
-            server_id: server_id.into(),
+            server_id: server_id.to_string(),
             labels: config.labels.iter().cloned().collect(),
             metrics,
         }
@@ -70,7 +71,7 @@ impl Leases {
 
     /// Publishes and renews the Lease and removes expired ones, until told to stop; then takes its own
     /// back, so that no agent looks for a server that goes.
-    pub async fn keep(self, stop: CancellationToken) {
+    pub(crate) async fn keep(self, stop: CancellationToken) {
         // A request under way does not hold the stop up.
         while stop.run_until_cancelled(self.round()).await.is_some() {}
         match answered(self.api.delete(&self.name, &DeleteParams::default())).await {

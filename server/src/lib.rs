@@ -8,16 +8,18 @@
 //!
 //! [`agents`] accepts the tunnels that backends are.
 
-pub mod agents;
+mod agents;
 pub mod backends;
 pub mod cli;
 pub mod config;
-pub mod dial;
+mod dial;
 pub mod frontend;
 mod http2_frames;
-pub mod leases;
+mod leases;
 pub mod metrics;
-pub mod server;
+mod readiness;
+mod server;
 
+pub use agents::listener::ListenerError;
 pub use config::Config;
 pub use server::{Server, StartError};

@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::Instant,
@@ -22,10 +22,7 @@ use culvert_transport::{
 };
 use metrics::Histogram;
 
-use crate::{
-    backends::{Backend, Backends, registry::Candidate},
-    config::Strategy,
-};
+use crate::backends::{Backend, Backends, registry::Candidate};
 
 const DIAL_DURATION: &str = "konnectivity_network_proxy_server_dial_duration_seconds";
 const CONNECTION_DURATION: &str = "konnectivity_network_proxy_server_connection_duration_seconds";
@@ -94,7 +91,6 @@ pub struct ServerMetrics {
     streams: AtomicU64,
     /// Bytes spliced in either direction.
     pub meter: Meter,
-    tunnels: Arc<Mutex<Vec<Arc<Backend>>>>,
 }
 
 impl ServerMetrics {
@@ -162,7 +158,6 @@ impl ServerMetrics {
             http_connections: Arc::default(),
             streams: AtomicU64::new(0),
             meter: Meter::default(),
-            tunnels: Arc::default(),
             metrics,
         })
     }
@@ -242,17 +237,6 @@ impl ServerMetrics {
         }
     }
 
-    /// Counts a backend's tunnel, and shows its path for as long as the guard lives.
-    pub fn tunnel_open(&self, backend: &Arc<Backend>) -> TunnelShown {
-        self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).push(backend.clone());
-        TunnelShown { tunnels: self.tunnels.clone(), backend: backend.clone() }
-    }
-
-    /// The agents' tunnels that are up now.
-    pub fn tunnels(&self) -> Vec<Arc<Backend>> {
-        self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
     /// Counts a tunnel that ended.
     pub fn tunnel_lost(&self, reason: &'static str) {
         self.metrics.counter(TUNNELS_LOST, &[("reason", reason)]).increment(1);
@@ -313,7 +297,7 @@ impl ServerMetrics {
             .counts()
             .into_iter()
             .map(|(strategy, count)| {
-                (vec![("proxy_strategy", strategy_name(strategy).to_owned())], count as u64)
+                (vec![("proxy_strategy", strategy.name().to_owned())], count as u64)
             })
             .collect();
         let last = ready.last().map_or(0, |(_, count)| *count);
@@ -322,7 +306,7 @@ impl ServerMetrics {
         let help = "Number of konnectivity agent connected to the proxy server. DEPRECATED, please use ready_backends";
         gauge(READY_CONNECTIONS, help, one(last));
 
-        let tunnels = self.tunnels();
+        let tunnels = backends.all();
         let agent = |backend: &Backend| ("agent_id", backend.agent_id().to_string());
         gauge(TUNNELS, "Tunnels of agents that have joined.", one(tunnels.len() as u64));
         let mut open: BTreeMap<_, u64> = BTreeMap::new();
@@ -347,14 +331,6 @@ impl ServerMetrics {
     }
 }
 
-fn strategy_name(strategy: Strategy) -> &'static str {
-    match strategy {
-        Strategy::Default => "default",
-        Strategy::DestHost => "destHost",
-        Strategy::DefaultRoute => "defaultRoute",
-    }
-}
-
 /// Counts one thing for as long as it lives.
 #[derive(Debug)]
 pub struct Counted(Arc<AtomicU64>);
@@ -369,19 +345,5 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// Shows one tunnel's path in every scrape for as long as it lives.
-#[derive(Debug)]
-pub struct TunnelShown {
-    tunnels: Arc<Mutex<Vec<Arc<Backend>>>>,
-    backend: Arc<Backend>,
-}
-
-impl Drop for TunnelShown {
-    fn drop(&mut self) {
-        let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
-        tunnels.retain(|backend| !Arc::ptr_eq(backend, &self.backend));
     }
 }

@@ -7,7 +7,7 @@ use culvert_process::{
     kubernetes::ClientError,
     metrics::{BuildError, Upkeep},
 };
-use culvert_wire::{CloseCode, ids::InvalidId};
+use culvert_wire::CloseCode;
 use tokio::time::timeout;
 use tokio_util::{
     sync::CancellationToken,
@@ -17,10 +17,9 @@ use tracing::{info, warn};
 
 use crate::{
     agents::{
-        self,
+        AgentContext,
         admission::Authenticator,
         listener::{AgentListener, ListenerError},
-        session::TunnelContext,
     },
     backends::Backends,
     config::Config,
@@ -31,6 +30,7 @@ use crate::{
     },
     leases::Leases,
     metrics::ServerMetrics,
+    readiness::readiness,
 };
 
 /// Time for closed tunnels' last packets, and for tasks to notice that they are over.
@@ -48,9 +48,6 @@ pub enum StartError {
     /// kube-apiserver cannot be asked.
     #[error(transparent)]
     Kubernetes(#[from] ClientError),
-    /// The server's name cannot be used.
-    #[error("--server-id: {0}")]
-    ServerId(#[from] InvalidId),
     /// The health or admin port cannot be listened on.
     #[error(transparent)]
     Admin(#[from] admin::BindError),
@@ -67,8 +64,8 @@ pub enum StartError {
 pub struct Server {
     frontend: FrontendListener,
     frontend_context: Arc<FrontendContext>,
-    port: AgentListener,
-    tunnel_context: Arc<TunnelContext>,
+    agents: Arc<AgentListener>,
+    agent_context: Arc<AgentContext>,
     health: AdminServer,
     admin: AdminServer,
     leases: Option<Leases>,
@@ -84,8 +81,8 @@ impl Server {
     pub fn bind(config: &Config) -> Result<Self, StartError> {
         let metrics = Arc::new(ServerMetrics::new()?);
         let backends = Backends::new(&config.agents.strategies);
-        let port = AgentListener::bind(config)?;
-        metrics.set_udp_buffers(port.quic().buffer_sizes());
+        let agents = AgentListener::bind(config)?;
+        metrics.set_udp_buffers(agents.buffer_sizes());
         let frontend = FrontendListener::bind(&config.frontend, &config.tls)?;
         let frontend_context = Arc::new(FrontendContext {
             dialer: Dialer::new(backends.clone(), config.agents.dial, metrics.clone()),
@@ -98,20 +95,20 @@ impl Server {
             tasks: TaskTracker::new(),
         });
         let (authenticator, leases) = kubernetes(config, &metrics)?;
-        let tunnel_context = Arc::new(TunnelContext {
+        let agent_context = Arc::new(AgentContext {
             backends: backends.clone(),
             authenticator,
             metrics: metrics.clone(),
-            server_id: config.server_id.parse()?,
+            server_id: config.server_id.clone(),
             server_count: config.server_count,
             max_streams: config.agents.max_streams,
             hedge_rate: config.tunnel.hedge_rate,
             drain_timeout: config.graceful_shutdown_timeout,
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
-            settings: port.settings(),
+            settings: agents.settings(),
             konnectivity_keep_alive_interval: config.konnectivity_keep_alive_interval(),
-            tunnels: TaskTracker::new(),
+            tasks: TaskTracker::new(),
         });
         let upkeep = metrics.inner().spawn_upkeep();
         let routes = || {
@@ -119,15 +116,14 @@ impl Server {
             Routes::new().metrics(move || metrics.render(&backends))
         };
         let ready = backends.clone();
-        let health_routes =
-            routes().healthz().readyz(move |_| admin::server_readiness(ready.is_ready()));
+        let health_routes = routes().healthz().readyz(move |_| readiness(ready.is_ready()));
         Ok(Self {
             health: AdminServer::bind("health-port", config.health_address, health_routes)?,
             admin: AdminServer::bind("admin-port", config.admin_address, routes())?,
             frontend,
             frontend_context,
-            port,
-            tunnel_context,
+            agents: Arc::new(agents),
+            agent_context,
             leases,
             grace: config.graceful_shutdown_timeout,
             _upkeep: upkeep,
@@ -147,17 +143,17 @@ impl Server {
     /// # Errors
     /// When the kernel does not tell.
     pub fn tunnel_address(&self) -> io::Result<SocketAddr> {
-        self.port.quic().local_addr()
+        self.agents.address()
     }
 
     /// The agents that have joined.
     pub fn backends(&self) -> &Backends {
-        &self.tunnel_context.backends
+        &self.agent_context.backends
     }
 
     /// What the server counts.
     pub fn metrics(&self) -> &Arc<ServerMetrics> {
-        &self.tunnel_context.metrics
+        &self.agent_context.metrics
     }
 
     /// Where health, readiness and metrics are served.
@@ -174,7 +170,7 @@ impl Server {
     /// down: agents are told, frontends still open are cut off, the Unix socket is removed.
     pub async fn run(self, stop: impl Future<Output = ()>) {
         let FrontendContext { stopping, closing, tasks, .. } = &*self.frontend_context;
-        let tunnels = self.tunnel_context.tunnels.clone();
+        let agents = self.agent_context.tasks.clone();
         let stop_lease = CancellationToken::new();
         let lease_task = self
             .leases
@@ -183,15 +179,15 @@ impl Server {
             AbortOnDropHandle::new(tokio::spawn(self.frontend.run(self.frontend_context.clone())));
         tokio::select! {
             () = stop => {}
-            () = accept_tunnels(&self.port, &self.tunnel_context) => {}
+            () = self.agents.run(&self.agent_context) => {}
         }
 
         // No new requests first; the frontend's task ends within a moment and removes its socket.
         stopping.cancel();
         let _ = frontend.await;
-        self.port.quic().refuse_new();
-        self.tunnel_context.backends.close();
-        self.tunnel_context.draining.cancel();
+        self.agents.refuse_new();
+        self.agent_context.backends.close();
+        self.agent_context.draining.cancel();
         tasks.close();
         if !self.grace.is_zero() && !tasks.is_empty() {
             info!(open = tasks.len(), grace = ?self.grace, "draining");
@@ -203,10 +199,10 @@ impl Server {
         }
         // Until now this server's tunnels were lease_task, and so its Lease was.
         stop_lease.cancel();
-        self.tunnel_context.closing.cancel();
-        tunnels.close();
-        let _ = timeout(CLOSE_TIMEOUT, tunnels.wait()).await;
-        self.port.close(CloseCode::SHUTDOWN, "the server stops", CLOSE_TIMEOUT).await;
+        self.agent_context.closing.cancel();
+        agents.close();
+        let _ = timeout(CLOSE_TIMEOUT, agents.wait()).await;
+        self.agents.close(CloseCode::SHUTDOWN, "the server stops", CLOSE_TIMEOUT).await;
         closing.cancel();
         let _ = timeout(CLOSE_TIMEOUT, tasks.wait()).await;
         if let Some(lease_task) = lease_task {
@@ -235,10 +231,4 @@ fn kubernetes(
         None => None,
     };
     Ok((authenticator, leases))
-}
-
-async fn accept_tunnels(port: &AgentListener, context: &Arc<TunnelContext>) {
-    while let Some(incoming) = port.accept().await {
-        context.tunnels.spawn(agents::serve(incoming, context.clone()));
-    }
 }

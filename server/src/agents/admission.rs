@@ -39,15 +39,15 @@ const RENEW_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Checks the agents of one server.
 #[derive(Debug)]
-pub struct Authenticator(Option<Reviewer>);
+pub(crate) struct Authenticator(Option<Reviewer>);
 
 /// An agent passed the authenticator that its server has. Nobody else can make one.
 #[derive(Debug)]
-pub struct Authenticated(());
+pub(crate) struct Authenticated(());
 
 /// Why an agent was not authenticated.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
+pub(crate) enum Refusal {
     /// It sent no token.
     #[error("no token, and this server asks for one: see the agent's --service-account-token-path")]
     NoToken,
@@ -63,8 +63,13 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// The agent's time to join was over before the review was.
+    pub(super) fn too_late() -> Self {
+        Self::NotReviewed("the agent's time to join was over".into())
+    }
+
     /// A short word for metric labels.
-    pub fn label(&self) -> &'static str {
+    pub(crate) fn label(&self) -> &'static str {
         match self {
             Self::NoToken | Self::NotAToken(_) | Self::Refused(_) => "unauthenticated",
             Self::NotReviewed(_) => "token_not_reviewed",
@@ -72,7 +77,7 @@ impl Refusal {
     }
 
     /// What a Konnectivity server answers in this case.
-    pub fn konnectivity_message(&self) -> String {
+    pub(crate) fn konnectivity_message(&self) -> String {
         let inner = match self {
             Self::NoToken => return "Authentication context was not found in metadata".into(),
             Self::NotAToken(reason) => return reason.clone(),
@@ -85,7 +90,7 @@ impl Refusal {
 
 impl Authenticator {
     /// Asks for no token: certificates are all there is, or nothing at all.
-    pub fn open() -> Self {
+    pub(crate) fn open() -> Self {
         Self(None)
     }
 
@@ -93,7 +98,7 @@ impl Authenticator {
     ///
     /// # Errors
     /// When kube-apiserver cannot be asked.
-    pub fn by_token(
+    pub(crate) fn by_token(
         kubernetes: &KubernetesConfig,
         expected: TokenConfig,
     ) -> Result<Self, ClientError> {
@@ -108,7 +113,7 @@ impl Authenticator {
     }
 
     /// Whether agents need a token.
-    pub fn asks_for_tokens(&self) -> bool {
+    pub(crate) fn asks_for_tokens(&self) -> bool {
         self.0.is_some()
     }
 
@@ -119,7 +124,7 @@ impl Authenticator {
     ///
     /// # Cancel safety
     /// Cancel safe: it only asks.
-    pub async fn admit(&self, token: Option<&Secret>) -> Result<Authenticated, Refusal> {
+    pub(crate) async fn admit(&self, token: Option<&Secret>) -> Result<Authenticated, Refusal> {
         if let Some(reviewer) = &self.0 {
             reviewer.check(token.ok_or(Refusal::NoToken)?).await?;
         }

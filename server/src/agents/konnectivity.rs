@@ -8,13 +8,7 @@ mod bridge;
 mod hello;
 mod keepalive;
 
-use std::{
-    convert::Infallible,
-    net::SocketAddr,
-    pin::Pin,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{convert::Infallible, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use culvert_konnectivity::{
     self as konnectivity, CONNECT, Outbound, Packets,
@@ -28,7 +22,10 @@ use culvert_wire::control::Hello;
 use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::{net::TcpStream, time::sleep};
+use tokio::{
+    net::TcpStream,
+    time::{Instant, sleep, timeout_at},
+};
 use tokio_rustls::server::TlsStream;
 use tokio_stream::{StreamExt as _, adapters::Map};
 use tokio_util::sync::CancellationToken;
@@ -40,9 +37,10 @@ use tonic::{
 };
 use tracing::{debug, warn};
 
-use crate::agents::{
+use super::{
+    AgentContext,
     admission::{Authenticated, Refusal},
-    session::{self, TunnelContext},
+    join::{self, JoinError},
 };
 use bridge::Bridge;
 use keepalive::{MIN_PING_INTERVAL, PingLimit, TooManyPings};
@@ -57,8 +55,14 @@ const MAX_CALLS: u32 = 4;
 /// another server has left long before: it knows this one by its name.
 const REJOIN_DELAY: Duration = Duration::from_secs(1);
 
-/// Serves one connection of a Konnectivity agent until it closes or the server stops.
-pub async fn serve(stream: TlsStream<TcpStream>, remote: SocketAddr, context: Arc<TunnelContext>) {
+/// Serves one connection of a Konnectivity agent until it is closed or the server stops. The agent
+/// has to be admitted before the deadline.
+pub(super) async fn serve(
+    stream: TlsStream<TcpStream>,
+    remote: SocketAddr,
+    deadline: Instant,
+    context: Arc<AgentContext>,
+) {
     let certificates = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
     let peer = Peer { address: remote, carrier: Carrier::Grpc, certificates };
     let mut http = http2::Builder::new(TokioExecutor::new());
@@ -72,26 +76,42 @@ pub async fn serve(stream: TlsStream<TcpStream>, remote: SocketAddr, context: Ar
     let closing = context.closing.clone();
     let too_many_pings = CancellationToken::new();
     let io = TokioIo::new(PingLimit::new(stream, MIN_PING_INTERVAL, too_many_pings.clone()));
-    let connect = Connect { peer, context, too_many_pings: too_many_pings.clone() };
+    let admitted = CancellationToken::new();
+    let connect = Connect {
+        peer,
+        context: context.clone(),
+        admitted: admitted.clone(),
+        too_many_pings: too_many_pings.clone(),
+    };
     let service = service_fn(move |request| answer(request, connect.clone()));
     let mut connection = std::pin::pin!(http.serve_connection(io, service));
     let ended = tokio::select! {
         ended = &mut connection => ended,
+        () = overdue(deadline, &admitted) => {
+            return join::record_failure(remote, &JoinError::TimedOut, &context);
+        }
         () = closing.cancelled() => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
     };
     if too_many_pings.is_cancelled() {
-        tell_of_pings(remote);
+        log_too_many_pings(remote);
     } else if let Err(error) = ended {
         debug!(%remote, %error, "a Konnectivity agent's connection ended");
     }
 }
 
-fn tell_of_pings(remote: SocketAddr) {
+/// Completes at the deadline, unless an agent was admitted before.
+async fn overdue(deadline: Instant, admitted: &CancellationToken) {
+    if timeout_at(deadline, admitted.cancelled()).await.is_ok() {
+        std::future::pending().await
+    }
+}
+
+fn log_too_many_pings(remote: SocketAddr) {
     static TOO_MANY: RateLimited = RateLimited::new(Duration::from_secs(1));
-    if let Some(suppressed) = TOO_MANY.admit(Instant::now()) {
+    if let Some(suppressed) = TOO_MANY.admit(std::time::Instant::now()) {
         warn!(%remote, reason = %TooManyPings, suppressed, "a Konnectivity agent was sent away");
     }
 }
@@ -112,8 +132,10 @@ async fn answer(
 #[derive(Clone)]
 struct Connect {
     peer: Peer,
-    context: Arc<TunnelContext>,
-    /// Told when the connection ends for its pings.
+    context: Arc<AgentContext>,
+    /// Cancelled when an agent was admitted on the connection.
+    admitted: CancellationToken,
+    /// Cancelled when the connection ends because of too many pings.
     too_many_pings: CancellationToken,
 }
 
@@ -126,22 +148,23 @@ impl StreamingService<Packet> for Connect {
         Pin<Box<dyn Future<Output = Result<tonic::Response<Self::ResponseStream>, Status>> + Send>>;
 
     fn call(&mut self, request: tonic::Request<Streaming<Packet>>) -> Self::Future {
-        let Self { peer, context, too_many_pings } = self.clone();
+        let Self { peer, context, admitted, too_many_pings } = self.clone();
         Box::pin(async move {
             let (metadata, _, inbound) = request.into_parts();
             let hello = hello::read(&metadata).map_err(Status::unknown)?;
             let authenticated = admit(&metadata, peer.address, &context).await?;
+            admitted.cancel();
             // The headers are out before any packet: packets are polled from the response.
             let (outbound, packets) = konnectivity::outbound();
             let response = response(packets, &context)?;
             let call = Call { inbound, outbound, too_many_pings };
             if context.backends.is_here(&hello.agent_id) {
-                let tunnels = context.tunnels.clone();
-                tunnels.spawn(join_again(hello, authenticated, peer, context, call));
+                let tasks = context.tasks.clone();
+                tasks.spawn(join_again(hello, authenticated, peer, context, call));
             } else {
                 let joined = Bridge::join(hello, authenticated, peer, &context).await;
                 let bridge = joined.map_err(|error| Status::unknown(error.to_string()))?;
-                context.tunnels.spawn(bridge.run(call));
+                context.tasks.spawn(bridge.run(call));
             }
             Ok(response)
         })
@@ -152,7 +175,7 @@ impl StreamingService<Packet> for Connect {
 async fn admit(
     metadata: &MetadataMap,
     remote: SocketAddr,
-    context: &TunnelContext,
+    context: &AgentContext,
 ) -> Result<Authenticated, Status> {
     let authenticated = async {
         let token = match context.authenticator.asks_for_tokens() {
@@ -163,7 +186,7 @@ async fn admit(
     };
     authenticated.await.map_err(|refusal: Refusal| {
         let status = Status::unknown(refusal.konnectivity_message());
-        session::not_joined(remote, &refusal.into(), context);
+        join::record_failure(remote, &refusal.into(), context);
         status
     })
 }
@@ -180,7 +203,7 @@ struct Call {
 /// The answer to a call: who this server is, and then packets.
 fn response(
     packets: Packets,
-    context: &TunnelContext,
+    context: &AgentContext,
 ) -> Result<tonic::Response<PacketResults>, Status> {
     let packets: PacketResults = packets.map(Ok);
     let mut response = tonic::Response::new(packets);
@@ -198,7 +221,7 @@ async fn join_again(
     hello: Hello,
     authenticated: Authenticated,
     peer: Peer,
-    context: Arc<TunnelContext>,
+    context: Arc<AgentContext>,
     call: Call,
 ) {
     tokio::select! {

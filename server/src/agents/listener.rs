@@ -1,141 +1,76 @@
-//! Where agents come in: one port number, over UDP and over TCP.
+//! The listener for agents: one port number, over UDP and over TCP.
 
 use std::{fs, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use culvert_konnectivity::ALPN_H2;
 use culvert_process::{listen, logging::RateLimited};
 use culvert_transport::{
-    ConnectError, Settings, TransportFault, Tunnel,
+    BufferSizes, ConnectError, Settings,
     quic::{self, ResetKey},
-    tcp,
     tls::{self, Identity, TlsError},
 };
 use culvert_wire::CloseCode;
 use rustls::ServerConfig;
-use tokio::{
-    net::{TcpListener, TcpStream},
-    select,
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::sleep,
-};
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::sleep};
 use tracing::warn;
 
+use super::{AgentContext, unadmitted::Unadmitted};
 use crate::config::Config;
 
-/// TCP handshakes in progress above which further connections are dropped, as with QUIC.
+/// Maximum number of TCP handshakes in progress; further connections are dropped, as with QUIC.
 const MAX_HANDSHAKES: usize = 1024;
-/// Wait after a failed accept: it fails for want of file descriptors, which takes a moment.
+/// Pause after a failed accept, which most often fails for lack of file descriptors.
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
-/// Attempts to find a number that is free for UDP and TCP, where any will do.
+/// Maximum number of attempts to find a port number that is free for UDP and TCP.
 const MAX_ATTEMPTS: usize = 16;
 
-/// Agents cannot be let in.
+/// The listener for agents cannot be bound.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenerError {
-    /// The tunnel port cannot be listened on.
+    /// The port cannot be bound over UDP.
     #[error("--agent-port: {0}")]
     Tunnel(#[from] ConnectError),
-    /// The tunnel port cannot be listened on over TCP.
+    /// The port cannot be bound over TCP.
     #[error("--agent-port: cannot listen on {address} over TCP: {source}")]
     TunnelTcp {
-        /// What was to be bound.
+        /// Address of the port.
         address: SocketAddr,
         /// The kernel's reason.
         source: io::Error,
     },
-    /// Certificate, key or CA of the tunnel port cannot be used.
+    /// Certificate, key or CA cannot be used.
     #[error("--cluster-cert, --cluster-key, --cluster-ca-cert: {0}")]
     Tls(#[from] TlsError),
     /// The secret of stateless resets cannot be read.
     #[error("--reset-key-file: cannot read {path}: {source}")]
     ResetKey {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why not.
+        /// Why it cannot be read.
         source: io::Error,
     },
-    /// The kernel does not tell what was bound.
+    /// The kernel does not report the bound address.
     #[error(transparent)]
     Address(#[from] io::Error),
 }
 
-/// Both listeners of the tunnel port.
+/// Both listeners of the port.
 #[derive(Debug)]
-pub struct AgentListener {
+pub(crate) struct AgentListener {
     quic: quic::Listener,
     tcp: TcpListener,
-    /// How handshakes over TCP are done, where Konnectivity agents come too.
+    /// TLS over TCP, by which Konnectivity agents come too.
     tls: Arc<ServerConfig>,
     settings: Settings,
     handshakes: Arc<Semaphore>,
-}
-
-/// Who came in, by the protocol that was agreed on.
-#[derive(Debug)]
-pub enum Arrival {
-    /// An agent of ours.
-    Tunnel(Tunnel),
-    /// A Konnectivity agent, which speaks gRPC.
-    Konnectivity(Box<TlsStream<TcpStream>>),
-}
-
-/// An agent's wish for a tunnel, before its handshake.
-#[derive(Debug)]
-pub enum Incoming {
-    /// Over QUIC.
-    Quic(Box<quic::Incoming>),
-    /// Over TCP.
-    Tcp {
-        /// The connection.
-        socket: TcpStream,
-        /// Where it comes from.
-        remote: SocketAddr,
-        /// How its handshake is done.
-        tls: Arc<ServerConfig>,
-        /// What its tunnel is set up with.
-        settings: Settings,
-        /// One handshake in progress.
-        place: OwnedSemaphorePermit,
-    },
-}
-
-impl Incoming {
-    /// Where the wish comes from; over QUIC not proven before the handshake is complete.
-    pub fn remote_address(&self) -> SocketAddr {
-        match self {
-            Self::Quic(incoming) => incoming.remote_address(),
-            Self::Tcp { remote, .. } => *remote,
-        }
-    }
-
-    /// Does the handshake: certificates are checked, the protocol is agreed on.
-    ///
-    /// # Errors
-    /// When the peer goes away, is refused, or speaks another protocol.
-    pub async fn complete(self) -> Result<Arrival, ConnectError> {
-        match self {
-            Self::Quic(incoming) => Ok(Arrival::Tunnel(incoming.complete().await?.into())),
-            Self::Tcp { socket, tls, settings, place, .. } => {
-                let accepted = TlsAcceptor::from(tls).accept(socket).await;
-                let stream = accepted.map_err(TransportFault::from)?;
-                drop(place);
-                if stream.get_ref().1.alpn_protocol() == Some(ALPN_H2) {
-                    tcp::prepare(stream.get_ref().0, &settings);
-                    return Ok(Arrival::Konnectivity(Box::new(stream)));
-                }
-                Ok(Arrival::Tunnel(tcp::accept(stream, &settings).await?.into()))
-            }
-        }
-    }
 }
 
 impl AgentListener {
     /// Binds the port, with the certificates and the secret that the configuration names.
     ///
     /// # Errors
-    /// When a file cannot be used or the port cannot be had, for UDP or for TCP.
-    pub fn bind(config: &Config) -> Result<Self, ListenerError> {
+    /// When a file cannot be used, or the port cannot be bound over UDP or TCP.
+    pub(crate) fn bind(config: &Config) -> Result<Self, ListenerError> {
         let agents = &config.agents;
         let identity =
             Identity::from_pem_files(&agents.certificate.certificate, &agents.certificate.key)?;
@@ -172,30 +107,58 @@ impl AgentListener {
         Ok(Self { quic, tcp, tls, settings, handshakes })
     }
 
-    /// What its tunnels are set up with.
-    pub fn settings(&self) -> Settings {
+    /// Settings of the tunnels.
+    pub(crate) fn settings(&self) -> Settings {
         self.settings
     }
 
-    /// The listener over UDP.
-    pub fn quic(&self) -> &quic::Listener {
-        &self.quic
+    /// The bound address, over UDP and TCP.
+    ///
+    /// # Errors
+    /// When the kernel does not report it.
+    pub(crate) fn address(&self) -> io::Result<SocketAddr> {
+        self.quic.local_addr()
     }
 
-    /// The next agent that wants a tunnel, over whichever carrier; `None` once the port is closed.
-    pub async fn accept(&self) -> Option<Incoming> {
+    /// Kernel buffers granted to the UDP socket.
+    pub(crate) fn buffer_sizes(&self) -> BufferSizes {
+        self.quic.buffer_sizes()
+    }
+
+    /// Accepts and serves agents, over QUIC and over TCP in a task each; ends only with a panic of
+    /// one of them.
+    ///
+    /// # Cancel safety
+    /// Dropping the future ends both tasks; agents that were accepted are served on.
+    pub(crate) async fn run(self: &Arc<Self>, context: &Arc<AgentContext>) {
+        let mut accepting = JoinSet::new();
+        accepting.spawn(self.clone().accept_quic(context.clone()));
+        accepting.spawn(self.clone().accept_tcp(context.clone()));
+        while let Some(ended) = accepting.join_next().await {
+            if let Err(error) = ended
+                && error.is_panic()
+            {
+                std::panic::resume_unwind(error.into_panic());
+            }
+        }
+    }
+
+    async fn accept_quic(self: Arc<Self>, context: Arc<AgentContext>) {
+        while let Some(incoming) = self.quic.accept().await {
+            context.tasks.spawn(Unadmitted::over_quic(incoming).serve(context.clone()));
+        }
+    }
+
+    async fn accept_tcp(self: Arc<Self>, context: Arc<AgentContext>) {
         static ACCEPT_FAILED: RateLimited = RateLimited::new(Duration::from_secs(10));
         loop {
-            let accepted = select! {
-                incoming = self.quic.accept() => return incoming.map(Box::new).map(Incoming::Quic),
-                accepted = self.tcp.accept() => accepted,
-            };
-            match accepted {
-                Ok((socket, remote)) => {
-                    // Without a place the connection is dropped, and the agent tries again.
-                    let Ok(place) = self.handshakes.clone().try_acquire_owned() else { continue };
+            match self.tcp.accept().await {
+                Ok(accepted) => {
+                    // Without a permit the connection is dropped, and the agent tries again.
+                    let Ok(permit) = self.handshakes.clone().try_acquire_owned() else { continue };
                     let (tls, settings) = (self.tls.clone(), self.settings);
-                    return Some(Incoming::Tcp { socket, remote, tls, settings, place });
+                    let peer = Unadmitted::over_tcp(accepted, tls, settings, permit);
+                    context.tasks.spawn(peer.serve(context.clone()));
                 }
                 Err(error) => {
                     if let Some(suppressed) = ACCEPT_FAILED.admit(std::time::Instant::now()) {
@@ -207,13 +170,18 @@ impl AgentListener {
         }
     }
 
-    /// Closes every QUIC tunnel and waits until the peers have been told, at most `limit`.
-    pub async fn close(&self, code: CloseCode, reason: &str, limit: Duration) {
+    /// Refuses agents that come from now on; those that have come are served on.
+    pub(crate) fn refuse_new(&self) {
+        self.quic.refuse_new();
+    }
+
+    /// Closes every QUIC tunnel and waits until the last packets are out, at most `limit`.
+    pub(crate) async fn close(&self, code: CloseCode, reason: &str, limit: Duration) {
         self.quic.close(code, reason, limit).await;
     }
 }
 
-/// One number for both; where any will do, one that is free for both.
+/// Binds one port number for both; for port 0 one that is free for both.
 fn bind_both(
     address: SocketAddr,
     tls: &Arc<ServerConfig>,

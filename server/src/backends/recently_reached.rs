@@ -1,25 +1,26 @@
-//! The targets that an agent reached a short while ago.
+//! The targets that an agent reached in the last minutes.
 
 use std::{
     collections::HashMap,
     sync::{Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use culvert_wire::Target;
+use tokio::time::Instant;
 
-/// How long a target counts as reachable: a few scrapes of its metrics.
-const MEMORY: Duration = Duration::from_secs(5 * 60);
-/// Targets kept for one agent. A node has fewer that are dialed again and again.
+/// Time for which a target counts as recently reached: a few scrapes of its metrics.
+pub(crate) const MEMORY: Duration = Duration::from_secs(5 * 60);
+/// Maximum number of targets kept for one agent. A node has fewer that are dialed repeatedly.
 const MAX_TARGETS: usize = 1024;
 
-/// Which targets an agent reached, and when last.
+/// Targets that an agent reached, and when it last did.
 #[derive(Debug, Default)]
-pub struct RecentlyReached(Mutex<HashMap<Target, Instant>>);
+pub(crate) struct RecentlyReached(Mutex<HashMap<Target, Instant>>);
 
 impl RecentlyReached {
     /// Remembers a target that was reached.
-    pub fn note(&self, target: &Target, now: Instant) {
+    pub(crate) fn note(&self, target: &Target, now: Instant) {
         let mut targets = self.targets();
         if targets.len() >= MAX_TARGETS && !targets.contains_key(target) {
             targets.retain(|_, reached| now.saturating_duration_since(*reached) < MEMORY);
@@ -33,13 +34,13 @@ impl RecentlyReached {
         targets.insert(target.clone(), now);
     }
 
-    /// Forgets a target that was not reached.
-    pub fn forget(&self, target: &Target) {
+    /// Forgets a target that could not be reached.
+    pub(crate) fn forget(&self, target: &Target) {
         self.targets().remove(target);
     }
 
-    /// Whether the target was reached in the last five minutes, and not missed since.
-    pub fn is_recent(&self, target: &Target, now: Instant) -> bool {
+    /// Whether the target was reached in the last five minutes, and no dial failed since.
+    pub(crate) fn is_recent(&self, target: &Target, now: Instant) -> bool {
         let reached = self.targets().get(target).copied();
         reached.is_some_and(|reached| now.saturating_duration_since(reached) < MEMORY)
     }
@@ -59,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn a_target_is_remembered_for_five_minutes_and_until_it_is_missed() {
+    fn a_target_is_remembered_for_five_minutes_or_until_a_dial_fails() {
         let (recently_reached, start) = (RecentlyReached::default(), Instant::now());
         assert!(!recently_reached.is_recent(&target(1), start));
         recently_reached.note(&target(1), start);

@@ -1,34 +1,36 @@
-//! Which backends are connected, arranged the way each strategy looks for them. Pure data: no
-//! tasks, no I/O, no clock.
+//! Which backends are connected, arranged by the keys of each strategy. Pure data: no tasks, no
+//! I/O, no clock.
 
 use std::{
     collections::{HashMap, VecDeque},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use culvert_wire::{AgentId, Target, identifiers::Identifiers};
+use tokio::time::Instant;
 
-use crate::config::Strategy;
+use super::strategy::Strategy;
 
-/// For how long a backend that has left is expected back: an agent whose UDP begins to be rejected has
-/// another tunnel within a few round trips, and a process that crashed is started again within about a
-/// second. Whoever waits for it in vain has not waited long.
+/// For how long a backend that has left is expected back: an agent whose UDP is suddenly rejected
+/// has another tunnel within a few round trips, and a process that crashed is started again within
+/// about a second. A dial that waits in vain has not waited long.
 pub const RETURN_LIMIT: Duration = Duration::from_millis(1500);
 
 /// What the registry must know of a backend.
 pub trait Candidate {
     /// The agent's name.
     fn agent_id(&self) -> &AgentId;
-    /// What the agent announced that it stands for.
+    /// Identifiers that the agent announced.
     fn identifiers(&self) -> &Identifiers;
-    /// Whether the agent has asked for no new dials.
+    /// Whether the backend is to get no new dials while another one will do.
     fn is_draining(&self) -> bool;
 }
 
-/// The connected backends, once per configured strategy.
+/// The connected backends, in the order of arrival and once per configured strategy.
 #[derive(Debug)]
 pub struct Registry<B> {
+    all: Vec<Arc<B>>,
     groups: Vec<(Strategy, Group<B>)>,
 }
 
@@ -36,11 +38,12 @@ impl<B: Candidate> Registry<B> {
     /// An empty registry for these strategies, which are asked in this order.
     pub fn new(strategies: &[Strategy]) -> Self {
         let groups = strategies.iter().map(|strategy| (*strategy, Group::default())).collect();
-        Self { groups }
+        Self { all: Vec::new(), groups }
     }
 
     /// Adds a backend under every key that a strategy would find it by.
     pub fn add(&mut self, backend: &Arc<B>) {
+        self.all.push(backend.clone());
         for (strategy, group) in &mut self.groups {
             for key in strategy.keys(&**backend) {
                 group.add(key, backend);
@@ -50,6 +53,7 @@ impl<B: Candidate> Registry<B> {
 
     /// Removes a backend; one that is not there is no fault.
     pub fn remove(&mut self, backend: &Arc<B>, now: Instant) {
+        self.all.retain(|other| !Arc::ptr_eq(other, backend));
         for (strategy, group) in &mut self.groups {
             for key in strategy.keys(&**backend) {
                 group.remove(key, backend, now);
@@ -57,8 +61,8 @@ impl<B: Candidate> Registry<B> {
         }
     }
 
-    /// For how long a backend for a target may still come back that was there a moment ago; `None` if
-    /// there was none.
+    /// For how long a backend for a target is still expected back that has left less than
+    /// [`RETURN_LIMIT`] ago; `None` if there was none.
     pub fn expected_for(&self, target: &Target, now: Instant) -> Option<Duration> {
         let left = self.groups.iter().filter_map(|(strategy, group)| match strategy {
             Strategy::Default | Strategy::DefaultRoute => group.left.back().map(|(at, _)| *at),
@@ -80,7 +84,7 @@ impl<B: Candidate> Registry<B> {
         })
     }
 
-    /// How many keys each strategy can choose among.
+    /// Number of keys that each strategy can choose among.
     pub fn counts(&self) -> impl Iterator<Item = (Strategy, usize)> {
         self.groups.iter().map(|(strategy, group)| (*strategy, group.keys.len()))
     }
@@ -90,36 +94,14 @@ impl<B: Candidate> Registry<B> {
         self.groups.first().is_some_and(|(_, group)| !group.keys.is_empty())
     }
 
-    /// Every other backend of this agent, oldest first.
-    pub fn of_agent(&self, agent_id: &AgentId) -> Vec<Arc<B>> {
-        let same = |backend: &&Arc<B>| backend.agent_id() == agent_id;
-        let mut found: Vec<Arc<B>> = Vec::new();
-        for (_, group) in &self.groups {
-            for backend in group.backends.values().flatten().filter(same) {
-                if !found.iter().any(|known| Arc::ptr_eq(known, backend)) {
-                    found.push(backend.clone());
-                }
-            }
-        }
-        found
+    /// Every backend, oldest first.
+    pub fn all(&self) -> &[Arc<B>] {
+        &self.all
     }
-}
 
-impl Strategy {
-    /// The keys under which this strategy finds a backend; none if it never would.
-    fn keys<B: Candidate>(self, backend: &B) -> Vec<String> {
-        let name = || vec![backend.agent_id().as_str().to_owned()];
-        match self {
-            Self::Default => name(),
-            Self::DefaultRoute if backend.identifiers().is_default_route() => name(),
-            Self::DefaultRoute => Vec::new(),
-            Self::DestHost => {
-                let mut hosts: Vec<_> = backend.identifiers().hosts().map(str::to_owned).collect();
-                hosts.sort_unstable();
-                hosts.dedup();
-                hosts
-            }
-        }
+    /// Every backend of this agent, oldest first.
+    pub fn of_agent(&self, agent_id: &AgentId) -> Vec<Arc<B>> {
+        self.all.iter().filter(|backend| backend.agent_id() == agent_id).cloned().collect()
     }
 }
 
@@ -129,7 +111,7 @@ impl Strategy {
 struct Group<B> {
     keys: Vec<String>,
     backends: HashMap<String, Vec<Arc<B>>>,
-    /// Keys that have lost their last backend within [`RETURN_LIMIT`] of one another, and when.
+    /// Keys that lost their last backend less than [`RETURN_LIMIT`] ago, and when; oldest first.
     left: VecDeque<(Instant, String)>,
 }
 
@@ -279,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_has_left_is_expected_back_for_a_moment() {
+    fn a_backend_that_has_left_is_expected_back_for_a_moment() {
         let (one, two) = (fake("one", &[("ipv4", "10.0.0.1")]), fake("two", &[("host", "node-2")]));
         let mut registry = registry(&[Strategy::DestHost], &[&one, &two]);
         let start = Instant::now();
@@ -293,7 +275,7 @@ mod tests {
         assert_eq!(expected(&registry, "10.0.0.1:80", 1400), Some(100));
         assert_eq!(expected(&registry, "10.0.0.1:80", 1500), None);
         assert_eq!(expected(&registry, "node-2:80", 1500), Some(100));
-        assert_eq!(expected(&registry, "10.0.0.9:80", 0), None, "nobody was ever there");
+        assert_eq!(expected(&registry, "10.0.0.9:80", 0), None, "no backend was ever there");
     }
 
     #[test]

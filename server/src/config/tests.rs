@@ -1,4 +1,6 @@
-use std::ffi::OsString;
+use std::{ffi::OsString, path::PathBuf};
+
+use culvert_process::go_flags;
 
 use super::*;
 
@@ -93,7 +95,7 @@ fn a_konnectivity_agent_is_pinged_after_the_shorter_of_two_intervals() {
 fn defaults_are_konnectivitys_but_for_the_dial_timeout() {
     let config = Files::new().config(&[]).unwrap();
     assert_eq!(config.server_count, 1);
-    assert_eq!(config.server_id.len(), 36, "a UUID: {}", config.server_id);
+    assert_eq!(config.server_id.as_str().len(), 36, "a UUID: {}", config.server_id);
     assert_eq!(config.frontend.mode, Mode::Grpc);
     let path = PathBuf::from("/run/culvert.socket");
     assert_eq!(config.frontend.listen, FrontendListen::Unix { path, delete_existing: true });
@@ -205,7 +207,7 @@ fn every_konnectivity_flag_parses_as_go_prints_it() {
         "--xfr-channel-size=10",
     ];
     let config = Files::new().config_as("proxy-server", &args).unwrap();
-    assert_eq!(config.server_id, "d7b1a2a6-98f3-4b56-a4a1-2ea0a8a8b1c5");
+    assert_eq!(config.server_id.as_str(), "d7b1a2a6-98f3-4b56-a4a1-2ea0a8a8b1c5");
     assert_eq!(config.agents.dial.limit, None);
     assert_eq!(config.warnings, [""; 0]);
 }

@@ -8,15 +8,14 @@
 use std::{io, time::Duration};
 
 use bytes::{Bytes, BytesMut};
-use culvert_transport::splice::{Abort, Local, LocalRead, LocalWrite};
 use culvert_wire::{Target, dial::Network};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWriteExt},
     time::{sleep, timeout},
 };
 use tracing::debug;
 
-use super::{FrontendContext, RequestHints};
+use super::{FrontendContext, hints::RequestHints, socket::FrontendSocket};
 use crate::dial::{DialError, DialParameters, Dialed};
 
 /// The most bytes a request's head may have.
@@ -29,22 +28,6 @@ const MAX_READ_AHEAD: usize = 64 * 1024;
 const HANGUP_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a refusal may take to reach its reader.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// A connection that a frontend can be served on and spliced with afterwards.
-pub trait FrontendSocket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
-    /// How it is read in a splice.
-    type Read: LocalRead;
-    /// How it is written in a splice.
-    type Write: LocalWrite;
-    /// How it is reset.
-    type Abort: Abort;
-
-    /// Gives the connection over to a splice, which first yields the bytes in `read_ahead`.
-    fn into_local(self, read_ahead: Bytes) -> Local<Self::Read, Self::Write, Self::Abort>;
-
-    /// Whether the peer has closed the connection for both directions, where that can be told.
-    fn is_hung_up(&self) -> bool;
-}
 
 /// A request that was understood.
 #[derive(Debug, PartialEq, Eq)]

@@ -12,45 +12,49 @@ use std::{
 use culvert_process::{listen, logging::RateLimited};
 use culvert_transport::{
     splice,
-    tls::{Identity, KeyExchange, TlsError, authorities, certificates},
+    tls::{Identity, TlsError},
 };
-use rustls::{
-    ServerConfig,
-    server::{NoServerSessionStorage, WebPkiClientVerifier},
-};
+use rustls::ServerConfig;
 use tokio::{
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
-    sync::Semaphore,
+    sync::{OwnedSemaphorePermit, Semaphore},
     time::{sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
 use tracing::{debug, warn};
 
-use super::{FrontendContext, tls::SharedTcp};
-use crate::config::{FrontendConfig, FrontendListen, Mode, TlsConfig, TlsVersion};
+use super::{
+    FrontendContext, connect, grpc,
+    socket::{FrontendSocket, SharedTcp},
+    tls::server_tls,
+};
+use crate::{
+    config::{FrontendConfig, FrontendListen, Mode, TlsConfig},
+    metrics::FrontendKind,
+};
 
 /// Owner and group may connect: kube-apiserver and the server share one or the other.
 const SOCKET_MODE: u32 = 0o770;
-/// Wait after a failed accept: it fails for want of file descriptors, which takes a moment.
+/// Pause after a failed accept, which most often fails for lack of file descriptors.
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
-/// Connections the kernel completes ahead of us: a burst of kube-apiserver's.
+/// Maximum number of connections that wait to be accepted: a burst of kube-apiserver's.
 const BACKLOG: i32 = 4096;
 
 /// The frontend cannot be listened on.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
-    /// The Unix socket cannot be made.
+    /// The Unix socket cannot be bound.
     #[error("--uds-name: cannot listen on {path}: {source}")]
     Unix {
-        /// Where it was to be.
+        /// Path of the socket.
         path: PathBuf,
         /// The kernel's reason.
         source: io::Error,
     },
-    /// The TCP port cannot be had.
+    /// The TCP port cannot be bound.
     #[error("--server-port: cannot listen on {address}: {source}")]
     Tcp {
-        /// What was to be bound.
+        /// Address of the port.
         address: SocketAddr,
         /// The kernel's reason.
         source: io::Error,
@@ -60,7 +64,7 @@ pub enum ListenError {
     Tls(#[from] TlsError),
 }
 
-/// Where the frontend can be reached.
+/// Address that the frontend is bound to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FrontendAddress {
     /// The path of a Unix socket.
@@ -71,7 +75,7 @@ pub enum FrontendAddress {
 
 /// A listening frontend. Dropping it removes its Unix socket.
 #[derive(Debug)]
-pub struct FrontendListener {
+pub(crate) struct FrontendListener {
     listener: Listener,
     max_connections: u32,
 }
@@ -82,7 +86,7 @@ enum Listener {
     Tcp(TcpListener, Arc<ServerConfig>),
 }
 
-/// A socket file, removed when dropped unless another process has put its own in its place.
+/// A socket file, removed when dropped unless another process has replaced it by its own.
 #[derive(Debug)]
 struct SocketFile {
     path: PathBuf,
@@ -90,11 +94,11 @@ struct SocketFile {
 }
 
 impl FrontendListener {
-    /// Listens where the configuration says.
+    /// Binds the address of the configuration.
     ///
     /// # Errors
-    /// When the socket cannot be had, or the certificates cannot be used.
-    pub fn bind(config: &FrontendConfig, tls: &TlsConfig) -> Result<Self, ListenError> {
+    /// When the address cannot be bound, or the certificates cannot be used.
+    pub(crate) fn bind(config: &FrontendConfig, tls: &TlsConfig) -> Result<Self, ListenError> {
         let listener = match &config.listen {
             FrontendListen::Unix { path, delete_existing } => {
                 let (listener, file) = bind_unix(path, *delete_existing)
@@ -113,35 +117,35 @@ impl FrontendListener {
         Ok(Self { listener, max_connections: config.max_connections })
     }
 
-    /// Where it listens.
+    /// The bound address.
     ///
     /// # Errors
-    /// When the kernel does not tell.
-    pub fn address(&self) -> io::Result<FrontendAddress> {
+    /// When the kernel does not report it.
+    pub(crate) fn address(&self) -> io::Result<FrontendAddress> {
         Ok(match &self.listener {
             Listener::Unix(_, file) => FrontendAddress::Unix(file.path.clone()),
             Listener::Tcp(listener, _) => FrontendAddress::Tcp(listener.local_addr()?),
         })
     }
 
-    /// Serves connections until the context says stop; those it has accepted go on.
-    pub async fn run(self, context: Arc<FrontendContext>) {
+    /// Accepts connections until the server stops; those that it has accepted go on.
+    pub(crate) async fn run(self, context: Arc<FrontendContext>) {
         static ACCEPT_FAILED: RateLimited = RateLimited::new(Duration::from_secs(10));
-        let places = Arc::new(Semaphore::new(self.max_connections as usize));
+        let permits = Arc::new(Semaphore::new(self.max_connections as usize));
         loop {
             let accepted = tokio::select! {
                 () = context.stopping.cancelled() => return,
-                accepted = self.accept(&places) => accepted,
+                accepted = self.accept(&permits) => accepted,
             };
             match accepted {
-                Ok((accepted, place)) => {
+                Ok((accepted, permit)) => {
                     let context = context.clone();
                     context.tasks.clone().spawn(async move {
                         let closing = context.closing.clone();
-                        // On the heap, because every future it would be moved into grows by it.
+                        // Boxed, because every future that it is moved into grows by it.
                         let serving = Box::pin(accepted.serve(context));
                         closing.run_until_cancelled_owned(serving).await;
-                        drop(place);
+                        drop(permit);
                     });
                 }
                 Err(error) => {
@@ -154,21 +158,21 @@ impl FrontendListener {
         }
     }
 
-    /// The next connection, once there is a place for it.
+    /// The next connection, once one more may be open.
     async fn accept(
         &self,
-        places: &Arc<Semaphore>,
-    ) -> io::Result<(Accepted, tokio::sync::OwnedSemaphorePermit)> {
-        let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
+        permits: &Arc<Semaphore>,
+    ) -> io::Result<(Accepted, OwnedSemaphorePermit)> {
+        let permit = permits.clone().acquire_owned().await.map_err(io::Error::other)?;
         let accepted = match &self.listener {
             Listener::Unix(listener, _) => Accepted::Unix(listener.accept().await?.0),
             Listener::Tcp(listener, tls) => Accepted::Tcp(listener.accept().await?.0, tls.clone()),
         };
-        Ok((accepted, place))
+        Ok((accepted, permit))
     }
 }
 
-/// A connection that has said nothing yet.
+/// A connection of which nothing was read yet.
 enum Accepted {
     Unix(UnixStream),
     Tcp(TcpStream, Arc<ServerConfig>),
@@ -177,17 +181,28 @@ enum Accepted {
 impl Accepted {
     async fn serve(self, context: Arc<FrontendContext>) {
         match self {
-            Self::Unix(socket) => context.serve(socket).await,
+            Self::Unix(socket) => serve(socket, context).await,
             Self::Tcp(socket, tls) => {
                 splice::prepare(&socket);
                 let handshake = TlsAcceptor::from(tls).accept(SharedTcp::new(socket));
                 match timeout(context.header_timeout, handshake).await {
-                    Ok(Ok(socket)) => context.serve(socket).await,
+                    Ok(Ok(socket)) => serve(socket, context).await,
                     Ok(Err(error)) => debug!(%error, "a frontend's TLS handshake failed"),
                     Err(_) => debug!("a frontend's TLS handshake took too long"),
                 }
             }
         }
+    }
+}
+
+/// Serves one connection to its end.
+async fn serve<S: FrontendSocket>(socket: S, context: Arc<FrontendContext>) {
+    match context.mode {
+        Mode::HttpConnect => {
+            let _open = context.metrics.frontend_open(FrontendKind::Connect);
+            Box::pin(connect::serve(socket, &context)).await;
+        }
+        Mode::Grpc => Box::pin(grpc::serve(socket, context)).await,
     }
 }
 
@@ -200,13 +215,13 @@ fn bind_unix(path: &Path, delete_existing: bool) -> io::Result<(UnixListener, So
     socket.bind(&socket2::SockAddr::unix(path)?)?;
     let metadata = fs::symlink_metadata(path)?;
     let file = SocketFile { path: path.into(), inode: (metadata.dev(), metadata.ino()) };
-    // Until here the process's umask decides, which never gives others the right to connect.
+    // Until here the process's umask decides, which never permits others to connect.
     fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE))?;
     socket.listen(BACKLOG)?;
     Ok((UnixListener::from_std(socket.into())?, file))
 }
 
-/// Removes what a crash left; anything but a socket is somebody's file and stays.
+/// Removes a socket that a crash left behind. Any other file stays.
 fn remove_stale(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
         Ok(metadata) if metadata.file_type().is_socket() => fs::remove_file(path),
@@ -226,36 +241,6 @@ impl Drop for SocketFile {
             let _ = fs::remove_file(&self.path);
         }
     }
-}
-
-/// TLS for kube-apiserver over TCP: its client certificate is what lets it in.
-fn server_tls(
-    identity: Identity,
-    client_ca: &Path,
-    mode: Mode,
-    min_version: TlsVersion,
-) -> Result<ServerConfig, TlsError> {
-    let provider = KeyExchange::Hybrid.provider();
-    let roots = authorities(&certificates(client_ca)?)?;
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider.clone())
-        .build()
-        .map_err(|error| TlsError::Authority(error.to_string()))?;
-    let versions: &[_] = match min_version {
-        TlsVersion::Tls13 => &[&rustls::version::TLS13],
-        TlsVersion::Tls12 => &[&rustls::version::TLS13, &rustls::version::TLS12],
-    };
-    let mut config = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(versions)?
-        .with_client_cert_verifier(verifier)
-        .with_single_cert(identity.chain, identity.key)?;
-    config.alpn_protocols = match mode {
-        Mode::Grpc => vec![b"h2".to_vec()],
-        Mode::HttpConnect => vec![b"http/1.1".to_vec()],
-    };
-    // A resumed session would not check the client's certificate again.
-    config.send_tls13_tickets = 0;
-    config.session_storage = Arc::new(NoServerSessionStorage {});
-    Ok(config)
 }
 
 #[cfg(test)]
@@ -281,7 +266,7 @@ mod tests {
         assert!(path.exists());
         assert!(bind_unix(&path, false).is_err());
         let first = bind_unix(&path, true).unwrap();
-        // A successor takes the path over; the end of the first must not remove it.
+        // A successor has taken the path over; the end of the first must not remove it.
         let second = bind_unix(&path, true).unwrap();
         drop(first);
         UnixStream::connect(&path).await.unwrap();

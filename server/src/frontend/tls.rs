@@ -1,130 +1,68 @@
-//! A TLS connection that can still be reset: the TCP socket below stays in reach.
+//! TLS of the frontend over TCP.
 
-use std::{
-    io,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll, ready},
-};
+use std::{path::Path, sync::Arc};
 
 use bytes::Bytes;
-use culvert_transport::splice::{
-    BufferedRead, BufferedWrite, Local, SocketAbort, SocketRead, SocketWrite, SpliceSocket,
-    buffered, halves,
+use culvert_transport::{
+    splice::{BufferedRead, BufferedWrite, Local, SocketAbort, buffered},
+    tls::{Identity, KeyExchange, TlsError, authorities, certificates},
+};
+use rustls::{
+    ServerConfig,
+    server::{NoServerSessionStorage, WebPkiClientVerifier},
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf, ReadHalf, WriteHalf},
-    net::{TcpStream, UnixStream},
+    io::{ReadHalf, WriteHalf},
+    net::TcpStream,
 };
 use tokio_rustls::server::TlsStream;
 
-use super::connect::FrontendSocket;
+use super::socket::{FrontendSocket, SharedTcp};
+use crate::config::{Mode, TlsVersion};
 
-/// A TCP socket with more than one owner.
-#[derive(Clone, Debug)]
-pub(super) struct SharedTcp(Arc<TcpStream>);
-
-impl SharedTcp {
-    pub(super) fn new(socket: TcpStream) -> Self {
-        Self(Arc::new(socket))
-    }
+/// Configuration of TLS with kube-apiserver, which must present a certificate of `client_ca`.
+pub(super) fn server_tls(
+    identity: Identity,
+    client_ca: &Path,
+    mode: Mode,
+    min_version: TlsVersion,
+) -> Result<ServerConfig, TlsError> {
+    let provider = KeyExchange::Hybrid.provider();
+    let roots = authorities(&certificates(client_ca)?)?;
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider.clone())
+        .build()
+        .map_err(|error| TlsError::Authority(error.to_string()))?;
+    let versions: &[_] = match min_version {
+        TlsVersion::Tls13 => &[&rustls::version::TLS13],
+        TlsVersion::Tls12 => &[&rustls::version::TLS13, &rustls::version::TLS12],
+    };
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(versions)?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(identity.chain, identity.key)?;
+    config.alpn_protocols = match mode {
+        Mode::Grpc => vec![b"h2".to_vec()],
+        Mode::HttpConnect => vec![b"http/1.1".to_vec()],
+    };
+    // A resumed session would not check the client's certificate again.
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    Ok(config)
 }
 
-impl AsyncRead for SharedTcp {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        loop {
-            ready!(self.0.poll_read_ready(cx))?;
-            match self.0.try_read(buf.initialize_unfilled()) {
-                Ok(read) => {
-                    buf.advance(read);
-                    return Poll::Ready(Ok(()));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
-            }
-        }
-    }
-}
-
-impl SharedTcp {
-    fn poll_try(
-        &self,
-        cx: &mut Context<'_>,
-        write: impl Fn(&TcpStream) -> io::Result<usize>,
-    ) -> Poll<io::Result<usize>> {
-        loop {
-            ready!(self.0.poll_write_ready(cx))?;
-            match write(&self.0) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                result => return Poll::Ready(result),
-            }
-        }
-    }
-}
-
-impl AsyncWrite for SharedTcp {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        self.poll_try(cx, |socket| socket.try_write(buf))
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.poll_try(cx, |socket| socket.try_write_vectored(bufs))
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(socket2::SockRef::from(&*self.0).shutdown(std::net::Shutdown::Write))
-    }
-}
-
-impl FrontendSocket for UnixStream {
-    type Read = SocketRead<Self>;
-    type Write = SocketWrite<Self>;
-    type Abort = SocketAbort<Self>;
-
-    fn into_local(self, read_ahead: Bytes) -> Local<Self::Read, Self::Write, Self::Abort> {
-        let (reader, writer, abort) = halves(self);
-        Local::new(reader.with_prefix(read_ahead), writer, abort)
-    }
-
-    fn is_hung_up(&self) -> bool {
-        SpliceSocket::is_hung_up(self)
-    }
-}
-
-type Tls = TlsStream<SharedTcp>;
-
-impl FrontendSocket for Tls {
+impl FrontendSocket for TlsStream<SharedTcp> {
     type Read = BufferedRead<ReadHalf<Self>>;
     type Write = BufferedWrite<WriteHalf<Self>>;
     type Abort = SocketAbort<TcpStream>;
 
     fn into_local(self, read_ahead: Bytes) -> Local<Self::Read, Self::Write, Self::Abort> {
-        let abort = SocketAbort::new(self.get_ref().0.0.clone());
+        let abort = self.get_ref().0.abort();
         let (reader, writer) = tokio::io::split(self);
         let (reader, writer) = buffered(reader, writer);
         Local::new(reader.with_prefix(read_ahead), writer, abort)
     }
 
+    /// A peer that left without a close_notify cannot be distinguished from one that is silent.
     fn is_hung_up(&self) -> bool {
         false
     }

@@ -71,15 +71,6 @@ impl AdminResponse {
     }
 }
 
-/// Readiness of a server as Konnectivity words it: 200 `ok`, or 500 while no agent is connected.
-pub fn server_readiness(has_backend: bool) -> AdminResponse {
-    if has_backend {
-        AdminResponse::text(StatusCode::OK, "ok")
-    } else {
-        AdminResponse::text(StatusCode::INTERNAL_SERVER_ERROR, "no connection to any proxy agent")
-    }
-}
-
 /// Readiness of an agent as Konnectivity words it: 200 `ok` (or the list of checks, when `verbose`), or
 /// 503 and the list while no server is connected. `tunnels` are lines of ours about each tunnel, behind
 /// Konnectivity's.
@@ -149,7 +140,7 @@ impl Routes {
         self.on("/healthz", |_| AdminResponse::text(StatusCode::OK, "ok"))
     }
 
-    /// Adds `/readyz` and its old name `/ready`; see [`server_readiness`], [`agent_readiness`].
+    /// Adds `/readyz` and its old name `/ready`; see [`agent_readiness`].
     pub fn readyz(
         self,
         ready: impl Fn(AdminRequest<'_>) -> AdminResponse + Send + Sync + 'static,

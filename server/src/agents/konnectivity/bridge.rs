@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use culvert_konnectivity::{
@@ -29,19 +29,13 @@ use culvert_wire::{
 use tokio::{
     sync::{Notify, oneshot},
     task::JoinSet,
-    time::timeout,
+    time::{Instant, timeout_at},
 };
 use tonic::Streaming;
 use tracing::{debug, warn};
 
 use super::{Call, keepalive::TooManyPings};
-use crate::agents::{
-    admission::Authenticated,
-    session::{self, TunnelContext},
-};
-
-/// Time for our own end of the tunnel to welcome the agent.
-const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
+use crate::agents::{AgentContext, admission::Authenticated, session, unadmitted::JOIN_TIMEOUT};
 
 /// Why a Konnectivity agent was not let in.
 #[derive(Debug, thiserror::Error)]
@@ -95,16 +89,14 @@ impl Bridge {
         hello: Hello,
         authenticated: Authenticated,
         peer: Peer,
-        context: &Arc<TunnelContext>,
+        context: &Arc<AgentContext>,
     ) -> Result<Self, JoinError> {
         let settings = context.settings;
         let streams = culvert_transport::Settings { max_streams: context.max_streams, ..settings };
         let ends = Pair::without_idle_timeout(peer, &streams, &settings).await?;
-        context.tunnels.spawn(session::serve_tunnel(
-            ends.server,
-            Some(authenticated),
-            context.clone(),
-        ));
+        let deadline = Instant::now() + JOIN_TIMEOUT;
+        let serving = session::serve(ends.server, Some(authenticated), deadline, context.clone());
+        context.tasks.spawn(serving);
         let tunnel = ends.agent;
         let introduced = async {
             let mut control = ControlStream::new(tunnel.clone(), tunnel.open().await?);
@@ -114,7 +106,7 @@ impl Bridge {
                 _ => Err(JoinError::NotWelcome),
             }
         };
-        match timeout(WELCOME_TIMEOUT, introduced).await {
+        match timeout_at(deadline, introduced).await {
             Ok(Ok(control)) => Ok(Self { tunnel, control }),
             // Our own end says best why it closed the tunnel.
             Ok(Err(JoinError::Control(ControlError::Read(_)))) => Err(tunnel.closed().await.into()),
@@ -341,7 +333,7 @@ fn told(request: &DialRequest, end: &Result<(HalfEnd, HalfEnd), Cut>) {
     let target = &request.target;
     match end {
         Err(Cut::Local(fault)) if fault.code == StreamCode::OVERLOADED => {
-            if let Some(suppressed) = TOO_SLOW.admit(Instant::now()) {
+            if let Some(suppressed) = TOO_SLOW.admit(std::time::Instant::now()) {
                 warn!(%target, %fault, suppressed, "a Konnectivity agent's connection was cut off");
             }
         }

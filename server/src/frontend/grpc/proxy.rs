@@ -25,7 +25,7 @@ use tonic::Streaming;
 use tracing::debug;
 
 use super::{
-    super::{FrontendContext, RequestHints},
+    super::{FrontendContext, hints::RequestHints},
     Outbound,
     connection::{self, CutOnDrop, Registration},
     second_dial_refused,

@@ -18,7 +18,7 @@ use tonic::{
 };
 
 use super::{
-    super::{FrontendContext, RequestHints},
+    super::{FrontendContext, hints::RequestHints},
     proxy,
 };
 

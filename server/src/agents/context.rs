@@ -1,0 +1,41 @@
+//! What all agents of one server share.
+
+use std::{sync::Arc, time::Duration};
+
+use culvert_transport::Settings;
+use culvert_wire::ServerId;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::admission::Authenticator;
+use crate::{backends::Backends, metrics::ServerMetrics};
+
+/// What the connections of all agents of one server share.
+#[derive(Debug)]
+pub(crate) struct AgentContext {
+    /// Backends, among which an agent is registered once it was admitted.
+    pub(crate) backends: Backends,
+    /// Authenticates agents.
+    pub(crate) authenticator: Authenticator,
+    /// Metrics.
+    pub(crate) metrics: Arc<ServerMetrics>,
+    /// Name of this server, which agents are sent.
+    pub(crate) server_id: ServerId,
+    /// Number of servers, which agents are sent.
+    pub(crate) server_count: u32,
+    /// Maximum number of streams that one agent carries at once.
+    pub(crate) max_streams: u32,
+    /// Bytes per second that one tunnel may send a second time.
+    pub(crate) hedge_rate: u32,
+    /// Time for which draining tunnels are kept.
+    pub(crate) drain_timeout: Duration,
+    /// Cancelled when agents are to look for another server.
+    pub(crate) draining: CancellationToken,
+    /// Cancelled when tunnels are to be closed.
+    pub(crate) closing: CancellationToken,
+    /// Settings of tunnels.
+    pub(crate) settings: Settings,
+    /// Idle time after which a Konnectivity agent's connection is pinged; `None` never pings.
+    pub(crate) konnectivity_keep_alive_interval: Option<Duration>,
+    /// Tasks of all agents.
+    pub(crate) tasks: TaskTracker,
+}

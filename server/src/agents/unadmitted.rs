@@ -1,0 +1,111 @@
+//! Peers between their accept and their admission.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use culvert_konnectivity::ALPN_H2;
+use culvert_transport::{ConnectError, Settings, TransportFault, Tunnel, quic, tcp};
+use rustls::ServerConfig;
+use tokio::{
+    net::TcpStream,
+    sync::OwnedSemaphorePermit,
+    time::{Instant, timeout_at},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+
+use super::{
+    AgentContext,
+    join::{self, JoinError},
+    konnectivity, session,
+};
+
+/// Time from the accept to the admission: for the handshake, for the hello, and for the review of
+/// the token, which has shorter limits of its own.
+pub(super) const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A peer that was accepted and has proved nothing yet.
+#[derive(Debug)]
+pub(super) struct Unadmitted {
+    connection: Connection,
+    /// Address of the peer; over QUIC not proven before the handshake is complete.
+    remote: SocketAddr,
+    /// When the peer is dropped unless it is admitted.
+    deadline: Instant,
+}
+
+/// A connection before its handshake.
+#[derive(Debug)]
+enum Connection {
+    Quic(Box<quic::Incoming>),
+    Tcp {
+        socket: TcpStream,
+        tls: Arc<ServerConfig>,
+        settings: Settings,
+        /// Permit for one handshake in progress.
+        permit: OwnedSemaphorePermit,
+    },
+}
+
+/// A connection after its handshake, by the protocol that was agreed on.
+#[derive(Debug)]
+enum Negotiated {
+    Culvert(Tunnel),
+    /// gRPC over HTTP/2.
+    Konnectivity(Box<TlsStream<TcpStream>>),
+}
+
+impl Unadmitted {
+    /// A peer that has just been accepted over QUIC.
+    pub(super) fn over_quic(incoming: quic::Incoming) -> Self {
+        let remote = incoming.remote_address();
+        Self::new(Connection::Quic(Box::new(incoming)), remote)
+    }
+
+    /// A peer that has just been accepted over TCP. `permit` is given back after the handshake.
+    pub(super) fn over_tcp(
+        (socket, remote): (TcpStream, SocketAddr),
+        tls: Arc<ServerConfig>,
+        settings: Settings,
+        permit: OwnedSemaphorePermit,
+    ) -> Self {
+        Self::new(Connection::Tcp { socket, tls, settings, permit }, remote)
+    }
+
+    fn new(connection: Connection, remote: SocketAddr) -> Self {
+        Self { connection, remote, deadline: Instant::now() + JOIN_TIMEOUT }
+    }
+
+    /// Serves the peer until its connection is closed.
+    pub(super) async fn serve(self, context: Arc<AgentContext>) {
+        let Self { connection, remote, deadline } = self;
+        let handshake = timeout_at(deadline, connection.handshake());
+        match handshake.await.map(|negotiated| negotiated.map_err(JoinError::from)) {
+            Ok(Ok(Negotiated::Culvert(tunnel))) => {
+                session::serve(tunnel, None, deadline, context).await;
+            }
+            Ok(Ok(Negotiated::Konnectivity(stream))) => {
+                konnectivity::serve(*stream, remote, deadline, context).await;
+            }
+            Ok(Err(error)) => join::record_failure(remote, &error, &context),
+            Err(_) => join::record_failure(remote, &JoinError::TimedOut, &context),
+        }
+    }
+}
+
+impl Connection {
+    /// Completes the handshake: certificates are checked, the protocol is agreed on.
+    async fn handshake(self) -> Result<Negotiated, ConnectError> {
+        match self {
+            Self::Quic(incoming) => Ok(Negotiated::Culvert(incoming.complete().await?.into())),
+            Self::Tcp { socket, tls, settings, permit } => {
+                let accepted = TlsAcceptor::from(tls).accept(socket).await;
+                let stream = accepted.map_err(TransportFault::from)?;
+                drop(permit);
+                if stream.get_ref().1.alpn_protocol() == Some(ALPN_H2) {
+                    tcp::prepare(stream.get_ref().0, &settings);
+                    return Ok(Negotiated::Konnectivity(Box::new(stream)));
+                }
+                Ok(Negotiated::Culvert(tcp::accept(stream, &settings).await?.into()))
+            }
+        }
+    }
+}

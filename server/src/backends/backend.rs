@@ -1,0 +1,115 @@
+//! One agent as the server sees it: a live tunnel that takes dials until it drains or is lost.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicUsize, Ordering},
+};
+
+use culvert_transport::Tunnel;
+use culvert_wire::{AgentId, InstanceId, control::Hello, identifiers::Identifiers};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+
+use super::{recently_reached::RecentlyReached, registry::Candidate};
+use crate::agents::admission::Authenticated;
+
+/// One agent's live tunnel.
+#[derive(Debug)]
+pub struct Backend {
+    /// The tunnel that carries the dials.
+    pub tunnel: Tunnel,
+    /// Targets that the agent reached recently.
+    pub(crate) recently_reached: RecentlyReached,
+    agent_id: AgentId,
+    instance: InstanceId,
+    identifiers: Identifiers,
+    permits: Arc<Semaphore>,
+    open_streams: AtomicUsize,
+    draining: AtomicBool,
+    suspicions: Notify,
+}
+
+impl Backend {
+    /// The backend that an authenticated agent introduced itself as on this tunnel. It carries at
+    /// most `max_streams` streams at once.
+    pub(crate) fn new(tunnel: Tunnel, hello: Hello, _: Authenticated, max_streams: u32) -> Self {
+        Self {
+            tunnel,
+            recently_reached: RecentlyReached::default(),
+            agent_id: hello.agent_id,
+            instance: hello.instance,
+            identifiers: hello.identifiers,
+            permits: Arc::new(Semaphore::new(max_streams as usize)),
+            open_streams: AtomicUsize::new(0),
+            draining: AtomicBool::new(false),
+            suspicions: Notify::new(),
+        }
+    }
+
+    /// The agent process, which differs after each restart of the same agent.
+    pub(crate) fn instance(&self) -> InstanceId {
+        self.instance
+    }
+
+    /// A permit for one more stream; `None` while the agent carries as many as it may.
+    pub(crate) fn permit(self: &Arc<Self>) -> Option<StreamPermit> {
+        let permit = self.permits.clone().try_acquire_owned().ok()?;
+        self.open_streams.fetch_add(1, Ordering::Relaxed);
+        Some(StreamPermit { backend: self.clone(), _permit: permit })
+    }
+
+    /// Number of streams that are being dialed or spliced now.
+    pub fn open_streams(&self) -> usize {
+        self.open_streams.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Asks the task that drives the tunnel to find out whether the agent is alive.
+    pub(crate) fn suspect(&self) {
+        self.suspicions.notify_one();
+    }
+
+    /// Completes when the agent was suspected since the last call; for one waiter.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: a suspicion is taken only when the future completes.
+    pub(crate) async fn suspected(&self) {
+        self.suspicions.notified().await;
+    }
+}
+
+impl Candidate for Backend {
+    fn agent_id(&self) -> &AgentId {
+        &self.agent_id
+    }
+
+    fn identifiers(&self) -> &Identifiers {
+        &self.identifiers
+    }
+
+    fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+}
+
+/// Permission to have one stream open on a backend, given back when dropped.
+#[derive(Debug)]
+pub(crate) struct StreamPermit {
+    backend: Arc<Backend>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl StreamPermit {
+    /// The backend that gave the permit.
+    pub(crate) fn backend(&self) -> &Arc<Backend> {
+        &self.backend
+    }
+}
+
+impl Drop for StreamPermit {
+    fn drop(&mut self) {
+        self.backend.open_streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,171 @@
+//! The listener for agents, what is asked of them, and how targets are dialed.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use culvert_process::{
+    faults::{CertificatePair, Faults},
+    invocation::Invocation,
+};
+
+use super::{Flags, Strategy};
+
+/// Time for an agent to answer a dial when no flag says otherwise. Konnectivity waits for ever, and
+/// dials to an agent that hangs accumulate.
+const DEFAULT_BACKEND_DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Listener for agents, and what is asked of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AgentsConfig {
+    /// Address for UDP and TCP alike; `[::]` means every interface, both families.
+    pub address: SocketAddr,
+    /// Certificate that the server presents.
+    pub certificate: CertificatePair,
+    /// CA of the agents' certificates; `None` admits agents without a certificate.
+    pub client_ca: Option<PathBuf>,
+    /// Service account that an agent's token must belong to; `None` asks for no token.
+    pub token: Option<TokenConfig>,
+    /// Strategies that choose an agent, in the order in which they are asked; never empty.
+    pub strategies: Vec<Strategy>,
+    /// Idle time after which a Konnectivity agent's connection is pinged, unless the tunnels'
+    /// keep-alive interval, which holds for it too, is shorter; zero leaves it to that interval.
+    pub keep_alive_interval: Duration,
+    /// Dials.
+    pub dial: DialConfig,
+    /// Maximum number of streams that one agent carries at once.
+    pub max_streams: u32,
+    /// File with the secret of stateless-reset tokens; `None` derives them from the private key.
+    pub reset_key_file: Option<PathBuf>,
+}
+
+/// Dials.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DialConfig {
+    /// Time for an agent to answer; `None` waits for ever.
+    pub limit: Option<Duration>,
+    /// Whether a frontend is answered at once for a target that the same agent reached recently.
+    pub optimistic: bool,
+}
+
+/// Service account and audience that an agent's token must be of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenConfig {
+    /// Namespace of the service account.
+    pub namespace: String,
+    /// Name of the service account.
+    pub service_account: String,
+    /// Audience.
+    pub audience: String,
+}
+
+/// Checks the flags of agents. `None` only along with a fault.
+pub(super) fn check(
+    flags: &Flags,
+    invocation: Invocation,
+    faults: &mut Faults,
+) -> Option<AgentsConfig> {
+    let port = flags.agent_port.unwrap_or_else(|| invocation.choose(8091, 8132));
+    let port = faults.registered_port("agent-port", port);
+    let address = faults.bind_address("agent-bind-address", &flags.agent_bind_address, port);
+    let certificate =
+        faults.pair(("cluster-cert", &flags.cluster_cert), ("cluster-key", &flags.cluster_key));
+    if flags.cluster_cert.is_empty() && flags.cluster_key.is_empty() {
+        faults.add("cluster-cert", "must be given: agents need something to know the server by");
+    }
+    let client_ca = faults.file("cluster-ca-cert", &flags.cluster_ca_cert);
+    let token = token(flags, faults);
+    authentication(flags, client_ca.is_some(), token.is_some(), faults);
+    let limit = match flags.backend_dial_timeout {
+        None => Some(DEFAULT_BACKEND_DIAL_TIMEOUT),
+        Some(timeout) => {
+            let timeout = faults.duration("backend-dial-timeout", timeout);
+            (!timeout.is_zero()).then_some(timeout)
+        }
+    };
+    faults.require(
+        flags.xfr_channel_size > 0,
+        "xfr-channel-size",
+        format!("must be greater than 0, got {}", flags.xfr_channel_size),
+    );
+    if flags.xfr_channel_size != 10 {
+        faults.warn("xfr-channel-size", "has no effect, see --stream-receive-window");
+    }
+    let strategies = strategies(&flags.proxy_strategies, faults);
+    let keep_alive_interval = faults.duration("keepalive-time", flags.keepalive_time);
+    let max_streams = faults.count("max-streams-per-agent", flags.max_streams_per_agent, 1);
+    let reset_key_file = faults.file("reset-key-file", &flags.reset_key_file);
+    Some(AgentsConfig {
+        address,
+        certificate: certificate?,
+        client_ca,
+        token,
+        strategies,
+        keep_alive_interval,
+        dial: DialConfig { limit, optimistic: flags.optimistic_dial },
+        max_streams,
+        reset_key_file,
+    })
+}
+
+/// Token authentication: all three flags or none.
+fn token(flags: &Flags, faults: &mut Faults) -> Option<TokenConfig> {
+    let parts = [
+        ("agent-namespace", &flags.agent_namespace),
+        ("agent-service-account", &flags.agent_service_account),
+        ("authentication-audience", &flags.authentication_audience),
+    ];
+    if parts.iter().all(|(_, value)| value.is_empty()) {
+        return None;
+    }
+    for (flag, value) in parts {
+        let reason = "must be given: token authentication takes --agent-namespace, \
+                      --agent-service-account and --authentication-audience together";
+        faults.require(!value.is_empty(), flag, reason);
+    }
+    let [namespace, service_account, audience] = parts.map(|(_, value)| value.clone());
+    Some(TokenConfig { namespace, service_account, audience })
+}
+
+/// Refuses to admit unauthenticated agents unless a flag allows it.
+fn authentication(flags: &Flags, by_certificate: bool, by_token: bool, faults: &mut Faults) {
+    let allowed = flags.insecure_allow_unauthenticated_agents;
+    let proof = match (by_certificate, by_token) {
+        (true, _) => Some("--cluster-ca-cert"),
+        (false, true) => Some("--agent-service-account"),
+        (false, false) => None,
+    };
+    match proof {
+        Some(proof) if allowed => faults.warn(
+            "insecure-allow-unauthenticated-agents",
+            format!("has no effect, {proof} authenticates agents"),
+        ),
+        Some(_) => {}
+        None if allowed => faults.warn(
+            "insecure-allow-unauthenticated-agents",
+            "AGENTS ARE NOT AUTHENTICATED: anyone who reaches the agent port can pose as a node \
+             and receive its traffic",
+        ),
+        None => faults.add(
+            "cluster-ca-cert",
+            "must be given, or --agent-namespace, --agent-service-account and \
+             --authentication-audience: otherwise agents would go unauthenticated and anyone who \
+             reaches the agent port could pose as a node; or accept the risk with \
+             --insecure-allow-unauthenticated-agents",
+        ),
+    }
+}
+
+fn strategies(text: &str, faults: &mut Faults) -> Vec<Strategy> {
+    let mut strategies = Vec::new();
+    for name in text.split(',').filter(|name| !name.is_empty()) {
+        match Strategy::from_name(name) {
+            Some(strategy) => strategies.push(strategy),
+            None => faults.add(
+                "proxy-strategies",
+                format!("{name:?} is unknown; use default, destHost or defaultRoute"),
+            ),
+        }
+    }
+    let named_none = text.split(',').all(str::is_empty);
+    faults.require(!named_none, "proxy-strategies", "must name at least one strategy");
+    strategies
+}

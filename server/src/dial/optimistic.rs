@@ -1,0 +1,52 @@
+//! A reply that is taken for granted.
+
+use std::sync::Arc;
+
+use culvert_transport::{RecvHalf, splice::Cut};
+use culvert_wire::{StreamCode, Target};
+use tokio::time::Instant;
+
+use super::{
+    dialer::Dialer,
+    error::DialError,
+    exchange::{Deadline, read_reply, suspecting, until},
+};
+use crate::{backends::Backend, metrics::Counted};
+
+/// The reply to a dial whose frontend was answered before it came, because the same agent reached
+/// the same target recently. When it is negative or late, the connection is cut off.
+#[derive(Debug)]
+pub(crate) struct ExpectedReply {
+    pub(super) dialer: Dialer,
+    pub(super) backend: Arc<Backend>,
+    pub(super) target: Target,
+    pub(super) deadline: Deadline,
+    /// The dial counts as pending until the reply is here.
+    pub(super) _pending: Counted,
+}
+
+impl ExpectedReply {
+    /// Takes the reply off the stream.
+    ///
+    /// # Errors
+    /// When it is negative or malformed, or does not come before the deadline.
+    pub(super) async fn take(self, recv: &mut RecvHalf) -> Result<(), Cut> {
+        let Self { dialer, backend, target, deadline, .. } = self;
+        let started = Instant::now();
+        let reply = until(deadline, read_reply(&backend, recv));
+        let result = suspecting(&backend, reply).await.and_then(|reply| Ok(reply.outcome?));
+        dialer.record(&target, Some(&backend), started, &result);
+        dialer.metrics.optimistic_dial(result.is_ok());
+        result.map_err(cut)
+    }
+}
+
+fn cut(error: DialError) -> Cut {
+    match error {
+        DialError::Lost { source, .. } => Cut::Lost(source),
+        DialError::TimedOut => {
+            Cut::Dial { code: StreamCode::DIAL_TIMEOUT, text: error.to_string() }
+        }
+        error => Cut::Dial { code: StreamCode::DIAL_FAILED, text: error.to_string() },
+    }
+}

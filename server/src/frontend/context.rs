@@ -1,0 +1,67 @@
+//! What the connections of all frontends share, and the splice that each of them ends in.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use culvert_transport::splice::{self, Abort, Cut, HalfEnd, Local, LocalRead, LocalWrite};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::debug;
+
+use crate::{
+    backends::registry::Candidate,
+    config::Mode,
+    dial::{Dialed, Dialer},
+    metrics::ServerMetrics,
+};
+
+/// What all frontend connections of one server share.
+#[derive(Debug)]
+pub(crate) struct FrontendContext {
+    /// Dials targets.
+    pub(crate) dialer: Dialer,
+    /// Metrics.
+    pub(crate) metrics: Arc<ServerMetrics>,
+    /// Protocol of the frontend.
+    pub(crate) mode: Mode,
+    /// Time for a TLS handshake, and for the head of a request.
+    pub(crate) header_timeout: Duration,
+    /// Idle time after which a gRPC connection is pinged; zero never pings.
+    pub(crate) keep_alive_interval: Duration,
+    /// Cancelled when no new requests are to be taken.
+    pub(crate) stopping: CancellationToken,
+    /// Cancelled when connections that are still open are to be cut off.
+    pub(crate) closing: CancellationToken,
+    /// Tasks of all frontend connections.
+    pub(crate) tasks: TaskTracker,
+}
+
+impl FrontendContext {
+    /// Splices a frontend to its stream; how both directions ended.
+    ///
+    /// # Errors
+    /// When the splice was cut off. Either outcome is counted and logged.
+    pub(super) async fn carry<R: LocalRead, W: LocalWrite, A: Abort>(
+        &self,
+        local: Local<R, W, A>,
+        dialed: Dialed,
+    ) -> Result<(HalfEnd, HalfEnd), Cut> {
+        let Dialed { id, stream, permit, reply } = dialed;
+        let started = Instant::now();
+        let agent_id = permit.backend().agent_id().as_str();
+        debug!(dial = %id, agent_id, timing = ?reply.timing(), "spliced");
+        let open = self.metrics.stream_open();
+        let splice = Box::pin(splice::splice_behind(reply, local, stream, &self.metrics.meter));
+        let outcome = splice.await;
+        drop(open);
+        self.metrics.stream_ended(started, &outcome);
+        let (up, down) = (outcome.to_tunnel, outcome.from_tunnel);
+        let seconds = started.elapsed().as_secs_f64();
+        match &outcome.end {
+            Ok((to, from)) => debug!(dial = %id, agent_id, up, down, seconds, ?to, ?from, "ended"),
+            Err(cut) => debug!(dial = %id, agent_id, up, down, seconds, %cut, "cut off"),
+        }
+        outcome.end
+    }
+}
