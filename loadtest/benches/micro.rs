@@ -117,7 +117,7 @@ fn add_and_remove_a_backend(bencher: Bencher<'_, '_>, backends: usize) {
     let newcomer = backend(backends);
     bencher.bench_local(|| {
         registry.add(black_box(&newcomer));
-        registry.remove(&newcomer, Instant::now());
+        registry.remove(&newcomer, tokio::time::Instant::now());
     });
 }
 

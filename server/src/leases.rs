@@ -11,7 +11,7 @@ use std::{
 
 use culvert_process::{
     kubernetes::{self, Client, Timestamp, lease_expiry},
-    logging::RateLimited,
+    rate_limited,
 };
 use culvert_wire::ServerId;
 use k8s_openapi::{
@@ -24,7 +24,7 @@ use kube::{
 };
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
 use crate::{
     config::LeaseConfig,
@@ -39,8 +39,8 @@ const RENEW_INTERVAL: Duration = Duration::from_secs(15);
 const RETRY_INTERVAL: Duration = Duration::from_secs(3);
 /// Time for one request: two of them, and a pause, are well within one duration.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often a failure that repeats is told.
-const TELL_INTERVAL: Duration = Duration::from_secs(60);
+/// Minimum time between two log lines about one repeating failure.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Keeps one server's Lease.
 #[derive(Debug)]
@@ -93,15 +93,19 @@ impl Leases {
             Err(_) => RETRY_INTERVAL.mul_f64(0.5 + fastrand::f64()),
         };
         if let Err(error) = renewed {
-            static FAILED: RateLimited = RateLimited::new(TELL_INTERVAL);
-            if let Some(suppressed) = FAILED.admit(Instant::now()) {
-                warn!(error, suppressed, "the server's Lease is not kept, will try again");
-            }
+            rate_limited!(
+                LOG_INTERVAL,
+                WARN,
+                error,
+                "the server's Lease is not kept, will try again"
+            );
         } else if let Err(error) = self.cull(Timestamp::now()).await {
-            static FAILED: RateLimited = RateLimited::new(TELL_INTERVAL);
-            if let Some(suppressed) = FAILED.admit(Instant::now()) {
-                warn!(error, suppressed, "expired Leases are not removed, will try again");
-            }
+            rate_limited!(
+                LOG_INTERVAL,
+                WARN,
+                error,
+                "expired Leases are not removed, will try again"
+            );
         }
         sleep(pause).await;
     }

@@ -1,4 +1,4 @@
-//! A whole server: every part bound at once, run until told to stop, then taken down in order.
+//! A whole server: every part bound at once, run until it is stopped, then shut down in order.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -33,38 +33,38 @@ use crate::{
     readiness::readiness,
 };
 
-/// Time for closed tunnels' last packets, and for tasks to notice that they are over.
+/// Time for the last packets of closed tunnels, and for tasks to end.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A server could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The frontend cannot be listened on.
+    /// The frontend's listener cannot be bound.
     #[error(transparent)]
     Frontend(#[from] ListenError),
-    /// Agents cannot be let in.
+    /// The agents' listener cannot be bound.
     #[error(transparent)]
     AgentListener(#[from] ListenerError),
-    /// kube-apiserver cannot be asked.
+    /// There is no client for kube-apiserver.
     #[error(transparent)]
     Kubernetes(#[from] ClientError),
-    /// The health or admin port cannot be listened on.
+    /// The health or admin port cannot be bound.
     #[error(transparent)]
     Admin(#[from] admin::BindError),
     /// A metric is misdeclared; the fault is ours.
     #[error(transparent)]
     Metrics(#[from] BuildError),
-    /// The kernel does not tell what was bound.
+    /// The kernel does not report a bound address.
     #[error(transparent)]
     Address(#[from] io::Error),
 }
 
-/// A server that has bound everything it needs and serves nothing yet.
+/// A server whose ports are bound, and which serves nothing yet.
 #[derive(Debug)]
 pub struct Server {
     frontend: FrontendListener,
     frontend_context: Arc<FrontendContext>,
-    agents: Arc<AgentListener>,
+    agents: AgentListener,
     agent_context: Arc<AgentContext>,
     health: AdminServer,
     admin: AdminServer,
@@ -74,10 +74,10 @@ pub struct Server {
 }
 
 impl Server {
-    /// Binds the frontend, the tunnel port, health and admin. Needs a tokio runtime.
+    /// Binds the ports for frontends, agents, health and administration. Needs a tokio runtime.
     ///
     /// # Errors
-    /// When one of them cannot be had; those bound before it are given back.
+    /// When one of them cannot be bound; those bound before it are released.
     pub fn bind(config: &Config) -> Result<Self, StartError> {
         let metrics = Arc::new(ServerMetrics::new()?);
         let backends = Backends::new(&config.agents.strategies);
@@ -122,7 +122,7 @@ impl Server {
             admin: AdminServer::bind("admin-port", config.admin_address, routes())?,
             frontend,
             frontend_context,
-            agents: Arc::new(agents),
+            agents,
             agent_context,
             leases,
             grace: config.graceful_shutdown_timeout,
@@ -130,62 +130,66 @@ impl Server {
         })
     }
 
-    /// Where frontends are accepted.
+    /// The address for frontends.
     ///
     /// # Errors
-    /// When the kernel does not tell.
+    /// When the kernel does not report it.
     pub fn frontend_address(&self) -> io::Result<FrontendAddress> {
         self.frontend.address()
     }
 
-    /// Where agents are accepted, over UDP and TCP.
+    /// The address for agents, over UDP and TCP.
     ///
     /// # Errors
-    /// When the kernel does not tell.
+    /// When the kernel does not report it.
     pub fn tunnel_address(&self) -> io::Result<SocketAddr> {
         self.agents.address()
     }
 
-    /// The agents that have joined.
+    /// The backends of the agents that have joined.
     pub fn backends(&self) -> &Backends {
         &self.agent_context.backends
     }
 
-    /// What the server counts.
+    /// The server's metrics.
     pub fn metrics(&self) -> &Arc<ServerMetrics> {
         &self.agent_context.metrics
     }
 
-    /// Where health, readiness and metrics are served.
+    /// The address of health, readiness and metrics.
     pub fn health_address(&self) -> SocketAddr {
         self.health.local_address()
     }
 
-    /// Where the admin port is served.
+    /// The address of the admin port.
     pub fn admin_address(&self) -> SocketAddr {
         self.admin.local_address()
     }
 
-    /// Serves until `stop` completes, then drains for the configured time and takes everything
-    /// down: agents are told, frontends still open are cut off, the Unix socket is removed.
+    /// Serves until `stop` completes, then drains for the configured time and closes everything:
+    /// agents are sent a goodbye, frontends still open are cut off, the Unix socket is removed.
+    ///
+    /// # Panics
+    /// When an accept loop has panicked: a server that accepts nothing must not look healthy.
     pub async fn run(self, stop: impl Future<Output = ()>) {
         let FrontendContext { stopping, closing, tasks, .. } = &*self.frontend_context;
-        let agents = self.agent_context.tasks.clone();
+        let mut agents = self.agents.start(&self.agent_context);
         let stop_lease = CancellationToken::new();
         let lease_task = self
             .leases
             .map(|leases| AbortOnDropHandle::new(tokio::spawn(leases.keep(stop_lease.clone()))));
-        let frontend =
+        let mut frontend =
             AbortOnDropHandle::new(tokio::spawn(self.frontend.run(self.frontend_context.clone())));
         tokio::select! {
             () = stop => {}
-            () = self.agents.run(&self.agent_context) => {}
+            () = agents.panicked() => {}
+            Err(error) = &mut frontend => std::panic::resume_unwind(error.into_panic()),
         }
 
         // No new requests first; the frontend's task ends within a moment and removes its socket.
         stopping.cancel();
         let _ = frontend.await;
-        self.agents.refuse_new();
+        agents.refuse_new().await;
         self.agent_context.backends.close();
         self.agent_context.draining.cancel();
         tasks.close();
@@ -197,12 +201,12 @@ impl Server {
         if cut > 0 {
             warn!(cut, "connections were still open and are cut off");
         }
-        // Until now this server's tunnels were lease_task, and so its Lease was.
+        // The Lease is kept for as long as the tunnels are.
         stop_lease.cancel();
         self.agent_context.closing.cancel();
-        agents.close();
-        let _ = timeout(CLOSE_TIMEOUT, agents.wait()).await;
-        self.agents.close(CloseCode::SHUTDOWN, "the server stops", CLOSE_TIMEOUT).await;
+        self.agent_context.tasks.close();
+        let _ = timeout(CLOSE_TIMEOUT, self.agent_context.tasks.wait()).await;
+        agents.close(CloseCode::SHUTDOWN, "the server stops", CLOSE_TIMEOUT).await;
         closing.cancel();
         let _ = timeout(CLOSE_TIMEOUT, tasks.wait()).await;
         if let Some(lease_task) = lease_task {
@@ -213,7 +217,7 @@ impl Server {
     }
 }
 
-/// What kube-apiserver is asked for: who may come in, and who is lease_task.
+/// The parts that ask kube-apiserver: whether agents are authentic, and for Leases.
 fn kubernetes(
     config: &Config,
     metrics: &Arc<ServerMetrics>,
@@ -222,7 +226,7 @@ fn kubernetes(
         Some(expected) => Authenticator::by_token(&config.kubernetes, expected.clone())?,
         None => Authenticator::open(),
     };
-    // With a client of its own: a Lease must be renewed in time, however many agents wait.
+    // With a client of its own: a Lease is renewed in time, however many reviews wait.
     let leases = match &config.leases {
         Some(leases) => {
             let client = config.kubernetes.client()?;

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use culvert_process::logging::RateLimited;
+use culvert_process::rate_limited;
 use culvert_transport::{
     ConnectError, Tunnel, TunnelLost,
     control::{ControlError, ControlStream},
@@ -15,7 +15,6 @@ use culvert_wire::{
     version::{Features, REVISION},
 };
 use tokio::time::{Instant, timeout_at};
-use tracing::warn;
 
 use super::{
     AgentContext,
@@ -68,11 +67,8 @@ impl JoinError {
 
 /// Counts and logs an agent that did not become a backend.
 pub(super) fn record_failure(remote: SocketAddr, error: &JoinError, context: &AgentContext) {
-    static JOIN_FAILED: RateLimited = RateLimited::new(Duration::from_secs(1));
     context.metrics.join_failed(error.label());
-    if let Some(suppressed) = JOIN_FAILED.admit(std::time::Instant::now()) {
-        warn!(%remote, %error, suppressed, "an agent did not join");
-    }
+    rate_limited!(Duration::from_secs(1), WARN, %remote, %error, "an agent did not join");
 }
 
 /// Reads the hello, admits the agent and answers with the welcome, until the deadline. An agent

@@ -16,7 +16,7 @@ use culvert_konnectivity::{
     header,
     packet::Packet,
 };
-use culvert_process::logging::RateLimited;
+use culvert_process::rate_limited;
 use culvert_transport::{Carrier, qmux::Peer};
 use culvert_wire::control::Hello;
 use http::{Request, Response};
@@ -35,7 +35,7 @@ use tonic::{
     metadata::{MetadataMap, MetadataValue},
     server::{Grpc, StreamingService},
 };
-use tracing::{debug, warn};
+use tracing::debug;
 
 use super::{
     AgentContext,
@@ -110,10 +110,10 @@ async fn overdue(deadline: Instant, admitted: &CancellationToken) {
 }
 
 fn log_too_many_pings(remote: SocketAddr) {
-    static TOO_MANY: RateLimited = RateLimited::new(Duration::from_secs(1));
-    if let Some(suppressed) = TOO_MANY.admit(std::time::Instant::now()) {
-        warn!(%remote, reason = %TooManyPings, suppressed, "a Konnectivity agent was sent away");
-    }
+    rate_limited!(
+        Duration::from_secs(1), WARN, %remote, reason = %TooManyPings,
+        "a Konnectivity agent was sent away"
+    );
 }
 
 async fn answer(

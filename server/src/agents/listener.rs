@@ -3,7 +3,7 @@
 use std::{fs, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use culvert_konnectivity::ALPN_H2;
-use culvert_process::{listen, logging::RateLimited};
+use culvert_process::{accept::Acceptor, listen};
 use culvert_transport::{
     BufferSizes, ConnectError, Settings,
     quic::{self, ResetKey},
@@ -11,7 +11,7 @@ use culvert_transport::{
 };
 use culvert_wire::CloseCode;
 use rustls::ServerConfig;
-use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::sleep};
+use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 use tracing::warn;
 
 use super::{AgentContext, unadmitted::Unadmitted};
@@ -19,8 +19,6 @@ use crate::config::Config;
 
 /// Maximum number of TCP handshakes in progress; further connections are dropped, as with QUIC.
 const MAX_HANDSHAKES: usize = 1024;
-/// Pause after a failed accept, which most often fails for lack of file descriptors.
-const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 /// Maximum number of attempts to find a port number that is free for UDP and TCP.
 const MAX_ATTEMPTS: usize = 16;
 
@@ -54,12 +52,18 @@ pub enum ListenerError {
     Address(#[from] io::Error),
 }
 
-/// Both listeners of the port.
+/// Both listeners of the port, bound and not accepting yet.
 #[derive(Debug)]
 pub(crate) struct AgentListener {
     quic: quic::Listener,
-    tcp: TcpListener,
-    /// TLS over TCP, by which Konnectivity agents come too.
+    tcp: TcpAccept,
+    settings: Settings,
+}
+
+/// Accepts agents over TCP, Konnectivity's among them.
+#[derive(Debug)]
+struct TcpAccept {
+    acceptor: Acceptor<TcpListener>,
     tls: Arc<ServerConfig>,
     settings: Settings,
     handshakes: Arc<Semaphore>,
@@ -94,7 +98,6 @@ impl AgentListener {
         let (quic, tcp) = bind_both(agents.address, &tls, &settings, &reset_key)?;
         let mut tls = (*tls).clone();
         tls.alpn_protocols.push(ALPN_H2.to_vec());
-        let tls = Arc::new(tls);
         let sizes = quic.buffer_sizes();
         if sizes.is_small() {
             warn!(
@@ -103,8 +106,13 @@ impl AgentListener {
                 "UDP buffers are small; raise net.core.rmem_max and net.core.wmem_max to 8 MiB",
             );
         }
-        let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
-        Ok(Self { quic, tcp, tls, settings, handshakes })
+        let tcp = TcpAccept {
+            acceptor: Acceptor::new("agents", tcp),
+            tls: Arc::new(tls),
+            settings,
+            handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
+        };
+        Ok(Self { quic, tcp, settings })
     }
 
     /// Settings of the tunnels.
@@ -125,16 +133,30 @@ impl AgentListener {
         self.quic.buffer_sizes()
     }
 
-    /// Accepts and serves agents, over QUIC and over TCP in a task each; ends only with a panic of
-    /// one of them.
+    /// Accepts and serves agents from now on, over QUIC and over TCP in a task each.
+    pub(crate) fn start(self, context: &Arc<AgentContext>) -> AcceptingAgents {
+        let quic = Arc::new(self.quic);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(accept_over_quic(quic.clone(), context.clone()));
+        tasks.spawn(self.tcp.run(context.clone()));
+        AcceptingAgents { quic, tasks }
+    }
+}
+
+/// A listener that accepts agents. Dropping it ends every QUIC tunnel.
+#[derive(Debug)]
+pub(crate) struct AcceptingAgents {
+    quic: Arc<quic::Listener>,
+    tasks: JoinSet<()>,
+}
+
+impl AcceptingAgents {
+    /// Waits for the panic of an accept loop, and goes on with it.
     ///
     /// # Cancel safety
-    /// Dropping the future ends both tasks; agents that were accepted are served on.
-    pub(crate) async fn run(self: &Arc<Self>, context: &Arc<AgentContext>) {
-        let mut accepting = JoinSet::new();
-        accepting.spawn(self.clone().accept_quic(context.clone()));
-        accepting.spawn(self.clone().accept_tcp(context.clone()));
-        while let Some(ended) = accepting.join_next().await {
+    /// Cancel safe: the loops go on.
+    pub(crate) async fn panicked(&mut self) {
+        while let Some(ended) = self.tasks.join_next().await {
             if let Err(error) = ended
                 && error.is_panic()
             {
@@ -143,41 +165,33 @@ impl AgentListener {
         }
     }
 
-    async fn accept_quic(self: Arc<Self>, context: Arc<AgentContext>) {
-        while let Some(incoming) = self.quic.accept().await {
-            context.tasks.spawn(Unadmitted::over_quic(incoming).serve(context.clone()));
-        }
-    }
-
-    async fn accept_tcp(self: Arc<Self>, context: Arc<AgentContext>) {
-        static ACCEPT_FAILED: RateLimited = RateLimited::new(Duration::from_secs(10));
-        loop {
-            match self.tcp.accept().await {
-                Ok(accepted) => {
-                    // Without a permit the connection is dropped, and the agent tries again.
-                    let Ok(permit) = self.handshakes.clone().try_acquire_owned() else { continue };
-                    let (tls, settings) = (self.tls.clone(), self.settings);
-                    let peer = Unadmitted::over_tcp(accepted, tls, settings, permit);
-                    context.tasks.spawn(peer.serve(context.clone()));
-                }
-                Err(error) => {
-                    if let Some(suppressed) = ACCEPT_FAILED.admit(std::time::Instant::now()) {
-                        warn!(%error, suppressed, "an agent's connection was not accepted");
-                    }
-                    sleep(ACCEPT_RETRY_INTERVAL).await;
-                }
-            }
-        }
-    }
-
     /// Refuses agents that come from now on; those that have come are served on.
-    pub(crate) fn refuse_new(&self) {
+    pub(crate) async fn refuse_new(&mut self) {
         self.quic.refuse_new();
+        self.tasks.shutdown().await;
     }
 
     /// Closes every QUIC tunnel and waits until the last packets are out, at most `limit`.
     pub(crate) async fn close(&self, code: CloseCode, reason: &str, limit: Duration) {
         self.quic.close(code, reason, limit).await;
+    }
+}
+
+async fn accept_over_quic(quic: Arc<quic::Listener>, context: Arc<AgentContext>) {
+    while let Some(incoming) = quic.accept().await {
+        context.tasks.spawn(Unadmitted::over_quic(incoming).serve(context.clone()));
+    }
+}
+
+impl TcpAccept {
+    async fn run(mut self, context: Arc<AgentContext>) {
+        loop {
+            let accepted = self.acceptor.accept().await;
+            // Without a permit the connection is dropped, and the agent tries again.
+            let Ok(permit) = self.handshakes.clone().try_acquire_owned() else { continue };
+            let peer = Unadmitted::over_tcp(accepted, self.tls.clone(), self.settings, permit);
+            context.tasks.spawn(peer.serve(context.clone()));
+        }
     }
 }
 

@@ -3,10 +3,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use culvert_process::logging::RateLimited;
+use culvert_process::rate_limited;
 use culvert_wire::{DialId, Target, dial::DialRequest, extension::Extensions};
 use tokio::time::{Instant, timeout};
-use tracing::{debug, info};
+use tracing::debug;
 
 use super::{
     DialParameters, Dialed, Reply,
@@ -202,7 +202,6 @@ impl Dialer {
         started: Instant,
         result: &Result<T, DialError>,
     ) {
-        static DIAL_FAILED: RateLimited = RateLimited::new(Duration::from_secs(1));
         let reached = backend.map(|backend| &backend.recently_reached);
         match result {
             Ok(_) => {
@@ -216,9 +215,10 @@ impl Dialer {
                 if let Some(reached) = reached {
                     reached.forget(target);
                 }
-                if let Some(suppressed) = DIAL_FAILED.admit(std::time::Instant::now()) {
-                    info!(%target, reason = error.reason(), %error, suppressed, "dial failed");
-                }
+                rate_limited!(
+                    Duration::from_secs(1), INFO, %target, reason = error.reason(), %error,
+                    "dial failed"
+                );
             }
         }
     }

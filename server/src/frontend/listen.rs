@@ -6,10 +6,9 @@ use std::{
     os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant},
 };
 
-use culvert_process::{listen, logging::RateLimited};
+use culvert_process::{accept::Acceptor, listen};
 use culvert_transport::{
     splice,
     tls::{Identity, TlsError},
@@ -18,10 +17,10 @@ use rustls::ServerConfig;
 use tokio::{
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{sleep, timeout},
+    time::timeout,
 };
 use tokio_rustls::TlsAcceptor;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use super::{
     FrontendContext, connect, grpc,
@@ -35,8 +34,8 @@ use crate::{
 
 /// Owner and group may connect: kube-apiserver and the server share one or the other.
 const SOCKET_MODE: u32 = 0o770;
-/// Pause after a failed accept, which most often fails for lack of file descriptors.
-const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
+/// Name of the listener in log lines.
+const NAME: &str = "frontend";
 /// Maximum number of connections that wait to be accepted: a burst of kube-apiserver's.
 const BACKLOG: i32 = 4096;
 
@@ -82,8 +81,8 @@ pub(crate) struct FrontendListener {
 
 #[derive(Debug)]
 enum Listener {
-    Unix(UnixListener, SocketFile),
-    Tcp(TcpListener, Arc<ServerConfig>),
+    Unix(Acceptor<UnixListener>, SocketFile),
+    Tcp(Acceptor<TcpListener>, Arc<ServerConfig>),
 }
 
 /// A socket file, removed when dropped unless another process has replaced it by its own.
@@ -103,7 +102,7 @@ impl FrontendListener {
             FrontendListen::Unix { path, delete_existing } => {
                 let (listener, file) = bind_unix(path, *delete_existing)
                     .map_err(|source| ListenError::Unix { path: path.clone(), source })?;
-                Listener::Unix(listener, file)
+                Listener::Unix(Acceptor::new(NAME, listener), file)
             }
             FrontendListen::Tcp { address, certificate, client_ca } => {
                 let identity =
@@ -111,7 +110,7 @@ impl FrontendListener {
                 let tls = server_tls(identity, client_ca, config.mode, tls.min_version)?;
                 let listener = listen::tcp(*address)
                     .map_err(|source| ListenError::Tcp { address: *address, source })?;
-                Listener::Tcp(listener, Arc::new(tls))
+                Listener::Tcp(Acceptor::new(NAME, listener), Arc::new(tls))
             }
         };
         Ok(Self { listener, max_connections: config.max_connections })
@@ -124,51 +123,37 @@ impl FrontendListener {
     pub(crate) fn address(&self) -> io::Result<FrontendAddress> {
         Ok(match &self.listener {
             Listener::Unix(_, file) => FrontendAddress::Unix(file.path.clone()),
-            Listener::Tcp(listener, _) => FrontendAddress::Tcp(listener.local_addr()?),
+            Listener::Tcp(acceptor, _) => FrontendAddress::Tcp(acceptor.listener().local_addr()?),
         })
     }
 
     /// Accepts connections until the server stops; those that it has accepted go on.
-    pub(crate) async fn run(self, context: Arc<FrontendContext>) {
-        static ACCEPT_FAILED: RateLimited = RateLimited::new(Duration::from_secs(10));
+    pub(crate) async fn run(mut self, context: Arc<FrontendContext>) {
         let permits = Arc::new(Semaphore::new(self.max_connections as usize));
         loop {
-            let accepted = tokio::select! {
+            let (accepted, permit) = tokio::select! {
                 () = context.stopping.cancelled() => return,
                 accepted = self.accept(&permits) => accepted,
             };
-            match accepted {
-                Ok((accepted, permit)) => {
-                    let context = context.clone();
-                    context.tasks.clone().spawn(async move {
-                        let closing = context.closing.clone();
-                        // Boxed, because every future that it is moved into grows by it.
-                        let serving = Box::pin(accepted.serve(context));
-                        closing.run_until_cancelled_owned(serving).await;
-                        drop(permit);
-                    });
-                }
-                Err(error) => {
-                    if let Some(suppressed) = ACCEPT_FAILED.admit(Instant::now()) {
-                        warn!(%error, suppressed, "a frontend's connection was not accepted");
-                    }
-                    sleep(ACCEPT_RETRY_INTERVAL).await;
-                }
-            }
+            let context = context.clone();
+            context.tasks.clone().spawn(async move {
+                let closing = context.closing.clone();
+                // Boxed, because every future that it is moved into grows by it.
+                let serving = Box::pin(accepted.serve(context));
+                closing.run_until_cancelled_owned(serving).await;
+                drop(permit);
+            });
         }
     }
 
     /// The next connection, once one more may be open.
-    async fn accept(
-        &self,
-        permits: &Arc<Semaphore>,
-    ) -> io::Result<(Accepted, OwnedSemaphorePermit)> {
-        let permit = permits.clone().acquire_owned().await.map_err(io::Error::other)?;
-        let accepted = match &self.listener {
-            Listener::Unix(listener, _) => Accepted::Unix(listener.accept().await?.0),
-            Listener::Tcp(listener, tls) => Accepted::Tcp(listener.accept().await?.0, tls.clone()),
+    async fn accept(&mut self, permits: &Arc<Semaphore>) -> (Accepted, OwnedSemaphorePermit) {
+        let permit = permits.clone().acquire_owned().await.expect("it is never closed");
+        let accepted = match &mut self.listener {
+            Listener::Unix(acceptor, _) => Accepted::Unix(acceptor.accept().await.0),
+            Listener::Tcp(acceptor, tls) => Accepted::Tcp(acceptor.accept().await.0, tls.clone()),
         };
-        Ok((accepted, permit))
+        (accepted, permit)
     }
 }
 

@@ -11,7 +11,7 @@ use culvert_konnectivity::{
     Connections, End, Inbox, Outbound, PeerNotReading, Side, carry,
     packet::{DialResponse, Packet, PacketMessage},
 };
-use culvert_process::logging::RateLimited;
+use culvert_process::rate_limited;
 use culvert_transport::{
     ConnectError, RecvHalf, SendHalf, Tunnel, TunnelLost,
     control::{ControlError, ControlStream},
@@ -32,7 +32,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 use tonic::Streaming;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use super::{Call, keepalive::TooManyPings};
 use crate::agents::{AgentContext, admission::Authenticated, session, unadmitted::JOIN_TIMEOUT};
@@ -329,13 +329,13 @@ impl Drop for PendingDial<'_> {
 /// Logs how a connection ended, and aloud when it was cut off for a reader that is too slow: the
 /// frontend learns no more than that.
 fn told(request: &DialRequest, end: &Result<(HalfEnd, HalfEnd), Cut>) {
-    static TOO_SLOW: RateLimited = RateLimited::new(Duration::from_secs(1));
     let target = &request.target;
     match end {
         Err(Cut::Local(fault)) if fault.code == StreamCode::OVERLOADED => {
-            if let Some(suppressed) = TOO_SLOW.admit(std::time::Instant::now()) {
-                warn!(%target, %fault, suppressed, "a Konnectivity agent's connection was cut off");
-            }
+            rate_limited!(
+                Duration::from_secs(1), WARN, %target, %fault,
+                "a Konnectivity agent's connection was cut off"
+            );
         }
         end => debug!(%target, ?end, "a Konnectivity agent's connection ended"),
     }
