@@ -1,12 +1,12 @@
-//! The control stream at work: messages in and out, pings answered, and doubts about the peer
-//! turned into a question with a deadline.
+//! The control stream at work: messages in and out, pings answered, and a peer that does not answer
+//! found out.
 
 use std::time::Duration;
 
-use culvert_wire::control::{ControlMessage, Ping, Pong};
 use culvert_wire::{
     code::CloseCode,
     codec::{EncodeError, MAX_BODY_LEN},
+    control::{ControlMessage, Ping, Pong},
     frame::FrameError,
 };
 use tokio::{
@@ -16,16 +16,18 @@ use tokio::{
 
 use crate::{ReadError, ReadFrameError, RecvHalf, SendHalf, Tunnel, Unreachable, WriteError};
 
-/// Time for the answer to a ping, when the network says that nobody listens at the peer's address:
-/// room for one repetition of a lost ping.
+/// Time for the answer to a ping when the network reports that no process listens at the peer's
+/// address: room for one repetition of a lost ping.
 const REFUSED_LIMIT: Duration = Duration::from_millis(50);
-/// The same when it says that there is no way: time for routes to change.
+/// Time for the answer to a ping when the network reports that the peer cannot be reached: routes
+/// have time to change.
 const UNREACHABLE_LIMIT: Duration = Duration::from_millis(1500);
-/// How often a question's time begins anew because the peer was heard meanwhile: a busy node
-/// answers late, and only silence is death. A peer that is heard and never answers is broken.
+/// Number of times that a ping's deadline is renewed because the peer was heard meanwhile. A busy
+/// node answers late, and only silence means that it is gone; a peer that is heard and never answers
+/// is broken.
 const MAX_RENEWALS: u32 = 5;
-/// The control stream goes before every other: a question about a busy peer must not wait behind
-/// what keeps it busy.
+/// Priority of the control stream, above every other: a ping to a busy peer must not wait behind the
+/// bytes that keep it busy.
 const PRIORITY: i32 = 100;
 
 /// Why a control stream ended.
@@ -34,13 +36,13 @@ pub enum ControlError {
     /// The peer finished the stream, which only ends with the tunnel.
     #[error("the peer ended the control stream")]
     Ended,
-    /// The peer sent a message that has no place where it came.
-    #[error("a message that has no place here")]
+    /// The peer sent a message that is not allowed at this point.
+    #[error("a message that is not allowed at this point")]
     Unexpected,
     /// The peer's bytes break the protocol.
     #[error(transparent)]
     Frame(#[from] FrameError),
-    /// A message of ours does not fit its frame.
+    /// A message of this side does not fit its frame.
     #[error(transparent)]
     Encode(#[from] EncodeError),
     /// The stream cannot be read.
@@ -65,7 +67,7 @@ impl From<ReadFrameError> for ControlError {
 }
 
 impl ControlError {
-    /// The code with which the tunnel is to be closed for this.
+    /// The code with which this side closes the tunnel after the error.
     pub fn close_code(&self) -> CloseCode {
         match self {
             Self::Unresponsive(_) => CloseCode::UNRESPONSIVE,
@@ -75,17 +77,20 @@ impl ControlError {
     }
 }
 
-/// What happens on a control stream.
+/// An event on a control stream.
 #[derive(Debug)]
 pub enum Event {
-    /// The peer says something.
+    /// The peer sent a message.
     Message(ControlMessage),
-    /// The network says that the peer cannot be reached. The peer was asked; if it is silent, the
-    /// stream ends in a moment.
+    /// The network reports that the peer cannot be reached. The peer was sent a ping; unless it
+    /// answers, the stream fails soon.
     Unreachable(Unreachable),
 }
 
 /// Both halves of a tunnel's control stream.
+///
+/// Dropping it resets and stops the stream, which the peer takes for a broken protocol: close the
+/// tunnel first.
 #[derive(Debug)]
 pub struct ControlStream {
     tunnel: Tunnel,
@@ -99,15 +104,16 @@ pub struct ControlStream {
 #[derive(Debug)]
 struct Question {
     echo: u64,
+    /// Time from the ping, or from a renewal, to the deadline.
     limit: Duration,
     deadline: Instant,
-    /// Bytes that had come from the peer when its time began.
+    /// Bytes that had arrived from the peer at the ping, or at the last renewal.
     heard: u64,
     renewals: u32,
 }
 
 impl ControlStream {
-    /// The control stream that these halves are.
+    /// The control stream of `tunnel`, which consists of these halves.
     pub fn new(tunnel: Tunnel, (mut send, recv): (SendHalf, RecvHalf)) -> Self {
         send.set_priority(PRIORITY);
         Self { tunnel, send, recv, question: None, next_echo: 0 }
@@ -125,7 +131,8 @@ impl ControlStream {
         Ok(self.send.write_chunk(frame).await?)
     }
 
-    /// The next message that means something to the caller; see [`event`](Self::event).
+    /// The next message for the caller, as [`event`](Self::event) returns it; other events are
+    /// skipped.
     ///
     /// # Errors
     /// As [`event`](Self::event).
@@ -140,19 +147,20 @@ impl ControlStream {
         }
     }
 
-    /// What happens next that means something to the caller: not a ping, not a pong, not a kind
-    /// this build does not know.
+    /// The next event for the caller: not a ping, not a pong, not a kind that this build does not
+    /// know.
     ///
-    /// Meanwhile it answers the peer's pings. When the network says that the peer is gone it asks,
-    /// and gives up on a peer that is silent. One that is heard but does not answer gets more time.
+    /// While it waits it answers the peer's pings. When the network reports that the peer is gone it
+    /// sends a ping, and fails if the peer stays silent. A peer that is heard but does not answer gets
+    /// more time.
     ///
     /// # Errors
-    /// When the peer breaks the protocol, ends the stream or is found unresponsive. The tunnel is
-    /// then to be closed with [`ControlError::close_code`].
+    /// When the peer breaks the protocol, ends the stream or does not answer a ping. Close the tunnel
+    /// with [`ControlError::close_code`] then.
     ///
     /// # Cancel safety
-    /// Cancel safe, except that a pong being written may be cut short; writing waits only for a
-    /// peer that has left megabytes of pongs unread.
+    /// Cancel safe, except that a pong that is being written may be cut short. Writing one waits only
+    /// for a peer that has left megabytes of pongs unread.
     pub async fn event(&mut self) -> Result<Event, ControlError> {
         loop {
             let frame = select! {
@@ -187,9 +195,9 @@ impl ControlStream {
         }
     }
 
-    /// Asks the peer to prove that it is alive. [`event`](Self::event) fails when no answer comes
-    /// within three round trips and `limit`, or five times that for one that is heard. A question
-    /// that is already open is not asked again; its deadline only comes nearer.
+    /// Sends a ping that the peer must answer. [`event`](Self::event) fails when no answer arrives
+    /// within `limit` and three round trips, or six times that for a peer that is heard. While a ping
+    /// is unanswered no second one is sent; its deadline only comes nearer.
     ///
     /// # Errors
     /// When the stream is lost.
@@ -206,14 +214,13 @@ impl ControlStream {
             return Ok(());
         }
         let echo = self.next_echo;
-        self.next_echo += 1;
         let heard = stats.received_bytes;
         self.question = Some(Question { echo, limit, deadline, heard, renewals: 0 });
-        self.send(&ControlMessage::Ping(Ping { echo })).await
+        self.nudge().await
     }
 
-    /// Sends a ping whose answer is of no consequence but that something comes in: for whoever
-    /// watches what is received.
+    /// Sends a ping that the peer may leave unanswered: the answer only counts as something
+    /// received, for callers that watch [`Tunnel::stats`].
     ///
     /// # Errors
     /// When the stream is lost.
@@ -226,7 +233,7 @@ impl ControlStream {
         self.send(&ControlMessage::Ping(Ping { echo })).await
     }
 
-    /// Gives a question whose time is over more of it, if the peer was heard meanwhile.
+    /// Gives an unanswered ping whose deadline has passed another one, if the peer was heard since.
     fn renew(&mut self) -> Result<(), ControlError> {
         let heard = self.tunnel.stats().received_bytes;
         let Some(question) = &mut self.question else { return Ok(()) };
@@ -247,3 +254,6 @@ async fn overdue(question: Option<&Question>) {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -175,14 +175,26 @@ pub struct RecvHalf {
     stream: RecvStream,
     /// Bytes that were taken from the stream and not handed on: part of a frame, or what follows one.
     buffered: BytesMut,
-    ended: bool,
-    /// What ended it, unless that was the clean end or this side.
-    fault: Option<ReadError>,
+    state: RecvState,
+}
+
+/// How far a receiving half has come, as this side knows it.
+#[derive(Debug)]
+enum RecvState {
+    /// More may arrive.
+    Open,
+    /// The clean end was read.
+    Finished,
+    /// The peer reset the stream, or the tunnel is lost. A carrier may report that once and an end
+    /// after it.
+    Failed(ReadError),
+    /// This side stopped the stream.
+    Stopped,
 }
 
 impl RecvHalf {
     pub(crate) fn new(stream: RecvStream) -> Self {
-        Self { stream, buffered: BytesMut::new(), ended: false, fault: None }
+        Self { stream, buffered: BytesMut::new(), state: RecvState::Open }
     }
 
     /// Fills the front of `chunks` with what has arrived, in order, waiting for the first; returns
@@ -195,9 +207,8 @@ impl RecvHalf {
     /// # Cancel safety
     /// Cancel safe: nothing is taken before the future completes.
     pub async fn read_chunks(&mut self, chunks: &mut [Bytes]) -> Result<Option<usize>, ReadError> {
-        self.check()?;
-        match chunks.first_mut() {
-            Some(first) if !self.buffered.is_empty() => {
+        match (&self.state, chunks.first_mut()) {
+            (RecvState::Open | RecvState::Finished, Some(first)) if !self.buffered.is_empty() => {
                 *first = std::mem::take(&mut self.buffered).freeze();
                 Ok(Some(1))
             }
@@ -214,9 +225,10 @@ impl RecvHalf {
     /// Cancel safe: the part of a frame that has arrived stays in the half, and the next call goes
     /// on with it.
     pub async fn read_frame(&mut self, limit: usize) -> Result<Frame, ReadFrameError> {
-        self.check()?;
         loop {
-            if let Some(frame) = Frame::split(&mut self.buffered, limit)? {
+            if matches!(self.state, RecvState::Open | RecvState::Finished)
+                && let Some(frame) = Frame::split(&mut self.buffered, limit)?
+            {
                 if self.buffered.is_empty() {
                     // Lets the frame's memory go with the frame.
                     self.buffered = BytesMut::new();
@@ -233,26 +245,30 @@ impl RecvHalf {
         }
     }
 
-    /// Reads from the carrier, and remembers how the half ended if this is its end.
+    /// Reads what is not buffered, and remembers how the half ended if this is its end.
     async fn read_stream(&mut self, chunks: &mut [Bytes]) -> Result<Option<usize>, ReadError> {
+        match &self.state {
+            RecvState::Open => {}
+            RecvState::Finished => return Ok(None),
+            RecvState::Failed(fault) => return Err(fault.clone()),
+            RecvState::Stopped => return Err(ReadError::Ended),
+        }
         let read = match &mut self.stream {
             RecvStream::Quic(stream) => stream.read_chunks(chunks).await,
             RecvStream::Qmux(stream) => Box::pin(stream.read_chunks(chunks)).await,
         };
-        self.ended |= !matches!(read, Ok(Some(_)));
-        self.fault = read.as_ref().err().cloned();
+        match &read {
+            Ok(Some(_)) => {}
+            Ok(None) => self.state = RecvState::Finished,
+            Err(fault) => self.state = RecvState::Failed(fault.clone()),
+        }
         read
-    }
-
-    /// Fails once the half has failed: a carrier may report a fault once and a clean end after it.
-    fn check(&self) -> Result<(), ReadError> {
-        self.fault.clone().map_or(Ok(()), Err)
     }
 
     /// Refuses the rest of the stream: what has arrived is dropped and the peer sees `code`.
     pub fn stop(&mut self, code: StreamCode) {
-        if !self.ended {
-            self.ended = true;
+        if matches!(self.state, RecvState::Open) {
+            self.state = RecvState::Stopped;
             either!(RecvStream, &mut self.stream, stream => stream.stop(code));
         }
     }
@@ -264,15 +280,18 @@ impl RecvHalf {
     /// # Cancel safety
     /// Cancel safe: no byte is taken.
     pub async fn failed(&mut self) -> ReadError {
-        if let Some(fault) = &self.fault {
-            return fault.clone();
+        match &self.state {
+            RecvState::Open => {}
+            RecvState::Finished => std::future::pending().await,
+            RecvState::Failed(fault) => return fault.clone(),
+            RecvState::Stopped => return ReadError::Ended,
         }
         let fault = match &mut self.stream {
             RecvStream::Quic(stream) => stream.failed().await,
             RecvStream::Qmux(stream) => Box::pin(stream.failed()).await,
         };
-        self.ended = true;
-        self.fault.insert(fault).clone()
+        self.state = RecvState::Failed(fault.clone());
+        fault
     }
 }
 
@@ -284,6 +303,9 @@ impl Drop for RecvHalf {
 
 impl fmt::Debug for RecvHalf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RecvHalf").field("ended", &self.ended).finish_non_exhaustive()
+        f.debug_struct("RecvHalf").field("state", &self.state).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

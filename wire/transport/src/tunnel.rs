@@ -194,9 +194,9 @@ pub struct TunnelStats {
     pub congestion_events: u64,
     /// Number of times the path was found to drop large packets.
     pub black_holes: u64,
-    /// UDP payload bytes sent; over a byte stream, bytes of streams.
+    /// UDP payload bytes sent; over a byte stream, its bytes above TLS.
     pub sent_bytes: u64,
-    /// UDP payload bytes received; over a byte stream, bytes of streams that were read.
+    /// UDP payload bytes received; over a byte stream, its bytes above TLS.
     pub received_bytes: u64,
     /// Frames sent that the peer must acknowledge; 0 where the carrier does not count them.
     pub eliciting_frames: u64,

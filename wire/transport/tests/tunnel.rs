@@ -270,31 +270,7 @@ async fn controls(pair: &Pair) -> (ControlStream, ControlStream) {
     (server, agent)
 }
 
-#[tokio::test]
-async fn a_peer_that_answers_pings_is_never_found_unresponsive() {
-    each(async |carrier| {
-        let pair = Pair::new(carrier).await;
-        let (mut server, mut agent) = controls(&pair).await;
-        server.ask(Duration::from_secs(20)).await.unwrap();
-        // The agent's answer goes out while it waits for something else.
-        agent.send(&ControlMessage::Drain(Drain { deadline_millis: 2 })).await.unwrap();
-        let talk = async {
-            assert!(matches!(server.next().await.unwrap(), ControlMessage::Drain(_)));
-            server.send(&ControlMessage::Drain(Drain { deadline_millis: 3 })).await.unwrap();
-            server.next().await
-        };
-        let listen = async {
-            let message = agent.next().await.unwrap();
-            assert_eq!(message, ControlMessage::Drain(Drain { deadline_millis: 3 }));
-            agent.send(&ControlMessage::Drain(Drain { deadline_millis: 4 })).await.unwrap();
-        };
-        let (last, ()) = tokio::join!(talk, listen);
-        assert_eq!(last.unwrap(), ControlMessage::Drain(Drain { deadline_millis: 4 }));
-    })
-    .await;
-}
-
-/// Its QUIC acknowledges what nobody reads: that buys it time, but not for ever.
+/// Its carrier acknowledges what nothing reads: that renews the deadline, but not for ever.
 #[tokio::test]
 async fn a_peer_that_is_heard_and_does_not_answer_is_found_unresponsive() {
     each(async |carrier| {
@@ -378,19 +354,19 @@ async fn a_frame_that_is_cut_or_too_long_is_refused() {
 #[tokio::test]
 async fn stalled_streams_do_not_fill_the_tunnel() {
     each(async |carrier| {
-        let settings = Settings { stream_receive_window: 64 * 1024, ..Settings::default() };
+        const WINDOW: usize = 64 * 1024;
+        const CHUNK: usize = 16 * 1024;
+        let settings = Settings { stream_receive_window: WINDOW as u32, ..Settings::default() };
         let pair = Pair::with(carrier, &settings).await;
         let mut stalled = Vec::new();
         for _ in 0..64 {
             let (mut send, recv) = pair.server.open().await.unwrap();
-            let filling = async {
-                loop {
-                    send.write_chunk(vec![0; 16 * 1024].into()).await.unwrap();
-                }
-            };
-            let full: Result<(), _> =
-                tokio::time::timeout(Duration::from_millis(20), filling).await;
-            assert!(full.is_err());
+            let mut accepted = 0;
+            // Until a write has to wait: the window is taken by then, or will be once it is sent.
+            while is_ready(send.write_chunk(vec![0; CHUNK].into())).await {
+                accepted += CHUNK;
+            }
+            assert!(accepted >= WINDOW, "{accepted} bytes");
             stalled.push((send, recv, pair.agent.accept().await.unwrap()));
         }
         let (mut send, _recv) = pair.server.open().await.unwrap();

@@ -1,6 +1,6 @@
 //! The two halves of a QMux stream, in the seam's vocabulary.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use culvert_wire::code::StreamCode;
@@ -53,16 +53,12 @@ impl SendStream {
 
     pub(crate) async fn write_chunk(&self, mut chunk: Bytes) -> Result<(), WriteError> {
         let Handle { id, wakers, .. } = &self.0;
-        let length = chunk.len() as u64;
         loop {
             if let Some(lost) = self.0.shared().lost.get() {
                 return Err(WriteError::Lost(lost.clone()));
             }
             match self.0.change(|mux| mux.write(*id, &mut chunk)) {
-                Room::Taken => {
-                    self.0.shared().sent.fetch_add(length, Ordering::Relaxed);
-                    return Ok(());
-                }
+                Room::Taken => return Ok(()),
                 Room::Stopped(code) => return Err(WriteError::Stopped(code)),
                 Room::Ended => {
                     return Err(match wakers.end.get() {
@@ -119,11 +115,7 @@ impl RecvStream {
         let Handle { id, wakers, .. } = &self.0;
         loop {
             match self.0.change(|mux| mux.read(*id, chunks)) {
-                Found::Chunks(count) => {
-                    let length: usize = chunks[..count].iter().map(Bytes::len).sum();
-                    self.0.shared().received.fetch_add(length as u64, Ordering::Relaxed);
-                    return Ok(Some(count));
-                }
+                Found::Chunks(count) => return Ok(Some(count)),
                 Found::End => return Ok(None),
                 Found::Reset(code) => return Err(ReadError::Reset(code)),
                 Found::Stopped => return Err(ReadError::Ended),

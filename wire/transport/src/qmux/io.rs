@@ -1,6 +1,9 @@
 //! The two tasks of a QMux connection: one reads, one writes.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use bytes::BytesMut;
 use culvert_wire::code::CloseCode;
@@ -42,7 +45,9 @@ pub(super) async fn read<IO: AsyncRead>(
             Err(_) => break TunnelLost::TimedOut,
             Ok(Err(error)) => break error.into(),
             Ok(Ok(0)) => break TransportFault::Ended.into(),
-            Ok(Ok(_)) => {}
+            Ok(Ok(count)) => {
+                shared.received.fetch_add(count as u64, Ordering::Relaxed);
+            }
         }
         match receive(&mut input, &shared) {
             Ok(None) => {}
@@ -104,8 +109,11 @@ pub(super) async fn write<IO: AsyncWrite>(
                 written = put(&mut io, &output) => written,
                 _ = shared.lost.wait() => break,
             };
-            if let Err(error) = written {
-                shared.lose(error.into());
+            match written {
+                Ok(()) => {
+                    shared.sent.fetch_add(output.len() as u64, Ordering::Relaxed);
+                }
+                Err(error) => shared.lose(error.into()),
             }
         }
         ping = measure(ping, &shared);
