@@ -19,6 +19,8 @@ mod leases;
 pub mod metrics;
 mod readiness;
 mod server;
+#[cfg(test)]
+mod testing;
 
 pub use agents::listener::ListenerError;
 pub use config::Config;

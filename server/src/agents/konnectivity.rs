@@ -235,3 +235,19 @@ async fn join_again(
         Err(error) => debug!(%error, "a Konnectivity agent did not join again"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_is_overdue_at_the_deadline_unless_an_agent_was_admitted() {
+        let (limit, admitted) = (Duration::from_secs(10), CancellationToken::new());
+        let begun = Instant::now();
+        overdue(begun + limit, &admitted).await;
+        assert_eq!(begun.elapsed(), limit);
+        admitted.cancel();
+        let overdue = overdue(Instant::now() + limit, &admitted);
+        assert!(tokio::time::timeout(limit * 10, overdue).await.is_err());
+    }
+}

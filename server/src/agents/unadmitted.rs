@@ -109,3 +109,52 @@ impl Connection {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use culvert_transport::tls::KeyExchange;
+    use rustls::server::ResolvesServerCertUsingSni;
+    use tokio::{io::AsyncWriteExt, net::TcpListener, sync::Semaphore};
+
+    use super::*;
+    use crate::testing::{context, metric};
+
+    const FAILURES: &str = "culvert_server_join_failures_total";
+
+    /// A server's configuration of TLS that has no certificate, for handshakes that end before.
+    fn tls() -> Arc<ServerConfig> {
+        let config = ServerConfig::builder_with_provider(KeyExchange::Classic.provider())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(ResolvesServerCertUsingSni::new()));
+        Arc::new(config)
+    }
+
+    /// Serves a connection over TCP whose client sends these bytes. Returns how long that took, the
+    /// server's failures under this reason, and the permits that are left of one.
+    async fn serve(bytes: &[u8], reason: &str) -> (Duration, f64, usize) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        client.write_all(bytes).await.unwrap();
+        let accepted = listener.accept().await.unwrap();
+        let (context, handshakes) = (context(), Arc::new(Semaphore::new(1)));
+        let permit = handshakes.clone().try_acquire_owned().unwrap();
+        let peer = Unadmitted::over_tcp(accepted, tls(), Settings::default(), permit);
+        let arrived = Instant::now();
+        peer.serve(context.clone()).await;
+        let name = format!("{FAILURES}{{reason=\"{reason}\"}}");
+        let failures = metric(&context.metrics, &context.backends, &name);
+        (arrived.elapsed(), failures, handshakes.available_permits())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_does_not_begin_its_handshake_is_dropped_at_the_deadline() {
+        assert_eq!(serve(b"", "timed_out").await, (JOIN_TIMEOUT, 1.0, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_speaks_no_tls_is_dropped_at_once() {
+        assert_eq!(serve(b"GET / HTTP/1.1\r\n\r\n", "handshake").await, (Duration::ZERO, 1.0, 1));
+    }
+}

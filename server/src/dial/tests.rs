@@ -1,1 +1,584 @@
+use std::{sync::Arc, time::Duration};
 
+use bytes::Bytes;
+use culvert_transport::{ReadError, ReadFrameError};
+use culvert_wire::{
+    CloseCode, StreamCode,
+    bounded::List,
+    dial::{DialErrorKind, DialFailure, DialReply},
+    extension::{Extension, Extensions, UnknownExtension},
+    frame,
+};
+use tokio::{
+    join,
+    time::{Instant, sleep, timeout},
+};
+
+use super::{dialer::MAX_MOVES, error::MalformedReply, exchange::SUSPECT_AFTER, *};
+use crate::{
+    backends::{Backends, Strategy, registry::RETURN_LIMIT},
+    config::DialConfig,
+    metrics::ServerMetrics,
+    testing::{Asked, TestAgent, metric, target},
+};
+
+const LIMIT: Duration = Duration::from_secs(10);
+const FAILURES: &str = "konnectivity_network_proxy_server_dial_failure_count";
+
+/// A dialer, and what it dials through.
+struct Dialing {
+    dialer: Dialer,
+    backends: Backends,
+    metrics: Arc<ServerMetrics>,
+}
+
+impl Dialing {
+    fn with(limit: Option<Duration>, optimistic: bool) -> Self {
+        let backends = Backends::new(&[Strategy::Default]);
+        let metrics = Arc::new(ServerMetrics::new().unwrap());
+        let config = DialConfig { limit, optimistic };
+        let dialer = Dialer::new(backends.clone(), config, metrics.clone());
+        Self { dialer, backends, metrics }
+    }
+
+    fn new() -> Self {
+        Self::with(Some(LIMIT), false)
+    }
+
+    fn optimistic() -> Self {
+        Self::with(Some(LIMIT), true)
+    }
+
+    async fn agent(&self, name: &str) -> TestAgent {
+        TestAgent::join(&self.backends, name).await
+    }
+
+    async fn dial(&self) -> Result<Dialed, DialError> {
+        self.dialer.dial(parameters()).await
+    }
+
+    /// The result of a dial, and how long it took.
+    async fn timed(&self) -> (Result<Dialed, DialError>, Duration) {
+        let started = Instant::now();
+        let result = self.dial().await;
+        (result, started.elapsed())
+    }
+
+    fn metric(&self, name: &str) -> f64 {
+        metric(&self.metrics, &self.backends, name)
+    }
+
+    fn failures(&self, reason: &str) -> f64 {
+        self.metric(&format!("{FAILURES}{{reason=\"{reason}\"}}"))
+    }
+
+    fn pending(&self) -> f64 {
+        self.metric("konnectivity_network_proxy_server_pending_backend_dials")
+    }
+}
+
+fn parameters() -> DialParameters {
+    let target = target("10.0.0.9:10250");
+    DialParameters { network: Network::Tcp, target, kind: StreamKind::LOGS, trace: None }
+}
+
+/// An agent that replies to one dial with success.
+async fn accepting(agent: &TestAgent) -> Asked {
+    let mut asked = agent.asked().await;
+    asked.reply(Ok(())).await;
+    asked
+}
+
+fn refusal() -> DialFailure {
+    let text = "dial tcp 10.0.0.9:10250: connect: connection refused";
+    DialFailure::new(DialErrorKind::REFUSED, text)
+}
+
+async fn read(recv: &mut RecvHalf) -> Bytes {
+    let mut chunks = [Bytes::new()];
+    recv.read_chunks(&mut chunks).await.unwrap();
+    let [chunk] = chunks;
+    chunk
+}
+
+/// The code with which the server ended both halves of a stream.
+async fn ended(asked: &mut Asked) -> StreamCode {
+    let ReadError::Reset(code) = asked.recv.failed().await else { panic!("the tunnel is lost") };
+    assert_eq!(asked.send.stopped().await, Ok(Some(code)));
+    code
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_hands_over_a_stream_whose_other_end_is_the_target() {
+    let dialing = Dialing::new();
+    let agent = dialing.agent("a").await;
+    let (dialed, mut asked) = join!(dialing.dial(), accepting(&agent));
+    let mut dialed = dialed.unwrap();
+    assert_eq!(asked.request.id, dialed.id);
+    assert_eq!(asked.request.target, parameters().target);
+    assert_eq!(asked.request.kind, StreamKind::LOGS);
+    assert_eq!(asked.request.timeout_millis, 10_000);
+    assert_eq!(dialed.reply.timing().unwrap().connect_micros, 7);
+    assert_eq!(agent.backend.open_streams(), 1);
+    assert_eq!(dialing.pending(), 0.0);
+    assert_eq!(
+        dialing.metric("konnectivity_network_proxy_server_dial_duration_seconds_count"),
+        1.0
+    );
+
+    asked.send.write_chunk(Bytes::from_static(b"from the target")).await.unwrap();
+    assert_eq!(read(&mut dialed.stream.1).await, "from the target");
+    dialed.stream.0.write_chunk(Bytes::from_static(b"to the target")).await.unwrap();
+    assert_eq!(read(&mut asked.recv).await, "to the target");
+    drop(dialed);
+    assert_eq!(agent.backend.open_streams(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_without_a_limit_waits_and_asks_the_agent_for_none() {
+    let dialing = Dialing::with(None, false);
+    let agent = dialing.agent("a").await;
+    let slow = async {
+        let mut asked = agent.asked().await;
+        assert_eq!(asked.request.timeout_millis, 0);
+        assert_eq!(dialing.pending(), 1.0);
+        sleep(LIMIT * 1000).await;
+        asked.reply(Ok(())).await;
+        asked
+    };
+    let (dialed, _asked) = join!(dialing.dial(), slow);
+    dialed.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_an_agent_a_dial_fails_at_once() {
+    let dialing = Dialing::new();
+    let (result, took) = dialing.timed().await;
+    assert!(matches!(result, Err(DialError::NoAgent)), "{result:?}");
+    assert_eq!(took, Duration::ZERO);
+    assert_eq!(dialing.failures("no_agent"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_waits_for_an_agent_that_has_just_left_and_gives_up() {
+    let dialing = Dialing::new();
+    drop(dialing.agent("a").await);
+    let (result, took) = dialing.timed().await;
+    assert!(matches!(result, Err(DialError::NoAgent)), "{result:?}");
+    assert_eq!(took, RETURN_LIMIT);
+    assert_eq!(dialing.metric("culvert_server_dials_waited_total{result=\"failed\"}"), 1.0);
+    assert_eq!(dialing.timed().await.1, Duration::ZERO, "a later dial does not wait");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_goes_to_an_agent_that_comes_back_in_time() {
+    let dialing = Dialing::new();
+    drop(dialing.agent("a").await);
+    let returning = async {
+        sleep(RETURN_LIMIT - Duration::from_millis(1)).await;
+        assert_eq!(dialing.pending(), 1.0);
+        let agent = dialing.agent("a").await;
+        (accepting(&agent).await, agent)
+    };
+    let (dialed, _kept) = join!(dialing.dial(), returning);
+    dialed.unwrap();
+    assert_eq!(dialing.metric("culvert_server_dials_waited_total{result=\"came\"}"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_waits_for_an_agent_no_longer_than_its_own_limit() {
+    let limit = RETURN_LIMIT / 3;
+    let dialing = Dialing::with(Some(limit), false);
+    drop(dialing.agent("a").await);
+    let (result, took) = dialing.timed().await;
+    assert!(matches!(result, Err(DialError::NoAgent)), "{result:?}");
+    assert_eq!(took, limit);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_does_not_wait_for_an_agent_once_the_server_stops() {
+    let dialing = Dialing::new();
+    drop(dialing.agent("a").await);
+    let stopping = async {
+        sleep(RETURN_LIMIT / 2).await;
+        dialing.backends.close();
+    };
+    let ((result, took), ()) = join!(dialing.timed(), stopping);
+    assert!(matches!(result, Err(DialError::NoAgent)), "{result:?}");
+    assert_eq!(took, RETURN_LIMIT / 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_moves_to_another_agent_when_its_tunnel_is_lost() {
+    let dialing = Dialing::new();
+    let (a, b) = (dialing.agent("a").await, dialing.agent("b").await);
+    let agents = async {
+        let (_asked, lost, other) = tokio::select! {
+            asked = a.asked() => (asked, &a, &b),
+            asked = b.asked() => (asked, &b, &a),
+        };
+        lost.tunnel.close(CloseCode::DONE, "");
+        (accepting(other).await, other.backend.clone())
+    };
+    let (dialed, (_asked, other)) = join!(dialing.dial(), agents);
+    assert!(Arc::ptr_eq(dialed.unwrap().permit.backend(), &other));
+    assert_eq!(dialing.metric("culvert_server_dials_moved_total"), 1.0);
+    assert_eq!(dialing.failures("backend_close"), 0.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_that_was_refused_is_not_asked_again() {
+    let dialing = Dialing::new();
+    let (a, b) = (dialing.agent("a").await, dialing.agent("b").await);
+    let agents = async {
+        let (mut asked, other) = tokio::select! {
+            asked = a.asked() => (asked, &b),
+            asked = b.asked() => (asked, &a),
+        };
+        asked.reply(Err(refusal())).await;
+        assert!(timeout(LIMIT * 2, other.tunnel.accept()).await.is_err());
+    };
+    let (result, ()) = join!(dialing.dial(), agents);
+    assert!(matches!(result, Err(DialError::Failed(_))), "{result:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_moves_only_so_often() {
+    let dialing = Dialing::new();
+    let mut agents = Vec::new();
+    for number in 0..2 * MAX_MOVES {
+        agents.push(dialing.agent(&format!("agent-{number}")).await);
+    }
+    let asked: Vec<_> = agents
+        .into_iter()
+        .map(|agent| {
+            tokio::spawn(async move {
+                let asked = timeout(LIMIT, agent.asked()).await;
+                agent.tunnel.close(CloseCode::DONE, "");
+                // Registered until all have been asked.
+                sleep(LIMIT).await;
+                asked.is_ok()
+            })
+        })
+        .collect();
+    let result = dialing.dial().await;
+    assert!(matches!(result, Err(DialError::Lost { .. })), "{result:?}");
+    let mut count = 0;
+    for asked in asked {
+        count += usize::from(asked.await.unwrap());
+    }
+    assert_eq!(count, 1 + MAX_MOVES);
+    assert_eq!(dialing.metric("culvert_server_dials_moved_total"), MAX_MOVES as f64);
+    assert_eq!(dialing.failures("backend_close"), 1.0, "one dial has failed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_young_dial_waits_for_the_agent_whose_tunnel_was_lost() {
+    let dialing = Dialing::new();
+    let first = dialing.agent("a").await;
+    let agent = async {
+        let _asked = first.asked().await;
+        first.tunnel.close(CloseCode::DONE, "");
+        sleep(RETURN_LIMIT / 2).await;
+        let second = dialing.agent("a").await;
+        (accepting(&second).await, second)
+    };
+    let (dialed, _kept) = join!(dialing.dial(), agent);
+    dialed.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_old_dial_fails_with_its_tunnel() {
+    let dialing = Dialing::new();
+    let agent = dialing.agent("a").await;
+    let losing = async {
+        let _asked = agent.asked().await;
+        sleep(RETURN_LIMIT).await;
+        agent.tunnel.close(CloseCode::DONE, "");
+    };
+    let ((result, took), ()) = join!(dialing.timed(), losing);
+    assert!(matches!(result, Err(DialError::Lost { .. })), "{result:?}");
+    assert_eq!(took, RETURN_LIMIT);
+    assert_eq!(dialing.metric("culvert_server_dials_waited_total{result=\"failed\"}"), 0.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_limit_holds_for_all_moves_of_a_dial() {
+    let dialing = Dialing::new();
+    let (a, b) = (dialing.agent("a").await, dialing.agent("b").await);
+    let agents = async {
+        let (asked, lost, other) = tokio::select! {
+            asked = a.asked() => (asked, &a, &b),
+            asked = b.asked() => (asked, &b, &a),
+        };
+        sleep(LIMIT * 6 / 10).await;
+        lost.tunnel.close(CloseCode::DONE, "");
+        drop(asked);
+        let mut asked = other.asked().await;
+        ended(&mut asked).await
+    };
+    let ((result, took), code) = join!(dialing.timed(), agents);
+    assert!(matches!(result, Err(DialError::TimedOut)), "{result:?}");
+    assert_eq!((took, code), (LIMIT, StreamCode::DIAL_TIMEOUT));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_that_takes_too_long_is_reset_with_its_code() {
+    let dialing = Dialing::new();
+    let agent = dialing.agent("a").await;
+    let silent = async { ended(&mut agent.asked().await).await };
+    let ((result, took), code) = join!(dialing.timed(), silent);
+    assert!(matches!(result, Err(DialError::TimedOut)), "{result:?}");
+    assert_eq!((took, code), (LIMIT, StreamCode::DIAL_TIMEOUT));
+    assert_eq!(dialing.failures("backend_dial_timeout"), 1.0);
+    assert_eq!((agent.backend.open_streams(), dialing.pending()), (0, 0.0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_that_its_frontend_gives_up_is_cancelled() {
+    let dialing = Dialing::new();
+    let agent = dialing.agent("a").await;
+    let gives_up = timeout(LIMIT / 2, dialing.dial());
+    let silent = async { ended(&mut agent.asked().await).await };
+    let (result, code) = join!(gives_up, silent);
+    assert!(result.is_err());
+    assert_eq!(code, StreamCode::CANCELLED);
+    assert_eq!((agent.backend.open_streams(), dialing.pending()), (0, 0.0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_does_not_reply_is_suspected_while_the_dial_goes_on() {
+    let dialing = Dialing::new();
+    let agent = dialing.agent("a").await;
+    let started = Instant::now();
+    let slow = async {
+        let mut asked = agent.asked().await;
+        agent.backend.suspected().await;
+        assert_eq!(started.elapsed(), SUSPECT_AFTER);
+        assert!(timeout(LIMIT / 2, agent.backend.suspected()).await.is_err(), "only once");
+        asked.reply(Ok(())).await;
+        asked
+    };
+    let (dialed, _asked) = join!(dialing.dial(), slow);
+    dialed.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_replies_in_time_is_not_suspected() {
+    let dialing = Dialing::new();
+    let agent = dialing.agent("a").await;
+    let nearly_slow = async {
+        let mut asked = agent.asked().await;
+        sleep(SUSPECT_AFTER - Duration::from_millis(1)).await;
+        asked.reply(Ok(())).await;
+        asked
+    };
+    let (dialed, _asked) = join!(dialing.dial(), nearly_slow);
+    dialed.unwrap();
+    assert!(timeout(LIMIT, agent.backend.suspected()).await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_carries_as_many_streams_as_it_may_is_not_asked() {
+    let dialing = Dialing::new();
+    let agent = dialing.agent("a").await;
+    let permits: Vec<_> = std::iter::from_fn(|| agent.backend.permit()).collect();
+    assert_eq!((permits.len(), agent.backend.open_streams()), (10, 10));
+    let result = dialing.dial().await;
+    assert!(matches!(result, Err(DialError::Overloaded(_))), "{result:?}");
+    assert_eq!(dialing.failures("overloaded"), 1.0);
+    drop(permits);
+    let (dialed, _asked) = join!(dialing.dial(), accepting(&agent));
+    dialed.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_the_agent_resets_is_a_refusal() {
+    let dialing = Dialing::new();
+    let agent = dialing.agent("a").await;
+    let refusing = async {
+        let mut asked = agent.asked().await;
+        asked.send.reset(StreamCode::OVERLOADED);
+        asked.recv.stop(StreamCode::OVERLOADED);
+    };
+    let (result, ()) = join!(dialing.dial(), refusing);
+    let error = result.unwrap_err();
+    let DialError::Refused { agent_id, code } = &error else { panic!("{error:?}") };
+    assert_eq!((agent_id.as_str(), *code), ("a", StreamCode::OVERLOADED));
+    assert_eq!(dialing.failures("refused"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_is_reported_in_the_agents_words_and_the_stream_is_cancelled() {
+    let dialing = Dialing::new();
+    let agent = dialing.agent("a").await;
+    let failing = async {
+        let mut asked = agent.asked().await;
+        asked.reply(Err(refusal())).await;
+        ended(&mut asked).await
+    };
+    let (result, code) = join!(dialing.dial(), failing);
+    assert_eq!(result.unwrap_err().to_string(), refusal().to_string());
+    assert_eq!(code, StreamCode::CANCELLED);
+    assert_eq!(dialing.failures("error_response"), 1.0);
+}
+
+/// The error of a dial that is answered with these bytes and the end of the stream.
+async fn answered_with(bytes: Bytes) -> DialError {
+    let dialing = Dialing::new();
+    let agent = dialing.agent("a").await;
+    let answering = async {
+        let mut asked = agent.asked().await;
+        asked.send.write_chunk(bytes).await.unwrap();
+        asked.send.finish();
+        asked
+    };
+    let (result, _asked) = join!(dialing.dial(), answering);
+    let error = result.unwrap_err();
+    assert_eq!(dialing.failures(error.reason()), 1.0);
+    error
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_malformed_reply_says_what_is_wrong_with_it() {
+    let mandatory = Extension { kind: 0x8001, value: List::default() };
+    let reply = |extensions: Vec<Extension>| DialReply {
+        outcome: Ok(()),
+        timing: DialTiming::default(),
+        extensions: Extensions::try_from(extensions).unwrap(),
+    };
+    let whole = frame::encode(&reply(vec![])).unwrap();
+    let unknown = frame::encode(&reply(vec![mandatory])).unwrap();
+    type Check = fn(&MalformedReply) -> bool;
+    let cases: [(Bytes, Check); 5] = [
+        (Bytes::new(), |why| matches!(why, MalformedReply::Stream(ReadFrameError::End))),
+        (whole.slice(..2), |why| matches!(why, MalformedReply::Stream(ReadFrameError::Truncated))),
+        (whole.slice(..whole.len() - 1), |why| {
+            matches!(why, MalformedReply::Stream(ReadFrameError::Truncated))
+        }),
+        (Bytes::from_static(&[0x7f, 0, 0]), |why| matches!(why, MalformedReply::Frame(_))),
+        (unknown, |why| matches!(why, MalformedReply::Extension(UnknownExtension(0x8001)))),
+    ];
+    for (bytes, is_expected) in cases {
+        let error = answered_with(bytes).await;
+        let DialError::Malformed { agent_id, source } = &error else { panic!("{error:?}") };
+        assert_eq!(agent_id.as_str(), "a");
+        assert!(is_expected(source), "{source:?}");
+        assert_eq!(error.to_string(), format!("agent a gave a malformed answer: {source}"));
+        assert_eq!(error.reason(), "unrecognized_response");
+    }
+}
+
+/// A dialer whose agent has reached the target a moment ago.
+async fn reached_recently() -> (Dialing, TestAgent) {
+    let dialing = Dialing::optimistic();
+    let agent = dialing.agent("a").await;
+    let (first, _asked) = join!(dialing.dial(), accepting(&agent));
+    assert!(first.unwrap().reply.timing().is_some(), "the first dial waits for the reply");
+    (dialing, agent)
+}
+
+/// An optimistic dial, which is done before the agent has replied.
+async fn expected(dialing: &Dialing, agent: &TestAgent) -> (Dialed, Asked) {
+    let (dialed, asked) = join!(dialing.dial(), agent.asked());
+    let dialed = dialed.unwrap();
+    assert!(dialed.reply.timing().is_none());
+    assert_eq!(dialing.pending(), 1.0);
+    (dialed, asked)
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_expected_reply_that_is_positive_is_taken_off_the_stream() {
+    let (dialing, agent) = reached_recently().await;
+    let (mut dialed, mut asked) = expected(&dialing, &agent).await;
+    asked.reply(Ok(())).await;
+    asked.send.write_chunk(Bytes::from_static(b"target")).await.unwrap();
+    dialed.reply.take(&mut dialed.stream.1).await.unwrap();
+    assert_eq!(read(&mut dialed.stream.1).await, "target");
+    assert_eq!(dialing.metric("culvert_server_optimistic_dials_total{result=\"kept\"}"), 1.0);
+    assert_eq!(dialing.pending(), 0.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_expected_reply_that_is_negative_cuts_the_connection_and_the_target_is_forgotten() {
+    let (dialing, agent) = reached_recently().await;
+    let (mut dialed, mut asked) = expected(&dialing, &agent).await;
+    asked.reply(Err(refusal())).await;
+    let cut = dialed.reply.take(&mut dialed.stream.1).await.unwrap_err();
+    assert_eq!(cut.code(), StreamCode::DIAL_FAILED);
+    assert_eq!(cut.to_string(), refusal().to_string());
+    assert_eq!(dialing.metric("culvert_server_optimistic_dials_total{result=\"broken\"}"), 1.0);
+    assert_eq!(dialing.failures("error_response"), 1.0);
+    let (next, _asked) = join!(dialing.dial(), accepting(&agent));
+    assert!(next.unwrap().reply.timing().is_some(), "the next dial waits for the reply");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_expected_reply_that_is_late_cuts_the_connection() {
+    let (dialing, agent) = reached_recently().await;
+    let started = Instant::now();
+    let (mut dialed, _asked) = expected(&dialing, &agent).await;
+    let suspected = async {
+        agent.backend.suspected().await;
+        started.elapsed()
+    };
+    let (cut, suspected) = join!(dialed.reply.take(&mut dialed.stream.1), suspected);
+    assert_eq!(cut.unwrap_err().code(), StreamCode::DIAL_TIMEOUT);
+    assert_eq!((started.elapsed(), suspected), (LIMIT, SUSPECT_AFTER));
+    assert_eq!(dialing.failures("backend_dial_timeout"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_expected_reply_that_is_lost_with_its_tunnel_cuts_the_connection() {
+    let (dialing, agent) = reached_recently().await;
+    let (mut dialed, _asked) = expected(&dialing, &agent).await;
+    agent.tunnel.close(CloseCode::DONE, "");
+    let cut = dialed.reply.take(&mut dialed.stream.1).await.unwrap_err();
+    assert!(matches!(cut, Cut::Lost(_)), "{cut:?}");
+    assert_eq!(dialing.failures("backend_close"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_optimistic_dial_moves_when_its_tunnel_is_lost_before_the_request() {
+    let (dialing, agent) = reached_recently().await;
+    agent.tunnel.close(CloseCode::DONE, "");
+    agent.backend.tunnel.closed().await;
+    let returning = async {
+        let again = dialing.agent("a").await;
+        (accepting(&again).await, again)
+    };
+    let (dialed, _kept) = join!(dialing.dial(), returning);
+    assert!(dialed.unwrap().reply.timing().is_some());
+    assert_eq!(dialing.failures("backend_close"), 0.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_optimistic_dial_fails_when_the_agent_is_overloaded() {
+    let (dialing, agent) = reached_recently().await;
+    let _permits: Vec<_> = std::iter::from_fn(|| agent.backend.permit()).collect();
+    let result = dialing.dial().await;
+    assert!(matches!(result, Err(DialError::Overloaded(_))), "{result:?}");
+    assert_eq!(dialing.failures("overloaded"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_reached_long_ago_or_by_another_agent_is_not_expected() {
+    let (dialing, agent) = reached_recently().await;
+    sleep(Duration::from_secs(5 * 60)).await;
+    let (dialed, _asked) = join!(dialing.dial(), accepting(&agent));
+    assert!(dialed.unwrap().reply.timing().is_some());
+    drop(agent);
+    let other = dialing.agent("b").await;
+    let (dialed, _asked) = join!(dialing.dial(), accepting(&other));
+    assert!(dialed.unwrap().reply.timing().is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dialer_that_is_not_optimistic_always_waits_for_the_reply() {
+    let dialing = Dialing::new();
+    let agent = dialing.agent("a").await;
+    for _ in 0..2 {
+        let (dialed, _asked) = join!(dialing.dial(), accepting(&agent));
+        assert!(dialed.unwrap().reply.timing().is_some());
+    }
+}

@@ -1,1 +1,257 @@
+use bytes::Bytes;
+use culvert_transport::{
+    RecvHalf, SendHalf,
+    control::Event,
+    memory::{Line, Pair, Side},
+};
+use culvert_wire::{
+    bounded::List,
+    control::{Hello, Welcome},
+    extension::{Extension, Extensions},
+    version::Features,
+};
+use tokio::time::{sleep, timeout};
 
+use super::{super::unadmitted::JOIN_TIMEOUT, *};
+use crate::testing::{context, hello, metric, pair};
+
+/// A server's side of one tunnel, and the agent's end of it.
+struct Served {
+    context: Arc<AgentContext>,
+    tunnel: Tunnel,
+    line: Line,
+    arrived: Instant,
+}
+
+impl Served {
+    /// Serves a tunnel whose agent has done nothing yet.
+    async fn new(context: Arc<AgentContext>) -> Self {
+        let Pair { agent: tunnel, server, line } = pair().await;
+        let arrived = Instant::now();
+        let serving = serve(server, None, arrived + JOIN_TIMEOUT, context.clone());
+        context.tasks.spawn(serving);
+        Self { context, tunnel, line, arrived }
+    }
+
+    /// Serves a tunnel whose agent has opened its control stream.
+    async fn with_control() -> (Self, ControlStream) {
+        let served = Self::new(context()).await;
+        let control = ControlStream::new(served.tunnel.clone(), served.open().await);
+        (served, control)
+    }
+
+    /// Serves an agent that has joined.
+    async fn joined() -> (Self, ControlStream) {
+        let (served, mut control) = Self::with_control().await;
+        let hello = ControlMessage::Hello(Box::new(hello("a", &[])));
+        control.send(&hello).await.unwrap();
+        let ControlMessage::Welcome(_) = control.next().await.unwrap() else { panic!("welcome") };
+        served.context.backends.until(1).await;
+        (served, control)
+    }
+
+    async fn open(&self) -> (SendHalf, RecvHalf) {
+        self.tunnel.open().await.unwrap()
+    }
+
+    /// The code with which the server closes the tunnel.
+    async fn closed(&self) -> CloseCode {
+        let lost = self.tunnel.closed().await;
+        let TunnelLost::ClosedByPeer { code, .. } = lost else { panic!("{lost:?}") };
+        code
+    }
+
+    fn metric(&self, name: &str, reason: &str) -> f64 {
+        let name = format!("{name}{{reason=\"{reason}\"}}");
+        metric(&self.context.metrics, &self.context.backends, &name)
+    }
+
+    fn join_failures(&self, reason: &str) -> f64 {
+        self.metric("culvert_server_join_failures_total", reason)
+    }
+
+    fn tunnels_lost(&self, reason: &str) -> f64 {
+        self.metric("culvert_server_tunnels_lost_total", reason)
+    }
+
+    /// Asserts that the agent is refused with this code, and counted under this reason.
+    async fn assert_refused(&self, code: CloseCode, reason: &str) {
+        assert_eq!(self.closed().await, code);
+        self.context.tasks.close();
+        self.context.tasks.wait().await;
+        assert_eq!(self.join_failures(reason), 1.0, "{reason}");
+        assert!(self.context.backends.all().is_empty());
+    }
+}
+
+/// The server's answer to this hello.
+async fn welcome(hello: Hello) -> Welcome {
+    let (_served, mut control) = Served::with_control().await;
+    control.send(&ControlMessage::Hello(Box::new(hello))).await.unwrap();
+    match control.next().await.unwrap() {
+        ControlMessage::Welcome(welcome) => *welcome,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_says_hello_is_welcomed_and_registered() {
+    let welcome = welcome(hello("a", &[])).await;
+    assert_eq!((welcome.server_id.as_str(), welcome.server_count), ("server", 3));
+    assert_eq!(welcome.max_streams, 10);
+    let (served, _control) = Served::joined().await;
+    let all = served.context.backends.all();
+    assert_eq!(all[0].agent_id().as_str(), "a");
+    assert_eq!(served.tunnels_lost("done"), 0.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_features_that_both_sides_offer_are_agreed_on() {
+    assert_eq!(welcome(hello("a", &[])).await.features, Features::default());
+    let offers_all = Hello { features: Features::supported(), ..hello("a", &[]) };
+    assert_eq!(welcome(offers_all).await.features, Features::supported());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_does_nothing_is_closed_at_the_deadline() {
+    let served = Served::new(context()).await;
+    served.assert_refused(CloseCode::UNRESPONSIVE, "timed_out").await;
+    assert_eq!(served.arrived.elapsed(), JOIN_TIMEOUT);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_gets_no_more_time_with_each_step() {
+    let served = Served::new(context()).await;
+    sleep(JOIN_TIMEOUT * 9 / 10).await;
+    let (mut send, _recv) = served.open().await;
+    let hello = ControlMessage::Hello(Box::new(hello("a", &[]))).encode().unwrap();
+    send.write_chunk(hello.slice(..hello.len() - 1)).await.unwrap();
+    served.assert_refused(CloseCode::UNRESPONSIVE, "timed_out").await;
+    assert_eq!(served.arrived.elapsed(), JOIN_TIMEOUT);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_joins_just_before_the_deadline_stays() {
+    let (served, mut control) = Served::with_control().await;
+    sleep(JOIN_TIMEOUT - Duration::from_millis(1)).await;
+    control.send(&ControlMessage::Hello(Box::new(hello("a", &[])))).await.unwrap();
+    let next = control.next().await.unwrap();
+    assert!(matches!(next, ControlMessage::Welcome(_)), "{next:?}");
+    assert!(timeout(JOIN_TIMEOUT * 10, served.tunnel.closed()).await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_begins_with_another_message_is_refused() {
+    let (served, mut control) = Served::with_control().await;
+    control.send(&ControlMessage::Drain(Drain { deadline_millis: 1 })).await.unwrap();
+    served.assert_refused(CloseCode::PROTOCOL_VIOLATION, "protocol_violation").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_begins_with_no_message_is_refused() {
+    let served = Served::new(context()).await;
+    let (mut send, _recv) = served.open().await;
+    send.write_chunk(Bytes::from_static(&[0x01, 0xff, 0xff])).await.unwrap();
+    served.assert_refused(CloseCode::PROTOCOL_VIOLATION, "protocol_violation").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_demands_an_unknown_extension_is_refused() {
+    let (served, mut control) = Served::with_control().await;
+    let mandatory = Extension { kind: 0x8001, value: List::default() };
+    let extensions = Extensions::try_from(vec![mandatory]).unwrap();
+    let hello = Hello { extensions, ..hello("a", &[]) };
+    control.send(&ControlMessage::Hello(Box::new(hello))).await.unwrap();
+    served.assert_refused(CloseCode::INCOMPATIBLE, "incompatible").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_leaves_before_its_hello_is_counted() {
+    let served = Served::new(context()).await;
+    served.tunnel.close(CloseCode::DONE, "");
+    served.context.tasks.close();
+    served.context.tasks.wait().await;
+    assert_eq!(served.join_failures("lost"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_drains_or_says_goodbye_gets_no_new_dials_and_keeps_its_tunnel() {
+    let goodbye = Goodbye { code: 0, reason: Text::truncated("for now".into()) };
+    let drain = Drain { deadline_millis: 1 };
+    for message in [ControlMessage::Drain(drain), ControlMessage::Goodbye(goodbye)] {
+        let (served, mut control) = Served::joined().await;
+        let backend = served.context.backends.all()[0].clone();
+        assert!(!backend.is_draining());
+        control.send(&message).await.unwrap();
+        served.context.backends.until_left(backend.agent_id()).await;
+        assert!(backend.is_draining());
+        assert!(timeout(JOIN_TIMEOUT, served.tunnel.closed()).await.is_err(), "{message:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_introduces_itself_again_is_closed() {
+    let (served, mut control) = Served::joined().await;
+    control.send(&ControlMessage::Hello(Box::new(hello("a", &[])))).await.unwrap();
+    assert_eq!(served.closed().await, CloseCode::PROTOCOL_VIOLATION);
+    served.context.backends.until(0).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_that_is_lost_is_no_backend_any_more() {
+    let (served, _control) = Served::joined().await;
+    served.tunnel.close(CloseCode::DONE, "");
+    served.context.backends.until(0).await;
+    served.context.tasks.close();
+    served.context.tasks.wait().await;
+    assert_eq!(served.tunnels_lost("done"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_suspected_agent_that_is_alive_keeps_its_tunnel() {
+    let (served, mut control) = Served::joined().await;
+    served.context.backends.all()[0].suspect();
+    // It answers pings while it reads.
+    assert!(timeout(SUSPECT_LIMIT * 10, control.event()).await.is_err());
+    assert_eq!(served.context.backends.all().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_suspected_agent_that_is_silent_is_closed_after_its_limit() {
+    let (served, _control) = Served::joined().await;
+    served.line.silence(Side::Agent);
+    let backend = served.context.backends.all()[0].clone();
+    assert!(timeout(SUSPECT_LIMIT * 10, served.context.backends.until(0)).await.is_err());
+    let suspected = Instant::now();
+    backend.suspect();
+    let limit = backend.tunnel.stats().rtt * 3 + SUSPECT_LIMIT;
+    served.context.backends.until(0).await;
+    assert_eq!(suspected.elapsed().as_millis(), limit.as_millis());
+    served.context.tasks.close();
+    served.context.tasks.wait().await;
+    assert_eq!(served.tunnels_lost("unresponsive"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_drains_says_so_once_and_goes_on() {
+    let (served, mut control) = Served::joined().await;
+    served.context.draining.cancel();
+    let Event::Message(ControlMessage::Drain(drain)) = control.event().await.unwrap() else {
+        panic!("a drain")
+    };
+    assert_eq!(drain.deadline_millis, 30_000);
+    let nothing = timeout(JOIN_TIMEOUT, control.event());
+    assert!(nothing.await.is_err(), "neither another drain nor the end");
+    assert_eq!(served.context.backends.all().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_stops_says_goodbye_and_closes_the_tunnel() {
+    let (served, mut control) = Served::joined().await;
+    served.context.closing.cancel();
+    let message = control.next().await.unwrap();
+    let ControlMessage::Goodbye(goodbye) = message else { panic!("{message:?}") };
+    assert_eq!(goodbye.code, CloseCode::SHUTDOWN.as_u32());
+    assert_eq!(served.closed().await, CloseCode::SHUTDOWN);
+    served.context.backends.until(0).await;
+}

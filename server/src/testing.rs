@@ -1,0 +1,126 @@
+//! Agents for tests: tunnels within this process, so that tests work in paused time.
+
+use std::{sync::Arc, time::Duration};
+
+use culvert_transport::{Carrier, RecvHalf, SendHalf, Settings, Tunnel, memory::Pair, qmux::Peer};
+use culvert_wire::{
+    AgentId, InstanceId, Target,
+    bounded::Text,
+    control::Hello,
+    dial::{DialFailure, DialReply, DialRequest, DialTiming},
+    extension::Extensions,
+    frame::{self, Message},
+    identifiers::{Identifier, Identifiers},
+    version::{Features, REVISION},
+};
+
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    agents::{AgentContext, admission::Authenticator},
+    backends::{Backend, Backends, Registration, Strategy},
+    metrics::ServerMetrics,
+};
+
+/// Both ends of a new tunnel, which lives however long it is idle.
+pub(crate) async fn pair() -> Pair {
+    let settings = Settings::default();
+    Pair::without_idle_timeout(Peer::local(Carrier::Tcp), &settings, &settings).await.unwrap()
+}
+
+pub(crate) fn target(address: &str) -> Target {
+    address.parse().unwrap()
+}
+
+/// The introduction of the agent of this name, which stands for these hosts.
+pub(crate) fn hello(name: &str, hosts: &[&str]) -> Hello {
+    let identifiers: Vec<_> =
+        hosts.iter().map(|host| Identifier::new("host", host).unwrap()).collect();
+    Hello {
+        revision: REVISION,
+        features: Features::default(),
+        agent_id: name.parse::<AgentId>().unwrap(),
+        instance: InstanceId([7; 16]),
+        identifiers: Identifiers::try_from(identifiers).unwrap(),
+        token: None,
+        software: Text::truncated("test".into()),
+        extensions: Extensions::default(),
+    }
+}
+
+/// What the agents of a server share that admits every agent and has no backends yet.
+pub(crate) fn context() -> Arc<AgentContext> {
+    context_with(Authenticator::open())
+}
+
+/// The same with this authenticator.
+pub(crate) fn context_with(authenticator: Authenticator) -> Arc<AgentContext> {
+    Arc::new(AgentContext {
+        backends: Backends::new(&[Strategy::Default]),
+        authenticator,
+        metrics: Arc::new(ServerMetrics::new().unwrap()),
+        server_id: "server".parse().unwrap(),
+        server_count: 3,
+        max_streams: 10,
+        hedge_rate: 1000,
+        drain_timeout: Duration::from_secs(30),
+        draining: CancellationToken::new(),
+        closing: CancellationToken::new(),
+        settings: Settings::default(),
+        konnectivity_keep_alive_interval: None,
+        tasks: TaskTracker::new(),
+    })
+}
+
+/// An agent's end of a tunnel whose other end is registered.
+pub(crate) struct TestAgent {
+    pub(crate) tunnel: Tunnel,
+    pub(crate) backend: Arc<Backend>,
+    _registration: Registration,
+}
+
+impl TestAgent {
+    /// An agent of this name, which may carry ten streams.
+    pub(crate) async fn join(backends: &Backends, name: &str) -> Self {
+        Self::join_for(backends, name, &[]).await
+    }
+
+    /// An agent of this name that stands for these hosts.
+    pub(crate) async fn join_for(backends: &Backends, name: &str, hosts: &[&str]) -> Self {
+        let Pair { agent: tunnel, server, .. } = pair().await;
+        let authenticated = Authenticator::open().admit(None).await.unwrap();
+        let backend = Arc::new(Backend::new(server, hello(name, hosts), authenticated, 10));
+        let registration = backends.register(backend.clone());
+        Self { tunnel, backend, _registration: registration }
+    }
+
+    /// The next dial that the server asks this agent for.
+    pub(crate) async fn asked(&self) -> Asked {
+        let (send, mut recv) = self.tunnel.accept().await.unwrap();
+        let frame = recv.read_frame(DialRequest::MAX_LEN).await.unwrap();
+        Asked { request: frame.message().unwrap(), send, recv }
+    }
+}
+
+/// A dial that an agent was asked for.
+pub(crate) struct Asked {
+    pub(crate) request: DialRequest,
+    pub(crate) send: SendHalf,
+    pub(crate) recv: RecvHalf,
+}
+
+impl Asked {
+    /// Replies, with the stream left open.
+    pub(crate) async fn reply(&mut self, outcome: Result<(), DialFailure>) {
+        let timing = DialTiming { connect_micros: 7, ..DialTiming::default() };
+        let reply = DialReply { outcome, timing, extensions: Extensions::default() };
+        self.send.write_chunk(frame::encode(&reply).unwrap()).await.unwrap();
+    }
+}
+
+/// The value of a metric, which is named with its labels as in a scrape; 0 if it is not there.
+pub(crate) fn metric(metrics: &ServerMetrics, backends: &Backends, name: &str) -> f64 {
+    let scrape = metrics.render(backends);
+    let value = scrape.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.map_or(0.0, |value| value.parse().unwrap())
+}
