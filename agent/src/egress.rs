@@ -44,7 +44,7 @@ impl Egress {
             Err(_) => return refuse(send, recv, StreamCode::MALFORMED, "no dial in time"),
         };
         let mut timing = DialTiming {
-            policy_micros: DialTiming::micros(arrived.elapsed()),
+            header_micros: DialTiming::micros(arrived.elapsed()),
             ..DialTiming::default()
         };
         let outcome = tokio::select! {
@@ -89,7 +89,7 @@ impl Egress {
         timing: &mut DialTiming,
     ) -> Result<TcpStream, DialFailure> {
         if let Err(error) = request.extensions.require_known() {
-            return Err(DialFailure::new(DialErrorKind::FORBIDDEN, error.to_string()));
+            return Err(DialFailure::new(DialErrorKind::UNSUPPORTED, error.to_string()));
         }
         let limit = match request.timeout_millis {
             0 => self.dial_timeout,

@@ -61,7 +61,7 @@ fn decode_a_dial_request(bencher: Bencher<'_, '_>) {
 fn decode_a_dial_reply(bencher: Bencher<'_, '_>) {
     let reply = DialReply {
         outcome: Ok(()),
-        timing: DialTiming { policy_micros: 1, resolve_micros: 2, connect_micros: 3 },
+        timing: DialTiming { header_micros: 1, resolve_micros: 2, connect_micros: 3 },
         extensions: Extensions::default(),
     };
     let frame = frame_of(&frame::encode(&reply).unwrap());

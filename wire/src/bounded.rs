@@ -1,16 +1,16 @@
-//! Strings and lists with a hard limit, so that no message can carry more than it should.
+//! Texts and lists with a hard limit, so that no message can carry more than it should.
 
 use std::{fmt, marker::PhantomData, ops::Deref};
 
 use serde::{Deserialize, Deserializer, Serialize, de};
 
-/// A value was longer than its place in the protocol allows.
+/// A value is longer than its field in the protocol allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{length} is more than the {limit} allowed")]
 pub struct TooLong {
-    /// What was given, in bytes or items.
+    /// Length of the value, in bytes or items.
     pub length: usize,
-    /// The most that is allowed.
+    /// Maximum length of the field, in bytes or items.
     pub limit: usize,
 }
 
@@ -113,7 +113,7 @@ impl<T, const MAX: usize> Deref for List<T, MAX> {
     }
 }
 
-/// Refuses a list by the length it announces, before an item is read or room is made for it.
+/// Refuses a list by the length it announces, before an item is read or memory is allocated for it.
 impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for List<T, MAX> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_seq(Items(PhantomData))

@@ -4,7 +4,12 @@ use std::fmt;
 
 /// Defines a newtype over a code with one row per known value: constant, number, name, meaning.
 macro_rules! codes {
-    ($(#[$outer:meta])* $name:ident { $($(#[$doc:meta])* $constant:ident = $value:literal, $text:literal;)+ }) => {
+    (
+        $(#[$outer:meta])*
+        $name:ident {
+            $($(#[$doc:meta])* $constant:ident = $value:literal, $text:literal;)+
+        }
+    ) => {
         $(#[$outer])*
         #[derive(Clone, Copy, PartialEq, Eq, Hash)]
         pub struct $name(u32);
@@ -64,7 +69,7 @@ codes! {
     StreamCode {
         /// The owner of the half went away without a reason: a task ended early or crashed.
         ABANDONED = 0x00, "abandoned";
-        /// The other side of the splice was closed in an orderly way; nobody reads any more.
+        /// The other side of the splice was closed in an orderly way and reads no more.
         CLOSED = 0x01, "closed";
         /// The TCP peer on the other side reset its connection.
         PEER_RESET = 0x02, "peer_reset";
@@ -76,7 +81,7 @@ codes! {
         CANCELLED = 0x05, "cancelled";
         /// The dial was not answered in time.
         DIAL_TIMEOUT = 0x06, "dial_timeout";
-        /// The dial failed; the dial reply told why.
+        /// The dial failed; the dial reply says why.
         DIAL_FAILED = 0x07, "dial_failed";
         /// The head of the stream could not be read as a dial or a dial reply.
         MALFORMED = 0x08, "malformed";
@@ -97,9 +102,9 @@ codes! {
     /// Why a tunnel was closed (RFC 9000 §19.19).
     //= docs/protocol.md#8-close-codes
     CloseCode {
-        /// Nothing is wrong: the side that closes is done.
+        /// No fault: the side that closes is done.
         DONE = 0x00, "done";
-        /// The process behind the tunnel stops.
+        /// The process that closes stops.
         SHUTDOWN = 0x01, "shutdown";
         /// The peer broke the protocol.
         PROTOCOL_VIOLATION = 0x02, "protocol_violation";
@@ -111,7 +116,7 @@ codes! {
         UNRESPONSIVE = 0x05, "unresponsive";
         /// A limit of the closing side is reached.
         OVERLOADED = 0x06, "overloaded";
-        /// A newer tunnel of the same process took this one's place.
+        /// A newer tunnel of the same process replaces this one.
         SUPERSEDED = 0x07, "superseded";
         /// The owner of the tunnel went away without a reason.
         ABANDONED = 0x08, "abandoned";
@@ -137,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_without_a_row_is_kept_and_told() {
+    fn a_number_without_a_row_is_kept_and_shown() {
         let code = StreamCode::from_wire(0xbeef);
         assert_eq!(code.as_u32(), 0xbeef);
         assert_eq!(code.name(), "unknown");

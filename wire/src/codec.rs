@@ -1,21 +1,21 @@
 //! One message to bytes and back: the only module that knows which codec is used.
 //!
 //! The codec is serde over bincode 2.0.1, configured as `standard()`: integers little-endian with
-//! variable length, lengths before lists. bincode is frozen upstream; what it does to our messages
-//! is held fast by the golden bytes beside each message, and another codec would be swapped in here.
+//! variable length, lengths before lists. bincode is frozen upstream; the golden bytes of the tests
+//! fix what it does to our messages, and another codec would replace it here.
 
 use serde::{Serialize, de::DeserializeOwned};
 
-/// The most bytes a message's body may have, whatever its kind.
+/// Maximum length of a message's body, in bytes, whatever its kind.
 ///
-/// It bounds what a peer can make us allocate for one message. The largest honest message is a
-/// hello with a service-account token (about 2 KiB) and 64 identifiers.
+/// It bounds what a peer can make this side allocate for one message. The largest honest message is
+/// a hello with a service-account token (about 2 KiB) and 64 identifiers.
 //= docs/protocol.md#3-frames
 pub const MAX_BODY_LEN: usize = 16 * 1024;
 
-/// What one body may cost while it is read, as bincode counts: an integer counts at its full
-/// width, however short it is on the wire. Twice the body is room for that in every message, and
-/// bounds what a lying length can make us allocate.
+/// Maximum cost of reading one body, in bytes, as bincode counts: an integer counts at its full
+/// width, however short it is on the wire. Twice the body is enough for every message, and bounds
+/// what a false length can make this side allocate.
 const READ_LIMIT: usize = 2 * MAX_BODY_LEN;
 
 const CONFIG: bincode::config::Configuration<

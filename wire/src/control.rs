@@ -1,7 +1,7 @@
 //! The messages of the control stream, the first stream of every tunnel.
 //!
-//! The agent opens it and says hello; the server answers with welcome or closes the tunnel with a
-//! code that says why not. After that either side may send any of the other messages at any time.
+//! The agent opens it and sends hello. The server answers with welcome, or closes the tunnel with a
+//! code that says why. Then either side may send any of the other messages at any time.
 //= docs/protocol.md#5-control-stream
 
 use std::fmt;
@@ -24,19 +24,19 @@ use crate::{
 pub struct Hello {
     /// The agent's [`crate::version::REVISION`].
     pub revision: u16,
-    /// What the agent offers.
+    /// The features that the agent offers.
     pub features: Features,
-    /// Who it is.
+    /// The agent's name.
     pub agent_id: AgentId,
-    /// Which process of that name it is.
+    /// The process that has this name.
     pub instance: InstanceId,
-    /// What it announces that it stands for.
+    /// What the agent announces about itself.
     pub identifiers: Identifiers,
-    /// A service-account token, where agents prove themselves by one.
+    /// A service-account token, where it is the agent's proof of identity.
     pub token: Option<Secret>,
     /// Name and version of the software, for logs alone.
     pub software: Text<64>,
-    /// What later revisions add.
+    /// Additions of later revisions.
     pub extensions: Extensions,
 }
 
@@ -49,17 +49,18 @@ impl Message for Hello {
 pub struct Welcome {
     /// The server's [`crate::version::REVISION`].
     pub revision: u16,
-    /// What both offer.
+    /// The features that both offer.
     pub features: Features,
-    /// Which server replica this is.
+    /// The name of this server replica.
     pub server_id: ServerId,
-    /// How many replicas there are.
+    /// Number of replicas.
     pub server_count: u32,
-    /// The replicas that the server knows of, itself included; empty when it knows none.
+    /// The replicas that the server knows of, itself included. Servers of this revision send none,
+    /// and agents of this revision do not read it.
     pub servers: List<ServerEntry, 64>,
-    /// The most data streams that the server will keep open on this tunnel.
+    /// Maximum number of data streams that the server keeps open on this tunnel.
     pub max_streams: u32,
-    /// What later revisions add.
+    /// Additions of later revisions.
     pub extensions: Extensions,
 }
 
@@ -67,19 +68,19 @@ impl Message for Welcome {
     const KIND: u8 = 0x02;
 }
 
-/// One server replica and where it is reached.
+/// One server replica and its address.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServerEntry {
     /// The replica's name.
     pub id: ServerId,
-    /// `host:port`, or empty when it is behind the address that the agent already has.
+    /// `host:port`, or empty when it is reached at the address that the agent already has.
     pub address: Text<255>,
 }
 
 /// Asks the peer to answer at once with a pong that carries the same bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ping {
-    /// Means something to the sender alone.
+    /// A number that the sender chooses.
     pub echo: u64,
 }
 
@@ -90,7 +91,7 @@ impl Message for Ping {
 /// The answer to a ping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pong {
-    /// What the ping carried.
+    /// The echo of the ping.
     pub echo: u64,
 }
 
@@ -98,10 +99,11 @@ impl Message for Pong {
     const KIND: u8 = 0x04;
 }
 
-/// Announces that the sender will go away: no new dials on this tunnel, old streams may end.
+/// Announces that the sender goes away: no new dials on this tunnel; open streams may end by
+/// themselves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drain {
-    /// Milliseconds from now until the sender closes the tunnel, whatever is still open then.
+    /// Time until the sender closes the tunnel with whatever is open then, in milliseconds.
     pub deadline_millis: u32,
 }
 
@@ -136,7 +138,7 @@ impl Secret {
         token.try_into().map(Self)
     }
 
-    /// The token itself, for whoever checks it.
+    /// The token itself, for the check of it.
     pub fn expose(&self) -> &str {
         &self.0
     }

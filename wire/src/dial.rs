@@ -1,4 +1,4 @@
-//! The head of a data stream: what the server asks the agent to dial, and the answer.
+//! The head of a data stream: which target the server asks the agent to dial, and the answer.
 //!
 //! The request is the first frame on the server's half, the reply the first on the agent's. After
 //! each comes the proxied connection's bytes, raw, until finish or reset.
@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{bounded::Text, extension::Extensions, frame::Message, ids::DialId, target::Target};
 
-/// How the target is spoken to. Only TCP is carried; the variants differ in address family.
+/// The network of a target. Only TCP is carried; the variants differ in address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Network {
-    /// TCP over whichever address family the host has.
+    /// TCP over IPv4 or IPv6.
     Tcp,
     /// TCP over IPv4 alone.
     Tcp4,
@@ -31,14 +31,14 @@ impl Network {
         }
     }
 
-    /// The network with this name, if it is one that is carried.
+    /// The network with this name; `None` for one that is not carried.
     pub fn from_name(name: &str) -> Option<Self> {
         [Self::Tcp, Self::Tcp4, Self::Tcp6].into_iter().find(|network| network.name() == name)
     }
 }
 
-/// What a connection is for, as far as a frontend knows. It decides nothing but where the stream
-/// starts in the scheduler, and which label it is counted under.
+/// What a connection is for, as the frontend's client says. It is for logs alone: it changes
+/// neither how a stream is scheduled nor how it is counted.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct StreamKind(u8);
@@ -48,7 +48,7 @@ impl StreamKind {
     const NAMES: [&str; 8] =
         ["unknown", "exec", "attach", "logs", "port-forward", "metrics", "health", "webhook"];
 
-    /// Nothing was declared: kube-apiserver's own traffic, which is TLS end to end.
+    /// The client did not say; kube-apiserver never does.
     pub const UNKNOWN: Self = Self(0);
     /// An interactive command.
     pub const EXEC: Self = Self(1);
@@ -83,10 +83,10 @@ impl fmt::Debug for StreamKind {
     }
 }
 
-/// Carries a request's place in a distributed trace (W3C Trace Context §3).
+/// The position of a request in a distributed trace (W3C Trace Context §3).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TraceContext {
-    /// The `traceparent` header's value; 55 characters in the version of today.
+    /// The `traceparent` header's value; 55 characters in version 00.
     pub traceparent: Text<128>,
     /// The `tracestate` header's value, possibly empty.
     pub tracestate: Text<512>,
@@ -97,17 +97,17 @@ pub struct TraceContext {
 pub struct DialRequest {
     /// Names this dial in both sides' logs.
     pub id: DialId,
-    /// How the target is spoken to.
+    /// The network of the target.
     pub network: Network,
-    /// What is to be reached.
+    /// The target to connect to.
     pub target: Target,
-    /// What the connection is for.
+    /// What the connection is for, as a hint.
     pub kind: StreamKind,
     /// How long the server will wait for the reply, in milliseconds; 0 is without limit.
     pub timeout_millis: u32,
-    /// The request's place in a trace, if the frontend was told one.
+    /// The request's position in a trace, if the frontend's client sent one. For logs alone.
     pub trace: Option<TraceContext>,
-    /// What later revisions add.
+    /// Additions of later revisions.
     pub extensions: Extensions,
 }
 
@@ -116,13 +116,14 @@ impl Message for DialRequest {
     const MAX_LEN: usize = 4 * 1024;
 }
 
-/// Why a dial failed, for machines; the text beside it is for people.
+/// Why a dial failed, for programs; the text beside it is for people.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct DialErrorKind(u8);
 
 impl DialErrorKind {
-    const NAMES: [&str; 9] = [
+    /// The names of the reasons, at the position of their number.
+    const NAMES: [&str; 10] = [
         "other",
         "refused",
         "timeout",
@@ -132,6 +133,7 @@ impl DialErrorKind {
         "forbidden",
         "overloaded",
         "draining",
+        "unsupported",
     ];
 
     /// None of the reasons below.
@@ -142,16 +144,18 @@ impl DialErrorKind {
     pub const TIMEOUT: Self = Self(2);
     /// The host name has no address.
     pub const UNRESOLVABLE: Self = Self(3);
-    /// There is no way to the target's address.
+    /// There is no route to the target's address.
     pub const UNREACHABLE: Self = Self(4);
     /// The target reset the connection while it was being made.
     pub const RESET: Self = Self(5);
-    /// The agent's egress policy does not allow the target.
+    /// The agent's egress policy does not allow the target's address or port.
     pub const FORBIDDEN: Self = Self(6);
     /// A limit of the agent is reached: streams or file descriptors.
     pub const OVERLOADED: Self = Self(7);
     /// The agent takes no new dials.
     pub const DRAINING: Self = Self(8);
+    /// The request has an extension that must be understood and that the agent does not know.
+    pub const UNSUPPORTED: Self = Self(9);
 
     /// The reason's name; `other` for a number this build has no name for.
     pub fn name(self) -> &'static str {
@@ -169,7 +173,7 @@ impl fmt::Debug for DialErrorKind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{text}")]
 pub struct DialFailure {
-    /// The reason, for machines.
+    /// The reason, for programs.
     pub kind: DialErrorKind,
     /// The reason in the words users know from Go, such as
     /// `dial tcp 10.0.0.9:10250: connect: connection refused`.
@@ -183,13 +187,13 @@ impl DialFailure {
     }
 }
 
-/// Where the agent's time went while it dialed, in microseconds each.
+/// How long the stages of a dial took at the agent, in microseconds each.
 ///
-/// A stage that was not reached is 0; one longer than 71 minutes is told as `u32::MAX`.
+/// A stage that was not reached is 0; one longer than 71 minutes is `u32::MAX`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DialTiming {
-    /// From the stream's arrival to the policy's verdict.
-    pub policy_micros: u32,
+    /// Reading the request, from the stream's arrival on.
+    pub header_micros: u32,
     /// The look-up of the host's name.
     pub resolve_micros: u32,
     /// The TCP handshake, over all addresses tried.
@@ -197,14 +201,14 @@ pub struct DialTiming {
 }
 
 impl DialTiming {
-    /// A duration as it is told in a timing.
+    /// A duration as it is written in a timing.
     pub fn micros(duration: Duration) -> u32 {
         u32::try_from(duration.as_micros()).unwrap_or(u32::MAX)
     }
 
-    /// The whole time that the agent spent.
+    /// The sum of all stages.
     pub fn total(self) -> Duration {
-        [self.policy_micros, self.resolve_micros, self.connect_micros]
+        [self.header_micros, self.resolve_micros, self.connect_micros]
             .into_iter()
             .map(|micros| Duration::from_micros(micros.into()))
             .sum()
@@ -214,11 +218,11 @@ impl DialTiming {
 /// The agent's answer to a dial.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DialReply {
-    /// Whether the target's bytes follow, or why they do not.
+    /// Whether the target's bytes follow, or why the dial failed.
     pub outcome: Result<(), DialFailure>,
-    /// Where the time went.
+    /// How long the stages took.
     pub timing: DialTiming,
-    /// What later revisions add.
+    /// Additions of later revisions.
     pub extensions: Extensions,
 }
 

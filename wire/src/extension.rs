@@ -1,22 +1,22 @@
-//! Room for what later revisions add to a message without breaking older peers.
+//! Typed additions to a message, by which later revisions extend it without breaking older peers.
 
 use serde::{Deserialize, Serialize};
 
 use crate::bounded::List;
 
-/// The most extensions one message may carry.
+/// Maximum number of extensions in one message.
 pub const MAX_EXTENSIONS: usize = 16;
-/// The most bytes one extension's value may have.
+/// Maximum length of an extension's value, in bytes.
 pub const MAX_EXTENSION_LEN: usize = 1024;
 
 /// One typed addition to a message.
 ///
-/// An even type may be ignored by a peer that does not know it; an odd one must be understood, and
-/// who does not know it refuses the message.
+/// A peer that does not know a type ignores the extension if the type is even, and refuses the
+/// message if it is odd.
 //= docs/protocol.md#4-extensions
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Extension {
-    /// What the value means.
+    /// The type, which says what the value means.
     pub kind: u16,
     /// The value, in an encoding of the type's own.
     pub value: List<u8, MAX_EXTENSION_LEN>,
@@ -31,7 +31,7 @@ pub struct UnknownExtension(pub u16);
 pub type Extensions = List<Extension, MAX_EXTENSIONS>;
 
 impl Extensions {
-    /// Checks that nothing in the list demands to be understood; this build knows no extension.
+    /// Checks that no extension in the list must be understood; this build knows none.
     ///
     /// # Errors
     /// Names the first extension with an odd type.

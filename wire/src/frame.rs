@@ -16,18 +16,18 @@ use crate::codec::{self, DecodeError, EncodeError, MAX_BODY_LEN};
 /// Bytes before a frame's body.
 pub const HEAD_LEN: usize = 3;
 
-/// What a frame carries. The number crosses the wire and is never given a second meaning.
+/// A message that a frame carries. Its number is never given a second meaning.
 pub trait Message: Serialize + DeserializeOwned {
     /// The frame's first byte.
     const KIND: u8;
-    /// The most bytes the body may have; never more than [`MAX_BODY_LEN`].
+    /// Maximum length of the body, in bytes; at most [`MAX_BODY_LEN`].
     const MAX_LEN: usize = MAX_BODY_LEN;
 }
 
 /// The first three bytes of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameHead {
-    /// Which message follows.
+    /// The number of the message that follows.
     pub kind: u8,
     /// Length of the body, in bytes.
     pub length: usize,
@@ -40,42 +40,42 @@ impl FrameHead {
     }
 }
 
-/// A frame whose body has arrived but has not been looked at.
+/// A frame whose body has arrived and was not decoded yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
-    /// Which message the body is.
+    /// The number of the message that the body encodes.
     pub kind: u8,
     /// The encoded message.
     pub body: Bytes,
 }
 
-/// A peer's bytes were not a frame that belongs where it came.
+/// A peer's bytes are not a frame that is allowed where they arrived.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
-    /// The announced body is longer than this place allows.
+    /// The announced body is longer than the reader allows.
     #[error("frame of kind {kind:#04x} announces {length} bytes, at most {limit} are allowed")]
     Oversized {
         /// The frame's first byte.
         kind: u8,
-        /// What its head announced.
+        /// Length that the head announced, in bytes.
         length: usize,
-        /// What this place allows.
+        /// Maximum length that the reader allows, in bytes.
         limit: usize,
     },
-    /// Another message was due.
+    /// Another message was expected.
     #[error("frame of kind {found:#04x} where {expected:#04x} was due")]
     UnexpectedKind {
-        /// What came.
+        /// The kind that arrived.
         found: u8,
-        /// What was due.
+        /// The kind that was expected.
         expected: u8,
     },
-    /// The body is not the message its kind says.
+    /// The body is not an encoding of the message that its kind names.
     #[error("frame of kind {kind:#04x}: {source}")]
     Body {
         /// The frame's first byte.
         kind: u8,
-        /// What is wrong with the body.
+        /// The fault of the body.
         source: DecodeError,
     },
 }

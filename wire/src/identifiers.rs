@@ -1,10 +1,10 @@
-//! What an agent announces that it stands for, so that a strategy can choose it by target.
+//! What an agent announces about itself, so that a strategy can choose it by target.
 
 use serde::{Deserialize, Serialize};
 
 use crate::bounded::{List, Text};
 
-/// The most identifiers one agent may announce.
+/// Maximum number of identifiers that one agent may announce.
 pub const MAX_IDENTIFIERS: usize = 64;
 
 /// One announced fact: a key such as `ipv4` and its value.
@@ -13,7 +13,7 @@ pub const MAX_IDENTIFIERS: usize = 64;
 /// it does not know, so that newer agents can announce more.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identifier {
-    /// What kind of fact it is.
+    /// The kind of fact.
     pub key: Text<32>,
     /// The fact itself, for example an address.
     pub value: Text<255>,
@@ -30,13 +30,20 @@ impl Identifiers {
             .map(|identifier| identifier.value.as_str())
     }
 
-    /// Whether the agent offers to reach targets that nobody announced.
+    /// Whether the agent offers to reach targets that no agent has announced. The first
+    /// `default-route` counts.
     pub fn is_default_route(&self) -> bool {
-        self.iter().find(|identifier| identifier.key.as_str() == "default-route").is_some_and(
-            |identifier| {
-                matches!(identifier.value.as_str(), "true" | "1" | "t" | "T" | "TRUE" | "True")
-            },
-        )
+        let route = self.iter().find(|identifier| identifier.key.as_str() == "default-route");
+        route.and_then(|identifier| parse_go_bool(&identifier.value)).unwrap_or(false)
+    }
+}
+
+/// The boolean that Go's `strconv.ParseBool` reads from `text`; `None` if it reads none.
+pub fn parse_go_bool(text: &str) -> Option<bool> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
+        _ => None,
     }
 }
 
@@ -69,6 +76,31 @@ mod tests {
         let identifiers = Identifiers::try_from(identifiers).unwrap();
         assert_eq!(identifiers.hosts().collect::<Vec<_>>(), ["10.0.0.1", "node-1", "fd00::1"]);
         assert!(identifiers.is_default_route());
-        assert!(!Identifiers::default().is_default_route());
+    }
+
+    #[test]
+    fn a_default_route_is_what_go_takes_for_true() {
+        let is_default_route = |values: &[&str]| {
+            let identifiers: Vec<_> = values
+                .iter()
+                .map(|value| Identifier::new("default-route", value).unwrap())
+                .collect();
+            Identifiers::try_from(identifiers).unwrap().is_default_route()
+        };
+        for value in ["1", "t", "T", "true", "TRUE", "True"] {
+            assert!(is_default_route(&[value]), "{value}");
+        }
+        for value in ["0", "f", "F", "false", "FALSE", "False", "yes", "tRUE", ""] {
+            assert!(!is_default_route(&[value]), "{value}");
+        }
+        assert!(!is_default_route(&[]));
+        assert!(!is_default_route(&["false", "true"]), "the first one counts");
+    }
+
+    #[test]
+    fn keys_and_values_have_their_limits() {
+        assert!(Identifier::new(&"k".repeat(32), &"v".repeat(255)).is_ok());
+        assert!(Identifier::new(&"k".repeat(33), "v").is_err());
+        assert!(Identifier::new("k", &"v".repeat(256)).is_err());
     }
 }

@@ -4,12 +4,12 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// The longest name an agent or a server may have, in bytes.
+/// Maximum length of the name of an agent or a server, in bytes.
 ///
 /// A UUID has 36 and a DNS name at most 253; both fit.
 pub const MAX_ID_LEN: usize = 255;
 
-/// A name was empty, too long, or held a character that would spoil a log line or a label.
+/// A name is empty, too long, or holds a character that would break a log line or a label.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidId {
     /// The name has no characters.
@@ -84,7 +84,7 @@ macro_rules! id {
 }
 
 id! {
-    /// The name an agent goes by; two tunnels with the same name lead to the same node.
+    /// The name of an agent; two tunnels with the same name lead to the same node.
     AgentId
 }
 
@@ -93,7 +93,7 @@ id! {
     ServerId
 }
 
-/// Tells apart two processes that go by the same [`AgentId`]: drawn at random at start.
+/// Distinguishes processes that have the same [`AgentId`]: drawn at random at start.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct InstanceId(pub [u8; 16]);
@@ -104,7 +104,7 @@ impl fmt::Debug for InstanceId {
     }
 }
 
-/// Names one dial in the logs of server and agent alike; drawn at random by the server.
+/// Names one dial in the logs of both server and agent; drawn at random by the server.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct DialId(pub u64);

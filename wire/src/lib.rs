@@ -1,13 +1,13 @@
 //! What crosses a Culvert tunnel: the protocol `culvert/1`, as types and bytes.
 //!
-//! Framing and routing metadata, and nothing else: no I/O, no clock, no async runtime. The normative
-//! text is `docs/protocol.md`; modules cite its sections.
+//! Framing and routing metadata, and nothing else: no I/O, no clock, no async runtime. The
+//! normative text is `docs/protocol.md`; modules cite its sections.
 //!
 //! ```text
 //!  control ─ dial             messages, checked while they are decoded
 //!     └─ frame ─ codec        bytes ↔ messages, with a hard limit on every length
-//!  ids, identifiers, target   what a message names: agents, servers, routes, addresses
-//!  bounded, extension         texts and lists from a peer, with a limit
+//!  ids, identifiers, target   what a message names: agents, servers, their facts, addresses
+//!  bounded, extension         texts and lists with a limit, additions of later revisions
 //!  code, version              close codes, reset codes, feature bits
 //! ```
 //!

@@ -1,10 +1,10 @@
-//! What is to be reached from the node: a host and a port that were checked where they entered.
+//! The destination of a dial: a host and a port, checked where they enter the program.
 
 use std::{fmt, net::IpAddr, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-/// The longest host name a target may have, in bytes (RFC 1035 §2.3.4 allows 253 visible ones).
+/// Maximum length of a target's host name, in bytes (RFC 1035 §2.3.4 allows 253 visible ones).
 pub const MAX_HOST_LEN: usize = 255;
 
 /// A host (an IP address or a name, without brackets) and a TCP port.
@@ -15,7 +15,7 @@ pub struct Target {
     port: u16,
 }
 
-/// An address was not `host:port`; the text is the one users know from Go's `net` package.
+/// An address is not `host:port`; the text is the one that users know from Go's `net` package.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidTarget {
     /// There is no colon before a port.
@@ -50,9 +50,9 @@ impl Target {
         Ok(Self { host, port })
     }
 
-    /// The host as it was asked for: an address or a name, without brackets.
+    /// The host as it was requested: an address or a name, without brackets.
     ///
-    /// It may be empty, which stands for the node itself as it does in Go.
+    /// It may be empty, which means the node itself, as in Go.
     pub fn host(&self) -> &str {
         &self.host
     }
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_is_told_in_gos_words() {
+    fn a_fault_has_the_text_that_go_gives_it() {
         let text = |address: &str| address.parse::<Target>().unwrap_err().to_string();
         assert_eq!(text("127.0.0.1"), "address 127.0.0.1: missing port in address");
         assert_eq!(text("::1"), "address ::1: too many colons in address");

@@ -2,22 +2,22 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Names the protocol and its major version in TLS (ALPN, RFC 7301).
+/// The name of the protocol and its major version in TLS (ALPN, RFC 7301).
 ///
-/// A new name means that peers of the old one cannot take part at all. Everything smaller is
-/// negotiated with [`Features`] inside one name.
+/// Peers with different names cannot talk to each other. Smaller changes are negotiated with
+/// [`Features`] under one name.
 //= docs/protocol.md#2-version-and-features
 pub const ALPN: &[u8] = b"culvert/1";
 
-/// Revision of the protocol below the ALPN name, told in hello and welcome.
+/// Revision of the protocol below the ALPN name, sent in hello and welcome.
 ///
-/// It informs logs and metrics; behaviour is decided by [`Features`] alone.
+/// It is for logs; [`Features`] alone decide how a peer behaves.
 pub const REVISION: u16 = 1;
 
 /// The optional behaviours a peer offers, as a set of bits.
 ///
-/// Both peers use the intersection of what they offered. Bits that a peer does not know are kept
-/// while it compares and then fall out of the intersection, so a newer peer can offer anything.
+/// Both peers use the intersection of what they offered. A bit that one peer does not know is not
+/// in it, so a newer peer can offer anything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Features(u64);
@@ -29,7 +29,6 @@ impl Features {
     pub const PING: Self = Self(1 << 0);
     /// A drain message is understood: no new dials, old ones end, then the tunnel closes.
     pub const DRAIN: Self = Self(1 << 1);
-
     /// Datagrams that carry second copies of thin writes are understood.
     pub const HEDGE: Self = Self(1 << 2);
 
@@ -38,13 +37,13 @@ impl Features {
         Self(Self::PING.0 | Self::DRAIN.0 | Self::HEDGE.0)
     }
 
-    /// What both peers offered.
+    /// The features in both sets.
     #[must_use]
     pub const fn intersection(self, other: Self) -> Self {
         Self(self.0 & other.0)
     }
 
-    /// What either set holds.
+    /// The features in either set.
     #[must_use]
     pub const fn union(self, other: Self) -> Self {
         Self(self.0 | other.0)

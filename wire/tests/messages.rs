@@ -103,7 +103,7 @@ fn stream_kinds_and_dial_errors_have_their_numbers() {
         "unknown",
     ];
     assert_eq!(kinds.collect::<Vec<_>>(), expected);
-    let errors = (0..10).map(|number| codec::decode::<DialErrorKind>(&[number]).unwrap().name());
+    let errors = (0..11).map(|number| codec::decode::<DialErrorKind>(&[number]).unwrap().name());
     let expected = [
         "other",
         "refused",
@@ -114,6 +114,7 @@ fn stream_kinds_and_dial_errors_have_their_numbers() {
         "forbidden",
         "overloaded",
         "draining",
+        "unsupported",
         "other",
     ];
     assert_eq!(errors.collect::<Vec<_>>(), expected);
@@ -384,7 +385,7 @@ impl Reference {
                     out.integer(1_u64).bytes(&[number(failure.kind)]).text(&failure.text)
                 }
             }
-            .integer(reply.timing.policy_micros)
+            .integer(reply.timing.header_micros)
             .integer(reply.timing.resolve_micros)
             .integer(reply.timing.connect_micros)
             .extensions(&reply.extensions),
@@ -535,8 +536,8 @@ fn arb_reply() -> impl Strategy<Value = Message> {
         kind: codec::decode::<DialErrorKind>(&[kind]).unwrap(),
         text,
     });
-    let timing = any::<[u32; 3]>().prop_map(|[policy_micros, resolve_micros, connect_micros]| {
-        DialTiming { policy_micros, resolve_micros, connect_micros }
+    let timing = any::<[u32; 3]>().prop_map(|[header_micros, resolve_micros, connect_micros]| {
+        DialTiming { header_micros, resolve_micros, connect_micros }
     });
     (option::of(failure), timing, arb_extensions()).prop_map(|(failure, timing, extensions)| {
         let outcome = failure.map_or(Ok(()), Err);

@@ -82,11 +82,8 @@ impl fmt::Display for Exit {
 /// # Errors
 /// A sentence naming the spellings that would do.
 pub fn parse_bool(text: &str) -> Result<bool, String> {
-    match text {
-        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
-        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
-        _ => Err("write true or false (1, t, 0 and f do as well)".to_owned()),
-    }
+    culvert_wire::identifiers::parse_go_bool(text)
+        .ok_or_else(|| "write true or false (1, t, 0 and f do as well)".to_owned())
 }
 
 /// Items of a comma-separated list; `[a,b]`, the way Go prints one, is `a,b`, and `[]` is nothing.

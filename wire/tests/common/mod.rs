@@ -205,7 +205,7 @@ pub(crate) fn bare_dial_request() -> DialRequest {
 pub(crate) fn dial_reply() -> DialReply {
     DialReply {
         outcome: Ok(()),
-        timing: DialTiming { policy_micros: 12, resolve_micros: 340, connect_micros: 1_500_000 },
+        timing: DialTiming { header_micros: 12, resolve_micros: 340, connect_micros: 1_500_000 },
         extensions: Extensions::default(),
     }
 }
@@ -214,7 +214,7 @@ pub(crate) fn failed_dial_reply() -> DialReply {
     let text = "dial tcp 10.0.0.9:10250: connect: connection refused";
     DialReply {
         outcome: Err(DialFailure::new(DialErrorKind::REFUSED, text)),
-        timing: DialTiming { policy_micros: 12, resolve_micros: 0, connect_micros: 250 },
+        timing: DialTiming { header_micros: 12, resolve_micros: 0, connect_micros: 250 },
         extensions: Extensions::default(),
     }
 }

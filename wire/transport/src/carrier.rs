@@ -9,7 +9,8 @@ pub enum Carrier {
     Quic,
     /// QMux over TLS over TCP: a lost packet delays every stream.
     Tcp,
-    /// Konnectivity's gRPC stream over TLS over TCP: connections also wait for each other's readers.
+    /// Konnectivity's gRPC stream over TLS over TCP: connections also wait for each other's
+    /// readers.
     Grpc,
 }
 

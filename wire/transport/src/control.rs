@@ -23,11 +23,11 @@ const REFUSED_LIMIT: Duration = Duration::from_millis(50);
 /// have time to change.
 const UNREACHABLE_LIMIT: Duration = Duration::from_millis(1500);
 /// Number of times that a ping's deadline is renewed because the peer was heard meanwhile. A busy
-/// node answers late, and only silence means that it is gone; a peer that is heard and never answers
-/// is broken.
+/// node answers late, and only silence means that it is gone; a peer that is heard and never
+/// answers is broken.
 const MAX_RENEWALS: u32 = 5;
-/// Priority of the control stream, above every other: a ping to a busy peer must not wait behind the
-/// bytes that keep it busy.
+/// Priority of the control stream, above every other: a ping to a busy peer must not wait behind
+/// the bytes that keep it busy.
 const PRIORITY: i32 = 100;
 
 /// Why a control stream ended.
@@ -150,17 +150,17 @@ impl ControlStream {
     /// The next event for the caller: not a ping, not a pong, not a kind that this build does not
     /// know.
     ///
-    /// While it waits it answers the peer's pings. When the network reports that the peer is gone it
-    /// sends a ping, and fails if the peer stays silent. A peer that is heard but does not answer gets
-    /// more time.
+    /// While it waits it answers the peer's pings. When the network reports that the peer is gone
+    /// it sends a ping, and fails if the peer stays silent. A peer that is heard but does not
+    /// answer gets more time.
     ///
     /// # Errors
-    /// When the peer breaks the protocol, ends the stream or does not answer a ping. Close the tunnel
-    /// with [`ControlError::close_code`] then.
+    /// When the peer breaks the protocol, ends the stream or does not answer a ping. Close the
+    /// tunnel with [`ControlError::close_code`] then.
     ///
     /// # Cancel safety
-    /// Cancel safe, except that a pong that is being written may be cut short. Writing one waits only
-    /// for a peer that has left megabytes of pongs unread.
+    /// Cancel safe, except that a pong that is being written may be cut short. Writing one waits
+    /// only for a peer that has left megabytes of pongs unread.
     pub async fn event(&mut self) -> Result<Event, ControlError> {
         loop {
             let frame = select! {
@@ -196,8 +196,8 @@ impl ControlStream {
     }
 
     /// Sends a ping that the peer must answer. [`event`](Self::event) fails when no answer arrives
-    /// within `limit` and three round trips, or six times that for a peer that is heard. While a ping
-    /// is unanswered no second one is sent; its deadline only comes nearer.
+    /// within `limit` and three round trips, or six times that for a peer that is heard. While a
+    /// ping is unanswered no second one is sent; its deadline only comes nearer.
     ///
     /// # Errors
     /// When the stream is lost.

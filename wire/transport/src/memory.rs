@@ -1,8 +1,8 @@
 //! Tunnels within one process.
 //!
-//! Production code bridges Konnectivity peers with them: the bridge holds one end and plays our kind
-//! of peer on it. Tests build on them because they need neither sockets nor TLS and work in paused
-//! time (`#[tokio::test(start_paused = true)]`), idle time-out and keep-alive included.
+//! Production code bridges Konnectivity peers with them: the bridge holds one end and plays our
+//! kind of peer on it. Tests build on them because they need neither sockets nor TLS and work in
+//! paused time (`#[tokio::test(start_paused = true)]`), idle time-out and keep-alive included.
 //!
 //! ```text
 //!  Pair { agent, server, line }
@@ -10,7 +10,7 @@
 //!  agent: Tunnel ══ QMux ══ line ══ QMux ══ server: Tunnel
 //!                            │
 //!                            ├ silence(Side::Agent)   nothing that the agent sends arrives
-//!                            ├ restore(Side::Agent)   what it sent meanwhile arrives, then the rest
+//!                            ├ restore(Side::Agent)   what it sent meanwhile arrives now
 //!                            └ cut()                  both ends see a reset connection
 //! ```
 
@@ -46,8 +46,8 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// Makes a tunnel whose ends are set up with these settings. Each end takes `peer` for what is at
-    /// the other.
+    /// Makes a tunnel whose ends are set up with these settings. Each end takes `peer` for what is
+    /// at the other.
     ///
     /// # Errors
     /// When the handshake takes longer than an idle time-out.

@@ -1,10 +1,11 @@
 //! Which stream's bytes go first, decided by what the stream has had: attained service.
 //!
 //! Nobody says what is a keystroke, because what kube-apiserver and kubelet say to each other is
-//! encrypted. But a stream that has sent little lately cannot hold anybody up, so it goes first; one
-//! that sends much sinks below it, and rises again while it has nothing to send. Time in which it waits
-//! for room does not count as such: forty downloads that share a path are each slow, and all greedy. What goes first is at most
-//! three quarters of a tunnel's bytes, so that nothing starves however many streams there are.
+//! encrypted. But a stream that has sent little lately cannot hold anybody up, so it goes first;
+//! one that sends much sinks below it, and rises again while it has nothing to send. Time in which
+//! it waits for room does not count as such: forty downloads that share a path are each slow, and
+//! all greedy. What goes first is at most three quarters of a tunnel's bytes, so that nothing
+//! starves however many streams there are.
 
 use std::{sync::Arc, time::Instant};
 
@@ -156,7 +157,8 @@ mod tests {
             prop_assert_eq!(stream.on_write(now, 64), Class::Interactive);
         }
 
-        /// Whoever always has more to send than there is room for sinks for good, however slow it is.
+        /// Whoever always has more to send than there is room for sinks for good, however slow it
+        /// is.
         #[test]
         fn greed_is_no_silence(chunk in 1_000_u64..65_536, wait in 1_u64..10_000) {
             let mut now = Instant::now();

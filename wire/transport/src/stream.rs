@@ -173,7 +173,8 @@ impl fmt::Debug for SendHalf {
 /// Dropping it before its end stops it with [`StreamCode::ABANDONED`].
 pub struct RecvHalf {
     stream: RecvStream,
-    /// Bytes that were taken from the stream and not handed on: part of a frame, or what follows one.
+    /// Bytes that were taken from the stream and not handed on: part of a frame, or what follows
+    /// one.
     buffered: BytesMut,
     state: RecvState,
 }
@@ -198,8 +199,8 @@ impl RecvHalf {
     }
 
     /// Fills the front of `chunks` with what has arrived, in order, waiting for the first; returns
-    /// how many it filled. `None` is the clean end. Bytes are copied only if they arrived in the same
-    /// packet as a frame.
+    /// how many it filled. `None` is the clean end. Bytes are copied only if they arrived in the
+    /// same packet as a frame.
     ///
     /// # Errors
     /// When the peer reset the stream or the tunnel is lost.
@@ -216,7 +217,8 @@ impl RecvHalf {
         }
     }
 
-    /// The next frame, if its body has at most `limit` bytes. Bytes that follow it stay in the half.
+    /// The next frame, if its body has at most `limit` bytes. Bytes that follow it stay in the
+    /// half.
     ///
     /// # Errors
     /// When the stream ends, fails, or announces more than `limit`.

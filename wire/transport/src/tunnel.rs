@@ -111,12 +111,12 @@ impl Tunnel {
 
     /// Completes each time the network reports that the peer cannot be reached.
     ///
-    /// The report is a hint that anybody who sees the packets can forge: ping the peer before acting
-    /// on it. Over TCP it never completes: the kernel ends the connection by itself.
+    /// The report is a hint that anybody who sees the packets can forge: ping the peer before
+    /// acting on it. Over TCP it never completes: the kernel ends the connection by itself.
     ///
     /// # Cancel safety
-    /// Cancel safe: a report that came while no caller waited completes the next call. It is for one
-    /// caller at a time; of several, one gets the report.
+    /// Cancel safe: a report that came while no caller waited completes the next call. It is for
+    /// one caller at a time; of several, one gets the report.
     pub async fn unreachable(&self) -> Unreachable {
         match &self.connection {
             Connection::Quic(connection) => connection.unreachable().await,
@@ -127,9 +127,9 @@ impl Tunnel {
     /// Sends thin writes of interactive streams twice while the path loses packets, at most `rate`
     /// bytes per second, so that a loss does not delay them; and uses the peer's copies.
     ///
-    /// Call it once both sides have offered [`culvert_wire::version::Features::HEDGE`] and before the
-    /// first stream that it is to apply to. It does nothing over TCP, where a lost packet delays the
-    /// second copy too.
+    /// Call it once both sides have offered [`culvert_wire::version::Features::HEDGE`] and before
+    /// the first stream that it is to apply to. It does nothing over TCP, where a lost packet
+    /// delays the second copy too.
     pub fn hedge(&self, rate: u32) {
         if let Connection::Quic(connection) = &self.connection {
             connection.hedge(rate);

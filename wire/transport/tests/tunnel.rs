@@ -1,5 +1,5 @@
-//! Tunnels over real QUIC, and over TLS on TCP, on loopback: what a dropped half means, who is let in, and how a peer
-//! that does not answer is found out.
+//! Tunnels over real QUIC, and over TLS on TCP, on loopback: what a dropped half means, who is let
+//! in, and how a peer that does not answer is found out.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod carriers;

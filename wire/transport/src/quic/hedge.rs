@@ -1,10 +1,11 @@
 //! Thin writes sent a second time, so that a lost packet does not make a keystroke wait.
 //!
-//! A lost packet is noticed by what arrives behind it or by a time-out, and then sent again: a round
-//! trip more at the least. For a thin stream that is all the latency there is, and so few bytes that
-//! sending them twice costs next to nothing. The second copy travels in a datagram of its own, a
-//! moment after the first, says where in which stream it belongs, and is used only where the stream
-//! itself has not come that far: every byte is handed on once, in order, whichever copy is faster.
+//! A lost packet is noticed by what arrives behind it or by a time-out, and then sent again: a
+//! round trip more at the least. For a thin stream that is all the latency there is, and so few
+//! bytes that sending them twice costs next to nothing. The second copy travels in a datagram of
+//! its own, a moment after the first, says where in which stream it belongs, and is used only where
+//! the stream itself has not come that far: every byte is handed on once, in order, whichever copy
+//! is faster.
 //!
 //! Copies are sent while the path loses packets, and within a budget.
 //= docs/protocol.md#10-hedging
@@ -31,8 +32,8 @@ use crate::now;
 const KIND: u8 = 0x20;
 /// Bytes before a copy's own: kind, stream, offset.
 const HEAD_LEN: usize = 1 + 8 + 8;
-/// The longest write that is sent twice: a keystroke, a line, a small request. With its head it fits
-/// a datagram on every path that carries QUIC.
+/// The longest write that is sent twice: a keystroke, a line, a small request. With its head it
+/// fits a datagram on every path that carries QUIC.
 const THIN: usize = 1000;
 /// What a copy costs the path beyond its bytes, about.
 const OVERHEAD: usize = 48;

@@ -23,8 +23,8 @@ const RESET_INTERVAL: Duration = Duration::from_micros(500);
 const INITIAL_RTT: Duration = Duration::from_millis(100);
 
 impl Settings {
-    /// What quinn is told for a path whose first link carries UDP payloads of at most `link` bytes, if
-    /// that is known.
+    /// What quinn is told for a path whose first link carries UDP payloads of at most `link` bytes,
+    /// if that is known.
     pub(crate) fn transport(&self, link: Option<u16>) -> TransportConfig {
         let mut mtu_discovery = quinn::MtuDiscoveryConfig::default();
         mtu_discovery.upper_bound(link.unwrap_or(MTU_GUESS).clamp(1200, self.mtu_cap));
