@@ -1,10 +1,10 @@
-//! Where in the bytes of an HTTP/2 connection frames begin, and what their heads say.
+//! The frames of an HTTP/2 connection: their heads, found in its bytes.
 //!
-//! Pure: a [`Heads`] follows one direction, however its bytes are cut, and changes none of them.
+//! Pure: [`Heads`] follows one direction, however its bytes are cut, and changes none of them.
 
-/// The client's connection preface (RFC 9113 §3.4).
+/// Length of the client's connection preface, in bytes (RFC 9113 §3.4).
 const PREFACE_LEN: usize = 24;
-/// A frame's head (RFC 9113 §4.1).
+/// Length of a frame's head, in bytes (RFC 9113 §4.1).
 pub(crate) const HEAD_LEN: usize = 9;
 
 /// Types of frames (RFC 9113 §6).
@@ -27,9 +27,9 @@ pub(crate) mod flag {
 
 /// A frame's head, as it crosses the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Head([u8; HEAD_LEN]);
+pub(crate) struct FrameHead([u8; HEAD_LEN]);
 
-impl Head {
+impl FrameHead {
     /// A head without flags, for a payload of less than 64 KiB.
     pub(crate) fn new(kind: u8, stream_id: u32, payload_len: u16) -> Self {
         let [high, low] = payload_len.to_be_bytes();
@@ -37,12 +37,12 @@ impl Head {
         Self([0, high, low, kind, 0, a, b, c, d])
     }
 
-    /// The bytes themselves.
+    /// The encoded head.
     pub(crate) fn bytes(&self) -> &[u8; HEAD_LEN] {
         &self.0
     }
 
-    /// Bytes of the frame behind its head.
+    /// Length of the frame's payload, in bytes.
     pub(crate) fn payload_len(self) -> usize {
         usize::from(self.0[0]) << 16 | usize::from(self.0[1]) << 8 | usize::from(self.0[2])
     }
@@ -64,12 +64,12 @@ impl Head {
     }
 }
 
-/// What was found next.
+/// A part of a connection's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Part<'a> {
-    /// A head is complete.
-    Head(Head),
-    /// Some of a frame's payload, or of the preface.
+    /// A whole head.
+    Head(FrameHead),
+    /// Part of a frame's payload, or of the preface.
     Payload(&'a [u8]),
 }
 
@@ -78,30 +78,30 @@ pub(crate) enum Part<'a> {
 pub(crate) struct Heads {
     head: [u8; HEAD_LEN],
     next: Next,
-    /// Fields were begun; CONTINUATION frames and nothing else may follow (RFC 9113 §6.10).
+    /// Fields are incomplete; only CONTINUATION frames may follow (RFC 9113 §6.10).
     fields_open: bool,
 }
 
 #[derive(Debug)]
 enum Next {
-    /// A head, of which so many bytes were seen.
+    /// A head, of which so many bytes have come.
     Head(usize),
-    /// So many bytes of a payload or of the preface; never 0.
+    /// The rest of a payload or of the preface, in bytes; never 0.
     Payload(usize),
 }
 
 impl Heads {
-    /// At the beginning of what a client sends.
+    /// Follows what a client sends, from its beginning.
     pub(crate) fn of_client() -> Self {
         Self { head: [0; HEAD_LEN], next: Next::Payload(PREFACE_LEN), fields_open: false }
     }
 
-    /// At the beginning of what a server sends.
+    /// Follows what a server sends, from its beginning.
     pub(crate) fn of_server() -> Self {
         Self { next: Next::Head(0), ..Self::of_client() }
     }
 
-    /// Takes the next part off `bytes`; `None` when they are used up, perhaps within a head.
+    /// Takes the next part off `bytes`; `None` when none are left, possibly within a head.
     pub(crate) fn next<'a>(&mut self, bytes: &mut &'a [u8]) -> Option<Part<'a>> {
         if bytes.is_empty() {
             return None;
@@ -122,7 +122,7 @@ impl Heads {
                     self.next = Next::Head(seen_now);
                     return None;
                 }
-                let head = Head(self.head);
+                let head = FrameHead(self.head);
                 self.next = Self::behind(head.payload_len());
                 if matches!(head.kind(), kind::HEADERS | kind::PUSH_PROMISE | kind::CONTINUATION) {
                     self.fields_open = !head.has(flag::END_HEADERS);
@@ -139,7 +139,7 @@ impl Heads {
         }
     }
 
-    /// Bytes before the next head.
+    /// Number of bytes before the next head.
     pub(crate) fn payload_left(&self) -> usize {
         match self.next {
             Next::Payload(left) => left,
@@ -147,8 +147,8 @@ impl Heads {
         }
     }
 
-    /// Bytes that come before another frame may be put in here, or at least the next of them: the
-    /// rest of a frame, or of a head whose frame is yet to come. 0 where one may be put in.
+    /// Number of bytes to write before another frame may be inserted, as far as it is known: the rest
+    /// of a frame, or of a head whose frame is still to come. 0 where one may be inserted.
     pub(crate) fn under_way(&self) -> usize {
         match self.next {
             Next::Head(0) if !self.fields_open => 0,
@@ -165,13 +165,13 @@ mod tests {
     use super::*;
 
     fn frame(kind: u8, flags: u8, stream_id: u32, payload: &[u8]) -> Vec<u8> {
-        let head = Head::new(kind, stream_id, u16::try_from(payload.len()).unwrap());
+        let head = FrameHead::new(kind, stream_id, u16::try_from(payload.len()).unwrap());
         let mut frame = [&head.bytes()[..], payload].concat();
         frame[4] = flags;
         frame
     }
 
-    fn heads(heads: &mut Heads, mut bytes: &[u8]) -> Vec<Head> {
+    fn heads(heads: &mut Heads, mut bytes: &[u8]) -> Vec<FrameHead> {
         let mut found = Vec::new();
         while !bytes.is_empty() {
             if let Some(Part::Head(head)) = heads.next(&mut bytes) {
@@ -194,11 +194,11 @@ mod tests {
     }
 
     #[test]
-    fn a_head_says_what_it_was_made_of() {
-        let head = Head([0x01, 0x02, 0x03, 0x06, 0x05, 0x80, 0, 0x01, 0x03]);
+    fn a_head_is_parsed_and_encoded() {
+        let head = FrameHead([0x01, 0x02, 0x03, 0x06, 0x05, 0x80, 0, 0x01, 0x03]);
         assert_eq!((head.payload_len(), head.kind(), head.stream_id()), (0x1_0203, 6, 0x103));
         assert!(head.has(flag::ACK) && head.has(flag::END_HEADERS) && !head.has(0x8));
-        let head = Head::new(kind::GOAWAY, 7, 300);
+        let head = FrameHead::new(kind::GOAWAY, 7, 300);
         assert_eq!(head.bytes(), &[0, 1, 44, 7, 0, 0, 0, 0, 7]);
     }
 
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_may_be_put_in_between_frames_but_not_between_fields() {
+    fn a_frame_may_be_inserted_between_frames_but_not_between_fields() {
         let frames = [
             frame(kind::DATA, 0, 1, &[0; 3]),
             frame(kind::HEADERS, 0, 1, b"f"),

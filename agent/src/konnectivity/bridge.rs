@@ -177,9 +177,8 @@ impl Shared {
                 }
                 PacketMessage::Data(data) if data.connect_id == 0 => {}
                 PacketMessage::Data(data) => {
-                    match self.connections.push(data.connect_id, data.data) {
-                        Some(inbox) => inbox.pace().await,
-                        None => self.unknown(data.connect_id, "unrecognized connectID")?,
+                    if !self.connections.deliver(data.connect_id, data.data).await {
+                        self.unknown(data.connect_id, "unrecognized connectID")?;
                     }
                 }
                 PacketMessage::Close(id) => match self.connections.remove(id) {

@@ -1,63 +1,66 @@
-//! Whether an agent is who it says: its token, where one is asked for, reviewed by kube-apiserver.
+//! Authentication of agents by their tokens, which kube-apiserver reviews.
 //!
-//! The rules are Konnectivity's (`pkg/server/server.go`, `validateAuthToken`): kube-apiserver must vouch for
-//! the token and for the audience, and it must be that of one service account. Certificates are
-//! checked before, by the handshake. A token is reviewed when its agent joins; one that expires
-//! later ends nothing.
+//! The rules are Konnectivity's (`pkg/server/server.go`, `validateAuthToken`): kube-apiserver must
+//! accept the token for the audience, and it must belong to one service account. Certificates were
+//! checked before, by the handshake. A token is reviewed when its agent joins; that it expires later
+//! has no effect.
 
 use std::{
     collections::HashMap,
     sync::{Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use aws_lc_rs::digest::{SHA256, SHA256_OUTPUT_LEN, digest};
-use culvert_process::kubernetes::{self, ClientError, KubernetesConfig};
+use culvert_process::kubernetes::{self, Client, ClientError, KubernetesConfig};
 use culvert_wire::control::Secret;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
 use kube::{Api, api::PostParams};
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{
+    sync::Semaphore,
+    time::{Instant, timeout},
+};
 use tracing::warn;
 
 use crate::config::TokenConfig;
 
-/// Reviews in progress at once: a restart of everything asks about thousands of tokens, and
-/// kube-apiserver has other things to do.
+/// Maximum number of reviews in progress. After a restart of everything thousands of tokens are to be
+/// reviewed, and kube-apiserver has other work.
 const MAX_REVIEWS: usize = 64;
-/// Time to wait for a place among them. An agent waits for its welcome no longer than 10 s, this and the
-/// review itself included; and one that comes again later is better than a review that nobody waits for.
-const PLACE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Time to wait for a permit to review. Together with the review itself it is shorter than the time
+/// that an agent has to join, so an agent that is refused for it sees the reason and tries again.
+const PERMIT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Time for kube-apiserver to review a token.
 const REVIEW_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a good verdict is remembered. An agent that looks for a missing server meets those that it
-/// has many times in a few seconds.
-const VERDICT_LIFE: Duration = Duration::from_secs(10);
-/// TokenCache that are remembered at most.
+/// Time for which a token that was accepted is not reviewed again. An agent that looks for a missing
+/// server connects to those that it has many times within a few seconds.
+const CACHE_LIFE: Duration = Duration::from_secs(10);
+/// Maximum number of tokens that are remembered as accepted.
 const MAX_CACHED_TOKENS: usize = 16 * 1024;
-/// How often the client may be made anew because of failures.
+/// Minimum time between two clients that are made because reviews fail.
 const RENEW_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Checks the agents of one server.
+/// Authenticates the agents of one server.
 #[derive(Debug)]
 pub(crate) struct Authenticator(Option<Reviewer>);
 
-/// An agent passed the authenticator that its server has. Nobody else can make one.
+/// Proof that an agent was authenticated. Only an [`Authenticator`] makes one.
 #[derive(Debug)]
 pub(crate) struct Authenticated(());
 
 /// Why an agent was not authenticated.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refusal {
-    /// It sent no token.
+    /// The agent sent no token.
     #[error("no token, and this server asks for one: see the agent's --service-account-token-path")]
     NoToken,
-    /// What it sent is no token; the words are Konnectivity's.
+    /// What the agent sent is no token; the text is Konnectivity's.
     #[error("{0}")]
     NotAToken(String),
-    /// kube-apiserver did not say whether the token is good.
+    /// kube-apiserver did not review the token.
     #[error("the token could not be reviewed: {0}")]
     NotReviewed(String),
-    /// The token is not good, or not the one that is asked for.
+    /// The token is invalid, or belongs to another account.
     #[error("the token was refused: {0}")]
     Refused(String),
 }
@@ -68,7 +71,7 @@ impl Refusal {
         Self::NotReviewed("the agent's time to join was over".into())
     }
 
-    /// A short word for metric labels.
+    /// The reason as a metric label.
     pub(crate) fn label(&self) -> &'static str {
         match self {
             Self::NoToken | Self::NotAToken(_) | Self::Refused(_) => "unauthenticated",
@@ -76,7 +79,7 @@ impl Refusal {
         }
     }
 
-    /// What a Konnectivity server answers in this case.
+    /// The text with which a Konnectivity server answers in this case.
     pub(crate) fn konnectivity_message(&self) -> String {
         let inner = match self {
             Self::NoToken => return "Authentication context was not found in metadata".into(),
@@ -89,41 +92,44 @@ impl Refusal {
 }
 
 impl Authenticator {
-    /// Asks for no token: certificates are all there is, or nothing at all.
+    /// Admits every agent: a certificate is all that it needs, if that.
     pub(crate) fn open() -> Self {
         Self(None)
     }
 
-    /// Asks for a token like this, and kube-apiserver whether it is good.
+    /// Admits agents with a token of this account, which kube-apiserver reviews.
     ///
     /// # Errors
-    /// When kube-apiserver cannot be asked.
+    /// When there is no client for kube-apiserver.
     pub(crate) fn by_token(
         kubernetes: &KubernetesConfig,
         expected: TokenConfig,
     ) -> Result<Self, ClientError> {
-        let api = Api::all(kubernetes.client()?);
-        Ok(Self(Some(Reviewer {
-            kubernetes: kubernetes.clone(),
-            api: Mutex::new((api, Instant::now())),
+        Ok(Self::with_client(kubernetes.client()?, kubernetes.clone(), expected))
+    }
+
+    fn with_client(client: Client, kubernetes: KubernetesConfig, expected: TokenConfig) -> Self {
+        Self(Some(Reviewer {
+            kubernetes,
+            api: Mutex::new((Api::all(client), Instant::now())),
             expected,
-            places: Semaphore::new(MAX_REVIEWS),
-            verdicts: Mutex::default(),
-        })))
+            permits: Semaphore::new(MAX_REVIEWS),
+            accepted: Mutex::default(),
+        }))
     }
 
     /// Whether agents need a token.
-    pub(crate) fn asks_for_tokens(&self) -> bool {
+    pub(super) fn needs_tokens(&self) -> bool {
         self.0.is_some()
     }
 
     /// Admits the agent with this token.
     ///
     /// # Errors
-    /// When it is refused, or kube-apiserver does not answer within 8 s, the wait for a place included.
+    /// When the token is refused, or not reviewed within 8 s.
     ///
     /// # Cancel safety
-    /// Cancel safe: it only asks.
+    /// Cancel safe: the review is abandoned.
     pub(crate) async fn admit(&self, token: Option<&Secret>) -> Result<Authenticated, Refusal> {
         if let Some(reviewer) = &self.0 {
             reviewer.check(token.ok_or(Refusal::NoToken)?).await?;
@@ -138,24 +144,24 @@ struct Reviewer {
     /// The client, and when it was made.
     api: Mutex<(Api<TokenReview>, Instant)>,
     expected: TokenConfig,
-    places: Semaphore,
-    verdicts: Mutex<TokenCache>,
+    permits: Semaphore,
+    accepted: Mutex<TokenCache>,
 }
 
 impl Reviewer {
     async fn check(&self, token: &Secret) -> Result<(), Refusal> {
-        let name = name(token);
-        if lock(&self.verdicts).is_good(&name, Instant::now()) {
+        let digest = token_digest(token);
+        if lock(&self.accepted).contains(&digest, Instant::now()) {
             return Ok(());
         }
-        let Ok(Ok(place)) = timeout(PLACE_TIMEOUT, self.places.acquire()).await else {
+        let Ok(Ok(permit)) = timeout(PERMIT_TIMEOUT, self.permits.acquire()).await else {
             let reason = format!("{MAX_REVIEWS} others are under way");
             return Err(Refusal::NotReviewed(reason));
         };
         let status = self.review(token).await?;
-        drop(place);
-        judge(status, &self.expected)?;
-        lock(&self.verdicts).note_good(name, Instant::now());
+        drop(permit);
+        check_status(status, &self.expected)?;
+        lock(&self.accepted).insert(digest, Instant::now());
         Ok(())
     }
 
@@ -192,30 +198,30 @@ impl Reviewer {
     }
 }
 
-/// What a token is remembered by.
-type TokenName = [u8; SHA256_OUTPUT_LEN];
+/// SHA-256 of a token, so that tokens themselves are not kept.
+type TokenDigest = [u8; SHA256_OUTPUT_LEN];
 
-fn name(token: &Secret) -> TokenName {
-    let mut name = [0; SHA256_OUTPUT_LEN];
-    name.copy_from_slice(digest(&SHA256, token.expose().as_bytes()).as_ref());
-    name
+fn token_digest(token: &Secret) -> TokenDigest {
+    let mut bytes = [0; SHA256_OUTPUT_LEN];
+    bytes.copy_from_slice(digest(&SHA256, token.expose().as_bytes()).as_ref());
+    bytes
 }
 
-/// Tokens that were found good a moment ago, and until when that holds.
+/// Tokens that were accepted recently, and until when that holds.
 #[derive(Debug, Default)]
-struct TokenCache(HashMap<TokenName, Instant>);
+struct TokenCache(HashMap<TokenDigest, Instant>);
 
 impl TokenCache {
-    fn is_good(&self, name: &TokenName, now: Instant) -> bool {
-        self.0.get(name).is_some_and(|until| *until > now)
+    fn contains(&self, token: &TokenDigest, now: Instant) -> bool {
+        self.0.get(token).is_some_and(|until| *until > now)
     }
 
-    fn note_good(&mut self, name: TokenName, now: Instant) {
+    fn insert(&mut self, token: TokenDigest, now: Instant) {
         if self.0.len() >= MAX_CACHED_TOKENS {
             self.0.retain(|_, until| *until > now);
         }
         if self.0.len() < MAX_CACHED_TOKENS {
-            self.0.insert(name, now + VERDICT_LIFE);
+            self.0.insert(token, now + CACHE_LIFE);
         }
     }
 }
@@ -225,8 +231,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether kube-apiserver vouches for the token, and it is the one that is asked for.
-fn judge(status: TokenReviewStatus, expected: &TokenConfig) -> Result<(), Refusal> {
+/// Checks that kube-apiserver accepts the token, and that it belongs to the expected account.
+fn check_status(status: TokenReviewStatus, expected: &TokenConfig) -> Result<(), Refusal> {
     let refused = |reason: String| Err(Refusal::Refused(reason));
     if let Some(error) = status.error.filter(|error| !error.is_empty()) {
         return refused(error);
@@ -234,9 +240,10 @@ fn judge(status: TokenReviewStatus, expected: &TokenConfig) -> Result<(), Refusa
     if status.authenticated != Some(true) {
         return refused("service account jwt not valid".into());
     }
-    // One that knows of no audiences answers with none, and vouches for its own alone.
-    let vouched = status.audiences.is_some_and(|audiences| audiences.contains(&expected.audience));
-    if !vouched {
+    // A kube-apiserver without audiences returns none, and has checked its own alone.
+    let for_audience =
+        status.audiences.is_some_and(|audiences| audiences.contains(&expected.audience));
+    if !for_audience {
         return refused(format!("the token is not meant for {:?}", expected.audience));
     }
     let user = status.user.and_then(|user| user.username).unwrap_or_default();
@@ -276,7 +283,7 @@ mod tests {
             ..TokenReviewStatus::default()
         };
         change(&mut status);
-        judge(status, &expected).map_err(|refusal| refusal.konnectivity_message())
+        check_status(status, &expected).map_err(|refusal| refusal.konnectivity_message())
     }
 
     fn user(name: &str) -> Option<UserInfo> {
@@ -284,13 +291,13 @@ mod tests {
     }
 
     #[test]
-    fn the_token_that_is_asked_for_is_accepted() {
+    fn a_token_of_the_expected_account_is_accepted() {
         assert_eq!(verdict(|_| {}), Ok(()));
         assert_eq!(verdict(|status| status.error = Some(String::new())), Ok(()));
     }
 
     #[test]
-    fn every_other_token_is_refused_konnectivity_message() {
+    fn every_other_token_is_refused_in_konnectivitys_words() {
         let refused = |expected: &str, change: fn(&mut TokenReviewStatus)| {
             let text =
                 format!("Failed to validate authentication token, err:lookup failed: {expected}");
@@ -317,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_that_is_meant_for_others_is_refused() {
+    fn a_token_for_another_audience_is_refused() {
         let meant = format!(
             "Failed to validate authentication token, err:lookup failed: the token is not meant for {AUDIENCE:?}"
         );
@@ -327,18 +334,18 @@ mod tests {
     }
 
     #[test]
-    fn good_verdicts_are_remembered_for_a_moment_and_never_too_many() {
-        let (mut verdicts, now) = (TokenCache::default(), Instant::now());
-        let token = |text: &str| name(&Secret::new(text).unwrap());
-        verdicts.note_good(token("good"), now);
-        assert!(verdicts.is_good(&token("good"), now));
-        assert!(!verdicts.is_good(&token("other"), now));
-        assert!(!verdicts.is_good(&token("good"), now + VERDICT_LIFE));
+    fn accepted_tokens_are_remembered_for_a_moment_and_never_too_many() {
+        let (mut accepted, now) = (TokenCache::default(), Instant::now());
+        let token = |text: &str| token_digest(&Secret::new(text).unwrap());
+        accepted.insert(token("good"), now);
+        assert!(accepted.contains(&token("good"), now));
+        assert!(!accepted.contains(&token("other"), now));
+        assert!(!accepted.contains(&token("good"), now + CACHE_LIFE));
         for number in 0..2 * MAX_CACHED_TOKENS {
-            verdicts.note_good(token(&number.to_string()), now);
+            accepted.insert(token(&number.to_string()), now);
         }
-        assert_eq!(verdicts.0.len(), MAX_CACHED_TOKENS);
-        verdicts.note_good(token("later"), now + VERDICT_LIFE);
-        assert_eq!(verdicts.0.len(), 1, "what is over makes room");
+        assert_eq!(accepted.0.len(), MAX_CACHED_TOKENS);
+        accepted.insert(token("later"), now + CACHE_LIFE);
+        assert_eq!(accepted.0.len(), 1, "expired ones make room");
     }
 }

@@ -1,8 +1,8 @@
-//! Agents that have not been upgraded: `AgentService/Connect`, as Konnectivity's own server speaks it.
+//! Konnectivity agents: `AgentService/Connect`, as Konnectivity's own server speaks it.
 //!
-//! Each call becomes a tunnel whose agent is a bridge in this process; everything behind the
-//! tunnel goes on as with an agent of ours. Until an agent is upgraded, its connections still share
-//! one stream with one another on the network.
+//! Each call becomes a tunnel whose agent's end is a bridge within this process; behind the tunnel
+//! everything works as with an agent of ours. On the network the connections of such an agent
+//! still share one stream with one another.
 
 mod bridge;
 mod hello;
@@ -45,14 +45,14 @@ use super::{
 use bridge::Bridge;
 use keepalive::{MIN_PING_INTERVAL, PingLimit, TooManyPings};
 
-/// Bytes an agent may be ahead of what was read of its one stream. What is on its way delays
-/// whatever comes behind it, so this is no larger than 100 Mbit/s need at 80 ms.
+/// Maximum number of bytes that an agent may be ahead of what was read of its one stream. Bytes in
+/// flight delay all that follow, so this is no larger than 100 Mbit/s need at 80 ms.
 const WINDOW: u32 = 1024 * 1024;
-/// `Connect` calls on one connection: Konnectivity makes one.
+/// Maximum number of `Connect` calls on one connection: Konnectivity makes one.
 const MAX_CALLS: u32 = 4;
 
-/// How long an agent that is here already is kept waiting when it comes again. One that looks for
-/// another server has left long before: it knows this one by its name.
+/// Time for which an agent that is connected already waits when it connects again. One that looks
+/// for another server leaves before: it recognizes this one by its name.
 const REJOIN_DELAY: Duration = Duration::from_secs(1);
 
 /// Serves one connection of a Konnectivity agent until it is closed or the server stops. The agent
@@ -128,7 +128,7 @@ async fn answer(
     Ok(grpc.streaming(connect, request).await)
 }
 
-/// The method's handler, in the shape that tonic asks for.
+/// Handler of the method, in the form that tonic requires.
 #[derive(Clone)]
 struct Connect {
     peer: Peer,
@@ -157,28 +157,28 @@ impl StreamingService<Packet> for Connect {
             // The headers are out before any packet: packets are polled from the response.
             let (outbound, packets) = konnectivity::outbound();
             let response = response(packets, &context)?;
-            let call = Call { inbound, outbound, too_many_pings };
+            let stream = AgentStream { inbound, outbound, too_many_pings };
             if context.backends.is_here(&hello.agent_id) {
                 let tasks = context.tasks.clone();
-                tasks.spawn(join_again(hello, authenticated, peer, context, call));
+                tasks.spawn(join_again(hello, authenticated, peer, context, stream));
             } else {
                 let joined = Bridge::join(hello, authenticated, peer, &context).await;
                 let bridge = joined.map_err(|error| Status::unknown(error.to_string()))?;
-                context.tasks.spawn(bridge.run(call));
+                context.tasks.spawn(bridge.run(stream));
             }
             Ok(response)
         })
     }
 }
 
-/// Checks the agent's token, where one is asked for, before anything else is said.
+/// Checks the agent's token, where one is required, before any packet is sent.
 async fn admit(
     metadata: &MetadataMap,
     remote: SocketAddr,
     context: &AgentContext,
 ) -> Result<Authenticated, Status> {
     let authenticated = async {
-        let token = match context.authenticator.asks_for_tokens() {
+        let token = match context.authenticator.needs_tokens() {
             true => hello::token(metadata).map_err(Refusal::NotAToken)?,
             false => None,
         };
@@ -191,16 +191,16 @@ async fn admit(
     })
 }
 
-/// What an agent and this server say to one another in one call.
+/// Both directions of one agent's call.
 #[derive(Debug)]
-struct Call {
+struct AgentStream {
     inbound: Streaming<Packet>,
     outbound: Outbound,
-    /// Told when the agent's connection ends for its pings.
+    /// Cancelled when the agent's connection ends because of too many pings.
     too_many_pings: CancellationToken,
 }
 
-/// The answer to a call: who this server is, and then packets.
+/// The response to a call: metadata about this server, and then packets.
 fn response(
     packets: Packets,
     context: &AgentContext,
@@ -215,23 +215,23 @@ fn response(
     Ok(response)
 }
 
-/// Serves an agent that is here already, unless it leaves as soon as it hears where it is. Dials
-/// would go to its newest tunnel, and be lost with it.
+/// Serves an agent that is connected already, unless it leaves as soon as it has seen this server's
+/// name. Dials would go to its newest tunnel, and be lost with it.
 async fn join_again(
     hello: Hello,
     authenticated: Authenticated,
     peer: Peer,
     context: Arc<AgentContext>,
-    call: Call,
+    stream: AgentStream,
 ) {
     tokio::select! {
-        () = call.outbound.closed() => return,
+        () = stream.outbound.closed() => return,
         () = context.closing.cancelled() => return,
         () = context.backends.until_left(&hello.agent_id) => {}
         () = sleep(REJOIN_DELAY) => {}
     }
     match Bridge::join(hello, authenticated, peer, &context).await {
-        Ok(bridge) => bridge.run(call).await,
+        Ok(bridge) => bridge.run(stream).await,
         Err(error) => debug!(%error, "a Konnectivity agent did not join again"),
     }
 }

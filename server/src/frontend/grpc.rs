@@ -1,8 +1,8 @@
 //! The gRPC frontend: `/ProxyService/Proxy`, as kube-apiserver's client library speaks it.
 //!
-//! Each `Proxy` stream carries one proxied connection; a connection from kube-apiserver may carry
-//! many `Proxy` streams. There is no half-close here: CLOSE_REQ and CLOSE_RSP end both directions,
-//! and everything that came before them is still delivered.
+//! Each `Proxy` stream carries one proxied connection; a connection of kube-apiserver may carry many
+//! `Proxy` streams. There is no half-close: CLOSE_REQ and CLOSE_RSP end both directions, and
+//! everything that was sent before them is still delivered.
 
 pub mod authority;
 mod connection;
@@ -25,18 +25,20 @@ use super::FrontendContext;
 use authority::LegalAuthority;
 use service::ProxyService;
 
-/// Where a `Proxy` stream's packets to the frontend go. An error ends the stream.
+/// Sends the packets of a `Proxy` stream to the frontend. An error ends the stream.
 type Outbound = mpsc::Sender<Result<Packet, Status>>;
 
-/// Bytes a `Proxy` stream may be ahead of its target: what a fast upload needs to stay fast.
+/// Maximum number of bytes that a `Proxy` stream may be ahead of its target: enough for a fast
+/// upload.
 const STREAM_WINDOW: u32 = 2 * 1024 * 1024;
-/// Bytes all `Proxy` streams of a connection may be ahead of their targets. The HTTP/2 library
-/// ends connections whose unread small frames add up to half of it, so it has to be large.
+/// Maximum number of bytes that all `Proxy` streams of a connection may be ahead of their targets.
+/// The HTTP/2 library ends connections whose unread small frames add up to half of it.
 const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
-/// `Proxy` streams one connection may have open; grpc-go's own server sets no limit.
+/// Maximum number of open `Proxy` streams of one connection; grpc-go's own server has no limit.
 const MAX_STREAMS: u32 = 10_000;
 
-/// Serves one connection of kube-apiserver until it closes or the server stops.
+/// Serves one connection of kube-apiserver until it is closed. Once the server stops, it takes no
+/// more streams.
 pub(super) async fn serve<S>(socket: S, context: Arc<FrontendContext>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -64,7 +66,7 @@ where
     }
 }
 
-/// The answer to a dial on a stream that carries a connection already.
+/// The answer to a dial on a stream that carries another connection.
 fn second_dial_refused(random: i64) -> Packet {
     Packet::dial_response(random, Err("this stream carries another connection".into()))
 }

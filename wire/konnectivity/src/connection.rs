@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use culvert_transport::{
     RecvHalf, SendHalf,
     splice::{Abort, Local, LocalFault, LocalRead, LocalWrite, Meter, Outcome, splice},
@@ -16,6 +16,7 @@ use culvert_transport::{
 use culvert_wire::code::StreamCode;
 
 use super::{
+    batches::batches,
     inbox::{End, Held, Inbox},
     outbound::Outbound,
     packet::Packet,
@@ -56,7 +57,7 @@ impl Connections {
 
     /// Adds bytes that the peer sent to the inbox of a connection, which it gives back; `None` if there
     /// is no connection of this name.
-    pub fn push(&self, id: i64, bytes: Bytes) -> Option<Arc<Inbox>> {
+    fn push(&self, id: i64, bytes: Bytes) -> Option<Arc<Inbox>> {
         let inbox = self.lock().get(&id).cloned()?;
         inbox.push(bytes);
         if self.held.bytes() > TOTAL_LIMIT
@@ -66,6 +67,21 @@ impl Connections {
             fullest.end(End::Cut { code: StreamCode::OVERLOADED, reason });
         }
         Some(inbox)
+    }
+
+    /// Adds bytes that the peer sent to the inbox of a connection, and waits a moment if its reader is
+    /// far behind. Returns whether there is a connection of this name.
+    ///
+    /// # Cancel safety
+    /// The bytes are added at once; dropping the future only ends the wait.
+    pub async fn deliver(&self, id: i64, bytes: Bytes) -> bool {
+        match self.push(id, bytes) {
+            Some(inbox) => {
+                inbox.pace().await;
+                true
+            }
+            None => false,
+        }
     }
 
     /// Takes a connection out; what the peer sends on it has no meaning from now on.
@@ -162,29 +178,19 @@ struct KonnectivityWrite {
 
 impl KonnectivityWrite {
     async fn send(&self, data: Bytes) -> Result<(), LocalFault> {
-        if data.is_empty() || self.closing.outbound.carry(Packet::data(self.closing.id, data)).await
-        {
-            return Ok(());
+        match self.closing.outbound.carry(Packet::data(self.closing.id, data)).await {
+            true => Ok(()),
+            false => Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset).into()),
         }
-        Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset).into())
     }
 }
 
 impl LocalWrite for KonnectivityWrite {
     async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), LocalFault> {
-        let mut batch = BytesMut::new();
-        for chunk in chunks {
-            let mut chunk = std::mem::take(chunk);
-            while chunk.len() > MAX_DATA_LEN {
-                self.send(batch.split().freeze()).await?;
-                self.send(chunk.split_to(MAX_DATA_LEN)).await?;
-            }
-            if batch.len() + chunk.len() > MAX_DATA_LEN {
-                self.send(batch.split().freeze()).await?;
-            }
-            batch.extend_from_slice(&chunk);
+        for piece in batches(chunks, MAX_DATA_LEN) {
+            self.send(piece).await?;
         }
-        self.send(batch.freeze()).await
+        Ok(())
     }
 
     async fn finish(&mut self) -> Result<(), LocalFault> {
@@ -203,9 +209,9 @@ impl LocalWrite for KonnectivityWrite {
     }
 }
 
-/// Whoever awaits the splice's end tells it to the peer.
+/// An abort that does nothing: the caller of the splice sends its end to the peer.
 #[derive(Debug)]
-struct NoAbort;
+pub struct NoAbort;
 
 impl Abort for NoAbort {
     fn abort(&self) {}

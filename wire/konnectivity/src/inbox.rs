@@ -110,7 +110,7 @@ impl Inbox {
     ///
     /// # Cancel safety
     /// Cancel safe: it only waits.
-    pub async fn pace(&self) {
+    pub(super) async fn pace(&self) {
         loop {
             let taken = self.taken.notified();
             let patience = {

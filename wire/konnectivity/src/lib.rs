@@ -12,13 +12,15 @@
 
 //= docs/protocol.md#11-konnectivity-peers
 
+mod batches;
 pub mod codec;
 mod connection;
 mod inbox;
 mod outbound;
 pub mod packet;
 
-pub use connection::{Connections, Side, carry};
+pub use batches::batches;
+pub use connection::{Connections, NoAbort, Side, carry};
 pub use inbox::{End, Inbox};
 pub use outbound::{Outbound, Packets, PeerNotReading, outbound};
 

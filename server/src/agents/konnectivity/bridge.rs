@@ -1,4 +1,4 @@
-//! A Konnectivity agent's one stream on one side, a tunnel on the other.
+//! The bridge between a Konnectivity agent's one gRPC stream and a tunnel within this process.
 
 use std::{
     collections::HashMap,
@@ -34,12 +34,12 @@ use tokio::{
 use tonic::Streaming;
 use tracing::debug;
 
-use super::{Call, keepalive::TooManyPings};
+use super::{AgentStream, keepalive::TooManyPings};
 use crate::agents::{AgentContext, admission::Authenticated, session, unadmitted::JOIN_TIMEOUT};
 
-/// Why a Konnectivity agent was not let in.
+/// Why a Konnectivity agent could not be introduced on its tunnel.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum JoinError {
+pub(super) enum IntroductionError {
     #[error(transparent)]
     Pipe(#[from] ConnectError),
     #[error("{0}")]
@@ -52,7 +52,7 @@ pub(super) enum JoinError {
 
 /// Why a bridge ended.
 #[derive(Debug, thiserror::Error)]
-enum Ended {
+enum BridgeEnd {
     #[error("the agent ended its stream")]
     Stream,
     #[error("the agent's stream failed: {}", .0.message())]
@@ -67,7 +67,7 @@ enum Ended {
     Control(#[from] ControlError),
 }
 
-impl Ended {
+impl BridgeEnd {
     fn close_code(&self) -> CloseCode {
         match self {
             Self::Pings(_) => CloseCode::TOO_MANY_PINGS,
@@ -76,7 +76,7 @@ impl Ended {
     }
 }
 
-/// Plays a Konnectivity agent's part on its tunnel.
+/// The agent's end of a tunnel, on which the bridge acts for a Konnectivity agent.
 #[derive(Debug)]
 pub(super) struct Bridge {
     tunnel: Tunnel,
@@ -84,13 +84,13 @@ pub(super) struct Bridge {
 }
 
 impl Bridge {
-    /// Introduces the agent on a new tunnel of this process.
+    /// Makes a tunnel within this process and introduces the agent on it.
     pub(super) async fn join(
         hello: Hello,
         authenticated: Authenticated,
         peer: Peer,
         context: &Arc<AgentContext>,
-    ) -> Result<Self, JoinError> {
+    ) -> Result<Self, IntroductionError> {
         let settings = context.settings;
         let streams = culvert_transport::Settings { max_streams: context.max_streams, ..settings };
         let ends = Pair::without_idle_timeout(peer, &streams, &settings).await?;
@@ -103,88 +103,88 @@ impl Bridge {
             control.send(&ControlMessage::Hello(Box::new(hello))).await?;
             match control.next().await? {
                 ControlMessage::Welcome(_) => Ok(control),
-                _ => Err(JoinError::NotWelcome),
+                _ => Err(IntroductionError::NotWelcome),
             }
         };
         match timeout_at(deadline, introduced).await {
             Ok(Ok(control)) => Ok(Self { tunnel, control }),
-            // Our own end says best why it closed the tunnel.
-            Ok(Err(JoinError::Control(ControlError::Read(_)))) => Err(tunnel.closed().await.into()),
+            // The close of our own end names the cause.
+            Ok(Err(IntroductionError::Control(ControlError::Read(_)))) => {
+                Err(tunnel.closed().await.into())
+            }
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(JoinError::NotWelcome),
+            Err(_) => Err(IntroductionError::NotWelcome),
         }
     }
 
-    /// Carries dials and connections until the agent or the tunnel is gone.
-    pub(super) async fn run(self, call: Call) {
+    /// Carries dials and connections until the agent's stream ends or the tunnel is lost.
+    pub(super) async fn run(self, stream: AgentStream) {
         let Self { tunnel, mut control } = self;
-        let Call { inbound, outbound, too_many_pings } = call;
-        let shared = Arc::new(Shared {
+        let AgentStream { inbound, outbound, too_many_pings } = stream;
+        let connected = Arc::new(Connected {
             outbound,
             connections: Connections::default(),
             dials: Mutex::default(),
             drained: Notify::new(),
         });
-        let mut accepting = pin!(accept(&tunnel, &shared));
+        let mut accepting = pin!(accept(&tunnel, &connected));
         let ended = tokio::select! {
-            // Before what comes of it: the agent's stream fails too.
+            // Before its consequence: the agent's stream fails too.
             biased;
             () = too_many_pings.cancelled() => Err(TooManyPings.into()),
-            ended = shared.hear(inbound) => ended,
-            ended = shared.converse(&mut control) => ended,
+            ended = connected.receive(inbound) => ended,
+            ended = connected.converse(&mut control) => ended,
             ended = &mut accepting => ended,
         };
         let Err(ended) = ended;
         debug!(remote = %tunnel.remote_address(), %ended, "a Konnectivity agent's stream is over");
-        // While the streams still live: dials that were not answered are lost with the tunnel, and made
-        // again elsewhere, and the server hears the reason and nothing else.
+        // Closed while the streams still live: dials without an answer are lost with the tunnel, and
+        // move to another one. The server sees the reason and nothing else.
         tunnel.close(ended.close_code(), &ended.to_string());
     }
 }
 
-/// Ends only with an error.
+/// The result of what ends only with an error.
 type Never = std::convert::Infallible;
 
-/// Serves each stream that the server opens in a task of its own.
-async fn accept(tunnel: &Tunnel, shared: &Arc<Shared>) -> Result<Never, Ended> {
+/// Serves each stream that our own end opens, in a task of its own.
+async fn accept(tunnel: &Tunnel, connected: &Arc<Connected>) -> Result<Never, BridgeEnd> {
     let mut streams = JoinSet::new();
     loop {
         tokio::select! {
             stream = tunnel.accept() => {
-                let (shared, stream) = (shared.clone(), stream?);
-                streams.spawn(async move { shared.serve(stream).await });
+                let (connected, stream) = (connected.clone(), stream?);
+                streams.spawn(async move { connected.serve(stream).await });
             }
             Some(_) = streams.join_next() => {}
         }
     }
 }
 
-/// A connection's name and what the agent sends on it, or why there is none.
+/// A connection's id and what the agent sends on it; or why there is none, in the agent's words.
 type Answer = Result<(i64, Arc<Inbox>), String>;
 
-/// What the tasks of one bridge share.
+/// A connected agent, as the tasks of its bridge share it.
 #[derive(Debug)]
-struct Shared {
+struct Connected {
     outbound: Outbound,
     connections: Connections,
-    /// Dials that were not answered.
+    /// Dials without an answer, by the random number of their request.
     dials: Mutex<HashMap<i64, oneshot::Sender<Answer>>>,
-    /// Told when the agent drains.
+    /// Notified when the agent drains.
     drained: Notify,
 }
 
-impl Shared {
-    /// Takes what the agent sends. It waits for nobody for long: all connections share this stream.
-    async fn hear(&self, mut inbound: Streaming<Packet>) -> Result<Never, Ended> {
+impl Connected {
+    /// Receives what the agent sends. No connection may make it wait for long, because all of them
+    /// share this stream.
+    async fn receive(&self, mut inbound: Streaming<Packet>) -> Result<Never, BridgeEnd> {
         loop {
-            match PacketMessage::from(inbound.message().await?.ok_or(Ended::Stream)?) {
+            match PacketMessage::from(inbound.message().await?.ok_or(BridgeEnd::Stream)?) {
                 PacketMessage::Dialed(response) => self.dialed(response)?,
-                // One that is not here was closed; the agent goes on reading its target for a
-                // moment.
                 PacketMessage::Data(data) => {
-                    if let Some(inbox) = self.connections.push(data.connect_id, data.data) {
-                        inbox.pace().await;
-                    }
+                    // A connection that is not here was closed; the agent reads on for a moment.
+                    self.connections.deliver(data.connect_id, data.data).await;
                 }
                 PacketMessage::Closed(closed) => {
                     if let Some(inbox) = self.connections.remove(closed.connect_id) {
@@ -195,7 +195,7 @@ impl Shared {
                     }
                 }
                 PacketMessage::Drain => self.drained.notify_one(),
-                // What only servers say, and what later versions may.
+                // Packets that only servers send, and those of later versions.
                 PacketMessage::Dial(_)
                 | PacketMessage::Close(_)
                 | PacketMessage::CancelDial(_)
@@ -208,13 +208,13 @@ impl Shared {
         let waiting = self.dials().remove(&response.random);
         if !response.error.is_empty() {
             if let Some(waiting) = waiting {
-                // Whoever has gone need not know.
+                // A dial that was given up needs no answer.
                 let _ = waiting.send(Err(response.error));
             }
             return Ok(());
         }
         let id = response.connect_id;
-        // Entered at once: a target that speaks first is right behind.
+        // Entered at once: the bytes of a target that speaks first are right behind.
         let waits = waiting
             .is_some_and(|waiting| waiting.send(Ok((id, self.connections.enter(id)))).is_ok());
         if !waits {
@@ -227,14 +227,14 @@ impl Shared {
         Ok(())
     }
 
-    /// Tells our own end that the agent drains, and reads what it has to say, of which a Konnectivity agent
-    /// understands nothing.
-    async fn converse(&self, control: &mut ControlStream) -> Result<Never, Ended> {
+    /// Sends the agent's drain to our own end, and drops its messages, for which Konnectivity has no
+    /// packets.
+    async fn converse(&self, control: &mut ControlStream) -> Result<Never, BridgeEnd> {
         loop {
             tokio::select! {
                 message = control.next() => drop(message?),
                 () = self.drained.notified() => {
-                    // It does not say when it will be gone.
+                    // The agent does not say when it leaves.
                     let drain = Drain { deadline_millis: u32::MAX };
                     control.send(&ControlMessage::Drain(drain)).await?;
                 }
@@ -242,7 +242,7 @@ impl Shared {
         }
     }
 
-    /// One stream: the dial, its answer, the connection.
+    /// Serves one stream: the dial, its reply, the connection.
     async fn serve(&self, (mut send, mut recv): (SendHalf, RecvHalf)) {
         let request = match recv.read_frame(DialRequest::MAX_LEN).await {
             Ok(frame) => frame.message::<DialRequest>(),
@@ -251,7 +251,7 @@ impl Shared {
         let Ok(request) = request else { return send.reset(StreamCode::MALFORMED) };
         let answer = tokio::select! {
             answer = self.dial(&request) => answer,
-            // The server gave up, and has told the stream so.
+            // The dial was given up, which ended the stream.
             _ = send.stopped() => return,
             _ = recv.failed() => return,
         };
@@ -262,8 +262,8 @@ impl Shared {
         };
         let Ok(reply) = frame::encode(&reply) else { return };
         if send.write_chunk(reply).await.is_err() {
-            // Without a reader the splice below would find the same; the agent is told there.
-            debug!(target = %request.target, "nobody waits for a Konnectivity agent's answer");
+            // The splice below finds the same, and closes the agent's connection.
+            debug!(target = %request.target, "a Konnectivity agent's answer came too late");
         }
         match answer {
             Ok(connection) => {
@@ -271,7 +271,7 @@ impl Shared {
                 let (outbound, stream) = (self.outbound.clone(), (send, recv));
                 let outcome =
                     carry(connection, Side::Agent, stream, outbound, &self.connections, &meter);
-                told(&request, &outcome.await.end);
+                log_end(&request, &outcome.await.end);
             }
             Err(_) => {
                 send.finish();
@@ -280,12 +280,12 @@ impl Shared {
         }
     }
 
-    /// Asks the agent and waits for its answer, for as long as the stream's other end does.
+    /// Asks the agent and waits for its answer, without a limit of its own.
     async fn dial(&self, request: &DialRequest) -> Answer {
         let random = fastrand::i64(1..);
         let (answered, answer) = oneshot::channel();
         self.dials().insert(random, answered);
-        let mut pending = PendingDial { shared: self, random, answer };
+        let mut pending = PendingDial { connected: self, random, answer };
         let packet =
             Packet::dial_request(random, request.network.name(), request.target.to_string());
         self.outbound.send_urgent(packet).map_err(|not_reading| not_reading.to_string())?;
@@ -298,27 +298,27 @@ impl Shared {
     }
 }
 
-/// A dial whose answer nobody has taken; when dropped it is forgotten, and the agent is told.
+/// A dial whose answer was not taken. Dropping it cancels the dial at the agent.
 struct PendingDial<'a> {
-    shared: &'a Shared,
+    connected: &'a Connected,
     random: i64,
     answer: oneshot::Receiver<Answer>,
 }
 
 impl Drop for PendingDial<'_> {
     fn drop(&mut self) {
-        let Shared { outbound, connections, .. } = self.shared;
+        let Connected { outbound, connections, .. } = self.connected;
         self.answer.close();
-        // An agent that does not even read this is lost soon enough.
+        // An agent that leaves even this unread is lost soon.
         let _ = match self.answer.try_recv() {
-            // It came while the dial was given up.
+            // The answer arrived while the dial was given up.
             Ok(Ok((id, _))) => {
                 connections.remove(id);
                 outbound.send_urgent(Packet::close_request(id))
             }
             Ok(Err(_)) => Ok(()),
-            // One that comes nevertheless is answered with CLOSE_REQ.
-            Err(_) => match self.shared.dials().remove(&self.random) {
+            // An answer that arrives nevertheless is answered with CLOSE_REQ.
+            Err(_) => match self.connected.dials().remove(&self.random) {
                 Some(_) => outbound.send_urgent(Packet::close_dial(self.random)),
                 None => Ok(()),
             },
@@ -326,9 +326,9 @@ impl Drop for PendingDial<'_> {
     }
 }
 
-/// Logs how a connection ended, and aloud when it was cut off for a reader that is too slow: the
-/// frontend learns no more than that.
-fn told(request: &DialRequest, end: &Result<(HalfEnd, HalfEnd), Cut>) {
+/// Logs how a connection ended; as a warning when it was cut off because its reader is too slow:
+/// the frontend sees no cause.
+fn log_end(request: &DialRequest, end: &Result<(HalfEnd, HalfEnd), Cut>) {
     let target = &request.target;
     match end {
         Err(Cut::Local(fault)) if fault.code == StreamCode::OVERLOADED => {
@@ -341,7 +341,7 @@ fn told(request: &DialRequest, end: &Result<(HalfEnd, HalfEnd), Cut>) {
     }
 }
 
-/// The reason in a Konnectivity agent's words, which are Go's, and its kind as far as they tell.
+/// The failure with this text, which is the agent's and so Go's, and with the kind that it names.
 fn failure(text: &str) -> DialFailure {
     let kind = [
         ("connection refused", DialErrorKind::REFUSED),

@@ -1,4 +1,4 @@
-//! Who a Konnectivity agent says it is: the metadata of its call.
+//! The introduction of a Konnectivity agent: the metadata of its call.
 
 use culvert_konnectivity::header;
 use culvert_wire::{
@@ -11,8 +11,10 @@ use culvert_wire::{
 };
 use tonic::metadata::MetadataMap;
 
-/// What a Konnectivity agent's metadata says, as an agent of ours would say it, but for the [`token`]; or
-/// why it cannot be.
+/// The hello that an agent of ours would send for this metadata, without the [`token`].
+///
+/// # Errors
+/// In Konnectivity's words, when the metadata names no agent.
 pub(super) fn read(metadata: &MetadataMap) -> Result<Hello, String> {
     let agent_id: AgentId = one(metadata, header::AGENT_ID, "agent ID")?
         .parse()
@@ -29,7 +31,10 @@ pub(super) fn read(metadata: &MetadataMap) -> Result<Hello, String> {
     })
 }
 
-/// A Konnectivity agent's token, if it sent one; or why it is none.
+/// The token of the metadata, if there is one.
+///
+/// # Errors
+/// In Konnectivity's words, when there are several or the header is malformed.
 pub(super) fn token(metadata: &MetadataMap) -> Result<Option<Secret>, String> {
     let mut values = metadata.get_all(header::AUTHORIZATION).iter();
     let Some(value) = values.next() else { return Ok(None) };
@@ -42,7 +47,7 @@ pub(super) fn token(metadata: &MetadataMap) -> Result<Option<Secret>, String> {
     Secret::new(token.trim()).map(Some).map_err(|error| error.to_string())
 }
 
-/// Unknown keys are kept: they match nothing.
+/// The announced identifiers. Unknown keys are kept: they match nothing.
 fn identifiers(metadata: &MetadataMap) -> Result<Identifiers, String> {
     let query = match metadata.contains_key(header::AGENT_IDENTIFIERS) {
         true => one(metadata, header::AGENT_IDENTIFIERS, "set of agent identifiers")?,
@@ -81,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_konnectivity_agent_sends_is_understood() {
+    fn the_metadata_of_a_konnectivity_agent_becomes_a_hello() {
         let hello = read(&metadata(&[
             ("agentid", "node-1"),
             ("agentidentifiers", "ipv4=10.0.0.1&host=a%2Bb&default-route=true&later=x"),
@@ -95,14 +100,14 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_is_told_konnectivity_message() {
+    fn faults_are_named_in_konnectivitys_words() {
         let fault = |pairs: &[(&'static str, &str)]| read(&metadata(pairs)).unwrap_err();
         assert_eq!(fault(&[]), "expected one agent ID in the context, got []");
         assert!(fault(&[("agentid", "a"), ("agentid", "b")]).starts_with("expected one agent ID"));
     }
 
     #[test]
-    fn a_token_is_one_and_a_bearers() {
+    fn there_is_at_most_one_token_and_it_is_a_bearers() {
         let token = |values: &[&str]| {
             let pairs: Vec<_> = values.iter().map(|value| ("authorization", *value)).collect();
             token(&metadata(&pairs)).map(|token| token.map(|token| token.expose().to_owned()))

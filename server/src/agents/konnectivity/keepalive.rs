@@ -1,9 +1,9 @@
-//! How often a Konnectivity agent may ping, as Konnectivity's own server enforces it.
+//! The limit of a Konnectivity agent's pings, as Konnectivity's own server enforces it.
 //!
 //! That server is grpc-go's with `EnforcementPolicy{MinTime: 30s, PermitWithoutStream: true}`
 //! (upstream's `cmd/server/app/server.go`), whose rule is `handlePing` of grpc-go's
-//! `internal/transport/http2_server.go`. hyper answers pings itself and tells nobody, so the bytes
-//! pass through here first, and are only looked at.
+//! `internal/transport/http2_server.go`. hyper answers pings itself and reports none, so the
+//! bytes pass through here first, unchanged.
 
 use std::{
     io::{self, IoSlice},
@@ -20,19 +20,19 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::http2_frames::{HEAD_LEN, Head, Heads, Part, flag, kind};
+use crate::http2_frames::{FrameHead, HEAD_LEN, Heads, Part, flag, kind};
 
-/// A ping that comes sooner than this after the last one is a strike: upstream's `MinTime`.
+/// Minimum time between two pings; a ping that comes sooner is a strike: upstream's `MinTime`.
 pub(super) const MIN_PING_INTERVAL: Duration = Duration::from_secs(30);
-/// Strikes that are borne: grpc-go's `maxPingStrikes`.
+/// Maximum number of strikes: grpc-go's `maxPingStrikes`.
 const MAX_STRIKES: u8 = 2;
-/// Time for what is under way, for the GOAWAY, and for the agent to hang up: that of grpc-go.
-const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time for the rest of a frame, for the GOAWAY, and for the agent to hang up: that of grpc-go.
+const GOAWAY_TIMEOUT: Duration = Duration::from_secs(1);
 /// ENHANCE_YOUR_CALM (RFC 9113 §7).
 const ENHANCE_YOUR_CALM: u32 = 0xb;
-/// What grpc-go's client takes for a reason to ping half as often (gRFC A8).
+/// Debug data that makes grpc-go's client ping half as often (gRFC A8).
 const TOO_MANY_PINGS: &[u8] = b"too_many_pings";
-/// Bytes thrown away at once while the agent hangs up.
+/// Maximum number of bytes discarded at once while the agent hangs up.
 const DISCARD_LEN: usize = 4 * 1024;
 
 /// The agent pinged too often, and its connection was ended.
@@ -40,13 +40,13 @@ const DISCARD_LEN: usize = 4 * 1024;
 #[error("the agent pings more often than every {MIN_PING_INTERVAL:?}")]
 pub(super) struct TooManyPings;
 
-/// A peer's pings, judged. Pure.
+/// Counts the strikes of a peer. Pure.
 #[derive(Debug)]
 struct Strikes {
     min_interval: Duration,
     last_ping: Option<Instant>,
     count: u8,
-    /// The server has said something since the last ping, so the next one is free: it may well ask
+    /// The server has sent something since the last ping, so the next one is free: it may measure
     /// how long that took, as grpc-go's estimate of the bandwidth does.
     forgiven: bool,
 }
@@ -56,12 +56,12 @@ impl Strikes {
         Self { min_interval, last_ping: None, count: 0, forgiven: false }
     }
 
-    /// Notes that the server sent HEADERS or DATA.
+    /// Records that the server sent HEADERS or DATA.
     fn on_sent(&mut self) {
         self.forgiven = true;
     }
 
-    /// Judges a ping that came at `now`; whether it is one too many.
+    /// Counts a ping that came at `now`; whether it is one too many.
     fn on_ping(&mut self, now: Instant) -> bool {
         let last = self.last_ping.replace(now);
         if std::mem::take(&mut self.forgiven) {
@@ -84,14 +84,14 @@ pub(super) struct PingLimit<IO> {
     /// The newest stream that the peer has opened.
     last_stream_id: u32,
     exceeded: CancellationToken,
-    farewell: Option<Farewell>,
+    ending: Option<Ending>,
 }
 
-/// What is left to do before the connection ends.
+/// The rest of a connection whose peer has pinged too often.
 #[derive(Debug)]
-struct Farewell {
+struct Ending {
     goaway: Bytes,
-    /// When it ends all the same: a peer need not read.
+    /// When it ends at the latest: the peer need not read.
     deadline: Pin<Box<Sleep>>,
 }
 
@@ -106,11 +106,11 @@ impl<IO> PingLimit<IO> {
             strikes: Strikes::new(min_interval),
             last_stream_id: 0,
             exceeded,
-            farewell: None,
+            ending: None,
         }
     }
 
-    /// Looks at what the peer sent.
+    /// Follows the bytes that the peer sent.
     fn on_received(&mut self, mut bytes: &[u8]) {
         while let Some(part) = self.received.next(&mut bytes) {
             let Part::Head(head) = part else { continue };
@@ -118,10 +118,10 @@ impl<IO> PingLimit<IO> {
                 kind::HEADERS => self.last_stream_id = self.last_stream_id.max(head.stream_id()),
                 kind::PING if !head.has(flag::ACK) && self.strikes.on_ping(Instant::now()) => {
                     let goaway = goaway(self.last_stream_id);
-                    let deadline = Box::pin(sleep(FAREWELL_TIMEOUT));
-                    self.farewell = Some(Farewell { goaway, deadline });
+                    let deadline = Box::pin(sleep(GOAWAY_TIMEOUT));
+                    self.ending = Some(Ending { goaway, deadline });
                     self.exceeded.cancel();
-                    // The connection is over; nothing behind this counts.
+                    // The connection ends; nothing after this counts.
                     return;
                 }
                 _ => {}
@@ -129,7 +129,7 @@ impl<IO> PingLimit<IO> {
         }
     }
 
-    /// Looks at what was sent to the peer.
+    /// Follows the bytes that were sent to the peer.
     fn on_sent(&mut self, mut bytes: &[u8]) {
         while let Some(part) = self.sent.next(&mut bytes) {
             if let Part::Head(head) = part
@@ -142,26 +142,26 @@ impl<IO> PingLimit<IO> {
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> PingLimit<IO> {
-    /// How many bytes of hyper's may be written: any number, or after too many pings those of a
-    /// frame that is under way. An error once the connection is over.
+    /// Maximum number of hyper's bytes that may be written: any, or after too many pings the rest of
+    /// the current frame. An error once the connection has ended.
     fn poll_allowed(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let Some(farewell) = &mut self.farewell else { return Poll::Ready(Ok(usize::MAX)) };
-        if farewell.deadline.as_mut().poll(cx).is_pending() {
+        let Some(ending) = &mut self.ending else { return Poll::Ready(Ok(usize::MAX)) };
+        if ending.deadline.as_mut().poll(cx).is_pending() {
             match self.sent.under_way() {
-                // A peer that is gone already ends it as well.
-                0 => drop(ready!(self.poll_farewell(cx))),
+                // A peer that has left ends it as well.
+                0 => drop(ready!(self.poll_goaway(cx))),
                 rest => return Poll::Ready(Ok(rest)),
             }
         }
         Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, TooManyPings)))
     }
 
-    /// Says why the connection ends, ends this side of it, and waits for the peer to end its own.
-    /// What it sends until then is read: a socket closed over unread bytes is reset, and the peer
-    /// might lose what it was told.
-    fn poll_farewell(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    /// Sends GOAWAY, ends this side of the connection, and waits for the peer to end its own. What it
+    /// sends until then is read: a socket that is closed with unread bytes is reset, and the peer
+    /// might lose the GOAWAY.
+    fn poll_goaway(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let inner = &mut self.inner;
-        if let Some(Farewell { goaway, .. }) = &mut self.farewell {
+        if let Some(Ending { goaway, .. }) = &mut self.ending {
             while goaway.has_remaining() {
                 match ready!(Pin::new(&mut *inner).poll_write(cx, goaway))? {
                     0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
@@ -180,19 +180,19 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> PingLimit<IO> {
         }
     }
 
-    /// Asks for another look at the farewell when hyper has just written the last of its frame.
-    fn wake_for_farewell(&self, cx: &Context<'_>) {
-        if self.farewell.is_some() && self.sent.under_way() == 0 {
+    /// Wakes the task for the GOAWAY when hyper has just written the last byte of its frame.
+    fn wake_for_goaway(&self, cx: &Context<'_>) {
+        if self.ending.is_some() && self.sent.under_way() == 0 {
             cx.waker().wake_by_ref();
         }
     }
 }
 
-/// The frame that says what the peer did (RFC 9113 §6.8).
+/// The GOAWAY for a peer that pinged too often (RFC 9113 §6.8).
 fn goaway(last_stream_id: u32) -> Bytes {
     const LEN: u16 = 8 + TOO_MANY_PINGS.len() as u16;
     let mut frame = Vec::with_capacity(HEAD_LEN + usize::from(LEN));
-    frame.extend_from_slice(Head::new(kind::GOAWAY, 0, LEN).bytes());
+    frame.extend_from_slice(FrameHead::new(kind::GOAWAY, 0, LEN).bytes());
     frame.extend_from_slice(&last_stream_id.to_be_bytes());
     frame.extend_from_slice(&ENHANCE_YOUR_CALM.to_be_bytes());
     frame.extend_from_slice(TOO_MANY_PINGS);
@@ -206,8 +206,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for PingLimit<IO> {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if this.farewell.is_some() {
-            // Nothing more is heard of the peer; hyper only finishes its frame.
+        if this.ending.is_some() {
+            // Nothing more is read from the peer; hyper only finishes its frame.
             return match ready!(this.poll_allowed(cx)) {
                 Ok(_) => Poll::Pending,
                 Err(over) => Poll::Ready(Err(over)),
@@ -230,7 +230,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for PingLimit<IO> {
         let allowed = ready!(this.poll_allowed(cx))?.min(buf.len());
         let written = ready!(Pin::new(&mut this.inner).poll_write(cx, &buf[..allowed]))?;
         this.on_sent(&buf[..written]);
-        this.wake_for_farewell(cx);
+        this.wake_for_goaway(cx);
         Poll::Ready(Ok(written))
     }
 
@@ -239,8 +239,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for PingLimit<IO> {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        if self.farewell.is_some() {
-            // What may still go out is small, and often ends within a slice.
+        if self.ending.is_some() {
+            // The rest of a frame is small, and often ends within a slice.
             let first = bufs.iter().find(|buf| !buf.is_empty());
             return self.poll_write(cx, first.map_or(&[], |buf| buf));
         }

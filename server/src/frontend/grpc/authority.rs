@@ -1,9 +1,9 @@
-//! Lets kube-apiserver's gRPC client in over a Unix socket.
+//! Makes the requests of kube-apiserver's gRPC client over a Unix socket legal.
 //!
 //! grpc-go takes the socket's path for the server's name and sends `:authority: %2Frun%2Fx.sock`.
-//! No authority has a `%` (RFC 3986 §3.2), and the h2 crate answers with PROTOCOL_ERROR. So the
-//! bytes pass through here first: every frame as it is, except that an `:authority` in a HEADERS
-//! frame is made legal. What cannot be understood is passed on, for h2 to refuse.
+//! The h2 crate accepts no `%` in an authority and answers with PROTOCOL_ERROR. So the bytes pass
+//! through here first: every frame unchanged, except that an `:authority` in a HEADERS frame is made
+//! legal. What cannot be parsed is passed on, for h2 to refuse.
 
 mod headers;
 
@@ -17,11 +17,12 @@ use std::{
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::http2_frames::{Head, Heads, Part, kind};
+use crate::http2_frames::{FrameHead, Heads, Part, kind};
 
-/// Largest frame that h2 takes (RFC 9113 §4.2); longer ones are not looked into.
+/// Maximum length of a frame's payload that h2 accepts, in bytes (RFC 9113 §4.2). Longer frames are
+/// not parsed.
 const MAX_FRAME_LEN: usize = 16_384;
-/// Bytes read at once while frames' heads are looked for.
+/// Maximum number of bytes read at once while heads of frames are expected.
 const READ_LEN: usize = 16 * 1024;
 
 /// A connection whose HEADERS frames come out with a legal `:authority`.
@@ -29,7 +30,7 @@ const READ_LEN: usize = 16 * 1024;
 pub struct LegalAuthority<IO> {
     inner: IO,
     frames: Frames,
-    /// Looked at and not handed on yet.
+    /// Bytes that have passed and were not read yet.
     output: BytesMut,
 }
 
@@ -56,7 +57,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for LegalAuthority<IO> {
             }
             let straight = this.frames.straight().min(buf.remaining());
             if straight > 0 {
-                // Inside a frame that passes as it is: no copy of ours.
+                // Inside a frame that passes unchanged: read without a copy.
                 let mut part = ReadBuf::new(buf.initialize_unfilled_to(straight));
                 ready!(Pin::new(&mut this.inner).poll_read(cx, &mut part))?;
                 this.frames.passed(part.filled());
@@ -64,7 +65,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for LegalAuthority<IO> {
                 buf.advance(length);
                 return Poll::Ready(Ok(()));
             }
-            // An idle connection keeps no buffer.
+            // An idle connection has no buffer.
             this.output = BytesMut::new();
             let mut input = [MaybeUninit::uninit(); READ_LEN];
             let mut read = ReadBuf::uninit(&mut input);
@@ -107,11 +108,11 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for LegalAuthority<IO> {
     }
 }
 
-/// What is to come out, frame by frame. Pure: bytes in, bytes out.
+/// Rewrites the frames of one direction. Pure: bytes in, bytes out.
 #[derive(Debug)]
 pub struct Frames {
     heads: Heads,
-    /// What was seen of a HEADERS frame that is kept back; empty without one.
+    /// The part of a HEADERS frame that has come; empty between HEADERS frames.
     kept: Vec<u8>,
 }
 
@@ -122,18 +123,18 @@ impl Default for Frames {
 }
 
 impl Frames {
-    /// Bytes that pass as they are before anything has to be looked at.
+    /// Number of bytes that pass unchanged before the next head.
     fn straight(&self) -> usize {
         if self.kept.is_empty() { self.heads.payload_left() } else { 0 }
     }
 
-    /// Notes bytes that have passed as they are, at most [`Self::straight`].
+    /// Follows bytes that have passed unchanged, at most [`Self::straight`].
     fn passed(&mut self, mut bytes: &[u8]) {
         self.heads.next(&mut bytes);
     }
 
-    /// Takes what the client sent next, and appends what h2 is to see. At most one HEADERS frame
-    /// is kept back.
+    /// Takes the client's next bytes, and appends those that h2 is to read. At most one HEADERS
+    /// frame is kept back.
     pub fn push(&mut self, mut input: &[u8], output: &mut BytesMut) {
         while let Some(part) = self.heads.next(&mut input) {
             match part {
@@ -152,8 +153,8 @@ impl Frames {
     }
 }
 
-/// Whether a frame has fields of a size that h2 would take.
-fn is_looked_into(head: Head) -> bool {
+/// Whether a frame may have an `:authority`, and is not too long for h2.
+fn is_looked_into(head: FrameHead) -> bool {
     head.kind() == kind::HEADERS && (1..=MAX_FRAME_LEN).contains(&head.payload_len())
 }
 

@@ -9,9 +9,12 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Bytes, BytesMut};
-use culvert_konnectivity::packet::{Packet, PacketMessage};
-use culvert_transport::splice::{Abort, LocalFault, LocalRead, LocalWrite};
+use bytes::Bytes;
+use culvert_konnectivity::{
+    NoAbort, batches,
+    packet::{Packet, PacketMessage},
+};
+use culvert_transport::splice::{LocalFault, LocalRead, LocalWrite};
 use culvert_wire::StreamCode;
 use tokio::{
     sync::SetOnce,
@@ -21,15 +24,15 @@ use tonic::Streaming;
 
 use super::{Outbound, second_dial_refused};
 
-/// The client library enters a connection a moment after it has taken the DIAL_RSP from the wire,
-/// and kills it when a DATA is faster. The first packet of a target that speaks first is held
-/// back for this long, or until the client's own first DATA proves that it is ready.
+/// Time for which the first packet of a target that speaks first is held back, unless the client's
+/// own first DATA proves earlier that it is ready. The client library registers a connection a
+/// moment after it has taken the DIAL_RSP from the wire, and kills it when a DATA is faster.
 const REGISTRATION_DELAY: Duration = Duration::from_millis(20);
-/// The largest DATA packet to a frontend. Larger ones save nothing, and take longer to decode
-/// before the first byte is seen.
+/// Maximum length of a DATA packet to a frontend, in bytes. Larger ones save nothing, and take
+/// longer to decode before the first byte is seen.
 const MAX_DATA_LEN: usize = 64 * 1024;
 
-/// When the client library is ready for its connection's packets.
+/// The moment from which the client library is ready for its connection's packets.
 #[derive(Clone, Debug)]
 pub(super) struct Registration {
     heard: Arc<SetOnce<()>>,
@@ -37,12 +40,12 @@ pub(super) struct Registration {
 }
 
 impl Registration {
-    /// The DIAL_RSP has just been handed to HTTP/2.
+    /// The registration of a client whose DIAL_RSP has just been handed to HTTP/2.
     pub(super) fn begin() -> Self {
         Self { heard: Arc::new(SetOnce::new()), latest: Instant::now() + REGISTRATION_DELAY }
     }
 
-    /// The client has used its connection.
+    /// Records that the client has used its connection, and so is ready.
     fn heard(&self) {
         let _ = self.heard.set(());
     }
@@ -55,34 +58,34 @@ impl Registration {
     }
 }
 
-/// The three parts of a `Proxy` stream that a splice needs.
+/// A `Proxy` stream as the three parts of a splice's local side.
 pub(super) fn halves(
     id: i64,
     inbound: Streaming<Packet>,
     outbound: Outbound,
     registration: Registration,
-) -> (ProxyRead, ProxyWrite, ProxyAbort) {
-    let closing = Closing { id, outbound, registration, sent: Arc::new(AtomicBool::new(false)) };
-    let reader = ProxyRead { inbound, closing: closing.clone(), first_id: None, ended: false };
-    (reader, ProxyWrite { closing }, ProxyAbort)
+) -> (ProxyRead, ProxyWrite, NoAbort) {
+    let close = CloseOnce { id, outbound, registration, sent: Arc::new(AtomicBool::new(false)) };
+    let reader = ProxyRead { inbound, close: close.clone(), first_id: None, ended: false };
+    (reader, ProxyWrite { close }, NoAbort)
 }
 
-/// The connection's CLOSE_RSP, which is sent once.
+/// Sends the connection's CLOSE_RSP, once.
 #[derive(Clone, Debug)]
-pub(super) struct Closing {
+pub(super) struct CloseOnce {
     id: i64,
     outbound: Outbound,
     registration: Registration,
     sent: Arc<AtomicBool>,
 }
 
-impl Closing {
+impl CloseOnce {
     /// Ends the connection for the frontend; the error is empty when it ended in order.
     pub(super) async fn send(&self, error: String) {
         if self.sent.swap(true, Ordering::Relaxed) {
             return;
         }
-        // A client that is not ready would ignore it and wait for ever.
+        // A client that is not ready would ignore the packet and wait for ever.
         self.registration.wait().await;
         let _ = self.outbound.send(Ok(Packet::close_response(self.id, error))).await;
     }
@@ -92,19 +95,19 @@ impl Closing {
     }
 }
 
-/// What the frontend sends.
+/// Reads what the frontend sends.
 pub(super) struct ProxyRead {
     inbound: Streaming<Packet>,
-    closing: Closing,
-    /// The connection that the frontend's first DATA was for.
+    close: CloseOnce,
+    /// Id of the connection that the frontend's first DATA was for.
     first_id: Option<i64>,
     ended: bool,
 }
 
 impl ProxyRead {
-    /// What a packet means for the connection: bytes, its end, or nothing.
+    /// Handles one packet; the bytes that it carries for the connection, if any.
     async fn handle(&mut self, packet: Packet) -> Result<Option<Bytes>, LocalFault> {
-        let id = self.closing.id;
+        let id = self.close.id;
         let answer = match packet.into() {
             PacketMessage::Data(data) => {
                 if data.connect_id == 0 {
@@ -115,14 +118,14 @@ impl ProxyRead {
                     return Err(self.mismatch(data.connect_id, first_id).await);
                 }
                 if data.connect_id == id {
-                    self.closing.registration.heard();
+                    self.close.registration.heard();
                     return Ok(Some(data.data));
                 }
                 Packet::close_response(data.connect_id, "unrecognized connectID")
             }
             PacketMessage::Close(closed) => {
-                self.closing.registration.heard();
-                // Nothing that follows has a meaning, whichever connection it names.
+                self.close.registration.heard();
+                // Packets that follow have no meaning, whichever connection they name.
                 self.ended = true;
                 if closed == id {
                     return Ok(None);
@@ -132,19 +135,19 @@ impl ProxyRead {
             PacketMessage::Dial(second) => second_dial_refused(second.random),
             _ => return Ok(None),
         };
-        self.closing.outbound.send(Ok(answer)).await.map_err(|_| cancelled())?;
+        self.close.outbound.send(Ok(answer)).await.map_err(|_| cancelled())?;
         Ok(None)
     }
 
-    /// Ends the connection of a frontend that mixes up names.
+    /// Ends the connection of a frontend that confuses connection ids.
     async fn mismatch(&self, found: i64, first: i64) -> LocalFault {
         let text = "mismatched connection IDs";
-        let _ = self.closing.outbound.send(Ok(Packet::close_response(found, text))).await;
-        if first == self.closing.id {
-            self.closing.send(text.into()).await;
+        let _ = self.close.outbound.send(Ok(Packet::close_response(found, text))).await;
+        if first == self.close.id {
+            self.close.send(text.into()).await;
         } else {
-            let _ = self.closing.outbound.send(Ok(Packet::close_response(first, text))).await;
-            self.closing.sent.store(true, Ordering::Relaxed);
+            let _ = self.close.outbound.send(Ok(Packet::close_response(first, text))).await;
+            self.close.sent.store(true, Ordering::Relaxed);
         }
         LocalFault { code: StreamCode::FRONTEND_MISBEHAVED, source: io::Error::other(text) }
     }
@@ -158,8 +161,8 @@ impl LocalRead for ProxyRead {
                     Some(data) if !data.is_empty() => return Ok(Some(data)),
                     _ => {}
                 },
-                // A frontend that was told of the end leaves by ending or cancelling its stream.
-                Ok(None) | Err(_) if self.closing.is_sent() => self.ended = true,
+                // A frontend that was sent the end leaves by ending or cancelling its stream.
+                Ok(None) | Err(_) if self.close.is_sent() => self.ended = true,
                 // Without a CLOSE_REQ it was cut off: HTTP/2's layers show a cancelled stream as
                 // an ended one, and the client library never just ends it.
                 Ok(None) | Err(_) => return Err(cancelled()),
@@ -169,7 +172,7 @@ impl LocalRead for ProxyRead {
     }
 
     async fn failed(&mut self) -> LocalFault {
-        self.closing.outbound.closed().await;
+        self.close.outbound.closed().await;
         cancelled()
     }
 }
@@ -179,45 +182,33 @@ fn cancelled() -> LocalFault {
     LocalFault { code: StreamCode::CANCELLED, source }
 }
 
-/// What the frontend gets.
+/// Writes to the frontend.
 pub(super) struct ProxyWrite {
-    closing: Closing,
+    close: CloseOnce,
 }
 
 impl ProxyWrite {
-    pub(super) fn closing(&self) -> Closing {
-        self.closing.clone()
+    pub(super) fn close(&self) -> CloseOnce {
+        self.close.clone()
     }
 
     async fn send(&self, data: Bytes) -> Result<(), LocalFault> {
-        let packet = Packet::data(self.closing.id, data);
-        self.closing.outbound.send(Ok(packet)).await.map_err(|_| cancelled())
+        let packet = Packet::data(self.close.id, data);
+        self.close.outbound.send(Ok(packet)).await.map_err(|_| cancelled())
     }
 }
 
 impl LocalWrite for ProxyWrite {
     async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), LocalFault> {
-        self.closing.registration.wait().await;
-        // One packet of a tunnel's payload is too little for a message of its own.
-        let mut batch = BytesMut::new();
-        if let [chunk] = chunks {
-            return self.send(std::mem::take(chunk)).await;
+        self.close.registration.wait().await;
+        for piece in batches(chunks, MAX_DATA_LEN) {
+            self.send(piece).await?;
         }
-        for chunk in chunks {
-            if !batch.is_empty() && batch.len() + chunk.len() > MAX_DATA_LEN {
-                self.send(batch.split().freeze()).await?;
-            }
-            if batch.is_empty() {
-                batch.reserve(MAX_DATA_LEN);
-            }
-            batch.extend_from_slice(chunk);
-            *chunk = Bytes::new();
-        }
-        self.send(batch.freeze()).await
+        Ok(())
     }
 
     async fn finish(&mut self) -> Result<(), LocalFault> {
-        self.closing.send(String::new()).await;
+        self.close.send(String::new()).await;
         Ok(())
     }
 
@@ -225,23 +216,15 @@ impl LocalWrite for ProxyWrite {
     async fn gone(&mut self) {}
 }
 
-/// Nothing to be done here: whoever awaits the splice's end tells it to the frontend.
+/// Cuts the connection off for the frontend, unless its end was sent before the drop.
 #[derive(Debug)]
-pub(super) struct ProxyAbort;
-
-impl Abort for ProxyAbort {
-    fn abort(&self) {}
-}
-
-/// Cuts the connection off for the frontend when nobody comes to tell how it ended.
-#[derive(Debug)]
-pub(super) struct CutOnDrop(pub(super) Closing);
+pub(super) struct CutOnDrop(pub(super) CloseOnce);
 
 impl Drop for CutOnDrop {
     fn drop(&mut self) {
         if !self.0.is_sent() {
             let status = tonic::Status::aborted("the connection was cut off");
-            // Without room the stream's own end, short of a CLOSE_RSP, has to do.
+            // Without room for it, the stream ends without a CLOSE_RSP, which means the same.
             let _ = self.0.outbound.try_send(Err(status));
         }
     }

@@ -6,9 +6,9 @@
 //!  └────────────────────┘                      └ any fault: CLOSE_RSP with the reason
 //! ```
 //!
-//! Answers to misplaced packets are Konnectivity's, word for word. One thing differs: a second
-//! DIAL_REQ is refused, where Konnectivity would dial and then kill both connections at the first
-//! byte for the second.
+//! The answers to unexpected packets are those of Konnectivity. One differs: a second DIAL_REQ is
+//! refused, where Konnectivity dials and then kills both connections at the first byte of the
+//! second.
 
 use std::{
     pin::pin,
@@ -35,7 +35,7 @@ use crate::{
     metrics::FrontendKind,
 };
 
-/// Names the connections of this process, from 1; 0 stands for none on the wire.
+/// Id of the next connection of this process, from 1; 0 stands for no connection on the wire.
 static NEXT_CONNECT_ID: AtomicI64 = AtomicI64::new(1);
 
 /// Serves one `Proxy` stream until the frontend ends it or its connection is over.
@@ -66,7 +66,7 @@ pub(super) async fn serve(
     ignore_rest(&mut inbound).await;
 }
 
-/// Waits for the packet that asks for a target; `None` when the stream is of no further use.
+/// Waits for the packet that asks for a target; `None` when none can follow.
 async fn first_dial(inbound: &mut Streaming<Packet>, outbound: &Outbound) -> Option<DialRequest> {
     while let Ok(Some(packet)) = inbound.message().await {
         match packet.into() {
@@ -88,16 +88,16 @@ async fn first_dial(inbound: &mut Streaming<Packet>, outbound: &Outbound) -> Opt
     None
 }
 
-/// What became of a dial.
+/// Outcome of a dial.
 enum Dialing {
     Done(Result<Box<Dialed>, DialError>),
-    /// The frontend gave it up and may ask again.
+    /// The frontend cancelled it and may ask again.
     Cancelled,
-    /// The frontend is gone.
+    /// The frontend has left.
     Left,
 }
 
-/// Dials while listening to what the frontend has to say meanwhile.
+/// Dials, and answers the frontend's packets meanwhile.
 async fn dial(
     context: &FrontendContext,
     hints: &RequestHints,
@@ -146,7 +146,7 @@ fn parameters(hints: &RequestHints, request: &DialRequest) -> Result<DialParamet
     Ok(DialParameters { network, target, kind, trace })
 }
 
-/// Tells the frontend its connection's name and splices it until both directions have ended.
+/// Sends the frontend the id of its connection, and splices it until both directions have ended.
 async fn connected(
     context: &FrontendContext,
     random: i64,
@@ -160,7 +160,7 @@ async fn connected(
     }
     let registration = Registration::begin();
     let (reader, writer, abort) = connection::halves(id, inbound, outbound.clone(), registration);
-    let CutOnDrop(closing) = &CutOnDrop(writer.closing());
+    let CutOnDrop(close) = &CutOnDrop(writer.close());
     let end = context.carry(Local::new(reader, writer, abort), dialed).await;
     let error = match end {
         Ok((_, HalfEnd::Finished)) => return, // the writer has sent CLOSE_RSP
@@ -169,11 +169,11 @@ async fn connected(
         Err(Cut::Lost(lost)) => format!("agent lost: {lost}"),
         Err(cut) => cut.to_string(),
     };
-    closing.send(error).await;
+    close.send(error).await;
 }
 
-/// Reads on until the frontend ends the stream: what it sends has no meaning any more, but a
-/// stream that the server ends first would look like a failure.
+/// Reads until the frontend ends the stream. Its packets have no meaning any more, but a stream that
+/// the server ends first would look like a failure.
 async fn ignore_rest(inbound: &mut Streaming<Packet>) {
     while let Ok(Some(_)) = inbound.message().await {}
 }

@@ -1,4 +1,4 @@
-//! HTTP/2 requests to `Proxy` streams, by tonic's server machinery.
+//! The service of the gRPC frontend: HTTP/2 requests become `Proxy` streams.
 
 use std::{convert::Infallible, future::Ready, pin::Pin, sync::Arc};
 
@@ -22,7 +22,7 @@ use super::{
     proxy,
 };
 
-/// Packets that may wait for HTTP/2 to take them. One is being sent while the next is made.
+/// Maximum number of packets that wait for HTTP/2: one is sent while the next is made.
 const OUTBOUND_PACKETS: usize = 2;
 
 /// Answers the requests of one connection.
@@ -56,7 +56,7 @@ impl Service<Request<Incoming>> for ProxyService {
     }
 }
 
-/// The method's handler, in the shape that tonic asks for.
+/// Handler of the method, in the form that tonic requires.
 struct Proxy(Arc<FrontendContext>);
 
 impl StreamingService<Packet> for Proxy {

@@ -13,7 +13,7 @@ fn seconds(seconds: u64) -> Duration {
 }
 
 fn frame(kind: u8, stream_id: u32, payload: &[u8]) -> Vec<u8> {
-    let head = Head::new(kind, stream_id, u16::try_from(payload.len()).unwrap());
+    let head = FrameHead::new(kind, stream_id, u16::try_from(payload.len()).unwrap());
     [&head.bytes()[..], payload].concat()
 }
 
@@ -31,7 +31,7 @@ fn goaway_frame(last_stream_id: u8) -> Vec<u8> {
     [&head[..], &[0, 0, 0, last_stream_id, 0, 0, 0, 0xb], b"too_many_pings"].concat()
 }
 
-/// Which of the pings, so many seconds after the start, is one too many.
+/// Index of the ping that is one too many. The pings come so many seconds after the start.
 fn judged(pings: &[u64]) -> Option<usize> {
     let (start, mut strikes) = (Instant::now(), Strikes::new(seconds(30)));
     pings.iter().position(|at| strikes.on_ping(start + seconds(*at)))
@@ -53,7 +53,7 @@ fn pings_that_keep_their_distance_are_never_too_many() {
 }
 
 #[test]
-fn what_the_server_says_wipes_out_strikes_and_makes_the_next_ping_free() {
+fn what_the_server_sends_resets_the_strikes_and_makes_the_next_ping_free() {
     let (now, mut strikes) = (Instant::now(), Strikes::new(seconds(30)));
     for _ in 0..1000 {
         assert!(!strikes.on_ping(now) && !strikes.on_ping(now) && !strikes.on_ping(now));
@@ -89,8 +89,8 @@ proptest! {
     }
 }
 
-/// A connection that reads what is prepared, and takes so many bytes with each write; where 0 is
-/// prepared it takes none for the moment.
+/// A connection that yields the prepared reads, and takes the prepared number of bytes with each
+/// write; 0 makes a write pending.
 #[derive(Debug, Default)]
 struct Scripted {
     reads: VecDeque<Vec<u8>>,
@@ -267,7 +267,7 @@ async fn the_goaway_waits_for_the_end_of_a_frame_wherever_it_was_cut() {
             };
             at += written;
         }
-        // Nothing of it was written where the goaway could come at once.
+        // None of it was written where the GOAWAY could be sent at once.
         let sent = if cut == 0 { &[][..] } else { &data };
         assert!(is_over(write(&mut limit, &[&rest[at..]])));
         assert_eq!(limit.inner.written, [sent, &goaway_frame(0)].concat(), "cut at {cut}");
@@ -303,7 +303,7 @@ async fn a_goaway_that_is_taken_in_pieces_is_whole() {
 }
 
 #[tokio::test]
-async fn nothing_of_hypers_follows_the_goaway() {
+async fn no_bytes_of_hyper_follow_the_goaway() {
     let mut limit = exceeded(&[]);
     for _ in 0..3 {
         assert!(is_over(write(&mut limit, &[&ping()])));
@@ -324,14 +324,14 @@ async fn a_peer_that_does_not_read_is_waited_for_no_longer_than_one_that_does_no
         let (mut peer, mut limit, exceeded) = over_a_pipe(size);
         let begun = tokio::time::Instant::now();
         let pinging = async {
-            // A pipe that is full takes no more; there is nothing to be said then.
+            // A full pipe takes no more, which is no failure of the test.
             let _ = peer.write_all(&[PREFACE, &ping().repeat(4)].concat()).await;
         };
         let reading = async { limit.read_to_end(&mut Vec::new()).await.unwrap_err() };
         let ((), error) = tokio::join!(pinging, reading);
         assert!(exceeded.is_cancelled());
         assert_eq!(error.to_string(), "the agent pings more often than every 30s");
-        assert_eq!(begun.elapsed(), FAREWELL_TIMEOUT, "{size}");
+        assert_eq!(begun.elapsed(), GOAWAY_TIMEOUT, "{size}");
     }
 }
 
@@ -349,5 +349,5 @@ async fn the_connection_ends_as_soon_as_the_peer_has_hung_up() {
     let reading = async { limit.read_to_end(&mut Vec::new()).await.unwrap_err() };
     let (heard, _) = tokio::join!(pinging, reading);
     assert_eq!(heard, goaway_frame(0));
-    assert!(begun.elapsed() < FAREWELL_TIMEOUT);
+    assert!(begun.elapsed() < GOAWAY_TIMEOUT);
 }

@@ -1,9 +1,8 @@
 //! The `:authority` of one HEADERS frame, made legal.
 //!
-//! HPACK (RFC 7541) is a conversation: what one block adds to the dynamic table, later blocks
-//! refer to. So nothing is decoded and encoded anew here; only the value's bytes are exchanged,
-//! for as many others. The entry keeps its size, and both ends of the conversation evict the same
-//! entries at the same time.
+//! HPACK (RFC 7541) has state: later blocks refer to what one block adds to the dynamic table. So
+//! nothing is decoded and encoded again here; only the bytes of the value are replaced, by as many
+//! others. The entry keeps its size, and both peers evict the same entries at the same time.
 
 use std::borrow::Cow;
 
@@ -17,11 +16,11 @@ const FLAG_PADDED: u8 = 0x8;
 const FLAG_PRIORITY: u8 = 0x20;
 /// `:authority` in HPACK's static table (RFC 7541 appendix A).
 const STATIC_AUTHORITY: usize = 1;
-/// `:authority`, for encoders that spell names out.
+/// `:authority`, for encoders that write names as literals.
 const AUTHORITY: &[u8] = b":authority";
 
-/// The frame with a legal `:authority`; as it is when that is legal already, when there is none,
-/// or when the frame cannot be understood.
+/// The frame with a legal `:authority`. It is unchanged when its own is legal, when it has none, and
+/// when it cannot be parsed.
 pub(super) fn legalized(frame: &[u8]) -> Cow<'_, [u8]> {
     match rewrite(frame) {
         Some(rewritten) => Cow::Owned(rewritten),
@@ -49,16 +48,16 @@ fn rewrite(frame: &[u8]) -> Option<Vec<u8>> {
     Some(rewritten)
 }
 
-/// Where among the fields an `:authority`'s value is, and what it says.
-struct Found {
+/// The value of an `:authority`: its position among the fields, and its text.
+struct AuthorityField {
     start: usize,
     end: usize,
     text: Vec<u8>,
 }
 
-/// Walks the fields (RFC 7541 §6) to the first `:authority` that is spelt out. One that is only
-/// referred to was made legal when it was.
-fn find_authority(fields: &[u8]) -> Option<Found> {
+/// Finds the first `:authority` whose value is a literal (RFC 7541 §6). One that refers to the
+/// dynamic table was made legal when it was added.
+fn find_authority(fields: &[u8]) -> Option<AuthorityField> {
     let mut at = 0;
     while let Some(&first) = fields.get(at) {
         let prefix = match first {
@@ -83,7 +82,7 @@ fn find_authority(fields: &[u8]) -> Option<Found> {
         }
         let end = string(fields, at)?;
         if is_authority {
-            return Some(Found { start: at, end, text: decode(&fields[at..end])? });
+            return Some(AuthorityField { start: at, end, text: decode(&fields[at..end])? });
         }
         at = end;
     }
@@ -98,7 +97,7 @@ fn integer(bytes: &[u8], at: usize, prefix: u32) -> Option<(usize, usize)> {
         return Some((value, at + 1));
     }
     let mut value = value;
-    // Four bytes more reach 2^28, beyond any frame.
+    // Four more bytes reach 2^28, beyond any frame.
     for (index, byte) in bytes.get(at + 1..)?.iter().take(4).enumerate() {
         value += usize::from(byte & 0x7f) << (7 * index);
         if byte & 0x80 == 0 {
@@ -115,8 +114,8 @@ fn string(bytes: &[u8], at: usize) -> Option<usize> {
     (end <= bytes.len()).then_some(end)
 }
 
-/// A string's characters. Huffman's code is left to the HPACK library, as the value of a field
-/// made for it alone.
+/// The bytes of a string. The HPACK library decodes Huffman's code, given the string as the value
+/// of a field that is made up for it.
 fn decode(string: &[u8]) -> Option<Vec<u8>> {
     let field = [&[0x00, 0x01, b'x'], string].concat();
     let mut text = None;
@@ -125,7 +124,7 @@ fn decode(string: &[u8]) -> Option<Vec<u8>> {
     text
 }
 
-/// As many characters that are an authority; `None` when these are one.
+/// A legal authority of the same length; `None` when the text is legal.
 fn legal(text: &[u8]) -> Option<Vec<u8>> {
     if text.is_empty() || Authority::try_from(text).is_ok() {
         return None;
@@ -135,7 +134,7 @@ fn legal(text: &[u8]) -> Option<Vec<u8>> {
     Some(text.iter().map(harmless).collect())
 }
 
-/// Appends a string that is spelt out (RFC 7541 §5.2).
+/// Appends a string without Huffman's code (RFC 7541 §5.2).
 fn append_string(text: &[u8], out: &mut Vec<u8>) {
     const LIMIT: usize = 0x7f;
     match u8::try_from(text.len()) {
