@@ -14,7 +14,7 @@ mod optimistic;
 
 use culvert_transport::{
     RecvHalf, SendHalf,
-    splice::{Cut, Head},
+    splice::{Cut, Preamble},
 };
 use culvert_wire::{
     DialId, Target,
@@ -72,8 +72,8 @@ impl Reply {
     }
 }
 
-impl Head for Reply {
-    async fn take(self, recv: &mut RecvHalf) -> Result<(), Cut> {
+impl Preamble for Reply {
+    async fn read(self, recv: &mut RecvHalf) -> Result<(), Cut> {
         match self {
             Self::Received(_) => Ok(()),
             // Boxed, so that a stream does not keep room for it for as long as it lives.

@@ -45,8 +45,8 @@ fn cut(error: DialError) -> Cut {
     match error {
         DialError::Lost { source, .. } => Cut::Lost(source),
         DialError::TimedOut => {
-            Cut::Dial { code: StreamCode::DIAL_TIMEOUT, text: error.to_string() }
+            Cut::Preamble { code: StreamCode::DIAL_TIMEOUT, reason: error.into() }
         }
-        error => Cut::Dial { code: StreamCode::DIAL_FAILED, text: error.to_string() },
+        error => Cut::Preamble { code: StreamCode::DIAL_FAILED, reason: error.into() },
     }
 }

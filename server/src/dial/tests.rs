@@ -493,7 +493,7 @@ async fn an_expected_reply_that_is_positive_is_taken_off_the_stream() {
     let (mut dialed, mut asked) = expected(&dialing, &agent).await;
     asked.reply(Ok(())).await;
     asked.send.write_chunk(Bytes::from_static(b"target")).await.unwrap();
-    dialed.reply.take(&mut dialed.stream.1).await.unwrap();
+    dialed.reply.read(&mut dialed.stream.1).await.unwrap();
     assert_eq!(read(&mut dialed.stream.1).await, "target");
     assert_eq!(dialing.metric("culvert_server_optimistic_dials_total{result=\"kept\"}"), 1.0);
     assert_eq!(dialing.pending(), 0.0);
@@ -504,7 +504,7 @@ async fn an_expected_reply_that_is_negative_cuts_the_connection_and_the_target_i
     let (dialing, agent) = reached_recently().await;
     let (mut dialed, mut asked) = expected(&dialing, &agent).await;
     asked.reply(Err(refusal())).await;
-    let cut = dialed.reply.take(&mut dialed.stream.1).await.unwrap_err();
+    let cut = dialed.reply.read(&mut dialed.stream.1).await.unwrap_err();
     assert_eq!(cut.code(), StreamCode::DIAL_FAILED);
     assert_eq!(cut.to_string(), refusal().to_string());
     assert_eq!(dialing.metric("culvert_server_optimistic_dials_total{result=\"broken\"}"), 1.0);
@@ -522,7 +522,7 @@ async fn an_expected_reply_that_is_late_cuts_the_connection() {
         agent.backend.suspected().await;
         started.elapsed()
     };
-    let (cut, suspected) = join!(dialed.reply.take(&mut dialed.stream.1), suspected);
+    let (cut, suspected) = join!(dialed.reply.read(&mut dialed.stream.1), suspected);
     assert_eq!(cut.unwrap_err().code(), StreamCode::DIAL_TIMEOUT);
     assert_eq!((started.elapsed(), suspected), (LIMIT, SUSPECT_AFTER));
     assert_eq!(dialing.failures("backend_dial_timeout"), 1.0);
@@ -533,7 +533,7 @@ async fn an_expected_reply_that_is_lost_with_its_tunnel_cuts_the_connection() {
     let (dialing, agent) = reached_recently().await;
     let (mut dialed, _asked) = expected(&dialing, &agent).await;
     agent.tunnel.close(CloseCode::DONE, "");
-    let cut = dialed.reply.take(&mut dialed.stream.1).await.unwrap_err();
+    let cut = dialed.reply.read(&mut dialed.stream.1).await.unwrap_err();
     assert!(matches!(cut, Cut::Lost(_)), "{cut:?}");
     assert_eq!(dialing.failures("backend_close"), 1.0);
 }

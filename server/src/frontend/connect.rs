@@ -8,10 +8,11 @@
 use std::{io, time::Duration};
 
 use bytes::{Bytes, BytesMut};
+use culvert_transport::splice::until_hung_up;
 use culvert_wire::{Target, dial::Network};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    time::{sleep, timeout},
+    time::timeout,
 };
 use tracing::debug;
 
@@ -24,8 +25,6 @@ const MAX_HEAD_LEN: usize = 16 * 1024;
 const MAX_HEADERS: usize = 64;
 /// The most bytes taken from a frontend while its dial is pending.
 const MAX_READ_AHEAD: usize = 64 * 1024;
-/// How often a frontend that ended its output is asked whether it is gone for good.
-const HANGUP_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a refusal may take to reach its reader.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -141,9 +140,7 @@ async fn gone<S: FrontendSocket>(socket: &mut S, buffer: &mut BytesMut) {
             Err(_) => return,
         }
     }
-    while !socket.is_hung_up() {
-        sleep(HANGUP_INTERVAL).await;
-    }
+    until_hung_up(move || socket.is_hung_up()).await;
 }
 
 /// Answers that the target is reached, alone and before any of its bytes, and splices.

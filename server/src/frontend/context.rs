@@ -52,7 +52,7 @@ impl FrontendContext {
         let agent_id = permit.backend().agent_id().as_str();
         debug!(dial = %id, agent_id, timing = ?reply.timing(), "spliced");
         let open = self.metrics.stream_open();
-        let splice = Box::pin(splice::splice_behind(reply, local, stream, &self.metrics.meter));
+        let splice = Box::pin(splice::splice_after(reply, local, stream, &self.metrics.meter));
         let outcome = splice.await;
         drop(open);
         self.metrics.stream_ended(started, &outcome);

@@ -28,6 +28,7 @@ pub mod priority;
 pub mod qmux;
 pub mod quic;
 mod settings;
+pub mod socket;
 pub mod splice;
 mod stream;
 pub mod tcp;

@@ -1,4 +1,4 @@
-//! QMux over TLS over TCP: how a tunnel goes where UDP does not.
+//! QMux over TLS over TCP: the carrier for networks that block UDP.
 
 mod proxies;
 mod proxy;
@@ -22,17 +22,18 @@ pub use self::{
 use super::{
     Carrier, ConnectError, Settings, TransportFault, TunnelLost, canonical,
     qmux::{Connection, Peer, Role, establish},
+    socket::send_at_once,
 };
 
-/// Bytes that TCP takes beyond what the path lets out: what waits in the kernel cannot be overtaken.
+/// Maximum number of bytes that wait in the socket and have not been sent.
 const MAX_UNSENT: u32 = 64 * 1024;
 
-/// How a server is reached.
+/// How to reach a server.
 #[derive(Clone, Debug)]
 pub enum Route {
-    /// At its address.
+    /// Connect to its address.
     Direct(SocketAddr),
-    /// By a proxy, which looks its name up.
+    /// Connect through a proxy, which resolves the server's name.
     Proxied {
         /// The proxy.
         proxy: Arc<Proxy>,
@@ -50,26 +51,27 @@ pub enum Route {
 /// the protocol; it gives up after the idle time-out.
 ///
 /// # Cancel safety
-/// Dropping the future gives up what was begun.
+/// Dropping the future closes the connection.
 pub async fn connect(
-    way: &Route,
+    route: &Route,
     server_name: &str,
     tls: Arc<rustls::ClientConfig>,
     settings: &Settings,
 ) -> Result<Connection, ConnectError> {
-    handshake(way, server_name, tls, settings).await?.begin(settings).await
+    handshake(route, server_name, tls, settings).await?.begin(settings).await
 }
 
-/// Connects to a server and does the TLS handshake; what is spoken then is what both agreed on.
+/// Connects to a server and does the TLS handshake. The protocol is then the one that both agreed
+/// on.
 ///
 /// # Errors
 /// When the server or the proxy cannot be reached or is not who it should be; it gives up after the
 /// idle time-out.
 ///
 /// # Cancel safety
-/// Dropping the future gives up what was begun.
+/// Dropping the future closes the connection.
 pub async fn handshake(
-    way: &Route,
+    route: &Route,
     server_name: &str,
     tls: Arc<rustls::ClientConfig>,
     settings: &Settings,
@@ -77,7 +79,7 @@ pub async fn handshake(
     let name = ServerName::try_from(server_name.to_owned())
         .map_err(|_| ConnectError::ServerName(server_name.to_owned()))?;
     let deadline = Instant::now() + settings.idle_timeout;
-    let (socket, address) = match way {
+    let (socket, address) = match route {
         Route::Direct(remote) => {
             let socket = in_time(deadline, TcpStream::connect(remote)).await?;
             prepare(&socket, settings);
@@ -94,7 +96,7 @@ pub async fn handshake(
     Ok(Connected { stream, address })
 }
 
-/// What a step of a handshake comes to.
+/// The result of a step of the handshake, which must end before the deadline.
 async fn in_time<T>(
     deadline: Instant,
     step: impl Future<Output = io::Result<T>>,
@@ -110,7 +112,7 @@ async fn in_time<T>(
     Err(ConnectError::Handshake(lost))
 }
 
-/// The bytes of a connection to a server, directly or through a proxy.
+/// The byte stream of a connection to a server, direct or through a proxy.
 pub type Stream = client::TlsStream<Either<TcpStream, ProxiedStream>>;
 
 /// A connection to a server whose TLS handshake is done.
@@ -126,7 +128,7 @@ impl Connected {
         self.stream.get_ref().1.alpn_protocol()
     }
 
-    /// Makes a tunnel of it.
+    /// Begins QMux on the connection.
     ///
     /// # Errors
     /// When the server does not begin within the idle time-out, or agreed on something else.
@@ -138,15 +140,15 @@ impl Connected {
         establish(stream, Role::Client, peer, settings).await
     }
 
-    /// The byte stream and its peer, for a caller that speaks another protocol on it; `carrier` is what
-    /// the tunnel is then said to be carried by.
+    /// The byte stream and its peer, for a caller that speaks another protocol on it. `carrier` is
+    /// what the tunnel then reports as its carrier.
     pub fn into_parts(self, carrier: Carrier) -> (Stream, Peer) {
         let certificates = self.stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
         (self.stream, Peer { address: self.address, carrier, certificates })
     }
 }
 
-/// Makes a tunnel of an agent's connection whose TLS handshake is done, and agreed on the protocol.
+/// Begins QMux on an agent's connection whose TLS handshake is done and agreed on the protocol.
 ///
 /// # Errors
 /// When the agent does not begin within the idle time-out, or agreed on something else.
@@ -165,13 +167,11 @@ pub async fn accept(
     establish(stream, Role::Server, peer, settings).await
 }
 
-/// Sets up the socket: small writes go at once, little waits in the kernel, and a peer that is gone
-/// shows within the idle time-out.
+/// Sets up a tunnel's socket: small writes are sent at once, little waits in the kernel, and a peer
+/// that is gone is noticed within the idle time-out.
 pub fn prepare(socket: &TcpStream, settings: &Settings) {
-    // A socket that is gone already shows it at the first read.
-    let _ = socket.set_nodelay(true);
+    send_at_once(socket, MAX_UNSENT);
     let socket = SockRef::from(socket);
-    let _ = socket.set_tcp_notsent_lowat(MAX_UNSENT);
     let _ = socket.set_tcp_user_timeout(Some(settings.idle_timeout));
     let interval = settings.keep_alive_interval.unwrap_or(settings.idle_timeout / 3);
     let interval = interval.max(Duration::from_secs(1));

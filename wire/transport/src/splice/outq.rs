@@ -1,7 +1,7 @@
-//! How much of what was written to a TCP socket its peer has not acknowledged.
+//! Number of bytes written to a TCP socket that its peer has not acknowledged.
 //!
-//! `unsafe` is needed here and nowhere else: the question is an ioctl (`SIOCOUTQ`, tcp(7)) that no
-//! library wraps. The kernel writes one `c_int` through the pointer it is given.
+//! `unsafe` is needed here and nowhere else in the splice: no library wraps this ioctl (`SIOCOUTQ`,
+//! tcp(7)). The kernel writes one `c_int` through the pointer it is given.
 #![allow(unsafe_code)]
 
 use std::{
@@ -11,7 +11,7 @@ use std::{
 
 nix::ioctl_read_bad!(siocoutq, nix::libc::TIOCOUTQ, nix::libc::c_int);
 
-/// Bytes written and not acknowledged, the end of the stream counting as one.
+/// Number of bytes written and not acknowledged; the end of the stream counts as one.
 ///
 /// # Errors
 /// When the descriptor is not a socket that counts them.

@@ -1,4 +1,5 @@
-//! Sockets as the local side of a splice: TCP and Unix directly, anything else through buffers.
+//! Sockets as the local side of a splice: TCP and Unix directly, other byte streams through
+//! buffers.
 
 use std::{
     io::{self, IoSlice},
@@ -16,21 +17,23 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::{Abort, LocalFault, LocalRead, LocalWrite, outq};
-use crate::chunks::advance;
+use super::{Abort, LocalFault, LocalRead, LocalWrite, outq, pumps::CHUNKS};
+use crate::{chunks::advance, socket::send_at_once};
 
-/// First read buffer of a connection: a keystroke or a small request.
+/// Size of a connection's first read buffer, in bytes: a keystroke or a small request.
 const MIN_READ: usize = 2 * 1024;
-/// Largest read buffer: beyond 64 KiB the system call is no longer what costs.
+/// Maximum size of a read buffer, in bytes: beyond it the system call is no longer what costs.
 const MAX_READ: usize = 64 * 1024;
-/// Bytes that a TCP socket takes beyond what its peer's window and the path let out.
+/// Maximum number of bytes that wait in a TCP socket and have not been sent.
 const MAX_UNSENT: u32 = 256 * 1024;
-/// How often a half-closed Unix socket is asked whether its peer has closed it for good.
+/// Interval at which a half-closed Unix socket is checked for a peer that has closed it.
 const HANGUP_INTERVAL: Duration = Duration::from_secs(1);
-/// How soon a closing TCP socket is asked again whether its peer has everything, at first and later.
+/// First interval at which a closing TCP socket is checked for bytes that have not arrived; it
+/// doubles.
 const FLUSH_PAUSE: Duration = Duration::from_millis(1);
+/// Maximum of that interval.
 const FLUSH_PAUSE_MAX: Duration = Duration::from_millis(10);
-/// How long a closing TCP socket may make no progress before the rest counts as lost.
+/// Maximum time that a closing TCP socket may make no progress before the rest counts as lost.
 const FLUSH_LIMIT: Duration = Duration::from_secs(30);
 
 /// A connected stream socket that can be read and written through a shared reference.
@@ -47,11 +50,14 @@ pub trait SpliceSocket: AsFd + Send + Sync + 'static {
     /// # Errors
     /// `WouldBlock` when there is no room.
     fn try_write(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize>;
-    /// Whether the peer has closed its socket for both directions, where the kernel can tell.
+    /// Whether the peer has closed its socket for both directions, where the kernel knows.
     fn is_hung_up(&self) -> bool {
         false
     }
-    /// The socket's own error, which taking clears.
+    /// Takes the socket's pending error, which clears it.
+    ///
+    /// # Errors
+    /// When the kernel does not report it.
     fn take_error(&self) -> io::Result<Option<io::Error>>;
 }
 
@@ -73,9 +79,9 @@ impl SpliceSocket for TcpStream {
     }
 }
 
-/// A Unix socket reports a reset when its peer closed without having read everything. That says
-/// nothing about what the peer wrote, all of which comes first: to a reader it is an end, to a
-/// writer the same as any other close, and no fault by itself.
+/// A Unix socket reports a reset when its peer closed without having read everything. All that the
+/// peer wrote comes first, so to a reader the reset is an end, to a writer it is a close like any
+/// other, and by itself it is no fault.
 impl SpliceSocket for UnixStream {
     fn ready(&self, interest: Interest) -> impl Future<Output = io::Result<Ready>> + Send {
         self.ready(interest)
@@ -97,7 +103,7 @@ impl SpliceSocket for UnixStream {
         }
     }
 
-    /// A Unix socket refuses even nothing once its peer is closed, and sends nothing by it.
+    /// Writes no bytes, which a Unix socket refuses once its peer has closed.
     fn is_hung_up(&self) -> bool {
         matches!(self.try_write(&[]), Err(error) if error.kind() == io::ErrorKind::BrokenPipe)
     }
@@ -109,12 +115,22 @@ impl SpliceSocket for UnixStream {
 }
 
 /// Sets up a TCP socket that is to be spliced: keystrokes do not wait for one another's
-/// acknowledgement, and what a slow peer has not been sent yet waits in its stream, where it can still
-/// be taken back, and not in megabytes of kernel buffer.
+/// acknowledgement, and bytes for a slow peer wait in its stream, where they can still be taken
+/// back, instead of in megabytes of kernel buffer.
 pub fn prepare(socket: &TcpStream) {
-    // A socket that is gone already shows it at the first read.
-    let _ = socket.set_nodelay(true);
-    let _ = SockRef::from(socket).set_tcp_notsent_lowat(MAX_UNSENT);
+    send_at_once(socket, MAX_UNSENT);
+}
+
+/// Completes once `is_hung_up` says so of a socket that has been read to its end. The kernel
+/// reports by no event that a half-closed socket was closed for good, so it is checked every
+/// second.
+///
+/// # Cancel safety
+/// Cancel safe.
+pub async fn until_hung_up(mut is_hung_up: impl FnMut() -> bool) {
+    while !is_hung_up() {
+        sleep(HANGUP_INTERVAL).await;
+    }
 }
 
 /// The three parts of a socket that a splice needs.
@@ -125,8 +141,8 @@ pub fn halves<S: SpliceSocket>(socket: S) -> (SocketRead<S>, SocketWrite<S>, Soc
     (reader, SocketWrite(socket.clone()), SocketAbort(socket))
 }
 
-/// How much room the next read gets: grows while reads fill it, shrinks while they do not, so
-/// that a busy connection costs few system calls and an idle one little memory.
+/// Size of the next read buffer, in bytes. It grows while reads fill it and shrinks while they do
+/// not, so that a busy connection costs few system calls and an idle one little memory.
 #[derive(Debug)]
 struct ReadSize(usize);
 
@@ -144,7 +160,7 @@ impl ReadSize {
     }
 }
 
-/// Reads a socket in buffers that exist only while there is something to read.
+/// Reads a socket. Its buffers exist only while there is something to read.
 #[derive(Debug)]
 pub struct SocketRead<S> {
     socket: Arc<S>,
@@ -153,7 +169,7 @@ pub struct SocketRead<S> {
 }
 
 impl<S> SocketRead<S> {
-    /// Yields `prefix` before the socket's own bytes: what a frontend had read ahead.
+    /// Returns `prefix` before the socket's own bytes: what was read from it already.
     #[must_use]
     pub fn with_prefix(mut self, prefix: Bytes) -> Self {
         self.prefix = prefix;
@@ -188,8 +204,7 @@ impl<S: SpliceSocket> LocalRead for SocketRead<S> {
             }
             match self.socket.take_error() {
                 Ok(Some(error)) | Err(error) => return error.into(),
-                // Readiness without an error is stale; there is no way to clear it but to read,
-                // which the pump will do.
+                // Readiness without an error is stale. Only a read clears it, which the pump does.
                 Ok(None) => std::future::pending().await,
             }
         }
@@ -204,7 +219,7 @@ impl<S: SpliceSocket> LocalWrite for SocketWrite<S> {
     async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), LocalFault> {
         let mut first = 0;
         while first < chunks.len() {
-            let mut slices = [IoSlice::new(&[]); super::CHUNKS];
+            let mut slices = [IoSlice::new(&[]); CHUNKS];
             let count = chunks.len() - first;
             for (slice, chunk) in slices.iter_mut().zip(&chunks[first..]) {
                 *slice = IoSlice::new(chunk);
@@ -222,23 +237,21 @@ impl<S: SpliceSocket> LocalWrite for SocketWrite<S> {
 
     async fn finish(&mut self) -> Result<(), LocalFault> {
         match SockRef::from(&*self.0).shutdown(Shutdown::Write) {
-            // The peer is gone already, which the other direction tells in its own way.
+            // The peer is gone already, which the other direction reports.
             Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
             result => Ok(result?),
         }
     }
 
     async fn gone(&mut self) {
-        while !self.0.is_hung_up() {
-            sleep(HANGUP_INTERVAL).await;
-        }
+        until_hung_up(|| self.0.is_hung_up()).await;
     }
 
     async fn flushed(&mut self) {
         let mut progress = (usize::MAX, Instant::now());
         let mut pause = FLUSH_PAUSE;
         loop {
-            // Most often nothing is left, and then not even a timer's granularity is waited for.
+            // Most often nothing is left, and then there is no pause at all.
             match outq::unacknowledged(&*self.0) {
                 Ok(0) | Err(_) => return,
                 Ok(left) if left < progress.0 => progress = (left, Instant::now()),
@@ -251,13 +264,13 @@ impl<S: SpliceSocket> LocalWrite for SocketWrite<S> {
     }
 }
 
-/// Makes the close of a TCP socket a reset. A Unix socket knows no reset: its close shows as an
-/// end, or as a reset where the peer's last bytes were not read.
+/// Turns the close of a TCP socket into a reset. A Unix socket cannot send one: its close shows as
+/// an end, or as a reset where the peer's last bytes were not read.
 #[derive(Debug)]
 pub struct SocketAbort<S>(Arc<S>);
 
 impl<S> SocketAbort<S> {
-    /// Resets this socket, whoever else holds it.
+    /// Resets this socket when it is closed.
     pub fn new(socket: Arc<S>) -> Self {
         Self(socket)
     }
@@ -279,7 +292,7 @@ where
     (BufferedRead { reader, prefix: Bytes::new(), size: ReadSize(MIN_READ) }, BufferedWrite(writer))
 }
 
-/// Reads a byte stream in buffers of its own.
+/// Reads a byte stream into buffers.
 #[derive(Debug)]
 pub struct BufferedRead<R> {
     reader: R,
@@ -288,7 +301,7 @@ pub struct BufferedRead<R> {
 }
 
 impl<R> BufferedRead<R> {
-    /// Yields `prefix` before the stream's own bytes: what a frontend had read ahead.
+    /// Returns `prefix` before the stream's own bytes: what was read from it already.
     #[must_use]
     pub fn with_prefix(mut self, prefix: Bytes) -> Self {
         self.prefix = prefix;
@@ -308,7 +321,7 @@ impl<R: AsyncRead + Unpin + Send> LocalRead for BufferedRead<R> {
     }
 }
 
-/// Writes a byte stream and flushes it behind every batch.
+/// Writes a byte stream and flushes it after every batch.
 #[derive(Debug)]
 pub struct BufferedWrite<W>(W);
 
@@ -321,25 +334,10 @@ impl<W: AsyncWrite + Unpin + Send> LocalWrite for BufferedWrite<W> {
     }
 
     async fn finish(&mut self) -> Result<(), LocalFault> {
-        // A peer that does not read its end for this long will not do so later.
+        // A peer that has not read its end by then will not.
         match timeout(FLUSH_LIMIT, self.0.shutdown()).await {
             Ok(result) => Ok(result?),
             Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_prepared_socket_waits_for_nothing_and_keeps_little() {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let socket = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        prepare(&socket);
-        let socket = SockRef::from(&socket);
-        assert!(socket.tcp_nodelay().unwrap());
-        assert_eq!(socket.tcp_notsent_lowat().unwrap(), MAX_UNSENT);
     }
 }

@@ -1,0 +1,118 @@
+//! How a splice ended, and how many bytes it carried.
+
+use std::{
+    error::Error,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use culvert_wire::code::StreamCode;
+
+use super::LocalFault;
+use crate::{ReadError, TunnelLost};
+
+/// Bytes carried by many splices, added up.
+#[derive(Debug, Default)]
+pub struct Meter {
+    pub(super) to_tunnel: AtomicU64,
+    pub(super) from_tunnel: AtomicU64,
+}
+
+impl Meter {
+    /// Number of bytes read from local connections and written to streams.
+    pub fn to_tunnel(&self) -> u64 {
+        self.to_tunnel.load(Ordering::Relaxed)
+    }
+
+    /// Number of bytes read from streams and written to local connections.
+    pub fn from_tunnel(&self) -> u64 {
+        self.from_tunnel.load(Ordering::Relaxed)
+    }
+}
+
+/// Counts the bytes of one direction of a splice, and adds them to those of all splices.
+pub(super) struct Count<'a> {
+    count: AtomicU64,
+    total: &'a AtomicU64,
+}
+
+impl<'a> Count<'a> {
+    pub(super) fn new(total: &'a AtomicU64) -> Self {
+        Self { count: AtomicU64::new(0), total }
+    }
+
+    pub(super) fn add(&self, bytes: usize) {
+        self.count.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.total.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn get(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+}
+
+/// Result of a splice.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Number of bytes from the local side to the tunnel.
+    pub to_tunnel: u64,
+    /// Number of bytes from the tunnel to the local side.
+    pub from_tunnel: u64,
+    /// How both directions ended, first towards the tunnel, then from it; or what cut them off.
+    pub end: Result<(HalfEnd, HalfEnd), Cut>,
+}
+
+/// How one direction ended without a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HalfEnd {
+    /// Everything up to the clean end was delivered.
+    Finished,
+    /// The reader closed first; the rest was not delivered.
+    Stopped(StreamCode),
+}
+
+/// Why a splice was cut off.
+#[derive(Debug, thiserror::Error)]
+pub enum Cut {
+    /// The local connection failed.
+    #[error("local connection: {0}")]
+    Local(#[from] LocalFault),
+    /// The other side of the tunnel reset the stream.
+    #[error("reset from the other side: {0}")]
+    Reset(StreamCode),
+    /// The other side has closed, and the local peer does not read what it was sent before.
+    #[error("the other side has closed and the local peer does not read what it was sent")]
+    Stuck,
+    /// What preceded the stream's bytes refused the splice.
+    #[error("{reason}")]
+    Preamble {
+        /// The code that both sides receive.
+        code: StreamCode,
+        /// The cause, as the [`Preamble`](super::Preamble) reports it.
+        reason: Box<dyn Error + Send + Sync>,
+    },
+    /// The tunnel is lost.
+    #[error("tunnel lost: {0}")]
+    Lost(#[from] TunnelLost),
+}
+
+impl Cut {
+    /// The code that stands for the cut, for the other side and for metric labels.
+    pub fn code(&self) -> StreamCode {
+        match self {
+            Self::Local(fault) => fault.code,
+            Self::Reset(code) | Self::Preamble { code, .. } => *code,
+            Self::Stuck => StreamCode::IO_ERROR,
+            Self::Lost(_) => StreamCode::TUNNEL_LOST,
+        }
+    }
+}
+
+impl From<ReadError> for Cut {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Reset(code) => Self::Reset(code),
+            ReadError::Lost(lost) => Self::Lost(lost),
+            ReadError::Ended => Self::Reset(StreamCode::ABANDONED),
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! The two directions of a splice.
+
+use std::{
+    pin::pin,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use culvert_wire::code::StreamCode;
+use tokio::{select, sync::SetOnce, time::sleep};
+
+use super::{Cut, HalfEnd, LocalFault, LocalRead, LocalWrite, Meter, Preamble, outcome::Count};
+use crate::{RecvHalf, SendHalf, WriteError};
+
+/// Maximum number of chunks taken from a stream at once. One chunk is one packet's payload, so this
+/// is about 45 KiB: enough to make the system call cheap, little enough to be fair.
+pub(super) const CHUNKS: usize = 32;
+
+/// State that the two directions of one splice share.
+pub(super) struct Pumps<'a> {
+    /// Bytes from the local side to the tunnel.
+    pub(super) to: Count<'a>,
+    /// Bytes from the tunnel to the local side.
+    pub(super) from: Count<'a>,
+    /// Set once the local peer has ended its output.
+    local_ended: SetOnce<()>,
+    /// Whether the direction from the tunnel has ended.
+    from_ended: AtomicBool,
+    /// Set once the other side reads no more: what the local side sends is discarded.
+    stopped: SetOnce<StreamCode>,
+    /// Whether bytes are being written to the local side.
+    writing: AtomicBool,
+}
+
+impl<'a> Pumps<'a> {
+    pub(super) fn new(meter: &'a Meter) -> Self {
+        Self {
+            to: Count::new(&meter.to_tunnel),
+            from: Count::new(&meter.from_tunnel),
+            local_ended: SetOnce::new(),
+            from_ended: AtomicBool::new(false),
+            stopped: SetOnce::new(),
+            writing: AtomicBool::new(false),
+        }
+    }
+
+    /// Runs both directions until they have ended, or until one fails.
+    pub(super) async fn run(
+        &self,
+        reader: &mut impl LocalRead,
+        writer: &mut impl LocalWrite,
+        preamble: impl Preamble,
+        send: &mut SendHalf,
+        recv: &mut RecvHalf,
+    ) -> Result<(HalfEnd, HalfEnd), Cut> {
+        let mut to = pin!(self.pump_to_tunnel(reader, send));
+        let mut from = pin!(async {
+            preamble.read(recv).await?;
+            self.pump_from_tunnel(writer, recv).await
+        });
+        let (mut to_end, mut from_end) = (None, None);
+        loop {
+            select! {
+                end = &mut to, if to_end.is_none() => to_end = Some(end?),
+                end = &mut from, if from_end.is_none() => {
+                    from_end = Some(end?);
+                    self.from_ended.store(true, Ordering::Relaxed);
+                }
+            }
+            // Once the other side reads no more, the local side need not end its output.
+            let to_end = to_end.or_else(|| self.stopped.get().copied().map(HalfEnd::Stopped));
+            if let (Some(to), Some(from)) = (to_end, from_end) {
+                return Ok((to, from));
+            }
+        }
+    }
+
+    /// Pumps from the local side to the tunnel until the local side ends or the other side stops.
+    async fn pump_to_tunnel(
+        &self,
+        reader: &mut impl LocalRead,
+        send: &mut SendHalf,
+    ) -> Result<HalfEnd, Cut> {
+        let mut stop = pin!(send.stopped());
+        let code = loop {
+            let chunk = select! {
+                biased;
+                // Without a code it cannot complete before the stream is finished.
+                code = &mut stop => break code?.unwrap_or(StreamCode::CLOSED),
+                chunk = reader.read() => chunk?,
+            };
+            let Some(chunk) = chunk else {
+                send.finish();
+                let _ = self.local_ended.set(());
+                // It is over only when the other side has everything: a loss until then is a cut.
+                return Ok(stop.await?.map_or(HalfEnd::Finished, HalfEnd::Stopped));
+            };
+            let length = chunk.len();
+            let written = select! {
+                biased;
+                written = send.write_chunk(chunk) => written,
+                fault = reader.failed() => return Err(fault.into()),
+            };
+            match written {
+                Ok(()) => self.to.add(length),
+                Err(WriteError::Stopped(code)) => break code,
+                Err(WriteError::Lost(lost)) => return Err(lost.into()),
+                Err(WriteError::Ended) => break StreamCode::CLOSED,
+            }
+        };
+        let _ = self.stopped.set(code);
+        self.discard(reader).await?;
+        Ok(HalfEnd::Stopped(code))
+    }
+
+    /// Discards what the local side sends, until it ends or the direction from the tunnel has
+    /// ended.
+    async fn discard(&self, reader: &mut impl LocalRead) -> Result<(), LocalFault> {
+        while !self.from_ended.load(Ordering::Relaxed) && reader.read().await?.is_some() {}
+        Ok(())
+    }
+
+    /// Pumps from the tunnel to the local side until the stream ends or the local peer closes.
+    async fn pump_from_tunnel(
+        &self,
+        writer: &mut impl LocalWrite,
+        recv: &mut RecvHalf,
+    ) -> Result<HalfEnd, Cut> {
+        let mut chunks = [const { Bytes::new() }; CHUNKS];
+        loop {
+            let count = select! {
+                count = recv.read_chunks(&mut chunks) => count?,
+                () = self.local_reader_gone(writer) => return Ok(self.stop(recv)),
+            };
+            let written = match count {
+                Some(count) => {
+                    self.writing.store(true, Ordering::Relaxed);
+                    let written = select! {
+                        biased;
+                        written = self.write(&mut chunks[..count], writer) => written,
+                        error = recv.failed() => return Err(error.into()),
+                    };
+                    self.writing.store(false, Ordering::Relaxed);
+                    written
+                }
+                None => match writer.finish().await {
+                    Ok(()) => return Ok(HalfEnd::Finished),
+                    Err(fault) => Err(fault),
+                },
+            };
+            match written {
+                Ok(()) => {}
+                Err(fault) if fault.code == StreamCode::BROKEN_PIPE => return Ok(self.stop(recv)),
+                Err(fault) => return Err(fault.into()),
+            }
+        }
+    }
+
+    /// Writes all of `chunks`: at once, or one by one while [`Pumps::stuck`] watches for progress.
+    async fn write(
+        &self,
+        chunks: &mut [Bytes],
+        writer: &mut impl LocalWrite,
+    ) -> Result<(), LocalFault> {
+        let batch = if self.stopped.initialized() { 1 } else { CHUNKS };
+        for chunks in chunks.chunks_mut(batch) {
+            let length = chunks.iter().map(Bytes::len).sum();
+            writer.write(chunks).await?;
+            self.from.add(length);
+        }
+        Ok(())
+    }
+
+    /// Completes when the other side has closed and the local peer then takes no byte for `timeout`
+    /// although bytes wait for it.
+    ///
+    /// A peer that still takes some is looked at again after the same time.
+    pub(super) async fn stuck(&self, timeout: Duration) -> Cut {
+        let code = *self.stopped.wait().await;
+        if code != StreamCode::CLOSED {
+            // The client is still there and may wait for the local peer.
+            std::future::pending::<()>().await;
+        }
+        loop {
+            let before = self.from.get();
+            sleep(timeout).await;
+            if self.writing.load(Ordering::Relaxed) && self.from.get() == before {
+                return Cut::Stuck;
+            }
+        }
+    }
+
+    async fn local_reader_gone(&self, writer: &mut impl LocalWrite) {
+        self.local_ended.wait().await;
+        writer.gone().await;
+    }
+
+    /// Stops the stream: the local peer reads no more.
+    fn stop(&self, recv: &mut RecvHalf) -> HalfEnd {
+        let code = match self.local_ended.initialized() {
+            true => StreamCode::CLOSED,
+            false => StreamCode::BROKEN_PIPE,
+        };
+        recv.stop(code);
+        HalfEnd::Stopped(code)
+    }
+}
+
+/// Discards the local side's output until all that it was sent has arrived.
+pub(super) async fn discard_until_flushed(
+    reader: &mut impl LocalRead,
+    writer: &mut impl LocalWrite,
+) {
+    let discard = async { while let Ok(Some(_)) = reader.read().await {} };
+    select! {
+        () = writer.flushed() => return,
+        () = discard => {}
+    }
+    // A local side that has ended or failed sends nothing more, but what it was sent still counts.
+    writer.flushed().await;
+}
