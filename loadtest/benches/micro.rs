@@ -4,8 +4,8 @@
 use std::{sync::Arc, time::Instant};
 
 use culvert_loadtest::{
-    frontend::{Connection, Door},
-    rig::Running,
+    frontend::Connection,
+    rig::{Rig, Running},
     targets,
 };
 use culvert_server::{
@@ -146,9 +146,9 @@ impl Spliced {
     fn new() -> Self {
         let runtime = Runtime::new().unwrap();
         let (rig, target, connection) = runtime.block_on(async {
-            let rig = Door::ConnectUnix.rig().start().await.unwrap();
+            let rig = Rig::new().start().await.unwrap();
             let target = targets::echo().await.unwrap();
-            let connection = Door::ConnectUnix.dial(&rig, target.address()).await.unwrap();
+            let connection = rig.dial(target.address()).await.unwrap();
             (rig, target, connection)
         });
         Self { runtime, connection, _rig: rig, _target: target }

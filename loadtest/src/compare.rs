@@ -4,8 +4,9 @@ mod balancer;
 mod collect;
 mod fleet;
 pub mod goals;
-mod ground;
 mod machine;
+mod measurement;
+mod network;
 mod progress;
 mod run;
 mod watch;
@@ -16,8 +17,9 @@ use anyhow::Context as _;
 use tempfile::TempDir;
 
 use crate::{
+    frontend::Protocol,
     konnectivity_client::KonnectivityClient,
-    peer::{Frontend, Peer, Programs, konnectivity},
+    peer::{Peer, Programs, konnectivity},
     report::{Report, Run},
     scenario::{Congestion, Scenario},
 };
@@ -74,7 +76,7 @@ impl Comparison {
             eprintln!("building Konnectivity; the first time takes some minutes");
             konnectivity = runtime.block_on(konnectivity::Programs::build(folder.path()))?;
         }
-        if peers().any(|peer| peer.frontend() == Some(Frontend::Grpc)) {
+        if peers().any(|peer| peer.frontend() == Some(Protocol::Grpc)) {
             konnectivity_client = runtime.block_on(KonnectivityClient::build(folder.path()))?;
             if konnectivity_client.is_none() {
                 eprintln!("Go is not installed: only culvert-connect and direct can be compared");
@@ -127,8 +129,8 @@ impl Comparison {
         let chosen = |peer: &Peer| {
             let options = &self.options.peers;
             let possible = match peer {
-                Peer::Culvert(Frontend::Connect) | Peer::Direct => true,
-                Peer::Culvert(Frontend::Grpc) => self.konnectivity_client.is_some(),
+                Peer::Culvert(Protocol::Connect) | Peer::Direct => true,
+                Peer::Culvert(Protocol::Grpc) => self.konnectivity_client.is_some(),
                 Peer::Konnectivity(_) => self.programs.konnectivity.is_some(),
             };
             possible && (options.is_empty() || options.contains(peer))
@@ -149,7 +151,7 @@ impl Comparison {
         seed: u64,
     ) -> anyhow::Result<Run> {
         let konnectivity_client =
-            self.konnectivity_client.as_ref().filter(|_| peer.frontend() == Some(Frontend::Grpc));
+            self.konnectivity_client.as_ref().filter(|_| peer.frontend() == Some(Protocol::Grpc));
         let name = name(peer, congestion);
         let attempt = run::Attempt {
             scenario,

@@ -1,17 +1,16 @@
 //! Many agents in one process: `fleet COUNT FLAGS…`, with the agent's own flags.
 //!
-//! Each has a tunnel, a socket and ports of its own; they share threads and nothing else.
+//! Each has a tunnel, a socket and ports of its own; they share nothing but threads.
 
 use std::{ffi::OsString, net::Ipv4Addr, process::ExitCode};
 
 use anyhow::Context as _;
-use culvert_agent::{
-    Agent,
-    config::{Config, Flags},
-};
-use culvert_process::{go_flags, invocation::Invocation, logging};
+use culvert_agent::{Agent, config::Config};
+use culvert_process::logging;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{runtime::Runtime, task::JoinSet};
+
+use crate::flags::agent_config;
 
 /// Runs the agents until the process is ended.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
@@ -28,10 +27,7 @@ fn run(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
     let count = args.next().unwrap_or_default();
     let count: usize =
         count.to_str().and_then(|count| count.parse().ok()).context("say how many agents")?;
-    let args = std::iter::once("culvert-agent".into()).chain(args);
-    let flags: Flags = go_flags::try_parse_from(args).map_err(|exit| anyhow::anyhow!(exit.text))?;
-    let config = Config::from_flags(flags, Invocation::Culvert)
-        .map_err(|faults| anyhow::anyhow!(faults.to_string()))?;
+    let config = agent_config(args)?;
     logging::init(config.log)?;
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most)?;

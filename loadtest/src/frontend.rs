@@ -1,12 +1,12 @@
-//! Coming in as kube-apiserver does: by each of the server's front doors, with one interface.
+//! Clients of a server's frontends, as kube-apiserver is one: every kind of frontend with one
+//! interface.
 
 pub mod connect;
 pub mod proxy;
 
 use std::{io, path::Path, sync::Arc, time::Duration};
 
-use culvert_agent::config::Transport;
-use culvert_server::{config::Mode, frontend::listen::FrontendAddress};
+use culvert_server::frontend::listen::FrontendAddress;
 use culvert_transport::tls::{Identity, KeyExchange, authorities, certificates};
 use rustls::{ClientConfig, pki_types::ServerName};
 use socket2::SockRef;
@@ -18,13 +18,21 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::{
     frontend::{connect::ConnectError, proxy::ProxyConnection},
-    peer::Frontend,
-    rig::{Rig, Running},
+    rig::Running,
 };
 
-/// One way into a server, and what carries its tunnels.
+/// Protocol of a frontend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Protocol {
+    /// gRPC, which kube-apiserver speaks with its own client library.
+    Grpc,
+    /// HTTP CONNECT.
+    Connect,
+}
+
+/// Protocol of a frontend, and what it listens on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Door {
+pub enum FrontendKind {
     /// HTTP CONNECT on a Unix socket.
     ConnectUnix,
     /// HTTP CONNECT over TCP with mutual TLS.
@@ -33,108 +41,41 @@ pub enum Door {
     GrpcUnix,
     /// gRPC over TCP with mutual TLS.
     GrpcTls,
-    /// As [`Self::ConnectUnix`], where tunnels go over TCP.
-    ConnectUnixTunnelTcp,
-    /// As [`Self::ConnectTls`], where tunnels go over TCP.
-    ConnectTlsTunnelTcp,
-    /// As [`Self::GrpcUnix`], where tunnels go over TCP.
-    GrpcUnixTunnelTcp,
-    /// As [`Self::GrpcTls`], where tunnels go over TCP.
-    GrpcTlsTunnelTcp,
 }
 
-impl Door {
-    /// Every way there is.
-    pub const ALL: [Self; 8] = [
-        Self::ConnectUnix,
-        Self::ConnectTls,
-        Self::GrpcUnix,
-        Self::GrpcTls,
-        Self::ConnectUnixTunnelTcp,
-        Self::ConnectTlsTunnelTcp,
-        Self::GrpcUnixTunnelTcp,
-        Self::GrpcTlsTunnelTcp,
-    ];
-    /// HTTP CONNECT on a Unix socket, with each carrier.
-    pub const CONNECT_UNIX: [Self; 2] = [Self::ConnectUnix, Self::ConnectUnixTunnelTcp];
-    /// HTTP CONNECT over TLS, with each carrier.
-    pub const CONNECT_TLS: [Self; 2] = [Self::ConnectTls, Self::ConnectTlsTunnelTcp];
-    /// gRPC on a Unix socket, with each carrier.
-    pub const GRPC_UNIX: [Self; 2] = [Self::GrpcUnix, Self::GrpcUnixTunnelTcp];
-    /// Those that speak gRPC.
-    pub const GRPC: [Self; 4] =
-        [Self::GrpcUnix, Self::GrpcTls, Self::GrpcUnixTunnelTcp, Self::GrpcTlsTunnelTcp];
-    /// Those that can end one direction and keep the other.
-    pub const WITH_HALF_CLOSE: [Self; 4] = [
-        Self::ConnectUnix,
-        Self::ConnectTls,
-        Self::ConnectUnixTunnelTcp,
-        Self::ConnectTlsTunnelTcp,
-    ];
-    /// Those that can tell a cut from an end. On a Unix socket, which knows no reset, a cut shows as
-    /// the end of a connection whose TLS, inside, was not ended.
-    pub const WITH_RESET: [Self; 6] = [
-        Self::ConnectTls,
-        Self::GrpcUnix,
-        Self::GrpcTls,
-        Self::ConnectTlsTunnelTcp,
-        Self::GrpcUnixTunnelTcp,
-        Self::GrpcTlsTunnelTcp,
-    ];
-
-    /// Whether it speaks gRPC.
-    pub fn is_grpc(self) -> bool {
-        Self::GRPC.contains(&self)
-    }
-
-    /// Whether it is on TCP, with mutual TLS.
-    fn is_tls(self) -> bool {
-        matches!(
-            self,
-            Self::ConnectTls | Self::GrpcTls | Self::ConnectTlsTunnelTcp | Self::GrpcTlsTunnelTcp
-        )
-    }
-
-    /// What carries tunnels behind it.
-    pub fn transport(self) -> Transport {
+impl FrontendKind {
+    /// Protocol.
+    pub fn protocol(self) -> Protocol {
         match self {
-            Self::ConnectUnix | Self::ConnectTls | Self::GrpcUnix | Self::GrpcTls => {
-                Transport::Quic
-            }
-            Self::ConnectUnixTunnelTcp
-            | Self::ConnectTlsTunnelTcp
-            | Self::GrpcUnixTunnelTcp
-            | Self::GrpcTlsTunnelTcp => Transport::Tcp,
+            Self::ConnectUnix | Self::ConnectTls => Protocol::Connect,
+            Self::GrpcUnix | Self::GrpcTls => Protocol::Grpc,
         }
     }
 
-    /// A rig that has this door.
-    pub fn rig(self) -> Rig {
-        let mode = if self.is_grpc() { Mode::Grpc } else { Mode::HttpConnect };
-        let rig = Rig::new().mode(mode).transport(self.transport());
-        if self.is_tls() { rig.tcp_frontend() } else { rig }
+    /// Whether it is on TCP, with mutual TLS.
+    pub fn is_tls(self) -> bool {
+        matches!(self, Self::ConnectTls | Self::GrpcTls)
     }
+}
 
-    /// Dials `target` through this door of `rig`.
+impl Running {
+    /// Dials `target` through the frontend.
     ///
     /// # Errors
     /// When the frontend cannot be reached, or refuses the dial.
-    pub async fn dial(
-        self,
-        rig: &Running,
-        target: impl ToString,
-    ) -> Result<Connection, ConnectError> {
-        let target = target.to_string();
-        Ok(match (self.is_grpc(), self.is_tls()) {
-            (false, false) => Connection::dial_unix(Frontend::Connect, &rig.uds(), target).await?,
-            (true, false) => Connection::dial_unix(Frontend::Grpc, &rig.uds(), target).await?,
-            (false, true) => {
-                let mut socket = tls(rig, b"http/1.1").await?;
+    pub async fn dial(&self, target: impl ToString) -> Result<Connection, ConnectError> {
+        let (kind, target) = (self.frontend(), target.to_string());
+        if !kind.is_tls() {
+            return Connection::dial_unix(kind.protocol(), &self.uds(), target).await;
+        }
+        Ok(match kind.protocol() {
+            Protocol::Connect => {
+                let mut socket = tls(self, b"http/1.1").await?;
                 connect::request(&mut socket, &target).await?;
                 Connection::Tls(Box::new(socket))
             }
-            (true, true) => {
-                let socket = tls(rig, b"h2").await?;
+            Protocol::Grpc => {
+                let socket = tls(self, b"h2").await?;
                 Connection::Proxy(Box::new(ProxyConnection::dial(socket, &target).await?))
             }
         })
@@ -156,13 +97,13 @@ pub async fn tls(rig: &Running, alpn: &[u8]) -> io::Result<TlsStream<TcpStream>>
     handshake(rig, config).await
 }
 
-/// The same without a certificate, up to the server's first byte or its refusal.
+/// Connects to the frontend's TCP port without a client certificate, and reads a byte.
 ///
 /// # Errors
-/// When the frontend does as it should.
+/// When the frontend refuses the connection, as it should.
 pub async fn tls_without_certificate(rig: &Running) -> io::Result<()> {
     let config = tls_builder(rig)?.with_no_client_auth();
-    // In TLS 1.3 the refusal comes behind the client's own end of the handshake.
+    // In TLS 1.3 the refusal comes after the client's own part of the handshake.
     handshake(rig, config).await?.read_u8().await.map(drop)
 }
 
@@ -178,14 +119,14 @@ fn tls_builder(
 
 async fn handshake(rig: &Running, config: ClientConfig) -> io::Result<TlsStream<TcpStream>> {
     let FrontendAddress::Tcp(address) = rig.server.frontend else {
-        return Err(io::Error::other("this rig takes frontends in on a Unix socket"));
+        return Err(io::Error::other("the frontend of this rig is on a Unix socket"));
     };
     let socket = TcpStream::connect(address).await?;
     socket.set_nodelay(true)?;
     TlsConnector::from(Arc::new(config)).connect(ServerName::from(address.ip()), socket).await
 }
 
-/// A connection to a target through some door.
+/// A connection to a target through a frontend.
 #[derive(Debug)]
 pub enum Connection {
     /// Through CONNECT on a Unix socket.
@@ -197,18 +138,18 @@ pub enum Connection {
 }
 
 impl Connection {
-    /// Dials `target` through the frontend of a server of either make on a Unix socket.
+    /// Dials `target` through a frontend on a Unix socket, of Culvert or Konnectivity.
     ///
     /// # Errors
     /// When the frontend cannot be reached, or refuses the dial.
     pub async fn dial_unix(
-        frontend: Frontend,
+        protocol: Protocol,
         uds: &Path,
         target: impl ToString,
     ) -> Result<Self, ConnectError> {
-        Ok(match frontend {
-            Frontend::Connect => Self::Unix(connect::dial(uds, target).await?),
-            Frontend::Grpc => {
+        Ok(match protocol {
+            Protocol::Connect => Self::Unix(connect::dial(uds, target).await?),
+            Protocol::Grpc => {
                 let socket = UnixStream::connect(uds).await?;
                 let connection = ProxyConnection::dial(socket, &target.to_string()).await?;
                 Self::Proxy(Box::new(connection))
@@ -231,7 +172,7 @@ impl Connection {
         }
     }
 
-    /// Appends what comes next to `bytes`; how much, 0 at the clean end.
+    /// Appends the next bytes to `bytes`; how many, 0 at the clean end.
     ///
     /// # Errors
     /// When the connection was cut off.
@@ -264,7 +205,7 @@ impl Connection {
     /// Ends this direction and keeps the other.
     ///
     /// # Errors
-    /// When the connection is over; gRPC has no such thing.
+    /// When the connection is over; always over gRPC, which cannot end one direction.
     pub async fn finish(&mut self) -> io::Result<()> {
         match self {
             Self::Unix(socket) => socket.shutdown().await,
@@ -273,10 +214,10 @@ impl Connection {
         }
     }
 
-    /// Closes both directions in order, as the end of a process that is done would.
+    /// Closes both directions in order.
     ///
     /// # Errors
-    /// When gRPC's closing is answered with an error.
+    /// When gRPC answers the close with an error.
     pub async fn close(self) -> io::Result<()> {
         match self {
             Self::Unix(socket) => {
@@ -288,8 +229,8 @@ impl Connection {
         }
     }
 
-    /// Cuts the connection off, as a crash would: TLS by a reset of its TCP socket, gRPC by
-    /// cancelling its stream. A Unix socket has no reset.
+    /// Cuts the connection off, as a crash of the client would: TLS by a reset of its TCP socket,
+    /// gRPC by cancelling its stream. A Unix socket is closed: it has no reset.
     pub fn abort(self) {
         match self {
             Self::Unix(socket) => drop(socket),

@@ -1,22 +1,23 @@
-//! What stands on top of server and agent: the demo, measurements, and the parts that every test
-//! of the whole tunnel is made of.
+//! Demo, measurements, and the parts of every test that needs a server and an agent.
 //!
-//! - [`demo`] shows the tunnel at work in one command;
-//! - [`rig`] runs a server and agents in this process, on loopback, with [`certificates`] made on
-//!   the spot;
-//! - [`targets`] are what can be dialed: echo, sink, source and the ill-behaved ones;
-//! - [`frontend`] comes in as kube-apiserver does, by gRPC or HTTP CONNECT.
+//! - [`demo`] shows a tunnel at work with one command;
+//! - [`compare`] runs a [`scenario`] through Culvert, Konnectivity and plain TCP;
+//! - [`rig`] runs a server and agents inside this process, [`process`] as processes, both with the
+//!   same [`flags`] and with [`certificates`] of their own;
+//! - [`targets`] are TCP servers to dial;
+//! - [`frontend`] is a client of a server's frontend, as kube-apiserver is, by gRPC or HTTP CONNECT.
 
 pub mod carrier;
 pub mod certificates;
 pub mod compare;
 pub mod demo;
+pub mod flags;
 pub mod fleet;
 pub mod frontend;
+pub mod http;
 pub mod konnectivity_client;
 pub mod link;
 pub mod load;
-mod page;
 pub mod peer;
 pub mod process;
 pub mod report;

@@ -1,13 +1,13 @@
-//! What goes through a front door during a run: a plan of workloads, and the samples they give.
+//! The load of a run: a plan of workloads, and the samples that come of it.
 //!
-//! A [`Plan`] is data. Two programs carry it out in the same way: [`drive`] for the doors that this
-//! process can knock at itself, and `konnectivity-client load` for gRPC, with kube-apiserver's own client
-//! library. Both say what happened as a stream of [`Sample`]s, one JSON value per line.
+//! A [`Plan`] is data. Two programs carry it out in the same way: [`drive`] through HTTP CONNECT or
+//! without a tunnel, and `konnectivity-client load` through gRPC, with kube-apiserver's own client
+//! library. Both report a stream of [`Sample`]s, one JSON value per line.
 //!
-//! Every session talks to the one target of the plan, [`service`], and says with its first byte what
-//! it wants there (all numbers are big-endian):
+//! Every session connects to the one target of the plan, [`service`], and chooses with its first
+//! byte what the target does (all numbers are big-endian):
 //!
-//! | bytes | the target then |
+//! | bytes | what the target does |
 //! | --- | --- |
 //! | `E` | sends back what comes |
 //! | `D` | sends zeros until the connection ends |
@@ -27,7 +27,7 @@ mod session;
 
 use serde::{Deserialize, Serialize};
 
-/// What goes through a front door in one run.
+/// What goes through a frontend in one run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// How long, from the first dial on, in seconds.

@@ -1,12 +1,14 @@
 //! `culvert-loadtest`: what an operator looks at before switching.
 
-use std::{ffi::OsString, fs, path::PathBuf, process::ExitCode};
+use std::{fs, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use culvert_loadtest::{
     compare::{self, Comparison},
-    demo, fleet, link,
+    demo,
+    flags::named,
+    fleet, link,
     report::{Report, html::page, markdown::markdown, table::table},
     scenario::Scenario,
 };
@@ -27,7 +29,7 @@ enum Command {
     /// Run scenarios through Culvert, Konnectivity and plain TCP in turn, and compare
     ///
     /// Needs root, or a user namespace: `unshare -Urn culvert-loadtest compare …`. Konnectivity
-    /// and the gRPC front door need Go.
+    /// and the gRPC frontend need Go.
     Compare(Compare),
     /// Measure what the emulated link does on this machine, beside what it is told to do
     Link,
@@ -85,10 +87,6 @@ fn main() -> ExitCode {
         Some("fleet") => fleet::main(args),
         _ => run(Flags::parse().command),
     }
-}
-
-fn named(name: &str, args: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
-    std::iter::once(name.into()).chain(args)
 }
 
 fn run(command: Command) -> ExitCode {

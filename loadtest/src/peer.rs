@@ -1,49 +1,53 @@
-//! What is compared: ways from a front door beside kube-apiserver to a target on the node.
+//! What is compared: routes from a client beside kube-apiserver to a target on the node.
 //!
-//! Every peer is one small file that starts it on the two hosts of a [`Stage`].
+//! Every peer is one small file that starts it on the two hosts of a [`Topology`].
 
 mod culvert;
-mod daemon;
 mod direct;
-mod flags;
 pub mod konnectivity;
 
-use std::{fmt, net::IpAddr, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    str::FromStr,
+    sync::Arc,
+    time::Duration,
+};
 
-pub use daemon::{Daemon, Signal};
-pub(crate) use flags::AGENT_HEALTH_PORT;
 use tokio::{runtime::Handle, time::Instant};
 
-use crate::{certificates::Certificates, link::Host};
+use crate::{
+    certificates::Certificates,
+    flags::{AgentFlags, Ports, ServerFlags},
+    frontend::Protocol,
+    link::Host,
+    process::{Launch, Namespace, Process},
+};
 
-/// Who carries the bytes, and through which front door they come in.
+const AGENT_ADMIN_PORT: u16 = 8135;
+/// Health port of the agent.
+pub(crate) const AGENT_HEALTH_PORT: u16 = 8136;
+
+/// What carries the bytes, and through which frontend they come in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Peer {
     /// Culvert's server and agent.
-    Culvert(Frontend),
-    /// Upstream's own server and agent.
-    Konnectivity(Frontend),
-    /// Nobody: one TCP connection for each session, which the control plane of a real cluster
+    Culvert(Protocol),
+    /// Konnectivity's server and agent.
+    Konnectivity(Protocol),
+    /// No tunnel: one TCP connection for each session, which the control plane of a real cluster
     /// behind NAT cannot have.
     Direct,
-}
-
-/// A front door.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Frontend {
-    /// gRPC on a Unix socket, knocked at by kube-apiserver's own client library.
-    Grpc,
-    /// HTTP CONNECT on a Unix socket.
-    Connect,
 }
 
 impl Peer {
     /// Every peer, in the order in which reports show them.
     pub const ALL: [Self; 5] = [
-        Self::Culvert(Frontend::Grpc),
-        Self::Culvert(Frontend::Connect),
-        Self::Konnectivity(Frontend::Grpc),
-        Self::Konnectivity(Frontend::Connect),
+        Self::Culvert(Protocol::Grpc),
+        Self::Culvert(Protocol::Connect),
+        Self::Konnectivity(Protocol::Grpc),
+        Self::Konnectivity(Protocol::Connect),
         Self::Direct,
     ];
 
@@ -52,12 +56,12 @@ impl Peer {
         !matches!(self, Self::Culvert(_))
     }
 
-    /// Whether it is ours.
+    /// Whether it is Culvert.
     pub fn is_culvert(self) -> bool {
         matches!(self, Self::Culvert(_))
     }
 
-    /// Whom it has to beat: the incumbent through the same front door.
+    /// The peer that it has to beat: Konnectivity through the same frontend.
     pub fn incumbent(self) -> Option<Self> {
         match self {
             Self::Culvert(frontend) => Some(Self::Konnectivity(frontend)),
@@ -65,71 +69,85 @@ impl Peer {
         }
     }
 
-    /// The front door it is reached through.
-    pub fn frontend(self) -> Option<Frontend> {
+    /// Protocol of the frontend.
+    pub fn frontend(self) -> Option<Protocol> {
         match self {
             Self::Culvert(frontend) | Self::Konnectivity(frontend) => Some(frontend),
             Self::Direct => None,
         }
     }
 
-    /// Starts it on the stage and waits until it is ready.
+    /// Starts server and agent and waits until both are ready.
     ///
     /// # Errors
-    /// When it cannot be started or does not become ready; its log is told.
-    pub async fn start(self, stage: &Stage) -> anyhow::Result<Started> {
-        match self {
-            Self::Culvert(frontend) => culvert::start(stage, frontend).await,
-            Self::Konnectivity(frontend) => konnectivity::start(stage, frontend).await,
-            Self::Direct => Ok(direct::start()),
+    /// When one cannot be started or does not become ready; the end of its log is part of the error.
+    pub async fn start(self, topology: &Topology) -> anyhow::Result<Started> {
+        if self == Self::Direct {
+            return Ok(direct::start());
         }
+        let server = self.start_server(topology, 0, 1, Ports::DEFAULT).await?;
+        let start = Instant::now();
+        let agent = match self {
+            Self::Culvert(_) => culvert::start_agent(topology),
+            Self::Konnectivity(_) | Self::Direct => konnectivity::start_agent(topology),
+        }?;
+        agent.until_ok("/readyz").await?;
+        let ready = start.elapsed();
+        server.until_ok("/readyz").await?;
+        Ok(Started {
+            socket: Some(topology.socket(0)),
+            server: Some(server),
+            agent: Some(agent),
+            ready: Some(ready),
+        })
     }
-}
 
-impl Peer {
     /// Starts one of several servers and waits until it answers.
     pub(crate) async fn start_server(
         self,
-        stage: &Stage,
+        topology: &Topology,
         number: usize,
         count: u32,
         ports: Ports,
-    ) -> anyhow::Result<Daemon> {
-        let flags = |frontend| flags::server_of(stage, frontend, number, count, ports);
-        match self {
-            Self::Culvert(door) => culvert::start_server(stage, flags(door), ports).await,
-            Self::Konnectivity(door) => konnectivity::start_server(stage, flags(door), ports).await,
-            Self::Direct => anyhow::bail!("nobody has no servers"),
+    ) -> anyhow::Result<Process> {
+        let protocol = self.frontend().ok_or_else(|| anyhow::anyhow!("direct has no servers"))?;
+        let args = ServerFlags {
+            certificates: &topology.certificates,
+            socket: &topology.socket(number),
+            frontend: protocol,
+            address: topology.server_address,
+            ports,
+            id: &format!("server-{number}"),
+            count,
         }
+        .args();
+        let server = match self {
+            Self::Culvert(_) => culvert::start_server(topology, args, ports),
+            Self::Konnectivity(_) | Self::Direct => {
+                konnectivity::start_server(topology, args, ports)
+            }
+        }?;
+        server.until_ok("/healthz").await?;
+        Ok(server)
     }
 
-    /// Starts so many agents in one process, which look for servers by themselves.
-    pub(crate) fn start_fleet(self, stage: &Stage, agents: u32) -> anyhow::Result<Daemon> {
+    /// Starts this many agents in one process. They look for their servers by themselves.
+    pub(crate) fn start_fleet(self, topology: &Topology, agents: u32) -> anyhow::Result<Process> {
         match self {
-            Self::Culvert(_) => culvert::start_fleet(stage, agents),
-            Self::Konnectivity(_) => konnectivity::start_fleet(stage, agents),
-            Self::Direct => anyhow::bail!("nobody has no agents"),
+            Self::Culvert(_) => culvert::start_fleet(topology, agents),
+            Self::Konnectivity(_) => konnectivity::start_fleet(topology, agents),
+            Self::Direct => anyhow::bail!("direct has no agents"),
         }
     }
-}
-
-/// The ports of a server.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Ports {
-    /// Where agents come in.
-    pub(crate) tunnel: u16,
-    pub(crate) admin: u16,
-    /// Where it says whether it is ready.
-    pub(crate) health: u16,
 }
 
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Culvert(Frontend::Grpc) => "culvert-grpc",
-            Self::Culvert(Frontend::Connect) => "culvert-connect",
-            Self::Konnectivity(Frontend::Grpc) => "konnectivity-grpc",
-            Self::Konnectivity(Frontend::Connect) => "konnectivity-connect",
+            Self::Culvert(Protocol::Grpc) => "culvert-grpc",
+            Self::Culvert(Protocol::Connect) => "culvert-connect",
+            Self::Konnectivity(Protocol::Grpc) => "konnectivity-grpc",
+            Self::Konnectivity(Protocol::Connect) => "konnectivity-connect",
             Self::Direct => "direct",
         })
     }
@@ -146,69 +164,96 @@ impl FromStr for Peer {
     }
 }
 
-/// Where a peer is started.
+/// The hosts, addresses and programs of a run.
 #[derive(Debug)]
-pub struct Stage {
-    /// Where the server is.
+pub struct Topology {
+    /// Host of the servers.
     pub server: Arc<Host>,
-    /// Where the agent and the target are; the same host when nothing lies between.
+    /// Host of the agent and the target; the same as `server` without a link between them.
     pub node: Arc<Host>,
-    /// Where the agent finds the server.
+    /// Address at which the agent finds the server.
     pub server_address: IpAddr,
-    /// Tasks spawned on it are on the server's host.
+    /// Runtime whose tasks run on the server's host.
     pub server_runtime: Handle,
-    /// Tasks spawned on it are on the node's host.
+    /// Runtime whose tasks run on the node's host.
     pub node_runtime: Handle,
-    /// Whom everybody trusts. Its folder is free for sockets and logs.
+    /// Certificates of a CA that every part trusts. Their folder takes sockets and logs too.
     pub certificates: Arc<Certificates>,
-    /// The programs.
+    /// Programs.
     pub programs: Programs,
-    /// Flags of Culvert's server that the scenario is about.
+    /// The scenario's flags for Culvert's server.
     pub server_flags: Vec<String>,
-    /// Flags of Culvert's agent that the scenario is about.
+    /// The scenario's flags for Culvert's agent.
     pub agent_flags: Vec<String>,
 }
 
-/// What is started.
+impl Topology {
+    /// Path of a server's frontend.
+    fn socket(&self, server: usize) -> PathBuf {
+        self.certificates.folder().join(format!("frontend-{server}.sock"))
+    }
+
+    /// Flags of the agent, for Culvert's and Konnectivity's alike.
+    fn agent_args(&self) -> Vec<String> {
+        AgentFlags {
+            certificates: &self.certificates,
+            shows_certificate: true,
+            id: None,
+            server: SocketAddr::new(self.server_address, Ports::DEFAULT.tunnel),
+            admin_port: AGENT_ADMIN_PORT,
+            health_port: AGENT_HEALTH_PORT,
+        }
+        .args()
+    }
+
+    /// Starts a program on the server's host.
+    fn on_server(
+        &self,
+        program: PathBuf,
+        args: Vec<String>,
+        ports: Ports,
+    ) -> anyhow::Result<Process> {
+        let (host, runtime) = (self.server.clone(), self.server_runtime.clone());
+        let namespace = Namespace { host, runtime, loadtest: self.programs.loadtest.clone() };
+        let log = self.certificates.folder().join(format!("server-{}.log", ports.tunnel));
+        let namespace = Some(namespace);
+        Process::start(Launch { program, args, log, health_port: ports.health, namespace })
+    }
+
+    /// Starts a program on the node.
+    fn on_node(&self, program: PathBuf, args: Vec<String>) -> anyhow::Result<Process> {
+        let (host, runtime) = (self.node.clone(), self.node_runtime.clone());
+        let namespace = Namespace { host, runtime, loadtest: self.programs.loadtest.clone() };
+        let log = self.certificates.folder().join("agent.log");
+        let namespace = Some(namespace);
+        Process::start(Launch { program, args, log, health_port: AGENT_HEALTH_PORT, namespace })
+    }
+}
+
+/// The programs of a run.
 #[derive(Clone, Debug)]
 pub struct Programs {
     /// `culvert-loadtest`, which is also Culvert's server and agent and starts every process.
     pub loadtest: PathBuf,
-    /// Culvert's server, unless that in `loadtest` will do.
+    /// Culvert's server; that in `loadtest` when `None`.
     pub server: Option<PathBuf>,
-    /// Culvert's agent, unless that in `loadtest` will do.
+    /// Culvert's agent; that in `loadtest` when `None`.
     pub agent: Option<PathBuf>,
     /// More flags for Culvert's server and agent.
     pub culvert_flags: Vec<String>,
-    /// Upstream's programs, where they could be built.
+    /// Konnectivity's programs, where Go is installed.
     pub konnectivity: Option<konnectivity::Programs>,
 }
 
 /// A peer that is ready.
 #[derive(Debug)]
 pub struct Started {
-    /// Where sessions come in; without one they go to the target themselves.
+    /// Path of the frontend; sessions connect to their target themselves when `None`.
     pub socket: Option<PathBuf>,
-    /// Its server.
-    pub server: Option<Daemon>,
-    /// Its agent.
-    pub agent: Option<Daemon>,
-    /// How long the agent took from its start until it was ready, if there is one.
+    /// The server.
+    pub server: Option<Process>,
+    /// The agent.
+    pub agent: Option<Process>,
+    /// Time from the agent's start until it was ready.
     pub ready: Option<Duration>,
-}
-
-impl Started {
-    /// Waits until an agent that was just started has found its server, and the server it.
-    async fn when_ready(stage: &Stage, server: Daemon, agent: Daemon) -> anyhow::Result<Self> {
-        let start = Instant::now();
-        agent.until_answering(AGENT_HEALTH_PORT, "/readyz").await?;
-        let ready = start.elapsed();
-        server.until_answering(flags::PORTS.health, "/readyz").await?;
-        Ok(Self {
-            socket: Some(flags::socket(stage)),
-            server: Some(server),
-            agent: Some(agent),
-            ready: Some(ready),
-        })
-    }
 }

@@ -1,12 +1,13 @@
-//! A server and its agents in this process, on loopback, with real QUIC and real TLS.
+//! A server and its agents in this process, on loopback, with real QUIC, TCP and TLS.
 //!
 //! ```text
 //! let rig = Rig::new().agents(2).start().await?;
-//! let stream = rig.connect(target).await?;
+//! let connection = rig.dial(target).await?;
 //! ```
 
+mod task;
+
 use std::{
-    io,
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
     sync::Arc,
@@ -15,44 +16,34 @@ use std::{
 
 use anyhow::Context as _;
 use culvert_agent::{Agent, config::Transport, metrics::AgentMetrics, tunnels::ServerTunnels};
-use culvert_process::{
-    kubernetes::KubernetesConfig,
-    logging::{LogConfig, LogFormat},
-    tunnel_flags::TunnelConfig,
-};
 use culvert_server::{
-    Server,
-    backends::Backends,
-    config::{
-        AgentsConfig, DialConfig, FrontendConfig, FrontendListen, Mode, Strategy, TlsConfig,
-        TlsVersion,
-    },
-    frontend::listen::FrontendAddress,
+    Server, backends::Backends, config::FrontendListen, frontend::listen::FrontendAddress,
     metrics::ServerMetrics,
 };
 use culvert_transport::tcp::Proxies;
-use rustls::pki_types::ServerName;
-use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
+use tokio::time::timeout;
 
-use crate::certificates::Certificates;
+use crate::{
+    carrier::Carrier,
+    certificates::Certificates,
+    flags::{AgentFlags, Ports, SYNC_OFTEN, ServerFlags, agent_config, server_config},
+    frontend::FrontendKind,
+    http,
+};
+use task::Task;
 
-/// How long anything in the rig may take to come up or go down.
+/// Time for any part of the rig to start or stop.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What to start.
 #[derive(Clone, Debug)]
 pub struct Rig {
-    mode: Mode,
-    tcp_frontend: bool,
+    frontend: FrontendKind,
+    /// Carrier of every tunnel; the agents choose when `None`.
+    carrier: Option<Carrier>,
     agents: usize,
-    tunnel: TunnelConfig,
-    dial: DialConfig,
-    agent_dial_timeout: Duration,
-    max_streams: u32,
-    grace: Duration,
-    header_timeout: Duration,
-    transport: Transport,
-    quic_retry_interval: Duration,
+    server_flags: Vec<String>,
+    agent_flags: Vec<String>,
 }
 
 impl Default for Rig {
@@ -62,33 +53,33 @@ impl Default for Rig {
 }
 
 impl Rig {
-    /// One agent, and HTTP CONNECT on a Unix socket.
+    /// One agent whose tunnel is QUIC, and HTTP CONNECT on a Unix socket.
     pub fn new() -> Self {
         Self {
-            mode: Mode::HttpConnect,
-            tcp_frontend: false,
+            frontend: FrontendKind::ConnectUnix,
+            carrier: Some(Carrier::Quic),
             agents: 1,
-            tunnel: TunnelConfig::default(),
-            dial: DialConfig { limit: Some(Duration::from_secs(10)), optimistic: false },
-            agent_dial_timeout: Duration::from_secs(5),
-            max_streams: 10_000,
-            grace: Duration::ZERO,
-            header_timeout: Duration::from_secs(10),
-            transport: Transport::Quic,
-            quic_retry_interval: Duration::from_secs(10),
+            server_flags: vec!["--graceful-shutdown-timeout=0s".into()],
+            agent_flags: vec!["--drain-timeout=0s".into()],
         }
     }
 
-    /// Speaks this to frontends.
+    /// Starts this frontend.
     #[must_use]
-    pub fn mode(self, mode: Mode) -> Self {
-        Self { mode, ..self }
+    pub fn frontend(self, frontend: FrontendKind) -> Self {
+        Self { frontend, ..self }
     }
 
-    /// Takes frontends in over TCP with mutual TLS instead of the Unix socket.
+    /// Has every agent use this carrier, [`Carrier::Quic`] or [`Carrier::Tcp`].
     #[must_use]
-    pub fn tcp_frontend(self) -> Self {
-        Self { tcp_frontend: true, ..self }
+    pub fn carrier(self, carrier: Carrier) -> Self {
+        Self { carrier: Some(carrier), ..self }
+    }
+
+    /// Lets every agent choose its carrier.
+    #[must_use]
+    pub fn any_carrier(self) -> Self {
+        Self { carrier: None, ..self }
     }
 
     /// Starts this many agents.
@@ -97,60 +88,18 @@ impl Rig {
         Self { agents, ..self }
     }
 
-    /// Uses these tunnel options on both sides.
+    /// Gives the server one more flag.
     #[must_use]
-    pub fn tunnel(self, tunnel: TunnelConfig) -> Self {
-        Self { tunnel, ..self }
+    pub fn server_flag(mut self, flag: impl Into<String>) -> Self {
+        self.server_flags.push(flag.into());
+        self
     }
 
-    /// Waits this long for an agent's answer to a dial.
+    /// Gives every agent one more flag.
     #[must_use]
-    pub fn dial_timeout(self, limit: Duration) -> Self {
-        let dial = DialConfig { limit: Some(limit), ..self.dial };
-        Self { dial, ..self }
-    }
-
-    /// Answers frontends at once for targets that were reached a short while ago.
-    #[must_use]
-    pub fn optimistic_dial(self) -> Self {
-        let dial = DialConfig { optimistic: true, ..self.dial };
-        Self { dial, ..self }
-    }
-
-    /// Lets agents try this long to reach a target.
-    #[must_use]
-    pub fn agent_dial_timeout(self, limit: Duration) -> Self {
-        Self { agent_dial_timeout: limit, ..self }
-    }
-
-    /// Lets each agent carry this many streams.
-    #[must_use]
-    pub fn max_streams(self, max_streams: u32) -> Self {
-        Self { max_streams, ..self }
-    }
-
-    /// Gives server and agents this long to drain.
-    #[must_use]
-    pub fn grace(self, grace: Duration) -> Self {
-        Self { grace, ..self }
-    }
-
-    /// Gives tunnels this carrier.
-    #[must_use]
-    pub fn transport(self, transport: Transport) -> Self {
-        Self { transport, ..self }
-    }
-
-    /// Lets agents try QUIC again this long after it has failed.
-    #[must_use]
-    pub fn quic_retry_interval(self, quic_retry_interval: Duration) -> Self {
-        Self { quic_retry_interval, ..self }
-    }
-
-    /// Gives frontends this long to say what they want.
-    #[must_use]
-    pub fn header_timeout(self, header_timeout: Duration) -> Self {
-        Self { header_timeout, ..self }
+    pub fn agent_flag(mut self, flag: impl Into<String>) -> Self {
+        self.agent_flags.push(flag.into());
+        self
     }
 
     /// Starts everything and waits until every agent has joined.
@@ -159,7 +108,7 @@ impl Rig {
     /// When a part cannot start, or an agent does not join in time.
     pub async fn start(self) -> anyhow::Result<Running> {
         let certificates = Arc::new(Certificates::generate()?);
-        let (server, server_task) = self.start_server(&certificates, loopback())?;
+        let (server, server_task) = self.start_server(&certificates)?;
         let mut running =
             Running { server, server_task, agents: Vec::new(), certificates, rig: self };
         for index in 0..running.rig.agents {
@@ -169,62 +118,34 @@ impl Rig {
         Ok(running)
     }
 
-    fn server_config(
-        &self,
-        certificates: &Certificates,
-        address: SocketAddr,
-    ) -> culvert_server::Config {
-        let listen = if self.tcp_frontend {
-            FrontendListen::Tcp {
-                address: loopback(),
+    /// Configuration of the server, on free ports.
+    fn server_config(&self, certificates: &Certificates) -> anyhow::Result<culvert_server::Config> {
+        let flags = ServerFlags {
+            certificates,
+            socket: &certificates.folder().join("frontend.sock"),
+            frontend: self.frontend.protocol(),
+            address: Ipv4Addr::LOCALHOST.into(),
+            ports: Ports::DEFAULT,
+            id: "server-0",
+            count: 1,
+        };
+        let mut config = server_config(flags.args().into_iter().chain(self.server_flags.clone()))?;
+        if self.frontend.is_tls() {
+            config.frontend.listen = FrontendListen::Tcp {
+                address: LOOPBACK,
                 certificate: certificates.server(),
                 client_ca: certificates.ca(),
-            }
-        } else {
-            FrontendListen::Unix {
-                path: certificates.folder().join("frontend.sock"),
-                delete_existing: true,
-            }
-        };
-        culvert_server::Config {
-            server_id: "server-0".parse().expect("a valid name"),
-            server_count: 1,
-            frontend: FrontendConfig {
-                mode: self.mode,
-                listen,
-                keep_alive_interval: Duration::from_secs(3600),
-                header_timeout: self.header_timeout,
-                max_connections: 20_000,
-            },
-            agents: AgentsConfig {
-                address,
-                certificate: certificates.server(),
-                client_ca: Some(certificates.ca()),
-                token: None,
-                strategies: vec![Strategy::Default],
-                keep_alive_interval: Duration::from_secs(3600),
-                dial: self.dial,
-                max_streams: self.max_streams,
-                reset_key_file: None,
-            },
-            tunnel: self.tunnel,
-            tls: TlsConfig { min_version: TlsVersion::Tls12 },
-            kubernetes: KubernetesConfig::default(),
-            leases: None,
-            health_address: loopback(),
-            admin_address: loopback(),
-            graceful_shutdown_timeout: self.grace,
-            log: log(),
-            warnings: Vec::new(),
+            };
         }
+        // Flags refuse port 0.
+        config.agents.address = LOOPBACK;
+        config.health_address = LOOPBACK;
+        config.admin_address = LOOPBACK;
+        Ok(config)
     }
 
-    fn start_server(
-        &self,
-        certificates: &Certificates,
-        address: SocketAddr,
-    ) -> anyhow::Result<(RunningServer, Task)> {
-        let server = Server::bind(&self.server_config(certificates, address))?;
+    fn start_server(&self, certificates: &Certificates) -> anyhow::Result<(RunningServer, Task)> {
+        let server = Server::bind(&self.server_config(certificates)?)?;
         let running = RunningServer {
             frontend: server.frontend_address()?,
             tunnel: server.tunnel_address()?,
@@ -238,7 +159,7 @@ impl Rig {
     }
 }
 
-/// Everything that was started. Dropping it ends all of it at once.
+/// Everything that was started. It is aborted when dropped.
 #[derive(Debug)]
 pub struct Running {
     /// The server.
@@ -249,46 +170,103 @@ pub struct Running {
     rig: Rig,
 }
 
-/// A server that runs, and where it is reached.
+/// A running server.
 #[derive(Clone, Debug)]
 pub struct RunningServer {
-    /// Where frontends come in.
+    /// Address of the frontend.
     pub frontend: FrontendAddress,
-    /// Where agents come in.
+    /// Address for agents.
     pub tunnel: SocketAddr,
-    /// Health, readiness, metrics.
+    /// Address of health, readiness and metrics.
     pub health: SocketAddr,
-    /// The admin port.
+    /// Address of the admin port.
     pub admin: SocketAddr,
-    /// The agents that have joined.
+    /// Agents that have joined.
     pub backends: Backends,
-    /// What it counts.
+    /// Metrics.
     pub metrics: Arc<ServerMetrics>,
 }
 
-/// An agent that runs.
+impl RunningServer {
+    /// Its metrics, as a scrape shows them.
+    pub fn scrape(&self) -> String {
+        self.metrics.render(&self.backends)
+    }
+
+    /// Value of one series of the scrape; 0 when it is absent.
+    pub fn metric(&self, series: &str) -> f64 {
+        http::metric(&self.scrape(), series).unwrap_or(0.0)
+    }
+
+    /// Connections between frontends and targets.
+    pub fn established(&self) -> f64 {
+        self.metric("konnectivity_network_proxy_server_established_connections")
+    }
+
+    /// Dials that were not answered yet.
+    pub fn pending_dials(&self) -> f64 {
+        self.metric("konnectivity_network_proxy_server_pending_backend_dials")
+    }
+
+    /// Dials that failed for this reason.
+    pub fn dial_failures(&self, reason: &str) -> f64 {
+        let name = "konnectivity_network_proxy_server_dial_failure_count";
+        self.metric(&format!("{name}{{reason=\"{reason}\"}}"))
+    }
+
+    /// Streams of the tunnels of this agent.
+    pub fn open_streams(&self, agent_id: &str) -> f64 {
+        let name = "culvert_server_tunnel_open_streams";
+        self.metric(&format!("{name}{{agent_id=\"{agent_id}\"}}"))
+    }
+
+    /// Tunnels with this carrier.
+    pub fn tunnels(&self, carrier: Carrier) -> usize {
+        let (tunnels, carrier) = (self.backends.all(), carrier.to_string());
+        tunnels.iter().filter(|backend| backend.tunnel.carrier().name() == carrier).count()
+    }
+}
+
+/// A running agent.
 #[derive(Debug)]
 pub struct RunningAgent {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// Health, readiness, metrics.
+    /// Address of health, readiness and metrics.
     pub health: SocketAddr,
-    /// What it counts.
+    /// Metrics.
     pub metrics: Arc<AgentMetrics>,
-    /// The servers that have taken it in.
+    /// Tunnels to servers.
     pub servers: Arc<ServerTunnels>,
     task: Task,
 }
 
+impl RunningAgent {
+    /// Its metrics, as a scrape shows them.
+    pub fn scrape(&self) -> String {
+        self.metrics.render(&self.servers)
+    }
+
+    /// Value of one series of the scrape; 0 when it is absent.
+    pub fn metric(&self, series: &str) -> f64 {
+        http::metric(&self.scrape(), series).unwrap_or(0.0)
+    }
+}
+
 impl Running {
-    /// The certificates that everybody here trusts.
+    /// The certificates of the CA that every part trusts.
     pub fn certificates(&self) -> &Certificates {
         &self.certificates
     }
 
-    /// The carrier that tunnels get.
-    pub fn transport(&self) -> Transport {
-        self.rig.transport
+    /// Kind of the frontend.
+    pub fn frontend(&self) -> FrontendKind {
+        self.rig.frontend
+    }
+
+    /// Carrier of every tunnel; `None` when agents choose.
+    pub fn carrier(&self) -> Option<Carrier> {
+        self.rig.carrier
     }
 
     /// The agents, in the order in which they were started.
@@ -296,26 +274,26 @@ impl Running {
         &self.agents
     }
 
-    /// The path of the frontend's Unix socket.
+    /// Path of the frontend's Unix socket.
     ///
     /// # Panics
-    /// When the rig was started with a TCP frontend.
+    /// When the frontend is on TCP.
     pub fn uds(&self) -> PathBuf {
         match &self.server.frontend {
             FrontendAddress::Unix(path) => path.clone(),
-            FrontendAddress::Tcp(_) => panic!("this rig takes frontends in over TCP"),
+            FrontendAddress::Tcp(_) => panic!("the frontend of this rig is on TCP"),
         }
     }
 
-    /// Starts another agent, which joins in its own time.
+    /// Starts another agent. [`Self::until_joined`] waits for it.
     ///
     /// # Errors
     /// When it cannot start.
     pub fn add_agent(&mut self, name: &str) -> anyhow::Result<()> {
-        self.add_agent_with(&self.agent_config(name))
+        self.add_agent_with(&self.agent_config(name)?)
     }
 
-    /// Starts an agent with this configuration; it joins when it joins.
+    /// Starts an agent with this configuration. [`Self::until_joined`] waits for it.
     ///
     /// # Errors
     /// When it cannot start.
@@ -324,48 +302,37 @@ impl Running {
         let (health, metrics) = (agent.health_address(), agent.metrics().clone());
         let servers = agent.servers().clone();
         let task = Task::spawn(|stop| agent.run(stop));
-        let name = config.agent_id.clone();
+        let name = config.agent_id.to_string();
         self.agents.push(RunningAgent { name, health, metrics, servers, task });
         Ok(())
     }
 
-    /// What an agent of this rig is configured with.
-    pub fn agent_config(&self, name: &str) -> culvert_agent::Config {
-        let tunnel = self.server.tunnel;
-        culvert_agent::Config {
-            agent_id: name.into(),
-            transport: self.rig.transport,
-            quic_retry_interval: self.rig.quic_retry_interval,
-            proxies: Proxies::default(),
-            identifiers: String::new(),
-            identifier_pairs: Vec::new(),
-            servers: culvert_agent::config::ServersConfig {
-                host: tunnel.ip().to_string(),
-                port: tunnel.port(),
-                name: ServerName::from(tunnel.ip()),
-                ca: self.certificates.ca(),
-                certificate: Some(self.certificates.agent()),
-                token_file: None,
-                extra_alpn: Vec::new(),
-                keep_alive_interval: Duration::from_secs(3600),
-            },
-            sync: culvert_agent::config::SyncConfig {
-                interval: Duration::from_millis(50),
-                interval_cap: Duration::from_millis(500),
-                probe_interval: Duration::from_secs(1),
-                forever: false,
-                leases: None,
-                count_source: culvert_agent::config::CountSource::Leases,
-            },
-            tunnel: self.rig.tunnel,
-            dial_timeout: self.rig.agent_dial_timeout,
-            max_streams: self.rig.max_streams,
-            drain_timeout: self.rig.grace,
-            health_address: loopback(),
-            admin_address: loopback(),
-            log: log(),
-            warnings: Vec::new(),
-        }
+    /// Configuration of an agent of this rig, on free ports.
+    ///
+    /// # Errors
+    /// When a flag that the rig was given is wrong.
+    pub fn agent_config(&self, name: &str) -> anyhow::Result<culvert_agent::Config> {
+        let flags = AgentFlags {
+            certificates: &self.certificates,
+            shows_certificate: true,
+            id: Some(name),
+            server: self.server.tunnel,
+            admin_port: Ports::DEFAULT.admin,
+            health_port: Ports::DEFAULT.health,
+        };
+        let more = SYNC_OFTEN.map(str::to_owned).into_iter().chain(self.rig.agent_flags.clone());
+        let mut config = agent_config(flags.args().into_iter().chain(more))?;
+        config.transport = match self.rig.carrier {
+            None => Transport::Auto,
+            Some(Carrier::Quic) => Transport::Quic,
+            Some(Carrier::Tcp | Carrier::Grpc) => Transport::Tcp,
+        };
+        // Not those of the environment.
+        config.proxies = Proxies::default();
+        // Flags refuse port 0.
+        config.health_address = LOOPBACK;
+        config.admin_address = LOOPBACK;
+        Ok(config)
     }
 
     /// Waits until exactly this many agents have joined.
@@ -378,77 +345,26 @@ impl Running {
             .with_context(|| format!("{agents} agents did not join within {PATIENCE:?}"))
     }
 
-    /// Tells an agent to drain; completes when it has ended.
+    /// Has an agent drain; completes when it has ended.
     ///
     /// # Errors
     /// When it does not end in time.
     pub async fn drain_agent(&mut self, index: usize) -> anyhow::Result<()> {
-        self.agents.remove(index).task.stop().await
+        self.agents.remove(index).task.stop(PATIENCE).await
     }
 
-    /// Ends an agent without a word, as a crash of its tasks would.
+    /// Aborts an agent, as a crash of its tasks would.
     pub fn abort_agent(&mut self, index: usize) {
         drop(self.agents.remove(index));
     }
 
-    /// Tells the server to stop; completes when it has ended.
+    /// Stops the server; completes when it has ended.
     ///
     /// # Errors
     /// When it does not end in time.
     pub async fn stop_server(&mut self) -> anyhow::Result<()> {
-        self.server_task.stop().await
-    }
-
-    /// Starts the server anew at the same tunnel port.
-    ///
-    /// # Errors
-    /// When it cannot start.
-    pub async fn restart_server(&mut self) -> anyhow::Result<()> {
-        self.server_task.stop().await?;
-        let (server, task) = self.rig.start_server(&self.certificates, self.server.tunnel)?;
-        (self.server, self.server_task) = (server, task);
-        Ok(())
+        self.server_task.stop(PATIENCE).await
     }
 }
 
-/// A part that runs in a task until told to stop, and is aborted when dropped.
-#[derive(Debug)]
-struct Task {
-    stop: Option<oneshot::Sender<()>>,
-    handle: JoinHandle<()>,
-}
-
-impl Task {
-    fn spawn<F>(run: impl FnOnce(StopFuture) -> F) -> Self
-    where
-        F: Future<Output = ()> + Send + 'static,
-    {
-        let (stop, stopped) = oneshot::channel::<()>();
-        let stopped: StopFuture = Box::pin(async { drop(stopped.await) });
-        Self { stop: Some(stop), handle: tokio::spawn(run(stopped)) }
-    }
-
-    async fn stop(&mut self) -> anyhow::Result<()> {
-        self.stop.take();
-        match timeout(PATIENCE, &mut self.handle).await {
-            Ok(ended) => Ok(ended?),
-            Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
-        }
-    }
-}
-
-type StopFuture = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
-
-impl Drop for Task {
-    fn drop(&mut self) {
-        self.handle.abort();
-    }
-}
-
-fn loopback() -> SocketAddr {
-    (Ipv4Addr::LOCALHOST, 0).into()
-}
-
-fn log() -> LogConfig {
-    LogConfig { format: LogFormat::Text, verbosity: 4 }
-}
+const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);

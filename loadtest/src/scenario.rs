@@ -52,7 +52,7 @@ pub struct Scenario {
     pub link: Option<LinkSettings>,
     /// Many agents or several servers that find each other, instead of workloads.
     pub fleet: Option<Fleet>,
-    /// What goes through the front door.
+    /// What goes through the frontend.
     #[serde(default, rename = "workload")]
     pub workloads: Vec<Workload>,
     /// What happens meanwhile.
@@ -117,7 +117,7 @@ impl fmt::Display for Congestion {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Goal {
-    /// Who is to reach it; Culvert through every front door unless it says so.
+    /// Who is to reach it; Culvert through every frontend unless it says so.
     #[serde(default = "ours", deserialize_with = "peers")]
     pub peers: Vec<Peer>,
     /// What is measured: `WORKLOAD.p50`, `.p90`, `.p99`, `.max` (ms), `.mbit`, `.per_second`,
@@ -132,9 +132,9 @@ pub struct Goal {
     pub at_most: Option<f64>,
     /// It must not be less.
     pub at_least: Option<f64>,
-    /// It must not be more than this many times what Konnectivity has through the same door.
+    /// It must not be more than this many times what Konnectivity has through the same frontend.
     pub at_most_times: Option<f64>,
-    /// It must not be less than this many times what Konnectivity has through the same door.
+    /// It must not be less than this many times what Konnectivity has through the same frontend.
     pub at_least_times: Option<f64>,
 }
 

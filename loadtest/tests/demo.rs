@@ -1,9 +1,9 @@
 //! The demo does what it says, in a second.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-mod common;
+mod support;
 
-use common::within;
+use crate::support::within;
 use culvert_loadtest::demo::{self, Options};
 
 #[tokio::test(flavor = "multi_thread")]

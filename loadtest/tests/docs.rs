@@ -1,10 +1,25 @@
-//! Documentation that cannot drift: what the code names, the documents name too.
+//! Documentation that matches the code: metrics, log events, sections, codes and examples.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-use std::{collections::BTreeSet, fs, path::Path};
+mod support;
 
-const CRATES: [&str; 6] =
-    ["wire", "wire/transport", "wire/konnectivity", "wire/process", "server", "agent"];
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use culvert_loadtest::{rig::Rig, targets};
+
+/// Folders with the source of the programs.
+const SOURCES: [&str; 6] = [
+    "wire/src",
+    "wire/transport/src",
+    "wire/konnectivity/src",
+    "wire/process/src",
+    "server/src",
+    "agent/src",
+];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
@@ -14,75 +29,131 @@ fn read(path: impl AsRef<Path>) -> String {
     fs::read_to_string(root().join(path)).unwrap()
 }
 
+/// Every source file below these folders, without its tests.
+fn sources(folders: &[&str]) -> Vec<(PathBuf, String)> {
+    let mut found = Vec::new();
+    let mut folders: Vec<_> = folders.iter().map(|folder| root().join(folder)).collect();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs")
+                && path.file_name().is_some_and(|name| name != "tests.rs")
+            {
+                let text = fs::read_to_string(&path).unwrap();
+                found.push((path, text.split("#[cfg(test)]").next().unwrap().to_owned()));
+            }
+        }
+    }
+    found
+}
+
 /// Every string literal of a source file.
 fn literals(source: &str) -> impl Iterator<Item = &str> {
     source.split('"').skip(1).step_by(2)
 }
 
-#[test]
-fn every_metric_is_in_the_operators_tables() {
-    let document = read("docs/operations.md");
-    let mut names = BTreeSet::new();
-    for source in ["server/src/metrics.rs", "agent/src/metrics.rs"] {
-        let source = read(source);
-        names.extend(
-            literals(&source)
-                .filter(|text| text.starts_with("konnectivity_") || text.starts_with("culvert_"))
-                .map(str::to_owned),
-        );
-    }
-    assert!(names.len() > 25, "{names:?}");
-    for name in names {
-        assert!(document.contains(&name), "{name} is not in docs/operations.md");
-    }
+/// Whether this is the name of a metric of Culvert's.
+fn is_metric(name: &str) -> bool {
+    let prefixes = [
+        "konnectivity_network_proxy_server_",
+        "konnectivity_network_proxy_agent_",
+        "culvert_server_",
+        "culvert_agent_",
+        "culvert_build_info",
+    ];
+    prefixes.iter().any(|prefix| name.starts_with(prefix))
+        && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
 }
 
-#[test]
-fn every_log_event_is_in_the_operators_table() {
-    let document = read("docs/operations.md");
-    let mut events = 0;
-    for crate_name in CRATES {
-        for source in sources(&root().join(crate_name).join("src")) {
-            let text = fs::read_to_string(&source).unwrap();
-            let text = text.split("#[cfg(test)]").next().unwrap();
-            let text = uncommented(text);
-            for level in ["info!(", "warn!(", "error!(", "rate_limited!("] {
-                for call in text.split(level).skip(1) {
-                    let call = call.split(");").next().unwrap();
-                    let Some(event) = literals(call).last().filter(|text| !text.contains('{'))
-                    else {
-                        continue;
-                    };
-                    events += 1;
-                    assert!(
-                        document.contains(event),
-                        "{event:?} of {} is not in docs/operations.md",
-                        source.display()
-                    );
-                }
+/// Names of the metrics of a scrape.
+fn scraped(scrape: &str) -> impl Iterator<Item = &str> {
+    let types = scrape.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    types.map(|line| line.split(' ').next().unwrap()).filter(|name| is_metric(name))
+}
+
+/// Names of the metrics in the first cells of a document's tables. `…_suffix` is the first name of
+/// the row with another suffix: it has the prefix that ends where that of all others does.
+fn documented(document: &str) -> BTreeSet<String> {
+    const PATHS: [&str; 2] = ["culvert_server_tunnel", "culvert_agent_tunnel"];
+    let mut names = BTreeSet::new();
+    for row in document.lines().filter_map(|line| line.strip_prefix("| `")) {
+        let cell = row.split(" | ").next().unwrap();
+        let quoted: Vec<_> =
+            format!("`{cell}").split('`').skip(1).step_by(2).map(str::to_owned).collect();
+        let prefix = PATHS.iter().find(|prefix| quoted[0].starts_with(**prefix));
+        for name in &quoted {
+            match name.strip_prefix('…') {
+                Some(suffix) => drop(names.insert(format!("{}{suffix}", prefix.unwrap()))),
+                None if is_metric(name) => drop(names.insert(name.clone())),
+                None => {}
             }
         }
     }
-    assert!(events > 15, "only {events} events found");
+    names
 }
 
-/// The source without its comments, whose examples are no events.
+/// What a server and an agent with a tunnel, a dial and a failed dial show, and what the source
+/// names besides.
+#[tokio::test]
+async fn the_operators_tables_have_every_metric_and_no_other() {
+    let rig = Rig::new().start().await.unwrap();
+    let target = targets::echo().await.unwrap();
+    rig.dial(target.address()).await.unwrap().close().await.unwrap();
+    rig.dial("127.0.0.1").await.unwrap_err();
+    let scrape = rig.server.scrape() + &rig.agents()[0].scrape();
+    let mut names: BTreeSet<_> = scraped(&scrape).map(str::to_owned).collect();
+    assert!(names.contains("culvert_agent_tunnel_copies_used_total"), "{names:?}");
+    for (_, source) in sources(&["server/src", "agent/src"]) {
+        let literals = literals(&source).filter(|text| is_metric(text)).map(str::to_owned);
+        // Prefixes of families are no metrics.
+        let prefixes = ["culvert_server_tunnel", "culvert_agent_tunnel"];
+        names.extend(literals.filter(|text| !prefixes.contains(&text.as_str())));
+    }
+    let documented = documented(&read("docs/operations.md"));
+    let missing: Vec<_> = names.difference(&documented).collect();
+    let stale: Vec<_> = documented.difference(&names).collect();
+    assert!(missing.is_empty(), "not in docs/operations.md: {missing:?}");
+    assert!(stale.is_empty(), "only in docs/operations.md: {stale:?}");
+}
+
+#[test]
+fn the_first_cell_of_a_row_names_its_metrics() {
+    let table = "| `culvert_agent_tunnel_rtt_seconds`, `…_mtu_bytes` by `server_id` | see \
+                 `culvert_server_tunnels` | – |\n| other | `culvert_server_streams_total` | – |\n";
+    let expected = ["culvert_agent_tunnel_mtu_bytes", "culvert_agent_tunnel_rtt_seconds"];
+    assert_eq!(documented(table), expected.map(str::to_owned).into());
+}
+
+/// A source without its comments, whose examples are no events.
 fn uncommented(source: &str) -> String {
     let lines = source.lines().filter(|line| !line.trim_start().starts_with("//"));
     lines.flat_map(|line| [line, "\n"]).collect()
 }
 
-fn sources(folder: &Path) -> Vec<std::path::PathBuf> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            found.extend(sources(&path));
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            found.push(path);
+/// The text of an event is the last literal of its call without a placeholder.
+#[test]
+fn every_log_event_is_in_the_operators_table() {
+    let document = read("docs/operations.md");
+    let mut events = BTreeSet::new();
+    for (path, text) in sources(&SOURCES) {
+        let text = uncommented(&text);
+        for level in ["info!(", "warn!(", "error!(", "rate_limited!("] {
+            for call in text.split(level).skip(1) {
+                let call = call.split(");").next().unwrap();
+                let event = literals(call).last().filter(|text| !text.contains('{'));
+                let Some(event) = event else { continue };
+                events.insert(event.to_owned());
+                assert!(
+                    document.contains(event),
+                    "{event:?} of {} is not in docs/operations.md",
+                    path.display()
+                );
+            }
         }
     }
-    found
+    assert!(events.len() > 15, "only {events:?} found");
 }
 
 /// `docs/protocol.md`'s headings as their anchors.
@@ -95,14 +166,11 @@ fn anchors(document: &str) -> BTreeSet<String> {
 fn every_cited_section_exists() {
     let anchors = anchors(&read("docs/protocol.md"));
     let mut cited = 0;
-    for crate_name in CRATES {
-        for source in sources(&root().join(crate_name).join("src")) {
-            let text = fs::read_to_string(&source).unwrap();
-            for citation in text.split("docs/protocol.md#").skip(1) {
-                let anchor = citation.split_whitespace().next().unwrap();
-                assert!(anchors.contains(anchor), "{anchor} of {}", source.display());
-                cited += 1;
-            }
+    for (path, text) in sources(&SOURCES) {
+        for citation in text.split("docs/protocol.md#").skip(1) {
+            let anchor = citation.split_whitespace().next().unwrap();
+            assert!(anchors.contains(anchor), "{anchor} of {}", path.display());
+            cited += 1;
         }
     }
     assert!(cited > 8, "only {cited} citations found");

@@ -1,8 +1,10 @@
-//! A tunnel beside a TCP flow of the kernel, with CUBIC, on one link.
+//! A tunnel and a TCP flow of the kernel, with CUBIC, on one link: neither starves the other.
 //!
-//! They take half a minute of a machine that does nothing else, so they run when asked for:
-//! `cargo test --release -p culvert-loadtest --test fairness -- --ignored --nocapture --test-threads=1`.
+//! The exact shares are tested in virtual time, against a CUBIC of our own, by
+//! `wire/transport/tests/congestion.rs`. This shows that the kernel's behaves like that one.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod support;
 
 use std::{
     net::SocketAddr,
@@ -10,28 +12,34 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
 };
 
 use bytes::Bytes;
 use culvert_loadtest::{
     certificates::Certificates,
-    link::{Link, LinkError, LinkSettings, NODE, SERVER, settings::Direction},
+    link::{LinkSettings, NODE, SERVER, settings::Direction},
 };
 use culvert_transport::{
     Settings, Tunnel,
     quic::{Listener, connect},
     tls::{Identity, KeyExchange, authorities, certificates, tunnel_client, tunnel_server},
 };
+use rstest::rstest;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpSocket},
-    time::sleep,
 };
 
-/// Time for both flows to find their share, and time in which it is measured.
-const WARM_UP: Duration = Duration::from_secs(5);
-const MEASURED: Duration = Duration::from_secs(15);
+use crate::support::{eventually, network};
+
+/// Rate of the link, low enough for a busy machine.
+const RATE_MBIT: f64 = 20.0;
+/// Bytes of both flows together while they find their shares, and while they are measured: about
+/// 4 s and 12 s of the link.
+const WARM_UP: u64 = 10_000_000;
+const MEASURED: u64 = 30_000_000;
+/// Smallest share of a flow. A quarter is usual.
+const MIN_SHARE: f64 = 0.1;
 
 /// Bytes that have arrived at the server.
 #[derive(Clone, Default)]
@@ -42,28 +50,22 @@ impl Arrived {
         self.0.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    fn mbit(&self, before: u64) -> f64 {
-        (self.0.load(Ordering::Relaxed) - before) as f64 * 8e-6 / MEASURED.as_secs_f64()
+    fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
     }
 }
 
-/// Mbit/s of the tunnel and of TCP, on 100 Mbit/s and 50 ms with a buffer of so much time.
-fn share(buffer_ms: f64) -> Option<(f64, f64)> {
+/// With a buffer of one bandwidth-delay product, and of four.
+#[rstest]
+fn neither_flow_starves_the_other(#[values(50.0, 200.0)] buffer_ms: f64) {
     let each_way = Direction {
-        rate_mbit: Some(100.0),
+        rate_mbit: Some(RATE_MBIT),
         delay_ms: 25.0,
         buffer_ms: Some(buffer_ms),
         ..Direction::default()
     };
     let settings = LinkSettings { each_way, ..LinkSettings::default() };
-    let link = match Link::start(&settings, 1) {
-        Ok(link) => link,
-        Err(LinkError::NotPermitted(error)) => {
-            eprintln!("skipped: no right to make network namespaces ({error})");
-            return None;
-        }
-        Err(error) => panic!("{error}"),
-    };
+    let Some(link) = network::link(&settings) else { return };
     for host in [&link.server, &link.node] {
         host.set_congestion_control("cubic").unwrap();
     }
@@ -87,16 +89,17 @@ fn share(buffer_ms: f64) -> Option<(f64, f64)> {
         let (mut send, _recv) = tunnel.open().await.unwrap();
         while send.write_chunk(Bytes::from_static(&[7; 65_536])).await.is_ok() {}
     });
-    let rates = server.block_on(async {
-        sleep(WARM_UP).await;
-        let before = [&ours, &cubic].map(|arrived| arrived.0.load(Ordering::Relaxed));
-        sleep(MEASURED).await;
-        (ours.mbit(before[0]), cubic.mbit(before[1]))
+    let total = || ours.bytes() + cubic.bytes();
+    let share = server.block_on(async {
+        eventually("the warm-up is over", async || total() >= WARM_UP).await;
+        let (total_before, ours_before) = (total(), ours.bytes());
+        eventually("enough is measured", async || total() >= total_before + MEASURED).await;
+        (ours.bytes() - ours_before) as f64 / (total() - total_before) as f64
     });
     node.shutdown_background();
     server.shutdown_background();
-    println!("{buffer_ms} ms of buffer: ours {:.1}, CUBIC {:.1} Mbit/s", rates.0, rates.1);
-    Some(rates)
+    println!("{buffer_ms} ms of buffer: the tunnel has {share:.2} of the link");
+    assert!((MIN_SHARE..=1.0 - MIN_SHARE).contains(&share), "{share}");
 }
 
 async fn serve_tcp(arrived: Arrived) -> SocketAddr {
@@ -133,18 +136,4 @@ async fn serve_tunnel(listener: Listener, arrived: Arrived) {
     while let Ok(Some(count)) = recv.read_chunks(&mut chunks).await {
         arrived.add(chunks[..count].iter().map(Bytes::len).sum());
     }
-}
-
-#[test]
-#[ignore = "takes twenty seconds of a machine that does nothing else"]
-fn a_buffer_of_one_product_leaves_cubic_a_quarter() {
-    let Some((ours, cubic)) = share(50.0) else { return };
-    assert!(cubic > 0.25 * (ours + cubic));
-}
-
-#[test]
-#[ignore = "takes twenty seconds of a machine that does nothing else"]
-fn a_buffer_of_four_products_leaves_ours_a_quarter() {
-    let Some((ours, cubic)) = share(200.0) else { return };
-    assert!(ours > 0.25 * (ours + cubic));
 }

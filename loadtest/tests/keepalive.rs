@@ -1,9 +1,9 @@
-//! How often a Konnectivity agent may ping: what the Konnectivity server bears, and what it says to an agent that
-//! goes too far, ours bears and says too. The agents here are bytes of HTTP/2 (RFC 9113); where
-//! there is no Go to build the Konnectivity server these say so and are skipped.
+//! Pings of a Konnectivity agent: Culvert's server bears as many as Konnectivity's, and closes the
+//! connection of an agent that sends more in the same way. The agents here are bytes of HTTP/2
+//! (RFC 9113).
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-mod common;
+mod support;
 
 use std::{io, pin::pin};
 
@@ -11,17 +11,25 @@ use culvert_konnectivity::{
     CONNECT,
     packet::{Packet, Payload},
 };
-use culvert_loadtest::{frontend::Connection, peer::Frontend, targets::Target};
+use culvert_loadtest::{
+    frontend::{Connection, Protocol},
+    targets::Target,
+};
 use prost::Message as _;
+use rstest::rstest;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
 use tokio_rustls::client::TlsStream;
 
-use common::{
-    mixed::{Make, Site, until},
-    within,
+use crate::support::{
+    deployment::{
+        Deployment,
+        Implementation::{self, Culvert, Konnectivity},
+        can_run,
+    },
+    eventually, within,
 };
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -45,7 +53,7 @@ struct Frame {
     payload: Vec<u8>,
 }
 
-/// What a server says last to an agent that pings too often.
+/// The last frame of a server to an agent that pings too often.
 #[derive(Debug, PartialEq)]
 struct Goaway {
     last_stream: u32,
@@ -57,22 +65,22 @@ fn goaway(last_stream: u32) -> Goaway {
     Goaway { last_stream, code: 0xb, text: "too_many_pings".into() }
 }
 
-/// A Konnectivity agent as far as a server can tell.
+/// A Konnectivity agent, as a server sees it.
 struct RawAgent {
     socket: TlsStream<TcpStream>,
 }
 
 impl RawAgent {
-    async fn connect(site: &Site) -> Self {
-        let mut agent = Self { socket: site.as_konnectivity_agent().await };
+    async fn connect(deployment: &Deployment) -> Self {
+        let mut agent = Self { socket: deployment.connect_as_konnectivity_agent().await };
         agent.socket.write_all(PREFACE).await.unwrap();
         assert_eq!(agent.fence().await, None);
         agent
     }
 
-    /// Connects and makes the call that agents make.
-    async fn join(site: &Site) -> Self {
-        let mut agent = Self::connect(site).await;
+    /// Connects and makes the call of an agent.
+    async fn join(deployment: &Deployment) -> Self {
+        let mut agent = Self::connect(deployment).await;
         // POST and https of HPACK's static table (RFC 7541 appendix A), then names and values.
         let mut fields = vec![0x83, 0x87];
         let named = [
@@ -91,7 +99,7 @@ impl RawAgent {
         }
         agent.send(HEADERS, END_HEADERS, 1, &fields).await;
         agent.until(HEADERS).await;
-        site.until_joined(1).await;
+        deployment.until_joined(1).await;
         agent
     }
 
@@ -120,7 +128,7 @@ impl RawAgent {
         }
     }
 
-    /// Waits until the server has answered all that it was sent, or has said its last.
+    /// Waits until the server has answered everything so far, or sends GOAWAY.
     async fn fence(&mut self) -> Option<Goaway> {
         self.send(SETTINGS, 0, 0, &[]).await;
         loop {
@@ -146,24 +154,24 @@ impl RawAgent {
         self.fence().await
     }
 
-    /// Pings until the server has had enough: after how many, and what it says.
+    /// Pings until the server sends GOAWAY: the number of pings, and the GOAWAY.
     async fn ping_until_sent_away(&mut self) -> (usize, Goaway) {
         for pings in 1..=100 {
             if let Some(goaway) = self.ping().await {
                 return (pings, goaway);
             }
         }
-        panic!("a hundred pings are borne");
+        panic!("the server bears a hundred pings");
     }
 
-    /// The server ends the connection; in whatever way, and saying nothing more.
+    /// Asserts that the server ends the connection and sends nothing more.
     async fn ends(&mut self) {
         let mut more = Vec::new();
         let _ = self.socket.read_to_end(&mut more).await;
         assert!(more.is_empty(), "{more:?}");
     }
 
-    /// The next packet, in as many frames as it comes.
+    /// The next packet, of one or more frames.
     async fn packet(&mut self) -> Packet {
         let mut bytes = Vec::new();
         loop {
@@ -176,119 +184,119 @@ impl RawAgent {
         }
     }
 
-    async fn say(&mut self, packet: &Packet) {
+    async fn send_packet(&mut self, packet: &Packet) {
         let packet = packet.encode_to_vec();
         let length = u32::try_from(packet.len()).unwrap().to_be_bytes();
         self.send(DATA, 0, 1, &[&[0], &length[..], &packet].concat()).await;
     }
 }
 
-async fn sites(frontend: Frontend) -> Vec<(Make, Site)> {
-    let mut sites = Vec::new();
-    for make in [Make::Konnectivity, Make::Culvert] {
-        if let Some(site) = Site::start(make, frontend, &[]).await {
-            sites.push((make, site));
-        }
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn the_third_ping_too_soon_is_answered_with_goaway(
+    #[values(Culvert, Konnectivity)] server: Implementation,
+) {
+    if !can_run(&[server]).await {
+        return;
     }
-    sites
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn the_third_ping_too_soon_is_answered_alike_by_both_servers() {
     within(async {
-        for (make, site) in sites(Frontend::Connect).await {
-            let mut agent = RawAgent::connect(&site).await;
-            let idle = agent.ping_until_sent_away().await;
-            agent.ends().await;
-            let mut agent = RawAgent::join(&site).await;
-            let joined = agent.ping_until_sent_away().await;
-            agent.ends().await;
-            println!("{make:?}: {idle:?} without a call, {joined:?} with one");
-            assert_eq!(idle, (4, goaway(0)), "{make:?}");
-            assert_eq!(joined, (4, goaway(1)), "{make:?}");
-        }
+        let deployment = Deployment::start(server, Protocol::Connect, &[]).await;
+        let mut agent = RawAgent::connect(&deployment).await;
+        assert_eq!(agent.ping_until_sent_away().await, (4, goaway(0)));
+        agent.ends().await;
+        let mut agent = RawAgent::join(&deployment).await;
+        assert_eq!(agent.ping_until_sent_away().await, (4, goaway(1)));
+        agent.ends().await;
     })
     .await;
 }
 
-/// As pings by which grpc-go's client measures the bandwidth: one for what has come.
+/// As the pings by which grpc-go's client measures bandwidth: one after data.
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn pings_behind_what_the_server_sent_are_free_with_both_servers() {
+async fn pings_after_data_of_the_server_are_not_counted(
+    #[values(Culvert, Konnectivity)] server: Implementation,
+) {
+    if !can_run(&[server]).await {
+        return;
+    }
     within(async {
-        for (make, site) in sites(Frontend::Connect).await {
-            let mut agent = RawAgent::join(&site).await;
-            for round in 0..20 {
-                let mut dial = pin!(site.dial("127.0.0.1:9"));
-                tokio::select! {
-                    _ = &mut dial => panic!("nobody has answered"),
-                    _ = agent.until(DATA) => {}
-                }
-                assert_eq!(agent.ping().await, None, "{make:?}, round {round}");
-                assert_eq!(agent.ping().await, None, "{make:?}, round {round}");
+        let deployment = Deployment::start(server, Protocol::Connect, &[]).await;
+        let mut agent = RawAgent::join(&deployment).await;
+        for round in 0..20 {
+            let mut dial = pin!(deployment.dial("127.0.0.1:9"));
+            tokio::select! {
+                _ = &mut dial => panic!("the agent has not answered"),
+                _ = agent.until(DATA) => {}
             }
-            println!("{make:?}: 40 pings are borne");
+            assert_eq!(agent.ping().await, None, "round {round}");
+            assert_eq!(agent.ping().await, None, "round {round}");
         }
     })
     .await;
 }
 
-/// A Konnectivity agent on whom data come in has its bandwidth measured all the time.
+/// A Konnectivity agent that receives data measures its bandwidth all the time.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_busy_konnectivity_agent_is_not_sent_away() {
     const BYTES: u64 = 256 << 20;
+    if !can_run(&[Konnectivity]).await {
+        return;
+    }
     within(async {
-        let Some(site) = Site::start(Make::Culvert, Frontend::Connect, &[]).await else { return };
-        let _agent = site.start_agent(Make::Konnectivity, "agent", &[]).await;
-        site.until_joined(1).await;
+        let deployment = Deployment::start(Culvert, Protocol::Connect, &[]).await;
+        let _agent = deployment.start_agent(Konnectivity, "agent", &[]).await;
+        deployment.until_joined(1).await;
         let target = Target::start(|mut socket| async move {
             tokio::io::copy(&mut (&mut socket).take(BYTES), &mut tokio::io::sink()).await?;
             socket.write_all(b"all").await
         });
         let target = target.await.unwrap();
-        let mut upload = site.dial(target.address()).await.unwrap();
+        let mut upload = deployment.dial(target.address()).await.unwrap();
         let chunk = vec![7; 1 << 20];
         for _ in 0..BYTES / chunk.len() as u64 {
             upload.write(&chunk).await.unwrap();
         }
         assert_eq!(upload.read_count(3).await.unwrap(), b"all");
-        assert_eq!(site.ready_backends().await, 1.0);
-        assert_eq!(site.server.metric(TUNNELS_LOST).await, 0.0);
-        assert!(!site.server.log().contains("agent gone"), "{}", site.server.log());
+        assert_eq!(deployment.ready_backends().await, 1.0);
+        assert_eq!(deployment.server_metric(TUNNELS_LOST).await, 0.0);
+        assert!(!deployment.server_log().contains("agent gone"), "{}", deployment.server_log());
     })
     .await;
 }
 
-async fn connected(site: &Site, agent: &mut RawAgent) -> Connection {
+async fn connected(deployment: &Deployment, agent: &mut RawAgent) -> Connection {
     let answering = async {
         let Some(Payload::DialRequest(request)) = agent.packet().await.payload else {
-            panic!("no dial")
+            panic!("the packet is no dial")
         };
-        agent.say(&Packet::dial_response(request.random, Ok(1))).await;
+        agent.send_packet(&Packet::dial_response(request.random, Ok(1))).await;
     };
-    let (connection, ()) = tokio::join!(site.dial("127.0.0.1:9"), answering);
+    let (connection, ()) = tokio::join!(deployment.dial("127.0.0.1:9"), answering);
     connection.unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_an_agent_carries_is_cut_off_when_it_is_sent_away_and_the_reason_is_told() {
+async fn the_connections_of_an_agent_are_cut_with_the_reason_when_it_is_sent_away() {
     within(async {
-        let Some(site) = Site::start(Make::Culvert, Frontend::Grpc, &[]).await else { return };
-        let mut agent = RawAgent::join(&site).await;
-        let mut connection = connected(&site, &mut agent).await;
+        let deployment = Deployment::start(Culvert, Protocol::Grpc, &[]).await;
+        let mut agent = RawAgent::join(&deployment).await;
+        let mut connection = connected(&deployment, &mut agent).await;
         assert_eq!(agent.ping_until_sent_away().await, (4, goaway(1)));
-        // While the agent has not even hung up.
+        // Although the agent has not hung up.
         let error = connection.read_to_end().await.unwrap_err().to_string();
         assert!(error.contains("too_many_pings"), "{error}");
-        let counted = async || site.server.metric(TUNNELS_LOST).await == 1.0;
-        until("the loss is counted", counted).await;
+        let counted = async || deployment.server_metric(TUNNELS_LOST).await == 1.0;
+        eventually("the loss is counted", counted).await;
         agent.ends().await;
         drop(agent);
-        let told = async || site.server.log().contains("a Konnectivity agent was sent away");
-        until("the reason is logged", told).await;
-        assert!(site.server.log().contains("the agent pings more often than every 30s"));
+        let logged =
+            async || deployment.server_log().contains("a Konnectivity agent was sent away");
+        eventually("the reason is logged", logged).await;
+        assert!(deployment.server_log().contains("the agent pings more often than every 30s"));
         // It may come back.
-        let mut agent = RawAgent::join(&site).await;
-        connected(&site, &mut agent).await;
+        let mut agent = RawAgent::join(&deployment).await;
+        connected(&deployment, &mut agent).await;
     })
     .await;
 }

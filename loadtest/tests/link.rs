@@ -1,10 +1,14 @@
-//! The link does what its settings say, measured from outside.
+//! The link does what its settings say, measured from outside. Its delays, rates and losses are
+//! tested exactly, in virtual time, where they are computed; the bounds here only show that the
+//! packets of real sockets go through that computation.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod support;
 
 use std::{
     io::{self, Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use culvert_loadtest::link::{
@@ -13,20 +17,16 @@ use culvert_loadtest::link::{
     settings::Direction,
 };
 
-/// Long enough for a link to answer, short enough to see that it does not.
-const SHORT: Duration = Duration::from_millis(300);
+use crate::support::network;
 
-/// The link, or `None` with a word where this process may not have one.
+/// Time for a packet that arrives.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Time after which a packet counts as lost.
+const SILENCE: Duration = Duration::from_millis(300);
+
+/// A link with these settings each way; `None` when tests with namespaces are skipped.
 fn link(each_way: Direction) -> Option<Link> {
-    let settings = LinkSettings { each_way, ..LinkSettings::default() };
-    match Link::start(&settings, 1) {
-        Ok(link) => Some(link),
-        Err(LinkError::NotPermitted(error)) => {
-            eprintln!("skipped: no right to make network namespaces ({error})");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
+    network::link(&LinkSettings { each_way, ..LinkSettings::default() })
 }
 
 fn probed(link: &Link, datagrams: u32, length: usize, per_second: f64) -> Measured {
@@ -34,12 +34,13 @@ fn probed(link: &Link, datagrams: u32, length: usize, per_second: f64) -> Measur
 }
 
 #[test]
-fn a_packet_takes_the_delay_and_at_most_a_millisecond_more() {
+fn a_packet_takes_the_delay() {
     let Some(link) = link(Direction { delay_ms: 25.0, ..Direction::default() }) else { return };
     let measured = probed(&link, 500, 100, 500.0);
     assert_eq!(measured.delays.len(), 500);
     assert!(measured.delay(0.0) >= Duration::from_millis(25), "{:?}", measured.delay(0.0));
-    assert!(measured.delay(0.9) <= Duration::from_millis(26), "{:?}", measured.delay(0.9));
+    // Twice the delay would be the delay of both directions.
+    assert!(measured.delay(0.1) < Duration::from_millis(50), "{:?}", measured.delay(0.1));
 }
 
 #[test]
@@ -49,41 +50,48 @@ fn a_flood_is_cut_to_the_rate_and_waits_in_the_buffer() {
     let Some(link) = link(each_way) else { return };
     let measured = probed(&link, 8000, 1250, 8000.0);
     let rate = measured.mbit_per_second;
-    assert!((49.0..51.0).contains(&rate), "{rate}");
-    let delay = measured.delay(0.5).as_secs_f64();
-    assert!((0.035..0.042).contains(&delay), "{delay}");
+    assert!((25.0..55.0).contains(&rate), "{rate}");
+    // The buffer is full for most of the time: the flood is 80 Mbit/s.
+    let longest = measured.delay(1.0);
+    assert!(longest > Duration::from_millis(35), "{longest:?}");
     let [to_node, _] = link.counters();
+    assert!(to_node.dropped > 0);
     assert_eq!(to_node.dropped + measured.delays.len() as u64, 8000);
 }
 
+/// The link has a seed, so the count is the same in every run, but for packets of the kernel's own.
 #[test]
-fn packets_are_lost_at_their_share() {
+fn packets_are_lost_at_their_rate() {
     let Some(link) = link(Direction { loss: 0.05, ..Direction::default() }) else { return };
-    let loss = probed(&link, 20_000, 100, 20_000.0).loss();
-    // Three standard deviations on either side.
-    assert!((0.0454..0.0546).contains(&loss), "{loss}");
+    let measured = probed(&link, 20_000, 100, 20_000.0);
+    let [to_node, _] = link.counters();
+    // Six standard deviations on either side.
+    assert!((815..1185).contains(&to_node.lost), "{}", to_node.lost);
+    let arrived = measured.delays.len() as u64;
+    assert!(arrived <= to_node.packets - to_node.lost, "{arrived} arrived");
 }
 
 #[test]
-fn the_directions_are_as_different_as_their_settings() {
-    let to_server = Some(Direction { delay_ms: 40.0, ..Direction::default() });
+fn each_direction_has_its_own_settings() {
+    const SLOW: Duration = Duration::from_secs(2);
+    let to_server = Some(Direction { delay_ms: 2000.0, ..Direction::default() });
     let settings = LinkSettings { to_server, ..LinkSettings::default() };
     let Some(link) = link(Direction::default()) else { return };
     link.set(&settings);
     let (server, node) = udp_pair(&link);
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     server.send(b"there").unwrap();
     assert_eq!(echo(&node).unwrap().ip(), SERVER);
-    assert!(start.elapsed() < Duration::from_millis(30));
+    assert!(start.elapsed() < SLOW, "{:?}", start.elapsed());
     server.recv(&mut [0; 16]).unwrap();
-    assert!(start.elapsed() >= Duration::from_millis(40));
+    assert!(start.elapsed() >= SLOW, "{:?}", start.elapsed());
 }
 
 /// A socket of the server, connected to one of the node.
 fn udp_pair(link: &Link) -> (UdpSocket, UdpSocket) {
     let bind = |address: Ipv4Addr| {
         let socket = UdpSocket::bind((address, 0))?;
-        socket.set_read_timeout(Some(SHORT))?;
+        socket.set_read_timeout(Some(PATIENCE))?;
         Ok(socket)
     };
     let node = link.node.run(|| bind(NODE)).unwrap();
@@ -92,7 +100,7 @@ fn udp_pair(link: &Link) -> (UdpSocket, UdpSocket) {
     (server, node)
 }
 
-/// Sends back what comes; where it came from.
+/// Echoes one packet; its sender.
 fn echo(socket: &UdpSocket) -> io::Result<SocketAddr> {
     let mut bytes = [0; 16];
     let (length, from) = socket.recv_from(&mut bytes)?;
@@ -100,26 +108,33 @@ fn echo(socket: &UdpSocket) -> io::Result<SocketAddr> {
     Ok(from)
 }
 
+/// Whether no packet comes for a while.
+fn is_silent(socket: &UdpSocket) -> bool {
+    socket.set_read_timeout(Some(SILENCE)).unwrap();
+    let silent = socket.recv(&mut [0; 16]).is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock);
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    silent
+}
+
 #[test]
-fn what_is_down_carries_nothing_until_it_is_up() {
+fn a_link_that_is_down_carries_nothing_until_it_is_up() {
     let Some(link) = link(Direction::default()) else { return };
     let (server, node) = udp_pair(&link);
     link.down();
     server.send(b"lost").unwrap();
-    assert!(echo(&node).is_err());
+    assert!(is_silent(&node));
     link.up();
     server.send(b"there").unwrap();
     echo(&node).unwrap();
 }
 
 #[test]
-fn udp_is_dropped_in_silence_or_rejected_aloud() {
+fn udp_is_dropped_silently_or_rejected_with_icmp() {
     let Some(link) = link(Direction::default()) else { return };
     let (server, node) = udp_pair(&link);
     link.udp(Udp::Drop);
     server.send(b"lost").unwrap();
-    let silence = server.recv(&mut [0; 16]).unwrap_err();
-    assert_eq!(silence.kind(), io::ErrorKind::WouldBlock);
+    assert!(is_silent(&server));
     link.udp(Udp::Reject);
     server.send(b"refused").unwrap();
     let refusal = server.recv(&mut [0; 16]).unwrap_err();
@@ -130,7 +145,7 @@ fn udp_is_dropped_in_silence_or_rejected_aloud() {
 }
 
 #[test]
-fn tcp_finds_its_way_when_the_path_takes_less() {
+fn tcp_adapts_to_a_smaller_path_mtu() {
     let Some(link) = link(Direction::default()) else { return };
     link.set_path_mtu(900, false);
     let listener = link.node.run(|| TcpListener::bind((NODE, 0))).unwrap();
@@ -145,12 +160,12 @@ fn tcp_finds_its_way_when_the_path_takes_less() {
 }
 
 #[test]
-fn a_nat_that_forgets_gives_another_port() {
+fn a_nat_that_rebinds_gives_another_port() {
     let Some(link) = link(Direction::default()) else { return };
     let server = link.server.run(|| UdpSocket::bind((SERVER, 0))).unwrap();
-    server.set_read_timeout(Some(SHORT)).unwrap();
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
     let node = link.node.run(|| UdpSocket::bind((NODE, 0))).unwrap();
-    node.set_read_timeout(Some(SHORT)).unwrap();
+    node.set_read_timeout(Some(PATIENCE)).unwrap();
     // Below the ephemeral ports there is no NAT; above, it shifts.
     let server_port = server.local_addr().unwrap().port();
     let ask = || {
@@ -169,7 +184,7 @@ fn a_nat_that_forgets_gives_another_port() {
 fn a_node_that_moved_has_another_address() {
     let Some(link) = link(Direction::default()) else { return };
     let server = link.server.run(|| UdpSocket::bind((SERVER, 0))).unwrap();
-    server.set_read_timeout(Some(SHORT)).unwrap();
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
     let node = link.node.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
     node.send_to(b"hello", server.local_addr().unwrap()).unwrap();
     assert_eq!(echo(&server).unwrap().ip(), NODE);
@@ -179,7 +194,7 @@ fn a_node_that_moved_has_another_address() {
 }
 
 #[test]
-fn settings_that_cannot_be_are_all_told() {
+fn every_impossible_setting_is_reported() {
     let each_way = Direction { loss: 1.5, delay_ms: -1.0, ..Direction::default() };
     let settings = LinkSettings { each_way, mtu: 10, ..LinkSettings::default() };
     let LinkError::Settings(faults) = Link::start(&settings, 1).unwrap_err() else { panic!() };

@@ -1,51 +1,61 @@
-//! Agents and servers of both makes, every one with every other, through both frontends: what
-//! mixes while a cluster is upgraded. The programs are real; where there is no Go to build Konnectivity's
-//! these say so and are skipped.
+//! Agents and servers of Culvert and Konnectivity in every combination, through both frontends: the
+//! combinations that occur while a cluster is upgraded.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-mod common;
+mod support;
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
-use common::{
-    at_once, echo,
-    mixed::{ESTABLISHED, Feat, Make, Met, Mix, OPEN_TARGETS, until, with_each},
-    noise,
-};
 use culvert_loadtest::{
-    frontend::{Connection, connect::ConnectError},
-    peer::Frontend,
+    frontend::{
+        Connection,
+        Protocol::{self, Connect, Grpc},
+        connect::ConnectError,
+    },
+    process::Signal,
     targets::{self, Target},
 };
-use nix::sys::signal::Signal;
+use rstest::rstest;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     time::timeout,
 };
 
-/// Bytes of a large transfer, each way.
-const BULK: usize = 64 << 20;
-/// Within which the end of one side is noticed by the other.
-const NOTICE: Duration = Duration::from_secs(10);
+use crate::support::{
+    at_once,
+    deployment::{
+        Capability, Combination, ESTABLISHED,
+        Implementation::{self, Culvert, Konnectivity},
+        Joined, OPEN_TARGETS, can_run, with_joined,
+    },
+    echo, eventually, noise,
+};
 
-/// The connection ends, in whatever way.
+/// Bytes of a large transfer in each direction.
+const BULK: usize = 64 << 20;
+/// Time for one side to notice the end of the other: beyond the idle time-out of a tunnel, 25 s.
+const NOTICE: Duration = Duration::from_secs(60);
+
+/// Waits for the end of a connection, by a FIN or a reset.
 async fn ends(mut connection: Connection) {
     let ended = timeout(NOTICE, async {
-        // A tunnel over UDP learns from the next packet that nobody is there.
-        let _ = connection.write(b"anyone?").await;
+        // Over QUIC the next packet is answered by ICMP.
+        let _ = connection.write(b"?").await;
         let _ = connection.read_to_end().await;
     });
     ended.await.expect("the connection hangs");
 }
 
-/// As `kubectl exec`: whoever has something to say says it and is answered.
+/// As `kubectl exec`: a key goes one way, its echo the other.
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn keystrokes_cross_both_ways() {
-    with_each(Mix::all(), async |Met { site, .. }| {
-        let (mut frontend, mut socket, _target) = site.both_ends().await;
+async fn keystrokes_cross_both_ways(
+    #[values(Culvert, Konnectivity)] agent: Implementation,
+    #[values(Culvert, Konnectivity)] server: Implementation,
+    #[values(Grpc, Connect)] frontend: Protocol,
+) {
+    with_joined(Combination { agent, server, frontend }, async |Joined { deployment, .. }| {
+        let (mut frontend, mut socket, _target) = deployment.both_ends().await;
         for round in 0..200_u8 {
             let (mut heard, key) = ([0; 3], [round, round, b'\n']);
             frontend.write(&key).await.unwrap();
@@ -59,10 +69,15 @@ async fn keystrokes_cross_both_ways() {
 }
 
 /// As `kubectl logs -f`, ended by Ctrl-C.
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_log_is_followed_until_the_frontend_has_seen_enough() {
-    with_each(Mix::all(), async |Met { site, .. }| {
-        let (mut frontend, mut socket, _target) = site.both_ends().await;
+async fn a_log_is_followed_until_the_frontend_has_seen_enough(
+    #[values(Culvert, Konnectivity)] agent: Implementation,
+    #[values(Culvert, Konnectivity)] server: Implementation,
+    #[values(Grpc, Connect)] frontend: Protocol,
+) {
+    with_joined(Combination { agent, server, frontend }, async |Joined { deployment, .. }| {
+        let (mut frontend, mut socket, _target) = deployment.both_ends().await;
         frontend.write(b"GET /logs").await.unwrap();
         socket.read_exact(&mut [0; 9]).await.unwrap();
         for line in 0..50 {
@@ -72,18 +87,22 @@ async fn a_log_is_followed_until_the_frontend_has_seen_enough() {
         }
         frontend.close().await.unwrap();
         let noticed = timeout(NOTICE, socket.read_to_end(&mut Vec::new())).await;
-        // A close and a reset tell the target the same.
-        let _ = noticed.expect("the target does not notice that nobody reads");
+        // A FIN and a reset are both an end.
+        let _ = noticed.expect("the target does not notice that the client has gone");
     })
     .await;
 }
 
 /// As `kubectl cp` there and back.
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn large_transfers_arrive_unchanged_both_ways() {
+async fn large_transfers_arrive_unchanged_both_ways(
+    #[values(Culvert, Konnectivity)] agent: Implementation,
+    #[values(Culvert, Konnectivity)] server: Implementation,
+    #[values(Grpc, Connect)] frontend: Protocol,
+) {
     let bytes = Arc::new(noise(11, BULK));
-    let bytes = bytes.clone();
-    with_each(Mix::all(), async |Met { site, .. }| {
+    with_joined(Combination { agent, server, frontend }, async |Joined { deployment, .. }| {
         let kept = bytes.clone();
         let target = Target::start(move |mut socket| {
             let bytes = kept.clone();
@@ -96,186 +115,267 @@ async fn large_transfers_arrive_unchanged_both_ways() {
             }
         });
         let target = target.await.unwrap();
-        let begun = Instant::now();
-        let mut frontend = site.dial(target.address()).await.unwrap();
+        let mut frontend = deployment.dial(target.address()).await.unwrap();
         frontend.write(&bytes).await.unwrap();
-        let up = begun.elapsed();
         let answer = frontend.read_count(bytes.len()).await.unwrap();
-        println!("{up:?} up, {:?} in all", begun.elapsed());
         assert!(answer == *bytes, "{} bytes came back", answer.len());
     })
     .await;
 }
 
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn the_konnectivity_client_transfers_both_ways_at_once() {
-    let mixes = Mix::all().into_iter().filter(|mix| mix.frontend == Frontend::Grpc);
-    with_each(mixes, async |Met { site, .. }| {
-        let target = targets::echo().await.unwrap();
-        let flags = ["--bytes", "16777216"];
-        let (answer, code) = site.konnectivity_client("echo", target.address(), &flags).await;
-        assert_eq!(code, Some(0), "{answer}");
-        assert_eq!(answer["sent_sha256"], answer["received_sha256"], "{answer}");
-    })
+async fn the_konnectivity_client_transfers_both_ways_at_once(
+    #[values(Culvert, Konnectivity)] agent: Implementation,
+    #[values(Culvert, Konnectivity)] server: Implementation,
+) {
+    if !can_run(&[Konnectivity]).await {
+        return;
+    }
+    with_joined(
+        Combination { agent, server, frontend: Grpc },
+        async |Joined { deployment, .. }| {
+            let target = targets::echo().await.unwrap();
+            let flags = ["--bytes", "16777216"];
+            let (answer, code) = deployment.run_client("echo", target.address(), &flags).await;
+            assert_eq!(code, Some(0), "{answer}");
+            assert_eq!(answer["sent_sha256"], answer["received_sha256"], "{answer}");
+        },
+    )
     .await;
 }
 
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_dial_is_told_in_the_agents_words() {
-    with_each(Mix::all(), async |Met { mix, site, .. }| {
+async fn a_refused_dial_is_reported_with_the_agents_text(
+    #[values(Culvert, Konnectivity)] agent: Implementation,
+    #[values(Culvert, Konnectivity)] server: Implementation,
+    #[values(Grpc, Connect)] frontend: Protocol,
+) {
+    with_joined(Combination { agent, server, frontend }, async |Joined { deployment, .. }| {
         let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let refused = site.dial(closed).await.unwrap_err().to_string();
+        let refused = deployment.dial(closed).await.unwrap_err().to_string();
         let reason = format!("dial tcp {closed}: connect: connection refused");
         assert!(refused.ends_with(&reason), "{refused}");
-        if mix.frontend == Frontend::Connect {
+        if frontend == Connect {
             assert!(refused.starts_with("HTTP/1.1 502 Bad Gateway\r\n"), "{refused}");
         }
     })
     .await;
 }
 
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn many_dials_at_once_leave_nothing() {
+async fn many_dials_at_once_leave_nothing(
+    #[values(Culvert, Konnectivity)] agent: Implementation,
+    #[values(Culvert, Konnectivity)] server: Implementation,
+    #[values(Grpc, Connect)] frontend: Protocol,
+) {
     const DIALERS: usize = 16;
     const DIALS: usize = 12;
-    with_each(Mix::all(), async |Met { site, agent, .. }| {
-        let shared = Arc::new((site, targets::echo().await.unwrap()));
-        at_once(DIALERS, || {
-            let shared = shared.clone();
-            async move {
-                for _ in 0..DIALS {
-                    shared.0.touch(&shared.1).await.unwrap();
+    with_joined(
+        Combination { agent, server, frontend },
+        async |Joined { deployment, agent, .. }| {
+            let shared = Arc::new((deployment, targets::echo().await.unwrap()));
+            at_once(DIALERS, || {
+                let shared = shared.clone();
+                async move {
+                    for _ in 0..DIALS {
+                        shared.0.touch(&shared.1).await.unwrap();
+                    }
                 }
+            })
+            .await;
+            eventually("the agent has none", async || {
+                agent.metric(OPEN_TARGETS).await.unwrap() == 0.0
+            })
+            .await;
+            let deployment = &shared.0;
+            let none = async || deployment.server_metric(ESTABLISHED).await == 0.0;
+            eventually("the server has none", none).await;
+        },
+    )
+    .await;
+}
+
+/// Makes attempts: all succeed where the combination has the capability. Where it lacks it, one
+/// fails, or the reason does not hold any more.
+async fn attempt(
+    combination: Combination,
+    capability: Capability,
+    attempts: usize,
+    mut succeeds: impl AsyncFnMut() -> bool,
+) {
+    let lacks = combination.lacks(capability);
+    for attempt in 0..attempts {
+        if !succeeds().await {
+            println!("attempt {attempt} fails");
+            assert!(lacks.is_some(), "attempt {attempt} fails");
+            return;
+        }
+    }
+    assert_eq!(lacks, None, "all {attempts} attempts succeed");
+}
+
+/// As an SSH server: the banner comes before the client has written. A client that has not received
+/// it within 10 s never will.
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn the_banner_of_a_target_that_writes_first_arrives(
+    #[values(Culvert, Konnectivity)] agent: Implementation,
+    #[values(Culvert, Konnectivity)] server: Implementation,
+    #[values(Grpc, Connect)] frontend: Protocol,
+) {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    if frontend == Grpc && !can_run(&[Konnectivity]).await {
+        return; // kube-apiserver's client library needs Go too
+    }
+    let combination = Combination { agent, server, frontend };
+    with_joined(combination, async |Joined { deployment, .. }| {
+        let target = targets::banner("ready\n").await.unwrap();
+        match frontend {
+            Grpc => {
+                let flags = ["--count", "10", "--expect", "ready", "--timeout", "10s"];
+                attempt(combination, Capability::ServerFirst, 20, async || {
+                    let (answer, _) =
+                        deployment.run_client("banner", target.address(), &flags).await;
+                    answer["right"] == 10
+                })
+                .await;
             }
+            Connect => {
+                attempt(combination, Capability::ServerFirst, 200, async || {
+                    let read = async {
+                        let mut connection = deployment.dial(target.address()).await?;
+                        Ok::<_, ConnectError>(connection.read_count(6).await?)
+                    };
+                    let banner = timeout(PATIENCE, read).await;
+                    matches!(banner, Ok(Ok(banner)) if banner == b"ready\n")
+                })
+                .await;
+            }
+        }
+    })
+    .await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_written_before_a_close_arrive(
+    #[values(Culvert, Konnectivity)] agent: Implementation,
+    #[values(Culvert, Konnectivity)] server: Implementation,
+    #[values(Grpc, Connect)] frontend: Protocol,
+) {
+    let bytes = noise(12, 1 << 20);
+    let combination = Combination { agent, server, frontend };
+    with_joined(combination, async |Joined { deployment, .. }| {
+        let (target, mut records) = targets::recorder("").await.unwrap();
+        attempt(combination, Capability::WriteThenClose, 10, async || {
+            let mut frontend = deployment.dial(target.address()).await.unwrap();
+            frontend.write(&bytes).await.unwrap();
+            frontend.close().await.unwrap();
+            let record = timeout(NOTICE, records.recv()).await.expect("no end").unwrap();
+            record.bytes == bytes
         })
         .await;
-        until("the agent has none", async || agent.metric(OPEN_TARGETS).await == 0.0).await;
-        let server = &shared.0.server;
-        until("the server has none", async || server.metric(ESTABLISHED).await == 0.0).await;
     })
     .await;
 }
 
-/// As an SSH server: the banner comes before anybody asked.
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_target_that_speaks_first_is_heard() {
-    const DIALS: u64 = 50;
-    /// Whoever has heard nothing for so long will hear nothing any more.
-    const PAUSE: Duration = Duration::from_millis(500);
-    with_each(Mix::all(), async |Met { mix, site, .. }| {
-        let target = targets::banner("ready\n").await.unwrap();
-        let heard = match mix.frontend {
-            Frontend::Grpc => {
-                let count = DIALS.to_string();
-                let flags = ["--count", &count, "--expect", "ready", "--timeout", "10s"];
-                let (answer, _) =
-                    site.konnectivity_client("banner", target.address(), &flags).await;
-                println!("{answer}");
-                answer["right"].as_u64().unwrap()
-            }
-            Frontend::Connect => {
-                let mut heard = 0;
-                for _ in 0..DIALS {
-                    let hear = async {
-                        site.dial(target.address())
-                            .await?
-                            .read_count(6)
-                            .await
-                            .map_err(ConnectError::from)
-                    };
-                    let banner = timeout(PAUSE, hear).await;
-                    heard += u64::from(matches!(banner, Ok(Ok(banner)) if banner == b"ready\n"));
-                }
-                heard
-            }
-        };
-        match mix.excuse(Feat::ServerFirst) {
-            None => assert_eq!(heard, DIALS),
-            Some(excuse) => println!("{heard} of {DIALS} are heard: {excuse}"),
-        }
-    })
+async fn an_agent_that_is_killed_ends_its_connections_and_is_replaced(
+    #[values(Culvert, Konnectivity)] agent: Implementation,
+    #[values(Culvert, Konnectivity)] server: Implementation,
+    #[values(Grpc, Connect)] frontend: Protocol,
+) {
+    with_joined(
+        Combination { agent, server, frontend },
+        async |Joined { combination, deployment, mut agent }| {
+            let (target, open) = deployment.open_echo().await;
+            agent.kill().await.unwrap();
+            ends(open).await;
+            let _agent = deployment.start_agent(combination.agent, "agent", &[]).await;
+            deployment.until_dials_work(&target).await;
+        },
+    )
     .await;
 }
 
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_written_before_a_close_arrives() {
-    let bytes = noise(12, 1 << 20);
-    with_each(Mix::all(), async |Met { mix, site, .. }| {
-        let (target, mut records) = targets::recorder("").await.unwrap();
-        let mut frontend = site.dial(target.address()).await.unwrap();
-        frontend.write(&bytes).await.unwrap();
-        frontend.close().await.unwrap();
-        let record = timeout(NOTICE, records.recv()).await.expect("no end").unwrap();
-        match mix.excuse(Feat::WrittenThenClosed) {
-            None => assert!(record.bytes == bytes, "{} bytes arrived", record.bytes.len()),
-            Some(excuse) => println!("{} bytes arrive: {excuse}", record.bytes.len()),
-        }
-    })
+async fn an_agent_finds_a_server_that_was_killed_and_started_again(
+    #[values(Culvert, Konnectivity)] agent: Implementation,
+    #[values(Culvert, Konnectivity)] server: Implementation,
+    #[values(Grpc, Connect)] frontend: Protocol,
+) {
+    with_joined(
+        Combination { agent, server, frontend },
+        async |Joined { combination, mut deployment, .. }| {
+            let (target, open) = deployment.open_echo().await;
+            deployment.server().kill().await.unwrap();
+            ends(open).await;
+            deployment.start_server(combination.server, &[]).await;
+            deployment.until_joined(1).await;
+            deployment.until_dials_work(&target).await;
+        },
+    )
     .await;
 }
 
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_that_is_killed_ends_its_connections_and_is_replaced() {
-    with_each(Mix::all(), async |Met { mix, site, mut agent }| {
-        let (target, open) = site.open_echo().await;
-        agent.kill().await;
-        ends(open).await;
-        let _agent = site.start_agent(mix.agent, "agent", &[]).await;
-        site.until_dials_work(&target).await;
-    })
-    .await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn an_agent_finds_a_server_that_was_killed_and_started_again() {
-    with_each(Mix::all(), async |Met { mix, mut site, .. }| {
-        let (target, open) = site.open_echo().await;
-        site.server.kill().await;
-        ends(open).await;
-        site.start_server(mix.server, &[]).await;
-        site.until_joined(1).await;
-        site.until_dials_work(&target).await;
-    })
-    .await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_draining_agent_keeps_what_it_has_and_the_other_one_gets_what_comes() {
+async fn a_draining_agent_keeps_its_streams_and_the_other_one_gets_new_dials(
+    #[values(Culvert, Konnectivity)] agent: Implementation,
+    #[values(Culvert, Konnectivity)] server: Implementation,
+    #[values(Grpc, Connect)] frontend: Protocol,
+) {
     const DIALS: u32 = 10;
-    with_each(Mix::all(), async |Met { mix, site, agent: mut old }| {
-        let (target, mut open) = site.open_echo().await;
-        let new = site.start_agent(mix.agent, "other", &[]).await;
-        site.until_joined(2).await;
-        old.signal(Signal::SIGTERM);
-        // A Konnectivity agent says so only when it hears from the server next.
-        let all_go_to_the_new_one = async || {
-            until("none is left", async || new.metric(OPEN_TARGETS).await == 0.0).await;
-            let mut held = Vec::new();
-            for _ in 0..DIALS {
-                held.push(site.dial(target.address()).await.unwrap());
+    with_joined(
+        Combination { agent, server, frontend },
+        async |Joined { combination, deployment, agent: mut old }| {
+            let (target, mut open) = deployment.open_echo().await;
+            let new = deployment.start_agent(combination.agent, "other", &[]).await;
+            deployment.until_joined(2).await;
+            old.signal(Signal::Terminate).await.unwrap();
+            // A Konnectivity agent announces it only with its next packet.
+            let all_go_to_the_new_one = async || {
+                eventually("none is left", async || new.metric(OPEN_TARGETS).await.unwrap() == 0.0)
+                    .await;
+                let mut held = Vec::new();
+                for _ in 0..DIALS {
+                    held.push(deployment.dial(target.address()).await.unwrap());
+                }
+                new.metric(OPEN_TARGETS).await.unwrap() == f64::from(DIALS)
+            };
+            eventually("new dials go to the other agent", all_go_to_the_new_one).await;
+            echo(&mut open, b"after").await.unwrap();
+            open.close().await.unwrap();
+            if combination.agent == Culvert {
+                assert!(old.ended().await.unwrap().success());
             }
-            new.metric(OPEN_TARGETS).await == f64::from(DIALS)
-        };
-        until("new dials go to the other agent", all_go_to_the_new_one).await;
-        echo(&mut open, b"after").await.unwrap();
-        open.close().await.unwrap();
-        if mix.agent == Make::Culvert {
-            assert!(old.ended().await.success());
-        }
-    })
+        },
+    )
     .await;
 }
 
-/// Konnectivity has nobody else to ask then either.
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn the_only_agent_serves_while_it_drains() {
-    with_each(Mix::all(), async |Met { site, agent, .. }| {
-        let (target, mut open) = site.open_echo().await;
-        agent.signal(Signal::SIGTERM);
-        for _ in 0..20 {
-            site.touch(&target).await.unwrap();
-        }
-        echo(&mut open, b"still there").await.unwrap();
-    })
+async fn the_only_agent_serves_dials_while_it_drains(
+    #[values(Culvert, Konnectivity)] agent: Implementation,
+    #[values(Culvert, Konnectivity)] server: Implementation,
+    #[values(Grpc, Connect)] frontend: Protocol,
+) {
+    with_joined(
+        Combination { agent, server, frontend },
+        async |Joined { deployment, mut agent, .. }| {
+            let (target, mut open) = deployment.open_echo().await;
+            agent.signal(Signal::Terminate).await.unwrap();
+            for _ in 0..20 {
+                deployment.touch(&target).await.unwrap();
+            }
+            echo(&mut open, b"still there").await.unwrap();
+        },
+    )
     .await;
 }

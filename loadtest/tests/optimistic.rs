@@ -1,13 +1,17 @@
-//! Dials that are answered before the agent has answered.
+//! Dials that the server answers before the agent does.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-mod common;
+mod support;
 
 use std::io;
 
 use bytes::Bytes;
 use culvert_loadtest::{
-    frontend::{Connection, Door, connect::ConnectError},
+    frontend::{
+        Connection,
+        FrontendKind::{self, ConnectTls, GrpcTls, GrpcUnix},
+        connect::ConnectError,
+    },
     rig::Running,
 };
 use culvert_transport::{RecvHalf, SendHalf, Tunnel, control::ControlStream};
@@ -17,20 +21,28 @@ use culvert_wire::{
     frame::{self, Message},
 };
 
-use common::{agent, metric, within};
+use rstest::rstest;
+
+use crate::support::{
+    Carrier::{self, Quic, Tcp},
+    agent, rig, within,
+};
 
 const TARGET: &str = "10.0.0.9:10250";
 
-/// A server, and an agent of which the test says when it answers.
-struct Stage {
+/// A server, and an agent that answers dials when the test does.
+struct Setup {
     rig: Running,
     tunnel: Tunnel,
     _control: ControlStream,
 }
 
-impl Stage {
-    async fn new(door: Door, optimistic: bool) -> Self {
-        let rig = if optimistic { door.rig().optimistic_dial() } else { door.rig() };
+impl Setup {
+    async fn new(frontend: FrontendKind, carrier: Carrier, optimistic: bool) -> Self {
+        let mut rig = rig(frontend, carrier);
+        if optimistic {
+            rig = rig.server_flag("--optimistic-dial");
+        }
         let rig = rig.agents(0).start().await.unwrap();
         let (tunnel, control) = agent::joined(&rig, "slow").await;
         rig.until_joined(1).await.unwrap();
@@ -46,10 +58,9 @@ impl Stage {
         (send, recv)
     }
 
-    /// A dial that the agent answers before the frontend hears of it.
+    /// A dial that the agent answers before the frontend does.
     async fn dial(
         &self,
-        door: Door,
         answer: Result<(), DialFailure>,
     ) -> (Result<Connection, ConnectError>, (SendHalf, RecvHalf)) {
         let answered = async {
@@ -57,13 +68,12 @@ impl Stage {
             reply(&mut send, answer).await;
             (send, recv)
         };
-        tokio::join!(door.dial(&self.rig, TARGET), answered)
+        tokio::join!(self.rig.dial(TARGET), answered)
     }
 
     fn counted(&self, result: &str) -> f64 {
-        let scrape = self.rig.server.metrics.render(&self.rig.server.backends);
         let name = "culvert_server_optimistic_dials_total";
-        metric(&scrape, &format!("{name}{{result=\"{result}\"}}"))
+        self.rig.server.metric(&format!("{name}{{result=\"{result}\"}}"))
     }
 }
 
@@ -84,75 +94,81 @@ async fn read(recv: &mut RecvHalf) -> Bytes {
     chunk
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_target_reached_before_is_answered_at_once() {
-    for door in Door::WITH_RESET {
-        within(async {
-            let stage = Stage::new(door, true).await;
-            let _first = stage.dial(door, Ok(())).await;
-            // Nobody answers this one before the frontend has sent something.
-            let mut frontend = door.dial(&stage.rig, TARGET).await.unwrap();
-            frontend.write(b"early").await.unwrap();
-            let (mut send, mut recv) = stage.request().await;
-            assert_eq!(read(&mut recv).await, "early");
-            reply(&mut send, Ok(())).await;
-            send.write_chunk(Bytes::from_static(b"answer")).await.unwrap();
-            assert_eq!(frontend.read_count(6).await.unwrap(), b"answer");
-            assert!(stage.counted("kept") > 0.9, "{door:?}");
-        })
-        .await;
-    }
+async fn a_dial_to_a_target_that_was_reached_before_is_answered_at_once(
+    #[values(ConnectTls, GrpcUnix, GrpcTls)] frontend: FrontendKind,
+    #[values(Quic, Tcp)] carrier: Carrier,
+) {
+    within(async {
+        let setup = Setup::new(frontend, carrier, true).await;
+        let _first = setup.dial(Ok(())).await;
+        // The agent answers this one only after the frontend has written.
+        let mut frontend = setup.rig.dial(TARGET).await.unwrap();
+        frontend.write(b"early").await.unwrap();
+        let (mut send, mut recv) = setup.request().await;
+        assert_eq!(read(&mut recv).await, "early");
+        reply(&mut send, Ok(())).await;
+        send.write_chunk(Bytes::from_static(b"answer")).await.unwrap();
+        assert_eq!(frontend.read_count(6).await.unwrap(), b"answer");
+        assert_eq!(setup.counted("kept"), 1.0);
+    })
+    .await;
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_dial_that_fails_after_all_is_a_reset_and_the_next_one_waits() {
-    for door in Door::WITH_RESET {
-        within(async {
-            let stage = Stage::new(door, true).await;
-            let _first = stage.dial(door, Ok(())).await;
-            let mut frontend = door.dial(&stage.rig, TARGET).await.unwrap();
-            frontend.write(b"early").await.unwrap();
-            let (mut send, _recv) = stage.request().await;
-            reply(&mut send, Err(refused())).await;
-            send.finish();
-            let error = frontend.read_to_end().await.unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{door:?}: {error}");
-            assert!(stage.counted("broken") > 0.9);
-            let (dialed, _stream) = stage.dial(door, Err(refused())).await;
-            let Err(ConnectError::Refused(refusal)) = dialed else {
-                panic!("{door:?}: {dialed:?}")
-            };
-            assert!(refusal.answer.contains("connection refused"), "{door:?}");
-        })
-        .await;
-    }
+async fn a_dial_that_fails_after_its_answer_is_reset_and_the_next_one_waits(
+    #[values(ConnectTls, GrpcUnix, GrpcTls)] frontend: FrontendKind,
+    #[values(Quic, Tcp)] carrier: Carrier,
+) {
+    within(async {
+        let setup = Setup::new(frontend, carrier, true).await;
+        let _first = setup.dial(Ok(())).await;
+        let mut frontend = setup.rig.dial(TARGET).await.unwrap();
+        frontend.write(b"early").await.unwrap();
+        let (mut send, _recv) = setup.request().await;
+        reply(&mut send, Err(refused())).await;
+        send.finish();
+        let error = frontend.read_to_end().await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{error}");
+        assert_eq!(setup.counted("broken"), 1.0);
+        let (dialed, _stream) = setup.dial(Err(refused())).await;
+        let Err(ConnectError::Refused(refusal)) = dialed else { panic!("{dialed:?}") };
+        assert!(refusal.answer.contains("connection refused"));
+    })
+    .await;
 }
 
+#[rstest]
 #[tokio::test]
-async fn an_agent_that_is_lost_instead_of_answering_is_a_reset() {
-    for door in Door::WITH_RESET {
-        within(async {
-            let stage = Stage::new(door, true).await;
-            let _first = stage.dial(door, Ok(())).await;
-            let mut frontend = door.dial(&stage.rig, TARGET).await.unwrap();
-            stage.request().await;
-            stage.tunnel.close(culvert_wire::CloseCode::ABANDONED, "");
-            let error = frontend.read_to_end().await.unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{door:?}: {error}");
-        })
-        .await;
-    }
+async fn a_dial_is_reset_when_the_agent_is_lost_before_it_answers(
+    #[values(ConnectTls, GrpcUnix, GrpcTls)] frontend: FrontendKind,
+    #[values(Quic, Tcp)] carrier: Carrier,
+) {
+    within(async {
+        let setup = Setup::new(frontend, carrier, true).await;
+        let _first = setup.dial(Ok(())).await;
+        let mut frontend = setup.rig.dial(TARGET).await.unwrap();
+        setup.request().await;
+        setup.tunnel.close(culvert_wire::CloseCode::ABANDONED, "");
+        let error = frontend.read_to_end().await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{error}");
+    })
+    .await;
 }
 
+#[rstest]
 #[tokio::test]
-async fn without_the_flag_every_dial_waits_for_the_agent() {
-    for door in Door::WITH_RESET {
-        within(async {
-            let stage = Stage::new(door, false).await;
-            let _first = stage.dial(door, Ok(())).await;
-            let (dialed, _stream) = stage.dial(door, Err(refused())).await;
-            assert!(dialed.is_err(), "{door:?}");
-        })
-        .await;
-    }
+async fn without_the_flag_every_dial_waits_for_the_agent(
+    #[values(ConnectTls, GrpcUnix, GrpcTls)] frontend: FrontendKind,
+    #[values(Quic, Tcp)] carrier: Carrier,
+) {
+    within(async {
+        let setup = Setup::new(frontend, carrier, false).await;
+        let _first = setup.dial(Ok(())).await;
+        let (dialed, _stream) = setup.dial(Err(refused())).await;
+        assert!(dialed.is_err());
+    })
+    .await;
 }

@@ -1,16 +1,31 @@
 //! Many streams at once, and many one after another, leave nothing behind.
+//!
+//! A binary of its own: the tests count what the whole process holds.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-mod common;
+mod support;
 
-use common::{eventually, metric, within};
-use culvert_loadtest::{frontend::Door, rig::Running, targets};
-use tokio::{sync::Mutex, task::JoinSet};
+use std::{sync::Arc, time::Duration};
 
-/// One test at a time: each counts what the whole process holds.
+use crate::support::{
+    Carrier::{self, Quic, Tcp},
+    eventually, rig, within,
+};
+use culvert_loadtest::{
+    frontend::FrontendKind::{self, ConnectTls, ConnectUnix, GrpcTls, GrpcUnix},
+    rig::Running,
+    targets,
+};
+use rstest::rstest;
+use tokio::{sync::Mutex, task::JoinSet, time::timeout};
+
+/// Time for everything to be given back.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Held by the one test that runs: each counts what the whole process holds.
 static ALONE: Mutex<()> = Mutex::const_new(());
 
-/// What a process holds that a connection may have left behind.
+/// Everything that a connection may leave behind in the process.
 #[derive(Debug, PartialEq)]
 struct Held {
     descriptors: usize,
@@ -19,7 +34,6 @@ struct Held {
 }
 
 fn held(rig: &Running) -> Held {
-    let server = rig.server.metrics.render(&rig.server.backends);
     let gauges = [
         "konnectivity_network_proxy_server_established_connections",
         "konnectivity_network_proxy_server_pending_backend_dials",
@@ -28,10 +42,9 @@ fn held(rig: &Running) -> Held {
         "culvert_server_tunnel_open_streams{agent_id=\"agent-0\"}",
     ];
     let mut gauges: Vec<_> =
-        gauges.iter().map(|name| format!("{name} {}", metric(&server, name))).collect();
-    let agent = rig.agents()[0].metrics.render(&rig.agents()[0].servers);
+        gauges.iter().map(|name| format!("{name} {}", rig.server.metric(name))).collect();
     let name = "konnectivity_network_proxy_agent_open_endpoint_connections";
-    gauges.push(format!("{name} {}", metric(&agent, name)));
+    gauges.push(format!("{name} {}", rig.agents()[0].metric(name)));
     Held {
         descriptors: std::fs::read_dir("/proc/self/fd").unwrap().count(),
         tasks: tokio::runtime::Handle::current().metrics().num_alive_tasks(),
@@ -39,20 +52,20 @@ fn held(rig: &Running) -> Held {
     }
 }
 
-async fn touch(door: Door, rig: &Running, target: &targets::Target) {
-    let mut frontend = door.dial(rig, target.address()).await.unwrap();
+async fn touch(rig: &Running, target: &targets::Target) {
+    let mut frontend = rig.dial(target.address()).await.unwrap();
     frontend.write(b"x").await.unwrap();
     assert_eq!(frontend.read_count(1).await.unwrap(), b"x");
     frontend.close().await.unwrap();
 }
 
-/// Dials until whatever is made once has been made; what is held then.
-async fn settled(door: Door, rig: &Running, target: &targets::Target) -> Held {
+/// Dials until everything that is made once was made; what is held then.
+async fn settled(rig: &Running, target: &targets::Target) -> Held {
     for _ in 0..20 {
-        touch(door, rig, target).await;
+        touch(rig, target).await;
     }
     let mut before = held(rig);
-    eventually("nothing changes any more", || {
+    eventually("nothing changes any more", async || {
         let now = held(rig);
         let quiet = now == before && now.gauges.iter().all(|gauge| gauge.ends_with(" 0"));
         before = now;
@@ -64,8 +77,8 @@ async fn settled(door: Door, rig: &Running, target: &targets::Target) -> Held {
 
 async fn returns_to(rig: &Running, before: &Held) {
     let mut last = String::new();
-    let looked = tokio::time::timeout(std::time::Duration::from_secs(30), async {
-        eventually("everything is given back", || {
+    let looked = timeout(PATIENCE, async {
+        eventually("everything is given back", async || {
             let now = held(rig);
             last = format!("{now:?}");
             now.descriptors <= before.descriptors
@@ -78,54 +91,57 @@ async fn returns_to(rig: &Running, before: &Held) {
     assert!(looked.is_ok(), "before: {before:?}\nnow: {last}");
 }
 
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_thousand_streams_at_once_through_each_door() {
+async fn a_thousand_streams_at_once(
+    #[values(ConnectUnix, ConnectTls, GrpcUnix, GrpcTls)] frontend: FrontendKind,
+    #[values(Quic, Tcp)] carrier: Carrier,
+) {
     let _alone = ALONE.lock().await;
-    for door in Door::ALL {
-        within(async {
-            let rig = door.rig().start().await.unwrap();
-            let target = targets::echo().await.unwrap();
-            let before = settled(door, &rig, &target).await;
-            let rig = std::sync::Arc::new(rig);
-            let mut dials = JoinSet::new();
-            for index in 0_u32..1000 {
-                let (rig, address) = (rig.clone(), target.address());
-                dials.spawn(async move {
-                    let mut frontend = door.dial(&rig, address).await.unwrap();
-                    frontend.write(&index.to_be_bytes()).await.unwrap();
-                    (frontend, index)
-                });
-            }
-            let mut frontends = dials.join_all().await;
-            let open = "konnectivity_network_proxy_server_established_connections";
-            // A frontend may have its answer a moment before it is counted.
-            eventually("a thousand are open", || {
-                metric(&rig.server.metrics.render(&rig.server.backends), open) > 999.5
-            })
-            .await;
-            for (frontend, index) in &mut frontends {
-                assert_eq!(frontend.read_count(4).await.unwrap(), index.to_be_bytes());
-            }
-            drop(frontends);
-            returns_to(&rig, &before).await;
-        })
-        .await;
-    }
+    within(async {
+        let rig = rig(frontend, carrier).start().await.unwrap();
+        let target = targets::echo().await.unwrap();
+        let before = settled(&rig, &target).await;
+        let rig = Arc::new(rig);
+        let mut dials = JoinSet::new();
+        for index in 0_u32..1000 {
+            let (rig, address) = (rig.clone(), target.address());
+            dials.spawn(async move {
+                let mut frontend = rig.dial(address).await.unwrap();
+                frontend.write(&index.to_be_bytes()).await.unwrap();
+                (frontend, index)
+            });
+        }
+        let mut frontends = dials.join_all().await;
+        // A client may have its answer a moment before it is counted.
+        eventually("a thousand are open", async || rig.server.established() == 1000.0).await;
+        for (frontend, index) in &mut frontends {
+            assert_eq!(frontend.read_count(4).await.unwrap(), index.to_be_bytes());
+        }
+        drop(frontends);
+        returns_to(&rig, &before).await;
+    })
+    .await;
 }
 
+#[rstest]
+#[case(ConnectUnix, Quic)]
+#[case(GrpcUnix, Quic)]
+#[case(GrpcUnix, Tcp)]
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_thousand_dials_in_a_row_leave_nothing_behind() {
+async fn ten_thousand_dials_in_a_row_leave_nothing_behind(
+    #[case] frontend: FrontendKind,
+    #[case] carrier: Carrier,
+) {
     let _alone = ALONE.lock().await;
-    for door in [Door::ConnectUnix, Door::GrpcUnix, Door::GrpcUnixTunnelTcp] {
-        within(async {
-            let rig = door.rig().start().await.unwrap();
-            let target = targets::echo().await.unwrap();
-            let before = settled(door, &rig, &target).await;
-            for _ in 0..10_000 {
-                touch(door, &rig, &target).await;
-            }
-            returns_to(&rig, &before).await;
-        })
-        .await;
-    }
+    within(async {
+        let rig = rig(frontend, carrier).start().await.unwrap();
+        let target = targets::echo().await.unwrap();
+        let before = settled(&rig, &target).await;
+        for _ in 0..10_000 {
+            touch(&rig, &target).await;
+        }
+        returns_to(&rig, &before).await;
+    })
+    .await;
 }

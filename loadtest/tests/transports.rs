@@ -1,28 +1,38 @@
-//! Tunnels over TCP: the whole way from a frontend to a target, and who falls back to it.
+//! Tunnels over TCP, and agents that change between QUIC and TCP.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-mod common;
+mod support;
 
 use std::{io, net::SocketAddr, time::Duration};
 
-use culvert_agent::config::Transport;
 use culvert_loadtest::{
-    frontend::{Connection, Door},
-    rig::Running,
+    frontend::{
+        Connection,
+        FrontendKind::{self, ConnectTls, ConnectUnix, GrpcTls, GrpcUnix},
+    },
+    http,
+    rig::{Rig, Running},
     targets::{self, Target},
 };
 use culvert_transport::tcp::Proxies;
+use rstest::rstest;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
     net::{TcpListener, TcpStream},
     time::timeout,
 };
 
-use common::{echo, noise, path::Path, within};
+use crate::support::{
+    Carrier::{Quic, Tcp},
+    echo, eventually, noise, rig,
+    shaped_path::ShapedPath,
+    within,
+};
 
-const DOOR: Door = Door::ConnectUnix;
+/// Idle time-out of a tunnel, by default. A silent carrier has to be replaced before it.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(25);
 
-/// Tunnels that a server has.
+/// Number of a server's tunnels, by carrier.
 #[derive(Debug, PartialEq, Eq)]
 struct Tunnels {
     tcp: usize,
@@ -31,23 +41,18 @@ struct Tunnels {
 
 impl Tunnels {
     fn of(rig: &Running) -> Self {
-        let tunnels = rig.server.backends.all();
-        let over = |transport| {
-            tunnels.iter().filter(|backend| backend.tunnel.carrier().name() == transport).count()
-        };
-        Self { tcp: over("tcp"), quic: over("quic") }
+        Self { tcp: rig.server.tunnels(Tcp), quic: rig.server.tunnels(Quic) }
     }
 }
 
-/// A server, and an agent that may choose its transport and is told what `configure` says. It has
+/// A server, and an agent that may choose its carrier and is configured by `configure`. It has
 /// joined.
 async fn rig_with_agent(
     configure: impl AsyncFnOnce(&Running, &mut culvert_agent::Config),
 ) -> Running {
-    let retry = Duration::from_millis(200);
-    let rig = DOOR.rig().agents(0).transport(Transport::Auto).quic_retry_interval(retry);
+    let rig = Rig::new().agents(0).any_carrier().agent_flag("--quic-retry-interval=200ms");
     let mut rig = rig.start().await.unwrap();
-    let mut config = rig.agent_config("agent");
+    let mut config = rig.agent_config("agent").unwrap();
     configure(&rig, &mut config).await;
     rig.add_agent_with(&config).unwrap();
     rig.until_joined(1).await.unwrap();
@@ -56,71 +61,73 @@ async fn rig_with_agent(
 
 /// A connection to an echo that has been used.
 async fn used(rig: &Running, target: &Target) -> Connection {
-    let mut frontend = DOOR.dial(rig, target.address()).await.unwrap();
+    let mut frontend = rig.dial(target.address()).await.unwrap();
     echo(&mut frontend, b"hello").await.unwrap();
     frontend
 }
 
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn bytes_cross_both_ways_and_all_that_was_written_before_a_close_arrives() {
-    for door in Door::ALL.into_iter().filter(|door| door.transport() == Transport::Tcp) {
-        within(async {
-            let rig = door.rig().start().await.unwrap();
-            assert_eq!(Tunnels::of(&rig), Tunnels { tcp: 1, quic: 0 });
-            let target = targets::echo().await.unwrap();
-            let mut frontend = door.dial(&rig, target.address()).await.unwrap();
-            let bytes = noise(3, 1 << 20);
-            for part in bytes.chunks(64 << 10) {
-                echo(&mut frontend, part).await.unwrap();
-            }
-            let (recorder, mut recorded) = targets::recorder("").await.unwrap();
-            let mut frontend = door.dial(&rig, recorder.address()).await.unwrap();
-            frontend.write(&bytes[..64 << 10]).await.unwrap();
-            frontend.close().await.unwrap();
-            assert!(recorded.recv().await.unwrap().bytes == bytes[..64 << 10], "{door:?}");
-        })
-        .await;
-    }
+async fn bytes_cross_both_ways_and_all_that_was_written_before_a_close_arrives(
+    #[values(ConnectUnix, ConnectTls, GrpcUnix, GrpcTls)] frontend: FrontendKind,
+) {
+    within(async {
+        let rig = rig(frontend, Tcp).start().await.unwrap();
+        assert_eq!(Tunnels::of(&rig), Tunnels { tcp: 1, quic: 0 });
+        let target = targets::echo().await.unwrap();
+        let mut frontend = rig.dial(target.address()).await.unwrap();
+        let bytes = noise(3, 1 << 20);
+        for part in bytes.chunks(64 << 10) {
+            echo(&mut frontend, part).await.unwrap();
+        }
+        let (recorder, mut recorded) = targets::recorder("").await.unwrap();
+        let mut frontend = rig.dial(recorder.address()).await.unwrap();
+        frontend.write(&bytes[..64 << 10]).await.unwrap();
+        frontend.close().await.unwrap();
+        assert!(recorded.recv().await.unwrap().bytes == bytes[..64 << 10]);
+    })
+    .await;
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_reset_and_a_refusal_are_told_as_over_quic() {
-    for door in [Door::ConnectTlsTunnelTcp, Door::GrpcUnixTunnelTcp] {
-        within(async {
-            let rig = door.rig().start().await.unwrap();
-            let (target, mut accepted) = targets::handed_over().await.unwrap();
-            let mut frontend = door.dial(&rig, target.address()).await.unwrap();
-            targets::reset(accepted.recv().await.unwrap());
-            let error = frontend.read_to_end().await.unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{door:?}: {error}");
-            let address = target.address();
-            drop(target);
-            let error = door.dial(&rig, address).await.unwrap_err();
-            assert!(error.to_string().contains("connection refused"), "{door:?}: {error}");
-        })
-        .await;
-    }
+async fn a_reset_and_a_refusal_are_reported_as_over_quic(
+    #[values(ConnectTls, GrpcUnix)] frontend: FrontendKind,
+) {
+    within(async {
+        let rig = rig(frontend, Tcp).start().await.unwrap();
+        let (target, mut accepted) = targets::handed_over().await.unwrap();
+        let mut frontend = rig.dial(target.address()).await.unwrap();
+        targets::reset(accepted.recv().await.unwrap());
+        let error = frontend.read_to_end().await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{error}");
+        let address = target.address();
+        drop(target);
+        let error = rig.dial(address).await.unwrap_err();
+        assert!(error.to_string().contains("connection refused"), "{error}");
+    })
+    .await;
 }
 
-/// What becomes of UDP on the way to a server.
+/// What the path to a server does with UDP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Udp {
     Passes,
-    Swallowed,
+    Dropped,
     Refused,
 }
 
-/// A rig whose one agent comes through a path, and may choose its transport.
-struct Behind {
+/// A rig whose one agent connects through a path, and may choose its carrier.
+struct RigBehindPath {
     rig: Running,
-    path: Path,
+    path: ShapedPath,
 }
 
-impl Behind {
+impl RigBehindPath {
     async fn start(udp: Udp) -> Self {
         let mut kept = None;
         let rig = rig_with_agent(async |rig, config| {
-            let path = Path::to(rig.server.tunnel, udp == Udp::Passes).await;
+            let path = ShapedPath::to(rig.server.tunnel, udp == Udp::Passes).await;
             if udp == Udp::Refused {
                 path.refuse_udp();
             }
@@ -133,35 +140,28 @@ impl Behind {
 
     /// Waits until the server has these tunnels.
     async fn until(&self, expected: Tunnels) {
-        common::eventually(&format!("{expected:?}"), || Tunnels::of(&self.rig) == expected).await;
+        eventually(&format!("{expected:?}"), async || Tunnels::of(&self.rig) == expected).await;
     }
 
-    /// What the agent says of its tunnels.
+    /// The agent's report of its tunnels.
     async fn readiness(&self) -> String {
         let address = self.rig.agents()[0].health;
-        let mut stream = TcpStream::connect(address).await.unwrap();
-        stream.write_all(b"GET /readyz?verbose HTTP/1.0\r\n\r\n").await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        answer
+        http::get(address, "/readyz?verbose").await.unwrap().body
     }
 
-    /// Waits until the agent counts this switch, which the server may have seen before.
+    /// Waits until the agent has counted this switch; the server may see it earlier.
     async fn until_switched(&self, from: &str, to: &str, reason: &str) {
         let agent = &self.rig.agents()[0];
         let labels = format!("from=\"{from}\",to=\"{to}\",reason=\"{reason}\"");
         let name = format!("culvert_agent_transport_switches_total{{{labels}}}");
-        common::eventually(&name, || {
-            common::metric(&agent.metrics.render(&agent.servers), &name) == 1.0
-        })
-        .await;
+        eventually(&name, async || agent.metric(&name) == 1.0).await;
     }
 }
 
 #[tokio::test]
-async fn an_agent_whose_udp_is_refused_comes_over_tcp_at_once() {
+async fn an_agent_whose_udp_is_refused_connects_over_tcp() {
     within(async {
-        let Behind { rig, path: _path } = Behind::start(Udp::Refused).await;
+        let RigBehindPath { rig, path: _path } = RigBehindPath::start(Udp::Refused).await;
         assert_eq!(Tunnels::of(&rig), Tunnels { tcp: 1, quic: 0 });
         used(&rig, &targets::echo().await.unwrap()).await;
     })
@@ -169,9 +169,9 @@ async fn an_agent_whose_udp_is_refused_comes_over_tcp_at_once() {
 }
 
 #[tokio::test]
-async fn an_agent_whose_udp_is_swallowed_comes_over_tcp_and_says_why() {
+async fn an_agent_whose_udp_is_dropped_connects_over_tcp_and_reports_why() {
     within(async {
-        let behind = Behind::start(Udp::Swallowed).await;
+        let behind = RigBehindPath::start(Udp::Dropped).await;
         assert_eq!(Tunnels::of(&behind.rig), Tunnels { tcp: 1, quic: 0 });
         behind.until_switched("none", "tcp", "quic_silent").await;
         let answer = behind.readiness().await;
@@ -182,18 +182,18 @@ async fn an_agent_whose_udp_is_swallowed_comes_over_tcp_and_says_why() {
 }
 
 #[tokio::test]
-async fn an_agent_that_may_choose_takes_quic_where_it_gets_through() {
+async fn an_agent_that_may_choose_uses_quic_where_udp_passes() {
     within(async {
-        let rig = DOOR.rig().transport(Transport::Auto).start().await.unwrap();
+        let rig = Rig::new().any_carrier().start().await.unwrap();
         assert_eq!(Tunnels::of(&rig), Tunnels { tcp: 0, quic: 1 });
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_tunnel_moves_to_quic_when_udp_passes_again_and_its_streams_go_on_where_they_are() {
+async fn a_new_tunnel_is_quic_when_udp_passes_again_and_streams_stay_on_the_old_one() {
     within(async {
-        let behind = Behind::start(Udp::Swallowed).await;
+        let behind = RigBehindPath::start(Udp::Dropped).await;
         let target = targets::echo().await.unwrap();
         let mut old = used(&behind.rig, &target).await;
         behind.path.set_udp_passes(true);
@@ -212,23 +212,22 @@ async fn a_tunnel_moves_to_quic_when_udp_passes_again_and_its_streams_go_on_wher
     .await;
 }
 
-/// Far sooner than the idle time-out, which is 25 s.
 #[tokio::test]
-async fn a_tunnel_whose_udp_is_swallowed_in_its_life_gives_way_to_one_over_tcp() {
+async fn a_tunnel_whose_udp_is_dropped_later_is_replaced_by_one_over_tcp() {
     within(async {
-        let behind = Behind::start(Udp::Passes).await;
+        let behind = RigBehindPath::start(Udp::Passes).await;
         assert_eq!(Tunnels::of(&behind.rig), Tunnels { tcp: 0, quic: 1 });
         let target = targets::echo().await.unwrap();
         let mut old = used(&behind.rig, &target).await;
         behind.path.set_udp_passes(false);
-        old.write(b"into the dark").await.unwrap();
-        timeout(Duration::from_secs(15), behind.until(Tunnels { tcp: 1, quic: 1 })).await.unwrap();
+        old.write(b"lost").await.unwrap();
+        timeout(IDLE_TIMEOUT, behind.until(Tunnels { tcp: 1, quic: 1 })).await.unwrap();
         let new = used(&behind.rig, &target).await;
         behind.until_switched("quic", "tcp", "quic_silent").await;
-        // Nobody hears the old one any more: its frontend is cut off and not left hanging.
+        // The old one has no peer any more: its frontends are cut off and do not hang.
         behind.until(Tunnels { tcp: 1, quic: 0 }).await;
         old.read_to_end().await.unwrap();
-        // And when UDP passes again, the agent goes back.
+        // When UDP passes again, the agent goes back to QUIC.
         behind.path.set_udp_passes(true);
         behind.until(Tunnels { tcp: 1, quic: 1 }).await;
         drop(new);
@@ -238,22 +237,22 @@ async fn a_tunnel_whose_udp_is_swallowed_in_its_life_gives_way_to_one_over_tcp()
 }
 
 #[tokio::test]
-async fn a_tunnel_whose_udp_is_refused_in_its_life_gives_way_to_one_over_tcp() {
+async fn a_tunnel_whose_udp_is_refused_later_is_replaced_by_one_over_tcp() {
     within(async {
-        let behind = Behind::start(Udp::Passes).await;
+        let behind = RigBehindPath::start(Udp::Passes).await;
         let target = targets::echo().await.unwrap();
         let mut old = used(&behind.rig, &target).await;
         behind.path.refuse_udp();
         let _ = old.write(b"refused").await;
-        // Meanwhile no dial fails, wherever it goes.
-        let gives_way = timeout(Duration::from_secs(15), behind.until(Tunnels { tcp: 1, quic: 0 }));
+        // Meanwhile no dial fails, on either tunnel.
+        let replaced = timeout(IDLE_TIMEOUT, behind.until(Tunnels { tcp: 1, quic: 0 }));
         let dials = async {
             loop {
-                drop(DOOR.dial(&behind.rig, target.address()).await.unwrap());
+                drop(behind.rig.dial(target.address()).await.unwrap());
             }
         };
         tokio::select! {
-            given = gives_way => given.unwrap(),
+            replaced = replaced => replaced.unwrap(),
             () = dials => {}
         }
         used(&behind.rig, &target).await;
@@ -261,7 +260,7 @@ async fn a_tunnel_whose_udp_is_refused_in_its_life_gives_way_to_one_over_tcp() {
     .await;
 }
 
-/// An egress proxy that lets everybody through to this server, whatever it is called.
+/// An egress proxy that forwards every request to this server.
 async fn proxy_to(server: SocketAddr) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -281,7 +280,7 @@ async fn proxy_to(server: SocketAddr) -> SocketAddr {
 }
 
 #[tokio::test]
-async fn an_agent_behind_a_proxy_comes_through_it_to_a_name_that_it_cannot_look_up() {
+async fn an_agent_behind_a_proxy_connects_through_it_to_a_name_that_it_cannot_resolve() {
     within(async {
         let rig = rig_with_agent(async |rig, config| {
             let proxy = proxy_to(rig.server.tunnel).await.to_string();

@@ -1,9 +1,8 @@
-//! A cluster's tunnel is upgraded one process at a time while kube-apiserver goes on dialing: in
-//! every order, and beside what the same steps cost where Konnectivity replaces Konnectivity. Where there is no
-//! Go to build Konnectivity's programs these say so and are skipped.
+//! The tunnel of a cluster is upgraded process by process while kube-apiserver goes on dialing: in
+//! both orders, compared with the same steps from Konnectivity to Konnectivity.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-mod common;
+mod support;
 
 use std::{
     path::PathBuf,
@@ -11,31 +10,37 @@ use std::{
     time::Duration,
 };
 
-use common::{
-    mixed::{Daemon, Make, Site, touch, until},
-    within,
-};
 use culvert_loadtest::{
-    peer::Frontend,
+    frontend::Protocol,
+    process::{Process, Signal},
     targets::{self, Target},
 };
-use nix::sys::signal::Signal;
+use rstest::rstest;
 use tokio::time::{interval, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::support::{
+    deployment::{
+        Deployment,
+        Implementation::{self, Culvert, Konnectivity},
+        can_run, touch,
+    },
+    eventually, within,
+};
+
 /// Time between two dials.
 const DIAL_INTERVAL: Duration = Duration::from_millis(20);
-/// After which a dial that has brought nothing has failed.
+/// Time after which a dial counts as failed.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
-/// Dials that are seen before a step, and that have to work again behind it.
+/// Dials that have to succeed before and after each step.
 const SETTLED: usize = 50;
 
-/// What happens to the dials of each step. While there is no server nobody counts.
+/// Outcomes of the dials of each step. While there is no server, dials are not counted.
 #[derive(Debug, Default)]
 struct Tally {
     steps: Vec<Step>,
     counting: bool,
-    /// How often there was no server.
+    /// Number of times that there was no server.
     pauses: usize,
 }
 
@@ -47,7 +52,8 @@ struct Step {
 }
 
 impl Tally {
-    /// What a dial has to see again at its end to count: no server has come or gone meanwhile.
+    /// Number that a dial has to find again at its end to be counted: no server came or went
+    /// meanwhile.
     fn era(&self) -> Option<usize> {
         self.counting.then_some(self.pauses)
     }
@@ -65,14 +71,14 @@ impl Tally {
     }
 }
 
-/// Somebody who dials, steadily, whatever happens.
-struct Dialing {
+/// A client that dials at a steady rate.
+struct Dialer {
     tally: Arc<Mutex<Tally>>,
     _dialing: AbortOnDropHandle<()>,
     _target: Target,
 }
 
-impl Dialing {
+impl Dialer {
     async fn start(socket: PathBuf) -> Self {
         let target = targets::echo().await.unwrap();
         let address = target.address();
@@ -85,10 +91,10 @@ impl Dialing {
                 let began = counts.lock().unwrap().era();
                 let (socket, counts) = (socket.clone(), counts.clone());
                 tokio::spawn(async move {
-                    let dial = touch(Frontend::Connect, &socket, address);
+                    let dial = touch(Protocol::Connect, &socket, address);
                     let result = match timeout(DIAL_TIMEOUT, dial).await {
                         Ok(result) => result.map_err(|error| error.to_string()),
-                        Err(_) => Err("nothing happens".into()),
+                        Err(_) => Err("no answer".into()),
                     };
                     counts.lock().unwrap().note(began, result);
                 });
@@ -97,31 +103,31 @@ impl Dialing {
         Self { tally, _dialing: AbortOnDropHandle::new(dialing), _target: target }
     }
 
-    /// Counts for this step from now on.
+    /// Counts dials for this step from now on.
     fn begin(&self, name: String) {
         let mut tally = self.tally.lock().unwrap();
         tally.steps.push(Step { name, dials: 0, failures: Vec::new() });
         tally.counting = true;
     }
 
-    /// Counts nothing: there is no server.
+    /// Stops counting, because there is no server.
     fn pause(&self) {
         let mut tally = self.tally.lock().unwrap();
         tally.counting = false;
         tally.pauses += 1;
     }
 
-    /// Waits for so many more dials to work.
+    /// Waits for [`SETTLED`] more dials to succeed.
     async fn settle(&self) {
         let worked = || {
             let step = self.tally.lock().unwrap().steps.last().cloned().unwrap();
             step.dials - step.failures.len()
         };
         let before = worked();
-        until("dials work", async || worked() >= before + SETTLED).await;
+        eventually("dials work", async || worked() >= before + SETTLED).await;
     }
 
-    /// What happened, step by step.
+    /// The steps so far.
     fn steps(&self) -> Vec<Step> {
         let steps = self.tally.lock().unwrap().steps.clone();
         for Step { name, dials, failures } in &steps {
@@ -131,12 +137,12 @@ impl Dialing {
     }
 }
 
-/// One server and its agents while somebody dials.
+/// One server and its agents while a client dials.
 struct Cluster {
-    site: Site,
-    agents: Vec<(Make, Daemon)>,
+    deployment: Deployment,
+    agents: Vec<(Implementation, Process)>,
     started: usize,
-    dialing: Dialing,
+    dialer: Dialer,
 }
 
 /// Which side is upgraded before the other.
@@ -148,70 +154,73 @@ enum First {
 
 impl Cluster {
     /// A server and two agents.
-    async fn start(server: Make, agents: Make) -> Option<Self> {
-        let site = Site::start(server, Frontend::Connect, &[]).await?;
-        let dialing = Dialing::start(site.socket()).await;
-        let mut cluster = Self { site, agents: Vec::new(), started: 0, dialing };
+    async fn start(server: Implementation, agents: Implementation) -> Self {
+        let deployment = Deployment::start(server, Protocol::Connect, &[]).await;
+        let dialer = Dialer::start(deployment.socket()).await;
+        let mut cluster = Self { deployment, agents: Vec::new(), started: 0, dialer };
         for _ in 0..2 {
             let agent = cluster.new_agent(agents).await;
             cluster.agents.push((agents, agent));
         }
-        cluster.site.until_joined(2).await;
-        cluster.dialing.begin(format!("{agents:?} agents at a {server:?} server"));
-        cluster.dialing.settle().await;
-        Some(cluster)
+        cluster.deployment.until_joined(2).await;
+        cluster.dialer.begin(format!("{agents:?} agents at a {server:?} server"));
+        cluster.dialer.settle().await;
+        cluster
     }
 
-    async fn new_agent(&mut self, make: Make) -> Daemon {
+    async fn new_agent(&mut self, implementation: Implementation) -> Process {
         self.started += 1;
-        self.site.start_agent(make, &format!("agent-{}", self.started), &[]).await
+        self.deployment.start_agent(implementation, &format!("agent-{}", self.started), &[]).await
     }
 
-    /// One by one: a new pod is ready before the old one is told to go, and killed when it does not.
-    async fn replace_agents(&mut self, make: Make) {
+    /// Replaces the agents one by one: a new one is ready before the old one gets SIGTERM, and
+    /// SIGKILL when it does not end.
+    async fn replace_agents(&mut self, to: Implementation) {
         for _ in 0..2 {
-            self.dialing.begin(format!("an agent becomes {make:?}"));
-            let new = self.new_agent(make).await;
-            self.site.until_joined(3).await;
-            let (old_make, mut old) = self.agents.remove(0);
-            self.agents.push((make, new));
-            old.signal(Signal::SIGTERM);
-            match old_make {
-                Make::Culvert => assert!(old.ended().await.success()),
-                // It never ends, and drains as soon as it hears from the server.
-                Make::Konnectivity => {
-                    self.dialing.settle().await;
-                    old.kill().await;
+            self.dialer.begin(format!("an agent becomes {to:?}"));
+            let new = self.new_agent(to).await;
+            self.deployment.until_joined(3).await;
+            let (from, mut old) = self.agents.remove(0);
+            self.agents.push((to, new));
+            old.signal(Signal::Terminate).await.unwrap();
+            match from {
+                Culvert => assert!(old.ended().await.unwrap().success()),
+                // It never ends, and drains from the server's next packet on.
+                Konnectivity => {
+                    self.dialer.settle().await;
+                    old.kill().await.unwrap();
                 }
             }
-            self.site.until_joined(2).await;
-            self.dialing.settle().await;
+            self.deployment.until_joined(2).await;
+            self.dialer.settle().await;
         }
     }
 
-    /// The old one is gone before the new one comes: they share a port.
-    async fn replace_server(&mut self, make: Make) {
-        self.dialing.pause();
-        self.site.server.signal(Signal::SIGTERM);
-        assert!(self.site.server.ended().await.success());
-        self.site.start_server(make, &[]).await;
-        until("an agent has come", async || self.site.ready_backends().await > 0.0).await;
-        self.dialing.begin(format!("the server has become {make:?}"));
-        self.site.until_joined(2).await;
-        self.dialing.settle().await;
+    /// Ends the old server before the new one starts: they share a port.
+    async fn replace_server(&mut self, to: Implementation) {
+        self.dialer.pause();
+        self.deployment.server().signal(Signal::Terminate).await.unwrap();
+        assert!(self.deployment.server().ended().await.unwrap().success());
+        self.deployment.start_server(to, &[]).await;
+        eventually("an agent has joined", async || self.deployment.ready_backends().await > 0.0)
+            .await;
+        self.dialer.begin(format!("the server has become {to:?}"));
+        self.deployment.until_joined(2).await;
+        self.dialer.settle().await;
     }
 
-    fn dropped_nothing(&self) {
-        for step in self.dialing.steps() {
+    /// Asserts that no dial failed.
+    fn no_dial_failed(&self) {
+        for step in self.dialer.steps() {
             assert_eq!(step.failures, [""; 0], "{}", step.name);
         }
     }
 }
 
-/// What happens while everything that is Konnectivity becomes this.
-async fn upgrade(first: First, to: Make) -> Option<Vec<Step>> {
+/// The steps in which server and agents of Konnectivity are replaced.
+async fn upgrade(first: First, to: Implementation) -> Vec<Step> {
     println!("{first:?} first");
-    let mut cluster = Cluster::start(Make::Konnectivity, Make::Konnectivity).await?;
+    let mut cluster = Cluster::start(Konnectivity, Konnectivity).await;
     match first {
         First::Agents => {
             cluster.replace_agents(to).await;
@@ -222,48 +231,58 @@ async fn upgrade(first: First, to: Make) -> Option<Vec<Step>> {
             cluster.replace_agents(to).await;
         }
     }
-    Some(cluster.dialing.steps())
+    cluster.dialer.steps()
 }
 
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upgrade_drops_no_dial_that_konnectivity_would_not_drop() {
-    for first in [First::Server, First::Agents] {
-        within(async {
-            let Some(konnectivity) = upgrade(first, Make::Konnectivity).await else { return };
-            let Some(ours) = upgrade(first, Make::Culvert).await else { return };
-            for (ours, konnectivity) in ours.iter().zip(&konnectivity) {
-                let (lost, allowed) = (ours.failures.len(), konnectivity.failures.len());
-                assert!(lost <= allowed, "{}: {lost} of {} dials", ours.name, ours.dials);
-            }
-        })
-        .await;
+async fn an_upgrade_fails_no_dial_that_konnectivity_would_not_fail(
+    #[values(First::Server, First::Agents)] first: First,
+) {
+    if !can_run(&[Konnectivity]).await {
+        return;
     }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn agents_of_ours_are_replaced_without_a_dial_dropped() {
     within(async {
-        let Some(mut cluster) = Cluster::start(Make::Culvert, Make::Culvert).await else { return };
-        cluster.replace_agents(Make::Culvert).await;
-        cluster.dropped_nothing();
+        let konnectivity = upgrade(first, Konnectivity).await;
+        let culvert = upgrade(first, Culvert).await;
+        assert_eq!(culvert.len(), 4);
+        assert_eq!(culvert.len(), konnectivity.len());
+        for (culvert, konnectivity) in culvert.iter().zip(&konnectivity) {
+            assert!(culvert.dials >= SETTLED, "{}: {} dials", culvert.name, culvert.dials);
+            let (failed, allowed) = (culvert.failures.len(), konnectivity.failures.len());
+            assert!(failed <= allowed, "{}: {failed} of {} dials", culvert.name, culvert.dials);
+        }
     })
     .await;
 }
 
-/// The same server again, and the way back.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_of_ours_is_replaced_without_a_dial_dropped() {
-    let steps = [
-        (Make::Culvert, Make::Culvert),
-        (Make::Konnectivity, Make::Culvert),
-        (Make::Konnectivity, Make::Konnectivity),
-    ];
-    for (agents, becomes) in steps {
-        within(async {
-            let Some(mut cluster) = Cluster::start(Make::Culvert, agents).await else { return };
-            cluster.replace_server(becomes).await;
-            cluster.dropped_nothing();
-        })
-        .await;
+async fn culvert_agents_are_replaced_without_a_failed_dial() {
+    within(async {
+        let mut cluster = Cluster::start(Culvert, Culvert).await;
+        cluster.replace_agents(Culvert).await;
+        cluster.no_dial_failed();
+    })
+    .await;
+}
+
+/// By the same, and back to Konnectivity.
+#[rstest]
+#[case(Culvert, Culvert)]
+#[case(Konnectivity, Culvert)]
+#[case(Konnectivity, Konnectivity)]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_culvert_server_is_replaced_without_a_failed_dial(
+    #[case] agents: Implementation,
+    #[case] to: Implementation,
+) {
+    if !can_run(&[agents, to]).await {
+        return;
     }
+    within(async {
+        let mut cluster = Cluster::start(Culvert, agents).await;
+        cluster.replace_server(to).await;
+        cluster.no_dial_failed();
+    })
+    .await;
 }

@@ -10,19 +10,21 @@ use tokio::time::{Instant, interval, sleep, timeout};
 
 use super::balancer::Balancer;
 use crate::{
-    page::Page,
-    peer::{Daemon, Peer, Ports, Signal, Stage},
+    flags::Ports,
+    http,
+    peer::{Peer, Topology},
+    process::Process,
     report::FleetResult,
     scenario::Fleet,
 };
 
-/// How long they may take to find each other.
+/// Time for all agents to join.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How often the servers are asked.
+/// Interval at which the servers' metrics are read.
 const ASK_INTERVAL: Duration = Duration::from_millis(100);
-/// What a server calls the agents that it has.
+/// Series with the number of a server's agents.
 const CONNECTIONS: &str = "konnectivity_network_proxy_server_ready_backend_connections";
-/// Where agents look for servers.
+/// Port at which agents look for servers.
 const TUNNEL_PORT: u16 = 8132;
 /// First ports of the servers behind a balancer.
 const FIRST_TUNNEL_PORT: u16 = 10_000;
@@ -32,14 +34,14 @@ const FIRST_HEALTH_PORT: u16 = 12_000;
 /// Starts servers and agents, kills the servers and starts them again.
 pub(super) async fn run(
     peer: Peer,
-    stage: &Stage,
+    topology: &Topology,
     fleet: Fleet,
     idle: Duration,
 ) -> anyhow::Result<FleetResult> {
     let ports: Vec<_> = (0..fleet.servers).map(|number| ports(number, fleet.servers)).collect();
     let mut servers = Vec::new();
     for (number, ports) in ports.iter().enumerate() {
-        servers.push(peer.start_server(stage, number, fleet.servers, *ports).await?);
+        servers.push(peer.start_server(topology, number, fleet.servers, *ports).await?);
     }
     let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let behind = ports.iter().map(|ports| local(ports.tunnel)).collect();
@@ -49,7 +51,7 @@ pub(super) async fn run(
     };
     let empty: u64 = memory(&servers)?;
     let start = Instant::now();
-    let _agents = peer.start_fleet(stage, fleet.agents)?;
+    let _agents = peer.start_fleet(topology, fleet.agents)?;
     let wanted = fleet.agents * fleet.servers;
     let joined = until_joined(&ports, wanted, start).await;
     sleep(Duration::from_secs(2)).await;
@@ -59,12 +61,12 @@ pub(super) async fn run(
     let idle_cpu = (cpu_seconds(&servers)? - before) / idle.as_secs_f64();
 
     for server in &mut servers {
-        server.signal(Signal::Start).await?;
+        server.restart().await?;
     }
     let start = Instant::now();
     let rejoined = until_joined(&ports, wanted, start).await;
 
-    let returned = servers.iter().map(Daemon::cpu_seconds_of_this_life).sum::<io::Result<f64>>()?;
+    let returned = servers.iter().map(Process::cpu_seconds_since_start).sum::<io::Result<f64>>()?;
     Ok(FleetResult {
         agents: fleet.agents,
         servers: fleet.servers,
@@ -82,12 +84,12 @@ fn ports(number: u32, servers: u32) -> Ports {
     Ports { tunnel, admin: FIRST_ADMIN_PORT + number, health: FIRST_HEALTH_PORT + number }
 }
 
-fn memory(servers: &[Daemon]) -> io::Result<u64> {
-    servers.iter().map(Daemon::memory).sum()
+fn memory(servers: &[Process]) -> io::Result<u64> {
+    servers.iter().map(Process::memory).sum()
 }
 
-fn cpu_seconds(servers: &[Daemon]) -> io::Result<f64> {
-    servers.iter().map(Daemon::cpu_seconds).sum()
+fn cpu_seconds(servers: &[Process]) -> io::Result<f64> {
+    servers.iter().map(Process::cpu_seconds).sum()
 }
 
 /// Seconds until the servers have so many agents together; `None` if they never do.
@@ -110,7 +112,7 @@ async fn until_joined(ports: &[Ports], wanted: u32, start: Instant) -> Option<f6
 
 /// How many agents a server says it has.
 async fn agents(admin: u16) -> Option<u32> {
-    let answer = Page::get(admin, "/metrics").await.ok()?;
-    let line = answer.body().lines().find(|line| line.starts_with(CONNECTIONS))?;
+    let answer = http::get((Ipv4Addr::LOCALHOST, admin), "/metrics").await.ok()?;
+    let line = answer.body.lines().find(|line| line.starts_with(CONNECTIONS))?;
     line.rsplit_once(' ')?.1.parse::<f64>().ok().map(|agents| agents as u32)
 }

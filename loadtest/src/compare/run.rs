@@ -1,38 +1,35 @@
-//! One peer, once: the stage set, the load carried out, the events done, everything weighed.
+//! One run of one peer: hosts, processes, load, events, measurements.
 
 use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use tokio::{
     runtime::Runtime,
-    select,
     sync::mpsc::{UnboundedReceiver, unbounded_channel},
-    time::{Instant, interval, sleep_until},
 };
 
 use super::{
-    collect::Collector,
     fleet,
-    ground::Ground,
+    measurement::{Measurement, read_both},
+    network::Network,
     progress::Progress,
-    watch::{Sighting, Watch, switch},
+    watch::Watch,
 };
 use crate::{
     certificates::Certificates,
+    frontend::Protocol,
     konnectivity_client::KonnectivityClient,
-    link::Counters,
     load::{Plan, Sample, Workload, drive::drive, service::Service},
-    peer::{Daemon, Frontend, Peer, Programs, Stage, Started},
-    report::{self, LinkUsage, Run, Usage},
-    scenario::{Congestion, Event, Fleet, Scenario, When},
+    peer::{Peer, Programs, Started, Topology},
+    process::Process,
+    report::{self, Run},
+    scenario::{Congestion, Fleet, Scenario},
 };
 
-/// Threads of the load and of the target: more than there are cores help nobody.
+/// Threads of the load and of the target, each.
 const WORKERS: usize = 2;
-/// The load goes on for this long after the measured part, so that it does not end in it.
+/// Time that the load goes on after the measured part, so that it does not end in it.
 const MARGIN_SECONDS: f64 = 0.2;
-/// How often progress is shown and what only the target counts is looked at.
-const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Everything that one run needs.
 pub(super) struct Attempt<'a> {
@@ -46,12 +43,12 @@ pub(super) struct Attempt<'a> {
 }
 
 impl Attempt<'_> {
-    /// Carries the run out. What keeps the peer from taking part is told in the run.
+    /// Runs the peer. When it cannot take part, the run says why.
     pub(super) fn run(&self) -> anyhow::Result<Run> {
         let title = format!("{} {} seed {}", self.scenario.name, self.name, self.seed);
         let progress = Progress::start(title);
-        let ground = Ground::new(self.scenario.link.as_ref(), self.seed)?;
-        let [server, node] = ground.hosts();
+        let network = Network::new(self.scenario.link.as_ref(), self.seed)?;
+        let [server, node] = network.hosts();
         for host in [&server, &node] {
             if let Err(error) = host.set_congestion_control(&self.congestion.to_string()) {
                 let why = format!("the kernel has no {} for this user", self.congestion);
@@ -61,15 +58,15 @@ impl Attempt<'_> {
             }
         }
         for event in self.scenario.from_the_start() {
-            ground.undergo(event)?;
+            network.apply(event)?;
         }
         let (here, server_runtime, node_runtime) =
             (Runtime::new()?, server.runtime(WORKERS)?, node.runtime(WORKERS)?);
         let certificates = Arc::new(Certificates::generate()?);
-        let stage = Stage {
+        let topology = Topology {
             server,
             node,
-            server_address: ground.addresses().0,
+            server_address: network.addresses().0,
             server_runtime: server_runtime.handle().clone(),
             node_runtime: node_runtime.handle().clone(),
             certificates,
@@ -78,8 +75,8 @@ impl Attempt<'_> {
             programs: self.programs.clone(),
         };
         let result = match self.scenario.fleet {
-            Some(fleet) => here.block_on(self.find_each_other(stage, fleet)),
-            None => here.block_on(self.perform(&ground, &stage, &progress)),
+            Some(fleet) => here.block_on(self.find_each_other(topology, fleet)),
+            None => here.block_on(self.measure(&network, &topology, &progress)),
         };
         for runtime in [server_runtime, node_runtime] {
             runtime.shutdown_timeout(Duration::from_secs(5));
@@ -89,45 +86,47 @@ impl Attempt<'_> {
         Ok(run)
     }
 
-    /// A run without a load, on the server's host.
-    async fn find_each_other(&self, stage: Stage, fleet: Fleet) -> anyhow::Result<Run> {
+    /// Runs a fleet, which has no load, on the server's host.
+    async fn find_each_other(&self, topology: Topology, fleet: Fleet) -> anyhow::Result<Run> {
         let (peer, idle) = (self.peer, Duration::from_secs_f64(self.scenario.seconds));
-        let runtime = stage.server_runtime.clone();
-        let found = runtime.spawn(async move { fleet::run(peer, &stage, fleet, idle).await });
+        let runtime = topology.server_runtime.clone();
+        let found = runtime.spawn(async move { fleet::run(peer, &topology, fleet, idle).await });
         Ok(Run { seconds: self.scenario.seconds, fleet: Some(found.await??), ..self.empty() })
     }
 
-    async fn perform(
+    async fn measure(
         &self,
-        ground: &Ground,
-        stage: &Stage,
+        network: &Network,
+        topology: &Topology,
         progress: &Progress,
     ) -> anyhow::Result<Run> {
-        let started = self.peer.start(stage).await?;
+        let started = self.peer.start(topology).await?;
         let watched = self.peer.is_culvert() && self.scenario.tries_the_carrier();
-        let watch = watched.then(|| Watch::start(&stage.node_runtime));
-        // A tunnel's agent is beside the target, whose address does not change with the node's.
+        let watch = watched.then(|| Watch::start(&topology.node_runtime));
+        // An agent dials loopback, whose address does not change with the node's.
         let beside = self.peer != Peer::Direct;
-        let listen = if beside { Ipv4Addr::LOCALHOST.into() } else { ground.addresses().1 };
+        let listen = if beside { Ipv4Addr::LOCALHOST.into() } else { network.addresses().1 };
         let listen = (listen, 0).into();
-        let service = stage.node_runtime.spawn(Service::start(listen)).await??;
+        let service = topology.node_runtime.spawn(Service::start(listen)).await??;
         let plan = Plan {
             seconds: self.scenario.warmup_seconds + self.scenario.seconds + MARGIN_SECONDS,
             target: service.address().to_string(),
-            workloads: self.workloads(ground, &service),
+            workloads: self.workloads(network, &service),
         };
-        let idle = weigh(&started, Daemon::memory);
-        let samples = self.load(stage, &started, plan).await?;
-        let mut show = Show { attempt: self, ground, service, started, watch, progress };
-        show.run(samples, idle).await
+        let idle = read_both(&started, Process::memory);
+        let samples = self.load(topology, &started, plan).await?;
+        let (scenario, name, seed) = (self.scenario, self.name, self.seed);
+        let mut measurement =
+            Measurement { scenario, name, seed, network, service, started, watch, progress };
+        measurement.run(samples, idle).await
     }
 
     /// The scenario's workloads, with addresses for the names of targets.
-    fn workloads(&self, ground: &Ground, service: &Service) -> Vec<Workload> {
+    fn workloads(&self, network: &Network, service: &Service) -> Vec<Workload> {
         let resolved = |workload: &Workload| {
             let target = workload.target.as_deref().map(|target| match target {
                 "greeter" => service.greeter().to_string(),
-                "nowhere" => ground.nowhere().to_string(),
+                "nowhere" => network.nowhere().to_string(),
                 other => other.to_owned(),
             });
             Workload { target, ..workload.clone() }
@@ -135,21 +134,21 @@ impl Attempt<'_> {
         self.scenario.workloads.iter().map(resolved).collect()
     }
 
-    /// Starts the load through the peer's door; what happens to it.
+    /// Starts the load through the peer's frontend; its samples.
     async fn load(
         &self,
-        stage: &Stage,
+        topology: &Topology,
         started: &Started,
         plan: Plan,
     ) -> anyhow::Result<UnboundedReceiver<Sample>> {
         let (sender, samples) = unbounded_channel();
         match (self.peer.frontend(), &started.socket) {
-            (Some(Frontend::Grpc), Some(socket)) => {
+            (Some(Protocol::Grpc), Some(socket)) => {
                 let client = self.konnectivity_client.context("Go is not installed")?;
-                let loadtest = &stage.programs.loadtest;
-                client.load(loadtest, &stage.server, socket, &plan, sender).await?;
+                let loadtest = &topology.programs.loadtest;
+                client.load(loadtest, &topology.server, socket, &plan, sender).await?;
             }
-            (_, socket) => drop(stage.server_runtime.spawn(drive(plan, socket.clone(), sender))),
+            (_, socket) => drop(topology.server_runtime.spawn(drive(plan, socket.clone(), sender))),
         }
         Ok(samples)
     }
@@ -208,206 +207,4 @@ fn summary(run: &Run) -> String {
     };
     let workloads = run.workloads.iter().map(of_workload);
     workloads.chain(run.events.iter().filter_map(of_event)).collect::<Vec<_>>().join(", ")
-}
-
-/// A run that is under way.
-struct Show<'a> {
-    attempt: &'a Attempt<'a>,
-    ground: &'a Ground,
-    service: Service,
-    started: Started,
-    watch: Option<Watch>,
-    progress: &'a Progress,
-}
-
-/// What has been used up to a moment.
-struct Spent {
-    cpu: [Option<f64>; 2],
-    counters: Option<[Counters; 2]>,
-    short: u64,
-}
-
-/// What is due at a moment.
-#[derive(Clone, Copy)]
-enum Cue {
-    Begin,
-    Event(usize),
-    End,
-}
-
-impl Show<'_> {
-    async fn run(
-        &mut self,
-        mut samples: UnboundedReceiver<Sample>,
-        idle: [Option<u64>; 2],
-    ) -> anyhow::Result<Run> {
-        let scenario = self.attempt.scenario;
-        let started = samples.recv().await.context("the load did not start")?;
-        anyhow::ensure!(matches!(started, Sample::Start(_)), "the load starts with {started:?}");
-        let start = Instant::now();
-        let mut cues = cues(scenario).into_iter().peekable();
-        let mut collector =
-            Collector::new(&scenario.workloads, scenario.warmup_seconds, scenario.seconds);
-        let mut look = interval(LOOK_INTERVAL);
-        let (mut begun, mut ended, mut uploaded, mut done) = (None, None, 0, false);
-        let mut memory = [None; 2];
-        let from_the_start = scenario.from_the_start();
-        let mut events: Vec<_> =
-            from_the_start.map(|event| (start, told(event, -scenario.warmup_seconds))).collect();
-        loop {
-            let next = cues.peek().map(|(at, _)| start + *at);
-            let cue = async {
-                match next {
-                    Some(next) => sleep_until(next).await,
-                    None => std::future::pending().await,
-                }
-            };
-            select! {
-                biased;
-                () = cue => match cues.next() {
-                    Some((_, Cue::Begin)) => begun = Some(self.spent()),
-                    Some((at, Cue::Event(index))) => {
-                        let event = &scenario.events[index];
-                        let second = at.as_secs_f64() - scenario.warmup_seconds;
-                        events.push((Instant::now(), told(event, second)));
-                        self.perform(event).await?;
-                    }
-                    Some((_, Cue::End)) | None => {
-                        ended = Some(self.spent());
-                        memory = weigh(&self.started, Daemon::memory);
-                    }
-                },
-                sample = samples.recv() => match sample {
-                    Some(Sample::Done(_)) => done = true,
-                    Some(sample) => collector.take(&sample),
-                    None => break,
-                },
-                _ = look.tick() => {
-                    let now = self.service.uploaded();
-                    collector.uploaded(micros(start.elapsed()), now - uploaded);
-                    uploaded = now;
-                    self.progress.show(&collector.glance());
-                }
-            }
-        }
-        anyhow::ensure!(done, "the load broke off");
-        let (begun, ended) = begun.zip(ended).context("the load ended early")?;
-        collector.short(self.service.short() - begun.short);
-        let peak = weigh(&self.started, Daemon::peak_memory);
-        let usage = |side: usize| {
-            Some(Usage {
-                cpu_seconds: ended.cpu[side]? - begun.cpu[side]?,
-                peak_memory: peak[side]?,
-                grown_memory: memory[side]?.cast_signed() - idle[side]?.cast_signed(),
-            })
-        };
-        let seen = self.watch.as_ref().map(Watch::seen).unwrap_or_default();
-        let second = |at: Instant| seconds_between(start, at) - scenario.warmup_seconds;
-        Ok(Run {
-            peer: self.attempt.name.into(),
-            seed: self.attempt.seed,
-            seconds: scenario.seconds,
-            workloads: collector.results(),
-            server: usage(0),
-            agent: usage(1),
-            link: begun.counters.zip(ended.counters).map(|(begun, ended)| used(begun, ended)),
-            payload_bytes: collector.payload(),
-            events: with_switches(events, &seen),
-            ready_seconds: self.started.ready.map(|ready| ready.as_secs_f64()),
-            carriers: seen.iter().map(|sighting| carried(sighting, second(sighting.at))).collect(),
-            fleet: None,
-            failure: None,
-        })
-    }
-
-    fn spent(&self) -> Spent {
-        Spent {
-            cpu: weigh(&self.started, Daemon::cpu_seconds),
-            counters: self.ground.counters(),
-            short: self.service.short(),
-        }
-    }
-
-    async fn perform(&mut self, event: &Event) -> anyhow::Result<()> {
-        self.ground.undergo(event)?;
-        for (daemon, signal) in
-            [(&mut self.started.server, event.server), (&mut self.started.agent, event.agent)]
-        {
-            if let (Some(daemon), Some(signal)) = (daemon, signal) {
-                daemon.signal(signal).await?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Everything that is due, in order.
-fn cues(scenario: &Scenario) -> Vec<(Duration, Cue)> {
-    let begin = scenario.warmup_seconds;
-    let events = scenario.events.iter().enumerate();
-    let events = events.filter_map(|(index, event)| match event.at {
-        When::Start => None,
-        When::Second(second) => Some(((begin + second).max(0.0), Cue::Event(index))),
-    });
-    let marks = [(begin, Cue::Begin), (begin + scenario.seconds, Cue::End)];
-    let mut cues: Vec<_> = marks
-        .into_iter()
-        .chain(events)
-        .map(|(at, cue)| (Duration::from_secs_f64(at), cue))
-        .collect();
-    // Stable: what happens at the beginning happens in the measured part.
-    cues.sort_by_key(|(at, _)| *at);
-    cues
-}
-
-/// An event as reports tell it, before it is known what it leads to.
-fn told(event: &Event, second: f64) -> report::Event {
-    let (what, switches_to) = (event.to_string(), event.switches_to);
-    report::Event { second, what, switches_to, switch: None }
-}
-
-/// The events with the change of carrier that came after each and before the next.
-fn with_switches(events: Vec<(Instant, report::Event)>, seen: &[Sighting]) -> Vec<report::Event> {
-    let moments: Vec<_> = events.iter().map(|(at, _)| *at).collect();
-    let with_switch = |(index, (at, event)): (usize, (Instant, report::Event))| {
-        let next = moments.get(index + 1).copied().unwrap_or_else(Instant::now);
-        let switch = switch(seen, at, next).map(|sighting| report::Switch {
-            to: sighting.serving.carrier,
-            seconds: seconds_between(at, sighting.at),
-        });
-        report::Event { switch, ..event }
-    };
-    events.into_iter().enumerate().map(with_switch).collect()
-}
-
-fn carried(sighting: &Sighting, second: f64) -> report::Carried {
-    let (carrier, reason) = (sighting.serving.carrier, sighting.serving.reason.clone());
-    report::Carried { second, carrier, reason }
-}
-
-/// Negative if the second is the earlier one.
-fn seconds_between(one: Instant, two: Instant) -> f64 {
-    two.saturating_duration_since(one).as_secs_f64()
-        - one.saturating_duration_since(two).as_secs_f64()
-}
-
-/// A reading of server and agent, where they are.
-fn weigh<T>(started: &Started, read: impl Fn(&Daemon) -> std::io::Result<T>) -> [Option<T>; 2] {
-    [&started.server, &started.agent].map(|daemon| read(daemon.as_ref()?).ok())
-}
-
-fn used(begun: [Counters; 2], ended: [Counters; 2]) -> LinkUsage {
-    let sum = |of: fn(&Counters) -> u64| {
-        ended.iter().map(of).sum::<u64>() - begun.iter().map(of).sum::<u64>()
-    };
-    LinkUsage {
-        packets: sum(|counters| counters.packets),
-        bytes: sum(|counters| counters.bytes),
-        lost: sum(|counters| counters.lost),
-        dropped: sum(|counters| counters.dropped),
-    }
-}
-
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }

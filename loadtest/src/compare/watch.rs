@@ -1,7 +1,8 @@
-//! Which carrier Culvert's agent has, watched while a run goes on.
+//! The carrier of Culvert's agent, watched while a run goes on.
 
 use std::{
     io,
+    net::Ipv4Addr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -12,24 +13,24 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
 
-use crate::{carrier::Serving, page::Page, peer::AGENT_HEALTH_PORT};
+use crate::{carrier::Serving, http, peer::AGENT_HEALTH_PORT};
 
-/// How often the agent is asked: what a switch is measured to.
+/// Interval at which the agent is asked: the precision of a switch.
 const ASK_INTERVAL: Duration = Duration::from_millis(50);
-/// How long an answer may take: an agent that is frozen gives none.
+/// Time for an answer: a frozen agent gives none.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A watch that is kept on an agent. It ends with this value.
+/// Asks an agent for its carrier at intervals, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Watch {
     seen: Arc<Mutex<Vec<Sighting>>>,
     task: AbortHandle,
 }
 
-/// A carrier that was not the one before.
+/// A carrier that differs from the one before.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Sighting {
-    /// When it was seen first.
+    /// Time at which it was first seen.
     pub(super) at: Instant,
     pub(super) serving: Serving,
 }
@@ -42,7 +43,7 @@ impl Watch {
         Self { seen, task }
     }
 
-    /// Every carrier that served so far, in order.
+    /// Every carrier so far, in order.
     pub(super) fn seen(&self) -> Vec<Sighting> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -71,8 +72,9 @@ async fn watch(seen: Arc<Mutex<Vec<Sighting>>>) {
 
 /// What serves now.
 async fn ask() -> io::Result<Option<Serving>> {
-    let readiness = Page::get(AGENT_HEALTH_PORT, "/readyz?verbose").await?;
-    Ok(Serving::from_readiness(readiness.body()))
+    let address = (Ipv4Addr::LOCALHOST, AGENT_HEALTH_PORT);
+    let readiness = http::get(address, "/readyz?verbose").await?;
+    Ok(Serving::from_readiness(&readiness.body))
 }
 
 /// The first change of carrier after one moment and before another.

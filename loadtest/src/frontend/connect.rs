@@ -7,21 +7,21 @@ use tokio::{
     net::UnixStream,
 };
 
-/// The answer that lets the bytes through.
+/// Answer to a dial that succeeded.
 pub const ESTABLISHED: &str = "HTTP/1.1 200 Connection Established\r\n\r\n";
 
-/// A dial that was answered with something else than 200.
+/// A dial that was not answered with 200.
 #[derive(Debug, thiserror::Error)]
 #[error("{answer}")]
 pub struct Refused {
-    /// Everything that came back.
+    /// The whole answer.
     pub answer: String,
 }
 
-/// Why a connection could not be had.
+/// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// The frontend answered no.
+    /// The frontend refused the dial.
     #[error(transparent)]
     Refused(#[from] Refused),
     /// The frontend's connection failed.
@@ -39,7 +39,7 @@ pub async fn dial(uds: &Path, target: impl ToString) -> Result<UnixStream, Conne
     Ok(socket)
 }
 
-/// Asks for `target` on a connection to the frontend and reads exactly the answer's head.
+/// Requests `target` on a connection to the frontend, and reads the head of the answer and no more.
 ///
 /// # Errors
 /// When the connection fails or the dial is refused.

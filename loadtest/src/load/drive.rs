@@ -1,4 +1,4 @@
-//! Carries a plan out through the doors that this process can knock at itself.
+//! Carries out a plan through HTTP CONNECT, or without a tunnel.
 
 use std::{
     path::PathBuf,
@@ -18,7 +18,7 @@ use tokio::{
 use super::{
     Kind, Plan, Sample, Workload,
     record::Record,
-    session::{self, Door, Session},
+    session::{self, Route, Session},
 };
 
 /// Dials that a workload of sessions that stay has under way at the same time.
@@ -42,12 +42,12 @@ pub async fn drive(plan: Plan, socket: Option<PathBuf>, samples: UnboundedSender
     let mut sessions = JoinSet::new();
     for (index, workload) in plan.workloads.into_iter().enumerate() {
         let target = workload.target.clone().unwrap_or_else(|| plan.target.clone());
-        let door = Arc::new(Door { socket: socket.clone(), target });
+        let route = Arc::new(Route { socket: socket.clone(), target });
         let workload = Arc::new(workload);
         let dials = Arc::new(Semaphore::new(DIALS_AT_ONCE));
         for number in 0..workload.sessions {
             let session = Session {
-                door: Arc::clone(&door),
+                route: Arc::clone(&route),
                 record: Arc::clone(&record),
                 workload: Arc::clone(&workload),
                 index,

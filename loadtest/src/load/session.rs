@@ -25,20 +25,20 @@ use crate::frontend::connect;
 
 /// Bytes written or read in one go.
 const CHUNK: usize = 64 * 1024;
-/// Dials that an open-loop session has under way at most.
+/// Maximum number of pending dials of an open-loop session.
 const UNDER_WAY: usize = 256;
 
-/// A connection to the target, however it came about.
+/// A connection to the target, through a tunnel or not.
 pub(super) type Connection = Either<UnixStream, TcpStream>;
 
-/// How the target is reached.
+/// The target, and the frontend to dial it through, if any.
 #[derive(Debug)]
-pub(super) struct Door {
+pub(super) struct Route {
     pub(super) socket: Option<PathBuf>,
     pub(super) target: String,
 }
 
-impl Door {
+impl Route {
     async fn dial(&self) -> io::Result<Connection> {
         match &self.socket {
             Some(socket) => {
@@ -64,7 +64,7 @@ fn brief(error: &str) -> &str {
 /// One session of a workload.
 #[derive(Debug)]
 pub(super) struct Session {
-    pub(super) door: Arc<Door>,
+    pub(super) route: Arc<Route>,
     pub(super) record: Arc<Record>,
     pub(super) workload: Arc<Workload>,
     /// The workload's place in the plan.
@@ -76,7 +76,7 @@ pub(super) struct Session {
 impl Session {
     /// Dials, and says what the session is about.
     pub(super) async fn begin(&self) -> io::Result<Connection> {
-        let mut connection = self.door.dial().await?;
+        let mut connection = self.route.dial().await?;
         let size = self.workload.size;
         let command = match self.workload.kind {
             Kind::Echo | Kind::Dial => vec![b'E'],
@@ -266,7 +266,7 @@ pub(super) async fn repeat(session: &Session) {
             continue;
         }
         let session = Session {
-            door: Arc::clone(&session.door),
+            route: Arc::clone(&session.route),
             record: Arc::clone(&session.record),
             workload: Arc::clone(&session.workload),
             ..*session
@@ -283,7 +283,7 @@ async fn once(session: &Session, due: Instant) {
         Ok(()) => {}
         Err(error) => {
             pending.failed(error);
-            // A door that refuses at once must not be knocked at without end.
+            // A frontend that refuses at once must not be dialed in a busy loop.
             sleep(Duration::from_millis(10)).await;
         }
     }
@@ -292,7 +292,7 @@ async fn once(session: &Session, due: Instant) {
 async fn transfer(session: &Session, pending: &Pending) -> io::Result<()> {
     let (kind, size) = (session.workload.kind, session.workload.size);
     if kind == Kind::Dial && size == 0 {
-        let connection = session.door.dial().await?;
+        let connection = session.route.dial().await?;
         pending.answered();
         drop(connection);
         return Ok(());

@@ -2,49 +2,43 @@
 
 use std::path::PathBuf;
 
-use super::{Daemon, Frontend, Ports, Stage, Started, flags};
+use super::{Ports, Process, Topology};
 
-pub(super) async fn start(stage: &Stage, frontend: Frontend) -> anyhow::Result<Started> {
-    let server = start_server(stage, flags::server(stage, frontend), flags::PORTS).await?;
-    let flags = flags::agent(stage).into_iter().chain(stage.agent_flags.iter().cloned()).collect();
-    let (program, args) = command(stage, &stage.programs.agent, "agent", flags);
-    let agent = Daemon::start(stage, "agent", &stage.node, &stage.node_runtime, program, args)?;
-    Started::when_ready(stage, server, agent).await
-}
-
-pub(super) async fn start_server(
-    stage: &Stage,
-    flags: Vec<String>,
+pub(super) fn start_server(
+    topology: &Topology,
+    args: Vec<String>,
     ports: Ports,
-) -> anyhow::Result<Daemon> {
-    let flags = flags.into_iter().chain(stage.server_flags.iter().cloned()).collect();
-    let (program, args) = command(stage, &stage.programs.server, "server", flags);
-    let server =
-        Daemon::start(stage, "server", &stage.server, &stage.server_runtime, program, args)?;
-    server.until_answering(ports.health, "/healthz").await?;
-    Ok(server)
+) -> anyhow::Result<Process> {
+    let args = [args, topology.server_flags.clone()].concat();
+    let (program, args) = command(topology, &topology.programs.server, "server", args);
+    topology.on_server(program, args, ports)
 }
 
-/// So many agents in one process.
-pub(super) fn start_fleet(stage: &Stage, agents: u32) -> anyhow::Result<Daemon> {
-    let loadtest = stage.programs.loadtest.clone();
-    let more = [stage.agent_flags.clone(), stage.programs.culvert_flags.clone()].concat();
-    let args = ["fleet".to_owned(), agents.to_string()].into_iter();
-    let args = args.chain(flags::agent(stage)).chain(["-v=1".into()]).chain(more).collect();
-    Daemon::start(stage, "agent", &stage.node, &stage.node_runtime, loadtest, args)
+pub(super) fn start_agent(topology: &Topology) -> anyhow::Result<Process> {
+    let args = [topology.agent_args(), topology.agent_flags.clone()].concat();
+    let (program, args) = command(topology, &topology.programs.agent, "agent", args);
+    topology.on_node(program, args)
 }
 
-/// The program that is this side, and its arguments.
+/// Starts this many agents in one process.
+pub(super) fn start_fleet(topology: &Topology, agents: u32) -> anyhow::Result<Process> {
+    let command = vec!["fleet".to_owned(), agents.to_string()];
+    let more = [vec!["-v=1".to_owned()], topology.agent_flags.clone()].concat();
+    let args = [command, topology.agent_args(), more, topology.programs.culvert_flags.clone()];
+    topology.on_node(topology.programs.loadtest.clone(), args.concat())
+}
+
+/// The program of one side, and its arguments.
 fn command(
-    stage: &Stage,
+    topology: &Topology,
     program: &Option<PathBuf>,
     side: &str,
-    flags: Vec<String>,
+    args: Vec<String>,
 ) -> (PathBuf, Vec<String>) {
     let (program, side) = match program {
         Some(program) => (program, None),
-        None => (&stage.programs.loadtest, Some(side.to_owned())),
+        None => (&topology.programs.loadtest, Some(side.to_owned())),
     };
-    let more = stage.programs.culvert_flags.clone();
-    (program.clone(), side.into_iter().chain(flags).chain(more).collect())
+    let more = topology.programs.culvert_flags.clone();
+    (program.clone(), side.into_iter().chain(args).chain(more).collect())
 }

@@ -1,4 +1,4 @@
-//! No tunnel at all: what the path itself allows.
+//! No tunnel: what the path itself allows.
 
 use super::Started;
 

@@ -1,4 +1,4 @@
-//! Upstream's own server and agent, built from the Go module pinned in `loadtest/konnectivity`.
+//! Konnectivity's server and agent, built from the Go module pinned in `loadtest/konnectivity`.
 
 use std::{
     io,
@@ -8,7 +8,7 @@ use std::{
 use anyhow::Context as _;
 use tokio::process::Command;
 
-use super::{Daemon, Frontend, Ports, Stage, Started, flags};
+use super::{Ports, Process, Topology};
 
 /// The module that holds both programs.
 const MODULE: &str = "sigs.k8s.io/apiserver-network-proxy";
@@ -61,33 +61,25 @@ impl Programs {
     }
 }
 
-pub(super) async fn start(stage: &Stage, frontend: Frontend) -> anyhow::Result<Started> {
-    let server = start_server(stage, flags::server(stage, frontend), flags::PORTS).await?;
-    let (agent, args) = (programs(stage)?.agent, flags::agent(stage));
-    let agent = Daemon::start(stage, "agent", &stage.node, &stage.node_runtime, agent, args)?;
-    Started::when_ready(stage, server, agent).await
-}
-
-pub(super) async fn start_server(
-    stage: &Stage,
-    flags: Vec<String>,
+pub(super) fn start_server(
+    topology: &Topology,
+    args: Vec<String>,
     ports: Ports,
-) -> anyhow::Result<Daemon> {
-    let program = programs(stage)?.server;
-    let server =
-        Daemon::start(stage, "server", &stage.server, &stage.server_runtime, program, flags)?;
-    server.until_answering(ports.health, "/healthz").await?;
-    Ok(server)
+) -> anyhow::Result<Process> {
+    topology.on_server(programs(topology)?.server, args, ports)
 }
 
-/// So many agents in one process.
-pub(super) fn start_fleet(stage: &Stage, agents: u32) -> anyhow::Result<Daemon> {
-    let args = std::iter::once(agents.to_string()).chain(flags::agent(stage)).collect();
-    let program = programs(stage)?.fleet;
-    Daemon::start(stage, "agent", &stage.node, &stage.node_runtime, program, args)
+pub(super) fn start_agent(topology: &Topology) -> anyhow::Result<Process> {
+    topology.on_node(programs(topology)?.agent, topology.agent_args())
 }
 
-fn programs(stage: &Stage) -> anyhow::Result<Programs> {
-    let programs = stage.programs.konnectivity.clone();
+/// Starts this many agents in one process.
+pub(super) fn start_fleet(topology: &Topology, agents: u32) -> anyhow::Result<Process> {
+    let args = std::iter::once(agents.to_string()).chain(topology.agent_args()).collect();
+    topology.on_node(programs(topology)?.fleet, args)
+}
+
+fn programs(topology: &Topology) -> anyhow::Result<Programs> {
+    let programs = topology.programs.konnectivity.clone();
     programs.context("Konnectivity was not built: Go is not installed")
 }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Deserialize;
 
-use crate::{carrier::Carrier, link::settings::Direction, peer::Signal};
+use crate::{carrier::Carrier, link::settings::Direction, process::Signal};
 
 /// Something that happens to link or processes.
 #[derive(Clone, Debug, Deserialize)]

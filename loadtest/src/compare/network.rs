@@ -1,4 +1,4 @@
-//! What lies between server and node in a run, and what happens to it.
+//! The network between server and node in a run, and the events that change it.
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -10,13 +10,13 @@ use crate::{
     scenario::{Event, LinkEvent},
 };
 
-/// What lies between server and node.
-pub(super) enum Ground {
+/// The network between server and node.
+pub(super) enum Network {
     Loopback(Arc<Host>),
     Link(Box<Link>),
 }
 
-impl Ground {
+impl Network {
     pub(super) fn new(settings: Option<&LinkSettings>, seed: u64) -> anyhow::Result<Self> {
         Ok(match settings {
             Some(settings) => Self::Link(Box::new(Link::start(settings, seed)?)),
@@ -31,7 +31,7 @@ impl Ground {
         }
     }
 
-    /// Where the server and where the target is.
+    /// Addresses of the server and of the target.
     pub(super) fn addresses(&self) -> (IpAddr, IpAddr) {
         match self {
             Self::Loopback(_) => (Ipv4Addr::LOCALHOST.into(), Ipv4Addr::LOCALHOST.into()),
@@ -39,10 +39,10 @@ impl Ground {
         }
     }
 
-    /// An address that nobody has and nobody answers for.
+    /// An address that no host has and nothing answers for.
     pub(super) fn nowhere(&self) -> SocketAddr {
         match self {
-            // Loopback answers for everything; this network is routed nowhere.
+            // Loopback answers for all its addresses; this network has no route.
             Self::Loopback(_) => (Ipv4Addr::new(10, 77, 0, 99), 9).into(),
             Self::Link(_) => (link::NOWHERE, 9).into(),
         }
@@ -55,11 +55,11 @@ impl Ground {
         }
     }
 
-    /// Has this happen to the link, if there is one.
+    /// Applies an event to the link, if there is one.
     ///
     /// # Errors
     /// When the node's device refuses another address.
-    pub(super) fn undergo(&self, event: &Event) -> anyhow::Result<()> {
+    pub(super) fn apply(&self, event: &Event) -> anyhow::Result<()> {
         let Self::Link(link) = self else { return Ok(()) };
         match event.link {
             Some(LinkEvent::Down) => link.down(),

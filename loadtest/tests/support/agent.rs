@@ -1,9 +1,8 @@
-//! An agent that does what the test says, and nothing else.
+//! An agent that the test drives message by message.
 
 use std::sync::Arc;
 
-use culvert_agent::config::Transport;
-use culvert_loadtest::rig::Running;
+use culvert_loadtest::{carrier::Carrier, rig::Running};
 use culvert_transport::{
     Settings, Tunnel,
     control::ControlStream,
@@ -20,7 +19,7 @@ use culvert_wire::{
     version::{Features, REVISION},
 };
 
-/// A tunnel to the rig's server, over the rig's carrier, on which nothing has been said.
+/// A tunnel to the rig's server, over the rig's carrier, without a hello.
 pub(crate) async fn tunnel(rig: &Running) -> Tunnel {
     let pair = rig.certificates().agent();
     let identity = Identity::from_pem_files(&pair.certificate, &pair.key).unwrap();
@@ -28,17 +27,17 @@ pub(crate) async fn tunnel(rig: &Running) -> Tunnel {
     let tls = Arc::new(tunnel_client(roots, Some(identity), KeyExchange::Hybrid).unwrap());
     let address = rig.server.tunnel;
     let (name, settings) = (address.ip().to_string(), Settings::default());
-    match rig.transport() {
-        Transport::Auto | Transport::Quic => {
+    match rig.carrier() {
+        None | Some(Carrier::Quic) => {
             quic::connect(address, &name, tls, &settings).await.unwrap().0.into()
         }
-        Transport::Tcp => {
+        Some(Carrier::Tcp | Carrier::Grpc) => {
             tcp::connect(&Route::Direct(address), &name, tls, &settings).await.unwrap().into()
         }
     }
 }
 
-/// A hello of this name.
+/// A hello of the agent with this name.
 pub(crate) fn hello(name: &str) -> ControlMessage {
     ControlMessage::Hello(Box::new(Hello {
         revision: REVISION,
@@ -52,7 +51,7 @@ pub(crate) fn hello(name: &str) -> ControlMessage {
     }))
 }
 
-/// A tunnel whose agent the server has taken in.
+/// A tunnel of an agent that has joined the server.
 pub(crate) async fn joined(rig: &Running, name: &str) -> (Tunnel, ControlStream) {
     let tunnel = tunnel(rig).await;
     let mut control = ControlStream::new(tunnel.clone(), tunnel.open().await.unwrap());

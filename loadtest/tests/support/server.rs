@@ -1,9 +1,11 @@
-//! A server that does what the test says, and nothing else.
+//! A server that the test drives message by message.
 
 use std::sync::Arc;
 
-use culvert_agent::config::Transport;
-use culvert_loadtest::{frontend::Door, rig::Running};
+use culvert_loadtest::{
+    carrier::Carrier,
+    rig::{Rig, Running},
+};
 use culvert_transport::{
     Settings, Tunnel,
     control::ControlStream,
@@ -22,7 +24,7 @@ use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::task::AbortOnDropHandle;
 
-/// A listener, and one agent that looks for it.
+/// A listener, and one agent that connects to it.
 pub(crate) struct FakeServer {
     listener: Listener,
     _agent: AbortOnDropHandle<()>,
@@ -30,20 +32,20 @@ pub(crate) struct FakeServer {
 }
 
 impl FakeServer {
-    /// Starts both, for tunnels over the door's carrier; `configure` may change what the agent is
-    /// told.
+    /// Starts both, for tunnels with this carrier. `configure` may change the agent's
+    /// configuration.
     pub(crate) async fn start(
-        door: Door,
+        carrier: Carrier,
         configure: impl FnOnce(&mut culvert_agent::Config),
     ) -> Self {
-        // The rig lends its certificates; its own server is not asked.
-        let rig = door.rig().agents(0).start().await.unwrap();
+        // The rig provides certificates; its own server is not used.
+        let rig = Rig::new().carrier(carrier).agents(0).start().await.unwrap();
         let pair = rig.certificates().server();
         let identity = Identity::from_pem_files(&pair.certificate, &pair.key).unwrap();
         let roots = authorities(&certificates(&rig.certificates().ca()).unwrap()).unwrap();
         let tls = tunnel_server(identity, Some(roots), KeyExchange::Hybrid).unwrap();
-        let listener = Listener::bind(door.transport(), tls.into()).await;
-        let mut config = rig.agent_config("agent");
+        let listener = Listener::bind(carrier, tls.into()).await;
+        let mut config = rig.agent_config("agent").unwrap();
         config.servers.port = listener.port();
         configure(&mut config);
         let agent = culvert_agent::Agent::bind(&config).unwrap();
@@ -51,12 +53,12 @@ impl FakeServer {
         Self { listener, _agent: agent, _rig: rig }
     }
 
-    /// Takes the agent in.
+    /// Accepts the agent's tunnel and answers its hello.
     pub(crate) async fn agent_joins(&self) -> (Tunnel, ControlStream, Box<Hello>) {
         let tunnel = self.listener.accept().await;
         let mut control = ControlStream::new(tunnel.clone(), tunnel.accept().await.unwrap());
         let ControlMessage::Hello(hello) = control.next().await.unwrap() else {
-            panic!("the agent did not say hello first")
+            panic!("the first message of the agent is not a hello")
         };
         let welcome = Welcome {
             revision: REVISION,
@@ -72,22 +74,24 @@ impl FakeServer {
     }
 }
 
-/// Takes tunnels in over one carrier.
+/// Accepts tunnels of one carrier.
 enum Listener {
     Quic(Box<quic::Listener>),
     Tcp(TcpListener, TlsAcceptor),
 }
 
 impl Listener {
-    async fn bind(transport: Transport, tls: Arc<rustls::ServerConfig>) -> Self {
+    async fn bind(carrier: Carrier, tls: Arc<rustls::ServerConfig>) -> Self {
         let address = "127.0.0.1:0".parse().unwrap();
-        match transport {
-            Transport::Auto | Transport::Quic => {
+        match carrier {
+            Carrier::Quic => {
                 let settings = Settings::default();
                 let listener = quic::Listener::bind(address, tls, &settings, None).unwrap();
                 Self::Quic(Box::new(listener))
             }
-            Transport::Tcp => Self::Tcp(TcpListener::bind(address).await.unwrap(), tls.into()),
+            Carrier::Tcp | Carrier::Grpc => {
+                Self::Tcp(TcpListener::bind(address).await.unwrap(), tls.into())
+            }
         }
     }
 
@@ -113,7 +117,7 @@ impl Listener {
     }
 }
 
-/// Asks for a target.
+/// A request to dial a target.
 pub(crate) fn request(target: &str) -> DialRequest {
     DialRequest {
         id: DialId(1),

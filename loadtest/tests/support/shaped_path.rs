@@ -1,4 +1,4 @@
-//! A path to a server that passes TCP always, and UDP when the test says so.
+//! A path to a server that always passes TCP, and UDP only when the test lets it.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -16,18 +16,18 @@ use tokio::{
 };
 
 /// The path. Dropping it takes it down.
-pub(crate) struct Path {
-    /// Where agents enter it.
+pub(crate) struct ShapedPath {
+    /// Address at which agents enter the path.
     pub(crate) address: SocketAddr,
     passes: Arc<AtomicBool>,
     tcp: JoinHandle<()>,
     udp: JoinHandle<()>,
 }
 
-impl Path {
-    /// To this server. UDP passes, or is swallowed without a word.
+impl ShapedPath {
+    /// A path to this server that passes UDP or drops it silently.
     pub(crate) async fn to(server: SocketAddr, udp_passes: bool) -> Self {
-        // One number for both; another process may have it for UDP already.
+        // One port number for both; another process may have it for UDP already.
         let (listener, socket) = loop {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             if let Ok(socket) = UdpSocket::bind(listener.local_addr().unwrap()).await {
@@ -41,18 +41,18 @@ impl Path {
         Self { address, passes, tcp, udp }
     }
 
-    /// Lets UDP through from now on, or swallows it.
+    /// Passes UDP from now on, or drops it silently.
     pub(crate) fn set_udp_passes(&self, passes: bool) {
         self.passes.store(passes, Ordering::Relaxed);
     }
 
-    /// Refuses UDP from now on: the kernel answers with ICMP, because nobody listens any more.
+    /// Refuses UDP from now on: the kernel answers with ICMP, because the socket is closed.
     pub(crate) fn refuse_udp(&self) {
         self.udp.abort();
     }
 }
 
-impl Drop for Path {
+impl Drop for ShapedPath {
     fn drop(&mut self) {
         self.tcp.abort();
         self.udp.abort();
@@ -69,7 +69,7 @@ async fn pass_tcp(listener: TcpListener, server: SocketAddr) {
 async fn pass_udp(near: Arc<UdpSocket>, server: SocketAddr, passes: Arc<AtomicBool>) {
     let mut agents: HashMap<SocketAddr, (Arc<UdpSocket>, Back)> = HashMap::new();
     let mut packet = vec![0; 65_536];
-    // A socket that agents are gone from tells of errors, which are theirs.
+    // Errors are those of packets to agents that are gone.
     loop {
         let Ok((length, agent)) = near.recv_from(&mut packet).await else { continue };
         if !passes.load(Ordering::Relaxed) {

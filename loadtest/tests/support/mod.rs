@@ -1,0 +1,104 @@
+//! Shared parts of the end-to-end tests.
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+pub(crate) mod agent;
+pub(crate) mod deployment;
+pub(crate) mod konnectivity;
+pub(crate) mod kube_api;
+pub(crate) mod network;
+pub(crate) mod server;
+pub(crate) mod shaped_path;
+pub(crate) mod silent_target;
+
+use std::{future::Future, io, path::PathBuf, time::Duration};
+
+use culvert_loadtest::{
+    frontend::{Connection, FrontendKind},
+    process::{Launch, Process},
+    rig::Rig,
+};
+use tokio::{
+    task::JoinSet,
+    time::{interval, timeout},
+};
+
+pub(crate) use culvert_loadtest::carrier::Carrier;
+
+/// Time for a whole test. A test that needs longer hangs.
+const TEST_TIMEOUT: Duration = Duration::from_secs(300);
+/// Interval between two looks at something that sends no event.
+const LOOK_INTERVAL: Duration = Duration::from_millis(5);
+/// Flags of a Culvert process whose log [`Process::until_logged`] reads.
+pub(crate) const LOG_AS_JSON: [&str; 2] = ["--log-format=json", "-v=5"];
+
+/// Runs a test, and fails it when it hangs.
+pub(crate) async fn within<T>(test: impl Future<Output = T>) -> T {
+    timeout(TEST_TIMEOUT, test).await.expect("the test hangs")
+}
+
+/// A rig with this frontend and this carrier.
+pub(crate) fn rig(frontend: FrontendKind, carrier: Carrier) -> Rig {
+    Rig::new().frontend(frontend).carrier(carrier)
+}
+
+/// `count` random bytes, the same for the same seed.
+pub(crate) fn noise(seed: u64, count: usize) -> Vec<u8> {
+    println!("seed {seed}");
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut bytes = vec![0; count];
+    random.fill(&mut bytes);
+    bytes
+}
+
+/// Runs `count` of these at the same time, and waits until all are done.
+pub(crate) async fn at_once<F>(count: usize, work: impl Fn() -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut working = JoinSet::new();
+    for _ in 0..count {
+        working.spawn(work());
+    }
+    working.join_all().await;
+}
+
+/// Waits until a condition holds of which no event is sent.
+pub(crate) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let looking = async {
+        let mut looks = interval(LOOK_INTERVAL);
+        while !holds().await {
+            looks.tick().await;
+        }
+    };
+    timeout(TEST_TIMEOUT, looking).await.unwrap_or_else(|_| panic!("never: {what}"));
+}
+
+/// Writes to an echo and reads the same again.
+pub(crate) async fn echo(connection: &mut Connection, bytes: &[u8]) -> io::Result<()> {
+    connection.write(bytes).await?;
+    match connection.read_count(bytes.len()).await? {
+        same if same == bytes => Ok(()),
+        other => Err(io::Error::other(format!("{} bytes came back, or others", other.len()))),
+    }
+}
+
+/// Starts Culvert's server or agent as a process.
+pub(crate) fn start_culvert(
+    side: &str,
+    args: impl IntoIterator<Item = String>,
+    log: PathBuf,
+    health_port: u16,
+) -> Process {
+    let program = env!("CARGO_BIN_EXE_culvert-loadtest").into();
+    let args = std::iter::once(side.to_owned()).chain(args).collect();
+    Process::start(Launch { program, args, log, health_port, namespace: None }).unwrap()
+}
+
+/// Whether the tests that need something are skipped, as this environment variable says.
+pub(crate) fn skips(variable: &str) -> bool {
+    let skips = std::env::var(variable).is_ok_and(|value| value == "1");
+    if skips {
+        eprintln!("SKIPPED: {variable}=1");
+    }
+    skips
+}
