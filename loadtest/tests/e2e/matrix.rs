@@ -1,8 +1,5 @@
 //! Agents and servers of Culvert and Konnectivity in every combination, through both frontends: the
 //! combinations that occur while a cluster is upgraded.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use std::{sync::Arc, time::Duration};
 

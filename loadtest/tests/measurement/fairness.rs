@@ -2,9 +2,6 @@
 //!
 //! The exact shares are tested in virtual time, against a CUBIC of our own, by
 //! `wire/transport/tests/congestion.rs`. This shows that the kernel's behaves like that one.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use std::{
     net::SocketAddr,

@@ -1,9 +1,6 @@
 //! Pings of a Konnectivity agent: Culvert's server bears as many as Konnectivity's, and closes the
 //! connection of an agent that sends more in the same way. The agents here are bytes of HTTP/2
 //! (RFC 9113).
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use std::{io, pin::pin};
 

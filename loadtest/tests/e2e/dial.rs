@@ -1,7 +1,4 @@
 //! Dials that fail, with the texts that users know from Go, and dials that are abandoned.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use std::net::TcpListener;
 

@@ -1,8 +1,5 @@
 //! Agents that authenticate with a service-account token, of Culvert and Konnectivity, and a
 //! kube-apiserver that reviews tokens.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use std::{path::PathBuf, time::Duration};
 

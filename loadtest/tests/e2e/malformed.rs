@@ -1,7 +1,4 @@
 //! Malformed bytes end their own stream, connection or tunnel, and nothing else.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use std::time::Duration;
 

@@ -1,7 +1,4 @@
 //! Servers that publish Leases, and agents that count servers by them, of Culvert and Konnectivity.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use crate::support::{
     deployment::{

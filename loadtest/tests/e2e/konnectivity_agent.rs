@@ -1,8 +1,5 @@
 //! Konnectivity agents at Culvert's server: isolation of the connections that share their one
 //! stream, choice among agents, and agents that hang.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use std::{
     io,

@@ -1,5 +1,4 @@
 //! Every kind of session against its target, without a tunnel.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use culvert_loadtest::load::{Kind, Plan, Sample, Workload, drive::drive, service::Service};
 use rstest::rstest;

@@ -1,7 +1,4 @@
 //! Tunnels over TCP, and agents that change between QUIC and TCP.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use std::{io, net::SocketAddr, time::Duration};
 

@@ -1,5 +1,4 @@
 //! The manifests' arguments are ones that the programs take.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::{ffi::OsString, fs, path::Path};
 

@@ -1,7 +1,4 @@
 //! Comparisons as an operator runs them: their reports, and what they leave behind.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use std::{
     collections::HashSet,

@@ -1,7 +1,4 @@
 //! The hello of an agent, and its attempts after a refusal.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use culvert_wire::{CloseCode, control::Secret, identifiers::Identifier};
 use rstest::rstest;

@@ -1,7 +1,4 @@
 //! Dials that the server answers before the agent does.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use std::io;
 

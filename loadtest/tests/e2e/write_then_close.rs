@@ -1,7 +1,4 @@
 //! Bytes that were written before a close arrive, all of them.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use crate::support::{
     Carrier::{self, Quic, Tcp},

@@ -1,7 +1,4 @@
 //! A FIN on one side is a FIN on the other; the other half stays open.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use crate::support::{
     Carrier::{self, Quic, Tcp},

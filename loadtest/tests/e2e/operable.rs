@@ -1,7 +1,4 @@
 //! Health, readiness, metrics, and the start of a process, as an operator sees them.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use std::{net::SocketAddr, process::Stdio};
 

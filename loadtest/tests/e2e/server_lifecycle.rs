@@ -1,7 +1,4 @@
 //! Servers that are killed, restart or drain, with an agent as a process.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use std::time::{Duration, Instant};
 

@@ -1,7 +1,4 @@
 //! A peer that stops reading holds back its own stream and nothing else.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use std::time::{Duration, Instant};
 

@@ -1,8 +1,5 @@
 //! The tunnel of a cluster is upgraded process by process while kube-apiserver goes on dialing: in
 //! both orders, compared with the same steps from Konnectivity to Konnectivity.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use std::{
     path::PathBuf,

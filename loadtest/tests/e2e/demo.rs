@@ -1,7 +1,4 @@
 //! The demo does what it says, in a second.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use crate::support::within;
 use culvert_loadtest::demo::{self, Options};

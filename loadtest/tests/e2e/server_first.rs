@@ -1,7 +1,4 @@
 //! Targets that write before they are written to.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use culvert_konnectivity::packet::Payload;
 use culvert_loadtest::{

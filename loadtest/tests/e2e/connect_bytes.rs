@@ -1,7 +1,4 @@
 //! The HTTP CONNECT frontend, byte by byte.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use crate::support::{
     Carrier::{self, Quic, Tcp},

@@ -1,9 +1,6 @@
 //! The link does what its settings say, measured from outside. Its delays, rates and losses are
 //! tested exactly, in virtual time, where they are computed; the bounds here only show that the
 //! packets of real sockets go through that computation.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use std::{
     io::{self, Read as _, Write as _},

@@ -1,8 +1,5 @@
 //! kube-apiserver's own client library against Culvert's server: the pinned Go module in
 //! `loadtest/konnectivity-client`.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use std::time::Duration;
 

@@ -1,7 +1,4 @@
 //! The gRPC frontend, packet by packet: it answers as Konnectivity does.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
-mod support;
 
 use culvert_konnectivity::packet::{CloseDial, Packet, PacketType, Payload};
 use culvert_loadtest::{

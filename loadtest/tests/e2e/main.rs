@@ -1,0 +1,31 @@
+//! Tests of a server and an agent together, in one program: linking is most of the work of a test
+//! build. Tests that count what their process holds, or measure time, have programs of their own.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod agent_lifecycle;
+mod backpressure;
+mod connect_bytes;
+mod demo;
+mod deploy;
+mod dial;
+mod docs;
+mod grpc_packets;
+mod half_close;
+mod hello;
+mod interop;
+mod keepalive;
+mod konnectivity_agent;
+mod leases;
+mod malformed;
+mod matrix;
+mod operable;
+mod optimistic;
+mod reset;
+mod server_first;
+mod server_lifecycle;
+#[path = "../support/mod.rs"]
+mod support;
+mod tokens;
+mod transports;
+mod upgrade;
+mod write_then_close;

@@ -1,0 +1,10 @@
+//! Tests of the emulated link, the load and the comparisons. A program of their own, because many
+//! of them need network namespaces and most of a processor.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod compare;
+mod fairness;
+mod link;
+mod load;
+#[path = "../support/mod.rs"]
+mod support;
