@@ -1,67 +1,60 @@
-//! The process around an agent: flags, logs, runtime, signals, exit code.
+//! The command line of `culvert-agent`.
 
 use std::{ffi::OsString, process::ExitCode};
 
-use culvert_process::{go_flags, invocation::Invocation, logging, signals::StopSignals};
-use tracing::{info, warn};
+use culvert_process::{
+    cli::{self, BoxError, Program},
+    faults::ConfigErrors,
+    invocation::Invocation,
+    logging::LogConfig,
+};
+use tokio::runtime::Builder;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
 
 use crate::{Agent, Config, config::Flags};
 
-/// Runs an agent with these arguments, the program's name first, until it is told to stop.
-///
-/// `--help`, `--version` and `--completion` are answered, and unusable arguments refused with
-/// code 1, without running anything.
+/// Runs an agent with these arguments, the program's path first; see [`cli::main`].
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let args: Vec<_> = args.into_iter().collect();
-    let invocation = Invocation::from_argv0(args.first().map(OsString::as_os_str));
-    let flags: Flags = match go_flags::try_parse_from(args) {
-        Ok(flags) => flags,
-        Err(exit) => return exit.print(),
-    };
-    let config = match Config::from_flags(flags, invocation) {
-        Ok(config) => config,
-        Err(faults) => return fail(&faults),
-    };
-    if let Err(error) = logging::init(config.log) {
-        return fail(&error);
-    }
-    config.warnings.iter().for_each(|warning| warn!("{warning}"));
-    // One tunnel is one connection, which one thread drives at a time anyway: a second would wake
-    // and be woken for every packet, which costs a third of the throughput.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let result =
-        runtime.map_err(anyhow::Error::from).and_then(|runtime| runtime.block_on(run(config)));
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&format!("{error:#}")),
-    }
+    cli::main::<AgentProgram>(args)
 }
 
-async fn run(config: Config) -> anyhow::Result<()> {
-    let mut signals = StopSignals::catch()?;
-    let agent = Agent::bind(&config)?;
-    info!(
-        version = env!("CARGO_PKG_VERSION"), agent_id = %config.agent_id,
-        server = %config.servers.host, port = config.servers.port,
-        health = %agent.health_address(), "culvert-agent runs",
-    );
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let running = agent.run(async { drop(stopped.await) });
-    let signalled = async {
-        let signal = signals.next().await;
-        info!(signal, "told to stop");
-        drop(stop);
-        signals.exit_at_next().await
-    };
-    tokio::select! {
-        () = running => {}
-        never = signalled => match never {},
-    }
-    info!("culvert-agent ends");
-    Ok(())
-}
+struct AgentProgram;
 
-fn fail(error: &dyn std::fmt::Display) -> ExitCode {
-    eprintln!("culvert-agent: {error}");
-    ExitCode::FAILURE
+impl Program for AgentProgram {
+    const NAME: &'static str = "culvert-agent";
+    type Flags = Flags;
+    type Config = Config;
+
+    fn configure(flags: Flags, invocation: Invocation) -> Result<Config, ConfigErrors> {
+        Config::from_flags(flags, invocation)
+    }
+
+    fn log(config: &Config) -> LogConfig {
+        config.log
+    }
+
+    fn warnings(config: &Config) -> &[String] {
+        &config.warnings
+    }
+
+    /// A single thread: a tunnel is one connection, which one thread drives at a time. A second
+    /// thread is woken for every packet, which costs a third of the throughput.
+    fn runtime() -> Builder {
+        let mut builder = Builder::new_current_thread();
+        builder.enable_all();
+        builder
+    }
+
+    async fn run(config: Config, stop: CancellationToken) -> Result<(), BoxError> {
+        let agent = Agent::bind(&config)?;
+        info!(
+            version = env!("CARGO_PKG_VERSION"), agent_id = %config.agent_id,
+            server = %config.servers.host, port = config.servers.port,
+            health = %agent.health_address(), "culvert-agent runs",
+        );
+        agent.run(stop.cancelled_owned()).await;
+        info!("culvert-agent ends");
+        Ok(())
+    }
 }

@@ -13,6 +13,7 @@ use culvert_process::{
     logging::LogConfig, tunnel_flags::TunnelConfig,
 };
 use culvert_transport::tcp::Proxies;
+use culvert_wire::AgentId;
 use rustls::pki_types::ServerName;
 use uuid::Uuid;
 
@@ -142,7 +143,7 @@ impl Config {
         let mut faults = Faults::new();
         let servers = servers(&flags, invocation, &mut faults);
         let sync = sync(&flags, &mut faults);
-        let agent_id = faults.id("agent-id", flags.agent_id.as_deref());
+        let agent_id = faults.id::<AgentId>("agent-id", flags.agent_id.as_deref());
         let identifier_pairs = identifiers::check(&flags.agent_identifiers, &mut faults);
         let health_port = flags.health_server_port.unwrap_or_else(|| invocation.choose(8093, 8134));
         let health_port = faults.port("health-server-port", health_port);
@@ -150,8 +151,7 @@ impl Config {
             faults.bind_address("health-server-host", &flags.health_server_host, health_port);
         let admin_port = flags.admin_server_port.unwrap_or_else(|| invocation.choose(8094, 8133));
         let admin_port = faults.port("admin-server-port", admin_port);
-        let admin_address =
-            faults.bind_address("admin-bind-address", &flags.admin_bind_address, admin_port);
+        let admin_address = flags.admin.check(admin_port, &mut faults);
         let dial_timeout = faults.positive_duration("dial-timeout", flags.dial_timeout);
         let drain_timeout = faults.duration("drain-timeout", flags.drain_timeout);
         let max_streams = faults.count("max-streams", flags.max_streams, 1);
@@ -165,7 +165,7 @@ impl Config {
         let (tunnel, log) = flags.tunnel.check(&mut faults);
         let warnings = faults.finish()?;
         Ok(Self {
-            agent_id: agent_id.unwrap_or_else(|| Uuid::new_v4().to_string()),
+            agent_id: agent_id.map_or_else(|| Uuid::new_v4().to_string(), String::from),
             identifiers: flags.agent_identifiers,
             identifier_pairs,
             servers: servers.expect("servers without a name or --ca-cert are a fault"),
@@ -270,18 +270,10 @@ fn sync(flags: &Flags, faults: &mut Faults) -> SyncConfig {
 /// Konnectivity's rules for flags that do nothing here, and a warning for each that is set.
 fn without_effect(flags: &Flags, faults: &mut Faults) {
     faults.require(
-        flags.enable_profiling || !flags.enable_contention_profiling,
-        "enable-contention-profiling",
-        "needs --enable-profiling",
-    );
-    faults.require(
         flags.xfr_channel_size > 0,
         "xfr-channel-size",
         format!("must be greater than 0, got {}", flags.xfr_channel_size),
     );
-    if flags.enable_profiling {
-        faults.warn("enable-profiling", "has no effect, there is no Go profiler here");
-    }
     if flags.xfr_channel_size != 150 {
         faults.warn("xfr-channel-size", "has no effect, see --stream-receive-window");
     }

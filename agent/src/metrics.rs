@@ -14,11 +14,11 @@ use std::{
 
 use culvert_process::{
     kubernetes,
-    metrics::{BuildError, Kind, Metrics, append_family, append_meter, append_tunnels},
+    metrics::{BuildError, Counted, Exposition, Kind, LiveCount, Metrics, StreamEnds},
 };
 use culvert_transport::{
     BufferSizes,
-    splice::{HalfEnd, Meter, Outcome},
+    splice::{Meter, Outcome},
 };
 use culvert_wire::dial::DialErrorKind;
 use kube::runtime::watcher;
@@ -37,6 +37,8 @@ const LEASE_LIST_LATENCY: &str = "konnectivity_network_proxy_agent_lease_list_la
 const DIAL_FAILURE_KINDS: &str = "culvert_agent_dial_failures_total";
 const STREAM_ENDS: &str = "culvert_agent_stream_ends_total";
 const STREAM_BYTES: &str = "culvert_agent_stream_bytes_total";
+/// Labels of the bytes to the tunnel and of those from it.
+const DIRECTIONS: [&str; 2] = ["to_server", "from_server"];
 const STREAMS: &str = "culvert_agent_streams_total";
 const CONNECT_ATTEMPTS: &str = "culvert_agent_connect_attempts_total";
 const TUNNELS_LOST: &str = "culvert_agent_tunnels_lost_total";
@@ -57,8 +59,9 @@ pub struct AgentMetrics {
     pub dial_duration: Histogram,
     /// Bytes spliced in either direction.
     pub meter: Meter,
-    open_targets: Arc<AtomicU64>,
+    open_targets: LiveCount,
     streams: AtomicU64,
+    stream_ends: StreamEnds,
 }
 
 impl AgentMetrics {
@@ -77,10 +80,6 @@ impl AgentMetrics {
             "Number of failures dialing the remote endpoint, by reason (example: timeout).",
         );
         metrics.describe_counter(DIAL_FAILURE_KINDS, "Dials that failed, by kind.");
-        metrics.describe_counter(
-            STREAM_ENDS,
-            "Ends of spliced streams by direction, manner and code.",
-        );
         metrics
             .describe_counter(CONNECT_ATTEMPTS, "Attempts to get a tunnel to a server, by result.");
         metrics.describe_counter(TUNNELS_LOST, "Tunnels that ended, by reason.");
@@ -101,8 +100,9 @@ impl AgentMetrics {
         Ok(Self {
             dial_duration: metrics.histogram(DIAL_DURATION, &[]),
             meter: Meter::default(),
-            open_targets: Arc::default(),
+            open_targets: LiveCount::default(),
             streams: AtomicU64::new(0),
+            stream_ends: StreamEnds::new(&metrics, STREAM_ENDS, DIRECTIONS),
             metrics,
         })
     }
@@ -115,29 +115,14 @@ impl AgentMetrics {
     }
 
     /// Counts a stream that is being spliced.
-    pub fn stream_open(&self) -> OpenTarget {
+    pub fn stream_open(&self) -> Counted {
         self.streams.fetch_add(1, Ordering::Relaxed);
-        self.open_targets.fetch_add(1, Ordering::Relaxed);
-        OpenTarget(self.open_targets.clone())
+        self.open_targets.enter()
     }
 
     /// Counts how a splice ended.
     pub fn stream_ended(&self, outcome: &Outcome) {
-        let count = |direction, manner, code| {
-            let labels = [("direction", direction), ("manner", manner), ("code", code)];
-            self.metrics.counter(STREAM_ENDS, &labels).increment(1);
-        };
-        let half = |direction, end: HalfEnd| match end {
-            HalfEnd::Finished => count(direction, "finished", "none"),
-            HalfEnd::Stopped(code) => count(direction, "stopped", code.name()),
-        };
-        match &outcome.end {
-            Ok((to_server, from_server)) => {
-                half("to_server", *to_server);
-                half("from_server", *from_server);
-            }
-            Err(cut) => count("both", "reset", cut.code().name()),
-        }
+        self.stream_ends.record(outcome);
     }
 
     /// Counts an attempt to get a tunnel.
@@ -188,30 +173,27 @@ impl AgentMetrics {
         &self.metrics
     }
 
-    /// Everything, in Prometheus' text format, with the tunnels as they are now.
+    /// All metrics in Prometheus' text format.
     pub fn render(&self, servers: &ServerTunnels) -> String {
-        let mut text = self.metrics.render();
-        let now = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        let mut one = |name, kind, help, value| {
-            append_family(&mut text, name, kind, help, [(vec![], value)]);
-        };
-        let help = "Current number of open server connections.";
-        one(OPEN_SERVERS, Kind::Gauge, help, servers.connected().into());
-        let help = "Current number of open endpoint connections.";
-        one(OPEN_TARGETS, Kind::Gauge, help, now(&self.open_targets));
-        let help = "Current number of servers that the agent knows of.";
-        one(KNOWN_SERVERS, Kind::Gauge, help, servers.count().into());
-        one(STREAMS, Kind::Counter, "Streams that were spliced.", now(&self.streams));
-        append_meter(&mut text, STREAM_BYTES, &self.meter, ["to_server", "from_server"]);
-        let help = "Tunnels that others have taken the place of, and that still have streams.";
-        append_family(&mut text, RETIRED, Kind::Gauge, help, [(vec![], servers.retired() as u64)]);
-        append_served(&mut text, &servers.in_use());
-        text
+        self.metrics.render(|exposition| {
+            let help = "Current number of open server connections.";
+            exposition.gauge(OPEN_SERVERS, help, servers.connected());
+            let help = "Current number of open endpoint connections.";
+            exposition.gauge(OPEN_TARGETS, help, self.open_targets.get());
+            let help = "Current number of servers that the agent knows of.";
+            exposition.gauge(KNOWN_SERVERS, help, servers.count());
+            let streams = self.streams.load(Ordering::Relaxed);
+            exposition.counter(STREAMS, "Streams that were spliced.", streams);
+            exposition.meter(STREAM_BYTES, &self.meter, DIRECTIONS);
+            let help = "Tunnels that others have taken the place of, and that still have streams.";
+            exposition.gauge(RETIRED, help, servers.retired());
+            collect_tunnels(&servers.in_use(), exposition);
+        })
     }
 }
 
-/// Appends what there is to know of each tunnel that is used, which is one for each server.
-fn append_served(text: &mut String, tunnels: &[Arc<ServerTunnel>]) {
+/// Adds the tunnels in use, one for each server.
+fn collect_tunnels(tunnels: &[Arc<ServerTunnel>], exposition: &mut Exposition) {
     let server = |served: &ServerTunnel| ("server_id", served.server_id.to_string());
     let rows = tunnels.iter().map(|served| {
         let labels = vec![
@@ -223,7 +205,7 @@ fn append_served(text: &mut String, tunnels: &[Arc<ServerTunnel>]) {
         (labels, served.since.elapsed().as_secs_f64())
     });
     let help = "How long the tunnel has been there, in seconds.";
-    append_family(text, TRANSPORT_SINCE, Kind::Gauge, help, rows);
+    exposition.family(TRANSPORT_SINCE, Kind::Gauge, help, rows);
     let sizes = |BufferSizes { receive, send }| [("receive", receive), ("send", send)];
     let rows = tunnels.iter().filter_map(|served| Some((served, sizes(served.buffers?))));
     let rows = rows.flat_map(|(served, sizes)| {
@@ -232,20 +214,10 @@ fn append_served(text: &mut String, tunnels: &[Arc<ServerTunnel>]) {
         })
     });
     let help = "Kernel buffer granted to the tunnel's UDP socket, in bytes.";
-    append_family(text, UDP_BUFFER, Kind::Gauge, help, rows);
+    exposition.family(UDP_BUFFER, Kind::Gauge, help, rows);
     let paths: Vec<_> = tunnels
         .iter()
         .map(|served| (server(served), served.tunnel.carrier(), served.tunnel.stats()))
         .collect();
-    append_tunnels(text, "culvert_agent_tunnel", &paths);
-}
-
-/// Counts one open connection to a target for as long as it lives.
-#[derive(Debug)]
-pub struct OpenTarget(Arc<AtomicU64>);
-
-impl Drop for OpenTarget {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
+    exposition.tunnels("culvert_agent_tunnel", &paths);
 }

@@ -88,9 +88,7 @@ impl Config {
             faults.bind_address("health-bind-address", &flags.health_bind_address, health_port);
         let admin_port = flags.admin_port.unwrap_or_else(|| invocation.choose(8095, 8133));
         let admin_port = faults.registered_port("admin-port", admin_port);
-        let admin_address =
-            faults.bind_address("admin-bind-address", &flags.admin_bind_address, admin_port);
-        profiling(&flags, &mut faults);
+        let admin_address = flags.admin.check(admin_port, &mut faults);
         let server_id = server_id(&flags, &mut faults);
         let server_count = faults.count("server-count", flags.server_count, 0).max(1);
         let graceful_shutdown_timeout =
@@ -118,21 +116,16 @@ impl Config {
     /// Idle time after which a Konnectivity agent's connection is pinged; `None` never pings.
     pub(crate) fn konnectivity_keep_alive_interval(&self) -> Option<Duration> {
         let asked = Some(self.agents.keep_alive_interval).filter(|interval| !interval.is_zero());
-        asked.into_iter().chain(self.tunnel.keep_alive_interval).min()
+        asked.into_iter().chain(self.tunnel.transport.keep_alive_interval).min()
     }
 }
 
 /// The server's name; by default one that no other server has.
 fn server_id(flags: &Flags, faults: &mut Faults) -> ServerId {
-    let random = || {
+    faults.id("server-id", flags.server_id.as_deref()).unwrap_or_else(|| {
         let id = Uuid::new_v4().to_string();
         ServerId::try_from(id).expect("a UUID is a valid name")
-    };
-    match faults.id("server-id", flags.server_id.as_deref()) {
-        // An invalid name was noted as a fault, so any stand-in will do.
-        Some(id) => ServerId::try_from(id).unwrap_or_else(|_| random()),
-        None => random(),
-    }
+    })
 }
 
 fn kubernetes(flags: &Flags, faults: &mut Faults) -> KubernetesConfig {
@@ -157,17 +150,6 @@ fn leases(flags: &Flags, faults: &mut Faults) -> Option<LeaseConfig> {
     }
     let labels = faults.labels("lease-label", &flags.lease_label);
     Some(LeaseConfig { namespace: flags.lease_namespace.clone(), labels })
-}
-
-fn profiling(flags: &Flags, faults: &mut Faults) {
-    faults.require(
-        flags.enable_profiling || !flags.enable_contention_profiling,
-        "enable-contention-profiling",
-        "needs --enable-profiling",
-    );
-    if flags.enable_profiling {
-        faults.warn("enable-profiling", "has no effect, there is no Go profiler here");
-    }
 }
 
 #[cfg(test)]

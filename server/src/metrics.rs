@@ -14,12 +14,13 @@ use std::{
 };
 
 use culvert_process::metrics::{
-    BuildError, Kind, Metrics, append_family, append_meter, append_tunnels,
+    BuildError, Counted, Exposition, Kind, Labels, LiveCount, Metrics, StreamEnds,
 };
 use culvert_transport::{
     BufferSizes,
-    splice::{HalfEnd, Meter, Outcome},
+    splice::{Meter, Outcome},
 };
+use culvert_wire::AgentId;
 use metrics::Histogram;
 
 use crate::backends::{Backend, Backends, registry::Candidate};
@@ -36,6 +37,8 @@ const GRPC_CONNECTIONS: &str = "konnectivity_network_proxy_server_grpc_connectio
 const HTTP_CONNECTIONS: &str = "konnectivity_network_proxy_server_http_connections";
 const READY_BACKENDS: &str = "konnectivity_network_proxy_server_ready_backends";
 const READY_CONNECTIONS: &str = "konnectivity_network_proxy_server_ready_backend_connections";
+/// Labels of the bytes to the tunnel and of those from it.
+const DIRECTIONS: [&str; 2] = ["to_agent", "from_agent"];
 const STREAMS: &str = "culvert_server_streams_total";
 const STREAM_ENDS: &str = "culvert_server_stream_ends_total";
 const STREAM_BYTES: &str = "culvert_server_stream_bytes_total";
@@ -84,11 +87,12 @@ pub struct ServerMetrics {
     /// Time from a dial's start to a positive answer.
     pub dial_duration: Histogram,
     connection_duration: Histogram,
-    pending_dials: Arc<AtomicU64>,
-    established: Arc<AtomicU64>,
-    grpc_connections: Arc<AtomicU64>,
-    http_connections: Arc<AtomicU64>,
+    pending_dials: LiveCount,
+    established: LiveCount,
+    grpc_connections: LiveCount,
+    http_connections: LiveCount,
     streams: AtomicU64,
+    stream_ends: StreamEnds,
     /// Bytes spliced in either direction.
     pub meter: Meter,
 }
@@ -115,10 +119,6 @@ impl ServerMetrics {
         metrics.describe_counter(
             DIAL_FAILURES,
             "Number of dial failures observed. Multiple failures can occur for a single dial request.",
-        );
-        metrics.describe_counter(
-            STREAM_ENDS,
-            "Ends of spliced streams by direction, manner and code.",
         );
         metrics.describe_counter(
             OPTIMISTIC_DIALS,
@@ -152,11 +152,12 @@ impl ServerMetrics {
         Ok(Self {
             dial_duration: metrics.histogram(DIAL_DURATION, &[]),
             connection_duration: metrics.histogram(CONNECTION_DURATION, &[]),
-            pending_dials: Arc::default(),
-            established: Arc::default(),
-            grpc_connections: Arc::default(),
-            http_connections: Arc::default(),
+            pending_dials: LiveCount::default(),
+            established: LiveCount::default(),
+            grpc_connections: LiveCount::default(),
+            http_connections: LiveCount::default(),
             streams: AtomicU64::new(0),
+            stream_ends: StreamEnds::new(&metrics, STREAM_ENDS, DIRECTIONS),
             meter: Meter::default(),
             metrics,
         })
@@ -178,7 +179,7 @@ impl ServerMetrics {
 
     /// Counts a dial that waits for its answer.
     pub fn dial_pending(&self) -> Counted {
-        Counted::enter(&self.pending_dials)
+        self.pending_dials.enter()
     }
 
     /// Counts a dial that failed.
@@ -205,36 +206,22 @@ impl ServerMetrics {
 
     /// Counts a frontend's connection.
     pub fn frontend_open(&self, kind: FrontendKind) -> Counted {
-        Counted::enter(match kind {
-            FrontendKind::Grpc => &self.grpc_connections,
-            FrontendKind::Connect => &self.http_connections,
-        })
+        match kind {
+            FrontendKind::Grpc => self.grpc_connections.enter(),
+            FrontendKind::Connect => self.http_connections.enter(),
+        }
     }
 
     /// Counts a stream that is being spliced.
     pub fn stream_open(&self) -> Counted {
         self.streams.fetch_add(1, Ordering::Relaxed);
-        Counted::enter(&self.established)
+        self.established.enter()
     }
 
     /// Counts how a splice ended and how long it lived.
     pub fn stream_ended(&self, started: Instant, outcome: &Outcome) {
         self.connection_duration.record(started.elapsed());
-        let count = |direction, manner, code| {
-            let labels = [("direction", direction), ("manner", manner), ("code", code)];
-            self.metrics.counter(STREAM_ENDS, &labels).increment(1);
-        };
-        let half = |direction, end: HalfEnd| match end {
-            HalfEnd::Finished => count(direction, "finished", "none"),
-            HalfEnd::Stopped(code) => count(direction, "stopped", code.name()),
-        };
-        match &outcome.end {
-            Ok((to_agent, from_agent)) => {
-                half("to_agent", *to_agent);
-                half("from_agent", *from_agent);
-            }
-            Err(cut) => count("both", "reset", cut.code().name()),
-        }
+        self.stream_ends.record(outcome);
     }
 
     /// Counts a tunnel that ended.
@@ -274,76 +261,60 @@ impl ServerMetrics {
         &self.metrics
     }
 
-    /// Everything, in Prometheus' text format.
+    /// All metrics in Prometheus' text format.
     pub fn render(&self, backends: &Backends) -> String {
-        let mut text = self.metrics.render();
-        let now = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        let mut gauge = |name, help, rows: Vec<(Vec<(&'static str, String)>, u64)>| {
-            append_family(&mut text, name, Kind::Gauge, help, rows);
-        };
-        let one = |value| vec![(vec![], value)];
+        self.metrics.render(|exposition| {
+            self.collect_connections(exposition);
+            collect_backends(backends, exposition);
+            collect_tunnels(&backends.all(), exposition);
+            let streams = self.streams.load(Ordering::Relaxed);
+            exposition.counter(STREAMS, "Streams that were spliced.", streams);
+            exposition.meter(STREAM_BYTES, &self.meter, DIRECTIONS);
+        })
+    }
 
+    fn collect_connections(&self, exposition: &mut Exposition) {
         let help = "Current number of pending backend dial requests";
-        gauge(PENDING_DIALS, help, one(now(&self.pending_dials)));
+        exposition.gauge(PENDING_DIALS, help, self.pending_dials.get());
         let help = "Current number of established end-to-end connections (post-dial).";
-        gauge(ESTABLISHED, help, one(now(&self.established)));
+        exposition.gauge(ESTABLISHED, help, self.established.get());
         let help = "Number of current grpc connections, partitioned by service method.";
         let proxy = vec![("service_method", "Proxy".to_owned())];
-        gauge(GRPC_CONNECTIONS, help, vec![(proxy, now(&self.grpc_connections))]);
+        let rows = [(proxy, self.grpc_connections.get())];
+        exposition.family(GRPC_CONNECTIONS, Kind::Gauge, help, rows);
         let help = "Number of current HTTP CONNECT connections";
-        gauge(HTTP_CONNECTIONS, help, one(now(&self.http_connections)));
-
-        let ready: Vec<_> = backends
-            .counts()
-            .into_iter()
-            .map(|(strategy, count)| {
-                (vec![("proxy_strategy", strategy.name().to_owned())], count as u64)
-            })
-            .collect();
-        let last = ready.last().map_or(0, |(_, count)| *count);
-        let help = "Number of konnectivity agent connected to the proxy server";
-        gauge(READY_BACKENDS, help, ready);
-        let help = "Number of konnectivity agent connected to the proxy server. DEPRECATED, please use ready_backends";
-        gauge(READY_CONNECTIONS, help, one(last));
-
-        let tunnels = backends.all();
-        let agent = |backend: &Backend| ("agent_id", backend.agent_id().to_string());
-        gauge(TUNNELS, "Tunnels of agents that have joined.", one(tunnels.len() as u64));
-        let mut open: BTreeMap<_, u64> = BTreeMap::new();
-        for backend in &tunnels {
-            *open.entry(backend.agent_id()).or_default() += backend.open_streams() as u64;
-        }
-        let open = open.into_iter().map(|(id, open)| (vec![("agent_id", id.to_string())], open));
-        gauge(OPEN_STREAMS, "Streams being dialed or spliced, by agent.", open.collect());
-        // An agent has several while it moves to another; the newest is the one that dials take.
-        let newest: BTreeMap<_, _> =
-            tunnels.iter().map(|backend| (backend.agent_id(), backend)).collect();
-        let paths: Vec<_> = newest
-            .into_values()
-            .map(|backend| (agent(backend), backend.tunnel.carrier(), backend.tunnel.stats()))
-            .collect();
-        append_tunnels(&mut text, "culvert_server_tunnel", &paths);
-
-        let help = "Streams that were spliced.";
-        append_family(&mut text, STREAMS, Kind::Counter, help, one(now(&self.streams)));
-        append_meter(&mut text, STREAM_BYTES, &self.meter, ["to_agent", "from_agent"]);
-        text
+        exposition.gauge(HTTP_CONNECTIONS, help, self.http_connections.get());
     }
 }
 
-/// Counts one thing for as long as it lives.
-#[derive(Debug)]
-pub struct Counted(Arc<AtomicU64>);
-
-impl Counted {
-    fn enter(count: &Arc<AtomicU64>) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(count.clone())
-    }
+fn collect_backends(backends: &Backends, exposition: &mut Exposition) {
+    let counts = backends.counts();
+    let last = counts.last().map_or(0, |(_, count)| *count);
+    let rows = counts
+        .into_iter()
+        .map(|(strategy, count)| (vec![("proxy_strategy", strategy.name().to_owned())], count));
+    let help = "Number of konnectivity agent connected to the proxy server";
+    exposition.family(READY_BACKENDS, Kind::Gauge, help, rows);
+    let help = "Number of konnectivity agent connected to the proxy server. DEPRECATED, please use ready_backends";
+    exposition.gauge(READY_CONNECTIONS, help, last);
 }
 
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+fn collect_tunnels(tunnels: &[Arc<Backend>], exposition: &mut Exposition) {
+    exposition.gauge(TUNNELS, "Tunnels of agents that have joined.", tunnels.len());
+    let agent = |id: &AgentId| ("agent_id", id.to_string());
+    let mut open: BTreeMap<_, usize> = BTreeMap::new();
+    for backend in tunnels {
+        *open.entry(backend.agent_id()).or_default() += backend.open_streams();
     }
+    let rows = open.into_iter().map(|(id, open)| (Labels::from([agent(id)]), open));
+    let help = "Streams being dialed or spliced, by agent.";
+    exposition.family(OPEN_STREAMS, Kind::Gauge, help, rows);
+    // An agent that moves to another tunnel has several; new dials take the newest.
+    let newest: BTreeMap<_, _> =
+        tunnels.iter().map(|backend| (backend.agent_id(), backend)).collect();
+    let paths: Vec<_> = newest
+        .into_iter()
+        .map(|(id, backend)| (agent(id), backend.tunnel.carrier(), backend.tunnel.stats()))
+        .collect();
+    exposition.tunnels("culvert_server_tunnel", &paths);
 }

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 /// A UUID has 36 and a DNS name at most 253; both fit.
 pub const MAX_ID_LEN: usize = 255;
 
-/// A name is empty, too long, or holds a character that would break a log line or a label.
+/// A name is empty, too long, or has a character that a gRPC header, which carries the names of
+/// Konnectivity peers, cannot hold.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidId {
     /// The name has no characters.
@@ -18,16 +19,16 @@ pub enum InvalidId {
     /// The name has more than [`MAX_ID_LEN`] bytes.
     #[error("a name of {0} bytes is longer than {MAX_ID_LEN}")]
     TooLong(usize),
-    /// The name holds a control character.
-    #[error("a name must not hold control characters")]
-    ControlCharacter,
+    /// The name has a character other than printable ASCII.
+    #[error("a name must be printable ASCII")]
+    NotPrintable,
 }
 
 fn check(id: &str) -> Result<(), InvalidId> {
     match id {
         "" => Err(InvalidId::Empty),
         id if id.len() > MAX_ID_LEN => Err(InvalidId::TooLong(id.len())),
-        id if id.chars().any(char::is_control) => Err(InvalidId::ControlCharacter),
+        id if !id.bytes().all(|byte| (b' '..=b'~').contains(&byte)) => Err(InvalidId::NotPrintable),
         _ => Ok(()),
     }
 }
@@ -129,7 +130,9 @@ mod tests {
     fn a_name_is_checked_once_where_it_enters() {
         assert_eq!("".parse::<AgentId>(), Err(InvalidId::Empty));
         assert_eq!("x".repeat(256).parse::<AgentId>(), Err(InvalidId::TooLong(256)));
-        assert_eq!("a\nb".parse::<ServerId>(), Err(InvalidId::ControlCharacter));
+        assert_eq!("a\nb".parse::<ServerId>(), Err(InvalidId::NotPrintable));
+        assert_eq!("n\u{f6}de".parse::<AgentId>(), Err(InvalidId::NotPrintable));
+        assert_eq!("a b~".parse::<AgentId>().unwrap().as_str(), "a b~");
         assert_eq!("node-1".parse::<AgentId>().unwrap().as_str(), "node-1");
     }
 }

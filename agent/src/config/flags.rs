@@ -1,7 +1,9 @@
 //! The flags of `culvert-agent`: every one a Konnectivity `proxy-agent` has, and ours.
 
 use clap::Parser;
-use culvert_process::{go_duration::GoDuration, tunnel_flags::TunnelFlags};
+use culvert_process::{
+    admin_flags::AdminFlags, go_duration::GoDuration, tunnel_flags::TunnelFlags,
+};
 
 use super::Transport;
 
@@ -176,24 +178,11 @@ pub struct Flags {
     #[arg(long, help_heading = "Health and administration", value_name = "PORT")]
     pub admin_server_port: Option<i64>,
 
-    /// Address to listen on for administration; empty is every interface
-    #[arg(
-        long,
-        help_heading = "Health and administration",
-        value_name = "ADDRESS",
-        default_value = "127.0.0.1"
-    )]
-    pub admin_bind_address: String,
+    /// Flags of the admin port that server and agent share.
+    #[command(flatten)]
+    pub admin: AdminFlags,
 
-    /// Go's profiler on the admin port. Accepted and ignored
-    #[arg(long, help_heading = "Health and administration")]
-    pub enable_profiling: bool,
-
-    /// Lock profiling, with --enable-profiling. Accepted and ignored
-    #[arg(long, help_heading = "Health and administration")]
-    pub enable_contention_profiling: bool,
-
-    /// Shared with the server.
+    /// Flags of tunnel and log that server and agent share.
     #[command(flatten)]
     pub tunnel: TunnelFlags,
 }

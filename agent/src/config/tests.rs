@@ -186,7 +186,7 @@ fn each_rule_names_its_flag() {
         &["--probe-interval=-1s"],
         &["--keepalive-time=-1s"],
         &["--agent-identifiers=uid=1"],
-        &["--agent-id=a b"],
+        &["--agent-id=nöde"],
         &["--kubeconfig=@absent"],
         &["--lease-label-selector=", "--count-server-leases"],
         &["--server-count-source=min"],

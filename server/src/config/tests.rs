@@ -289,7 +289,7 @@ fn each_rule_names_its_flag() {
         &["--max-frontend-connections=0"],
         &["--max-streams-per-agent=0"],
         &["--server-count=-1"],
-        &["--server-id=a b"],
+        &["--server-id=nöde"],
         &["--reset-key-file=@absent"],
         &["--mtu-cap=100"],
     ] {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use culvert_process::metrics::Counted;
 use culvert_transport::{RecvHalf, splice::Cut};
 use culvert_wire::{StreamCode, Target};
 use tokio::time::Instant;
@@ -11,7 +12,7 @@ use super::{
     error::DialError,
     exchange::{Deadline, read_reply, suspecting, until},
 };
-use crate::{backends::Backend, metrics::Counted};
+use crate::backends::Backend;
 
 /// The reply to a dial whose frontend was answered before it came, because the same agent reached
 /// the same target recently. When it is negative or late, the connection is cut off.

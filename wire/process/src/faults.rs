@@ -1,43 +1,44 @@
-//! What is wrong with a configuration, all of it at once, each fault naming its flag.
+//! All faults of a configuration at once, each with the flag to change.
 //!
-//! A person who mistyped three flags should not have to start the process three times. The
-//! checks both sides need are methods here: each notes a fault and hands back a harmless
-//! stand-in, so that checking goes on to the end.
+//! An operator who mistyped three flags starts the process once to see all three. The checks that
+//! both sides need are methods of [`Faults`]: each records a fault and returns a harmless value,
+//! so that checking goes on.
 
 use std::{
     fmt, io,
     net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs},
     path::PathBuf,
+    str::FromStr,
     time::Duration,
 };
 
-use super::go_duration::GoDuration;
+use culvert_wire::ids::InvalidId;
 
-/// Ports above this are ephemeral (RFC 6335 §6); Konnectivity refuses them on the server.
+use crate::go_duration::GoDuration;
+
+/// Largest port that is not ephemeral (RFC 6335 §6); a Konnectivity server refuses higher ones.
 const LAST_REGISTERED_PORT: i64 = 49151;
-/// Ports below this are for the super-user; Konnectivity refuses them on the server.
+/// Smallest port that needs no privilege; a Konnectivity server refuses lower ones.
 const FIRST_REGISTERED_PORT: i64 = 1024;
-/// Longest name of a server or an agent: a DNS name (253 bytes) fits, which nodes are named by.
-const MAX_ID_BYTES: usize = 255;
 
-/// One thing that keeps a process from starting.
+/// One fault that keeps a process from starting.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}{flag}: {reason}", if *is_variable { "" } else { "--" })]
 pub struct ConfigError {
     /// The flag to change, without its hyphens, or the variable of the environment.
     pub flag: &'static str,
-    /// Whether it is a variable.
+    /// Whether `flag` is a variable of the environment.
     pub is_variable: bool,
-    /// What is wrong and what would be right.
+    /// The fault, and what would be right.
     pub reason: String,
 }
 
-/// Everything that keeps a process from starting; never empty. Exit code 1.
+/// All faults that keep a process from starting, at least one. Its exit code is 1.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigErrors(Vec<ConfigError>);
 
 impl ConfigErrors {
-    /// The faults, in the order they were found.
+    /// The faults, in the order in which they were found.
     pub fn iter(&self) -> impl Iterator<Item = &ConfigError> {
         self.0.iter()
     }
@@ -52,7 +53,7 @@ impl fmt::Display for ConfigErrors {
 
 impl std::error::Error for ConfigErrors {}
 
-/// A certificate chain and its private key, both PEM files that exist.
+/// Files of a certificate chain and of its private key, both PEM and both present at the check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CertificatePair {
     /// Chain, leaf first.
@@ -69,48 +70,48 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// Nothing found yet.
+    /// Without faults and warnings.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Notes a fault of `flag`.
+    /// Records a fault of `flag`.
     pub fn add(&mut self, flag: &'static str, reason: impl Into<String>) {
         self.errors.push(ConfigError { flag, is_variable: false, reason: reason.into() });
     }
 
-    /// Notes a fault of a variable of the environment.
+    /// Records a fault of a variable of the environment.
     pub fn add_variable(&mut self, name: &'static str, reason: impl Into<String>) {
         self.errors.push(ConfigError { flag: name, is_variable: true, reason: reason.into() });
     }
 
-    /// Notes a fault unless `fine`.
+    /// Records a fault of `flag` unless `fine`.
     pub fn require(&mut self, fine: bool, flag: &'static str, reason: impl Into<String>) {
         if !fine {
             self.add(flag, reason);
         }
     }
 
-    /// Notes something worth a line in the log at start, but no reason not to start.
+    /// Records a warning, which is logged at start.
     pub fn warn(&mut self, flag: &'static str, text: impl fmt::Display) {
         self.warnings.push(format!("--{flag}: {text}"));
     }
 
-    /// The warnings, when there is no fault.
+    /// The warnings, if there is no fault.
     ///
     /// # Errors
-    /// All faults, when there is one.
+    /// With all faults.
     pub fn finish(self) -> Result<Vec<String>, ConfigErrors> {
         if self.errors.is_empty() { Ok(self.warnings) } else { Err(ConfigErrors(self.errors)) }
     }
 
-    /// `path` if it names something that exists; an empty one is simply not given.
+    /// `path`, which must exist; `None` if it is empty.
     pub fn file(&mut self, flag: &'static str, path: &str) -> Option<PathBuf> {
         if path.is_empty() {
             return None;
         }
         let path = PathBuf::from(path);
-        // As Konnectivity: only absence is a fault now. Permissions may still change before it is read.
+        // As in Konnectivity, only absence is a fault: permissions may change before it is read.
         if let Err(error) = std::fs::metadata(&path)
             && error.kind() == io::ErrorKind::NotFound
         {
@@ -141,7 +142,7 @@ impl Faults {
         }
     }
 
-    /// A port to listen on that is neither ephemeral nor the super-user's.
+    /// A port to listen on, 1024 to 49151.
     pub fn registered_port(&mut self, flag: &'static str, port: i64) -> u16 {
         if port > LAST_REGISTERED_PORT {
             self.add(flag, format!("{port} is an ephemeral port; use one up to 49151"));
@@ -151,7 +152,7 @@ impl Faults {
         u16::try_from(port).unwrap_or_default()
     }
 
-    /// Any port but 0.
+    /// A port, 1 to 65535.
     pub fn port(&mut self, flag: &'static str, port: i64) -> u16 {
         match u16::try_from(port) {
             Ok(port) if port > 0 => port,
@@ -162,11 +163,11 @@ impl Faults {
         }
     }
 
-    /// Where to listen: `host` is an address, a name of this machine, or empty for every interface.
+    /// Address to listen on. `host` is an address, a name of this machine, or empty for every
+    /// interface.
     ///
-    /// Every interface is `[::]`, to be bound for both address families
-    /// ([`listen::tcp`](super::listen::tcp) does). A name is looked up once, here, and IPv4 is
-    /// preferred, as Go's `net.Listen` prefers it.
+    /// Every interface is `[::]`, which [`listen::tcp`](crate::listen::tcp) binds for both address
+    /// families. A name is resolved once, here, and IPv4 is preferred, as in Go's `net.Listen`.
     pub fn bind_address(&mut self, flag: &'static str, host: &str, port: u16) -> SocketAddr {
         let every_interface = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
         if host.is_empty() {
@@ -185,7 +186,7 @@ impl Faults {
         }
     }
 
-    /// A span of time from zero up.
+    /// A duration of zero or more.
     pub fn duration(&mut self, flag: &'static str, duration: GoDuration) -> Duration {
         duration.non_negative().unwrap_or_else(|| {
             self.add(flag, format!("must not be negative, got {duration}"));
@@ -193,7 +194,7 @@ impl Faults {
         })
     }
 
-    /// A span of time above zero.
+    /// A duration above zero.
     pub fn positive_duration(&mut self, flag: &'static str, duration: GoDuration) -> Duration {
         match duration.non_negative() {
             Some(duration) if !duration.is_zero() => duration,
@@ -204,7 +205,7 @@ impl Faults {
         }
     }
 
-    /// A count from `least` up to what 32 bits hold.
+    /// A count of at least `least` that fits 32 bits.
     pub fn count(&mut self, flag: &'static str, count: i64, least: u32) -> u32 {
         match u32::try_from(count) {
             Ok(count) if count >= least => count,
@@ -215,14 +216,14 @@ impl Faults {
         }
     }
 
-    /// A name for a server or an agent; `None` when none was given. It travels in an HTTP header,
-    /// so it must be visible ASCII.
-    pub fn id(&mut self, flag: &'static str, id: Option<&str>) -> Option<String> {
+    /// Name of a server or an agent; `None` when none was given.
+    pub fn id<T: FromStr<Err = InvalidId>>(
+        &mut self,
+        flag: &'static str,
+        id: Option<&str>,
+    ) -> Option<T> {
         let id = id.filter(|id| !id.is_empty())?;
-        let fine = id.len() <= MAX_ID_BYTES && id.bytes().all(|byte| byte.is_ascii_graphic());
-        let reason = format!("{id:?} must be visible ASCII of at most {MAX_ID_BYTES} bytes");
-        self.require(fine, flag, reason);
-        Some(id.to_owned())
+        id.parse().map_err(|error| self.add(flag, format!("{id:?}: {error}"))).ok()
     }
 
     /// `key=value` pairs separated by commas; at least one.
@@ -242,6 +243,8 @@ impl Faults {
 
 #[cfg(test)]
 mod tests {
+    use culvert_wire::ids::AgentId;
+
     use super::*;
 
     fn faults_of(check: impl FnOnce(&mut Faults)) -> String {
@@ -300,6 +303,18 @@ mod tests {
             faults.bind_address("x", "no such host", 7);
         });
         assert!(text.contains("--x: \"no such host\""), "{text}");
+    }
+
+    #[test]
+    fn names_follow_the_rule_of_the_wire() {
+        let mut faults = Faults::new();
+        assert_eq!(faults.id::<AgentId>("agent-id", None), None);
+        assert_eq!(faults.id::<AgentId>("agent-id", Some("")), None);
+        let id = faults.id::<AgentId>("agent-id", Some("node-1")).unwrap();
+        assert_eq!(id.as_str(), "node-1");
+        faults.finish().unwrap();
+        let text = faults_of(|faults| drop(faults.id::<AgentId>("agent-id", Some("n\u{f6}de"))));
+        assert!(text.contains("--agent-id: \"n\u{f6}de\": "), "{text}");
     }
 
     #[test]

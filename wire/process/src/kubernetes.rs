@@ -5,6 +5,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use crate::error::with_causes;
 pub use k8s_openapi::jiff::Timestamp;
 use k8s_openapi::{api::coordination::v1::LeaseSpec, jiff::SignedDuration};
 pub use kube::Client;
@@ -38,13 +39,13 @@ pub struct KubernetesConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The kubeconfig cannot be used.
-    #[error("--kubeconfig: {}", chain(.0))]
+    #[error("--kubeconfig: {}", with_causes(.0))]
     Kubeconfig(#[from] KubeconfigError),
     /// There is no kubeconfig, and this is no pod that may ask.
-    #[error("--kubeconfig: none is given, and the pod's own service account cannot be used: {}", chain(.0))]
+    #[error("--kubeconfig: none is given, and the pod's own service account cannot be used: {}", with_causes(.0))]
     InCluster(#[from] InClusterError),
     /// What the kubeconfig says makes no client.
-    #[error("--kubeconfig: {}", chain(.0))]
+    #[error("--kubeconfig: {}", with_causes(.0))]
     Client(#[from] kube::Error),
 }
 
@@ -87,7 +88,7 @@ impl KubernetesConfig {
 pub fn reason(error: &kube::Error) -> String {
     match error {
         kube::Error::Api(status) => status.message.clone(),
-        error => chain(error),
+        error => with_causes(error),
     }
 }
 
@@ -116,20 +117,6 @@ pub fn labels(error: Option<&kube::Error>) -> (String, String) {
         Some(kube::Error::Api(status)) => (status.code.to_string(), status.reason.clone()),
         _ => ("0".into(), "unreachable".into()),
     }
-}
-
-/// An error and what is behind it, each said once.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let cause = error.to_string();
-        if !text.contains(&cause) {
-            text = format!("{text}: {cause}");
-        }
-        source = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

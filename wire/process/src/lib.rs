@@ -1,15 +1,21 @@
-//! What every Culvert process has around its tunnels, so that server and agent say it once.
+//! The parts of a process around its tunnels, shared by server and agent.
 //!
-//! [`go_flags`], [`go_duration`] and [`klog`] keep Konnectivity's command lines working; [`faults`]
-//! collects what is wrong with one; [`tunnel_flags`] are the options that both sides share, checked
-//! into the transport's settings; [`logging`], [`metrics`], [`admin`] and [`signals`] are what an
-//! operator sees of a running process; [`kubernetes`] is kube-apiserver's client.
+//! - Command line: [`cli`] runs a program from its arguments to its exit code. [`go_flags`],
+//!   [`go_duration`], [`byte_size`] and [`klog`] read flags as Konnectivity reads them, [`faults`]
+//!   collects what is wrong with them, [`tunnel_flags`] and [`admin_flags`] are the flags that both
+//!   sides share, and [`invocation`] chooses default ports.
+//! - Operation: [`logging`], [`metrics`], [`admin`] and [`signals`].
+//! - Sockets: [`listen`] opens listeners as Go does, and [`accept`] is the one accept loop.
+//! - [`kubernetes`] sets up kube-apiserver's client.
 //!
-//! Start with [`go_flags::try_parse_from`], with which each process begins.
+//! Start with [`cli::main`], with which each process begins.
 
 pub mod accept;
 pub mod admin;
+pub mod admin_flags;
 pub mod byte_size;
+pub mod cli;
+mod error;
 pub mod faults;
 pub mod go_duration;
 pub mod go_flags;

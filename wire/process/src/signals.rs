@@ -4,12 +4,12 @@ use std::io;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Exit code of a process that was told to stop twice, as Konnectivity has it.
-const IMPATIENT_EXIT_CODE: i32 = 1;
+/// Exit code after a second stop signal; Konnectivity's.
+const SECOND_SIGNAL_EXIT_CODE: i32 = 1;
 
-/// The two stop signals, caught from the moment this value exists.
+/// SIGTERM and SIGINT, caught from the moment this value exists.
 ///
-/// Dropping it does not bring the default action back: later signals are then ignored.
+/// Dropping it does not restore the default action: later signals are ignored.
 #[derive(Debug)]
 pub struct StopSignals {
     terminate: Signal,
@@ -17,10 +17,10 @@ pub struct StopSignals {
 }
 
 impl StopSignals {
-    /// Takes both signals over from the default action. Needs a tokio runtime.
+    /// Catches both signals. Panics outside a tokio runtime.
     ///
     /// # Errors
-    /// When the kernel refuses the handler.
+    /// If the kernel refuses the handler.
     pub fn catch() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
@@ -28,7 +28,7 @@ impl StopSignals {
         })
     }
 
-    /// The name of the next of the two to arrive.
+    /// Name of the next signal.
     ///
     /// # Cancel safety
     /// Cancel safe: a signal not returned is returned by the next call.
@@ -39,13 +39,16 @@ impl StopSignals {
         }
     }
 
-    /// Ends the process with code 1 when another of the two arrives; never returns.
+    /// Ends the process with code 1 at the next signal; never returns.
     ///
-    /// To be raced against the graceful stop that the first one began.
+    /// Race it against the graceful stop that the first signal began.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: it only waits.
     pub async fn exit_at_next(mut self) -> std::convert::Infallible {
         let name = self.next().await;
-        tracing::warn!(signal = name, "told to stop again, leaving at once");
-        std::process::exit(IMPATIENT_EXIT_CODE)
+        tracing::warn!(signal = name, "stop requested again, exiting at once");
+        std::process::exit(SECOND_SIGNAL_EXIT_CODE)
     }
 }
 

@@ -1,11 +1,11 @@
-//! The options server and agent share: how a tunnel behaves, and how the process logs.
+//! Flags that server and agent share: how a tunnel behaves, and how the process logs.
 
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use culvert_transport::{Settings, congestion::Congestion, tls::KeyExchange};
 
-use super::{
+use crate::{
     byte_size::ByteSize,
     faults::Faults,
     go_duration::GoDuration,
@@ -17,51 +17,57 @@ use super::{
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Tunnel")]
 pub struct TunnelFlags {
-    /// How long a tunnel may be silent before it counts as dead. Both sides have one; the shorter
+    /// Time without a packet after which a tunnel is lost. Each side has a limit; the shorter one
     /// holds
-    #[arg(long, value_name = "DURATION", default_value = "25s")]
+    #[arg(long, value_name = "DURATION", default_value_t = default_idle_timeout())]
     pub tunnel_idle_timeout: GoDuration,
 
-    /// How often a silent tunnel is given a sign of life. Must be shorter than the idle timeout;
-    /// keep it below the shortest UDP timeout of any NAT or load balancer on the way. 0 sends none
-    #[arg(long, value_name = "DURATION", default_value = "5s")]
+    /// Time without a packet after which a ping is sent. Must be shorter than the idle timeout;
+    /// keep it below the shortest UDP timeout of any NAT or load balancer on the path. 0 sends none
+    #[arg(long, value_name = "DURATION", default_value_t = default_keep_alive_interval())]
     pub tunnel_keep_alive_interval: GoDuration,
 
     /// Bytes of one stream that may wait here for a slow reader: bounds memory per stream and,
     /// divided by the round-trip time, the speed of one. Plain or with Ki or Mi
-    #[arg(long, value_name = "SIZE", default_value = "2Mi")]
+    #[arg(long, value_name = "SIZE", default_value_t = default_stream_receive_window())]
     pub stream_receive_window: ByteSize,
 
     /// Kernel buffer to ask for on each UDP socket, per direction; the kernel caps it at
     /// net.core.rmem_max and wmem_max. Plain or with Ki or Mi
-    #[arg(long, value_name = "SIZE", default_value = "8Mi")]
+    #[arg(long, value_name = "SIZE", default_value_t = default_udp_buffer_size())]
     pub udp_buffer_size: ByteSize,
 
     /// Largest UDP payload that path discovery may try, 1200 to 65527 bytes; never more than the
     /// first link of the path carries
-    #[arg(long, value_name = "BYTES", default_value_t = 6500)]
+    #[arg(long, value_name = "BYTES", default_value_t = Settings::default().mtu_cap.into())]
     pub mtu_cap: i64,
 
-    /// How much of the path a tunnel fills: model follows its bandwidth and shortest round trip and
-    /// does not take random loss for congestion, cubic is what most of the Internet does; auto is the
-    /// one that measures best, today model
-    #[arg(long, value_name = "KIND", default_value = "auto")]
+    /// Congestion control: model follows the path's bandwidth and shortest round trip and does not
+    /// take random loss for congestion, cubic is RFC 9438; auto is the one with the best
+    /// measurements, which is model today
+    #[arg(long, value_name = "KIND", default_value_t = Settings::default().congestion)]
     pub congestion: Congestion,
 
     /// Bytes per second and tunnel that may be sent a second time, so that a keystroke does not wait
     /// for a lost packet; only while the path loses packets. Plain or with Ki or Mi; 0 sends none
-    #[arg(long, value_name = "SIZE", default_value = "128Ki")]
+    #[arg(long, value_name = "SIZE", default_value_t = ByteSize(DEFAULT_HEDGE_RATE.into()))]
     pub hedge_rate: ByteSize,
 
     /// Key exchange of the tunnel's TLS
-    #[arg(long, value_name = "KIND", default_value = "hybrid")]
+    #[arg(long, value_name = "KIND", value_enum, default_value_t)]
     pub tls_kx: KeyExchangeFlag,
 
-    /// Form of the log lines
-    #[arg(long, value_name = "FORMAT", default_value = "text", help_heading = "Logging")]
+    /// Format of the log lines
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        value_enum,
+        default_value_t = LogFormat::Text,
+        help_heading = "Logging"
+    )]
     pub log_format: LogFormat,
 
-    /// klog's own.
+    /// Flags of klog.
     #[command(flatten)]
     pub klog: KlogFlags,
 }
@@ -85,72 +91,98 @@ impl From<KeyExchangeFlag> for KeyExchange {
     }
 }
 
-/// How a tunnel behaves, checked.
+/// Checked options of a process's tunnels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TunnelConfig {
-    /// Silence after which a tunnel counts as dead; at least 1 s.
-    pub idle_timeout: Duration,
-    /// Interval of signs of life on a silent tunnel, shorter than `idle_timeout`; `None` sends none.
-    pub keep_alive_interval: Option<Duration>,
-    /// Bytes a stream may have waiting for its reader, 16 KiB to 1 GiB.
-    pub stream_receive_window: u32,
-    /// Bytes of kernel buffer to ask for, per UDP socket and direction, up to 1 GiB; 0 leaves the
-    /// kernel's own.
-    pub udp_buffer_size: u32,
-    /// Largest UDP payload to try, 1200 to 65527 bytes (RFC 9000 §14, §18.2).
-    pub mtu_cap: u16,
-    /// How much of the path a tunnel fills.
-    pub congestion: Congestion,
+    /// Settings of the carrier. Each side replaces `max_streams` by its own; see
+    /// [`settings`](Self::settings).
+    pub transport: Settings,
     /// Bytes per second and tunnel that may be sent a second time, up to 1 GiB; 0 sends none.
     pub hedge_rate: u32,
     /// Key exchange groups to offer.
     pub key_exchange: KeyExchange,
 }
 
-/// Below this a tunnel dies of one lost packet and its retransmission.
+/// Minimum idle timeout: a shorter one loses a tunnel with one lost packet and its retransmission.
 const MIN_IDLE_TIMEOUT: Duration = Duration::from_secs(1);
-/// One TLS record and a bit: below it every record waits for a window update.
+/// Minimum stream window, in bytes: a smaller one makes each TLS record wait for a window update.
 const MIN_STREAM_WINDOW: u64 = 16 << 10;
-/// Well inside what 32-bit socket options and one process's memory bear.
-const MAX_BUFFER: u64 = 1 << 30;
+/// Maximum of every size, in bytes: 32-bit socket options and one process's memory hold it.
+const MAX_SIZE: u64 = 1 << 30;
 /// Smallest and largest `max_udp_payload_size` (RFC 9000 §18.2).
 const MTU_RANGE: std::ops::RangeInclusive<i64> = 1200..=65527;
+/// Default of `--hedge-rate`, in bytes per second.
+const DEFAULT_HEDGE_RATE: u32 = 128 << 10;
+
+// The carrier's own defaults, in the types of the flags.
+
+fn default_idle_timeout() -> GoDuration {
+    go_duration(Settings::default().idle_timeout)
+}
+
+fn default_keep_alive_interval() -> GoDuration {
+    go_duration(Settings::default().keep_alive_interval.unwrap_or_default())
+}
+
+fn default_stream_receive_window() -> ByteSize {
+    ByteSize(Settings::default().stream_receive_window.into())
+}
+
+fn default_udp_buffer_size() -> ByteSize {
+    ByteSize(Settings::default().udp_buffer_size as u64)
+}
+
+fn go_duration(duration: Duration) -> GoDuration {
+    GoDuration::try_from(duration).expect("no default is longer than 292 years")
+}
 
 impl Default for TunnelConfig {
-    /// What the flags say when none is given.
+    /// The options without any flag.
     fn default() -> Self {
         Self {
-            idle_timeout: Duration::from_secs(25),
-            keep_alive_interval: Some(Duration::from_secs(5)),
-            stream_receive_window: 2 << 20,
-            udp_buffer_size: 8 << 20,
-            mtu_cap: 6500,
-            congestion: Congestion::Auto,
-            hedge_rate: 128 << 10,
-            key_exchange: KeyExchange::Hybrid,
+            transport: Settings::default(),
+            hedge_rate: DEFAULT_HEDGE_RATE,
+            key_exchange: KeyExchangeFlag::default().into(),
         }
     }
 }
 
 impl TunnelConfig {
-    /// What a carrier is set up with, when the peer may have `max_streams` open at first.
+    /// Settings of a carrier whose peer may have `max_streams` open at first.
     pub fn settings(&self, max_streams: u32) -> Settings {
-        Settings {
-            idle_timeout: self.idle_timeout,
-            keep_alive_interval: self.keep_alive_interval,
-            stream_receive_window: self.stream_receive_window,
-            max_streams,
-            mtu_cap: self.mtu_cap,
-            udp_buffer_size: self.udp_buffer_size as usize,
-            congestion: self.congestion,
-        }
+        Settings { max_streams, ..self.transport }
     }
 }
 
 impl TunnelFlags {
-    /// The checked options; what is wrong with them goes to `faults`.
+    /// The checked options. Faults of the flags go to `faults`.
     pub fn check(&self, faults: &mut Faults) -> (TunnelConfig, LogConfig) {
         self.klog.check(faults);
+        let (idle_timeout, keep_alive_interval) = self.timers(faults);
+        let stream_receive_window =
+            size("stream-receive-window", self.stream_receive_window, MIN_STREAM_WINDOW, faults);
+        let udp_buffer_size = size("udp-buffer-size", self.udp_buffer_size, 0, faults) as usize;
+        let hedge_rate = size("hedge-rate", self.hedge_rate, 0, faults);
+        faults.require(
+            MTU_RANGE.contains(&self.mtu_cap),
+            "mtu-cap",
+            format!("must be from 1200 to 65527, got {}", self.mtu_cap),
+        );
+        let transport = Settings {
+            idle_timeout,
+            keep_alive_interval,
+            stream_receive_window,
+            mtu_cap: u16::try_from(self.mtu_cap).unwrap_or_default(),
+            udp_buffer_size,
+            congestion: self.congestion,
+            ..Settings::default()
+        };
+        let tunnel = TunnelConfig { transport, hedge_rate, key_exchange: self.tls_kx.into() };
+        (tunnel, LogConfig { format: self.log_format, verbosity: self.klog.v })
+    }
+
+    /// Idle timeout and keep-alive interval.
+    fn timers(&self, faults: &mut Faults) -> (Duration, Option<Duration>) {
         let idle_timeout = faults.duration("tunnel-idle-timeout", self.tunnel_idle_timeout);
         faults.require(
             idle_timeout >= MIN_IDLE_TIMEOUT || self.tunnel_idle_timeout.is_negative(),
@@ -164,41 +196,18 @@ impl TunnelFlags {
             "tunnel-keep-alive-interval",
             format!("must be shorter than --tunnel-idle-timeout={}", self.tunnel_idle_timeout),
         );
-        let window = self.stream_receive_window;
-        faults.require(
-            (MIN_STREAM_WINDOW..=MAX_BUFFER).contains(&window.0),
-            "stream-receive-window",
-            format!("must be from 16Ki to 1Gi, got {window}"),
-        );
-        let buffer = self.udp_buffer_size;
-        faults.require(
-            buffer.0 <= MAX_BUFFER,
-            "udp-buffer-size",
-            format!("must be at most 1Gi, got {buffer}"),
-        );
-        faults.require(
-            MTU_RANGE.contains(&self.mtu_cap),
-            "mtu-cap",
-            format!("must be from 1200 to 65527, got {}", self.mtu_cap),
-        );
-        let hedge_rate = self.hedge_rate;
-        faults.require(
-            hedge_rate.0 <= MAX_BUFFER,
-            "hedge-rate",
-            format!("must be at most 1Gi, got {hedge_rate}"),
-        );
-        let tunnel = TunnelConfig {
-            idle_timeout,
-            keep_alive_interval: (!keep_alive.is_zero()).then_some(keep_alive),
-            stream_receive_window: u32::try_from(window.0).unwrap_or_default(),
-            udp_buffer_size: u32::try_from(buffer.0).unwrap_or_default(),
-            mtu_cap: u16::try_from(self.mtu_cap).unwrap_or_default(),
-            congestion: self.congestion,
-            hedge_rate: u32::try_from(hedge_rate.0).unwrap_or_default(),
-            key_exchange: self.tls_kx.into(),
-        };
-        (tunnel, LogConfig { format: self.log_format, verbosity: self.klog.v })
+        (idle_timeout, (!keep_alive.is_zero()).then_some(keep_alive))
     }
+}
+
+/// A size from `least` bytes to 1 GiB.
+fn size(flag: &'static str, size: ByteSize, least: u64, faults: &mut Faults) -> u32 {
+    faults.require(
+        (least..=MAX_SIZE).contains(&size.0),
+        flag,
+        format!("must be from {} to 1Gi, got {size}", ByteSize(least)),
+    );
+    u32::try_from(size.0).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -227,6 +236,14 @@ mod tests {
     fn no_flags_give_the_documented_defaults() {
         let (tunnel, log, warnings) = check(&[]).unwrap();
         assert_eq!(tunnel, TunnelConfig::default());
+        let settings = tunnel.settings(7);
+        assert_eq!(settings.max_streams, 7);
+        assert_eq!(settings.idle_timeout, Duration::from_secs(25));
+        assert_eq!(settings.keep_alive_interval, Some(Duration::from_secs(5)));
+        let help = go_flags::command::<Flags>().render_help().to_string();
+        for default in ["25s", "5s", "2Mi", "8Mi", "6500", "auto", "128Ki", "hybrid", "text"] {
+            assert!(help.contains(&format!("[default: {default}]")), "{default} in {help}");
+        }
         assert_eq!(log, LogConfig { format: LogFormat::Text, verbosity: 4 });
         assert!(warnings.is_empty());
     }
@@ -246,16 +263,17 @@ mod tests {
             "-v=8",
         ])
         .unwrap();
-        let expected = TunnelConfig {
+        let transport = Settings {
             idle_timeout: Duration::from_secs(60),
             keep_alive_interval: None,
             stream_receive_window: 512 << 10,
             udp_buffer_size: 0,
             mtu_cap: 1200,
             congestion: Congestion::Cubic,
-            hedge_rate: 1 << 20,
-            key_exchange: KeyExchange::Classic,
+            ..Settings::default()
         };
+        let expected =
+            TunnelConfig { transport, hedge_rate: 1 << 20, key_exchange: KeyExchange::Classic };
         assert_eq!(tunnel, expected);
         assert_eq!(log, LogConfig { format: LogFormat::Json, verbosity: 8 });
     }
@@ -284,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn ignored_klog_flags_are_accepted_and_the_surprising_ones_warned_of() {
+    fn klog_flags_are_accepted_and_those_that_would_send_the_log_elsewhere_cause_a_warning() {
         let (_, _, warnings) = check(&[
             "--logtostderr=true",
             "--alsologtostderr",

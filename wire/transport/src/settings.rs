@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::congestion::Congestion;
 
 /// What a tunnel is set up with, whichever carrier it gets; what only one of them knows says so.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// The tunnel is lost after this long without a packet; the smaller one of both peers' counts.
     pub idle_timeout: Duration,

@@ -1,0 +1,39 @@
+//! Flags of the admin port that server and agent share.
+
+use std::net::SocketAddr;
+
+use clap::Args;
+
+use crate::faults::Faults;
+
+/// Shared flags, to be flattened into those of a process.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Health and administration")]
+pub struct AdminFlags {
+    /// Address to listen on for administration; empty is every interface
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    pub admin_bind_address: String,
+
+    /// Go's profiler on the admin port. Accepted and ignored
+    #[arg(long)]
+    pub enable_profiling: bool,
+
+    /// Lock profiling, with --enable-profiling. Accepted and ignored
+    #[arg(long)]
+    pub enable_contention_profiling: bool,
+}
+
+impl AdminFlags {
+    /// The address to listen on. Faults of the flags go to `faults`.
+    pub fn check(&self, port: u16, faults: &mut Faults) -> SocketAddr {
+        faults.require(
+            self.enable_profiling || !self.enable_contention_profiling,
+            "enable-contention-profiling",
+            "needs --enable-profiling",
+        );
+        if self.enable_profiling {
+            faults.warn("enable-profiling", "has no effect, there is no Go profiler here");
+        }
+        faults.bind_address("admin-bind-address", &self.admin_bind_address, port)
+    }
+}

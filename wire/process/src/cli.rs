@@ -1,0 +1,104 @@
+//! The course of a process: flags, log, runtime, work, stop signals, exit code.
+
+use std::{error::Error, ffi::OsString, fmt, process::ExitCode};
+
+use clap::Parser;
+use tokio::runtime::{Builder, Runtime};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    error::with_causes,
+    faults::ConfigErrors,
+    go_flags,
+    invocation::Invocation,
+    logging::{self, LogConfig},
+    signals::StopSignals,
+};
+
+/// Any error that ends a process.
+pub type BoxError = Box<dyn Error + Send + Sync>;
+
+/// A program that [`main`] runs.
+pub trait Program {
+    /// Name of the program, the prefix of its messages on standard error.
+    const NAME: &'static str;
+    /// Command line.
+    type Flags: Parser;
+    /// Checked configuration.
+    type Config;
+
+    /// The configuration that the flags describe.
+    ///
+    /// # Errors
+    /// With every fault of the flags.
+    fn configure(flags: Self::Flags, invocation: Invocation) -> Result<Self::Config, ConfigErrors>;
+
+    /// Log settings of the configuration.
+    fn log(config: &Self::Config) -> LogConfig;
+
+    /// Warnings about the configuration, to be logged at start.
+    fn warnings(config: &Self::Config) -> &[String];
+
+    /// The kind of runtime that the program runs on.
+    fn runtime() -> Builder;
+
+    /// Does the program's work. After `stop` is cancelled it winds down and completes.
+    ///
+    /// # Errors
+    /// With what keeps the program from working.
+    fn run(
+        config: Self::Config,
+        stop: CancellationToken,
+    ) -> impl Future<Output = Result<(), BoxError>>;
+}
+
+/// Runs a program with these arguments, the program's own path first.
+///
+/// The first SIGTERM or SIGINT cancels the program's `stop` token, the second ends the process.
+/// `--help`, `--version` and `--completion` print their text and nothing runs. The exit code is 0,
+/// or 1 for unusable arguments and for a program that failed.
+pub fn main<P: Program>(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args: Vec<_> = args.into_iter().collect();
+    let invocation = Invocation::from_argv0(args.first().map(OsString::as_os_str));
+    let flags: P::Flags = match go_flags::try_parse_from(args) {
+        Ok(flags) => flags,
+        Err(exit) => return exit.print(),
+    };
+    let config = match P::configure(flags, invocation) {
+        Ok(config) => config,
+        Err(faults) => return fail::<P>(&faults),
+    };
+    if let Err(error) = logging::init(P::log(&config)) {
+        return fail::<P>(&error);
+    }
+    P::warnings(&config).iter().for_each(|warning| warn!("{warning}"));
+    let result = P::runtime()
+        .build()
+        .map_err(BoxError::from)
+        .and_then(|runtime: Runtime| runtime.block_on(run_until_signalled::<P>(config)));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail::<P>(&with_causes(&*error)),
+    }
+}
+
+async fn run_until_signalled<P: Program>(config: P::Config) -> Result<(), BoxError> {
+    let mut signals = StopSignals::catch()?;
+    let stop = CancellationToken::new();
+    let signalled = async {
+        let signal = signals.next().await;
+        info!(signal, "stop requested");
+        stop.cancel();
+        signals.exit_at_next().await
+    };
+    tokio::select! {
+        result = P::run(config, stop.clone()) => result,
+        never = signalled => match never {},
+    }
+}
+
+fn fail<P: Program>(error: &dyn fmt::Display) -> ExitCode {
+    eprintln!("{}: {error}", P::NAME);
+    ExitCode::FAILURE
+}

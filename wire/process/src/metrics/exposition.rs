@@ -1,0 +1,244 @@
+//! Families whose values are read at scrape time, in Prometheus' text format 0.0.4.
+
+use std::fmt::{Display, Write as _};
+
+use culvert_transport::{Carrier, TunnelStats, splice::Meter};
+use metrics_process::collector;
+
+/// Kind of a family's values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Values that only grow.
+    Counter,
+    /// Values that go up and down.
+    Gauge,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Counter => "counter",
+            Self::Gauge => "gauge",
+        }
+    }
+}
+
+/// Labels of one value: names and values.
+pub type Labels = Vec<(&'static str, String)>;
+
+/// One tunnel in a scrape: the label that names its peer, its carrier, and its path.
+pub type TunnelRow = ((&'static str, String), Carrier, TunnelStats);
+
+/// The text of one scrape, to which a process adds what it reads at scrape time.
+#[derive(Debug)]
+pub struct Exposition {
+    text: String,
+}
+
+impl Exposition {
+    pub(super) fn new(text: String) -> Self {
+        Self { text }
+    }
+
+    pub(super) fn into_text(self) -> String {
+        self.text
+    }
+
+    /// Adds a family with a value for each set of labels; without rows it adds nothing.
+    pub fn family<V: Display>(
+        &mut self,
+        name: &str,
+        kind: Kind,
+        help: &str,
+        rows: impl IntoIterator<Item = (Labels, V)>,
+    ) {
+        let mut rows = rows.into_iter().peekable();
+        if rows.peek().is_none() {
+            return;
+        }
+        // Writing to a String cannot fail.
+        let text = &mut self.text;
+        let _ = write!(text, "# HELP {name} {help}\n# TYPE {name} {}\n", kind.name());
+        for (labels, value) in rows {
+            let labels: Vec<_> = labels
+                .iter()
+                .map(|(label, value)| format!("{label}=\"{}\"", escape(value)))
+                .collect();
+            let _ = match labels.is_empty() {
+                true => writeln!(text, "{name} {value}"),
+                false => writeln!(text, "{name}{{{}}} {value}", labels.join(",")),
+            };
+        }
+        text.push('\n');
+    }
+
+    /// Adds a gauge without labels.
+    pub fn gauge(&mut self, name: &str, help: &str, value: impl Display) {
+        self.family(name, Kind::Gauge, help, [(vec![], value)]);
+    }
+
+    /// Adds a counter without labels.
+    pub fn counter(&mut self, name: &str, help: &str, value: impl Display) {
+        self.family(name, Kind::Counter, help, [(vec![], value)]);
+    }
+
+    /// Adds the bytes of a meter; `directions` label the bytes to the tunnel and those from it.
+    pub fn meter(&mut self, name: &str, meter: &Meter, directions: [&str; 2]) {
+        let bytes = [meter.to_tunnel(), meter.from_tunnel()];
+        let rows = directions
+            .into_iter()
+            .zip(bytes)
+            .map(|(direction, bytes)| (vec![("direction", direction.to_owned())], bytes));
+        self.family(name, Kind::Counter, "Bytes spliced, by direction.", rows);
+    }
+
+    /// Adds the paths of tunnels, in families whose names begin with `prefix`.
+    #[expect(clippy::cast_precision_loss, reason = "no counter of a tunnel reaches 2^52")]
+    pub fn tunnels(&mut self, prefix: &str, tunnels: &[TunnelRow]) {
+        use Kind::{Counter, Gauge};
+        type Value = fn(&TunnelStats) -> f64;
+        #[rustfmt::skip]
+        let families: [(&str, Kind, &str, Value); 11] = [
+            ("rtt_seconds", Gauge, "Smoothed round-trip time of the tunnel's path, in seconds.",
+                |stats| stats.rtt.as_secs_f64()),
+            ("cwnd_bytes", Gauge, "Congestion window of the tunnel, in bytes.",
+                |stats| stats.cwnd as f64),
+            ("mtu_bytes", Gauge, "Largest UDP payload that the path is known to carry, in bytes.",
+                |stats| f64::from(stats.mtu)),
+            ("sent_packets_total", Counter, "Packets sent on the tunnel.",
+                |stats| stats.sent_packets as f64),
+            ("lost_packets_total", Counter, "Packets of the tunnel declared lost.",
+                |stats| stats.lost_packets as f64),
+            ("congestion_events_total", Counter,
+                "Times the tunnel's congestion window was cut.",
+                |stats| stats.congestion_events as f64),
+            ("black_holes_total", Counter,
+                "Times the tunnel's path was found to swallow large packets.",
+                |stats| stats.black_holes as f64),
+            ("copies_sent_total", Counter,
+                "Thin writes of the tunnel that were sent a second time.",
+                |stats| stats.copies_sent as f64),
+            ("copies_used_total", Counter,
+                "Second copies that came before the first, which was late or lost.",
+                |stats| stats.copies_used as f64),
+            ("sent_bytes_total", Counter, "UDP payload bytes sent on the tunnel.",
+                |stats| stats.sent_bytes as f64),
+            ("received_bytes_total", Counter, "UDP payload bytes received on the tunnel.",
+                |stats| stats.received_bytes as f64),
+        ];
+        for (name, kind, help, value) in families {
+            let rows = tunnels.iter().map(|(peer, carrier, stats)| {
+                (vec![peer.clone(), ("transport", carrier.name().to_owned())], value(stats))
+            });
+            self.family(&format!("{prefix}_{name}"), kind, help, rows);
+        }
+    }
+
+    /// Adds the `process_*` metrics that client_golang exports, with its HELP texts. A value that
+    /// the system does not give is left out.
+    ///
+    /// metrics-process only reads the values: registered as its own metrics, the seconds of
+    /// processor time would lose their fractions.
+    pub(super) fn process(&mut self) {
+        let process = collector::collect();
+        let mut gauge = |name, help, value: Option<u64>| {
+            if let Some(value) = value {
+                self.gauge(name, help, value);
+            }
+        };
+        gauge(
+            "process_resident_memory_bytes",
+            "Resident memory size in bytes.",
+            process.resident_memory_bytes,
+        );
+        gauge(
+            "process_virtual_memory_bytes",
+            "Virtual memory size in bytes.",
+            process.virtual_memory_bytes,
+        );
+        gauge("process_open_fds", "Number of open file descriptors.", process.open_fds);
+        gauge("process_max_fds", "Maximum number of open file descriptors.", process.max_fds);
+        gauge(
+            "process_start_time_seconds",
+            "Start time of the process since unix epoch in seconds.",
+            process.start_time_seconds,
+        );
+        if let Some(seconds) = process.cpu_seconds_total {
+            let help = "Total user and system CPU time spent in seconds.";
+            self.counter("process_cpu_seconds_total", help, seconds);
+        }
+    }
+}
+
+fn escape(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_family_escapes_its_labels_and_is_left_out_without_rows() {
+        let mut exposition = Exposition::new(String::new());
+        exposition.tunnels("culvert_server_tunnel", &[]);
+        exposition.family("x", Kind::Gauge, "Help.", Vec::<(Labels, u64)>::new());
+        assert_eq!(exposition.text, "");
+        let rows = [(vec![("agent_id", "a\"b\\c\nd".to_owned()), ("b", "c".to_owned())], 1)];
+        exposition.family("x", Kind::Gauge, "Help.", rows);
+        let text = "# HELP x Help.\n# TYPE x gauge\nx{agent_id=\"a\\\"b\\\\c\\nd\",b=\"c\"} 1\n\n";
+        assert_eq!(exposition.into_text(), text);
+    }
+
+    #[test]
+    fn each_family_of_a_tunnel_has_its_own_value() {
+        let mut stats = TunnelStats::default();
+        stats.rtt = std::time::Duration::from_millis(1500);
+        (stats.cwnd, stats.mtu) = (2, 3);
+        (stats.sent_packets, stats.lost_packets) = (4, 5);
+        (stats.congestion_events, stats.black_holes) = (6, 7);
+        (stats.copies_sent, stats.copies_used) = (8, 9);
+        (stats.sent_bytes, stats.received_bytes) = (10, 11);
+        let mut exposition = Exposition::new(String::new());
+        exposition.tunnels("t", &[(("agent_id", "a".to_owned()), Carrier::Quic, stats)]);
+        let labels = "{agent_id=\"a\",transport=\"quic\"} ";
+        let lines = exposition.text.lines();
+        let values: Vec<_> =
+            lines.filter_map(|line| line.strip_prefix("t_")?.split_once(labels)).collect();
+        let names = [
+            ("rtt_seconds", "1.5"),
+            ("cwnd_bytes", "2"),
+            ("mtu_bytes", "3"),
+            ("sent_packets_total", "4"),
+            ("lost_packets_total", "5"),
+            ("congestion_events_total", "6"),
+            ("black_holes_total", "7"),
+            ("copies_sent_total", "8"),
+            ("copies_used_total", "9"),
+            ("sent_bytes_total", "10"),
+            ("received_bytes_total", "11"),
+        ];
+        assert_eq!(values, names);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_metrics_of_the_process_are_plausible() {
+        let mut exposition = Exposition::new(String::new());
+        exposition.process();
+        let text = exposition.into_text();
+        let value = |name: &str| -> f64 {
+            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            line.unwrap_or_else(|| panic!("{name} in {text}")).parse().unwrap()
+        };
+        assert!(value("process_resident_memory_bytes") > 1e5);
+        assert!(value("process_virtual_memory_bytes") >= value("process_resident_memory_bytes"));
+        assert!(value("process_open_fds") >= 3.0);
+        assert!(value("process_max_fds") >= value("process_open_fds"));
+        assert!(value("process_cpu_seconds_total") >= 0.0);
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        let age = now.as_secs_f64() - value("process_start_time_seconds");
+        assert!((-5.0..86_400.0).contains(&age), "started {age} s ago");
+        assert!(text.contains("# TYPE process_cpu_seconds_total counter\n"), "{text}");
+    }
+}

@@ -1,0 +1,74 @@
+//! A program from its arguments to its exit code. A process of its own, because of the signals.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::{ffi::OsString, process::ExitCode};
+
+use culvert_process::{
+    cli::{BoxError, Program, main},
+    faults::{ConfigErrors, Faults},
+    invocation::Invocation,
+    logging::{LogConfig, LogFormat},
+};
+use tokio::runtime::Builder;
+use tokio_util::sync::CancellationToken;
+
+#[derive(Debug, clap::Parser)]
+#[command(name = "sample", version = "1")]
+struct Flags {
+    #[arg(long, default_value_t = 0)]
+    code: i64,
+}
+
+/// Fails unless `--code=0`; its configuration is refused when negative.
+struct Sample;
+
+impl Program for Sample {
+    const NAME: &'static str = "sample";
+    type Flags = Flags;
+    type Config = i64;
+
+    fn configure(flags: Flags, _: Invocation) -> Result<i64, ConfigErrors> {
+        let mut faults = Faults::new();
+        faults.require(flags.code >= 0, "code", "must not be negative");
+        faults.finish().map(|_| flags.code)
+    }
+
+    fn log(_: &i64) -> LogConfig {
+        LogConfig { format: LogFormat::Text, verbosity: 0 }
+    }
+
+    fn warnings(_: &i64) -> &[String] {
+        &[]
+    }
+
+    fn runtime() -> Builder {
+        let mut builder = Builder::new_current_thread();
+        builder.enable_all();
+        builder
+    }
+
+    async fn run(code: i64, stop: CancellationToken) -> Result<(), BoxError> {
+        let pid = std::process::id().to_string();
+        let sent = tokio::process::Command::new("kill").args(["-TERM", &pid]).status();
+        assert!(sent.await?.success());
+        stop.cancelled().await;
+        if code == 0 { Ok(()) } else { Err("failed".into()) }
+    }
+}
+
+fn code_of(args: &[&str]) -> String {
+    let args = ["sample"].iter().chain(args).map(OsString::from);
+    format!("{:?}", main::<Sample>(args))
+}
+
+/// One test, because a process has one log and one set of signal handlers.
+#[test]
+fn the_exit_code_says_how_the_process_ended() {
+    let (success, failure) =
+        (format!("{:?}", ExitCode::SUCCESS), format!("{:?}", ExitCode::FAILURE));
+    assert_eq!(code_of(&["--version"]), success);
+    assert_eq!(code_of(&["--no-such-flag"]), failure);
+    assert_eq!(code_of(&["--code=-1"]), failure);
+    assert_eq!(code_of(&["--code=0"]), success, "stopped by SIGTERM");
+    assert_eq!(code_of(&["--code=1"]), failure, "a second log is refused");
+}
