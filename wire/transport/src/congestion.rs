@@ -1,11 +1,17 @@
 //! Congestion control for tunnels on lossy links.
 //!
-//! A tunnel shares one congestion window among keystrokes and downloads, so two things count:
-//! that random loss does not close the window, and that the window is no larger than the path, for
-//! every byte beyond that waits in a queue which keystrokes share. [`Congestion::Model`] keeps a
-//! model of the path, bandwidth × minimum RTT, in the manner of BBRv3
-//! (draft-ietf-ccwg-bbr). quinn's controllers cannot set a pacing rate: its pacer sends at 1.25
-//! windows per smoothed RTT. So where BBR changes its pacing gain, this one changes the window.
+//! Keystrokes and downloads of a tunnel share one congestion window, so two things count: random
+//! loss must not close the window, and the window must not exceed the path, for every byte beyond
+//! waits in a queue that keystrokes share. [`Congestion::Model`] keeps a model of the path,
+//! bandwidth and shortest round-trip time, in the manner of BBRv3 (draft-ietf-ccwg-bbr). quinn's
+//! controllers cannot set a pacing rate: its pacer sends 1.25 windows per smoothed round-trip time.
+//! So where BBR changes its pacing gain, this controller changes the window.
+//!
+//! ```text
+//!  sampler   acknowledgements ─▶ delivery rate and round-trip time
+//!  filter    maximum of the last rounds
+//!  model     both ─▶ congestion window
+//! ```
 
 mod filter;
 mod model;
@@ -17,13 +23,13 @@ use quinn::congestion::{ControllerFactory, CubicConfig};
 
 use model::ModelConfig;
 
-/// Congestion window at start: 32 packets, so that a dial and its first answer fit without waiting.
+/// Congestion window at the start, in bytes: 32 packets, so that a dial and its first answer fit.
 const INITIAL_WINDOW: u64 = 32 * 1200;
 
 /// Which congestion control a tunnel sends with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Congestion {
-    /// What measures best: today that is the model.
+    /// The one that measures best: now [`Congestion::Model`].
     #[default]
     Auto,
     /// The model of the path.
@@ -33,7 +39,7 @@ pub enum Congestion {
 }
 
 impl Congestion {
-    /// What quinn makes a controller of for each path.
+    /// What makes quinn's controller for each path.
     pub(crate) fn factory(self) -> Arc<dyn ControllerFactory + Send + Sync> {
         match self {
             Self::Auto | Self::Model => Arc::new(ModelConfig),
@@ -56,7 +62,7 @@ impl fmt::Display for Congestion {
     }
 }
 
-/// A word that names no congestion control.
+/// Text that names no congestion control.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is none of auto, model, cubic")]
 pub struct UnknownCongestion(String);
@@ -64,9 +70,9 @@ pub struct UnknownCongestion(String);
 impl FromStr for Congestion {
     type Err = UnknownCongestion;
 
-    fn from_str(word: &str) -> Result<Self, UnknownCongestion> {
+    fn from_str(name: &str) -> Result<Self, UnknownCongestion> {
         let known = [Self::Auto, Self::Model, Self::Cubic];
-        let found = known.into_iter().find(|congestion| congestion.to_string() == word);
-        found.ok_or_else(|| UnknownCongestion(word.into()))
+        let found = known.into_iter().find(|congestion| congestion.to_string() == name);
+        found.ok_or_else(|| UnknownCongestion(name.into()))
     }
 }

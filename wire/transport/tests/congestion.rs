@@ -1,5 +1,5 @@
-//! The congestion controller on simulated networks, with bounds on what it achieves, what it loses
-//! and how long keystrokes wait beside it.
+//! The congestion controller on simulated networks: bounds on the rate it reaches, the packets it
+//! loses, and the time that keystrokes take beside it.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod simulation;
@@ -27,14 +27,14 @@ fn one_seed_gives_one_run() {
 }
 
 #[test]
-fn a_clean_link_is_full_and_its_queue_short() {
+fn a_clean_link_is_filled_and_its_queue_stays_short() {
     let outcome = Simulation::new(wan(1.0)).run("clean");
     assert!(outcome.total() > 90.0);
     assert!(outcome.echo(0.5) < 60.0 && outcome.echo(0.99) < 80.0);
 }
 
 #[test]
-fn random_loss_is_no_congestion() {
+fn random_loss_is_not_congestion() {
     for (loss, least, p99) in [(0.01, 88.0, 120.0), (0.05, 80.0, 180.0)] {
         let outcome = Simulation::new(Settings { loss, ..wan(1.0) }).run(&format!("loss {loss}"));
         assert!(outcome.total() > least);
@@ -43,7 +43,7 @@ fn random_loss_is_no_congestion() {
 }
 
 #[test]
-fn a_path_is_found_at_once_whatever_it_loses() {
+fn the_bandwidth_of_a_lossy_path_is_found_within_two_seconds() {
     for seed in 1..=20 {
         let simulation = Simulation {
             warmup: Duration::from_secs(2),
@@ -56,7 +56,7 @@ fn a_path_is_found_at_once_whatever_it_loses() {
 }
 
 #[test]
-fn losses_in_bursts_are_no_congestion() {
+fn bursts_of_loss_are_not_congestion() {
     let bursts = Some(Bursts { begin: 0.002, end: 0.2 });
     let outcome = Simulation::new(Settings { bursts, ..wan(1.0) }).run("bursts of 5");
     assert!(outcome.total() > 80.0);
@@ -97,7 +97,7 @@ fn a_satellite_is_filled() {
 }
 
 #[test]
-fn a_policer_is_obeyed() {
+fn a_policer_drops_little() {
     let policer = Some(Policer { rate: 20.0, burst: 100_000.0 });
     let outcome = Simulation::new(Settings { policer, ..wan(1.0) }).run("policed to 20 Mbit/s");
     assert!(outcome.total() > 14.0);
@@ -140,7 +140,7 @@ fn a_flow_that_has_little_to_send_sends_it_without_a_queue() {
 }
 
 #[test]
-fn two_of_ours_share() {
+fn two_flows_of_the_model_share_equally() {
     let flows = vec![
         Flow::new(Congestion::Model),
         Flow { begin: Duration::from_secs(2), ..Flow::new(Congestion::Model) },
@@ -151,14 +151,14 @@ fn two_of_ours_share() {
         measured: Duration::from_secs(20),
         ..Simulation::new(wan(1.0))
     };
-    let outcome = simulation.run("two of ours");
+    let outcome = simulation.run("two of the model");
     let [one, other] = outcome.rates[..] else { panic!() };
     assert!(outcome.total() > 88.0);
     assert!(one.min(other) >= 0.8 * one.max(other));
 }
 
 #[test]
-fn ours_and_cubic_leave_each_other_a_quarter() {
+fn the_model_and_cubic_leave_each_other_a_quarter() {
     for products in [1.0, 4.0] {
         let flows = vec![Flow::new(Congestion::Model), Flow::new(Congestion::Cubic)];
         let simulation = Simulation {
@@ -174,16 +174,18 @@ fn ours_and_cubic_leave_each_other_a_quarter() {
 }
 
 #[test]
-fn a_thin_write_that_is_sent_twice_does_not_wait_for_a_loss() {
+fn thin_writes_that_are_sent_twice_do_not_wait_for_a_retransmission() {
     for (loss, downloads, least, p98) in
-        [(0.01, 0, 0.0, 56.0), (0.01, 4, 88.0, 80.0), (0.05, 4, 80.0, 90.0)]
+        [(0.01, 0, None, 56.0), (0.01, 4, Some(88.0), 80.0), (0.05, 4, Some(80.0), 90.0)]
     {
         let flow = Flow { downloads, hedged: true, ..Flow::new(Congestion::Model) };
         let link = Settings { loss, ..wan(1.0) };
         let simulation = Simulation { flows: vec![flow], ..Simulation::new(link) };
         let outcome = simulation.run(&format!("hedged, {downloads} downloads, loss {loss}"));
-        assert!(outcome.total() >= least);
-        // One keystroke whose both copies are lost holds back the next one or two.
+        if let Some(least) = least {
+            assert!(outcome.total() >= least);
+        }
+        // A keystroke of which both copies are lost delays the next one or two.
         assert!(outcome.echo(0.5) < 60.0 && outcome.echo(0.98) < p98);
     }
 }
@@ -197,15 +199,18 @@ fn keystrokes_and_short_answers_overtake_forty_downloads() {
     });
     assert!(scheduled.total() > 88.0, "the downloads go on");
     assert!(scheduled.echo(0.5) < 60.0 && scheduled.echo(0.99) < 80.0);
-    // 25 ms of path and 5 of bandwidth, and what waits in front.
+    // 25 ms of delay, 5 ms at the bandwidth, and what waits in front.
     assert!(scheduled.answer(0.5) < 50.0);
-    assert!(plain.answer(0.5) > 2.0 * scheduled.answer(0.5), "this is what classes are for");
+    assert!(
+        plain.answer(0.5) > 2.0 * scheduled.answer(0.5),
+        "without classes, answers wait behind downloads"
+    );
 }
 
 #[test]
-fn a_link_that_is_gone_for_a_moment_holds_keystrokes_up_little_longer() {
+fn keystrokes_go_on_soon_after_an_outage() {
     for (typists, downloads, millis) in [(1, 0, 300), (1, 4, 300), (1, 0, 1000), (40, 0, 500)] {
-        // Alone, keystrokes have round trips so even that QUIC finds the path gone for good.
+        // Keystrokes alone have round trips so even that QUIC finds persistent congestion.
         let answers = typists == 1;
         let flow =
             Flow { typists, downloads, hedged: true, answers, ..Flow::new(Congestion::Model) };
@@ -218,17 +223,25 @@ fn a_link_that_is_gone_for_a_moment_holds_keystrokes_up_little_longer() {
     }
 }
 
-/// One typist and nothing else: nothing follows a lost packet that would show the loss soon.
+/// One typist and nothing else: no packets follow a lost one that would show the loss soon. A
+/// single copy waits for a probe time-out; two copies wait for none, but for the few that are both
+/// lost.
 #[test]
-fn a_lone_keystroke_does_not_wait_for_a_time_out() {
-    for (loss, hedged) in [(0.01, false), (0.01, true), (0.05, false), (0.05, true)] {
+fn a_lone_keystroke_that_is_sent_twice_does_not_wait_for_a_time_out() {
+    // Bounds of the 99th percentile: two round trips and 10 ms, or a time-out and its round trip.
+    for (loss, hedged, least, most) in [
+        (0.01, false, 110.0, 250.0),
+        (0.01, true, 50.0, 110.0),
+        (0.05, false, 110.0, 400.0),
+        (0.05, true, 50.0, 110.0),
+    ] {
         let flow = Flow { downloads: 0, hedged, answers: false, ..Flow::new(Congestion::Model) };
         let link = Settings { loss, ..wan(1.0) };
         let measured = Duration::from_secs(100);
         let simulation = Simulation { flows: vec![flow], measured, ..Simulation::new(link) };
         let copies = if hedged { "twice" } else { "once" };
         let outcome = simulation.run(&format!("one typist, sent {copies}, loss {loss}"));
-        // Two round trips and 10 ms.
-        assert!(!hedged || outcome.echo(0.99) < 110.0);
+        let p99 = outcome.echo(0.99);
+        assert!((least..most).contains(&p99), "{p99} ms");
     }
 }

@@ -1,12 +1,13 @@
-//! The largest value of a sliding window.
+//! The maximum of a sliding window.
 
 use std::collections::VecDeque;
 
-/// Keeps the largest of the values of the last `length` rounds.
+/// Keeps the maximum of the values of the last `length` rounds.
 #[derive(Clone, Debug)]
 pub(super) struct MaxFilter {
     length: u64,
-    /// Descending values of ascending rounds: each is the largest from its round on.
+    /// Rounds and values, by ascending round and descending value: each is the maximum since its
+    /// round.
     candidates: VecDeque<(u64, f64)>,
 }
 
@@ -42,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_largest_is_kept_for_its_time() {
+    fn the_maximum_is_kept_for_as_many_rounds() {
         let mut filter = MaxFilter::new(3);
         assert_eq!(filter.max(), 0.0);
         for (round, value, largest) in [

@@ -1,34 +1,35 @@
-//! How fast the path delivers, measured from acknowledgements.
+//! Samples of the delivery rate, from acknowledgements (draft-ietf-ccwg-bbr §4.1).
 //!
-//! draft-ietf-ccwg-bbr §4.1 (delivery rate samples). quinn tells a controller when packets were
-//! sent and which were acknowledged, so each moment of sending is remembered with what had been
-//! delivered by then.
+//! quinn reports to a controller when packets are sent, and when the acknowledged ones were. So the
+//! sampler keeps, for each moment of sending, what had been delivered by then.
 
 use std::{
     collections::VecDeque,
     time::{Duration, Instant},
 };
 
-/// Moments of sending that are remembered: more than a window of single packets at 10 Gbit/s over
-/// a millisecond, or of batches at 1 Gbit/s over a satellite.
+/// Maximum number of moments of sending that are kept: more than a window of single packets at
+/// 10 Gbit/s over a millisecond, or of batches at 1 Gbit/s over a satellite.
 const MAX_FLIGHTS: usize = 16_384;
 
-/// Measures delivery.
+/// Measures the delivery rate. The names are the draft's.
 #[derive(Clone, Debug)]
 pub(super) struct Sampler {
+    /// Number of bytes delivered.
     delivered: u64,
+    /// When the last of them were acknowledged.
     delivered_at: Instant,
     /// When the newest packet that has been acknowledged was sent.
     first_sent: Instant,
-    /// What is delivered up to here says less than the path can do.
+    /// Until this many bytes are delivered, samples show less than the path can do.
     app_limited_until: u64,
-    /// Nothing was in flight after the last acknowledgement, and nothing was sent since.
+    /// Whether nothing was in flight after the last acknowledgement and nothing was sent since.
     idle: bool,
     flights: VecDeque<Flight>,
     batch: Batch,
 }
 
-/// Packets sent at one moment, and what was known then.
+/// Packets sent at one moment, and the sampler's state then.
 #[derive(Clone, Copy, Debug)]
 struct Flight {
     sent: Instant,
@@ -45,18 +46,18 @@ struct Batch {
     newest: Option<Instant>,
 }
 
-/// What an acknowledgement says about the path.
+/// What an acknowledgement shows of the path.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sample {
-    /// Bytes that it acknowledged.
+    /// Number of bytes acknowledged.
     pub(super) bytes: u64,
-    /// How long ago the newest of its packets was sent.
+    /// Time since the newest of its packets was sent.
     pub(super) rtt: Duration,
-    /// Bytes delivered when that packet was sent.
+    /// Number of bytes delivered when that packet was sent.
     pub(super) delivered_before: u64,
-    /// Bytes per second, unless the time was too short to say.
+    /// Delivery rate in bytes per second, unless the time was too short to measure it.
     pub(super) rate: Option<f64>,
-    /// Whether the sender had nothing to send, so that the path can do more than that.
+    /// Whether the application had nothing to send, so that the path may deliver more.
     pub(super) app_limited: bool,
 }
 
@@ -73,7 +74,7 @@ impl Sampler {
         }
     }
 
-    /// Bytes delivered so far.
+    /// Number of bytes delivered so far.
     pub(super) fn delivered(&self) -> u64 {
         self.delivered
     }
@@ -98,13 +99,13 @@ impl Sampler {
         });
     }
 
-    /// One packet of an acknowledgement.
+    /// Takes one packet of an acknowledgement.
     pub(super) fn on_ack(&mut self, sent: Instant, bytes: u64) {
         self.batch.bytes += bytes;
         self.batch.newest = self.batch.newest.max(Some(sent));
     }
 
-    /// The acknowledgement is complete: what it says.
+    /// Ends an acknowledgement; what it shows, unless its packets are no longer known.
     pub(super) fn on_end_acks(
         &mut self,
         now: Instant,
@@ -120,15 +121,15 @@ impl Sampler {
         let newest = newest?;
         self.delivered += bytes;
         self.delivered_at = now;
-        let place = self.flights.partition_point(|flight| flight.sent < newest);
-        let flight = *self.flights.get(place).filter(|flight| flight.sent == newest)?;
-        // An older packet's acknowledgement will tell less than this one.
-        self.flights.drain(..place);
+        let index = self.flights.partition_point(|flight| flight.sent < newest);
+        let flight = *self.flights.get(index).filter(|flight| flight.sent == newest)?;
+        // A later acknowledgement of an older packet would show less than this one.
+        self.flights.drain(..index);
         self.first_sent = newest;
         let acked_for = now.saturating_duration_since(flight.delivered_at);
         let sent_for = newest.saturating_duration_since(flight.first_sent);
         let interval = acked_for.max(sent_for);
-        // §4.1.2.4: less than a round trip is compression, not bandwidth.
+        // Over less than a round trip, acknowledgements were compressed (§4.1.2.4).
         let rate = (interval >= min_rtt && !interval.is_zero())
             .then(|| (self.delivered - flight.delivered) as f64 / interval.as_secs_f64());
         Some(Sample {

@@ -117,8 +117,11 @@ impl<'a> Pumps<'a> {
     /// Discards what the local side sends, until it ends or the direction from the tunnel has
     /// ended.
     async fn discard(&self, reader: &mut impl LocalRead) -> Result<(), LocalFault> {
-        while !self.from_ended.load(Ordering::Relaxed) && reader.read().await?.is_some() {}
-        Ok(())
+        loop {
+            if self.from_ended.load(Ordering::Relaxed) || reader.read().await?.is_none() {
+                return Ok(());
+            }
+        }
     }
 
     /// Pumps from the tunnel to the local side until the stream ends or the local peer closes.

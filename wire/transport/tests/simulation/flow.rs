@@ -31,13 +31,15 @@ use super::{
     socket::Network,
 };
 
-/// Bytes of a keystroke, and how often one comes.
+/// Length of a keystroke, in bytes.
 const KEYSTROKE: usize = 64;
-/// Bytes per second that may be sent twice.
+/// Number of bytes per second that may be sent twice.
 const HEDGE_RATE: u32 = 128 * 1024;
+/// Interval at which a typist sends keystrokes.
 const KEYSTROKE_INTERVAL: Duration = Duration::from_millis(50);
-/// Bytes of a short answer, and how often one comes.
+/// Length of a short answer, in bytes.
 const ANSWER: usize = 64 * 1024;
+/// Interval at which they are sent.
 const ANSWER_INTERVAL: Duration = Duration::from_millis(500);
 
 /// One tunnel whose agent sends downloads to its server.
@@ -49,13 +51,13 @@ pub(crate) struct Flow {
     pub(crate) begin: Duration,
     /// Bytes per second of each download, if it cannot fill the path.
     pub(crate) limit: Option<f64>,
-    /// How many type at the same time.
+    /// Number of typists.
     pub(crate) typists: usize,
     /// Whether thin writes are sent twice.
     pub(crate) hedged: bool,
-    /// Whether short answers go with the keystrokes, so that acknowledgements never cease.
+    /// Whether short answers are sent beside the keystrokes, so that acknowledgements never cease.
     pub(crate) answers: bool,
-    /// Whether streams are told apart by what they have had.
+    /// Whether streams have priorities by the service they have attained.
     pub(crate) scheduled: bool,
 }
 
@@ -75,7 +77,7 @@ impl Flow {
 }
 
 impl Flow {
-    /// Makes a stream like any other, unless streams are told apart.
+    /// Gives a stream the priority of all others, unless streams have priorities of their own.
     fn mark(&self, send: &mut SendHalf) {
         if !self.scheduled {
             send.set_priority(0);
@@ -83,7 +85,7 @@ impl Flow {
     }
 }
 
-/// A network, what goes over it and for how long.
+/// A network, the flows over it, and for how long they are measured.
 #[derive(Clone, Debug)]
 pub(crate) struct Simulation {
     /// Both directions.
@@ -94,26 +96,32 @@ pub(crate) struct Simulation {
     pub(crate) seed: u64,
 }
 
-/// What was measured.
+/// Results of a simulation.
 #[derive(Clone, Debug)]
 pub(crate) struct Outcome {
     /// Mbit/s of each flow's downloads.
     pub(crate) rates: Vec<f64>,
     /// The first flow's echoes of keystrokes, sorted.
     pub(crate) echoes: Vec<Duration>,
-    /// What its answers took from the first byte written to the last one read, sorted.
+    /// Times of its answers from the first byte written to the last one read, sorted.
     pub(crate) answers: Vec<Duration>,
-    /// What became of the packets that agents sent, warm-up included.
+    /// Packets that agents sent, including the warm-up.
     pub(crate) packets: Counters,
 }
 
 impl Outcome {
-    /// Milliseconds that this share of the keystrokes did not exceed.
+    /// Time that this share of the keystrokes' echoes did not exceed, in milliseconds.
+    ///
+    /// # Panics
+    /// When no echo arrived.
     pub(crate) fn echo(&self, share: f64) -> f64 {
         quantile(&self.echoes, share)
     }
 
-    /// Milliseconds that this share of the answers did not exceed.
+    /// Time that this share of the answers did not exceed, in milliseconds.
+    ///
+    /// # Panics
+    /// When no answer arrived.
     pub(crate) fn answer(&self, share: f64) -> f64 {
         quantile(&self.answers, share)
     }
@@ -122,17 +130,25 @@ impl Outcome {
         self.rates.iter().sum()
     }
 
-    /// PriorityBudget of packets that the buffer or the policer dropped.
+    /// Share of packets that the buffer or the policer dropped.
     pub(crate) fn dropped(&self) -> f64 {
         self.packets.dropped as f64 / self.packets.packets as f64
     }
 }
 
-/// 0 of nothing.
+/// The value that this share of the values does not exceed, in milliseconds.
+///
+/// # Panics
+/// Without values: a test in which nothing arrived must not pass.
 fn quantile(sorted: &[Duration], share: f64) -> f64 {
-    let place = (sorted.len() as f64 * share) as usize;
-    let found = sorted.get(place).or_else(|| sorted.last());
-    found.map_or(0.0, |found| found.as_secs_f64() * 1000.0)
+    let last = sorted.len().checked_sub(1).expect("something was measured");
+    let index = (sorted.len() as f64 * share) as usize;
+    sorted[index.min(last)].as_secs_f64() * 1000.0
+}
+
+/// As [`quantile`], for a line of text.
+fn shown(sorted: &[Duration], share: f64) -> String {
+    if sorted.is_empty() { "none".into() } else { format!("{:.1}", quantile(sorted, share)) }
 }
 
 impl Simulation {
@@ -147,21 +163,21 @@ impl Simulation {
         }
     }
 
-    /// Runs it in virtual time, and prints what came of it.
+    /// Runs it in virtual time, and prints the results.
     pub(crate) fn run(&self, name: &str) -> Outcome {
         let runtime = Builder::new_current_thread().enable_time().start_paused(true).build();
         let outcome = runtime.unwrap().block_on(self.perform());
         let rates: Vec<_> = outcome.rates.iter().map(|rate| format!("{rate:.1}")).collect();
         println!(
-            "{name} (seed {}): {} Mbit/s, echo {:.1} / {:.1} / {:.1} ms, answers {:.1} / {:.1} ms, \
+            "{name} (seed {}): {} Mbit/s, echo {} / {} / {} ms, answers {} / {} ms, \
              dropped {:.2} %, lost {}",
             self.seed,
             rates.join(" + "),
-            outcome.echo(0.5),
-            outcome.echo(0.99),
-            outcome.echo(1.0),
-            outcome.answer(0.5),
-            outcome.answer(0.99),
+            shown(&outcome.echoes, 0.5),
+            shown(&outcome.echoes, 0.99),
+            shown(&outcome.echoes, 1.0),
+            shown(&outcome.answers, 0.5),
+            shown(&outcome.answers, 0.99),
             outcome.dropped() * 100.0,
             outcome.packets.lost,
         );
@@ -323,7 +339,7 @@ async fn receive_all(server: Tunnel, bytes: Arc<AtomicU64>, answers: Arc<Mutex<V
     }
 }
 
-/// Sends back what comes on the streams that the server opens.
+/// Sends back what arrives on the streams that the server opens.
 async fn echo(agent: Tunnel, flow: Flow) {
     while let Ok((mut send, mut recv)) = agent.accept().await {
         flow.mark(&mut send);

@@ -1,12 +1,12 @@
 //! A network in memory and in virtual time: real quinn, real TLS, sockets that are queues.
 //!
 //! ```text
-//!  agents ──▶ pipe: turn at the rate, buffer, delay, loss ──▶ servers
+//!  agents ──▶ pipe: policer, buffer, rate, loss, delay ──▶ servers
 //!         ◀── pipe of the other direction ◀──
 //! ```
 //!
-//! All flows of a direction share one pipe. The clock is tokio's, paused: it jumps to whatever is
-//! next, so that a minute takes as long as its packets. Chances are seeded.
+//! All flows of a direction share one pipe. The clock is tokio's, paused: it jumps to the next
+//! event, so a minute takes as long as its packets do. Random numbers are seeded.
 
 mod flow;
 mod pipe;

@@ -7,34 +7,34 @@ use tokio::time::Instant;
 /// IPv4 and UDP headers, which the link carries too.
 const HEADERS: usize = 28;
 
-/// What a direction is like.
+/// Properties of a direction.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Settings {
     /// Mbit/s.
     pub(crate) rate: f64,
-    /// Bytes that may wait.
+    /// Capacity of the queue, in bytes.
     pub(crate) buffer: f64,
     pub(crate) delay: Duration,
     pub(crate) jitter: Duration,
-    /// PriorityBudget of packets that is lost, each on its own.
+    /// Share of packets that are lost, each independently.
     pub(crate) loss: f64,
     pub(crate) bursts: Option<Bursts>,
     pub(crate) policer: Option<Policer>,
-    /// When everything is lost, from the start on, and for how long.
+    /// An outage in which everything is lost: its begin since the start, and its length.
     pub(crate) outage: Option<(Duration, Duration)>,
-    /// The rate swings by this share of it, up and down, once in `swing_period`.
+    /// Share of the rate by which it swings, up and down, once in `swing_period`.
     pub(crate) swing: f64,
     pub(crate) swing_period: Duration,
 }
 
-/// Gilbert–Elliott: chances per packet that a burst of losses begins and ends.
+/// Gilbert–Elliott model: probabilities per packet that a burst of losses begins and ends.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bursts {
     pub(crate) begin: f64,
     pub(crate) end: f64,
 }
 
-/// A token bucket that drops what exceeds it, without any queue.
+/// A token bucket without a queue: it drops what exceeds the rate.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Policer {
     /// Mbit/s.
@@ -63,7 +63,7 @@ impl Settings {
     }
 }
 
-/// What happened to the packets.
+/// Numbers of packets sent, lost on the link, and dropped by the buffer or the policer.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) packets: u64,
@@ -99,7 +99,7 @@ impl Pipe {
         }
     }
 
-    /// When a packet that is sent now arrives, if it does.
+    /// Arrival time of a packet that is sent now, if it arrives.
     pub(super) fn push(&mut self, payload: usize) -> Option<Instant> {
         let (now, length) = (Instant::now(), (payload + HEADERS) as f64);
         self.counters.packets += 1;

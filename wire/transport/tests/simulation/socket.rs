@@ -68,7 +68,7 @@ impl Network {
 pub(super) struct Socket {
     network: Arc<Network>,
     address: SocketAddr,
-    /// Where what it sends goes.
+    /// Index of the pipe that it sends into.
     pipe: usize,
     timer: Mutex<Option<Pin<Box<Sleep>>>>,
 }

@@ -1,0 +1,158 @@
+//! The phases of a flow (§5.3): it finds the bandwidth, and then probes for more in cycles.
+//!
+//! ```text
+//!  Startup ──▶ Down ──▶ Cruise ──▶ Up ──┐      ProbeRtt: from Down, Cruise or Up when the shortest
+//!               ▲                       │                round-trip time is old, and on to Cruise
+//!               └───────────────────────┘
+//! ```
+
+use std::time::{Duration, Instant};
+
+use super::Model;
+
+/// Time after which the shortest round-trip time is measured again (§5.5.7, which has 10 s for how
+/// long it is believed and 5 s between two measurements).
+const MIN_RTT_LIFETIME: Duration = Duration::from_secs(10);
+/// Time for which the window is lowered to measure it (§5.3.4.3, ProbeRTTDuration).
+const PROBE_RTT_DURATION: Duration = Duration::from_millis(200);
+/// Growth of the bandwidth in a round of Startup that shows that there is more (§5.3.1.2).
+const FULL_BW_GROWTH: f64 = 1.25;
+/// Number of rounds without such growth that end Startup (§5.3.1.2).
+const FULL_BW_ROUNDS: u32 = 3;
+/// Number of rounds between two probes for bandwidth, and how much it varies, so that flows do not
+/// probe in step (§5.3.3.5).
+const CRUISE_ROUNDS: u64 = 8;
+const CRUISE_SPREAD: u64 = 3;
+/// Inverse of the share by which inflight_longterm grows in a round of Cruise on a contended path.
+const CONTENDED_GROWTH: u64 = 32;
+
+/// What the flow does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Phase {
+    /// Doubles what it sends until the path is full (§5.3.1).
+    Startup {
+        /// Bandwidth when it last grew well.
+        full_bw: f64,
+        /// Number of rounds since.
+        full_bw_count: u32,
+    },
+    /// Drains its queue (§5.3.2, §5.3.3.1).
+    Down {
+        /// Number of rounds so far.
+        rounds: u64,
+    },
+    /// Sends at the estimated bandwidth (§5.3.3.2).
+    Cruise {
+        /// Number of rounds so far.
+        rounds: u64,
+    },
+    /// Probes for more bandwidth (§5.3.3.4).
+    Up {
+        /// Number of rounds so far, up to 1.
+        rounds: u64,
+        /// Bandwidth before the probe.
+        from: f64,
+    },
+    /// Measures the shortest round-trip time (§5.3.4).
+    ProbeRtt {
+        /// When it ends.
+        until: Instant,
+    },
+}
+
+impl Phase {
+    /// The phase of a new path.
+    pub(super) const START: Self = Self::Startup { full_bw: 0.0, full_bw_count: 0 };
+}
+
+impl Model {
+    /// Chooses the phase of the next round.
+    pub(super) fn next_phase(&mut self, now: Instant, queue_stands: bool) {
+        self.phase = match self.phase {
+            Phase::Startup { full_bw, full_bw_count } => {
+                self.after_startup_round(full_bw, full_bw_count, queue_stands)
+            }
+            Phase::Down { rounds } => self.after_down_round(rounds, queue_stands),
+            Phase::Cruise { rounds } => self.after_cruise_round(rounds),
+            Phase::Up { rounds, from } => self.after_up_round(rounds, from, queue_stands),
+            Phase::ProbeRtt { until } if now >= until => {
+                self.min_rtt = self.round.min_rtt;
+                self.min_rtt_at = now;
+                Phase::Cruise { rounds: 0 }
+            }
+            Phase::ProbeRtt { until } => Phase::ProbeRtt { until },
+        };
+        if now.saturating_duration_since(self.min_rtt_at) > MIN_RTT_LIFETIME
+            && !matches!(self.phase, Phase::ProbeRtt { .. } | Phase::Startup { .. })
+        {
+            self.phase = Phase::ProbeRtt { until: now + PROBE_RTT_DURATION };
+        }
+    }
+
+    /// Leaves Startup when the bandwidth grows no more, a queue stands, or there is congestion.
+    fn after_startup_round(&self, full_bw: f64, full_bw_count: u32, queue_stands: bool) -> Phase {
+        if self.round.app_limited {
+            return self.phase;
+        }
+        let bandwidth = self.bandwidth.max();
+        let grows = bandwidth >= full_bw * FULL_BW_GROWTH;
+        let full_bw_count = if grows { 0 } else { full_bw_count + 1 };
+        if full_bw_count >= FULL_BW_ROUNDS || queue_stands || self.round.congested {
+            return Phase::Down { rounds: 0 };
+        }
+        Phase::Startup { full_bw: if grows { bandwidth } else { full_bw }, full_bw_count }
+    }
+
+    /// Leaves Down when this flow's queue is drained, after four rounds at the latest. Whether a
+    /// queue still stands then shows whether the path is contended.
+    fn after_down_round(&mut self, rounds: u64, queue_stands: bool) -> Phase {
+        let drained = self.inflight <= self.drained(rounds);
+        let empty = drained && (!queue_stands || !self.drains_all());
+        if (rounds >= 1 && empty) || rounds >= 3 {
+            self.contended_cycles = if queue_stands { self.contended_cycles + 1 } else { 0 };
+            return Phase::Cruise { rounds: 0 };
+        }
+        Phase::Down { rounds: rounds + 1 }
+    }
+
+    fn after_cruise_round(&mut self, rounds: u64) -> Phase {
+        if self.round.app_limited {
+            return Phase::Cruise { rounds };
+        }
+        // A competing flow would take the room that a loss has made, if this one waited for its
+        // probe.
+        if self.is_contended() && !self.round.congested {
+            self.inflight_longterm =
+                self.inflight_longterm.map(|limit| limit + limit / CONTENDED_GROWTH);
+        }
+        // While a queue stands, the path delivers all it can, and a window of that rate drains the
+        // queue until the next probe. Flows that all do so keep as many bytes in the queue each,
+        // and so have the same rate.
+        let shared = self.queue() > self.own_queue() * 3 / 2;
+        if (shared || self.bw_shortterm.is_some()) && !self.is_contended() {
+            self.bw_shortterm = Some(self.round.rate);
+        }
+        if rounds >= CRUISE_ROUNDS + self.rounds % CRUISE_SPREAD {
+            self.bw_shortterm = None;
+            return Phase::Up { rounds: 0, from: self.bandwidth.max() };
+        }
+        Phase::Cruise { rounds: rounds + 1 }
+    }
+
+    /// Probes on while the bandwidth grows and no queue stands.
+    fn after_up_round(&mut self, rounds: u64, from: f64, queue_stands: bool) -> Phase {
+        if self.round.congested {
+            return Phase::Down { rounds: 0 };
+        }
+        // The first round still shows what was sent before the probe.
+        if rounds == 0 {
+            return Phase::Up { rounds: 1, from };
+        }
+        self.inflight_longterm = self.inflight_longterm.map(|limit| limit + limit / 8);
+        let bandwidth = self.bandwidth.max();
+        if !queue_stands && bandwidth >= from * 1.1 && !self.round.app_limited {
+            return Phase::Up { rounds: 1, from: bandwidth };
+        }
+        Phase::Down { rounds: 0 }
+    }
+}

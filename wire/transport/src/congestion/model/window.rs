@@ -1,0 +1,135 @@
+//! The congestion window in each phase (§5.6), and the sizes that it is made of.
+
+use std::time::Duration;
+
+use super::{Model, phases::Phase};
+
+/// Window while probing for bandwidth, in BDPs (§5.3.3.4).
+const UP_GAIN: f64 = 1.25;
+/// Window while draining, in what is left when the queue is drained (§5.3.3.1).
+const DOWN_GAIN: f64 = 0.85;
+/// Window while measuring the shortest round-trip time, in BDPs (§5.3.4.3, ProbeRTTCwndGain).
+const PROBE_RTT_GAIN: f64 = 0.5;
+/// Minimum window on a contended path, in BDPs. BBR's window is never less.
+const CONTENDED_GAIN: f64 = 2.0;
+/// Number of cycles in a row whose queue stayed after this flow's was drained that make a path
+/// contended.
+const CONTENDED_CYCLES: u32 = 2;
+/// On a contended path, one cycle of this number drains this flow's queue, to see whether the path
+/// is contended still.
+const DRAINED_CYCLES: u32 = 3;
+/// Number of packets beyond the BDP, so that delayed acknowledgements do not stop the flow
+/// (§5.5.9).
+const EXTRA_PACKETS: u64 = 10;
+/// Time's worth of bytes beyond the BDP.
+const EXTRA_TIME: Duration = Duration::from_millis(1);
+/// Minimum round-trip time of a BDP: on a LAN, timers and schedulers take longer than the path.
+const MIN_BDP_RTT: Duration = Duration::from_millis(4);
+/// Delay below which there is no queue; nor is there one below an eighth of the shortest round-trip
+/// time.
+const MIN_QUEUE: Duration = Duration::from_millis(4);
+/// Minimum window, in packets: fewer cannot repair a loss without a time-out (§2.7,
+/// MinPipeCwnd).
+const MIN_WINDOW_PACKETS: u64 = 4;
+
+impl Model {
+    /// Sets the window for the phase, within its limits.
+    pub(super) fn set_window(&mut self) {
+        let bandwidth = self.bandwidth.max();
+        if bandwidth == 0.0 {
+            return;
+        }
+        let limit = self.inflight_longterm.unwrap_or(u64::MAX);
+        self.window = self.phase_window(bandwidth).min(limit).max(self.min_window());
+        if limit > self.contended_window() * 2 {
+            self.inflight_longterm = None;
+        }
+    }
+
+    fn phase_window(&self, bandwidth: f64) -> u64 {
+        let bdp = self.bdp(bandwidth) as f64;
+        let extra = self.extra();
+        match self.phase {
+            Phase::Startup { .. } => self.window,
+            Phase::Down { rounds } => (self.drained(rounds) as f64 * DOWN_GAIN) as u64,
+            Phase::Cruise { .. } if self.is_contended() => self.contended_window() + extra,
+            Phase::Cruise { .. } => {
+                let rate = self.bw_shortterm.unwrap_or(bandwidth).min(bandwidth);
+                self.bdp(rate) + extra
+            }
+            Phase::Up { .. } if self.is_contended() => {
+                (self.contended_window() as f64 * UP_GAIN) as u64 + extra
+            }
+            Phase::Up { .. } => (bdp * UP_GAIN) as u64 + extra,
+            Phase::ProbeRtt { .. } => (bdp * PROBE_RTT_GAIN) as u64,
+        }
+    }
+
+    pub(super) fn min_window(&self) -> u64 {
+        MIN_WINDOW_PACKETS * self.mtu
+    }
+
+    /// The bandwidth-delay product at this rate, in bytes.
+    pub(super) fn bdp(&self, rate: f64) -> u64 {
+        self.inflight_at(rate, self.min_rtt.unwrap_or_default())
+    }
+
+    /// Number of bytes in flight at this rate and round-trip time; those that the path will lose
+    /// are in flight as well.
+    fn inflight_at(&self, rate: f64, rtt: Duration) -> u64 {
+        (rate * rtt.max(MIN_BDP_RTT).as_secs_f64() / (1.0 - self.usual_loss)) as u64
+    }
+
+    /// Number of bytes beyond the BDP.
+    fn extra(&self) -> u64 {
+        EXTRA_PACKETS * self.mtu + (self.bandwidth.max() * EXTRA_TIME.as_secs_f64()) as u64
+    }
+
+    /// Delay of this round's quickest packet beyond the shortest round-trip time.
+    pub(super) fn queue(&self) -> Duration {
+        let rtts = self.round.min_rtt.zip(self.min_rtt);
+        rtts.map_or(Duration::ZERO, |(round, least)| round.saturating_sub(least))
+    }
+
+    /// Maximum delay that does not count as a queue.
+    pub(super) fn tolerated_queue(&self) -> Duration {
+        MIN_QUEUE.max(self.min_rtt.unwrap_or_default() / 8)
+    }
+
+    /// Delay by this flow's bytes beyond the BDP, if no other flow sends.
+    pub(super) fn own_queue(&self) -> Duration {
+        Duration::from_secs_f64(self.extra() as f64 / self.bandwidth.max().max(1.0))
+    }
+
+    /// Maximum number of bytes in flight once this flow's queue is drained, in this round of Down.
+    pub(super) fn drained(&self, rounds: u64) -> u64 {
+        let bandwidth = self.bandwidth.max();
+        match rounds {
+            _ if !self.drains_all() => self.contended_window(),
+            0 | 1 => self.bdp(bandwidth),
+            // The bandwidth may have fallen, and then the queue is this flow's.
+            _ => self.bdp(bandwidth.min(self.last_rate)),
+        }
+    }
+
+    /// Whether this cycle drains all that this flow has in the queue, to see whether a competing
+    /// flow keeps one. Draining leaves the queue to that flow, so on a contended path it is done
+    /// rarely.
+    pub(super) fn drains_all(&self) -> bool {
+        !self.is_contended() || self.contended_cycles.is_multiple_of(DRAINED_CYCLES)
+    }
+
+    /// Whether a competing flow keeps a queue.
+    pub(super) fn is_contended(&self) -> bool {
+        self.contended_cycles >= CONTENDED_CYCLES
+    }
+
+    /// The window on a contended path: what is delivered in a round trip that includes the queue,
+    /// and at least [`CONTENDED_GAIN`] BDPs.
+    fn contended_window(&self) -> u64 {
+        let rtt = self.min_rtt.unwrap_or_default() + self.last_queue;
+        let bandwidth = self.bandwidth.max();
+        let least = (self.bdp(bandwidth) as f64 * CONTENDED_GAIN) as u64;
+        self.inflight_at(bandwidth, rtt).max(least)
+    }
+}
