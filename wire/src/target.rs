@@ -88,28 +88,50 @@ impl FromStr for Target {
     /// Splits `host:port`, `[ipv6]:port` or `:port` by the rules of Go's `net.SplitHostPort`.
     fn from_str(address: &str) -> Result<Self, InvalidTarget> {
         let shown = || address.chars().filter(|c| !c.is_control()).take(300).collect::<String>();
-        let (host, port) = if let Some(rest) = address.strip_prefix('[') {
-            let (host, tail) =
-                rest.split_once(']').ok_or_else(|| InvalidTarget::MismatchedBracket(shown()))?;
-            let port = tail.strip_prefix(':').ok_or_else(|| InvalidTarget::MissingPort(shown()))?;
-            (host, port)
-        } else {
-            let (host, port) =
-                address.rsplit_once(':').ok_or_else(|| InvalidTarget::MissingPort(shown()))?;
-            if host.contains(':') {
-                return Err(InvalidTarget::TooManyColons(shown()));
-            }
-            (host, port)
-        };
-        if host.contains(['[', ']']) || port.contains(['[', ']']) {
-            return Err(InvalidTarget::MismatchedBracket(shown()));
-        }
+        let (host, port) = split_host_port(address).map_err(|fault| match fault {
+            SplitFault::MissingPort => InvalidTarget::MissingPort(shown()),
+            SplitFault::TooManyColons => InvalidTarget::TooManyColons(shown()),
+            SplitFault::MismatchedBracket => InvalidTarget::MismatchedBracket(shown()),
+        })?;
         let digits = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
         match port.parse() {
             Ok(port) if digits => Self::new(host, port),
             _ => Err(InvalidTarget::InvalidPort(port.chars().take(64).collect())),
         }
     }
+}
+
+/// Why an address could not be split into host and port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SplitFault {
+    /// There is no colon before a port.
+    MissingPort,
+    /// A bare IPv6 address, or more than one colon outside brackets.
+    TooManyColons,
+    /// A bracket opens and does not close, or closes without opening.
+    MismatchedBracket,
+}
+
+/// Splits `host:port`, `[ipv6]:port` or `:port` by the rules of Go's `net.SplitHostPort`: the host
+/// without brackets, and the text of the port, which may be anything.
+///
+/// # Errors
+/// When the address has no port or its brackets or colons do not fit.
+pub fn split_host_port(address: &str) -> Result<(&str, &str), SplitFault> {
+    let (host, port) = if let Some(rest) = address.strip_prefix('[') {
+        let (host, tail) = rest.split_once(']').ok_or(SplitFault::MismatchedBracket)?;
+        (host, tail.strip_prefix(':').ok_or(SplitFault::MissingPort)?)
+    } else {
+        let (host, port) = address.rsplit_once(':').ok_or(SplitFault::MissingPort)?;
+        if host.contains(':') {
+            return Err(SplitFault::TooManyColons);
+        }
+        (host, port)
+    };
+    if host.contains(['[', ']']) || port.contains(['[', ']']) {
+        return Err(SplitFault::MismatchedBracket);
+    }
+    Ok((host, port))
 }
 
 impl fmt::Display for Target {

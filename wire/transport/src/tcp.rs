@@ -86,7 +86,7 @@ pub async fn handshake(
             (Either::Left(socket), *remote)
         }
         Route::Proxied { proxy, host, port } => {
-            let proxied_stream = proxy.pass((host, *port), settings, deadline).await;
+            let proxied_stream = proxy.connect((host, *port), settings, deadline).await;
             let (proxied_stream, address) = proxied_stream
                 .map_err(|fault| ConnectError::Proxy { proxy: proxy.to_string(), fault })?;
             (Either::Right(proxied_stream), canonical(address))

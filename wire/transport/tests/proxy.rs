@@ -1,5 +1,5 @@
-//! Tunnels over TCP that go through a proxy: who is asked for what, what a refusal looks like, and
-//! that nothing between the two ends is lost or trusted.
+//! Tunnels over TCP through a proxy: the request, refusals and other faults, and that no byte is
+//! lost and the proxy is not trusted.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod carriers;
@@ -22,19 +22,18 @@ use tokio_rustls::TlsAcceptor;
 
 use carriers::{Authority, accept_tcp, within};
 
-/// What a proxy does once it has been asked.
+/// What a proxy does with a request.
 #[derive(Clone, Debug)]
 enum Conduct {
-    /// It connects to this address, whatever name it was asked for, unless other credentials are
-    /// wanted.
+    /// Connects to this address, whatever the request names, if the request has the credentials.
     Carry { server: SocketAddr, credentials: Option<&'static str> },
-    /// It answers this, and ends.
+    /// Answers this, and closes.
     Say(Vec<u8>),
-    /// It answers this, and waits.
+    /// Answers this, and waits.
     Hang(Vec<u8>),
 }
 
-/// A proxy, and the requests that came to it.
+/// A proxy, and the requests that it received.
 struct TestProxy {
     address: SocketAddr,
     requests: mpsc::UnboundedReceiver<String>,
@@ -64,12 +63,12 @@ impl TestProxy {
         Self { address, requests, task }
     }
 
-    async fn that_does(conduct: Conduct) -> Self {
+    async fn with_conduct(conduct: Conduct) -> Self {
         Self::new(conduct, None).await
     }
 
-    /// The way through this proxy, as somebody with these credentials.
-    fn way(&self, credentials: &str) -> Route {
+    /// The route through this proxy with these credentials, `user:password@` or nothing.
+    fn route(&self, credentials: &str) -> Route {
         let url = format!("http://{credentials}{}", self.address);
         through(url.parse().unwrap())
     }
@@ -106,7 +105,7 @@ async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
         Conduct::Say(answer) => {
             socket.write_all(&answer).await.unwrap();
             socket.shutdown().await.unwrap();
-            // What comes meanwhile is read, lest the answer be thrown away by a reset.
+            // A socket that is closed with bytes unread sends a reset, which discards the answer.
             let _ = socket.read_to_end(&mut Vec::new()).await;
         }
         Conduct::Hang(answer) => {
@@ -116,7 +115,7 @@ async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-/// A server with a name that only the proxy can look up.
+/// The route to a server with a name that only the proxy can resolve.
 fn through(proxy: Proxy) -> Route {
     Route::Proxied { proxy: proxy.into(), host: "server.invalid".into(), port: 8132 }
 }
@@ -145,21 +144,21 @@ impl Server {
         accept_tcp(socket, tls.into(), &Settings::default()).await
     }
 
-    async fn connect(&self, way: &Route, settings: &Settings) -> Result<Tunnel, ConnectError> {
+    async fn connect(&self, route: &Route, settings: &Settings) -> Result<Tunnel, ConnectError> {
         let roots = self.authority.roots();
         let tls = tunnel_client(roots, None, KeyExchange::Hybrid).unwrap();
-        tcp::connect(way, "127.0.0.1", tls.into(), settings).await.map(Tunnel::from)
+        tcp::connect(route, "127.0.0.1", tls.into(), settings).await.map(Tunnel::from)
     }
 
-    /// Both ends of a tunnel that goes this way; the server's first.
-    async fn pair(&self, way: &Route) -> (Tunnel, Tunnel) {
+    /// Both ends of a tunnel over this route, the server's first.
+    async fn pair(&self, route: &Route) -> (Tunnel, Tunnel) {
         let settings = Settings::default();
-        let (server, agent) = tokio::join!(self.accept(), self.connect(way, &settings));
+        let (server, agent) = tokio::join!(self.accept(), self.connect(route, &settings));
         (server, agent.unwrap())
     }
 }
 
-/// Sends more than any buffer on the way holds, and compares what comes.
+/// Sends more than all buffers on the path hold, and compares what arrives.
 async fn carries(server: &Tunnel, agent: &Tunnel) {
     const LENGTH: usize = 4 << 20;
     let (mut send, _recv) = server.open().await.unwrap();
@@ -185,11 +184,11 @@ async fn carries(server: &Tunnel, agent: &Tunnel) {
     tokio::join!(sending, reading);
 }
 
-/// What a proxy's conduct makes of an attempt.
+/// The error of an attempt through a proxy with this conduct.
 async fn fault(conduct: Conduct, settings: &Settings) -> ConnectError {
-    let proxy = TestProxy::that_does(conduct).await;
+    let proxy = TestProxy::with_conduct(conduct).await;
     let server = Server::new().await;
-    let result = within(server.connect(&proxy.way("user:secret@"), settings)).await;
+    let result = within(server.connect(&proxy.route("user:secret@"), settings)).await;
     let error = result.err().unwrap();
     assert!(!format!("{error} {error:?}").contains("secret"), "{error:?}");
     error
@@ -203,11 +202,11 @@ fn proxy_fault(error: ConnectError) -> ProxyFault {
 }
 
 #[tokio::test]
-async fn a_tunnel_goes_through_a_proxy_that_looks_the_name_up() {
+async fn a_tunnel_goes_through_a_proxy_that_resolves_the_name() {
     within(async {
         let server = Server::new().await;
-        let mut proxy = TestProxy::that_does(server.reached(None)).await;
-        let (near, far) = server.pair(&proxy.way("")).await;
+        let mut proxy = TestProxy::with_conduct(server.reached(None)).await;
+        let (near, far) = server.pair(&proxy.route("")).await;
         carries(&near, &far).await;
         carries(&far, &near).await;
         assert_eq!(far.remote_address(), proxy.address);
@@ -220,14 +219,14 @@ async fn a_tunnel_goes_through_a_proxy_that_looks_the_name_up() {
 }
 
 #[tokio::test]
-async fn credentials_are_shown_to_the_proxy_and_to_nobody_else() {
+async fn credentials_are_sent_to_the_proxy_and_appear_in_no_error() {
     within(async {
         let server = Server::new().await;
         let wanted = "Proxy-Authorization: Basic dXNlcjpzM2NyZXQ=\r\n";
-        let proxy = TestProxy::that_does(server.reached(Some(wanted))).await;
-        let (near, far) = server.pair(&proxy.way("user:s%33cret@")).await;
+        let proxy = TestProxy::with_conduct(server.reached(Some(wanted))).await;
+        let (near, far) = server.pair(&proxy.route("user:s%33cret@")).await;
         carries(&near, &far).await;
-        let error = server.connect(&proxy.way(""), &Settings::default()).await.unwrap_err();
+        let error = server.connect(&proxy.route(""), &Settings::default()).await.unwrap_err();
         assert_eq!(
             error.to_string(),
             format!(
@@ -240,7 +239,7 @@ async fn credentials_are_shown_to_the_proxy_and_to_nobody_else() {
 }
 
 #[tokio::test]
-async fn the_proxy_itself_may_be_behind_tls() {
+async fn the_proxy_may_be_reached_over_tls() {
     within(async {
         let (server, vouching) = (Server::new().await, Authority::new());
         let tls = rustls::ServerConfig::builder_with_provider(KeyExchange::Hybrid.provider())
@@ -258,7 +257,7 @@ async fn the_proxy_itself_may_be_behind_tls() {
             std::fs::write(&path, authority.pem()).unwrap();
             path
         };
-        let way = |file: PathBuf| {
+        let route = |file: PathBuf| {
             let proxies = Proxies::from_env(|name| match name {
                 "HTTPS_PROXY" => Some(url.clone()),
                 "SSL_CERT_FILE" => Some(file.to_str().unwrap().to_owned()),
@@ -268,12 +267,12 @@ async fn the_proxy_itself_may_be_behind_tls() {
             let proxy = proxies.proxy_for("server.invalid", 8132).unwrap();
             Route::Proxied { proxy, host: "server.invalid".into(), port: 8132 }
         };
-        let (near, far) = server.pair(&way(file("vouching", &vouching))).await;
+        let (near, far) = server.pair(&route(file("vouching", &vouching))).await;
         carries(&near, &far).await;
         carries(&far, &near).await;
 
-        // The server's CA vouches for no proxy, and the proxy's for no server.
-        let other = way(file("other", &server.authority));
+        // The CA of servers is not trusted for proxies.
+        let other = route(file("other", &server.authority));
         let fault = proxy_fault(server.connect(&other, &Settings::default()).await.unwrap_err());
         assert!(matches!(&fault, ProxyFault::Tls(why) if why.contains("certificate")), "{fault}");
     })
@@ -281,7 +280,7 @@ async fn the_proxy_itself_may_be_behind_tls() {
 }
 
 #[tokio::test]
-async fn a_proxy_that_will_not_or_cannot_is_told_in_its_words() {
+async fn each_fault_of_a_proxy_is_reported_as_such() {
     let settings = Settings::default();
     let say = |answer: &[u8]| Conduct::Say(answer.to_vec());
     let refused = |status, reason: &str| ProxyFault::Refused { status, reason: reason.into() };
@@ -289,7 +288,8 @@ async fn a_proxy_that_will_not_or_cannot_is_told_in_its_words() {
     for (conduct, expected) in [
         (say(b"HTTP/1.1 407 Who are you\r\n\r\n"), refused(407, "Who are you")),
         (say(b"HTTP/1.1 403 Forbidden\r\n\r\n<html>no</html>"), refused(403, "Forbidden")),
-        (say(b"HTTP/1.1 503 Try \x1b[31mlater\r\n\r\n"), refused(503, "Try [31mlater")),
+        (say(b"HTTP/1.1 503 Try\tlater\r\n\r\n"), refused(503, "Trylater")),
+        (say(b"HTTP/1.1 503 Try \x1b[31mlater\r\n\r\n"), ProxyFault::Malformed),
         (say(b"\x16\x03\x03\x00\x02\x02\x28"), ProxyFault::Malformed),
         (say(b""), ProxyFault::Closed),
         (say(b"HTTP/1.1 200 OK\r\n"), ProxyFault::Closed),
@@ -309,13 +309,13 @@ async fn a_proxy_that_hangs_is_given_up_after_the_idle_timeout() {
         let error = fault(Conduct::Hang(answer.into()), &settings).await;
         assert_eq!(proxy_fault(error), ProxyFault::TimedOut, "{answer:?}");
     }
-    // The proxy has answered, and whatever is behind it does not.
+    // The proxy has answered, and the peer behind it does not.
     let error = fault(Conduct::Hang("HTTP/1.1 200 OK\r\n\r\n".into()), &settings).await;
     assert!(matches!(error, ConnectError::Handshake(TunnelLost::TimedOut)), "{error:?}");
 }
 
 #[tokio::test]
-async fn what_comes_with_the_answer_is_taken_for_the_servers() {
+async fn bytes_in_the_segment_of_the_answer_are_the_servers() {
     // The alert "handshake failure" in the segment of the answer.
     let answer = b"HTTP/1.1 200 OK\r\n\r\n\x15\x03\x03\x00\x02\x02\x28".to_vec();
     let error = fault(Conduct::Say(answer), &Settings::default()).await;
@@ -324,17 +324,17 @@ async fn what_comes_with_the_answer_is_taken_for_the_servers() {
 }
 
 #[tokio::test]
-async fn a_proxy_that_puts_itself_in_the_servers_place_is_found_out() {
+async fn a_proxy_that_impersonates_the_server_is_refused() {
     within(async {
         let (server, other) = (Server::new().await, Server::new().await);
-        let proxy = TestProxy::that_does(other.reached(None)).await;
+        let proxy = TestProxy::with_conduct(other.reached(None)).await;
         let accept = tokio::spawn(async move {
             let identity = other.authority.identity();
             let tls = tunnel_server(identity, None, KeyExchange::Hybrid).unwrap();
             let (socket, _) = other.listener.accept().await.unwrap();
             TlsAcceptor::from(Arc::new(tls)).accept(socket).await.is_err()
         });
-        let error = server.connect(&proxy.way(""), &Settings::default()).await.unwrap_err();
+        let error = server.connect(&proxy.route(""), &Settings::default()).await.unwrap_err();
         assert!(matches!(&error, ConnectError::Handshake(_)), "{error:?}");
         assert!(error.to_string().contains("certificate"), "{error}");
         assert!(accept.await.unwrap());
@@ -343,14 +343,14 @@ async fn a_proxy_that_puts_itself_in_the_servers_place_is_found_out() {
 }
 
 #[tokio::test]
-async fn a_proxy_that_is_not_there_is_told_apart_from_the_server() {
+async fn a_proxy_that_cannot_be_reached_is_not_reported_as_the_server() {
     within(async {
         let server = Server::new().await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         drop(listener);
-        let way = through(url.parse().unwrap());
-        let error = server.connect(&way, &Settings::default()).await.unwrap_err();
+        let route = through(url.parse().unwrap());
+        let error = server.connect(&route, &Settings::default()).await.unwrap_err();
         assert!(error.to_string().contains("Connection refused"), "{error}");
         assert!(matches!(proxy_fault(error), ProxyFault::Unreachable(_)));
     })

@@ -1,21 +1,25 @@
-//! Which servers are reached through a proxy, as the environment says.
+//! The proxy that the environment names, and the servers that are reached without it.
 //!
-//! The rules are those of Go (`golang.org/x/net/http/httpproxy`, for https), which every other
-//! agent of a node goes by: HTTPS_PROXY or https_proxy is the proxy, and NO_PROXY or no_proxy lists
-//! what is reached without it. One thing differs: an unusable proxy is a fault, and not no proxy.
+//! The rules are those of Go (`golang.org/x/net/http/httpproxy`, for https), which other agents of
+//! a node follow: HTTPS_PROXY or https_proxy is the proxy, NO_PROXY or no_proxy lists what is
+//! reached without it. One thing differs: a proxy that cannot be used is an error, and is not
+//! ignored.
 
 use std::{net::IpAddr, path::PathBuf, sync::Arc};
 
+use culvert_wire::target::split_host_port;
+use ipnet::IpNet;
+
 use super::proxy::{InvalidProxy, Proxy};
 
-/// The proxy of a process and whom it is not for.
+/// The proxy of a process, and the servers that it is not used for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Proxies {
     proxy: Option<Arc<Proxy>>,
     exempt: Vec<Exempt>,
 }
 
-/// A variable of the environment names no usable proxy.
+/// A variable of the environment names a proxy that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{variable}: {fault}")]
 pub struct InvalidVariable {
@@ -26,12 +30,13 @@ pub struct InvalidVariable {
 }
 
 impl Proxies {
-    /// What the environment says, read through `variable`; empty variables count as absent.
+    /// Reads the environment through `variable`. Empty variables count as absent.
     ///
-    /// SSL_CERT_FILE, a PEM file, says who vouches for a proxy that is spoken to over TLS.
+    /// SSL_CERT_FILE names a PEM file with the CA certificates for a proxy that is reached over
+    /// TLS.
     ///
     /// # Errors
-    /// When there is a proxy that cannot be used.
+    /// When the environment names a proxy that cannot be used.
     pub fn from_env(
         variable: impl Fn(&'static str) -> Option<String>,
     ) -> Result<Self, InvalidVariable> {
@@ -52,52 +57,48 @@ impl Proxies {
         Ok(Self { proxy: Some(Arc::new(proxy)), exempt })
     }
 
-    /// The proxy through which this server is reached; `None` when it is reached directly.
-    ///
-    /// This machine itself never is behind a proxy.
+    /// The proxy for a server; `None` when the server is reached directly, as this host always is.
     pub fn proxy_for(&self, host: &str, port: u16) -> Option<Arc<Proxy>> {
         let proxy = self.proxy.as_ref()?;
         let host = host.trim().to_ascii_lowercase();
         let ip = host.parse::<IpAddr>().ok().map(|ip| ip.to_canonical());
-        let here = host == "localhost" || ip.is_some_and(|ip| ip.is_loopback());
-        let exempt = here || self.exempt.iter().any(|exempt| exempt.covers(&host, ip, port));
+        let is_local = host == "localhost" || ip.is_some_and(|ip| ip.is_loopback());
+        let exempt = is_local || self.exempt.iter().any(|exempt| exempt.covers(&host, ip, port));
         (!exempt).then(|| proxy.clone())
     }
 }
 
-/// One entry of NO_PROXY. Ports are text, so that one that is no number matches nothing.
+/// One entry of NO_PROXY. Ports are text, so that one that is not a number matches none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Exempt {
     All,
-    Network {
-        address: IpAddr,
-        prefix: u32,
-    },
+    Network(IpNet),
     Address {
         address: IpAddr,
         port: Option<String>,
     },
-    /// A name, with its leading dot, and whether it stands for itself too.
     Name {
+        /// The name with a leading dot.
         suffix: String,
+        /// Whether the entry covers the name itself, and not only names below it.
         itself: bool,
         port: Option<String>,
     },
 }
 
 impl Exempt {
-    /// Reads an entry; one without a host means nothing.
+    /// Reads an entry; `None` if it has no host, which covers nothing.
     fn parse(entry: &str) -> Option<Self> {
         let entry = entry.trim().to_ascii_lowercase();
         if entry == "*" {
             return Some(Self::All);
         }
-        if let Some(network) = parse_network(&entry) {
-            return Some(network);
+        if let Ok(network) = entry.parse() {
+            return Some(Self::Network(network));
         }
-        let (host, port) = match split_port(&entry) {
-            Some((host, port)) => (host, Some(port).filter(|port| !port.is_empty())),
-            None => (entry.as_str(), None),
+        let (host, port) = match split_host_port(&entry) {
+            Ok((host, port)) => (host, Some(port).filter(|port| !port.is_empty())),
+            Err(_) => (entry.as_str(), None),
         };
         let port = port.map(str::to_owned);
         if let Ok(address) = host.parse::<IpAddr>() {
@@ -110,14 +111,14 @@ impl Exempt {
         }
     }
 
-    /// Whether the entry stands for this host and port; names never stand for addresses.
+    /// Whether the entry covers this host and port. Names never cover addresses.
     fn covers(&self, host: &str, ip: Option<IpAddr>, port: u16) -> bool {
         let is_port = |wanted: &Option<String>| {
             wanted.as_ref().is_none_or(|wanted| *wanted == port.to_string())
         };
         match (self, ip) {
             (Self::All, _) => true,
-            (Self::Network { address, prefix }, Some(ip)) => contains(*address, *prefix, ip),
+            (Self::Network(network), Some(ip)) => network.contains(&ip),
             (Self::Address { address, port }, Some(ip)) => *address == ip && is_port(port),
             (Self::Name { suffix, itself, port }, None) => {
                 let is_name = host.ends_with(suffix) || *itself && host == &suffix[1..];
@@ -126,43 +127,6 @@ impl Exempt {
             _ => false,
         }
     }
-}
-
-/// An address and the length of its prefix.
-fn parse_network(entry: &str) -> Option<Exempt> {
-    let (address, prefix) = entry.split_once('/')?;
-    let address: IpAddr = address.parse().ok()?;
-    let digits = prefix.bytes().all(|byte| byte.is_ascii_digit());
-    let prefix = prefix.parse().ok().filter(|prefix| digits && *prefix <= bits(address).1)?;
-    Some(Exempt::Network { address, prefix })
-}
-
-/// Whether an address has the first bits of another.
-fn contains(network: IpAddr, prefix: u32, ip: IpAddr) -> bool {
-    let ((network, length), (ip, ip_length)) = (bits(network), bits(ip));
-    // All bits differ in what comes after the prefix, which is everything for a prefix of none.
-    length == ip_length && (network ^ ip).checked_shr(length - prefix).unwrap_or(0) == 0
-}
-
-/// An address as a number, and how many bits it has.
-fn bits(ip: IpAddr) -> (u128, u32) {
-    match ip {
-        IpAddr::V4(ip) => (ip.to_bits().into(), 32),
-        IpAddr::V6(ip) => (ip.to_bits(), 128),
-    }
-}
-
-/// Host and port of `host:port`, by the rules of Go's `net.SplitHostPort`.
-fn split_port(address: &str) -> Option<(&str, &str)> {
-    let (host, port) = match address.strip_prefix('[') {
-        Some(rest) => {
-            let (host, rest) = rest.split_once(']')?;
-            (host, rest.strip_prefix(':')?)
-        }
-        None => address.rsplit_once(':').filter(|(host, _)| !host.contains(':'))?,
-    };
-    let odd = |text: &str| text.contains(['[', ']']);
-    (!odd(host) && !odd(port) && !port.contains(':')).then_some((host, port))
 }
 
 #[cfg(test)]
@@ -176,14 +140,14 @@ mod tests {
         })
     }
 
-    /// The proxy of a server that nothing is said of.
+    /// The proxy of a server that NO_PROXY does not name.
     fn found(variables: &[(&str, &str)]) -> Option<String> {
         let proxies = proxies(variables).unwrap();
         proxies.proxy_for("server.example", 8132).map(|proxy| proxy.to_string())
     }
 
     #[test]
-    fn the_proxy_is_that_of_https_and_upper_case_goes_first() {
+    fn upper_case_variables_come_first_and_only_those_for_https_count() {
         let (upper, lower) = (("HTTPS_PROXY", "upper:1"), ("https_proxy", "lower:2"));
         assert_eq!(found(&[upper, lower]).unwrap(), "http://upper:1");
         assert_eq!(found(&[lower]).unwrap(), "http://lower:2");
@@ -195,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_proxy_that_cannot_be_used_is_told_with_its_variable() {
+    fn the_fault_of_a_proxy_names_its_variable() {
         let fault = proxies(&[("https_proxy", "socks5://user:secret@proxy:1080")]).unwrap_err();
         assert_eq!(
             fault.to_string(),
@@ -204,9 +168,57 @@ mod tests {
         );
     }
 
+    /// The cases of `TestUseProxy`, `TestAllNoProxy` and `TestInvalidNoProxy` in
+    /// `golang.org/x/net/http/httpproxy/proxy_test.go`.
     #[test]
-    fn what_needs_no_proxy_is_as_in_go() {
-        // NO_PROXY; what is reached directly; what is not.
+    fn the_test_cases_of_go_hold() {
+        let list = "foobar.com, .barbaz.net, *.wildcard.io, 192.168.1.1, 192.168.1.2:81, \
+                    192.168.1.3:80, 10.0.0.0/30, 2001:db8::52:0:1, [2001:db8::52:0:2]:443, \
+                    [2001:db8::52:0:3]:80, 2002:db8:a::45/64";
+        let proxied_with = |list: &str, host: &str| {
+            let proxies = proxies(&[("HTTPS_PROXY", "proxy:1"), ("NO_PROXY", list)]).unwrap();
+            proxies.proxy_for(host, 80).is_some()
+        };
+        let loopback = ["localhost", "127.0.0.1", "127.0.0.2", "::1"];
+        let covered = [
+            "192.168.1.1",
+            "192.168.1.3",
+            "10.0.0.2",
+            "2001:db8::52:0:1",
+            "2001:db8::52:0:3",
+            "2002:db8:a::123",
+            "www.barbaz.net",
+            "foobar.com",
+            "www.foobar.com",
+            "nested.wildcard.io",
+        ];
+        for host in loopback.into_iter().chain(covered) {
+            assert!(!proxied_with(list, host), "{host}");
+        }
+        for host in [
+            "::2",
+            "192.168.1.2",
+            "192.168.1.4",
+            "2001:db8::52:0:2",
+            "fe80::424b:c8be:1643:a1b6",
+            "barbaz.net",
+            "foofoobar.com",
+            "baz.com",
+            "localhost.net",
+            "local.localhost",
+            "barbarbaz.net",
+            "wildcard.io",
+            "awildcard.io",
+        ] {
+            assert!(proxied_with(list, host), "{host}");
+            assert!(!proxied_with("*", host), "{host}");
+        }
+        assert!(proxied_with(":1", "example.com"));
+    }
+
+    #[test]
+    fn no_proxy_covers_what_it_covers_in_go() {
+        // NO_PROXY, servers that are reached directly, and servers that are not.
         type Case = (&'static str, &'static [(&'static str, u16)], &'static [(&'static str, u16)]);
         let cases: &[Case] = &[
             (
@@ -260,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn no_proxy_is_needed_by_nobody() {
+    fn without_a_proxy_servers_are_reached_directly() {
         let proxies = Proxies::default();
         assert_eq!(proxies.proxy_for("server.example", 8132), None);
     }

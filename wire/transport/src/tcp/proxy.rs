@@ -1,8 +1,7 @@
-//! An HTTP proxy, by which connections leave a network that lets nothing out by itself.
+//! An HTTP proxy, for networks from which there is no other route to the server.
 //!
-//! It is asked to reach the server (RFC 9110 §9.3.6, CONNECT), and from then on carries bytes that
-//! it cannot read: TLS to the server begins behind it, and who the server is has to be proven to
-//! the agent as ever.
+//! It is asked to connect to the server (CONNECT, RFC 9110 §9.3.6) and then carries bytes that it
+//! cannot read: TLS is between agent and server, and the server proves to the agent who it is.
 
 mod proxied_stream;
 mod trust;
@@ -10,6 +9,8 @@ mod trust;
 use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD as BASE64};
+use culvert_wire::target::{SplitFault, split_host_port};
+use percent_encoding::percent_decode_str;
 use tokio::{
     io::BufReader,
     net::TcpStream,
@@ -24,28 +25,28 @@ use crate::ProxyFault;
 /// A connection through a proxy, whose bytes are the server's.
 pub type ProxiedStream = BufReader<Either<TcpStream, TlsStream<TcpStream>>>;
 
-/// Where a proxy is, and what it asks of whoever comes.
+/// Address of a proxy, and the credentials for it.
 ///
-/// It reads as `http://host:port` or `https://host:port`, and shows no credentials.
+/// It is displayed as `http://host:port` or `https://host:port`, without credentials.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Proxy {
     scheme: Scheme,
     host: String,
     port: u16,
     credentials: Option<Credentials>,
-    /// A PEM file of who may vouch for the proxy; without one it is the system's.
+    /// PEM file with the CA certificates for the proxy; without one, the system's are used.
     authorities: Option<PathBuf>,
 }
 
-/// How a proxy is spoken to, before it carries anything.
+/// Protocol of the CONNECT request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Scheme {
     Http,
-    /// HTTP within TLS to the proxy itself, so that nobody on the way sees the credentials.
+    /// HTTP within TLS to the proxy, so that the network does not see the credentials.
     Https,
 }
 
-/// The value of a Proxy-Authorization header. It never shows in logs.
+/// Value of a Proxy-Authorization header. It is never displayed.
 #[derive(Clone, PartialEq, Eq)]
 struct Credentials(String);
 
@@ -55,48 +56,47 @@ impl fmt::Debug for Credentials {
     }
 }
 
-/// Text is no proxy's address. It is not repeated here, for it may hold a password.
+/// Why a text is not the address of a proxy. The text is left out, for it may hold a password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidProxy {
-    /// It is spoken to in another way than HTTP.
+    /// The scheme is neither http nor https.
     #[error("a proxy of the scheme {0} is not supported; use an http:// or https:// one")]
     Scheme(String),
     /// There is no host.
     #[error("the proxy's host is missing")]
     Host,
-    /// There is something else than a port behind the host.
+    /// Something other than a port follows the host.
     #[error("the proxy's port is not a number from 1 to 65535")]
     Port,
-    /// The user's name or the password cannot be read.
+    /// The user's name or the password is not percent-encoded.
     #[error("the proxy's user or password has a percent sign before no two hexadecimal digits")]
     Credentials,
 }
 
 impl Proxy {
-    /// Lets the certificates of this PEM file vouch for the proxy itself, instead of the system's.
+    /// Sets the PEM file with the CA certificates for the proxy, instead of the system's.
     #[must_use]
     pub fn with_authorities(self, file: PathBuf) -> Self {
         Self { authorities: Some(file), ..self }
     }
 
-    /// Connects to the proxy and has it connect to the server; and where the proxy is.
-    ///
-    /// The proxy looks the server's name up, not this side.
+    /// Connects to the proxy and asks it to connect to the server; the connection, and the proxy's
+    /// address. The proxy resolves the server's name.
     ///
     /// # Errors
     /// When the proxy cannot be reached, is not who it should be, or refuses.
-    pub(super) async fn pass(
+    pub(super) async fn connect(
         &self,
         (host, port): (&str, u16),
         settings: &Settings,
         deadline: Instant,
     ) -> Result<(ProxiedStream, SocketAddr), ProxyFault> {
-        let passing = async {
+        let connecting = async {
             let (stream, address) = self.reach(settings).await?;
             let credentials = self.credentials.as_ref().map(|Credentials(value)| value.as_str());
             Ok((proxied_stream::open(stream, host, port, credentials).await?, address))
         };
-        timeout_at(deadline, passing).await.unwrap_or(Err(ProxyFault::TimedOut))
+        timeout_at(deadline, connecting).await.unwrap_or(Err(ProxyFault::TimedOut))
     }
 
     /// Connects to the proxy itself.
@@ -124,7 +124,7 @@ impl FromStr for Proxy {
     type Err = InvalidProxy;
 
     /// Reads `[scheme://][user[:password]@]host[:port]` as Go's `httpproxy` does: the scheme is
-    /// `http` unless another is told, and whatever stands behind the address means nothing.
+    /// `http` by default, and what follows the address is ignored.
     fn from_str(url: &str) -> Result<Self, InvalidProxy> {
         let url = url.trim();
         let (scheme, rest) = match url.split_once("://") {
@@ -179,7 +179,7 @@ impl Scheme {
     }
 }
 
-/// Whether a URL's scheme may read so (RFC 3986 §3.1).
+/// Whether a text is the scheme of a URL (RFC 3986 §3.1).
 fn is_scheme(text: &str) -> bool {
     text.starts_with(|c: char| c.is_ascii_alphabetic())
         && text.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
@@ -187,29 +187,33 @@ fn is_scheme(text: &str) -> bool {
 
 /// The host without brackets, and the port if there is one.
 fn split_address(address: &str) -> Result<(&str, Option<u16>), InvalidProxy> {
-    let (host, port) = if let Some(rest) = address.strip_prefix('[') {
-        rest.split_once(']').ok_or(InvalidProxy::Host)?
-    } else {
-        address.split_at(address.find(':').unwrap_or(address.len()))
+    let (host, port) = match split_host_port(address) {
+        Ok((host, port)) => (host, port),
+        Err(SplitFault::MissingPort) => (unbracketed(address).ok_or(InvalidProxy::Port)?, ""),
+        Err(SplitFault::TooManyColons) => return Err(InvalidProxy::Port),
+        Err(SplitFault::MismatchedBracket) => return Err(InvalidProxy::Host),
     };
     if host.is_empty() || host.contains(|c: char| c.is_whitespace() || c.is_control()) {
         return Err(InvalidProxy::Host);
     }
-    let port = match port.strip_prefix(':') {
-        None if port.is_empty() => None,
-        // A colon and nothing behind it is no port either.
-        Some("") => None,
-        Some(digits) if digits.bytes().all(|byte| byte.is_ascii_digit()) => {
-            let port = digits.parse().ok().filter(|port| *port > 0);
-            Some(port.ok_or(InvalidProxy::Port)?)
-        }
-        _ => return Err(InvalidProxy::Port),
-    };
-    Ok((host, port))
+    if port.is_empty() {
+        return Ok((host, None));
+    }
+    let digits = port.bytes().all(|byte| byte.is_ascii_digit());
+    let port = port.parse().ok().filter(|port| digits && *port > 0);
+    Ok((host, Some(port.ok_or(InvalidProxy::Port)?)))
+}
+
+/// A host without the brackets around it; `None` when something follows them.
+fn unbracketed(host: &str) -> Option<&str> {
+    match host.strip_prefix('[') {
+        Some(rest) => rest.strip_suffix(']'),
+        None => Some(host),
+    }
 }
 
 impl Credentials {
-    /// The header of `user[:password]` as it stands in a URL (RFC 7617 §2).
+    /// The header for the `user[:password]` of a URL (RFC 7617 §2).
     fn from_user_info(text: &str) -> Result<Self, InvalidProxy> {
         let (user, password) = text.split_once(':').unwrap_or((text, ""));
         let mut pair = decode_percent(user)?;
@@ -219,24 +223,16 @@ impl Credentials {
     }
 }
 
-/// The bytes that a part of a URL stands for.
+/// The bytes that a percent-encoded part of a URL stands for.
 fn decode_percent(text: &str) -> Result<Vec<u8>, InvalidProxy> {
-    let digit = |byte: Option<u8>| {
-        let digit = char::from(byte?).to_digit(16)?;
-        u8::try_from(digit).ok()
+    let is_encoding = |rest: &str| {
+        rest.as_bytes().get(..2).is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit))
     };
-    let mut bytes = text.bytes();
-    let mut decoded = Vec::with_capacity(text.len());
-    while let Some(byte) = bytes.next() {
-        decoded.push(match byte {
-            b'%' => match (digit(bytes.next()), digit(bytes.next())) {
-                (Some(high), Some(low)) => high << 4 | low,
-                _ => return Err(InvalidProxy::Credentials),
-            },
-            byte => byte,
-        });
+    // The crate would keep a percent sign that begins no encoding.
+    if !text.split('%').skip(1).all(is_encoding) {
+        return Err(InvalidProxy::Credentials);
     }
-    Ok(decoded)
+    Ok(percent_decode_str(text).collect())
 }
 
 #[cfg(test)]

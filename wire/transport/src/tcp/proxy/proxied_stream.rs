@@ -1,8 +1,8 @@
-//! CONNECT, by which a proxy is asked to let a connection through.
+//! The CONNECT request to a proxy, and its answer.
 //!
 //! ```text
-//! CONNECT host:port HTTP/1.1          asked by this side
-//! HTTP/1.1 200 …                      whatever else the head says, the server's bytes follow it
+//! CONNECT host:port HTTP/1.1          request
+//! HTTP/1.1 200 …                      answer; the server's bytes follow its head
 //! ```
 
 use culvert_wire::target::Target;
@@ -10,19 +10,19 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader
 
 use crate::ProxyFault;
 
-/// Most bytes of the head of a proxy's answer.
+/// Maximum length of the head of an answer, in bytes.
 const MAX_HEAD_LEN: usize = 8 * 1024;
-/// Longest reason that is repeated after a refusal.
+/// Maximum length of the reason that is reported of a refusal, in bytes.
 const MAX_REASON_LEN: usize = 100;
-/// Bytes read at once while the head is looked for; larger reads go past the buffer afterwards.
+/// Size of the buffer that the head is read into, in bytes. Larger reads bypass it afterwards.
 const READ_LEN: usize = 1024;
-/// What every answer begins with.
+/// Start of every answer.
 const VERSION: &[u8] = b"HTTP/1.";
-/// What proxies see in their logs.
+/// Value of the User-Agent header.
 const USER_AGENT: &str = concat!("culvert-agent/", env!("CARGO_PKG_VERSION"));
 
-/// Asks for a connection to the server. What comes out of the stream then are the server's bytes,
-/// all of them.
+/// Asks for a connection to the server. The stream that it returns yields all bytes of the server,
+/// and no others.
 pub(super) async fn open<S>(
     mut stream: S,
     host: &str,
@@ -32,7 +32,7 @@ pub(super) async fn open<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    // No line can end within the name, so it cannot add headers.
+    // A target's host has no line ends, so it cannot add headers.
     let server = Target::new(host, port).map_err(|error| ProxyFault::Server(error.to_string()))?;
     let broken = |error: std::io::Error| ProxyFault::Broken(error.into());
     stream.write_all(request(&server, credentials).as_bytes()).await.map_err(broken)?;
@@ -54,13 +54,13 @@ fn request(server: &Target, credentials: Option<&str>) -> String {
     )
 }
 
-/// Reads the head of an answer, its last line included, and nothing behind it.
+/// Reads the head of an answer, including the empty line, and nothing behind it.
 async fn read_head<S>(stream: &mut BufReader<S>) -> Result<Vec<u8>, ProxyFault>
 where
     S: AsyncRead + Unpin,
 {
     let mut head = Vec::new();
-    // Some proxies end their lines as Unix does.
+    // Some proxies end lines without a carriage return.
     while !head.ends_with(b"\r\n\r\n") && !head.ends_with(b"\n\n") {
         if head.len() == MAX_HEAD_LEN {
             return Err(ProxyFault::LongHead);
@@ -68,7 +68,7 @@ where
         let read = stream.fill_buf().await;
         let read = read.map_err(|error| ProxyFault::Broken(error.into()))?;
         let Some(byte) = read.first().copied() else { return Err(ProxyFault::Closed) };
-        // Whoever speaks something else may wait for an answer, and never end this head.
+        // A peer of another protocol may wait for an answer itself, and never end this head.
         if VERSION.get(head.len()).is_some_and(|expected| *expected != byte) {
             return Err(ProxyFault::Malformed);
         }
@@ -78,23 +78,15 @@ where
     Ok(head)
 }
 
-/// The status and the words of an answer; what else its head says does not matter.
+/// The status and the reason of an answer. Its headers do not matter, and are not looked at.
 fn parse(head: &[u8]) -> Option<(u16, String)> {
-    let line = head.split(|byte| *byte == b'\n').next()?;
-    let (_version, rest) = split_at_space(line)?;
-    let (status, reason) = split_at_space(rest).unwrap_or((rest, b""));
-    let status = std::str::from_utf8(status).ok()?.trim_end();
-    if status.len() != 3 || !status.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    let printable = reason.iter().filter(|byte| matches!(byte, b' '..=b'~'));
-    let reason: String = printable.take(MAX_REASON_LEN).copied().map(char::from).collect();
-    Some((status.parse().ok()?, reason))
-}
-
-fn split_at_space(text: &[u8]) -> Option<(&[u8], &[u8])> {
-    let space = text.iter().position(|byte| *byte == b' ')?;
-    Some((&text[..space], &text[space + 1..]))
+    let line = head.split_inclusive(|byte| *byte == b'\n').next()?;
+    let line = [line, b"\r\n"].concat();
+    let mut headers = [];
+    let mut answer = httparse::Response::new(&mut headers);
+    answer.parse(&line).ok()?;
+    let printable = answer.reason?.chars().filter(|c| matches!(c, ' '..='~'));
+    Some((answer.code?, printable.take(MAX_REASON_LEN).collect()))
 }
 
 #[cfg(test)]
@@ -103,7 +95,7 @@ mod tests {
 
     use super::*;
 
-    /// What becomes of a connection whose proxy answers this and ends it; what follows the head.
+    /// Opens a connection through a proxy that answers this and closes; what follows the head.
     async fn answered(answer: &[u8]) -> Result<Vec<u8>, ProxyFault> {
         let (near, mut far) = duplex(1 << 20);
         far.write_all(answer).await.unwrap();
@@ -119,7 +111,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_byte_behind_the_head_is_the_servers() {
+    async fn all_bytes_behind_the_head_are_the_servers() {
         let long = [7; 3 * READ_LEN];
         for head in [
             "HTTP/1.1 200 Connection established\r\n\r\n",
@@ -134,10 +126,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_refusal_is_told_in_words_that_harm_no_log() {
+    async fn a_refusal_is_reported_in_printable_ascii() {
         for (answer, fault) in [
             (&b"HTTP/1.1 403 Forbidden\r\n\r\n<html>"[..], refused(403, "Forbidden")),
-            (b"HTTP/1.1 502 \x1b[31mno\xff\twhere\r\n\r\n", refused(502, "[31mnowhere")),
+            (b"HTTP/1.1 502 no\twhere\r\n\r\n", refused(502, "nowhere")),
+            // Bytes that are not ASCII are allowed (RFC 9112 §4), and the parser leaves them out.
+            (b"HTTP/1.1 502 \xffnowhere\r\n\r\n", refused(502, "")),
+            (b"HTTP/1.1 502 \x1b[31mno\r\n\r\n", Err(ProxyFault::Malformed)),
+            (b"HTTP/1.1 502 no\r\nnot a header\x1b\r\n\r\n", refused(502, "no")),
             (b"HTTP/1.1 407\r\nProxy-Authenticate: Basic\r\n\r\n", refused(407, "")),
             (b"HTTP/1.1 100 Continue\r\n\r\n", refused(100, "Continue")),
             (b"HTTP/1.1 20x OK\r\n\r\n", Err(ProxyFault::Malformed)),
@@ -155,7 +151,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_head_has_a_longest_length() {
+    async fn a_head_beyond_the_maximum_length_is_a_fault() {
         let head = |length: usize| {
             let (start, end) = ("HTTP/1.1 200 OK\r\nX: ", "\r\n\r\n");
             start.to_owned() + &"y".repeat(length - start.len() - end.len()) + end
@@ -166,21 +162,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn whoever_speaks_something_else_is_not_waited_for() {
+    async fn another_protocol_is_recognised_by_its_first_byte() {
         let (near, mut far) = duplex(1024);
         far.write_all(b"220 mail").await.unwrap();
         assert_eq!(open(near, "server", 1, None).await.err(), Some(ProxyFault::Malformed));
     }
 
     #[tokio::test]
-    async fn a_name_adds_no_headers() {
+    async fn a_name_with_a_line_end_is_refused() {
         let (near, _far) = duplex(1024);
         let opened = open(near, "server\r\nX: y", 1, None).await;
         assert!(matches!(opened.err(), Some(ProxyFault::Server(_))));
     }
 
     #[test]
-    fn a_request_names_the_server_and_whoever_asks() {
+    fn a_request_names_the_server_and_the_agent() {
         let server = Target::new("fd00::1", 8132).unwrap();
         assert_eq!(
             request(&server, Some("Basic dTpw")),

@@ -1,5 +1,6 @@
-//! TLS to a proxy itself. The server's CA does not vouch for proxies: the system's do, which are
-//! looked for where Go looks, so that a proxy that works for other agents of a node works for this.
+//! TLS to a proxy itself. Proxies are checked with the system's CA certificates, not with the CA of
+//! servers. They are looked for where Go looks, so a proxy that other agents of a node can use
+//! works for this one too.
 
 use std::{
     path::{Path, PathBuf},
@@ -15,7 +16,7 @@ use crate::{
     tls::{KeyExchange, certificates},
 };
 
-/// Where distributions keep the certificates that the system trusts (Go's `crypto/x509`).
+/// Files in which distributions keep the CA certificates (Go's `crypto/x509`).
 const SYSTEM: [&str; 6] = [
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
@@ -25,7 +26,8 @@ const SYSTEM: [&str; 6] = [
     "/etc/ssl/cert.pem",
 ];
 
-/// Makes sure that this is the proxy. The authorities are read anew each time, as other files are.
+/// Does the handshake and checks the proxy's certificate. The CA certificates are read again each
+/// time, as other files are.
 pub(super) async fn handshake(
     socket: TcpStream,
     host: &str,
@@ -38,7 +40,7 @@ pub(super) async fn handshake(
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(trusted);
     let tls = ClientConfig::builder_with_provider(KeyExchange::default().provider())
-        // Proxies are not ours: some speak TLS 1.2 alone.
+        // Some proxies speak TLS 1.2 only.
         .with_safe_default_protocol_versions()
         .map_err(|error| fault(error.to_string()))?
         .with_root_certificates(roots)
@@ -47,7 +49,7 @@ pub(super) async fn handshake(
     handshake.map_err(|error| fault(error.to_string()))
 }
 
-/// The first file that is there.
+/// The first of the system's files that exists.
 fn system() -> Result<PathBuf, ProxyFault> {
     let found = SYSTEM.iter().map(PathBuf::from).find(|file| file.exists());
     found.ok_or_else(|| ProxyFault::Tls("the system has no CA certificates".into()))
