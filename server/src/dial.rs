@@ -1,4 +1,5 @@
-//! One dial: choose a backend, open a stream, ask the agent, wait for its answer until the deadline.
+//! One dial: choose a backend, open a stream, ask the agent, wait for its answer until the
+//! deadline.
 //!
 //! ```text
 //!  dialer        Dialer: the backend, the wait for one, the moves to another, the outcome's record

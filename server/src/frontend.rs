@@ -9,15 +9,16 @@
 //!  socket, tls      the kinds of connections that can be served and spliced
 //! ```
 
-#[cfg(not(fuzzing))]
 mod connect;
-#[cfg(fuzzing)]
-pub mod connect;
 mod context;
-pub mod grpc;
+mod grpc;
 mod hints;
 pub mod listen;
 mod socket;
 mod tls;
 
+#[cfg(fuzzing)]
+pub use connect::fuzz_parse;
 pub(crate) use context::FrontendContext;
+#[cfg(fuzzing)]
+pub use grpc::authority::Frames;

@@ -147,8 +147,8 @@ impl Heads {
         }
     }
 
-    /// Number of bytes to write before another frame may be inserted, as far as it is known: the rest
-    /// of a frame, or of a head whose frame is still to come. 0 where one may be inserted.
+    /// Number of bytes to write before another frame may be inserted, as far as it is known: the
+    /// rest of a frame, or of a head whose frame is still to come. 0 where one may be inserted.
     pub(crate) fn under_way(&self) -> usize {
         match self.next {
             Next::Head(0) if !self.fields_open => 0,

@@ -1,7 +1,7 @@
-//! The Lease by which agents count this server, and the end of those that other servers left behind.
+//! The Lease by which agents count this server, and the removal of those that other servers left.
 //!
-//! Names, times and labels are Konnectivity's (`pkg/server/leases`), so that servers of both makes count as
-//! one set.
+//! Names, times and labels are Konnectivity's (`pkg/server/leases`), so that Konnectivity servers
+//! and ours count as one set.
 
 use std::{
     collections::BTreeMap,
@@ -31,20 +31,20 @@ use crate::{
     metrics::{LeaseCall, ServerMetrics},
 };
 
-/// How long a Lease holds that is not renewed, in seconds.
+/// Time after its last renewal until a Lease expires, in seconds.
 const DURATION_SECONDS: i32 = 30;
-/// How often it is renewed, and others are looked after.
+/// Interval between renewals, and between looks at the others.
 const RENEW_INTERVAL: Duration = Duration::from_secs(15);
-/// How soon after a failure: often enough within one duration.
+/// Interval between attempts after a failure: several fit into one duration.
 const RETRY_INTERVAL: Duration = Duration::from_secs(3);
-/// Time for one request: two of them, and a pause, are well within one duration.
+/// Time for one request: two of them and a pause are well within one duration.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Minimum time between two log lines about one repeating failure.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Keeps one server's Lease.
+/// Keeps the Lease of one server, and removes expired ones of others.
 #[derive(Debug)]
-pub(crate) struct Leases {
+pub(crate) struct LeaseController {
     api: Api<Lease>,
     name: String,
     server_id: String,
@@ -52,8 +52,8 @@ pub(crate) struct Leases {
     metrics: Arc<ServerMetrics>,
 }
 
-impl Leases {
-    /// The Lease of this server; nothing is published yet.
+impl LeaseController {
+    /// The controller of this server's Lease. Nothing is published yet.
     pub(crate) fn new(
         client: Client,
         config: &LeaseConfig,
@@ -69,10 +69,10 @@ impl Leases {
         }
     }
 
-    /// Publishes and renews the Lease and removes expired ones, until told to stop; then takes its own
-    /// back, so that no agent looks for a server that goes.
+    /// Publishes and renews the Lease and removes expired ones, until `stop` is cancelled; then
+    /// removes its own, so that no agent looks for a server that stops.
     pub(crate) async fn keep(self, stop: CancellationToken) {
-        // A request under way does not hold the stop up.
+        // A request in progress does not delay the stop.
         while stop.run_until_cancelled(self.round()).await.is_some() {}
         match answered(self.api.delete(&self.name, &DeleteParams::default())).await {
             Ok(_) => debug!(lease = self.name, "the server's Lease is taken back"),
@@ -83,12 +83,12 @@ impl Leases {
         }
     }
 
-    /// One renewal, a look at the others, and the pause until the next.
+    /// Renews the Lease, removes expired ones, and pauses until the next renewal.
     async fn round(&self) {
         let renewed = self.renew(Timestamp::now()).await;
         self.metrics.lease_renewed(renewed.is_ok());
         let pause = match &renewed {
-            // A spread, so that the servers of a set do not ask all at once.
+            // Jitter, so that the servers of a set do not send their requests all at once.
             Ok(()) => RENEW_INTERVAL.mul_f64(0.96 + 0.08 * fastrand::f64()),
             Err(_) => RETRY_INTERVAL.mul_f64(0.5 + fastrand::f64()),
         };
@@ -126,7 +126,7 @@ impl Leases {
         Ok(())
     }
 
-    /// The Lease as it is to be from now on; what others noted on it stays.
+    /// The Lease with a new renewal time. Fields of other writers stay.
     fn renewed(&self, mut lease: Lease, now: Timestamp) -> Lease {
         lease.metadata = ObjectMeta {
             name: Some(self.name.clone()),
@@ -165,7 +165,7 @@ impl Leases {
                     info!(lease = name, "a Lease that expired is removed");
                     self.metrics.lease_culled();
                 }
-                // Another server was faster, or its owner renewed it.
+                // Another server has removed it, or its owner has renewed it.
                 Err(error) => debug!(lease = name, %error, "an expired Lease stays"),
             }
         }
@@ -182,7 +182,7 @@ impl Leases {
     }
 }
 
-/// Why a request came to nothing.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 enum Unanswered {
     #[error("{}", kubernetes::reason(.0))]
@@ -191,7 +191,7 @@ enum Unanswered {
     Silent,
 }
 
-/// What kube-apiserver answers in time.
+/// The answer to a request, if it comes in time.
 async fn answered<T>(call: impl Future<Output = kube::Result<T>>) -> Result<T, Unanswered> {
     Ok(timeout(CALL_TIMEOUT, call).await.map_err(|_| Unanswered::Silent)??)
 }

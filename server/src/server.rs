@@ -28,7 +28,7 @@ use crate::{
         FrontendContext,
         listen::{FrontendAddress, FrontendListener, ListenError},
     },
-    leases::Leases,
+    leases::LeaseController,
     metrics::ServerMetrics,
     readiness::readiness,
 };
@@ -68,7 +68,7 @@ pub struct Server {
     agent_context: Arc<AgentContext>,
     health: AdminServer,
     admin: AdminServer,
-    leases: Option<Leases>,
+    leases: Option<LeaseController>,
     grace: Duration,
     _upkeep: Upkeep,
 }
@@ -221,7 +221,7 @@ impl Server {
 fn kubernetes(
     config: &Config,
     metrics: &Arc<ServerMetrics>,
-) -> Result<(Authenticator, Option<Leases>), ClientError> {
+) -> Result<(Authenticator, Option<LeaseController>), ClientError> {
     let authenticator = match &config.agents.token {
         Some(expected) => Authenticator::by_token(&config.kubernetes, expected.clone())?,
         None => Authenticator::open(),
@@ -230,7 +230,7 @@ fn kubernetes(
     let leases = match &config.leases {
         Some(leases) => {
             let client = config.kubernetes.client()?;
-            Some(Leases::new(client, leases, &config.server_id, metrics.clone()))
+            Some(LeaseController::new(client, leases, &config.server_id, metrics.clone()))
         }
         None => None,
     };

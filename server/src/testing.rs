@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use culvert_process::kubernetes::KubernetesConfig;
 use culvert_transport::{Carrier, RecvHalf, SendHalf, Settings, Tunnel, memory::Pair, qmux::Peer};
 use culvert_wire::{
     AgentId, InstanceId, Target,
@@ -14,11 +15,19 @@ use culvert_wire::{
     version::{Features, REVISION},
 };
 
+use http::{Request, Response, StatusCode};
+use http_body_util::BodyExt as _;
+use k8s_openapi::api::authentication::v1::{
+    TokenReview, TokenReviewSpec, TokenReviewStatus, UserInfo,
+};
+use kube::client::Body;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tower::service_fn;
 
 use crate::{
     agents::{AgentContext, admission::Authenticator},
     backends::{Backend, Backends, Registration, Strategy},
+    config::TokenConfig,
     metrics::ServerMetrics,
 };
 
@@ -70,6 +79,53 @@ pub(crate) fn context_with(authenticator: Authenticator) -> Arc<AgentContext> {
         konnectivity_keep_alive_interval: None,
         tasks: TaskTracker::new(),
     })
+}
+
+/// An authenticator whose reviews are answered by `review`, after any time it takes.
+pub(crate) fn authenticator<F>(
+    review: impl Fn(TokenReviewSpec) -> F + Clone + Send + 'static,
+) -> Authenticator
+where
+    F: Future<Output = Result<TokenReviewStatus, StatusCode>> + Send + 'static,
+{
+    let service = service_fn(move |request: Request<Body>| {
+        let review = review.clone();
+        async move {
+            let body = request.into_body().collect().await?.to_bytes();
+            let TokenReview { metadata, spec, .. } = serde_json::from_slice(&body)?;
+            let (status, body) = match review(spec.clone()).await {
+                Ok(status) => {
+                    let review = TokenReview { metadata, spec, status: Some(status) };
+                    (StatusCode::CREATED, serde_json::to_vec(&review)?)
+                }
+                Err(status) => (status, Vec::new()),
+            };
+            let answer = Response::builder().status(status).body(Body::from(body))?;
+            Ok::<_, Box<dyn std::error::Error + Send + Sync>>(answer)
+        }
+    });
+    let client = kube::Client::new(service, "default");
+    Authenticator::with_client(client, KubernetesConfig::default(), account())
+}
+
+/// The account that agents' tokens must belong to.
+pub(crate) fn account() -> TokenConfig {
+    TokenConfig {
+        namespace: "kube-system".into(),
+        service_account: "konnectivity-agent".into(),
+        audience: "system:konnectivity-server".into(),
+    }
+}
+
+/// The review of a token that is accepted.
+pub(crate) fn accepted() -> TokenReviewStatus {
+    let username = "system:serviceaccount:kube-system:konnectivity-agent";
+    TokenReviewStatus {
+        authenticated: Some(true),
+        audiences: Some(vec![account().audience]),
+        user: Some(UserInfo { username: Some(username.into()), ..UserInfo::default() }),
+        ..TokenReviewStatus::default()
+    }
 }
 
 /// An agent's end of a tunnel whose other end is registered.

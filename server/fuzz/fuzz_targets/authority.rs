@@ -1,8 +1,8 @@
-//! A client's HTTP/2 bytes: the output does not depend on where they were cut, and is bounded.
+//! The HTTP/2 bytes of a client: the output does not depend on how they are cut, and is bounded.
 #![no_main]
 
 use bytes::BytesMut;
-use culvert_server::frontend::grpc::authority::Frames;
+use culvert_server::frontend::Frames;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: (u16, &[u8])| {

@@ -3,4 +3,4 @@
 
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|head: &[u8]| culvert_server::frontend::connect::fuzz_parse(head));
+fuzz_target!(|head: &[u8]| culvert_server::frontend::fuzz_parse(head));

@@ -2,8 +2,8 @@
 //!
 //! The rules are Konnectivity's (`pkg/server/server.go`, `validateAuthToken`): kube-apiserver must
 //! accept the token for the audience, and it must belong to one service account. Certificates were
-//! checked before, by the handshake. A token is reviewed when its agent joins; that it expires later
-//! has no effect.
+//! checked before, by the handshake. A token is reviewed when its agent joins; that it expires
+//! later has no effect.
 
 use std::{
     collections::HashMap,
@@ -24,16 +24,16 @@ use tracing::warn;
 
 use crate::config::TokenConfig;
 
-/// Maximum number of reviews in progress. After a restart of everything thousands of tokens are to be
-/// reviewed, and kube-apiserver has other work.
+/// Maximum number of reviews in progress. After a restart of everything thousands of tokens are to
+/// be reviewed, and kube-apiserver has other work.
 const MAX_REVIEWS: usize = 64;
 /// Time to wait for a permit to review. Together with the review itself it is shorter than the time
 /// that an agent has to join, so an agent that is refused for it sees the reason and tries again.
 const PERMIT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Time for kube-apiserver to review a token.
 const REVIEW_TIMEOUT: Duration = Duration::from_secs(5);
-/// Time for which a token that was accepted is not reviewed again. An agent that looks for a missing
-/// server connects to those that it has many times within a few seconds.
+/// Time for which a token that was accepted is not reviewed again. An agent that looks for a
+/// missing server connects to those that it has many times within a few seconds.
 const CACHE_LIFE: Duration = Duration::from_secs(10);
 /// Maximum number of tokens that are remembered as accepted.
 const MAX_CACHED_TOKENS: usize = 16 * 1024;
@@ -108,7 +108,11 @@ impl Authenticator {
         Ok(Self::with_client(kubernetes.client()?, kubernetes.clone(), expected))
     }
 
-    fn with_client(client: Client, kubernetes: KubernetesConfig, expected: TokenConfig) -> Self {
+    pub(crate) fn with_client(
+        client: Client,
+        kubernetes: KubernetesConfig,
+        expected: TokenConfig,
+    ) -> Self {
         Self(Some(Reviewer {
             kubernetes,
             api: Mutex::new((Api::all(client), Instant::now())),
@@ -264,26 +268,130 @@ fn check_status(status: TokenReviewStatus, expected: &TokenConfig) -> Result<(),
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use http::StatusCode;
     use k8s_openapi::api::authentication::v1::UserInfo;
+    use tokio::{task::JoinSet, time::sleep};
 
     use super::*;
+    use crate::testing::{accepted, account, authenticator};
 
     const AUDIENCE: &str = "system:konnectivity-server";
 
-    fn verdict(change: impl FnOnce(&mut TokenReviewStatus)) -> Result<(), String> {
-        let expected = TokenConfig {
-            namespace: "kube-system".into(),
-            service_account: "konnectivity-agent".into(),
-            audience: AUDIENCE.into(),
-        };
-        let mut status = TokenReviewStatus {
-            authenticated: Some(true),
-            audiences: Some(vec![AUDIENCE.into()]),
-            user: user("system:serviceaccount:kube-system:konnectivity-agent"),
-            ..TokenReviewStatus::default()
-        };
+    /// Tokens that were sent for review.
+    type Reviewed = Arc<Mutex<Vec<String>>>;
+
+    /// An authenticator that answers each review with this status after this time.
+    fn reviewing(
+        status: Result<TokenReviewStatus, StatusCode>,
+        after: Duration,
+    ) -> (Authenticator, Reviewed) {
+        let reviewed = Reviewed::default();
+        let record = reviewed.clone();
+        let authenticator = authenticator(move |spec: TokenReviewSpec| {
+            assert_eq!(spec.audiences, Some(vec![AUDIENCE.into()]));
+            lock(&record).push(spec.token);
+            let status = status.clone();
+            async move {
+                sleep(after).await;
+                status
+            }
+        });
+        (authenticator, reviewed)
+    }
+
+    /// The refusal of this token, and how long that took.
+    async fn refused(authenticator: &Authenticator, token: &str) -> (Refusal, Duration) {
+        let begun = Instant::now();
+        let refusal = authenticator.admit(Some(&Secret::new(token).unwrap())).await.unwrap_err();
+        (refusal, begun.elapsed())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_accepted_token_is_reviewed_once_in_a_while() {
+        let (authenticator, reviewed) = reviewing(Ok(accepted()), Duration::from_secs(4));
+        let token = Secret::new("good").unwrap();
+        let admit = async || authenticator.admit(Some(&token)).await.unwrap();
+        admit().await;
+        sleep(CACHE_LIFE - Duration::from_millis(1)).await;
+        admit().await;
+        assert_eq!(*lock(&reviewed), ["good"]);
+        sleep(Duration::from_millis(1)).await;
+        admit().await;
+        assert_eq!(*lock(&reviewed), ["good", "good"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refused_token_is_reviewed_each_time() {
+        let (authenticator, reviewed) = reviewing(Ok(TokenReviewStatus::default()), Duration::ZERO);
+        for _ in 0..2 {
+            let (refusal, _) = refused(&authenticator, "bad").await;
+            assert!(matches!(refusal, Refusal::Refused(_)), "{refusal:?}");
+            assert_eq!(refusal.label(), "unauthenticated");
+        }
+        assert_eq!(*lock(&reviewed), ["bad", "bad"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_agent_without_a_token_is_refused_without_a_review() {
+        let (authenticator, reviewed) = reviewing(Ok(accepted()), Duration::ZERO);
+        assert!(authenticator.needs_tokens());
+        assert_eq!(authenticator.admit(None).await.unwrap_err(), Refusal::NoToken);
+        assert_eq!(*lock(&reviewed), [""; 0]);
+        assert!(!Authenticator::open().needs_tokens());
+        Authenticator::open().admit(None).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_review_that_takes_too_long_is_given_up() {
+        let (authenticator, _) = reviewing(Ok(accepted()), REVIEW_TIMEOUT * 2);
+        let (refusal, took) = refused(&authenticator, "good").await;
+        assert_eq!(refusal, Refusal::NotReviewed("no answer within 5s".into()));
+        assert_eq!((refusal.label(), took), ("token_not_reviewed", REVIEW_TIMEOUT));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_review_that_fails_is_not_a_refusal_of_the_token() {
+        let (authenticator, _) = reviewing(Err(StatusCode::FORBIDDEN), Duration::ZERO);
+        let (refusal, _) = refused(&authenticator, "good").await;
+        assert!(matches!(refusal, Refusal::NotReviewed(_)), "{refusal:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn more_tokens_than_may_be_reviewed_at_once_wait_for_a_moment() {
+        let (authenticator, reviewed) = reviewing(Ok(accepted()), REVIEW_TIMEOUT * 2);
+        let authenticator = Arc::new(authenticator);
+        let mut reviews = JoinSet::new();
+        for number in 0..=MAX_REVIEWS {
+            let authenticator = authenticator.clone();
+            reviews.spawn(async move { refused(&authenticator, &number.to_string()).await });
+        }
+        let (first, took) = reviews.join_next().await.unwrap().unwrap();
+        assert_eq!(first, Refusal::NotReviewed("64 others are under way".into()));
+        assert_eq!((took, lock(&reviewed).len()), (PERMIT_TIMEOUT, MAX_REVIEWS));
+        while let Some(review) = reviews.join_next().await {
+            assert_eq!(review.unwrap().1, REVIEW_TIMEOUT);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_client_is_made_anew_at_most_once_a_minute() {
+        let (authenticator, _) = reviewing(Err(StatusCode::UNAUTHORIZED), Duration::ZERO);
+        let made_at = || lock(&authenticator.0.as_ref().unwrap().api).1;
+        let first = made_at();
+        sleep(RENEW_INTERVAL - Duration::from_millis(1)).await;
+        refused(&authenticator, "good").await;
+        assert_eq!(made_at(), first);
+        sleep(Duration::from_millis(1)).await;
+        refused(&authenticator, "good").await;
+        assert_eq!(made_at(), first + RENEW_INTERVAL);
+    }
+
+    fn checked(change: impl FnOnce(&mut TokenReviewStatus)) -> Result<(), String> {
+        let mut status = accepted();
         change(&mut status);
-        check_status(status, &expected).map_err(|refusal| refusal.konnectivity_message())
+        check_status(status, &account()).map_err(|refusal| refusal.konnectivity_message())
     }
 
     fn user(name: &str) -> Option<UserInfo> {
@@ -292,8 +400,8 @@ mod tests {
 
     #[test]
     fn a_token_of_the_expected_account_is_accepted() {
-        assert_eq!(verdict(|_| {}), Ok(()));
-        assert_eq!(verdict(|status| status.error = Some(String::new())), Ok(()));
+        assert_eq!(checked(|_| {}), Ok(()));
+        assert_eq!(checked(|status| status.error = Some(String::new())), Ok(()));
     }
 
     #[test]
@@ -301,7 +409,7 @@ mod tests {
         let refused = |expected: &str, change: fn(&mut TokenReviewStatus)| {
             let text =
                 format!("Failed to validate authentication token, err:lookup failed: {expected}");
-            assert_eq!(verdict(change), Err(text));
+            assert_eq!(checked(change), Err(text));
         };
         refused("token has expired", |status| status.error = Some("token has expired".into()));
         refused("service account jwt not valid", |status| status.authenticated = Some(false));
@@ -326,11 +434,12 @@ mod tests {
     #[test]
     fn a_token_for_another_audience_is_refused() {
         let meant = format!(
-            "Failed to validate authentication token, err:lookup failed: the token is not meant for {AUDIENCE:?}"
+            "Failed to validate authentication token, err:lookup failed: \
+             the token is not meant for {AUDIENCE:?}"
         );
-        assert_eq!(verdict(|status| status.audiences = None), Err(meant.clone()));
+        assert_eq!(checked(|status| status.audiences = None), Err(meant.clone()));
         let other = |status: &mut TokenReviewStatus| status.audiences = Some(vec!["other".into()]);
-        assert_eq!(verdict(other), Err(meant));
+        assert_eq!(checked(other), Err(meant));
     }
 
     #[test]

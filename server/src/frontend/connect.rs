@@ -1,7 +1,7 @@
-//! The HTTP CONNECT frontend, byte for byte as Konnectivity's answers.
+//! The HTTP CONNECT frontend, whose answers are those of Konnectivity, byte for byte.
 //!
 //! ```text
-//! CONNECT host:port HTTP/1.1          the target is the request-target; headers do not matter
+//! CONNECT host:port HTTP/1.1          the target is the request-target; headers are hints at most
 //! HTTP/1.1 200 Connection Established no headers, written alone, before any byte of the target
 //! ```
 
@@ -19,28 +19,28 @@ use tracing::debug;
 use super::{FrontendContext, hints::RequestHints, socket::FrontendSocket};
 use crate::dial::{DialError, DialParameters, Dialed};
 
-/// The most bytes a request's head may have.
+/// Maximum length of a request's head, in bytes.
 const MAX_HEAD_LEN: usize = 16 * 1024;
-/// The most headers a request may have.
+/// Maximum number of headers of a request.
 const MAX_HEADERS: usize = 64;
-/// The most bytes taken from a frontend while its dial is pending.
+/// Maximum number of bytes read from a frontend while its dial is pending.
 const MAX_READ_AHEAD: usize = 64 * 1024;
-/// How long a refusal may take to reach its reader.
+/// Time for a refusal to be written.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A request that was understood.
+/// A valid request.
 #[derive(Debug, PartialEq, Eq)]
 struct Request {
     address: String,
     hints: RequestHints,
 }
 
-/// A request that was not.
+/// Why a request is invalid.
 #[derive(Debug, PartialEq, Eq)]
 enum BadRequest {
-    /// The bytes are not an HTTP request, or more than may be.
+    /// The bytes are no HTTP request, or its head is too long.
     Malformed,
-    /// It is a request, but not CONNECT.
+    /// The method is not CONNECT.
     OtherMethod,
 }
 
@@ -67,7 +67,7 @@ pub(super) async fn serve<S: FrontendSocket>(mut socket: S, context: &FrontendCo
     refuse(socket, &answer).await;
 }
 
-/// Reads up to the end of the request's head; how long it is, or `None` if it is too long.
+/// Reads up to the end of the request's head; its length, or `None` if it is too long.
 async fn read_head<S: FrontendSocket>(
     socket: &mut S,
     buffer: &mut BytesMut,
@@ -106,13 +106,13 @@ fn parse(head: &[u8]) -> Result<Request, BadRequest> {
     Ok(Request { address: path.to_owned(), hints: RequestHints::read(header) })
 }
 
-/// The parser, for the fuzzer.
+/// Parses a head, for the fuzzer.
 #[cfg(fuzzing)]
 pub fn fuzz_parse(head: &[u8]) {
     let _ = parse(head);
 }
 
-/// Dials the target while watching the frontend; `None` if the frontend left meanwhile.
+/// Dials the target; `None` if the frontend leaves meanwhile.
 async fn dial<S: FrontendSocket>(
     socket: &mut S,
     buffer: &mut BytesMut,
@@ -131,7 +131,7 @@ async fn dial<S: FrontendSocket>(
     }
 }
 
-/// Completes when the frontend is gone; what it sends early is kept in `buffer`.
+/// Completes when the frontend has left. What it sends early is kept in `buffer`.
 async fn gone<S: FrontendSocket>(socket: &mut S, buffer: &mut BytesMut) {
     while buffer.len() < MAX_READ_AHEAD {
         match socket.read_buf(buffer).await {
@@ -143,7 +143,7 @@ async fn gone<S: FrontendSocket>(socket: &mut S, buffer: &mut BytesMut) {
     until_hung_up(move || socket.is_hung_up()).await;
 }
 
-/// Answers that the target is reached, alone and before any of its bytes, and splices.
+/// Writes the success answer, alone and before any byte of the target, and splices.
 async fn establish<S: FrontendSocket>(
     mut socket: S,
     read_ahead: Bytes,
@@ -158,11 +158,11 @@ async fn establish<S: FrontendSocket>(
     if let Err(error) = written.await {
         return debug!(%error, "a frontend left before it was answered");
     }
-    // How it ended has been counted and logged.
+    // The end was counted and logged.
     let _ = context.carry(socket.into_local(read_ahead), dialed).await;
 }
 
-/// Writes an answer that ends the connection.
+/// Writes an answer and ends the connection.
 async fn refuse<S: FrontendSocket>(mut socket: S, answer: &str) {
     let written = async {
         socket.write_all(answer.as_bytes()).await?;
@@ -195,7 +195,7 @@ impl BadRequest {
     }
 }
 
-/// The whole answer to a dial that failed.
+/// The answer to a dial that failed.
 fn refusal(error: &DialError) -> String {
     match error {
         DialError::NoAgent => "HTTP/1.1 500 Internal Server Error\r\n\
@@ -217,7 +217,7 @@ fn refusal(error: &DialError) -> String {
     }
 }
 
-/// The status that stands for an error's text: clients and alerts know Konnectivity's mapping.
+/// The status for an error's text: Konnectivity's mapping, which clients and alerts know.
 fn status(text: &str) -> &'static str {
     let text = text.to_lowercase();
     if text.contains("timeout") || text.contains("deadline exceeded") {
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn kind_and_trace_may_be_declared() {
+    fn headers_may_hint_at_kind_and_trace() {
         let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
         let head = format!(
             "CONNECT [fd00::1]:443 HTTP/1.1\r\nCulvert-Kind: logs\r\nTraceparent: {parent}\r\n\r\n"
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn an_errors_words_choose_the_status() {
+    fn the_text_of_an_error_selects_the_status() {
         let failed =
             |text: &str| refusal(&DialError::Failed(DialFailure::new(DialErrorKind::OTHER, text)));
         for (text, status) in [

@@ -1,10 +1,10 @@
 //! The gRPC frontend: `/ProxyService/Proxy`, as kube-apiserver's client library speaks it.
 //!
-//! Each `Proxy` stream carries one proxied connection; a connection of kube-apiserver may carry many
-//! `Proxy` streams. There is no half-close: CLOSE_REQ and CLOSE_RSP end both directions, and
+//! Each `Proxy` stream carries one proxied connection; a connection of kube-apiserver may carry
+//! many `Proxy` streams. There is no half-close: CLOSE_REQ and CLOSE_RSP end both directions, and
 //! everything that was sent before them is still delivered.
 
-pub mod authority;
+pub(super) mod authority;
 mod connection;
 mod proxy;
 mod service;

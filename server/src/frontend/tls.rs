@@ -1,15 +1,16 @@
 //! TLS of the frontend over TCP.
 
-use std::{path::Path, sync::Arc};
+use std::path::Path;
 
 use bytes::Bytes;
+use culvert_konnectivity::ALPN_H2;
 use culvert_transport::{
     splice::{BufferedRead, BufferedWrite, Local, SocketAbort, buffered},
-    tls::{Identity, KeyExchange, TlsError, authorities, certificates},
+    tls::{self, Identity, KeyExchange, TlsError},
 };
 use rustls::{
     ServerConfig,
-    server::{NoServerSessionStorage, WebPkiClientVerifier},
+    version::{TLS12, TLS13},
 };
 use tokio::{
     io::{ReadHalf, WriteHalf},
@@ -27,26 +28,16 @@ pub(super) fn server_tls(
     mode: Mode,
     min_version: TlsVersion,
 ) -> Result<ServerConfig, TlsError> {
-    let provider = KeyExchange::Hybrid.provider();
-    let roots = authorities(&certificates(client_ca)?)?;
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider.clone())
-        .build()
-        .map_err(|error| TlsError::Authority(error.to_string()))?;
     let versions: &[_] = match min_version {
-        TlsVersion::Tls13 => &[&rustls::version::TLS13],
-        TlsVersion::Tls12 => &[&rustls::version::TLS13, &rustls::version::TLS12],
+        TlsVersion::Tls13 => &[&TLS13],
+        TlsVersion::Tls12 => &[&TLS13, &TLS12],
     };
-    let mut config = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(versions)?
-        .with_client_cert_verifier(verifier)
-        .with_single_cert(identity.chain, identity.key)?;
+    let roots = tls::authorities(&tls::certificates(client_ca)?)?;
+    let mut config = tls::server(identity, Some(roots), KeyExchange::Hybrid, versions)?;
     config.alpn_protocols = match mode {
-        Mode::Grpc => vec![b"h2".to_vec()],
+        Mode::Grpc => vec![ALPN_H2.to_vec()],
         Mode::HttpConnect => vec![b"http/1.1".to_vec()],
     };
-    // A resumed session would not check the client's certificate again.
-    config.send_tls13_tickets = 0;
-    config.session_storage = Arc::new(NoServerSessionStorage {});
     Ok(config)
 }
 
@@ -62,7 +53,7 @@ impl FrontendSocket for TlsStream<SharedTcp> {
         Local::new(reader.with_prefix(read_ahead), writer, abort)
     }
 
-    /// A peer that left without a close_notify cannot be distinguished from one that is silent.
+    /// TCP reports a close of one direction and of both alike.
     fn is_hung_up(&self) -> bool {
         false
     }

@@ -11,7 +11,7 @@ use std::{
 
 use culvert_wire::version::ALPN;
 use rustls::{
-    ClientConfig, RootCertStore, ServerConfig,
+    ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion,
     crypto::{CryptoProvider, aws_lc_rs},
     server::{NoServerSessionStorage, WebPkiClientVerifier},
     version::TLS13,
@@ -141,9 +141,25 @@ pub fn tunnel_server(
     client_ca: Option<Arc<RootCertStore>>,
     key_exchange: KeyExchange,
 ) -> Result<ServerConfig, TlsError> {
+    let mut config = server(identity, client_ca, key_exchange, &[&TLS13])?;
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    Ok(config)
+}
+
+/// A server's TLS of these versions, without tickets and early data, and without ALPN. With
+/// `client_ca`, clients must present a certificate of it.
+///
+/// # Errors
+/// When certificate and key do not fit, or the CA cannot be used.
+pub fn server(
+    identity: Identity,
+    client_ca: Option<Arc<RootCertStore>>,
+    key_exchange: KeyExchange,
+    versions: &[&'static SupportedProtocolVersion],
+) -> Result<ServerConfig, TlsError> {
     let provider = key_exchange.provider();
     let builder =
-        ServerConfig::builder_with_provider(provider.clone()).with_protocol_versions(&[&TLS13])?;
+        ServerConfig::builder_with_provider(provider.clone()).with_protocol_versions(versions)?;
     let builder = match client_ca {
         Some(roots) => {
             let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider)
@@ -154,7 +170,6 @@ pub fn tunnel_server(
         None => builder.with_no_client_auth(),
     };
     let mut config = builder.with_single_cert(identity.chain, identity.key)?;
-    config.alpn_protocols = vec![ALPN.to_vec()];
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.max_early_data_size = 0;

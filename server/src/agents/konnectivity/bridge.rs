@@ -138,8 +138,8 @@ impl Bridge {
         };
         let Err(ended) = ended;
         debug!(remote = %tunnel.remote_address(), %ended, "a Konnectivity agent's stream is over");
-        // Closed while the streams still live: dials without an answer are lost with the tunnel, and
-        // move to another one. The server sees the reason and nothing else.
+        // Closed while the streams still live: dials without an answer are lost with the tunnel,
+        // and move to another one. The server sees the reason and nothing else.
         tunnel.close(ended.close_code(), &ended.to_string());
     }
 }
@@ -227,8 +227,8 @@ impl Connected {
         Ok(())
     }
 
-    /// Sends the agent's drain to our own end, and drops its messages, for which Konnectivity has no
-    /// packets.
+    /// Sends the agent's drain to our own end, and drops its messages, for which Konnectivity has
+    /// no packets.
     async fn converse(&self, control: &mut ControlStream) -> Result<Never, BridgeEnd> {
         loop {
             tokio::select! {

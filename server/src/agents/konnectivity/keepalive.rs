@@ -142,8 +142,8 @@ impl<IO> PingLimit<IO> {
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> PingLimit<IO> {
-    /// Maximum number of hyper's bytes that may be written: any, or after too many pings the rest of
-    /// the current frame. An error once the connection has ended.
+    /// Maximum number of hyper's bytes that may be written: any, or after too many pings the rest
+    /// of the current frame. An error once the connection has ended.
     fn poll_allowed(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let Some(ending) = &mut self.ending else { return Poll::Ready(Ok(usize::MAX)) };
         if ending.deadline.as_mut().poll(cx).is_pending() {
@@ -156,9 +156,9 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> PingLimit<IO> {
         Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, TooManyPings)))
     }
 
-    /// Sends GOAWAY, ends this side of the connection, and waits for the peer to end its own. What it
-    /// sends until then is read: a socket that is closed with unread bytes is reset, and the peer
-    /// might lose the GOAWAY.
+    /// Sends GOAWAY, ends this side of the connection, and waits for the peer to end its own. What
+    /// it sends until then is read: a socket that is closed with unread bytes is reset, and the
+    /// peer might lose the GOAWAY.
     fn poll_goaway(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let inner = &mut self.inner;
         if let Some(Ending { goaway, .. }) = &mut self.ending {

@@ -6,14 +6,14 @@ use culvert_transport::{
 };
 use culvert_wire::{
     bounded::List,
-    control::{Hello, Welcome},
+    control::{Hello, Secret, Welcome},
     extension::{Extension, Extensions},
     version::Features,
 };
 use tokio::time::{sleep, timeout};
 
 use super::{super::unadmitted::JOIN_TIMEOUT, *};
-use crate::testing::{context, hello, metric, pair};
+use crate::testing::{accepted, authenticator, context, context_with, hello, metric, pair};
 
 /// A server's side of one tunnel, and the agent's end of it.
 struct Served {
@@ -163,6 +163,43 @@ async fn an_agent_that_demands_an_unknown_extension_is_refused() {
     let hello = Hello { extensions, ..hello("a", &[]) };
     control.send(&ControlMessage::Hello(Box::new(hello))).await.unwrap();
     served.assert_refused(CloseCode::INCOMPATIBLE, "incompatible").await;
+}
+
+/// Serves an agent that says hello with a token, whose review takes so long, at this time.
+async fn with_token(review: Duration, hello_after: Duration) -> Served {
+    let authenticator = authenticator(move |_| async move {
+        sleep(review).await;
+        Ok(accepted())
+    });
+    let served = Served::new(context_with(authenticator)).await;
+    sleep(hello_after).await;
+    let mut control = ControlStream::new(served.tunnel.clone(), served.open().await);
+    let hello = Hello { token: Some(Secret::new("good").unwrap()), ..hello("a", &[]) };
+    control.send(&ControlMessage::Hello(Box::new(hello))).await.unwrap();
+    tokio::spawn(async move { while control.next().await.is_ok() {} });
+    served
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_review_takes_no_more_time_than_is_left() {
+    let served = with_token(Duration::from_secs(4), JOIN_TIMEOUT / 2).await;
+    served.context.backends.until(1).await;
+    assert_eq!(served.arrived.elapsed(), JOIN_TIMEOUT * 9 / 10);
+
+    let served = with_token(Duration::from_secs(4), JOIN_TIMEOUT * 7 / 10).await;
+    served.assert_refused(CloseCode::UNAUTHENTICATED, "token_not_reviewed").await;
+    assert_eq!(served.arrived.elapsed(), JOIN_TIMEOUT);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_leaves_during_its_review_is_counted() {
+    let served = with_token(Duration::from_secs(4), Duration::ZERO).await;
+    sleep(Duration::from_secs(1)).await;
+    served.tunnel.close(CloseCode::DONE, "");
+    served.context.tasks.close();
+    served.context.tasks.wait().await;
+    assert_eq!(served.join_failures("lost"), 1.0);
+    assert_eq!(served.arrived.elapsed(), Duration::from_secs(1));
 }
 
 #[tokio::test(start_paused = true)]

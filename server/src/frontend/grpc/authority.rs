@@ -2,8 +2,8 @@
 //!
 //! grpc-go takes the socket's path for the server's name and sends `:authority: %2Frun%2Fx.sock`.
 //! The h2 crate accepts no `%` in an authority and answers with PROTOCOL_ERROR. So the bytes pass
-//! through here first: every frame unchanged, except that an `:authority` in a HEADERS frame is made
-//! legal. What cannot be parsed is passed on, for h2 to refuse.
+//! through here first: every frame unchanged, except that an `:authority` in a HEADERS frame is
+//! made legal. What cannot be parsed is passed on, for h2 to refuse.
 
 mod headers;
 
@@ -19,15 +19,15 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::http2_frames::{FrameHead, Heads, Part, kind};
 
-/// Maximum length of a frame's payload that h2 accepts, in bytes (RFC 9113 §4.2). Longer frames are
-/// not parsed.
+/// Maximum length of a frame's payload that h2 accepts, in bytes (RFC 9113 §4.2). Longer frames
+/// are not parsed.
 const MAX_FRAME_LEN: usize = 16_384;
 /// Maximum number of bytes read at once while heads of frames are expected.
 const READ_LEN: usize = 16 * 1024;
 
 /// A connection whose HEADERS frames come out with a legal `:authority`.
 #[derive(Debug)]
-pub struct LegalAuthority<IO> {
+pub(super) struct LegalAuthority<IO> {
     inner: IO,
     frames: Frames,
     /// Bytes that have passed and were not read yet.
@@ -36,7 +36,7 @@ pub struct LegalAuthority<IO> {
 
 impl<IO> LegalAuthority<IO> {
     /// Wraps a connection at its very beginning.
-    pub fn new(inner: IO) -> Self {
+    pub(super) fn new(inner: IO) -> Self {
         Self { inner, frames: Frames::default(), output: BytesMut::new() }
     }
 }
@@ -110,6 +110,7 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for LegalAuthority<IO> {
 
 /// Rewrites the frames of one direction. Pure: bytes in, bytes out.
 #[derive(Debug)]
+#[cfg_attr(not(fuzzing), expect(unreachable_pub, reason = "a fuzz target uses it"))]
 pub struct Frames {
     heads: Heads,
     /// The part of a HEADERS frame that has come; empty between HEADERS frames.
@@ -135,6 +136,7 @@ impl Frames {
 
     /// Takes the client's next bytes, and appends those that h2 is to read. At most one HEADERS
     /// frame is kept back.
+    #[cfg_attr(not(fuzzing), expect(unreachable_pub, reason = "a fuzz target uses it"))]
     pub fn push(&mut self, mut input: &[u8], output: &mut BytesMut) {
         while let Some(part) = self.heads.next(&mut input) {
             match part {

@@ -172,8 +172,8 @@ async fn connected(
     close.send(error).await;
 }
 
-/// Reads until the frontend ends the stream. Its packets have no meaning any more, but a stream that
-/// the server ends first would look like a failure.
+/// Reads until the frontend ends the stream. Its packets have no meaning any more, but a stream
+/// that the server ends first would look like a failure.
 async fn ignore_rest(inbound: &mut Streaming<Packet>) {
     while let Ok(Some(_)) = inbound.message().await {}
 }

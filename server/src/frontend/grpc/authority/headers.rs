@@ -19,8 +19,8 @@ const STATIC_AUTHORITY: usize = 1;
 /// `:authority`, for encoders that write names as literals.
 const AUTHORITY: &[u8] = b":authority";
 
-/// The frame with a legal `:authority`. It is unchanged when its own is legal, when it has none, and
-/// when it cannot be parsed.
+/// The frame with a legal `:authority`. It is unchanged when its own is legal, when it has none,
+/// and when it cannot be parsed.
 pub(super) fn legalized(frame: &[u8]) -> Cow<'_, [u8]> {
     match rewrite(frame) {
         Some(rewritten) => Cow::Owned(rewritten),

@@ -233,8 +233,8 @@ fn any_frame() -> impl Strategy<Value = Vec<u8>> {
     (kind, any::<u8>(), payload).prop_map(|(kind, flags, payload)| frame(kind, flags, 1, &payload))
 }
 
-/// What is to come out of these bytes: all of them, HEADERS frames made legal; but neither a HEADERS
-/// frame nor a head that is not whole.
+/// What is to come out of these bytes: all of them, HEADERS frames made legal; but neither a
+/// HEADERS frame nor a head that is not whole.
 fn expected(input: &[u8]) -> Vec<u8> {
     let (preface, mut rest) = input.split_at(input.len().min(PREFACE.len()));
     let mut output = preface.to_vec();
