@@ -28,7 +28,7 @@ use tracing::{debug, info};
 
 use crate::{
     config::LeaseConfig,
-    metrics::{LeaseCall, ServerMetrics},
+    metrics::{LeaseRequest, ServerMetrics},
 };
 
 /// Time after its last renewal until a Lease expires, in seconds.
@@ -150,7 +150,7 @@ impl LeaseController {
         let begun = Instant::now();
         let listed =
             answered(self.api.list(&ListParams::default().labels(&labels.join(",")))).await;
-        self.count(LeaseCall::List, begun, listed.as_ref().err());
+        self.count(LeaseRequest::List, begun, listed.as_ref().err());
         for lease in listed.map_err(|error| error.to_string())?.items {
             let expiry = lease.spec.as_ref().and_then(lease_expiry);
             let (false, Some(name)) = (expiry > Some(now), lease.metadata.name) else { continue };
@@ -159,7 +159,7 @@ impl LeaseController {
                 .preconditions(Preconditions { resource_version, uid: lease.metadata.uid });
             let begun = Instant::now();
             let deleted = answered(self.api.delete(&name, &params)).await;
-            self.count(LeaseCall::Delete, begun, deleted.as_ref().err());
+            self.count(LeaseRequest::Delete, begun, deleted.as_ref().err());
             match deleted {
                 Ok(_) => {
                     info!(lease = name, "a Lease that expired is removed");
@@ -172,13 +172,13 @@ impl LeaseController {
         Ok(())
     }
 
-    fn count(&self, call: LeaseCall, begun: Instant, failed: Option<&Unanswered>) {
+    fn count(&self, request: LeaseRequest, begun: Instant, failed: Option<&Unanswered>) {
         let (code, reason) = match failed {
             None => ("200".into(), String::new()),
             Some(Unanswered::Refused(error)) => kubernetes::labels(Some(error)),
             Some(Unanswered::Silent) => kubernetes::labels(None),
         };
-        self.metrics.lease_call(call, begun, &code, &reason);
+        self.metrics.lease_request(request, begun, &code, &reason);
     }
 }
 

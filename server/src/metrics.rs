@@ -1,8 +1,8 @@
-//! Everything the server counts: each name once, in this file.
+//! The server's metrics: each name once, with its HELP text, in this file.
 //!
 //! Where Konnectivity has a metric for the same thing, its name and HELP text are kept, so that
-//! dashboards and alerts go on working; what it has no word for begins with `culvert_server_`.
-//! What describes the state of now is read when it is scraped, so it cannot go stale.
+//! dashboards and alerts go on working; the names of all others begin with `culvert_server_`.
+//! What describes the current state is read when it is scraped, so it cannot go stale.
 
 use std::{
     collections::BTreeMap,
@@ -25,67 +25,166 @@ use metrics::Histogram;
 
 use crate::backends::{Backend, Backends, registry::Candidate};
 
-const DIAL_DURATION: &str = "konnectivity_network_proxy_server_dial_duration_seconds";
-const CONNECTION_DURATION: &str = "konnectivity_network_proxy_server_connection_duration_seconds";
-const DIAL_FAILURES: &str = "konnectivity_network_proxy_server_dial_failure_count";
-const OPTIMISTIC_DIALS: &str = "culvert_server_optimistic_dials_total";
-const DIALS_MOVED: &str = "culvert_server_dials_moved_total";
-const DIALS_WAITED: &str = "culvert_server_dials_waited_total";
-const PENDING_DIALS: &str = "konnectivity_network_proxy_server_pending_backend_dials";
-const ESTABLISHED: &str = "konnectivity_network_proxy_server_established_connections";
-const GRPC_CONNECTIONS: &str = "konnectivity_network_proxy_server_grpc_connections";
-const HTTP_CONNECTIONS: &str = "konnectivity_network_proxy_server_http_connections";
-const READY_BACKENDS: &str = "konnectivity_network_proxy_server_ready_backends";
-const READY_CONNECTIONS: &str = "konnectivity_network_proxy_server_ready_backend_connections";
-/// Labels of the bytes to the tunnel and of those from it.
-const DIRECTIONS: [&str; 2] = ["to_agent", "from_agent"];
-const STREAMS: &str = "culvert_server_streams_total";
+/// A family of metrics: its name and its HELP text.
+struct Family {
+    name: &'static str,
+    help: &'static str,
+}
+
+impl Family {
+    const fn new(name: &'static str, help: &'static str) -> Self {
+        Self { name, help }
+    }
+}
+
+const DIAL_DURATION: Family = Family::new(
+    "konnectivity_network_proxy_server_dial_duration_seconds",
+    "Latency of dial to the remote endpoint in seconds",
+);
+const CONNECTION_DURATION: Family = Family::new(
+    "konnectivity_network_proxy_server_connection_duration_seconds",
+    "Time a spliced connection lived, in seconds.",
+);
+const DIAL_FAILURES: Family = Family::new(
+    "konnectivity_network_proxy_server_dial_failure_count",
+    "Number of dial failures observed. Multiple failures can occur for a single dial \
+     request.",
+);
+const OPTIMISTIC_DIALS: Family = Family::new(
+    "culvert_server_optimistic_dials_total",
+    "Dials answered before the agent did, by what it then said.",
+);
+const DIALS_MOVED: Family = Family::new(
+    "culvert_server_dials_moved_total",
+    "Dials whose tunnel was lost before the answer and that were made again on \
+     another.",
+);
+const DIALS_WAITED: Family = Family::new(
+    "culvert_server_dials_waited_total",
+    "Dials that waited for an agent that had just left, by whether one came.",
+);
+const PENDING_DIALS: Family = Family::new(
+    "konnectivity_network_proxy_server_pending_backend_dials",
+    "Current number of pending backend dial requests",
+);
+const ESTABLISHED: Family = Family::new(
+    "konnectivity_network_proxy_server_established_connections",
+    "Current number of established end-to-end connections (post-dial).",
+);
+const GRPC_CONNECTIONS: Family = Family::new(
+    "konnectivity_network_proxy_server_grpc_connections",
+    "Number of current grpc connections, partitioned by service method.",
+);
+const HTTP_CONNECTIONS: Family = Family::new(
+    "konnectivity_network_proxy_server_http_connections",
+    "Number of current HTTP CONNECT connections",
+);
+const READY_BACKENDS: Family = Family::new(
+    "konnectivity_network_proxy_server_ready_backends",
+    "Number of konnectivity agent connected to the proxy server",
+);
+const READY_CONNECTIONS: Family = Family::new(
+    "konnectivity_network_proxy_server_ready_backend_connections",
+    "Number of konnectivity agent connected to the proxy server. DEPRECATED, please \
+     use ready_backends",
+);
+const STREAMS: Family = Family::new("culvert_server_streams_total", "Streams that were spliced.");
 const STREAM_ENDS: &str = "culvert_server_stream_ends_total";
 const STREAM_BYTES: &str = "culvert_server_stream_bytes_total";
-const OPEN_STREAMS: &str = "culvert_server_tunnel_open_streams";
-const TUNNELS: &str = "culvert_server_tunnels";
-const TUNNELS_LOST: &str = "culvert_server_tunnels_lost_total";
-const JOIN_FAILURES: &str = "culvert_server_join_failures_total";
-const CULLED_LEASES: &str = "konnectivity_network_proxy_server_culled_leases_count";
-const LEASE_RENEWALS: &str = "culvert_server_lease_renewals_total";
-const LEASE_LISTS: &str = "konnectivity_network_proxy_server_lease_list_total";
-const LEASE_LIST_LATENCY: &str = "konnectivity_network_proxy_server_lease_list_latency_seconds";
-const LEASE_DELETES: &str = "konnectivity_network_proxy_server_lease_delete_total";
-const LEASE_DELETE_LATENCY: &str = "konnectivity_network_proxy_server_lease_delete_latency_seconds";
-const UDP_BUFFER: &str = "culvert_server_udp_buffer_bytes";
+const OPEN_STREAMS: Family =
+    Family::new("culvert_server_tunnel_open_streams", "Streams being dialed or spliced, by agent.");
+const TUNNELS: Family =
+    Family::new("culvert_server_tunnels", "Tunnels of agents that have joined.");
+const TUNNELS_LOST: Family =
+    Family::new("culvert_server_tunnels_lost_total", "Tunnels that ended, by reason.");
+const JOIN_FAILURES: Family = Family::new(
+    "culvert_server_join_failures_total",
+    "Agents that connected and did not become a backend, by reason.",
+);
+const CULLED_LEASES: Family = Family::new(
+    "konnectivity_network_proxy_server_culled_leases_count",
+    "Count of expired leases that the lease garbage collection controller has culled.",
+);
+const LEASE_RENEWALS: Family = Family::new(
+    "culvert_server_lease_renewals_total",
+    "Renewals of the server's own Lease, by result.",
+);
+const LEASE_LISTS: Family = Family::new(
+    "konnectivity_network_proxy_server_lease_list_total",
+    "Lists of Leases, by kube-apiserver's answer.",
+);
+const LEASE_LIST_LATENCY: Family = Family::new(
+    "konnectivity_network_proxy_server_lease_list_latency_seconds",
+    "Latency of lease list calls in seconds.",
+);
+const LEASE_DELETES: Family = Family::new(
+    "konnectivity_network_proxy_server_lease_delete_total",
+    "Removals of Leases, by kube-apiserver's answer.",
+);
+const LEASE_DELETE_LATENCY: Family = Family::new(
+    "konnectivity_network_proxy_server_lease_delete_latency_seconds",
+    "Latency of lease deletion calls in seconds.",
+);
+const UDP_BUFFER: Family = Family::new(
+    "culvert_server_udp_buffer_bytes",
+    "Kernel buffer granted to the tunnel's UDP socket, in bytes.",
+);
 
-/// Bounds of dial durations: Konnectivity's, with the range that tunnels live in made finer.
+/// Families that count events.
+const COUNTERS: [Family; 10] = [
+    DIAL_FAILURES,
+    OPTIMISTIC_DIALS,
+    DIALS_MOVED,
+    DIALS_WAITED,
+    TUNNELS_LOST,
+    JOIN_FAILURES,
+    CULLED_LEASES,
+    LEASE_RENEWALS,
+    LEASE_LISTS,
+    LEASE_DELETES,
+];
+/// Families of durations, and the bounds of their buckets.
+const HISTOGRAMS: [(Family, &[f64]); 4] = [
+    (DIAL_DURATION, DIAL_BUCKETS),
+    (CONNECTION_DURATION, CONNECTION_BUCKETS),
+    (LEASE_LIST_LATENCY, DIAL_BUCKETS),
+    (LEASE_DELETE_LATENCY, DIAL_BUCKETS),
+];
+/// Labels of the bytes to the tunnel and of those from it.
+const DIRECTIONS: [&str; 2] = ["to_agent", "from_agent"];
+
+/// Bounds of dial durations, in seconds: Konnectivity's, and finer ones in the range of tunnels.
 const DIAL_BUCKETS: &[f64] = &[
     1e-6, 1e-5, 1e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 12.5,
 ];
-/// Bounds of connection durations: Konnectivity's.
+/// Bounds of connection durations, in seconds: Konnectivity's.
 const CONNECTION_BUCKETS: &[f64] =
     &[1.0, 5.0, 15.0, 30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 14_400.0, 43_200.0, 86_400.0];
 
-/// Which kind of frontend a connection came in by.
+/// Kind of a frontend's connection.
 #[derive(Clone, Copy, Debug)]
-pub enum FrontendKind {
+pub(crate) enum FrontendKind {
     /// One `Proxy` stream of the gRPC frontend.
     Grpc,
     /// One connection of the HTTP CONNECT frontend.
     Connect,
 }
 
-/// What kube-apiserver is asked about Leases.
+/// Kind of a request about Leases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LeaseCall {
-    /// Which there are.
+pub(crate) enum LeaseRequest {
+    /// Lists them.
     List,
-    /// To remove one.
+    /// Removes one.
     Delete,
 }
 
-/// The server's metrics. Shared by everything that counts.
+/// The server's metrics.
 #[derive(Debug)]
 pub struct ServerMetrics {
     metrics: Metrics,
     /// Time from a dial's start to a positive answer.
-    pub dial_duration: Histogram,
+    pub(crate) dial_duration: Histogram,
     connection_duration: Histogram,
     pending_dials: LiveCount,
     established: LiveCount,
@@ -98,60 +197,23 @@ pub struct ServerMetrics {
 }
 
 impl ServerMetrics {
-    /// Nothing counted yet.
+    /// Metrics that are all zero.
     ///
     /// # Errors
     /// When a histogram has no bounds; the fault is ours.
-    pub fn new() -> Result<Self, BuildError> {
-        let buckets: &[(&str, &[f64])] = &[
-            (DIAL_DURATION, DIAL_BUCKETS),
-            (CONNECTION_DURATION, CONNECTION_BUCKETS),
-            (LEASE_LIST_LATENCY, DIAL_BUCKETS),
-            (LEASE_DELETE_LATENCY, DIAL_BUCKETS),
-        ];
-        let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), buckets)?;
-        metrics
-            .describe_histogram(DIAL_DURATION, "Latency of dial to the remote endpoint in seconds");
-        metrics.describe_histogram(
-            CONNECTION_DURATION,
-            "Time a spliced connection lived, in seconds.",
-        );
-        metrics.describe_counter(
-            DIAL_FAILURES,
-            "Number of dial failures observed. Multiple failures can occur for a single dial request.",
-        );
-        metrics.describe_counter(
-            OPTIMISTIC_DIALS,
-            "Dials answered before the agent did, by what it then said.",
-        );
-        metrics.describe_counter(
-            DIALS_MOVED,
-            "Dials whose tunnel was lost before the answer and that were made again on another.",
-        );
-        metrics.describe_counter(
-            DIALS_WAITED,
-            "Dials that waited for an agent that had just left, by whether one came.",
-        );
-        metrics.describe_counter(TUNNELS_LOST, "Tunnels that ended, by reason.");
-        metrics.describe_counter(
-            JOIN_FAILURES,
-            "Agents that connected and did not become a backend, by reason.",
-        );
-        metrics.describe_counter(
-            CULLED_LEASES,
-            "Count of expired leases that the lease garbage collection controller has culled.",
-        );
-        metrics.describe_counter(LEASE_RENEWALS, "Renewals of the server's own Lease, by result.");
-        metrics.describe_counter(LEASE_LISTS, "Lists of Leases, by kube-apiserver's answer.");
-        metrics.describe_counter(LEASE_DELETES, "Removals of Leases, by kube-apiserver's answer.");
-        metrics.describe_histogram(LEASE_LIST_LATENCY, "Latency of lease list calls in seconds.");
-        metrics.describe_histogram(
-            LEASE_DELETE_LATENCY,
-            "Latency of lease deletion calls in seconds.",
-        );
+    pub(crate) fn new() -> Result<Self, BuildError> {
+        let buckets = HISTOGRAMS.map(|(family, bounds)| (family.name, bounds));
+        let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), &buckets)?;
+        for Family { name, help } in COUNTERS {
+            metrics.describe_counter(name, help);
+        }
+        for (Family { name, help }, _) in HISTOGRAMS {
+            metrics.describe_histogram(name, help);
+        }
+        metrics.describe_gauge(UDP_BUFFER.name, UDP_BUFFER.help);
         Ok(Self {
-            dial_duration: metrics.histogram(DIAL_DURATION, &[]),
-            connection_duration: metrics.histogram(CONNECTION_DURATION, &[]),
+            dial_duration: metrics.histogram(DIAL_DURATION.name, &[]),
+            connection_duration: metrics.histogram(CONNECTION_DURATION.name, &[]),
             pending_dials: LiveCount::default(),
             established: LiveCount::default(),
             grpc_connections: LiveCount::default(),
@@ -163,101 +225,103 @@ impl ServerMetrics {
         })
     }
 
-    /// Tells the kernel's UDP buffers, which do not change while the server runs.
-    pub fn set_udp_buffers(&self, sizes: BufferSizes) {
-        self.metrics.describe_gauge(
-            UDP_BUFFER,
-            "Kernel buffer granted to the tunnel's UDP socket, in bytes.",
-        );
+    /// Sets the sizes of the kernel's UDP buffers, which do not change while the server runs.
+    pub(crate) fn set_udp_buffers(&self, sizes: BufferSizes) {
         let set = |direction, size| {
             #[expect(clippy::cast_precision_loss, reason = "buffers are far below 2^52 bytes")]
-            self.metrics.gauge(UDP_BUFFER, &[("direction", direction)]).set(size as f64);
+            self.metrics.gauge(UDP_BUFFER.name, &[("direction", direction)]).set(size as f64);
         };
         set("receive", sizes.receive);
         set("send", sizes.send);
     }
 
-    /// Counts a dial that waits for its answer.
-    pub fn dial_pending(&self) -> Counted {
+    /// Counts a dial as pending until the guard is dropped.
+    pub(crate) fn dial_pending(&self) -> Counted {
         self.pending_dials.enter()
     }
 
     /// Counts a dial that failed.
-    pub fn dial_failed(&self, reason: &'static str) {
-        self.metrics.counter(DIAL_FAILURES, &[("reason", reason)]).increment(1);
+    pub(crate) fn dial_failed(&self, reason: &'static str) {
+        self.metrics.counter(DIAL_FAILURES.name, &[("reason", reason)]).increment(1);
     }
 
     /// Counts a dial that is made again on another tunnel.
-    pub fn dial_moved(&self) {
-        self.metrics.counter(DIALS_MOVED, &[]).increment(1);
+    pub(crate) fn dial_moved(&self) {
+        self.metrics.counter(DIALS_MOVED.name, &[]).increment(1);
     }
 
-    /// Counts a dial that waited for an agent, and whether one came.
-    pub fn dial_waited(&self, came: bool) {
+    /// Counts a dial that waited for an agent, and whether one appeared.
+    pub(crate) fn dial_waited(&self, came: bool) {
         let result = if came { "came" } else { "failed" };
-        self.metrics.counter(DIALS_WAITED, &[("result", result)]).increment(1);
+        self.metrics.counter(DIALS_WAITED.name, &[("result", result)]).increment(1);
     }
 
-    /// Counts a dial that was answered before the agent did, and whether the agent agreed.
-    pub fn optimistic_dial(&self, agreed: bool) {
+    /// Counts a dial whose frontend was answered before the agent did, and whether it agreed.
+    pub(crate) fn optimistic_dial(&self, agreed: bool) {
         let result = if agreed { "kept" } else { "broken" };
-        self.metrics.counter(OPTIMISTIC_DIALS, &[("result", result)]).increment(1);
+        self.metrics.counter(OPTIMISTIC_DIALS.name, &[("result", result)]).increment(1);
     }
 
-    /// Counts a frontend's connection.
-    pub fn frontend_open(&self, kind: FrontendKind) -> Counted {
+    /// Counts a frontend's connection as open until the guard is dropped.
+    pub(crate) fn frontend_open(&self, kind: FrontendKind) -> Counted {
         match kind {
             FrontendKind::Grpc => self.grpc_connections.enter(),
             FrontendKind::Connect => self.http_connections.enter(),
         }
     }
 
-    /// Counts a stream that is being spliced.
-    pub fn stream_open(&self) -> Counted {
+    /// Counts a stream as open until the guard is dropped.
+    pub(crate) fn stream_open(&self) -> Counted {
         self.streams.fetch_add(1, Ordering::Relaxed);
         self.established.enter()
     }
 
     /// Counts how a splice ended and how long it lived.
-    pub fn stream_ended(&self, started: Instant, outcome: &Outcome) {
+    pub(crate) fn stream_ended(&self, started: Instant, outcome: &Outcome) {
         self.connection_duration.record(started.elapsed());
         self.stream_ends.record(outcome);
     }
 
     /// Counts a tunnel that ended.
-    pub fn tunnel_lost(&self, reason: &'static str) {
-        self.metrics.counter(TUNNELS_LOST, &[("reason", reason)]).increment(1);
+    pub(crate) fn tunnel_lost(&self, reason: &'static str) {
+        self.metrics.counter(TUNNELS_LOST.name, &[("reason", reason)]).increment(1);
     }
 
     /// Counts an agent that did not become a backend.
-    pub fn join_failed(&self, reason: &'static str) {
-        self.metrics.counter(JOIN_FAILURES, &[("reason", reason)]).increment(1);
+    pub(crate) fn join_failed(&self, reason: &'static str) {
+        self.metrics.counter(JOIN_FAILURES.name, &[("reason", reason)]).increment(1);
     }
 
     /// Counts a renewal of the server's own Lease.
-    pub fn lease_renewed(&self, done: bool) {
+    pub(crate) fn lease_renewed(&self, done: bool) {
         let result = if done { "ok" } else { "failed" };
-        self.metrics.counter(LEASE_RENEWALS, &[("result", result)]).increment(1);
+        self.metrics.counter(LEASE_RENEWALS.name, &[("result", result)]).increment(1);
     }
 
-    /// Counts a request about Leases that began at `begun`, and how it was answered.
-    pub fn lease_call(&self, call: LeaseCall, begun: Instant, code: &str, reason: &str) {
-        let (total, latency) = match call {
-            LeaseCall::List => (LEASE_LISTS, LEASE_LIST_LATENCY),
-            LeaseCall::Delete => (LEASE_DELETES, LEASE_DELETE_LATENCY),
+    /// Counts a request about Leases that was sent at `begun`, and its answer.
+    pub(crate) fn lease_request(
+        &self,
+        request: LeaseRequest,
+        begun: Instant,
+        code: &str,
+        reason: &str,
+    ) {
+        let (total, latency) = match request {
+            LeaseRequest::List => (LEASE_LISTS, LEASE_LIST_LATENCY),
+            LeaseRequest::Delete => (LEASE_DELETES, LEASE_DELETE_LATENCY),
         };
         let labels = [("http_status_code", code), ("reason", reason)];
-        self.metrics.counter(total, &labels).increment(1);
-        self.metrics.histogram(latency, &labels[..1]).record(begun.elapsed());
+        self.metrics.counter(total.name, &labels).increment(1);
+        self.metrics.histogram(latency.name, &labels[..1]).record(begun.elapsed());
     }
 
     /// Counts an expired Lease that was removed.
-    pub fn lease_culled(&self) {
-        self.metrics.counter(CULLED_LEASES, &[]).increment(1);
+    pub(crate) fn lease_culled(&self) {
+        self.metrics.counter(CULLED_LEASES.name, &[]).increment(1);
     }
 
-    /// The metrics to keep in shape between scrapes.
-    pub fn inner(&self) -> &Metrics {
+    /// The metrics below, whose histograms need upkeep between scrapes.
+    pub(crate) fn inner(&self) -> &Metrics {
         &self.metrics
     }
 
@@ -268,22 +332,18 @@ impl ServerMetrics {
             collect_backends(backends, exposition);
             collect_tunnels(&backends.all(), exposition);
             let streams = self.streams.load(Ordering::Relaxed);
-            exposition.counter(STREAMS, "Streams that were spliced.", streams);
+            exposition.counter(STREAMS.name, STREAMS.help, streams);
             exposition.meter(STREAM_BYTES, &self.meter, DIRECTIONS);
         })
     }
 
     fn collect_connections(&self, exposition: &mut Exposition) {
-        let help = "Current number of pending backend dial requests";
-        exposition.gauge(PENDING_DIALS, help, self.pending_dials.get());
-        let help = "Current number of established end-to-end connections (post-dial).";
-        exposition.gauge(ESTABLISHED, help, self.established.get());
-        let help = "Number of current grpc connections, partitioned by service method.";
+        exposition.gauge(PENDING_DIALS.name, PENDING_DIALS.help, self.pending_dials.get());
+        exposition.gauge(ESTABLISHED.name, ESTABLISHED.help, self.established.get());
         let proxy = vec![("service_method", "Proxy".to_owned())];
         let rows = [(proxy, self.grpc_connections.get())];
-        exposition.family(GRPC_CONNECTIONS, Kind::Gauge, help, rows);
-        let help = "Number of current HTTP CONNECT connections";
-        exposition.gauge(HTTP_CONNECTIONS, help, self.http_connections.get());
+        exposition.family(GRPC_CONNECTIONS.name, Kind::Gauge, GRPC_CONNECTIONS.help, rows);
+        exposition.gauge(HTTP_CONNECTIONS.name, HTTP_CONNECTIONS.help, self.http_connections.get());
     }
 }
 
@@ -293,22 +353,19 @@ fn collect_backends(backends: &Backends, exposition: &mut Exposition) {
     let rows = counts
         .into_iter()
         .map(|(strategy, count)| (vec![("proxy_strategy", strategy.name().to_owned())], count));
-    let help = "Number of konnectivity agent connected to the proxy server";
-    exposition.family(READY_BACKENDS, Kind::Gauge, help, rows);
-    let help = "Number of konnectivity agent connected to the proxy server. DEPRECATED, please use ready_backends";
-    exposition.gauge(READY_CONNECTIONS, help, last);
+    exposition.family(READY_BACKENDS.name, Kind::Gauge, READY_BACKENDS.help, rows);
+    exposition.gauge(READY_CONNECTIONS.name, READY_CONNECTIONS.help, last);
 }
 
 fn collect_tunnels(tunnels: &[Arc<Backend>], exposition: &mut Exposition) {
-    exposition.gauge(TUNNELS, "Tunnels of agents that have joined.", tunnels.len());
+    exposition.gauge(TUNNELS.name, TUNNELS.help, tunnels.len());
     let agent = |id: &AgentId| ("agent_id", id.to_string());
     let mut open: BTreeMap<_, usize> = BTreeMap::new();
     for backend in tunnels {
         *open.entry(backend.agent_id()).or_default() += backend.open_streams();
     }
     let rows = open.into_iter().map(|(id, open)| (Labels::from([agent(id)]), open));
-    let help = "Streams being dialed or spliced, by agent.";
-    exposition.family(OPEN_STREAMS, Kind::Gauge, help, rows);
+    exposition.family(OPEN_STREAMS.name, Kind::Gauge, OPEN_STREAMS.help, rows);
     // An agent that moves to another tunnel has several; new dials take the newest.
     let newest: BTreeMap<_, _> =
         tunnels.iter().map(|backend| (backend.agent_id(), backend)).collect();
@@ -317,4 +374,41 @@ fn collect_tunnels(tunnels: &[Arc<Backend>], exposition: &mut Exposition) {
         .map(|(id, backend)| (agent(id), backend.tunnel.carrier(), backend.tunnel.stats()))
         .collect();
     exposition.tunnels("culvert_server_tunnel", &paths);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        backends::Strategy,
+        testing::{TestAgent, metric},
+    };
+
+    #[tokio::test(start_paused = true)]
+    async fn tunnels_and_streams_are_those_of_the_backends_at_the_time_of_the_scrape() {
+        let metrics = ServerMetrics::new().unwrap();
+        let backends = Backends::new(&[Strategy::Default, Strategy::DestHost]);
+        let value = |name: &str| metric(&metrics, &backends, name);
+        let open = "culvert_server_tunnel_open_streams{agent_id=\"a\"}";
+        let older = TestAgent::join(&backends, "a").await;
+        let newer = TestAgent::join(&backends, "a").await;
+        let permits = (older.backend.permit().unwrap(), newer.backend.permit().unwrap());
+        assert_eq!((value("culvert_server_tunnels"), value(open)), (2.0, 2.0));
+        let ready = "konnectivity_network_proxy_server_ready_backends";
+        assert_eq!(value(&format!("{ready}{{proxy_strategy=\"default\"}}")), 1.0);
+        assert_eq!(value(&format!("{ready}{{proxy_strategy=\"destHost\"}}")), 0.0);
+        drop((permits, older));
+        assert_eq!((value("culvert_server_tunnels"), value(open)), (1.0, 0.0));
+    }
+
+    #[test]
+    fn the_family_that_konnectivity_deprecates_counts_the_last_strategy() {
+        let metrics = ServerMetrics::new().unwrap();
+        let scrape = metrics.render(&Backends::new(&[Strategy::Default]));
+        let help = "Number of konnectivity agent connected to the proxy server. \
+                    DEPRECATED, please use ready_backends";
+        let name = "konnectivity_network_proxy_server_ready_backend_connections";
+        assert!(scrape.contains(&format!("# HELP {name} {help}\n")), "{scrape}");
+        assert!(scrape.contains(&format!("\n{name} 0\n")), "{scrape}");
+    }
 }

@@ -6,10 +6,10 @@ use culvert_process::{
 };
 
 /// The control-plane side of Culvert: takes kube-apiserver's connections to nodes, pods and
-/// services and carries each to an agent through a QUIC tunnel.
+/// services and carries each to an agent through a tunnel, over QUIC or TCP.
 ///
-/// A drop-in for Konnectivity's proxy-server. It listens in four places: for kube-apiserver
-/// (a Unix socket, or TCP with client certificates), for agents (UDP),
+/// A drop-in for Konnectivity's proxy-server. It listens on four addresses: for kube-apiserver
+/// (a Unix socket, or TCP with client certificates), for agents (UDP and TCP),
 /// for health checks, and for administration.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "culvert-server", version, max_term_width = 100)]
@@ -60,7 +60,7 @@ pub struct Flags {
     #[arg(long, help_heading = "Frontend", value_name = "DURATION", default_value = "10s")]
     pub frontend_header_timeout: GoDuration,
 
-    /// Port for agents, UDP, 1024 to 49151 [default: 8132, or 8091 when started as
+    /// Port for agents, UDP and TCP, 1024 to 49151 [default: 8132, or 8091 when started as
     /// proxy-server]
     #[arg(long, help_heading = "Agents", value_name = "PORT")]
     pub agent_port: Option<i64>,
@@ -96,9 +96,9 @@ pub struct Flags {
     #[arg(long, help_heading = "Agents", value_name = "DURATION")]
     pub backend_dial_timeout: Option<GoDuration>,
 
-    /// Answer a frontend at once, without waiting for the agent, when the same agent reached the same
-    /// target within the last five minutes: saves a round trip. If the dial fails after all, the
-    /// connection is reset
+    /// Answer a frontend at once, without waiting for the agent, when the same agent reached the
+    /// same target within the last five minutes: saves a round trip. If the dial fails after all,
+    /// the connection is reset
     #[arg(long, help_heading = "Agents")]
     pub optimistic_dial: bool,
 
@@ -106,7 +106,8 @@ pub struct Flags {
     #[arg(long, help_heading = "Agents", value_name = "COUNT", default_value_t = 10_000)]
     pub max_streams_per_agent: i64,
 
-    /// Queue length of a Konnectivity server. Accepted and ignored: each stream has a window of its own
+    /// Queue length of a Konnectivity server. Accepted and ignored: each stream has a window of its
+    /// own
     #[arg(long, help_heading = "Agents", value_name = "COUNT", default_value_t = 10)]
     pub xfr_channel_size: i64,
 
@@ -153,7 +154,7 @@ pub struct Flags {
     )]
     pub kube_api_content_type: String,
 
-    /// Name of this server, told to agents; must differ among servers [default: a random UUID]
+    /// Name of this server, sent to agents; must differ among servers [default: a random UUID]
     #[arg(
         long,
         help_heading = "Server set",
@@ -163,7 +164,7 @@ pub struct Flags {
     )]
     pub server_id: Option<String>,
 
-    /// How many servers there are, told to agents, which connect to that many
+    /// How many servers there are, sent to agents, which connect to that many
     #[arg(long, help_heading = "Server set", value_name = "COUNT", default_value_t = 1)]
     pub server_count: i64,
 
@@ -193,8 +194,8 @@ pub struct Flags {
     #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "0")]
     pub graceful_shutdown_timeout: GoDuration,
 
-    /// File with a secret from which stateless-reset tokens are derived, so that a restarted
-    /// server can tell agents at once that their old tunnels are gone. Empty draws one at random
+    /// File with a secret from which stateless-reset tokens are derived: with the same secret a
+    /// restarted server ends its old tunnels at once. Empty derives them from --cluster-key
     #[arg(long, help_heading = "Tunnel", value_name = "FILE", default_value = "")]
     pub reset_key_file: String,
 
