@@ -188,7 +188,7 @@ fn a_text_longer_than_its_place_is_refused() {
 }
 
 #[test]
-fn a_list_longer_than_its_place_is_refused() {
+fn a_list_longer_than_its_field_is_refused() {
     let identifiers = [&[65][..], &[0; 130]].concat();
     assert!(malformed(Hello::KIND, hello_with(4, &identifiers)).contains("65 is more than the 64"));
     let extensions = [&[17][..], &[0; 34]].concat();
@@ -262,7 +262,7 @@ fn a_message_of_another_place_is_refused() {
 }
 
 #[test]
-fn a_control_message_of_a_later_revision_is_told_apart_from_a_broken_one() {
+fn a_control_message_of_a_later_revision_is_distinguished_from_a_broken_one() {
     for kind in (0x00..=0xff).filter(|kind| !(0x01..=0x06).contains(kind) && kind >> 4 != 1) {
         let read = ControlMessage::decode(&frame(kind, [0xff; 9]));
         assert_eq!(read, Ok(ControlMessage::Unknown { kind }));
@@ -293,7 +293,8 @@ fn a_hello_that_fills_its_frame_can_be_read() {
 
 // ---- Properties ----
 
-/// The encoding as `docs/protocol.md` tells it, written anew: code and text cannot drift apart.
+/// The encoding as `docs/protocol.md` describes it, written a second time: the code cannot drift
+/// from the text.
 #[derive(Default)]
 struct Reference(Vec<u8>);
 

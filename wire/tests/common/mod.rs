@@ -36,7 +36,7 @@ impl Message {
         }
     }
 
-    /// The message that this frame is, read by the decoder of the place where its kind belongs.
+    /// The message that this frame carries, read by the decoder that its kind belongs to.
     pub(crate) fn decode(frame: &Frame) -> Result<Self, FrameError> {
         match frame.kind {
             DialRequest::KIND => frame.message().map(Box::new).map(Self::Request),
@@ -80,7 +80,7 @@ pub(crate) fn unhex(text: &str) -> Option<Vec<u8>> {
     odd.is_empty().then(|| pairs.iter().map(|[high, low]| high << 4 | low).collect())
 }
 
-/// A message and the frame that it is on the wire, for good.
+/// A message and its frame on the wire, which never changes.
 pub(crate) struct Example {
     pub(crate) name: &'static str,
     pub(crate) message: Message,

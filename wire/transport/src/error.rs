@@ -1,6 +1,6 @@
 //! Why a tunnel could not be made, why one ended, and why a stream cannot be used.
 //!
-//! Every cause that a caller may have to tell apart is a variant or a number. Texts are for people
+//! Every cause that a caller may have to distinguish is a variant or a number. Texts are for people
 //! alone: they may change, and nothing matches on them.
 
 use std::{io, net::SocketAddr};
@@ -148,7 +148,7 @@ pub enum TransportFault {
     TlsRefused {
         /// The alert that the peer was sent (RFC 8446 §6), if one fits.
         alert: Option<u8>,
-        /// The fault in words.
+        /// The fault, for people.
         reason: String,
     },
     /// The peer's TLS refused this side.
@@ -156,7 +156,7 @@ pub enum TransportFault {
     TlsAlert {
         /// The alert that the peer sent (RFC 8446 §6).
         alert: u8,
-        /// The fault in words.
+        /// The fault, for people.
         reason: String,
     },
     /// The peer broke the carrier's protocol.
@@ -167,7 +167,7 @@ pub enum TransportFault {
     Aborted {
         /// The code (RFC 9000 §20.1).
         code: u64,
-        /// The peer's reason in words.
+        /// The peer's reason, for people.
         reason: String,
     },
     /// The peers have no version of the carrier's protocol in common.

@@ -1,34 +1,34 @@
-//! Which stream's bytes go first, decided by what the stream has had: attained service.
+//! Which stream's bytes go first, decided by how much it has sent: least attained service.
 //!
-//! Nobody says what is a keystroke, because what kube-apiserver and kubelet say to each other is
-//! encrypted. But a stream that has sent little lately cannot hold anybody up, so it goes first;
-//! one that sends much sinks below it, and rises again while it has nothing to send. Time in which
-//! it waits for room does not count as such: forty downloads that share a path are each slow, and
-//! all greedy. What goes first is at most three quarters of a tunnel's bytes, so that nothing
-//! starves however many streams there are.
+//! The tunnel cannot see which bytes are a keystroke: kube-apiserver and kubelet encrypt what they
+//! send each other. But a stream that has sent little lately cannot delay the others, so it goes
+//! first. One that sends much sinks below it, and rises again while it has nothing to send. Time in
+//! which it waits for room does not count as idle: of forty downloads that share a path each is
+//! slow, and each sends as much as it can. At most three quarters of a tunnel's bytes go first, so
+//! that nothing starves however many streams there are.
 
 use std::{sync::Arc, time::Instant};
 
 use parking_lot::Mutex;
 
-/// What a stream may send per second for ever without sinking, in bytes: 2 Mbit/s, which is more
-/// than anybody types or reads.
+/// Rate at which a stream may send for ever without sinking, in bytes per second: 2 Mbit/s, which
+/// is more than people type or read.
 const ALLOWANCE: u64 = 256 * 1024;
-/// A stream sinks below keystrokes when it has had this much beyond the allowance.
+/// Bytes beyond the allowance after which a stream sinks below [`Class::Interactive`].
 const INTERACTIVE: u64 = 32 * 1024;
-/// And below short answers when it has had this much.
+/// Bytes beyond the allowance after which a stream sinks below [`Class::Short`].
 const SHORT: u64 = 256 * 1024;
-/// What is remembered of a stream at most: after two seconds of silence it is as if new.
+/// Maximum number of bytes that count against a stream: after two idle seconds it is as if new.
 const MEMORY: u64 = 2 * ALLOWANCE;
-/// Bytes that may go first in one go, beyond three of four.
+/// Bytes that may go first at once, beyond three of four.
 const CREDIT: u64 = 256 * 1024;
-/// Bytes that may go first in a second, however little else there is.
+/// Rate at which bytes may go first however little else there is, in bytes per second.
 const FLOOR: u64 = 640 * 1024;
 
-/// Where a stream stands among its tunnel's others.
+/// The rank of a stream among its tunnel's others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Class {
-    /// Whatever sends much.
+    /// Streams that send much.
     Bulk,
     /// Short answers, and the beginning of long ones.
     Short,
@@ -37,7 +37,7 @@ pub enum Class {
 }
 
 impl Class {
-    /// The carrier's word for it: higher goes first.
+    /// The priority by which carriers know the class; higher goes first.
     pub fn priority(self) -> i32 {
         match self {
             Self::Bulk => -10,
@@ -47,9 +47,10 @@ impl Class {
     }
 }
 
-/// What one direction of a stream has had.
+/// How much one direction of a stream has sent.
 #[derive(Debug)]
 pub struct AttainedService {
+    /// Bytes that count against the stream, at most [`MEMORY`].
     bytes: u64,
     /// When the stream last had nothing to send.
     idle_from: Instant,
@@ -57,12 +58,12 @@ pub struct AttainedService {
 }
 
 impl AttainedService {
-    /// Of a stream that has had nothing, on a tunnel whose streams share this.
+    /// The service of a new stream on the tunnel whose streams share this budget.
     pub fn new(tunnel: Arc<PriorityBudget>, now: Instant) -> Self {
         Self { bytes: 0, idle_from: now, tunnel }
     }
 
-    /// Where the stream stands for the next `bytes` bytes, which count from now on.
+    /// The class of the stream's next `bytes` bytes, which count from now on.
     pub fn on_write(&mut self, now: Instant, bytes: u64) -> Class {
         let idle = now.saturating_duration_since(self.idle_from);
         let forgiven = idle.as_secs_f64() * ALLOWANCE as f64;
@@ -78,30 +79,32 @@ impl AttainedService {
         if self.tunnel.admits(now, bytes, class > Class::Bulk) { class } else { Class::Bulk }
     }
 
-    /// There was room for what was to be written; the stream has nothing more to send for now.
+    /// Records that the bytes were taken: the stream has nothing more to send for now.
     pub fn on_written(&mut self, now: Instant) {
         self.idle_from = now;
     }
 }
 
-/// What all streams of a tunnel had: how many bytes may go first now.
+/// How many bytes of a tunnel's streams may go first now.
 #[derive(Debug)]
 pub struct PriorityBudget(Mutex<Credit>);
 
 #[derive(Debug)]
 struct Credit {
+    /// Bytes that may go first, at most [`CREDIT`].
     bytes: u64,
+    /// When they were last counted.
     at: Instant,
 }
 
 impl PriorityBudget {
-    /// Of a tunnel that begins.
+    /// The budget of a new tunnel.
     pub fn new(now: Instant) -> Arc<Self> {
         Arc::new(Self(Mutex::new(Credit { bytes: CREDIT, at: now })))
     }
 
-    /// Counts bytes that want to go first or not; whether they may. Those that do not pay for three
-    /// times as many that do.
+    /// Counts bytes that are to go first or not, and returns whether they do. Each byte that does
+    /// not pays for three that do.
     fn admits(&self, now: Instant, bytes: u64, first: bool) -> bool {
         let mut credit = self.0.lock();
         let elapsed = now.saturating_duration_since(credit.at).as_secs_f64();
@@ -129,9 +132,11 @@ mod tests {
     }
 
     proptest! {
-        /// Whoever keeps to the allowance stays first.
+        /// A stream that keeps to the allowance stays first.
         #[test]
-        fn little_is_always_first(writes in prop::collection::vec((1_u64..2000, 1_u64..50), 1..500)) {
+        fn a_stream_that_sends_little_is_always_first(
+            writes in prop::collection::vec((1_u64..2000, 1_u64..50), 1..500),
+        ) {
             let mut now = Instant::now();
             let mut stream = AttainedService::new(PriorityBudget::new(now), now);
             for (bytes, pause) in writes {
@@ -141,9 +146,12 @@ mod tests {
             }
         }
 
-        /// Whoever sends much sinks, and rises again in silence.
+        /// A stream that sends much sinks, and rises again while it is idle.
         #[test]
-        fn much_sinks_and_silence_forgives(chunk in 1_000_u64..65_536, silence in 2_000_u64..100_000) {
+        fn a_stream_that_sends_much_sinks_until_it_is_idle(
+            chunk in 1_000_u64..65_536,
+            idle in 2_000_u64..100_000,
+        ) {
             let mut now = Instant::now();
             let mut stream = AttainedService::new(PriorityBudget::new(now), now);
             let mut classes = Vec::new();
@@ -153,14 +161,14 @@ mod tests {
             }
             prop_assert_eq!(classes.first() == Some(&Class::Interactive), chunk <= INTERACTIVE);
             prop_assert_eq!(classes.last(), Some(&Class::Bulk));
-            now += millis(silence);
+            now += millis(idle);
             prop_assert_eq!(stream.on_write(now, 64), Class::Interactive);
         }
 
-        /// Whoever always has more to send than there is room for sinks for good, however slow it
-        /// is.
+        /// A stream that always has more to send than there is room for sinks for good, however
+        /// slow it is.
         #[test]
-        fn greed_is_no_silence(chunk in 1_000_u64..65_536, wait in 1_u64..10_000) {
+        fn a_stream_that_waits_for_room_is_not_idle(chunk in 1_000_u64..65_536, wait in 1_u64..10_000) {
             let mut now = Instant::now();
             let mut stream = AttainedService::new(PriorityBudget::new(now), now);
             for _ in 0..(SHORT / chunk + 1) {
@@ -176,7 +184,8 @@ mod tests {
         fn nothing_starves(writes in prop::collection::vec((0_usize..40, 1_u64..65_536), 1..2000)) {
             let now = Instant::now();
             let budget = PriorityBudget::new(now);
-            let mut streams: Vec<_> = (0..40).map(|_| AttainedService::new(budget.clone(), now)).collect();
+            let new = |_| AttainedService::new(budget.clone(), now);
+            let mut streams: Vec<_> = (0..40).map(new).collect();
             let (mut first, mut all) = (0, 0);
             for (stream, bytes) in writes {
                 all += bytes;

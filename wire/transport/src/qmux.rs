@@ -2,9 +2,9 @@
 //! (draft-ietf-quic-qmux-02). Decision 0008 says why it is spoken here.
 //!
 //! The byte stream is TLS over TCP, see [`super::tcp`], or anything else that is reliable, such as
-//! a pipe within one process. All streams share its order: a lost packet delays them all, which is
-//! why QUIC goes first wherever it can. What they do not share is a reader: one that is stalled has
-//! its own window, and nobody waits behind it.
+//! a pipe within one process, see [`super::memory`]. All streams share its order: a lost packet
+//! delays them all, which is why QUIC is preferred. They do not share a reader: a stream that is
+//! not read has its own window, and the others go on.
 
 //= docs/protocol.md#1-carrier
 
@@ -57,10 +57,10 @@ impl Role {
     }
 }
 
-/// Who is at the other end of the byte stream.
+/// The peer at the other end of the byte stream.
 #[derive(Clone, Debug)]
 pub struct Peer {
-    /// Where it is.
+    /// Its address.
     pub address: SocketAddr,
     /// What carries the byte stream.
     pub carrier: Carrier,
@@ -71,7 +71,10 @@ pub struct Peer {
 /// Begins QMux on a reliable byte stream whose other end does the same in the other role.
 ///
 /// # Errors
-/// When the peer does not begin within the idle time-out, or speaks something else.
+/// When the peer does not begin within the idle time-out, or speaks another protocol.
+///
+/// # Cancel safety
+/// Cancel safe: dropping the future closes the byte stream.
 pub async fn establish<IO>(
     stream: IO,
     role: Role,
@@ -100,26 +103,27 @@ where
     }
 }
 
-/// A connection and a peer that may do anything, for the fuzzer.
+/// A connection whose peer does what the script says, for the fuzzer.
 #[cfg(fuzzing)]
 pub fn fuzz_peer(script: &[u8]) {
     let _ = mux::exercise(script);
 }
 
-/// What the tasks, the handles and the streams of one connection share.
+/// The state that the tasks, the handles and the streams of one connection share.
 struct Shared {
     mux: Mutex<Mux>,
-    /// There may be something to send.
+    /// Notified when there may be something to send.
     work: Notify,
-    /// The peer has opened a stream, or allows one more.
+    /// Notified when the peer has opened a stream, or allows one more.
     opened: Notify,
     /// Why the connection is over.
     lost: SetOnce<TunnelLost>,
-    /// The last words are out.
+    /// Set once the close was written.
     flushed: SetOnce<()>,
-    /// What this side said when it closed the tunnel.
+    /// The code and the reason with which this side closed the tunnel.
     close_reason: OnceLock<(CloseCode, String)>,
     peer: Peer,
+    /// Bytes written to and read from the byte stream.
     sent: AtomicU64,
     received: AtomicU64,
     rtt_micros: AtomicU64,
@@ -145,7 +149,7 @@ impl Shared {
         self.mux.lock()
     }
 
-    /// The connection is over for this reason, unless it was before.
+    /// Ends the connection for this reason, unless it has ended already.
     fn lose(&self, lost: TunnelLost) {
         let _ = self.lost.set(lost);
     }
@@ -168,7 +172,7 @@ impl Shared {
     }
 }
 
-/// Closes the connection when nobody holds it or a stream of it any more.
+/// Closes the connection when its last handle, those of its streams included, is dropped.
 struct Owner(Arc<Shared>);
 
 impl Drop for Owner {

@@ -1,7 +1,7 @@
-//! The carrier that QUIC is: this module and those below it are the ones that name quinn.
+//! The carrier QUIC, by quinn.
 //!
-//! Here tunnels are made, from either end; `settings` says what they are set up with, and
-//! `connection` what becomes of them.
+//! This module makes connections, from either end; `settings` configures quinn for them, and
+//! `connection` is an established one.
 
 mod close_reason;
 mod connection;
@@ -35,18 +35,19 @@ use self::{
 };
 use super::{ConnectError, Settings, TransportFault, canonical};
 
-/// Handshakes in progress above which a client must first prove its address (RFC 9000 §8.1.2).
+/// Number of handshakes in progress from which a client must first prove its address (RFC 9000
+/// §8.1.2).
 const RETRY_ABOVE: usize = 128;
-/// Handshakes in progress above which further ones are dropped unanswered.
+/// Number of handshakes in progress from which further ones are dropped unanswered.
 const IGNORE_ABOVE: usize = 1024;
 /// Bytes that may wait for one handshake that has not been accepted yet.
 const INCOMING_BUFFER: u64 = 64 * 1024;
 /// Bytes that may wait for all handshakes that have not been accepted yet.
 const INCOMING_BUFFER_TOTAL: u64 = 16 * 1024 * 1024;
 
-/// Accepts tunnels on a UDP port.
+/// Accepts connections on a UDP port.
 ///
-/// Dropping it closes every tunnel that it accepted with [`CloseCode::ABANDONED`].
+/// Dropping it closes every connection that it accepted with [`CloseCode::ABANDONED`].
 #[derive(Debug)]
 pub struct Listener {
     endpoint: quinn::Endpoint,
@@ -63,7 +64,7 @@ impl Listener {
     /// An unspecified IPv6 address takes IPv4 as well. Without a reset key a random one is used.
     ///
     /// # Errors
-    /// When the port cannot be had or the TLS configuration cannot carry QUIC.
+    /// When the port cannot be bound or the TLS configuration has no cipher suite for QUIC.
     pub fn bind(
         address: SocketAddr,
         tls: Arc<rustls::ServerConfig>,
@@ -91,10 +92,10 @@ impl Listener {
         })
     }
 
-    /// The port that was bound.
+    /// The address that was bound.
     ///
     /// # Errors
-    /// When the kernel does not tell.
+    /// When the kernel does not report it.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.endpoint.local_addr()
     }
@@ -104,10 +105,13 @@ impl Listener {
         self.buffer_sizes
     }
 
-    /// The next agent that wants a tunnel; `None` once the listener is closed.
+    /// The next handshake of an agent; `None` once the listener is closed.
     ///
     /// It returns before any cryptography is done: spawn, then [`Incoming::complete`]. Under a
     /// flood of handshakes it makes clients prove their address first, and then drops them.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: no handshake is lost.
     pub async fn accept(&self) -> Option<Incoming> {
         loop {
             let incoming = self.endpoint.accept().await?;
@@ -137,12 +141,15 @@ impl Listener {
         config
     }
 
-    /// Refuses further handshakes; live tunnels go on.
+    /// Refuses further handshakes; live connections go on.
     pub fn refuse_new(&self) {
         self.endpoint.set_server_config(None);
     }
 
-    /// Closes every tunnel and waits until the peers have been told, at most `limit`.
+    /// Closes every connection and waits until the peers were sent the close, at most `limit`.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: the connections are closed when the future is first polled.
     pub async fn close(&self, code: CloseCode, reason: &str, limit: Duration) {
         self.endpoint.close(code.as_u32().into(), reason.as_bytes());
         let _ = tokio::time::timeout(limit, self.endpoint.wait_idle()).await;
@@ -155,7 +162,7 @@ impl Drop for Listener {
     }
 }
 
-/// An agent's wish for a tunnel, before its handshake.
+/// The begin of an agent's handshake.
 #[derive(Debug)]
 pub struct Incoming {
     incoming: quinn::Incoming,
@@ -166,7 +173,7 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Where the wish comes from; not proven before the handshake is complete.
+    /// The address that it comes from; not proven before the handshake is complete.
     pub fn remote_address(&self) -> SocketAddr {
         canonical(self.incoming.remote_address())
     }
@@ -175,6 +182,9 @@ impl Incoming {
     ///
     /// # Errors
     /// When the peer goes away, is refused, or speaks another protocol.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: dropping the future ends the handshake.
     pub async fn complete(self) -> Result<Connection, ConnectError> {
         let handshake = async { self.incoming.accept_with(Arc::new(self.config))?.await };
         let connection = handshake.await.map_err(|error| ConnectError::Handshake(lost(error)))?;
@@ -201,13 +211,16 @@ impl Drop for Pending {
     }
 }
 
-/// Makes a tunnel to a server, on a UDP socket of its own.
+/// Connects to a server, on a UDP socket of its own.
 ///
-/// A shared socket would hash to the same replica behind a load balancer every time.
+/// A shared socket would reach the same replica behind a load balancer every time.
 ///
 /// # Errors
-/// When the socket cannot be had, nobody listens at the address, or the handshake does not come to
-/// its end; it gives up after the idle time-out.
+/// When the socket cannot be opened, no process listens at the address, or the handshake fails; it
+/// gives up after the idle time-out.
+///
+/// # Cancel safety
+/// Cancel safe: dropping the future ends the handshake.
 pub async fn connect(
     remote: SocketAddr,
     server_name: &str,

@@ -1,29 +1,32 @@
-//! What tunnels are set up with, over any carrier.
+//! The settings of a tunnel, over any carrier.
 
 use std::time::Duration;
 
 use crate::congestion::Congestion;
 
-/// What a tunnel is set up with, whichever carrier it gets; what only one of them knows says so.
+/// The settings of a tunnel. Those that only one carrier has say so.
+///
+/// [`Settings::default`] is the one source of defaults; flags that change a field take theirs from
+/// it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// The tunnel is lost after this long without a packet; the smaller one of both peers' counts.
+    /// Time without a packet after which the tunnel is lost; the smaller one of both peers' counts.
     pub idle_timeout: Duration,
-    /// A packet is sent after this long without one, so that NAT mappings live and a dead path
+    /// Time without a packet after which one is sent, so that NAT mappings live and a dead path
     /// shows; `None` leaves it to the peer. At most a third of the idle time-out.
     pub keep_alive_interval: Option<Duration>,
-    /// Bytes per stream that the peer may send ahead of the reader: a stalled stream costs at most
-    /// this much memory, and one stream's rate is at most this per round trip.
+    /// Maximum number of bytes that the peer may send ahead of a stream's reader: a stalled stream
+    /// costs at most this much memory, and a stream's rate is at most this per round trip.
     pub stream_receive_window: u32,
-    /// Streams the peer may have open at once. Slots are allocated ahead, about 1 KiB each; raise
-    /// the number on a live tunnel with [`crate::Tunnel::set_max_streams`].
+    /// Maximum number of streams that the peer may have open at once. Slots are allocated ahead,
+    /// about 1 KiB each; raise the number on a live tunnel with [`crate::Tunnel::set_max_streams`].
     pub max_streams: u32,
     /// Largest UDP payload that path MTU discovery tries, from 1200 to 65527 bytes. Above 6550 the
     /// kernel takes fewer than ten packets in one batch.
     pub mtu_cap: u16,
-    /// Kernel buffer asked for in each direction of the UDP socket, in bytes.
+    /// Kernel buffer requested for each direction of the UDP socket, in bytes.
     pub udp_buffer_size: usize,
-    /// How much of the path the tunnel fills.
+    /// The congestion controller of the tunnel; QUIC only.
     pub congestion: Congestion,
 }
 

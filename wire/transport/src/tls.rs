@@ -18,23 +18,23 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 
-/// A certificate, key or CA file could not be used.
+/// A certificate, key or CA file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// The file cannot be read.
     #[error("cannot read {path}: {source}")]
     Read {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The error.
         source: io::Error,
     },
-    /// The file is not PEM, or holds nothing of what was looked for.
+    /// The file is not PEM, or does not hold what it should.
     #[error("{path}: {reason}")]
     Pem {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         reason: String,
     },
     /// Certificate and key do not belong together, or the key's algorithm is not supported.
@@ -107,7 +107,7 @@ fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
     fs::read(path).map_err(|source| TlsError::Read { path: path.into(), source })
 }
 
-/// Which key exchanges are offered.
+/// The key exchanges that are offered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KeyExchange {
     /// Post-quantum first (X25519 with ML-KEM-768), elliptic curves for peers without it

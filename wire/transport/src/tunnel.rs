@@ -111,7 +111,7 @@ impl Tunnel {
 
     /// Completes each time the network reports that the peer cannot be reached.
     ///
-    /// The report is a hint that anybody who sees the packets can forge: ping the peer before
+    /// The report is a hint that can be forged by all who see the packets: ping the peer before
     /// acting on it. Over TCP it never completes: the kernel ends the connection by itself.
     ///
     /// # Cancel safety

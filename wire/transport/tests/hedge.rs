@@ -60,7 +60,7 @@ impl Server {
     }
 }
 
-/// Forwards UDP between one client and a server, and loses packets once it is told to.
+/// Forwards UDP between one client and a server, and loses packets on request.
 struct Path {
     address: SocketAddr,
     lossy: Arc<AtomicBool>,
@@ -149,7 +149,7 @@ async fn type_keys((mut send, mut recv): (SendHalf, RecvHalf), count: usize, see
             recv.read_chunks(&mut chunks).await.unwrap().expect("the echo goes on");
             echoed.extend_from_slice(&chunks[0]);
         }
-        assert_eq!(echoed, keys, "each byte once and in its place");
+        assert_eq!(echoed, keys, "each byte once and in order");
     }
     send.finish();
     assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), None);
@@ -223,7 +223,7 @@ async fn a_datagram_without_a_head_costs_the_tunnel() {
         let (tunnel, client, _endpoint) = raw_client(&server).await;
         client.send_datagram(Bytes::from_static(b"\x20short")).unwrap();
         let TunnelLost::ClosedHere { code, reason } = tunnel.closed().await else {
-            panic!("closed by somebody else")
+            panic!("not closed by this side")
         };
         assert_eq!(code, CloseCode::PROTOCOL_VIOLATION, "{reason}");
     })
@@ -231,7 +231,7 @@ async fn a_datagram_without_a_head_costs_the_tunnel() {
 }
 
 #[tokio::test]
-async fn copies_for_nobody_and_datagrams_of_later_revisions_are_ignored() {
+async fn copies_for_unknown_streams_and_datagrams_of_later_revisions_are_ignored() {
     within(async {
         let server = Server::new();
         let (tunnel, client, _endpoint) = raw_client(&server).await;

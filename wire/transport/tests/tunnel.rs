@@ -108,7 +108,7 @@ async fn a_stream_that_was_watched_for_a_reset_is_read_to_its_clean_end() {
             assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), Some(1));
             send.write_chunk(Bytes::from_static(bytes.as_bytes())).await.unwrap();
             send.finish();
-            // All of it has arrived before anybody watches.
+            // All of it has arrived before it is watched.
             assert_eq!(send.stopped().await.unwrap(), None);
             assert!(!is_ready(recv.failed()).await);
             let mut rest = Vec::new();
@@ -249,7 +249,7 @@ async fn a_server_of_another_name_or_ca_is_refused() {
 }
 
 #[tokio::test]
-async fn an_attempt_at_a_port_where_nobody_listens_fails_at_once() {
+async fn an_attempt_at_a_port_without_a_listener_fails_at_once() {
     within(async {
         let gone = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let authority = Authority::new();
@@ -350,7 +350,7 @@ async fn a_frame_that_is_cut_or_too_long_is_refused() {
     .await;
 }
 
-/// A stream per connection is the point: one that nobody reads leaves the others alone.
+/// Each connection has its own stream: one that is not read does not affect the others.
 #[tokio::test]
 async fn stalled_streams_do_not_fill_the_tunnel() {
     each(async |carrier| {

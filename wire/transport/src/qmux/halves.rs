@@ -1,4 +1,4 @@
-//! The two halves of a QMux stream, in the seam's vocabulary.
+//! The two halves of a QMux stream.
 
 use std::sync::Arc;
 

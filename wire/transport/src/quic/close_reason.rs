@@ -1,4 +1,4 @@
-//! Why a tunnel over QUIC and its streams ended, in the seam's vocabulary.
+//! Why a connection and its streams ended, in the errors of every carrier.
 
 use std::sync::{Arc, OnceLock};
 
@@ -7,12 +7,13 @@ use quinn::VarInt;
 
 use crate::{ReadError, TransportFault, TunnelLost};
 
-/// What this side said when it closed the tunnel; its streams tell it as the reason they ended.
+/// The code and the reason with which this side closed the connection. Its streams report them when
+/// they end for it.
 #[derive(Clone, Debug, Default)]
 pub(super) struct CloseReason(Arc<OnceLock<(CloseCode, String)>>);
 
 impl CloseReason {
-    /// Closes the connection, and remembers why.
+    /// Closes the connection, and remembers the reason.
     pub(super) fn close(&self, connection: &quinn::Connection, code: CloseCode, reason: &str) {
         // Only the first close counts, for the peer too.
         let _ = self.0.set((code, reason.to_owned()));

@@ -1,4 +1,4 @@
-//! One QUIC connection and its streams, in the seam's vocabulary.
+//! One established QUIC connection and its streams.
 
 use std::{
     collections::HashMap,
@@ -30,60 +30,63 @@ use crate::{
     quic::udp,
 };
 
-/// How often a stream with unread bytes is asked whether the peer has reset it: soon enough for
-/// whoever waits at the other end, seldom enough for a thousand stalled streams.
+/// How often a stream with unread bytes is checked for a reset by the peer: soon enough for the
+/// client at the other end, seldom enough for a thousand stalled streams.
 const RESET_INTERVAL: Duration = Duration::from_millis(50);
 
-/// What the network says about one tunnel's peer.
+/// The network's reports about the peer of one connection.
 #[derive(Debug, Default)]
 struct Reachability {
-    told: Notify,
-    nobody_listens: AtomicBool,
+    reported: Notify,
+    port_unreachable: AtomicBool,
 }
 
 impl Reachability {
-    fn tell(&self, why: Unreachable) {
+    fn report(&self, why: Unreachable) {
         if why == Unreachable::Port {
-            self.nobody_listens.store(true, Ordering::Relaxed);
+            self.port_unreachable.store(true, Ordering::Relaxed);
         }
-        self.told.notify_one();
+        self.reported.notify_one();
     }
 
-    /// The gravest of what was told since the last time.
-    async fn told(&self) -> Unreachable {
-        self.told.notified().await;
-        match self.nobody_listens.swap(false, Ordering::Relaxed) {
+    /// The most definite of the reports since the last time.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: a report is taken only when the future completes.
+    async fn reported(&self) -> Unreachable {
+        self.reported.notified().await;
+        match self.port_unreachable.swap(false, Ordering::Relaxed) {
             true => Unreachable::Port,
             false => Unreachable::Host,
         }
     }
 }
 
-/// The live tunnels of one socket by the peer's address, so that an ICMP error finds its tunnel.
+/// The live connections of one socket by the peer's address, so that an ICMP error finds its own.
 #[derive(Debug, Default)]
 pub(super) struct IcmpRouter(Mutex<HashMap<SocketAddr, Weak<Reachability>>>);
 
 impl IcmpRouter {
     fn enter(&self, address: SocketAddr) -> Arc<Reachability> {
         let reachability = Arc::new(Reachability::default());
-        let mut tunnels = self.0.lock();
-        tunnels.retain(|_, reachability| reachability.strong_count() > 0);
-        tunnels.insert(address, Arc::downgrade(&reachability));
+        let mut connections = self.0.lock();
+        connections.retain(|_, reachability| reachability.strong_count() > 0);
+        connections.insert(address, Arc::downgrade(&reachability));
         reachability
     }
 
-    /// Wakes the tunnel behind each address that the network reports as unreachable, for as long
-    /// as the socket lives.
+    /// Reports each address that the network says is unreachable to its connection, for as long as
+    /// the socket lives.
     pub(super) fn listen(self: &Arc<Self>, errors: Option<udp::ErrorQueue>) {
         let Some(errors) = errors else { return };
         let icmp_router = Arc::downgrade(self);
         tokio::spawn(async move {
             while let Some((address, why)) = errors.next().await {
                 let Some(icmp_router) = icmp_router.upgrade() else { return };
-                let tunnels = icmp_router.0.lock();
-                if let Some(reachability) = tunnels.get(&canonical(address)).and_then(Weak::upgrade)
-                {
-                    reachability.tell(why);
+                let connections = icmp_router.0.lock();
+                let reachability = connections.get(&canonical(address)).and_then(Weak::upgrade);
+                if let Some(reachability) = reachability {
+                    reachability.report(why);
                 }
             }
         });
@@ -96,10 +99,10 @@ pub struct Connection {
     connection: quinn::Connection,
     endpoint: quinn::Endpoint,
     close_reason: CloseReason,
-    /// Thin writes sent twice, once both sides offered it.
+    /// Second copies of thin writes, once both sides have agreed on them.
     hedging: Arc<OnceLock<Hedging>>,
     reachability: Arc<Reachability>,
-    /// Keeps the socket's error queue watched for as long as a tunnel uses it.
+    /// Keeps the socket's error queue read for as long as a connection uses it.
     _icmp_router: Arc<IcmpRouter>,
 }
 
@@ -167,7 +170,7 @@ impl Connection {
     }
 
     pub(crate) async fn unreachable(&self) -> Unreachable {
-        self.reachability.told().await
+        self.reachability.reported().await
     }
 
     pub(crate) fn set_max_streams(&self, count: u32) {
@@ -204,12 +207,12 @@ impl Connection {
     }
 }
 
-/// The half of a QUIC stream that this side writes.
+/// The half of a stream that this side writes.
 pub(crate) struct SendStream {
     stream: quinn::SendStream,
     close_reason: CloseReason,
     hedging: Arc<OnceLock<Hedging>>,
-    /// Bytes written: where in the stream the next ones are.
+    /// Bytes written, which is the offset of the next one.
     written: u64,
 }
 
@@ -268,12 +271,12 @@ impl SendStream {
     }
 }
 
-/// The half of a QUIC stream that this side reads.
+/// The half of a stream that this side reads.
 pub(crate) struct RecvStream {
     stream: quinn::RecvStream,
     connection: quinn::Connection,
     close_reason: CloseReason,
-    /// What the peer sent twice, where that was agreed on.
+    /// The peer's second copies, where they were agreed on.
     copies: Option<Copies>,
 }
 
@@ -315,11 +318,13 @@ impl RecvStream {
         let _ = self.stream.stop(code.as_u32().into());
     }
 
-    /// Looks for a reset by reading nothing, again and again while bytes wait to be read.
+    /// Completes when the stream was reset or the connection is lost. It polls for a reset while
+    /// bytes are unread, by reading none of them.
     ///
-    /// quinn could wake us, but its `received_reset` leaves our waker in the connection when the
-    /// future is dropped and the rest of the stream has arrived already: a leak, and a panic in
-    /// debug builds. Reading nothing waits only where more has to arrive, which clears it.
+    /// quinn's `received_reset` would need no polling, but it leaves the waker in the connection
+    /// when the future is dropped and the rest of the stream has arrived already: a leak, and a
+    /// panic in debug builds. Reading nothing waits only where more has to arrive, which clears the
+    /// waker.
     pub(crate) async fn failed(&mut self) -> ReadError {
         let mut closed = pin!(self.connection.closed());
         loop {

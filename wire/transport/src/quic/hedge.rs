@@ -1,11 +1,11 @@
 //! Thin writes sent a second time, so that a lost packet does not make a keystroke wait.
 //!
-//! A lost packet is noticed by what arrives behind it or by a time-out, and then sent again: a
-//! round trip more at the least. For a thin stream that is all the latency there is, and so few
-//! bytes that sending them twice costs next to nothing. The second copy travels in a datagram of
-//! its own, a moment after the first, says where in which stream it belongs, and is used only where
-//! the stream itself has not come that far: every byte is handed on once, in order, whichever copy
-//! is faster.
+//! A lost packet is detected by packets that arrive after it or by a time-out, and then sent again:
+//! at least one more round trip. A thin stream, such as keystrokes, has so few bytes that sending
+//! them twice costs next to nothing. The second copy travels in a datagram of its own, a moment
+//! after the first, and names the stream and the offset of its bytes. It is used only if the stream
+//! itself has not brought them yet: every byte is handed on once, in order, whichever copy is
+//! faster.
 //!
 //! Copies are sent while the path loses packets, and within a budget.
 //= docs/protocol.md#10-hedging
@@ -32,24 +32,24 @@ use crate::now;
 const KIND: u8 = 0x20;
 /// Bytes before a copy's own: kind, stream, offset.
 const HEAD_LEN: usize = 1 + 8 + 8;
-/// The longest write that is sent twice: a keystroke, a line, a small request. With its head it
-/// fits a datagram on every path that carries QUIC.
+/// Longest write that is sent twice, in bytes: a keystroke, a line, a small request. With its head
+/// it fits a datagram on every path that carries QUIC.
 const THIN: usize = 1000;
-/// What a copy costs the path beyond its bytes, about.
+/// Approximate cost of a copy to the path beyond its bytes, in bytes.
 const OVERHEAD: usize = 48;
-/// How long after a loss the path still counts as lossy.
+/// Time after a loss for which the path counts as lossy.
 const MEMORY: Duration = Duration::from_secs(60);
-/// How often the path is asked for losses.
+/// Interval at which the path's count of losses is read.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(50);
-/// A copy follows this share of a round trip behind the first: late enough not to be lost with it,
-/// soon enough not to matter.
+/// A copy follows the first after one part in so many of a round trip: late enough not to be lost
+/// with it, soon enough not to matter.
 const DELAY_SHARE: u32 = 32;
 const DELAY_MIN: Duration = Duration::from_millis(1);
 const DELAY_MAX: Duration = Duration::from_millis(10);
-/// Copies kept for one stream that lie ahead of its reader.
+/// Maximum number of copies ahead of a stream's reader that are kept.
 const MAX_AHEAD: usize = 32;
 
-/// What is sent twice and what came twice on one tunnel. Ends with the last handle to it.
+/// Second copies of one connection, sent and received. They end when it is dropped.
 #[derive(Debug)]
 pub(super) struct Hedging {
     shared: Arc<Shared>,
@@ -68,7 +68,7 @@ struct Shared {
 }
 
 impl Hedging {
-    /// Begins to send copies, of at most `rate` bytes per second, and to take the peer's.
+    /// Starts to send copies, of at most `rate` bytes per second, and to use the peer's.
     pub(super) fn begin(
         connection: quinn::Connection,
         close_reason: CloseReason,
@@ -87,7 +87,8 @@ impl Hedging {
         Self { shared, _task: task }
     }
 
-    /// A copy of this thin write, if it is to be sent twice now.
+    /// A copy of this write, if it is to be sent twice: it is thin, the path loses packets, and the
+    /// budget allows it.
     pub(super) fn hedge(&self, chunk: &Bytes) -> Option<Bytes> {
         if chunk.len() > THIN {
             return None;
@@ -97,7 +98,7 @@ impl Hedging {
         outgoing.admits(now(), chunk.len(), path).then(|| chunk.clone())
     }
 
-    /// Sends a copy of what has just been written at this place of the stream.
+    /// Sends a copy of what was just written at this offset of the stream.
     pub(super) fn send(&self, stream: u64, offset: u64, chunk: &[u8]) {
         let mut datagram = BytesMut::with_capacity(HEAD_LEN + chunk.len());
         datagram.put_u8(KIND);
@@ -108,26 +109,26 @@ impl Hedging {
         self.shared.queued.notify_one();
     }
 
-    /// Takes copies for this stream until the returned guard is dropped.
+    /// Keeps copies for this stream until the returned reader of them is dropped.
     pub(super) fn expect(&self, stream: u64) -> Copies {
         let slot = Arc::new(Slot::default());
         self.shared.slots.lock().insert(stream, slot.clone());
         Copies { stream, slot, shared: self.shared.clone(), position: Position::default() }
     }
 
-    /// Copies sent so far, and copies that came before what they are copies of.
+    /// Number of copies sent, and of copies that arrived before what they are copies of.
     pub(super) fn counts(&self) -> (u64, u64) {
         let now = |count: &AtomicU64| count.load(Ordering::Relaxed);
         (now(&self.shared.sent), now(&self.shared.used))
     }
 }
 
-/// Sends what is due and takes what comes, until the connection ends.
+/// Sends copies when they are due and takes the peer's, until the connection ends.
 async fn run(shared: Arc<Shared>) {
     loop {
         select! {
             datagram = shared.due() => {
-                // Where the peer or the path takes none, the stream itself has to do.
+                // Without datagrams the stream itself is enough.
                 if shared.connection.send_datagram(datagram).is_ok() {
                     shared.sent.fetch_add(1, Ordering::Relaxed);
                 }
@@ -147,7 +148,10 @@ async fn run(shared: Arc<Shared>) {
 struct TooShort;
 
 impl Shared {
-    /// The next datagram, once it is time for it.
+    /// The next datagram, when it is due.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: a datagram is taken only when the future completes.
     async fn due(&self) -> Bytes {
         loop {
             let front = self.outgoing.lock().queue.front().map(|(due, _)| *due);
@@ -169,19 +173,21 @@ impl Shared {
         }
         let stream = datagram.try_get_u64().map_err(|_| TooShort)?;
         let offset = datagram.try_get_u64().map_err(|_| TooShort)?;
-        // A stream that has ended here, or has not begun.
+        // None for a stream that has ended here, or has not begun.
         let Some(slot) = self.slots.lock().get(&stream).cloned() else { return Ok(()) };
         slot.put(offset, &datagram);
         Ok(())
     }
 }
 
-/// Which copies are sent, and when.
+/// The copies that are to be sent, and the budget of them.
 #[derive(Debug)]
 struct Outgoing {
+    /// Datagrams, and when they are due.
     queue: VecDeque<(Instant, Bytes)>,
+    /// What the budget gains, in bytes per second.
     rate: f64,
-    /// Bytes that may be sent twice now.
+    /// Bytes that may be sent as copies now; at most a quarter of a second's.
     budget: f64,
     /// When the budget was last filled up.
     filled: Instant,
@@ -228,7 +234,7 @@ impl Outgoing {
         admitted
     }
 
-    /// Asks the path, now and then, whether it has lost packets, and how long it is.
+    /// Reads the path's losses and its round-trip time, if it is time for that.
     fn sample(&mut self, now: Instant, path: impl FnOnce() -> quinn::PathStats) {
         if self.sampled.is_some_and(|last| now.duration_since(last) < SAMPLE_INTERVAL) {
             return;
@@ -247,10 +253,10 @@ impl Outgoing {
     }
 }
 
-/// Copies of one stream that have come and may be ahead of it.
+/// Copies of one stream that have arrived and may be ahead of it.
 #[derive(Debug, Default)]
 struct Slot {
-    /// How far the reader has come.
+    /// Offset of the reader's next byte.
     next: AtomicU64,
     ahead: Mutex<Vec<(u64, Bytes)>>,
     arrived: Notify,
@@ -266,7 +272,7 @@ impl Slot {
         let mut ahead = self.ahead.lock();
         ahead.retain(|(offset, copy)| offset + copy.len() as u64 > next);
         if ahead.len() < MAX_AHEAD {
-            // A slice of the datagram would keep the whole batch of packets it came in.
+            // A slice of the datagram would keep the whole batch of packets that it came in.
             ahead.push((offset, Bytes::copy_from_slice(copy)));
             drop(ahead);
             self.arrived.notify_one();
@@ -301,7 +307,7 @@ impl Copies {
         loop {
             if let Some(copy) = self.slot.get(self.position.next) {
                 self.position.copied(copy.len());
-                self.tell();
+                self.publish();
                 self.shared.used.fetch_add(1, Ordering::Relaxed);
                 return copy;
             }
@@ -309,15 +315,16 @@ impl Copies {
         }
     }
 
-    /// Takes off the front of what the stream has brought what copies had brought before; how many
-    /// bytes that were.
+    /// Counts bytes that the stream brought. Returns how many of them, at the front, copies had
+    /// brought before.
     pub(super) fn stale(&mut self, arrived: usize) -> usize {
         let stale = self.position.arrived(arrived);
-        self.tell();
+        self.publish();
         stale
     }
 
-    fn tell(&self) {
+    /// Shows the slot how far the reader has come.
+    fn publish(&self) {
         self.slot.next.store(self.position.next, Ordering::Relaxed);
     }
 }
@@ -328,7 +335,7 @@ impl Drop for Copies {
     }
 }
 
-/// How far a stream's reader has come, and how far the stream itself.
+/// The offsets of a stream's reader and of the stream itself.
 #[derive(Clone, Copy, Debug, Default)]
 struct Position {
     /// Bytes handed on.
@@ -338,12 +345,13 @@ struct Position {
 }
 
 impl Position {
-    /// A copy brought the next bytes.
+    /// Counts bytes that a copy brought.
     fn copied(&mut self, length: usize) {
         self.next += length as u64;
     }
 
-    /// The stream brought bytes; how many of them, at the front, have been handed on before.
+    /// Counts bytes that the stream brought. Returns how many of them, at the front, have been
+    /// handed on before.
     fn arrived(&mut self, length: usize) -> usize {
         let length = length as u64;
         let stale = (self.next - self.taken).min(length);
@@ -361,7 +369,7 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// Whatever copies come in whatever order, each byte is handed on once and in its place.
+        /// Whichever copies arrive in whichever order, each byte is handed on once and in order.
         #[test]
         fn every_byte_is_handed_on_once(
             chunks in prop::collection::vec(1_usize..40, 1..40),
@@ -369,7 +377,7 @@ mod tests {
             limit in 1_usize..80,
         ) {
             let total: usize = chunks.iter().sum();
-            let stream: Vec<u8> = (0..total).map(|place| place as u8).collect();
+            let stream: Vec<u8> = (0..total).map(|offset| offset as u8).collect();
             let (slot, mut position, mut out) = (Slot::default(), Position::default(), Vec::new());
             let mut offset = 0;
             for (round, chunk) in chunks.iter().enumerate() {
@@ -447,6 +455,6 @@ mod tests {
         slot.put(5_000, &[0; 10]);
         assert_eq!(slot.ahead.lock().len(), 1);
         slot.put(u64::MAX, &[0; 10]);
-        assert_eq!(slot.ahead.lock().len(), 1, "a place beyond every stream's end");
+        assert_eq!(slot.ahead.lock().len(), 1, "an offset beyond every stream's end");
     }
 }

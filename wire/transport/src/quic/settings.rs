@@ -1,4 +1,4 @@
-//! What quinn is told for a tunnel of many small and a few huge streams; each setting says why.
+//! The configuration of quinn for a tunnel of many small and a few huge streams.
 
 use std::{sync::Arc, time::Duration};
 
@@ -7,27 +7,28 @@ use quinn_proto::HashedConnectionIdGenerator;
 
 use crate::settings::Settings;
 
-/// Unacknowledged and queued bytes per tunnel: no limit. quinn wakes the latest writer first when
-/// such a limit gives way, so that a few downloads at the limit would starve every keystroke. What
-/// the peer may send ahead of its reader bounds each stream, here as there.
+/// Maximum number of unacknowledged and queued bytes per tunnel: no limit. When quinn reaches such
+/// a limit and room is made, it wakes the latest writer first, so that a few downloads at the limit
+/// would starve every keystroke. The peer's stream window bounds each stream.
 const SEND_WINDOW: u64 = 1 << 40;
-/// Largest UDP payload that is tried where the first link's is not known: Ethernet's with IPv6.
+/// Largest UDP payload that is tried where the first link's is not known, in bytes: Ethernet's with
+/// IPv6.
 const MTU_GUESS: u16 = 1452;
-/// Bytes of datagrams that may wait to be sent, and to be taken.
+/// Maximum number of bytes of datagrams that wait to be sent, and that wait to be read.
 const DATAGRAM_BUFFER: usize = 64 * 1024;
-/// Least time between two stateless resets: a thousand agents are told of a restart within half a
-/// second. A reset is shorter than what it answers, so it serves no attacker.
+/// Least time between two stateless resets: a thousand agents learn of a restart within half a
+/// second. A reset is shorter than what it answers, so it does not serve as an amplifier.
 const RESET_INTERVAL: Duration = Duration::from_micros(500);
 /// First guess of the round-trip time. It sets when a lost first packet is sent again (three times
 /// this); the RFC's 333 ms would make that a second.
 const INITIAL_RTT: Duration = Duration::from_millis(100);
 
 impl Settings {
-    /// What quinn is told for a path whose first link carries UDP payloads of at most `link` bytes,
+    /// The configuration for a path whose first link carries UDP payloads of at most `link` bytes,
     /// if that is known.
     pub(crate) fn transport(&self, link: Option<u16>) -> TransportConfig {
         let mut mtu_discovery = quinn::MtuDiscoveryConfig::default();
-        mtu_discovery.upper_bound(link.unwrap_or(MTU_GUESS).clamp(1200, self.mtu_cap));
+        mtu_discovery.upper_bound(link.unwrap_or(MTU_GUESS).clamp(1200, self.mtu_cap.max(1200)));
 
         let mut transport = TransportConfig::default();
         transport
