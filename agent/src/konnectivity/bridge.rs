@@ -222,14 +222,14 @@ impl Shared {
         match dialed {
             Ok(stream) => {
                 // AddOutcome before the server can know of it.
-                let inbox = self.connections.enter(id);
-                if self.outbound.carry(Packet::dial_response(random, Ok(id))).await {
+                let inbox = self.connections.insert(id);
+                if self.outbound.send(Packet::dial_response(random, Ok(id))).await {
                     self.carry((id, inbox), stream).await;
                 }
             }
             // A server that is gone needs no answer.
             Err(error) => {
-                self.outbound.carry(Packet::dial_response(random, Err(error))).await;
+                self.outbound.send(Packet::dial_response(random, Err(error))).await;
             }
         }
     }

@@ -1,21 +1,20 @@
-//! Packets as gRPC messages.
+//! The gRPC codec of packets.
 
 use tonic::codec::{BufferSettings, Codec};
 use tonic_prost::{ProstDecoder, ProstEncoder};
 
 use super::packet::Packet;
 
-/// The largest packet that is taken. grpc-go sends whatever one write passed; its own receive
-/// limit of 4 MiB is where users' writes end today, and a packet's other fields come on top.
+/// Maximum size of a received packet, in bytes. A packet of grpc-go holds the bytes of one write;
+/// its own receive limit of 4 MiB bounds those, and the packet's other fields come on top.
 pub const MAX_PACKET_LEN: usize = 5 * 1024 * 1024;
 
-/// Protocol Buffers in buffers that begin small and grow with what passes: most connections are
-/// idle, or carry keystrokes.
+/// Protocol Buffers with small initial buffers: most connections are idle or carry keystrokes.
 #[derive(Clone, Copy, Debug)]
 pub struct SmallBuffers;
 
 impl SmallBuffers {
-    /// Bytes to begin with, and bytes that are encoded before they are sent.
+    /// Initial size, and number of encoded bytes above which they are sent, both in bytes.
     fn settings() -> BufferSettings {
         BufferSettings::new(512, 32 * 1024)
     }

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -14,6 +14,7 @@ use culvert_transport::{
     splice::{Abort, Local, LocalFault, LocalRead, LocalWrite, Meter, Outcome, splice},
 };
 use culvert_wire::code::StreamCode;
+use parking_lot::Mutex;
 
 use super::{
     batches::batches,
@@ -22,22 +23,23 @@ use super::{
     packet::Packet,
 };
 
-/// The largest DATA packet: what Konnectivity's own server sends at most.
+/// Maximum number of bytes in a DATA packet; Konnectivity's server has the same limit.
 const MAX_DATA_LEN: usize = 32 * 1024;
 
-/// Which side of the protocol the Konnectivity peer is, and so how a connection's end is told to it.
+/// Role of the Konnectivity peer, which decides the packet that ends a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// An agent: CLOSE_REQ, which it answers with CLOSE_RSP.
+    /// An agent. It gets CLOSE_REQ and answers with CLOSE_RSP.
     Agent,
-    /// A server: CLOSE_RSP, which nothing follows.
+    /// A server. It gets CLOSE_RSP and does not answer.
     Server,
 }
 
-/// Bytes that wait for all readers of one peer together at most; then the one furthest behind is cut off.
+/// Maximum number of bytes that wait for all readers of one peer together. Above it, the reader
+/// with the most bytes waiting is cut off.
 const TOTAL_LIMIT: usize = 128 * 1024 * 1024;
 
-/// The connections of one Konnectivity peer, by their names. Clones share them.
+/// The connections of one Konnectivity peer, by connection id. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct Connections {
     inboxes: Arc<Mutex<HashMap<i64, Arc<Inbox>>>>,
@@ -45,23 +47,24 @@ pub struct Connections {
 }
 
 impl Connections {
-    /// Enters a connection; what the peer sends on it goes to the inbox from now on.
-    pub fn enter(&self, id: i64) -> Arc<Inbox> {
+    /// Adds a connection and returns its inbox, which receives what the peer sends on it. A
+    /// connection that has the same id already is cut.
+    pub fn insert(&self, id: i64) -> Arc<Inbox> {
         let inbox = Arc::new(Inbox::new(self.held.clone()));
-        if let Some(other) = self.lock().insert(id, inbox.clone()) {
-            let reason = "the peer gave its name to another connection".into();
+        if let Some(other) = self.inboxes.lock().insert(id, inbox.clone()) {
+            let reason = "the peer gave its id to another connection".into();
             other.end(End::Cut { code: StreamCode::MALFORMED, reason });
         }
         inbox
     }
 
-    /// Adds bytes that the peer sent to the inbox of a connection, which it gives back; `None` if there
-    /// is no connection of this name.
+    /// Adds bytes from the peer to the inbox of a connection. Returns the inbox, or `None` if no
+    /// connection has this id.
     fn push(&self, id: i64, bytes: Bytes) -> Option<Arc<Inbox>> {
-        let inbox = self.lock().get(&id).cloned()?;
+        let inbox = self.inboxes.lock().get(&id).cloned()?;
         inbox.push(bytes);
         if self.held.bytes() > TOTAL_LIMIT
-            && let Some(fullest) = self.lock().values().max_by_key(|inbox| inbox.held())
+            && let Some(fullest) = self.inboxes.lock().values().max_by_key(|inbox| inbox.held())
         {
             let reason = format!("more than {TOTAL_LIMIT} bytes wait for all readers of the peer");
             fullest.end(End::Cut { code: StreamCode::OVERLOADED, reason });
@@ -69,8 +72,8 @@ impl Connections {
         Some(inbox)
     }
 
-    /// Adds bytes that the peer sent to the inbox of a connection, and waits a moment if its reader is
-    /// far behind. Returns whether there is a connection of this name.
+    /// Adds bytes from the peer to the inbox of a connection, and waits for its reader as
+    /// [`Inbox`] describes. Returns whether a connection has this id.
     ///
     /// # Cancel safety
     /// The bytes are added at once; dropping the future only ends the wait.
@@ -84,30 +87,28 @@ impl Connections {
         }
     }
 
-    /// Takes a connection out; what the peer sends on it has no meaning from now on.
+    /// Removes a connection; what the peer sends on it is ignored from now on.
     pub fn remove(&self, id: i64) -> Option<Arc<Inbox>> {
-        self.lock().remove(&id)
+        self.inboxes.lock().remove(&id)
     }
 
-    /// Takes a connection out if it still is this one.
-    fn leave(&self, id: i64, inbox: &Arc<Inbox>) {
-        let mut connections = self.lock();
-        if connections.get(&id).is_some_and(|entered| Arc::ptr_eq(entered, inbox)) {
+    /// Removes a connection, unless another one has its id by now.
+    fn remove_own(&self, id: i64, inbox: &Arc<Inbox>) {
+        let mut connections = self.inboxes.lock();
+        if connections.get(&id).is_some_and(|current| Arc::ptr_eq(current, inbox)) {
             connections.remove(&id);
         }
     }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<i64, Arc<Inbox>>> {
-        // Every change is complete before it could panic.
-        self.inboxes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
-/// Joins a connection of the Konnectivity peer and a stream until both have ended; the peer is told the
-/// end. There is no half-close: the end of either direction ends both, behind what was sent before.
+/// Splices a connection of the Konnectivity peer and a stream until both have ended, and sends the
+/// peer the packet that ends the connection.
+///
+/// Konnectivity has no half-close: the end of one direction ends both, after everything that was
+/// sent before it.
 ///
 /// # Cancel safety
-/// Dropping the future resets the stream; the peer is told nothing.
+/// Dropping the future resets the stream. The peer gets no packet.
 pub async fn carry(
     (id, inbox): (i64, Arc<Inbox>),
     side: Side,
@@ -116,44 +117,44 @@ pub async fn carry(
     connections: &Connections,
     meter: &Meter,
 ) -> Outcome {
-    let closing = Arc::new(Closing { id, side, outbound, told: AtomicBool::new(false) });
+    let close = Arc::new(ClosePacket { id, side, outbound, sent: AtomicBool::new(false) });
     let reader = KonnectivityRead { inbox: inbox.clone() };
-    let writer = KonnectivityWrite { inbox: inbox.clone(), closing: closing.clone() };
+    let writer = KonnectivityWrite { inbox: inbox.clone(), close: close.clone() };
     let outcome = splice(Local::new(reader, writer, NoAbort), stream, meter).await;
-    connections.leave(id, &inbox);
+    connections.remove_own(id, &inbox);
     let reason = match &outcome.end {
         Ok(_) => String::new(),
         Err(cut) => cut.to_string(),
     };
-    closing.tell(reason).await;
+    close.send(reason).await;
     outcome
 }
 
-/// How the peer is told that a connection is over, once.
+/// The packet that ends a connection, sent once.
 #[derive(Debug)]
-struct Closing {
+struct ClosePacket {
     id: i64,
     side: Side,
     outbound: Outbound,
-    told: AtomicBool,
+    sent: AtomicBool,
 }
 
-impl Closing {
-    async fn tell(&self, reason: String) {
-        if self.told.load(Ordering::Relaxed) {
+impl ClosePacket {
+    async fn send(&self, reason: String) {
+        if self.sent.load(Ordering::Relaxed) {
             return;
         }
         let packet = match self.side {
             Side::Agent => Packet::close_request(self.id),
             Side::Server => Packet::close_response(self.id, reason),
         };
-        // A peer that is gone need not be told.
-        self.outbound.carry(packet).await;
-        self.told.store(true, Ordering::Relaxed);
+        // A peer that has gone needs no packet.
+        self.outbound.send(packet).await;
+        self.sent.store(true, Ordering::Relaxed);
     }
 }
 
-/// What the peer sends.
+/// Bytes from the peer.
 #[derive(Debug)]
 struct KonnectivityRead {
     inbox: Arc<Inbox>,
@@ -169,16 +170,16 @@ impl LocalRead for KonnectivityRead {
     }
 }
 
-/// What the peer gets.
+/// Bytes to the peer.
 #[derive(Debug)]
 struct KonnectivityWrite {
     inbox: Arc<Inbox>,
-    closing: Arc<Closing>,
+    close: Arc<ClosePacket>,
 }
 
 impl KonnectivityWrite {
     async fn send(&self, data: Bytes) -> Result<(), LocalFault> {
-        match self.closing.outbound.carry(Packet::data(self.closing.id, data)).await {
+        match self.close.outbound.send(Packet::data(self.close.id, data)).await {
             true => Ok(()),
             false => Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset).into()),
         }
@@ -194,17 +195,17 @@ impl LocalWrite for KonnectivityWrite {
     }
 
     async fn finish(&mut self) -> Result<(), LocalFault> {
-        self.closing.tell(String::new()).await;
-        if self.closing.side == Side::Server {
+        self.close.send(String::new()).await;
+        if self.close.side == Side::Server {
             self.inbox.end(End::Finished);
         }
         Ok(())
     }
 
-    /// A peer that has closed reads no more, and is told that this side is done as well.
+    /// Ends the connection for a server, which reads no more after it has closed.
     async fn gone(&mut self) {
-        if self.closing.side == Side::Server {
-            self.closing.tell(String::new()).await;
+        if self.close.side == Side::Server {
+            self.close.send(String::new()).await;
         }
     }
 }
@@ -222,11 +223,11 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn when_all_readers_together_are_too_far_behind_the_last_of_them_is_cut_off() {
+    async fn above_the_total_limit_the_reader_with_the_most_bytes_waiting_is_cut_off() {
         let connections = Connections::default();
-        let inboxes: Vec<_> = (0..20).map(|id| connections.enter(id)).collect();
+        let inboxes: Vec<_> = (0..20).map(|id| connections.insert(id)).collect();
         let chunk = Bytes::from(vec![7; 1 << 20]);
-        // The third is ahead of the others, and nobody is beyond a limit of its own.
+        // Connection 3 has one chunk more than the others, and none is above its own limit.
         assert!(connections.push(3, chunk.clone()).is_some());
         for _ in 0..6 {
             for id in 0..20 {

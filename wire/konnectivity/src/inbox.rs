@@ -1,15 +1,16 @@
-//! What a Konnectivity peer has sent on one connection and nobody has taken yet.
+//! Bytes that a Konnectivity peer has sent on one connection and that its reader has not taken yet.
 //!
-//! Konnectivity has no window per connection, so a reader that stalls can only be waited for by everybody
-//! or be cut off. It is cut off, once [`HARD_LIMIT`] bytes wait for it. One that is merely slower
-//! than the peer sets the pace for a while instead: whoever fills the inbox waits a moment above
-//! [`SOFT_LIMIT`], as long as the reader is at work. All inboxes of a peer together have a limit too.
+//! Konnectivity has no window per connection. A reader that stalls would therefore stop all other
+//! connections of the peer, so it is cut off once [`HARD_LIMIT`] bytes wait for it. A reader that
+//! is slower than the peer, but works, slows the peer down instead: above [`SOFT_LIMIT`] the task
+//! that fills the inbox waits for it, [`PATIENCE`] at a time. All inboxes of a peer together have
+//! a limit too.
 
 use std::{
     collections::VecDeque,
     io,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -18,38 +19,40 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use culvert_transport::splice::LocalFault;
 use culvert_wire::code::StreamCode;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     sync::Notify,
     time::{Instant, timeout_at},
 };
 
-/// Bytes above which the peer is held back for a reader at work.
+/// Number of waiting bytes above which the peer is slowed down for a working reader.
 const SOFT_LIMIT: usize = 1024 * 1024;
-/// Bytes that wait for one reader at most.
+/// Maximum number of bytes that wait for one reader.
 const HARD_LIMIT: usize = 16 * 1024 * 1024;
-/// How long the peer is held back for a reader that takes nothing: the most that one connection
-/// delays the others, once for each time it stalls.
+/// Time for which the peer is slowed down for a reader that takes nothing. It bounds how long one
+/// connection delays the others each time that it stalls.
 const PATIENCE: Duration = Duration::from_millis(50);
-/// What a chunk that waits costs beside its bytes.
+/// Cost of a waiting chunk beside its bytes, in bytes.
 const CHUNK_COST: usize = 64;
-/// Bytes that are taken at once: a reader at work shows it this often.
+/// Maximum number of bytes that the reader takes at once. It also sets how often a working reader
+/// is seen to work.
 const MAX_TAKE: usize = 16 * 1024;
 
-/// How the peer's half of a connection ended.
+/// End of the peer's half of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
-    /// In order, behind everything it sent.
+    /// In order, after everything that the peer sent.
     Finished,
-    /// Early; what was not taken is dropped.
+    /// Early; bytes that were not taken are dropped.
     Cut {
-        /// As the other side is told.
+        /// Code for the other side of the stream.
         code: StreamCode,
-        /// For people.
+        /// Text for logs and users.
         reason: String,
     },
 }
 
-/// What waits in all inboxes of one peer, in bytes. Clones share it.
+/// Number of bytes that wait in all inboxes of one peer. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Held(Arc<AtomicUsize>);
 
@@ -77,14 +80,14 @@ struct State {
 }
 
 impl Inbox {
-    /// One of a peer's, of all of which `held` tells how much waits in them.
+    /// An empty inbox. `held` counts the bytes in all inboxes of the peer.
     pub(super) fn new(held: Held) -> Self {
         let state = State { chunks: VecDeque::new(), len: 0, end: None, taken_at: Instant::now() };
         let state = Mutex::new(state);
         Self { state, changed: Notify::new(), taken: Notify::new(), held }
     }
 
-    /// Adds bytes that the peer sent. A reader that is too far behind is cut off.
+    /// Adds bytes from the peer. Above [`HARD_LIMIT`] the reader is cut off.
     pub(super) fn push(&self, bytes: Bytes) {
         self.change(|state| {
             if state.end.is_some() || bytes.is_empty() {
@@ -101,12 +104,12 @@ impl Inbox {
         self.changed.notify_one();
     }
 
-    /// What waits in it, in bytes.
+    /// Number of bytes that wait, with the cost of their chunks.
     pub(super) fn held(&self) -> usize {
         self.state().held()
     }
 
-    /// Waits while much is to be read and the reader is at work.
+    /// Waits while more than [`SOFT_LIMIT`] bytes wait and the reader works.
     ///
     /// # Cancel safety
     /// Cancel safe: it only waits.
@@ -126,7 +129,7 @@ impl Inbox {
         }
     }
 
-    /// Ends the peer's half. Only the first end counts.
+    /// Ends the peer's half of the connection. Only the first end counts.
     pub fn end(&self, end: End) {
         self.change(|state| match end {
             _ if state.end.is_some() => {}
@@ -137,10 +140,10 @@ impl Inbox {
         self.taken.notify_one();
     }
 
-    /// The next bytes; `None` at the end in order.
+    /// The next bytes, or `None` after an end in order.
     ///
     /// # Errors
-    /// When the half was cut.
+    /// If the half was cut.
     ///
     /// # Cancel safety
     /// Cancel safe: nothing is taken before it completes.
@@ -161,6 +164,9 @@ impl Inbox {
     }
 
     /// Completes when the half is cut.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: it only waits.
     pub(super) async fn cut(&self) -> LocalFault {
         loop {
             let changed = self.changed.notified();
@@ -171,21 +177,20 @@ impl Inbox {
         }
     }
 
-    /// Changes the state, and what all inboxes hold together with it.
+    /// Changes the state, and the count of all inboxes with it.
     fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.state();
         let before = state.held();
         let result = change(&mut state);
         let after = state.held();
-        // Added before it is taken away, so that it never runs below nothing.
+        // Added before it is subtracted, so that the count never falls below zero.
         self.held.0.fetch_add(after, Ordering::Relaxed);
         self.held.0.fetch_sub(before, Ordering::Relaxed);
         result
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Every change is complete before it could panic.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 
@@ -206,7 +211,7 @@ impl State {
         self.end = Some(End::Cut { code, reason });
     }
 
-    /// What is there, small pieces in one.
+    /// The next bytes, with small chunks joined.
     fn take(&mut self) -> Option<Bytes> {
         let mut first = self.chunks.pop_front()?;
         let more = |next: &Bytes, len: usize| len + next.len() <= MAX_TAKE;
@@ -240,7 +245,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_was_pushed_is_taken_in_order_and_then_the_end() {
+    async fn bytes_are_taken_in_order_and_then_the_end() {
         let inbox = Inbox::new(Held::default());
         inbox.push(Bytes::from_static(b"one "));
         inbox.push(Bytes::from_static(b"two"));
@@ -269,16 +274,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_peer_waits_for_a_reader_at_work_and_not_for_one_that_stalls() {
+    async fn the_peer_waits_for_a_working_reader_and_not_for_a_stalled_one() {
         let inbox = Inbox::new(Held::default());
         inbox.push(of(SOFT_LIMIT + 2 * MAX_TAKE));
         let begun = Instant::now();
-        // Nobody reads: once, and then no more.
+        // Without a read the peer waits once, and then no more.
         inbox.pace().await;
         assert_eq!(begun.elapsed(), PATIENCE);
         inbox.pace().await;
         assert_eq!(begun.elapsed(), PATIENCE);
-        // Somebody reads: until there is room.
+        // With reads it waits until there is room.
         let reads = async {
             inbox.take().await.unwrap();
             tokio::time::sleep(PATIENCE / 2).await;

@@ -1,14 +1,18 @@
-//! What Konnectivity peers say to each other, so that rollouts may mix versions.
+//! The protocol of Konnectivity, for agents and servers that are not Culvert's.
 //!
-//! Konnectivity knows no streams: all connections of an agent are packets of one gRPC stream, told apart
-//! by a number, and none of them can be slowed down alone. Here each of them becomes a stream of a
-//! tunnel again, whose other end is in the same process, and everything above the
-//! [tunnel](culvert_transport::Tunnel) goes on as with any other tunnel:
+//! Konnectivity has no streams. All connections of an agent are packets of one gRPC stream, each
+//! with a connection id, so none of them can be slowed down alone. A bridge turns each connection
+//! into a stream of an in-memory [tunnel](culvert_transport::Tunnel), whose other end is in the
+//! same process. Everything above the tunnel is the same as for a Culvert peer:
 //!
 //! ```text
-//! Konnectivity agent ──▶ gRPC ── bridge ═ pipe ═ tunnel ─ the server as ever
-//! the agent as ever ─ tunnel ═ pipe ═ bridge ── gRPC ──▶ Konnectivity server
+//! Konnectivity agent ── gRPC ──▶ bridge ══ tunnel in memory ══ backend   (in culvert-server)
+//! session ══ tunnel in memory ══ bridge ── gRPC ──▶ Konnectivity server  (in culvert-agent)
 //! ```
+//!
+//! The bridges are in the server and in the agent. This crate has what both need: [`packet`] and
+//! [`codec`] are the messages, [`Connections`] holds an [`Inbox`] for each connection,
+//! [`outbound()`] is the queue to the peer, and [`carry`] splices a connection and a stream.
 
 //= docs/protocol.md#11-konnectivity-peers
 
@@ -31,16 +35,16 @@ pub const PROXY: &str = "/ProxyService/Proxy";
 /// ALPN of gRPC (RFC 9113 §3.1).
 pub const ALPN_H2: &[u8] = b"h2";
 
-/// Metadata of [`CONNECT`] (upstream `proto/header`).
+/// Metadata of [`CONNECT`] (Konnectivity's `proto/header`).
 pub mod header {
-    /// Agent: its name.
+    /// Name of the agent, from the agent.
     pub const AGENT_ID: &str = "agentid";
-    /// Agent: what it announces, as a URL query.
+    /// Identifiers of the agent as a URL query, from the agent.
     pub const AGENT_IDENTIFIERS: &str = "agentidentifiers";
-    /// Agent: `Bearer` and its token.
+    /// `Bearer` and the agent's token, from the agent.
     pub const AUTHORIZATION: &str = "authorization";
-    /// Server: its name.
+    /// Name of the server, from the server.
     pub const SERVER_ID: &str = "serverid";
-    /// Server: how many there are.
+    /// Number of servers, from the server.
     pub const SERVER_COUNT: &str = "servercount";
 }

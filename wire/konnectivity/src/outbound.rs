@@ -1,4 +1,4 @@
-//! Packets on their way to a Konnectivity peer.
+//! The queue of packets to a Konnectivity peer.
 
 use std::{
     pin::Pin,
@@ -10,54 +10,54 @@ use tokio_stream::Stream;
 
 use super::packet::Packet;
 
-/// Packets of connections that may wait for HTTP/2. One is being sent while the next is made.
-const CARRIED: usize = 4;
-/// Packets that may wait without belonging to a connection that could wait: dials, and answers to
-/// what makes no sense. A peer that leaves more unread is not worth waiting for.
+/// Maximum number of packets of connections in the queue: one is sent while the next is made.
+const QUEUED: usize = 4;
+/// Maximum number of urgent packets in the queue: dials, and answers to packets without a
+/// connection. Their senders cannot wait, so a peer that leaves more unread is disconnected.
 const URGENT: usize = 1024;
 
-/// Where packets to a Konnectivity peer go.
+/// The sending end of the queue. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Outbound {
-    carried: mpsc::Sender<Packet>,
+    queued: mpsc::Sender<Packet>,
     urgent: mpsc::Sender<Packet>,
 }
 
-/// The packets, in the order in which they go: urgent ones first. Ends when every [`Outbound`] is
-/// gone.
+/// The packets in the order in which they are sent: urgent ones first. Ends when every
+/// [`Outbound`] was dropped.
 #[derive(Debug)]
 pub struct Packets {
-    carried: mpsc::Receiver<Packet>,
+    queued: mpsc::Receiver<Packet>,
     urgent: mpsc::Receiver<Packet>,
 }
 
-/// The peer does not read.
+/// The peer leaves too many urgent packets unread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the peer leaves {URGENT} packets unread")]
 pub struct PeerNotReading;
 
-/// Both ends of the way to a Konnectivity peer.
+/// Both ends of a queue.
 pub fn outbound() -> (Outbound, Packets) {
-    let (carried, carried_packets) = mpsc::channel(CARRIED);
+    let (queued, queued_packets) = mpsc::channel(QUEUED);
     let (urgent, urgent_packets) = mpsc::channel(URGENT);
-    let packets = Packets { carried: carried_packets, urgent: urgent_packets };
-    (Outbound { carried, urgent }, packets)
+    let packets = Packets { queued: queued_packets, urgent: urgent_packets };
+    (Outbound { queued, urgent }, packets)
 }
 
 impl Outbound {
-    /// Sends a packet of a connection behind those before it, waiting while the peer does not read;
-    /// whether the peer is still there.
+    /// Sends a packet of a connection, and waits while the peer does not read. Returns whether the
+    /// peer is still there.
     ///
     /// # Cancel safety
     /// Dropping the future sends nothing.
-    pub async fn carry(&self, packet: Packet) -> bool {
-        self.carried.send(packet).await.is_ok()
+    pub async fn send(&self, packet: Packet) -> bool {
+        self.queued.send(packet).await.is_ok()
     }
 
-    /// Sends a packet that belongs to no connection, before all others.
+    /// Sends a packet that belongs to no connection, ahead of those that do.
     ///
     /// # Errors
-    /// When the peer leaves too much unread. One that is gone is no error; its stream tells that.
+    /// If the peer leaves too much unread. A peer that has gone is no error: its stream ends.
     pub fn send_urgent(&self, packet: Packet) -> Result<(), PeerNotReading> {
         match self.urgent.try_send(packet) {
             Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => Ok(()),
@@ -65,9 +65,12 @@ impl Outbound {
         }
     }
 
-    /// Completes when the peer is gone.
+    /// Completes when the peer has gone.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: it only waits.
     pub async fn closed(&self) {
-        self.carried.closed().await;
+        self.queued.closed().await;
     }
 }
 
@@ -79,7 +82,7 @@ impl Stream for Packets {
         if let Poll::Ready(Some(packet)) = urgent {
             return Poll::Ready(Some(packet));
         }
-        match self.carried.poll_recv(cx) {
+        match self.queued.poll_recv(cx) {
             Poll::Ready(Some(packet)) => Poll::Ready(Some(packet)),
             Poll::Ready(None) if urgent.is_ready() => Poll::Ready(None),
             _ => Poll::Pending,

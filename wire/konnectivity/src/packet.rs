@@ -1,42 +1,42 @@
-//! Konnectivity's packets, as protobuf messages (upstream `client.proto`, which has no package).
+//! Packets of Konnectivity as protobuf messages (its `client.proto`, which has no package).
 //!
-//! Receivers go by `type`, not by which payload is set, and ignore types they do not know.
+//! Receivers go by `type`, not by which payload is set, and ignore unknown types.
 
 use bytes::Bytes;
 use prost::{Enumeration, Message, Oneof};
 
-/// What a packet is.
+/// Type of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Enumeration)]
 #[repr(i32)]
 pub enum PacketType {
-    /// Towards the target: reach it.
+    /// Towards the target: connect to it.
     DialReq = 0,
-    /// From the target: it was reached, or why not.
+    /// From the target: the result of a dial.
     DialRsp = 1,
-    /// Towards the target: close the connection, both ways.
+    /// Towards the target: close both directions of the connection.
     CloseReq = 2,
-    /// From the target: the connection is closed, both ways.
+    /// From the target: both directions of the connection are closed.
     CloseRsp = 3,
-    /// Either: bytes of the connection.
+    /// In either direction: bytes of the connection.
     Data = 4,
-    /// Towards the target: the dial is not wanted any more.
+    /// Towards the target: the dial is cancelled.
     DialCls = 5,
-    /// Agent: no new dials.
+    /// From an agent: it takes no new dials.
     Drain = 6,
 }
 
-/// One message of a `Proxy` or `Connect` stream, either way.
+/// One message of a `Proxy` or `Connect` stream, in either direction.
 #[derive(Clone, PartialEq, Message)]
 pub struct Packet {
     /// A [`PacketType`].
     #[prost(enumeration = "PacketType", tag = "1")]
     pub r#type: i32,
-    /// What belongs to the type.
+    /// Payload of the type.
     #[prost(oneof = "Payload", tags = "2, 3, 4, 5, 6, 7, 8")]
     pub payload: Option<Payload>,
 }
 
-/// What belongs to a packet's type.
+/// Payload of a packet.
 #[derive(Clone, PartialEq, Oneof)]
 pub enum Payload {
     /// See [`DialRequest`].
@@ -62,7 +62,7 @@ pub enum Payload {
     Drain(Drain),
 }
 
-/// Asks for a target.
+/// Payload of [`PacketType::DialReq`].
 #[derive(Clone, PartialEq, Message)]
 pub struct DialRequest {
     /// `tcp`.
@@ -71,63 +71,63 @@ pub struct DialRequest {
     /// `host:port`.
     #[prost(string, tag = "2")]
     pub address: String,
-    /// Names the dial; chosen by whoever dials.
+    /// Id of the dial, chosen at random by the side that dials.
     #[prost(int64, tag = "3")]
     pub random: i64,
 }
 
-/// Answers a dial.
+/// Payload of [`PacketType::DialRsp`].
 #[derive(Clone, PartialEq, Message)]
 pub struct DialResponse {
-    /// Why it failed; empty when it did not.
+    /// Reason of the failure; empty for a success.
     #[prost(string, tag = "1")]
     pub error: String,
-    /// Names the connection from now on; 0 when there is none.
+    /// Id of the connection; 0 after a failure.
     #[prost(int64, tag = "2")]
     pub connect_id: i64,
-    /// Which dial is answered.
+    /// Id of the dial.
     #[prost(int64, tag = "3")]
     pub random: i64,
 }
 
-/// Asks to close a connection.
+/// Payload of [`PacketType::CloseReq`].
 #[derive(Clone, PartialEq, Message)]
 pub struct CloseRequest {
-    /// Which.
+    /// Id of the connection.
     #[prost(int64, tag = "1")]
     pub connect_id: i64,
 }
 
-/// Tells that a connection is closed.
+/// Payload of [`PacketType::CloseRsp`].
 #[derive(Clone, PartialEq, Message)]
 pub struct CloseResponse {
-    /// Why, when it was not in order.
+    /// Reason; empty for an end in order.
     #[prost(string, tag = "1")]
     pub error: String,
-    /// Which.
+    /// Id of the connection.
     #[prost(int64, tag = "2")]
     pub connect_id: i64,
 }
 
-/// Gives a dial up.
+/// Payload of [`PacketType::DialCls`].
 #[derive(Clone, PartialEq, Message)]
 pub struct CloseDial {
-    /// Which.
+    /// Id of the dial.
     #[prost(int64, tag = "1")]
     pub random: i64,
 }
 
-/// Announces that an agent goes away.
+/// Payload of [`PacketType::Drain`].
 #[derive(Clone, PartialEq, Message)]
 pub struct Drain {}
 
-/// Bytes of a connection.
+/// Payload of [`PacketType::Data`].
 #[derive(Clone, PartialEq, Message)]
 pub struct Data {
-    /// Which.
+    /// Id of the connection.
     #[prost(int64, tag = "1")]
     pub connect_id: i64,
-    /// Never set by anybody.
+    /// Unused in Konnectivity.
     #[prost(string, tag = "2")]
     pub error: String,
     /// The bytes.
@@ -140,13 +140,13 @@ impl Packet {
         Self { r#type: r#type.into(), payload: Some(payload) }
     }
 
-    /// Asks for a target.
+    /// A request to connect to a target.
     pub fn dial_request(random: i64, protocol: &str, address: String) -> Self {
         let request = DialRequest { protocol: protocol.into(), address, random };
         Self::new(PacketType::DialReq, Payload::DialRequest(request))
     }
 
-    /// A dial's answer: the connection's name, or why there is none.
+    /// The result of a dial: the connection's id, or the reason of the failure.
     pub fn dial_response(random: i64, result: Result<i64, String>) -> Self {
         let (connect_id, error) = match result {
             Ok(connect_id) => (connect_id, String::new()),
@@ -156,7 +156,7 @@ impl Packet {
         Self::new(PacketType::DialRsp, Payload::DialResponse(response))
     }
 
-    /// Gives a dial up.
+    /// The cancellation of a dial.
     pub fn close_dial(random: i64) -> Self {
         Self::new(PacketType::DialCls, Payload::CloseDial(CloseDial { random }))
     }
@@ -167,41 +167,41 @@ impl Packet {
         Self::new(PacketType::Data, Payload::Data(data))
     }
 
-    /// Asks for the end of a connection.
+    /// A request to close a connection.
     pub fn close_request(connect_id: i64) -> Self {
         Self::new(PacketType::CloseReq, Payload::CloseRequest(CloseRequest { connect_id }))
     }
 
-    /// The end of a connection; the error is empty when it ended in order.
+    /// The end of a connection; `error` is empty for an end in order.
     pub fn close_response(connect_id: i64, error: impl Into<String>) -> Self {
         let response = CloseResponse { error: error.into(), connect_id };
         Self::new(PacketType::CloseRsp, Payload::CloseResponse(response))
     }
 
-    /// Announces that the agent goes away.
+    /// The announcement that the agent takes no new dials.
     pub fn drain() -> Self {
         Self::new(PacketType::Drain, Payload::Drain(Drain {}))
     }
 }
 
-/// What a packet says, by its type; a payload that is missing is an empty one.
+/// A packet by its type. A missing payload counts as an empty one.
 #[derive(Debug)]
 pub enum PacketMessage {
-    /// Reach a target.
+    /// Connect to a target.
     Dial(DialRequest),
-    /// A dial's answer.
+    /// The result of a dial.
     Dialed(DialResponse),
-    /// Close the connection of this name.
+    /// Close the connection with this id.
     Close(i64),
     /// A connection is closed.
     Closed(CloseResponse),
     /// Bytes of a connection.
     Data(Data),
-    /// The dial of this name is not wanted any more.
+    /// The dial with this id is cancelled.
     CancelDial(i64),
-    /// The agent goes away.
+    /// The agent takes no new dials.
     Drain,
-    /// A type of a later version.
+    /// An unknown type.
     Unknown,
 }
 
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn packets_are_the_bytes_that_konnectivity_sends() {
+    fn packets_encode_to_the_bytes_of_konnectivity() {
         let dial = Packet::dial_request(300, "tcp", "a:1".into());
         // Type 0 is left out, so a dial begins with field 2.
         assert_eq!(hex(&dial), "120d0a03746370120361 3a3118ac02".replace(' ', ""));
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn the_type_decides_and_a_missing_payload_is_an_empty_one() {
+    fn the_type_decides_and_a_missing_payload_counts_as_an_empty_one() {
         let bare = |r#type| PacketMessage::from(Packet { r#type, payload: None });
         assert!(matches!(bare(0), PacketMessage::Dial(dial) if dial.address.is_empty()));
         assert!(matches!(bare(1), PacketMessage::Dialed(answer) if answer.connect_id == 0));

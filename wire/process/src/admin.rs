@@ -1,8 +1,8 @@
-//! The small HTTP servers beside the tunnel: liveness, readiness and metrics.
+//! The HTTP servers for liveness, readiness and metrics.
 //!
-//! Their ports may face a whole network, and a liveness probe that goes unanswered restarts the
-//! process. So everything a client can hold is bounded, and when too many connections are open
-//! the oldest one gives way: whoever hoards them cannot keep the kubelet out.
+//! Their ports may be open to a whole network, and a liveness probe without an answer restarts the
+//! process. So everything that a client can hold is bounded, and a new connection ends the oldest
+//! one when too many are open: a client that opens many cannot keep the kubelet out.
 
 use std::{
     collections::VecDeque, convert::Infallible, fmt, io, net::SocketAddr, sync::Arc, time::Duration,
@@ -25,30 +25,30 @@ use tokio::{
 
 use crate::{accept::Acceptor, listen};
 
-/// Time for a client to send its request's head, and to sit idle between two; Konnectivity's value.
+/// Time for a client to send the head of a request, and between two requests; Konnectivity's value.
 const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(60);
-/// Bytes of a request's head. Probes and scrapers send a few hundred.
+/// Maximum size of a request's head, in bytes. Probes and scrapers send a few hundred.
 const MAX_HEADER_BYTES: usize = 64 << 10;
-/// Connections open at once; one more ends the oldest.
+/// Maximum number of open connections; one more ends the oldest.
 const MAX_CONNECTIONS: usize = 256;
-/// Time for answers on their way when the server stops.
+/// Time for unfinished responses when the server stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// An answer.
+/// A response.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdminResponse {
     /// Status line.
     pub status: StatusCode,
     /// Media type of the body.
     pub content_type: &'static str,
-    /// Where to go instead, for redirects.
+    /// Location of a redirect.
     pub location: Option<String>,
     /// Body.
     pub body: String,
 }
 
 impl AdminResponse {
-    /// Plain text.
+    /// A response of plain text.
     pub fn text(status: StatusCode, body: impl Into<String>) -> Self {
         let content_type = "text/plain; charset=utf-8";
         Self { status, content_type, location: None, body: body.into() }
@@ -89,12 +89,12 @@ pub fn agent_readiness(connected: bool, verbose: bool, tunnels: &[String]) -> Ad
     }
 }
 
-/// What a handler may know of the request.
+/// The parts of a request that handlers read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct AdminRequest<'a> {
-    /// Behind the question mark, as sent.
+    /// Query without its question mark, as sent.
     pub query: &'a str,
-    /// The Host header, with port if it has one.
+    /// Host header, with its port if it has one.
     pub host: &'a str,
 }
 
@@ -107,7 +107,7 @@ impl AdminRequest<'_> {
 
 type Handler = Box<dyn Fn(AdminRequest<'_>) -> AdminResponse + Send + Sync>;
 
-/// Paths and what answers them; every other path is a 404.
+/// Paths and their handlers; every other path is a 404.
 #[derive(Default)]
 pub struct Routes {
     table: Vec<(&'static str, Handler)>,
@@ -120,12 +120,12 @@ impl fmt::Debug for Routes {
 }
 
 impl Routes {
-    /// No path yet.
+    /// Without paths.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds one path. The handler runs on the runtime and must not block.
+    /// Adds a path. Its handler runs on the runtime and must not block.
     pub fn on(
         mut self,
         path: &'static str,
@@ -135,7 +135,7 @@ impl Routes {
         self
     }
 
-    /// Adds `/healthz`: 200 `ok` for as long as the process answers at all.
+    /// Adds `/healthz`, which is always 200 `ok`.
     pub fn healthz(self) -> Self {
         self.on("/healthz", |_| AdminResponse::text(StatusCode::OK, "ok"))
     }
@@ -147,10 +147,10 @@ impl Routes {
     ) -> Self {
         let ready = Arc::new(ready);
         let same = Arc::clone(&ready);
-        self.on("/readyz", move |ask| ready(ask)).on("/ready", move |ask| same(ask))
+        self.on("/readyz", move |request| ready(request)).on("/ready", move |request| same(request))
     }
 
-    /// Adds `/metrics`: what `render` gives, as Prometheus' text format.
+    /// Adds `/metrics` with the text of `render`, in Prometheus' text format.
     pub fn metrics(self, render: impl Fn() -> String + Send + Sync + 'static) -> Self {
         self.on("/metrics", move |_| AdminResponse {
             content_type: "text/plain; version=0.0.4; charset=utf-8",
@@ -158,13 +158,13 @@ impl Routes {
         })
     }
 
-    /// Adds `/metrics` as a 301 to the same path on another port of the same host, which is how
-    /// a Konnectivity agent's admin port answers.
+    /// Adds `/metrics` as a redirect (301) to the same path on another port of the same host, as on
+    /// the admin port of a Konnectivity agent.
     pub fn metrics_on_port(self, port: u16) -> Self {
-        self.on("/metrics", move |ask| {
-            let host = host_without_port(ask.host);
-            let mark = if ask.query.is_empty() { "" } else { "?" };
-            AdminResponse::redirect(format!("//{host}:{port}/metrics{mark}{}", ask.query))
+        self.on("/metrics", move |request| {
+            let host = host_without_port(request.host);
+            let mark = if request.query.is_empty() { "" } else { "?" };
+            AdminResponse::redirect(format!("//{host}:{port}/metrics{mark}{}", request.query))
         })
     }
 
@@ -181,6 +181,7 @@ impl Routes {
     }
 }
 
+/// The host without its port. IPv6 addresses have brackets when a port follows.
 fn host_without_port(host: &str) -> &str {
     match host.rsplit_once(':') {
         Some((name, _)) if !name.contains(':') || name.ends_with(']') => name,
@@ -188,19 +189,19 @@ fn host_without_port(host: &str) -> &str {
     }
 }
 
-/// A port could not be listened on.
+/// The process cannot listen on a port.
 #[derive(Debug, thiserror::Error)]
 #[error("--{flag}: cannot listen on {address}: {source}")]
 pub struct BindError {
     /// The flag that chose the port, without its hyphens.
     pub flag: &'static str,
-    /// What was to be bound.
+    /// Address that was to be bound.
     pub address: SocketAddr,
-    /// The kernel's reason.
+    /// Error of the kernel.
     pub source: io::Error,
 }
 
-/// A running server; owns its task and connections, all of which end when it is dropped.
+/// A running server. It owns its task and its connections; dropping it ends them.
 #[derive(Debug)]
 pub struct AdminServer {
     local_address: SocketAddr,
@@ -209,31 +210,33 @@ pub struct AdminServer {
 }
 
 impl AdminServer {
-    /// Listens on `address` (port 0 picks a free one) and answers `routes`. Needs a tokio
-    /// runtime.
+    /// Serves `routes` on `address`, where port 0 is any free port. Panics outside a tokio runtime.
     ///
     /// # Errors
-    /// When the port cannot be had; `flag` is the one to blame.
+    /// If the address cannot be bound. The error names `flag`.
     pub fn bind(
         flag: &'static str,
         address: SocketAddr,
         routes: Routes,
     ) -> Result<Self, BindError> {
-        let blame = |source| BindError { flag, address, source };
-        let listener = listen::tcp(address).map_err(blame)?;
-        let local_address = listener.local_addr().map_err(blame)?;
+        let bind_error = |source| BindError { flag, address, source };
+        let listener = listen::tcp(address).map_err(bind_error)?;
+        let local_address = listener.local_addr().map_err(bind_error)?;
         let (stop, stopping) = watch::channel(false);
         let acceptor = Acceptor::new("admin", listener);
         let task = tokio::spawn(run(acceptor, Arc::new(routes), stopping));
         Ok(Self { local_address, stop, task })
     }
 
-    /// The address in use, with the port that port 0 became.
+    /// Address in use, with the port that the kernel chose for port 0.
     pub fn local_address(&self) -> SocketAddr {
         self.local_address
     }
 
-    /// Takes no new connection, lets answers on their way out for a second, and ends.
+    /// Takes no new connections, waits at most 1 s for unfinished responses, and ends.
+    ///
+    /// # Cancel safety
+    /// Dropping the future ends all connections at once.
     pub async fn stop(mut self) {
         self.stop.send_replace(true);
         let _ = tokio::time::timeout(STOP_TIMEOUT, &mut self.task).await;
@@ -273,7 +276,7 @@ async fn run(
     while connections.join_next().await.is_some() {}
 }
 
-/// Forgets connections that ended and, when there are still too many, ends the oldest.
+/// Removes connections that ended and, if there are still too many, ends the oldest.
 fn make_room(by_age: &mut VecDeque<AbortHandle>) {
     if by_age.len() < MAX_CONNECTIONS {
         return;
@@ -288,8 +291,8 @@ fn make_room(by_age: &mut VecDeque<AbortHandle>) {
 
 async fn serve(stream: TcpStream, routes: Arc<Routes>, mut stop: watch::Receiver<bool>) {
     let service = service_fn(move |request| {
-        let page = routes.answer(&request);
-        async move { Ok::<_, Infallible>(page.into_response()) }
+        let response = routes.answer(&request).into_response();
+        async move { Ok::<_, Infallible>(response) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())

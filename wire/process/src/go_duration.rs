@@ -1,26 +1,26 @@
-//! Durations as Go writes them (`1h0m0s`, `100ms`, `1.5h`), because every Konnectivity flag does.
+//! Durations in Go's notation (`1h0m0s`, `100ms`, `1.5h`), which Konnectivity's flags have.
 
 use std::{fmt, str::FromStr, time::Duration};
 
-/// A signed span of time in Go's notation; a clap value parser through [`FromStr`].
+/// A signed duration in nanoseconds, up to about 292 years, as in Go.
 ///
-/// Nanosecond grain, up to about 292 years either way, as in Go. Prints what Go's
-/// `Duration.String` prints, so a value survives the trip through either program.
+/// clap parses it through [`FromStr`]. Its text is that of Go's `Duration.String`, so either
+/// program reads what the other prints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct GoDuration {
     nanos: i64,
 }
 
-/// Why a text is not a duration.
+/// A text is not a duration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseDurationError {
     /// Empty, or not of the form number-unit-number-unit….
     #[error("not a duration; write a number and a unit, such as 500ms, 10s, 1h30m or 0")]
     Malformed,
-    /// A number without a unit behind it.
-    #[error("a unit is missing; write one of ns, us, ms, s, m, h behind each number")]
+    /// A number without a unit after it.
+    #[error("a unit is missing; write one of ns, us, ms, s, m, h after each number")]
     MissingUnit,
-    /// A unit Go does not know.
+    /// A unit that Go does not know.
     #[error("{0:?} is not a unit of time; use ns, us, ms, s, m or h")]
     UnknownUnit(String),
     /// More than 64 bits of nanoseconds.
@@ -36,17 +36,17 @@ const MINUTE: i128 = 60 * SECOND;
 const HOUR: i128 = 60 * MINUTE;
 
 impl GoDuration {
-    /// The duration of that many whole seconds.
+    /// A duration of `seconds`.
     pub const fn from_secs(seconds: u32) -> Self {
         Self { nanos: seconds as i64 * 1_000_000_000 }
     }
 
-    /// True below zero; Go allows it, most flags do not.
+    /// Whether the duration is below zero, which Go allows and most flags do not.
     pub const fn is_negative(self) -> bool {
         self.nanos < 0
     }
 
-    /// As a [`Duration`], or `None` when negative.
+    /// The duration as a [`Duration`]; `None` below zero.
     pub fn non_negative(self) -> Option<Duration> {
         u64::try_from(self.nanos).ok().map(Duration::from_nanos)
     }
@@ -79,8 +79,8 @@ impl FromStr for GoDuration {
         }
         let mut total: i128 = 0;
         while !rest.is_empty() {
-            let (term, behind) = take_term(rest)?;
-            rest = behind;
+            let (term, after) = take_term(rest)?;
+            rest = after;
             total = total.checked_add(term).ok_or(ParseDurationError::TooLong)?;
         }
         let total = if negative { -total } else { total };
@@ -89,7 +89,7 @@ impl FromStr for GoDuration {
     }
 }
 
-/// Nanoseconds of the first number-unit pair, and the text behind it.
+/// Nanoseconds of the first number-unit pair, and the text after it.
 fn take_term(text: &str) -> Result<(i128, &str), ParseDurationError> {
     let (whole, rest) = take_digits(text);
     let (fraction, rest) = match rest.strip_prefix('.') {
@@ -123,7 +123,7 @@ fn take_term(text: &str) -> Result<(i128, &str), ParseDurationError> {
         part = longer;
         scale *= 10.0;
     }
-    // In floating point, because Go does: a third of an hour is then 20 minutes and no less.
+    // In floating point, as in Go, where a third of an hour is exactly 20 minutes.
     let part = (part as f64 * (unit as f64 / scale)) as i128;
     let nanos = whole.checked_add(part).ok_or(ParseDurationError::TooLong)?;
     Ok((nanos, rest))
@@ -178,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_what_go_reads() {
+    fn parses_what_go_parses() {
         const MS: i64 = 1_000_000;
         for (text, nanos) in [
             ("0", 0),
@@ -254,13 +254,13 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn every_duration_survives_the_round_trip(nanos: i64) {
+        fn every_duration_can_be_printed_and_parsed_again(nanos: i64) {
             let duration = GoDuration { nanos };
             proptest::prop_assert_eq!(duration.to_string().parse(), Ok(duration));
         }
 
         #[test]
-        fn no_text_makes_the_reader_panic(text in ".*") {
+        fn parsing_never_panics(text in ".*") {
             let _ = text.parse::<GoDuration>();
         }
     }

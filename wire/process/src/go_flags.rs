@@ -1,10 +1,10 @@
-//! Command lines as Go's pflag reads them, declared with clap.
+//! Command lines with the rules of Go's pflag, declared with clap.
 //!
-//! Manifests written for Konnectivity must keep working to the letter, and pflag differs from
-//! clap: a boolean takes its value only behind `=` and in any of Go's spellings, a repeated flag
-//! means its last occurrence, a value may begin with a hyphen or be empty, `a_b` is `a-b`, and
-//! whatever is wrong ends in exit code 1. Structs of flags are ordinary clap derive; every plain
-//! `bool` in them becomes a Go boolean.
+//! Manifests for Konnectivity must keep working, and pflag differs from clap: a boolean takes its
+//! value only after `=` and in any of Go's spellings, the last occurrence of a repeated flag
+//! counts, a value may begin with a hyphen or be empty, `a_b` is `a-b`, and every error ends in
+//! exit code 1. Structs of flags are ordinary clap derive; every plain `bool` in them becomes a Go
+//! boolean.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -15,19 +15,19 @@ use std::{
 use clap::{Arg, ArgAction, Command, Parser, builder::ValueParser, error::ErrorKind};
 use clap_complete::Shell;
 
-/// The process is to end before it began: after `--help` and its like, or over a bad flag.
+/// A reason to end before the work begins: `--help` and the like, or an error of the flags.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Exit {
-    /// 0 when the text is what was asked for, 1 when the command line was wrong (clap alone: 2).
+    /// Exit code: 0 for a text that was asked for, 1 for an error (2 with clap alone).
     pub code: u8,
-    /// What to print: to standard output for code 0, to standard error otherwise.
+    /// Text to print: on standard output for code 0, else on standard error.
     pub text: String,
 }
 
-/// Flags read from `args`, whose first item is the program's own name.
+/// The flags in `args`, whose first item is the program's name.
 ///
 /// # Errors
-/// An [`Exit`] with everything that is to be printed.
+/// With the text to print and the exit code.
 pub fn try_parse_from<F: Parser>(args: impl IntoIterator<Item = OsString>) -> Result<F, Exit> {
     let mut command = command::<F>();
     let args = normalise(&command, args);
@@ -38,7 +38,7 @@ pub fn try_parse_from<F: Parser>(args: impl IntoIterator<Item = OsString>) -> Re
     Ok(F::from_arg_matches(&matches)?)
 }
 
-/// The clap command for `F` with pflag's manners: what help and completion are made from.
+/// The clap command for `F` with pflag's rules, from which help and completion are made.
 pub fn command<F: Parser>() -> Command {
     F::command().args_override_self(true).mut_args(|arg| quiet_default(go_boolean(arg))).arg(
         Arg::new(COMPLETION)
@@ -50,7 +50,7 @@ pub fn command<F: Parser>() -> Command {
 }
 
 impl Exit {
-    /// Prints the text where it belongs; the code to leave with.
+    /// Prints the text and returns the exit code.
     pub fn print(&self) -> ExitCode {
         if self.code == 0 {
             print!("{}", self.text);
@@ -77,18 +77,17 @@ impl fmt::Display for Exit {
     }
 }
 
-/// The boolean Go's `strconv.ParseBool` reads from `text`.
+/// The boolean that Go's `strconv.ParseBool` reads from `text`.
 ///
 /// # Errors
-/// A sentence naming the spellings that would do.
+/// With a sentence that names the valid spellings.
 pub fn parse_bool(text: &str) -> Result<bool, String> {
     culvert_wire::identifiers::parse_go_bool(text)
         .ok_or_else(|| "write true or false (1, t, 0 and f do as well)".to_owned())
 }
 
-/// Items of a comma-separated list; `[a,b]`, the way Go prints one, is `a,b`, and `[]` is nothing.
-///
-/// Upstream's test runner passes every flag as Go printed it, so the brackets must be understood.
+/// The items of a comma-separated list. `[a,b]`, which is how Go prints one, is `a,b`, and `[]` is
+/// empty: Konnectivity's tests pass every flag as Go prints it.
 pub fn parse_list(text: &str) -> Vec<String> {
     let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
     inner.split(',').filter(|item| !item.is_empty()).map(str::to_owned).collect()
@@ -96,7 +95,7 @@ pub fn parse_list(text: &str) -> Vec<String> {
 
 const COMPLETION: &str = "completion";
 
-/// Gives a plain `bool` Go's reading: `--f` and `--f=VALUE`, never `--f VALUE`.
+/// Gives a plain `bool` Go's rules: `--f` and `--f=VALUE`, never `--f VALUE`.
 fn go_boolean(arg: Arg) -> Arg {
     if !matches!(arg.get_action(), ArgAction::SetTrue) {
         return arg;
@@ -112,13 +111,14 @@ fn go_boolean(arg: Arg) -> Arg {
     if defaulted { arg } else { arg.default_value("false") }
 }
 
-/// Keeps `[default: ""]` out of help: an empty default is no value, and its help says so.
+/// Keeps `[default: ""]` out of help: an empty default is no value.
 fn quiet_default(arg: Arg) -> Arg {
     let empty = arg.get_default_values().iter().all(|value| value.is_empty());
     if empty { arg.hide_default_value(true) } else { arg }
 }
 
-/// `args` with hyphens for underscores in names, and `--name value` joined to `--name=value`.
+/// `args` with hyphens in place of underscores in names, and with `--name value` as
+/// `--name=value`.
 fn normalise(command: &Command, args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let mut args = args.into_iter();
     let mut out: Vec<OsString> = args.next().into_iter().collect();
@@ -156,7 +156,7 @@ fn joined(name: &str, value: Option<&OsStr>) -> OsString {
     arg
 }
 
-/// Whether the flag takes the next argument as its value when there is no `=`.
+/// Whether the flag takes the next argument as its value if it has no `=`.
 fn wants_value(command: &Command, name: &str) -> bool {
     let is_named = |arg: &&Arg| {
         arg.get_long() == Some(name)
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn booleans_take_a_value_only_behind_equals() {
+    fn booleans_take_a_value_only_after_an_equals_sign() {
         for (args, off, on) in [
             (&[][..], false, true),
             (&["--off"], true, true),
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_ends_in_code_1_and_is_named() {
+    fn an_error_ends_in_code_1_and_names_the_flag() {
         for (args, named) in [
             (&["--nope=1"][..], "--nope"),
             (&["--nam=1"], "--nam"),

@@ -1,18 +1,19 @@
-//! The name a process was started by, which decides its default ports.
+//! The name by which a process was started, which decides its default ports.
 
 use std::{ffi::OsStr, path::Path};
 
-/// Whose defaults apply.
+/// The set of default ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Invocation {
-    /// Started as `proxy-server` or `proxy-agent`: a swapped image, so Konnectivity's own ports.
+    /// Konnectivity's ports, for a process that was started as `proxy-server` or `proxy-agent` by
+    /// Konnectivity's manifests.
     Konnectivity,
-    /// Started by any other name: the ports Kubernetes' manifests use (8132, 8133, 8134).
+    /// The ports of Kubernetes' manifests (8132, 8133, 8134), for any other name.
     Culvert,
 }
 
 impl Invocation {
-    /// From `argv[0]`, of which only the last path component counts.
+    /// The defaults for `argv[0]`, of which only the last path component counts.
     pub fn from_argv0(argv0: Option<&OsStr>) -> Self {
         let name = argv0.and_then(|argv0| Path::new(argv0).file_name()).and_then(OsStr::to_str);
         match name {
@@ -21,7 +22,7 @@ impl Invocation {
         }
     }
 
-    /// The default that applies of the two.
+    /// The one of two defaults that applies.
     pub fn choose<T>(self, konnectivity: T, culvert: T) -> T {
         match self {
             Self::Konnectivity => konnectivity,

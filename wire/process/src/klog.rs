@@ -1,7 +1,7 @@
-//! klog's flags: every Konnectivity binary has them, so manifests pass them and they must be accepted.
+//! The flags of klog. Konnectivity's binaries have them, so manifests pass them.
 //!
-//! Only the verbosity means something here. Culvert writes its log to standard error and leaves
-//! files, rotation and headers to whoever collects it.
+//! Only the verbosity has an effect. Culvert logs to standard error and leaves files, rotation and
+//! headers to the log collector.
 
 use clap::Args;
 
@@ -11,8 +11,8 @@ use super::faults::Faults;
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Logging")]
 pub struct KlogFlags {
-    /// How much to log: 0 to 4 what an operator wants to know, 5 to 9 what helps to find a fault,
-    /// 10 and more everything down to packets. The environment variable RUST_LOG beats it
+    /// Verbosity of the log: 0 to 4 is info, 5 to 9 is debug, 10 and more is trace, down to packets.
+    /// The environment variable RUST_LOG takes precedence
     #[arg(short = 'v', long = "v", value_name = "LEVEL", default_value_t = 4)]
     pub v: i32,
 
@@ -20,7 +20,7 @@ pub struct KlogFlags {
     #[arg(long, value_name = "PATTERN=LEVEL,…", default_value = "")]
     pub vmodule: String,
 
-    /// Log to standard error. Always so; accepted for the sake of manifests
+    /// Log to standard error. Accepted and ignored: the log always goes there
     #[arg(long, default_value_t = true)]
     pub logtostderr: bool,
 
@@ -74,7 +74,7 @@ pub struct KlogFlags {
 }
 
 impl KlogFlags {
-    /// Warns of the flags whose being ignored would surprise: those that send the log elsewhere.
+    /// Adds a warning for each flag that would send the log elsewhere.
     pub fn check(&self, faults: &mut Faults) {
         const ELSEWHERE: &str = "has no effect, the log goes to standard error";
         if !self.log_file.is_empty() {

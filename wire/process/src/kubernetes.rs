@@ -1,7 +1,7 @@
-//! kube-apiserver's client, set up as flags say.
+//! Set-up of kube-apiserver's client.
 //!
-//! kube-apiserver is reached directly, whatever HTTPS_PROXY says: it is at hand on both sides, and
-//! what is in that variable is meant for the way between them.
+//! HTTPS_PROXY does not apply: both sides reach kube-apiserver directly, and the variable is meant
+//! for the path between agent and server.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -16,45 +16,45 @@ use kube::{
 };
 use tower::{limit::RateLimitLayer, util::option_layer};
 
-/// Time to connect.
+/// Time limit of a connection attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long nothing may come on a connection that is waited on; a watch of Leases hears of a renewal
-/// every 15 s. Without it a peer that has silently gone would not be missed.
+/// Time without a byte after which a connection that is being read fails, so that a lost peer is
+/// noticed. A watch of Leases receives a renewal every 15 s.
 const READ_TIMEOUT: Duration = Duration::from_secs(45);
-/// Requests that may exceed a rate for a moment where only the rate is given: client-go's default.
+/// Burst size where only the rate is given, in requests; client-go's default.
 const DEFAULT_BURST: u32 = 10;
 
-/// How to reach kube-apiserver.
+/// Access to kube-apiserver.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct KubernetesConfig {
-    /// Kubeconfig; `None` is the pod's own service account.
+    /// Kubeconfig file; `None` is the pod's service account.
     pub kubeconfig: Option<PathBuf>,
-    /// Requests per second; `None` is as many as kube-apiserver answers.
+    /// Maximum rate, in requests per second; `None` is no limit.
     pub qps: Option<f32>,
-    /// Requests that may exceed the rate for a moment; `None` is 10.
+    /// Burst size, in requests; `None` is 10.
     pub burst: Option<u32>,
 }
 
-/// kube-apiserver's client cannot be set up.
+/// The client of kube-apiserver cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The kubeconfig cannot be used.
     #[error("--kubeconfig: {}", with_causes(.0))]
     Kubeconfig(#[from] KubeconfigError),
-    /// There is no kubeconfig, and this is no pod that may ask.
+    /// There is no kubeconfig, and the process is not in a pod with a service account.
     #[error("--kubeconfig: none is given, and the pod's own service account cannot be used: {}", with_causes(.0))]
     InCluster(#[from] InClusterError),
-    /// What the kubeconfig says makes no client.
+    /// The kubeconfig is not valid for a client.
     #[error("--kubeconfig: {}", with_causes(.0))]
     Client(#[from] kube::Error),
 }
 
 impl KubernetesConfig {
-    /// A client. Nothing is asked yet, so that kube-apiserver may start later. Needs a tokio
+    /// A client. It sends no request yet, so kube-apiserver may start later. Panics outside a tokio
     /// runtime.
     ///
     /// # Errors
-    /// When the kubeconfig, or the pod's service account, cannot be used.
+    /// If the kubeconfig, or the pod's service account, cannot be used.
     pub fn client(&self) -> Result<Client, ClientError> {
         let mut config = match &self.kubeconfig {
             Some(path) => {
@@ -71,7 +71,7 @@ impl KubernetesConfig {
         config.connect_timeout = Some(CONNECT_TIMEOUT);
         config.read_timeout = Some(READ_TIMEOUT);
         config.reset_reader_on_write = true;
-        // Whoever asks tries again in its own time, and tells of what went wrong.
+        // The callers retry with intervals of their own, and log the failures.
         config.default_retry = false;
         let rate = self.qps.map(|qps| {
             let burst = self.burst.unwrap_or(DEFAULT_BURST);
@@ -84,7 +84,7 @@ impl KubernetesConfig {
     }
 }
 
-/// What kube-apiserver answered, or why it did not, in one line.
+/// The answer of kube-apiserver, or the reason why there is none, in one line.
 pub fn reason(error: &kube::Error) -> String {
     match error {
         kube::Error::Api(status) => status.message.clone(),
@@ -92,7 +92,7 @@ pub fn reason(error: &kube::Error) -> String {
     }
 }
 
-/// Whether the kubeconfig itself asks for a proxy to the cluster that it means.
+/// Whether the kubeconfig names a proxy for its current cluster.
 fn is_proxied(kubeconfig: &Kubeconfig) -> bool {
     let current = kubeconfig.current_context.as_deref();
     let context = kubeconfig.contexts.iter().find(|context| Some(&*context.name) == current);
@@ -102,16 +102,16 @@ fn is_proxied(kubeconfig: &Kubeconfig) -> bool {
     clusters.any(|named| named.cluster.as_ref().is_some_and(|cluster| cluster.proxy_url.is_some()))
 }
 
-/// Until when a Lease holds: its renewal, or where there was none its acquisition, and its duration
-/// (`pkg/util/leases.go`). `None` for one that never held.
+/// End of a Lease: its duration after its renewal or, without a renewal, after its acquisition
+/// (Konnectivity's `pkg/util/leases.go`). `None` for a Lease without these times.
 pub fn lease_expiry(lease: &LeaseSpec) -> Option<Timestamp> {
     let renewed = lease.renew_time.as_ref().or(lease.acquire_time.as_ref())?.0;
     let duration = SignedDuration::from_secs(lease.lease_duration_seconds?.into());
     renewed.checked_add(duration).ok()
 }
 
-/// The status of kube-apiserver's answer and the reason in it, for metric labels; `0` and `unreachable`
-/// where there was no answer, or none in time.
+/// Status code and reason of kube-apiserver's answer, as metric labels; `0` and `unreachable`
+/// without an answer in time.
 pub fn labels(error: Option<&kube::Error>) -> (String, String) {
     match error {
         Some(kube::Error::Api(status)) => (status.code.to_string(), status.reason.clone()),
@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lease_holds_from_its_last_renewal_for_its_duration() {
+    fn a_lease_ends_its_duration_after_its_last_renewal() {
         let at = |second| Timestamp::from_second(second).unwrap();
         let lease = |renewed: Option<i64>, acquired: Option<i64>, duration| LeaseSpec {
             renew_time: renewed.map(at).map(MicroTime),

@@ -1,4 +1,4 @@
-//! TCP listeners as Go opens them, so that an image swap listens where the old one did.
+//! TCP listeners with the rules of Go, so that a changed image listens where the old one did.
 
 use std::{
     io,
@@ -9,14 +9,14 @@ use culvert_transport::socket::lacks_ipv6;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpListener;
 
-/// Connections the kernel may hold ready for accept; it caps the number at net.core.somaxconn.
+/// Maximum number of connections that wait for accept. The kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 1024;
 
-/// A listener on `address`; `[::]` takes both address families, or IPv4 alone on a machine
-/// without IPv6. Port 0 picks a free one. Needs a tokio runtime.
+/// A listener on `address`. `[::]` is both address families, or IPv4 alone on a machine without
+/// IPv6. Port 0 is any free port. Panics outside a tokio runtime.
 ///
 /// # Errors
-/// The kernel's.
+/// With the kernel's error.
 pub fn tcp(address: SocketAddr) -> io::Result<TcpListener> {
     match bind(address) {
         Err(error) if lacks_ipv6(&error) && address.ip().is_unspecified() => {
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn every_interface_means_both_address_families() {
+    async fn the_unspecified_address_accepts_both_address_families() {
         let listener = tcp("[::]:0".parse().unwrap()).unwrap();
         let port = listener.local_addr().unwrap().port();
         let (connected, accepted) = tokio::join!(

@@ -1,4 +1,4 @@
-//! The log of a process: where it goes, how much, and how a repeating fault is kept to a line.
+//! The log of a process: its format, its verbosity, and a rate limit for repeated events.
 
 use std::{
     io::{self, IsTerminal},
@@ -12,10 +12,10 @@ pub use tracing;
 use tracing::Subscriber;
 use tracing_subscriber::{EnvFilter, filter::ParseError, fmt::MakeWriter};
 
-/// Environment variable that beats `-v`, in tracing-subscriber's notation.
+/// Environment variable that takes precedence over `-v`, in tracing-subscriber's notation.
 const FILTER_VARIABLE: &str = "RUST_LOG";
 
-/// Form of the log lines.
+/// Format of the log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
     /// For people: one line each, coloured on a terminal
@@ -24,19 +24,19 @@ pub enum LogFormat {
     Json,
 }
 
-/// How to log.
+/// Log settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LogConfig {
-    /// Form of the lines.
+    /// Format of the lines.
     pub format: LogFormat,
-    /// klog's verbosity: 0 to 4 info, 5 to 9 debug, 10 and more trace.
+    /// Verbosity as in klog: 0 to 4 is info, 5 to 9 is debug, 10 and more is trace.
     pub verbosity: i32,
 }
 
-/// Why there is no log.
+/// The log cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// The environment asks for a filter that cannot be read.
+    /// The filter in the environment cannot be parsed.
     #[error("RUST_LOG is not a log filter: {0}")]
     Filter(#[from] ParseError),
     /// The process has a log already.
@@ -47,7 +47,7 @@ pub enum LogError {
 /// Sends the log of the whole process to standard error.
 ///
 /// # Errors
-/// When `RUST_LOG` is set and unreadable, or when called twice.
+/// If `RUST_LOG` cannot be parsed, or at the second call.
 pub fn init(config: LogConfig) -> Result<(), LogError> {
     let filter = std::env::var(FILTER_VARIABLE).ok();
     let coloured = io::stderr().is_terminal();
@@ -55,16 +55,16 @@ pub fn init(config: LogConfig) -> Result<(), LogError> {
     Ok(tracing::subscriber::set_global_default(subscriber)?)
 }
 
-/// What `-v` means as a filter.
+/// The filter for a verbosity.
 ///
-/// Kamaji starts every agent with `-v=8`, so debug must stay readable: libraries, whose debug
-/// lines come with each packet, stay at info until everything is asked for. kube-apiserver's client
-/// tells of every failure what we tell ourselves, with its reason.
+/// Kamaji starts every agent with `-v=8`, so debug must stay readable: libraries, which log each
+/// packet at debug, stay at info below 10. kube-apiserver's client is off, because Culvert logs its
+/// failures already.
 fn filter_of(verbosity: i32) -> &'static str {
     match verbosity {
         ..=4 => "info,kube_client=off,kube_runtime=off",
         5..=9 => "info,kube_client=off,kube_runtime=off,culvert=debug", // a prefix: all our crates
-        // It would show tokens.
+        // At trace, kube-apiserver's client would log tokens.
         10.. => "trace,kube_client=off,kube_runtime=off",
     }
 }
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_beats_verbosity() {
+    fn the_environment_takes_precedence_over_verbosity() {
         assert_eq!(logged(LogFormat::Text, 10, Some("warn")), "");
         assert_eq!(logged(LogFormat::Text, 4, Some("")).lines().count(), 1);
         let config = LogConfig { format: LogFormat::Text, verbosity: 4 };
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn repeating_faults_get_a_line_per_interval_that_counts_the_others() {
+    fn repeated_events_get_one_line_per_interval_with_the_number_of_the_others() {
         let limit = RateLimit::new(Duration::from_secs(10));
         let start = Instant::now();
         for (seconds, admitted) in [

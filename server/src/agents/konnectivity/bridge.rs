@@ -216,7 +216,7 @@ impl Connected {
         let id = response.connect_id;
         // Entered at once: the bytes of a target that speaks first are right behind.
         let waits = waiting
-            .is_some_and(|waiting| waiting.send(Ok((id, self.connections.enter(id)))).is_ok());
+            .is_some_and(|waiting| waiting.send(Ok((id, self.connections.insert(id)))).is_ok());
         if !waits {
             if let Some(inbox) = self.connections.remove(id) {
                 let reason = "the agent gave its name away".into();

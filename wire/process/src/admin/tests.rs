@@ -89,7 +89,7 @@ async fn an_endless_head_is_refused() {
 }
 
 #[tokio::test]
-async fn hoarded_connections_give_way_to_a_probe() {
+async fn above_the_limit_a_new_connection_ends_the_oldest() {
     let server = serve_on_free_port(Routes::new().healthz());
     let mut hoard = Vec::new();
     for _ in 0..MAX_CONNECTIONS {
