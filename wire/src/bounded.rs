@@ -162,6 +162,12 @@ mod tests {
     }
 
     #[test]
+    fn text_is_shown_as_it_is() {
+        let text = Text::<8>::try_from("a\nb").unwrap();
+        assert_eq!((&*text.to_string(), &*format!("{text:?}")), ("a\nb", "\"a\\nb\""));
+    }
+
+    #[test]
     fn list_refuses_one_item_more_than_its_limit() {
         assert!(List::<u8, 2>::try_from(vec![1, 2]).is_ok());
         assert!(List::<u8, 2>::try_from(vec![1, 2, 3]).is_err());

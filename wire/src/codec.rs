@@ -97,7 +97,14 @@ mod tests {
     }
 
     #[test]
-    fn a_message_beyond_the_limit_is_neither_written_nor_read() {
+    fn a_message_up_to_the_limit_and_no_longer_is_written_and_read() {
+        // A length of this size takes three bytes.
+        let longest = "x".repeat(MAX_BODY_LEN - 3);
+        let mut body = Vec::new();
+        encode(&longest, &mut body).unwrap();
+        assert_eq!(body.len(), MAX_BODY_LEN);
+        assert_eq!(decode::<String>(&body), Ok(longest));
+        assert!(encode(&"x".repeat(MAX_BODY_LEN - 2), &mut Vec::new()).is_err());
         assert!(encode(&"x".repeat(MAX_BODY_LEN), &mut Vec::new()).is_err());
         let too_long = vec![0; MAX_BODY_LEN + 1];
         assert_eq!(decode::<String>(&too_long), Err(DecodeError::TooLong(MAX_BODY_LEN + 1)));

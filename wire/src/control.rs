@@ -209,3 +209,29 @@ impl ControlMessage {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_never_shown() {
+        let secret = Secret::new("hunter2").unwrap();
+        assert_eq!(secret.expose(), "hunter2");
+        assert_eq!(format!("{secret:?}"), "Secret(…)");
+        assert!(Secret::new(&"x".repeat(8192)).is_ok());
+        assert!(Secret::new(&"x".repeat(8193)).is_err());
+    }
+
+    #[test]
+    fn kinds_of_data_streams_are_refused_and_later_ones_are_kept() {
+        let decode = |kind| ControlMessage::decode(&Frame { kind, body: Bytes::new() });
+        for kind in [0x10, 0x11, 0x1f] {
+            let expected = Hello::KIND;
+            assert_eq!(decode(kind), Err(FrameError::UnexpectedKind { found: kind, expected }));
+        }
+        for kind in [0x00, 0x07, 0x0f, 0x20, 0xff] {
+            assert_eq!(decode(kind), Ok(ControlMessage::Unknown { kind }));
+        }
+    }
+}

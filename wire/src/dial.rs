@@ -230,3 +230,40 @@ impl Message for DialReply {
     const KIND: u8 = 0x11;
     const MAX_LEN: usize = 4 * 1024;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn networks_are_found_by_their_names() {
+        for network in [Network::Tcp, Network::Tcp4, Network::Tcp6] {
+            assert_eq!(Network::from_name(network.name()), Some(network));
+        }
+        assert_eq!([Network::Tcp4.name(), Network::Tcp6.name()], ["tcp4", "tcp6"]);
+        assert_eq!(Network::from_name("udp"), None);
+    }
+
+    #[test]
+    fn stream_kinds_are_found_by_their_names() {
+        for kind in [StreamKind::UNKNOWN, StreamKind::EXEC, StreamKind::WEBHOOK] {
+            assert_eq!(StreamKind::from_name(kind.name()), kind);
+        }
+        assert_eq!(StreamKind::from_name("later"), StreamKind::UNKNOWN);
+        assert_eq!(format!("{:?} {:?}", StreamKind::LOGS, DialErrorKind::RESET), "logs reset");
+    }
+
+    #[test]
+    fn a_timing_is_the_sum_of_its_stages_and_a_stage_has_a_longest_value() {
+        let timing = DialTiming { header_micros: 1, resolve_micros: 20, connect_micros: 300 };
+        assert_eq!(timing.total(), Duration::from_micros(321));
+        assert_eq!(DialTiming::micros(Duration::from_millis(7)), 7000);
+        assert_eq!(DialTiming::micros(Duration::from_secs(72 * 60)), u32::MAX);
+    }
+
+    #[test]
+    fn the_text_of_a_failure_is_cut_to_its_limit() {
+        let failure = DialFailure::new(DialErrorKind::OTHER, "x".repeat(2000));
+        assert_eq!(failure.to_string(), "x".repeat(1024));
+    }
+}

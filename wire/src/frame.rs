@@ -157,6 +157,9 @@ mod tests {
     #[test]
     fn each_kind_has_its_own_limit() {
         assert!(encode(&Word("12345678".into())).is_err());
+        let longest = encode(&Word("1234567".into())).unwrap();
+        let frame = Frame { kind: Word::KIND, body: longest.slice(HEAD_LEN..) };
+        assert_eq!(frame.message(), Ok(Word("1234567".into())));
         let frame = Frame { kind: Word::KIND, body: vec![0; 9].into() };
         assert!(matches!(frame.message::<Word>(), Err(FrameError::Oversized { limit: 8, .. })));
     }

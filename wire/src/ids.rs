@@ -133,6 +133,19 @@ mod tests {
         assert_eq!("a\nb".parse::<ServerId>(), Err(InvalidId::NotPrintable));
         assert_eq!("n\u{f6}de".parse::<AgentId>(), Err(InvalidId::NotPrintable));
         assert_eq!("a b~".parse::<AgentId>().unwrap().as_str(), "a b~");
-        assert_eq!("node-1".parse::<AgentId>().unwrap().as_str(), "node-1");
+        assert!("x".repeat(255).parse::<AgentId>().is_ok());
+        let id: AgentId = "node-1".parse().unwrap();
+        assert_eq!(
+            (id.as_str(), &*id.to_string(), &*format!("{id:?}")),
+            ("node-1", "node-1", "\"node-1\"",)
+        );
+    }
+
+    #[test]
+    fn random_ids_are_shown_in_hexadecimal() {
+        let dial = DialId(0xbeef);
+        assert_eq!([dial.to_string(), format!("{dial:?}")], ["000000000000beef"; 2]);
+        let instance = InstanceId([0x0a; 16]);
+        assert_eq!(format!("{instance:?}"), "0a".repeat(16));
     }
 }

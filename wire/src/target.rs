@@ -180,5 +180,24 @@ mod tests {
         assert_eq!(text("host:+1"), "address +1: invalid port");
         assert_eq!(text("a b:80"), "lookup ab: no such host");
         assert!(Target::new("x".repeat(256), 1).is_err());
+        assert!(Target::new("x".repeat(255), 1).is_ok());
+    }
+
+    #[test]
+    fn a_host_that_is_an_address_is_known_as_one() {
+        let ip = |address: &str| address.parse::<Target>().unwrap().ip();
+        assert_eq!(ip("10.0.0.9:1"), Some("10.0.0.9".parse().unwrap()));
+        assert_eq!(ip("[fd00::1]:1"), Some("fd00::1".parse().unwrap()));
+        assert_eq!(ip("node-1:1"), None);
+    }
+
+    #[test]
+    fn a_fault_shows_a_bounded_part_of_the_address() {
+        let long = format!("{}:x", "a".repeat(1000)).parse::<Target>().unwrap_err();
+        assert_eq!(long.to_string(), "address x: invalid port");
+        let long = "a".repeat(1000).parse::<Target>().unwrap_err();
+        assert_eq!(long.to_string().len(), 300 + "address : missing port in address".len());
+        let control = "a\u{7}b".parse::<Target>().unwrap_err();
+        assert_eq!(control.to_string(), "address ab: missing port in address");
     }
 }

@@ -72,4 +72,15 @@ mod tests {
         assert!(agreed.contains(Features::PING));
         assert!(!Features::NONE.contains(Features::DRAIN));
     }
+
+    #[test]
+    fn sets_are_combined_bit_by_bit() {
+        let both = Features::PING.union(Features::HEDGE);
+        assert_eq!(both.bits(), 0b101);
+        assert_eq!(both.union(Features::PING), both);
+        assert!(both.contains(Features::PING) && both.contains(Features::NONE));
+        assert!(!both.contains(Features::DRAIN.union(Features::PING)));
+        assert_eq!(both.intersection(Features::DRAIN), Features::NONE);
+        assert_eq!(Features::supported().bits(), 0b111);
+    }
 }
