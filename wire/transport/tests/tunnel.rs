@@ -4,13 +4,13 @@
 
 mod carriers;
 
-use std::time::Duration;
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use culvert_transport::{
     ConnectError, ReadError, ReadFrameError, Settings, TransportFault, Tunnel, TunnelLost,
-    WriteError,
-    control::{ControlError, ControlStream},
+    Unreachable, WriteError,
+    control::{ControlError, ControlStream, Event},
     quic::{Listener, connect},
     tls::{KeyExchange, tunnel_client, tunnel_server},
 };
@@ -19,6 +19,8 @@ use culvert_wire::{
     control::{ControlMessage, Drain, Ping},
     frame::{self, FrameError},
 };
+
+use tokio::{net::UdpSocket, task::JoinSet};
 
 use carriers::{Authority, Pair, each, within};
 
@@ -261,13 +263,73 @@ async fn an_attempt_at_a_port_without_a_listener_fails_at_once() {
 }
 
 /// The control stream of each end.
-async fn controls(pair: &Pair) -> (ControlStream, ControlStream) {
-    let mut agent = ControlStream::new(pair.agent.clone(), pair.agent.open().await.unwrap());
+async fn controls(server: &Tunnel, agent: &Tunnel) -> (ControlStream, ControlStream) {
+    let mut agent = ControlStream::new(agent.clone(), agent.open().await.unwrap());
     // A stream exists for the peer from its first byte.
     agent.send(&ControlMessage::Drain(Drain { deadline_millis: 1 })).await.unwrap();
-    let mut server = ControlStream::new(pair.server.clone(), pair.server.accept().await.unwrap());
+    let mut server = ControlStream::new(server.clone(), server.accept().await.unwrap());
     assert!(matches!(server.next().await.unwrap(), ControlMessage::Drain(_)));
     (server, agent)
+}
+
+/// Forwards packets between one client and this server until it is dropped, and its sockets with it.
+async fn relay(server: SocketAddr) -> (SocketAddr, JoinSet<()>) {
+    let near = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+    let far = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+    far.connect(server).await.unwrap();
+    let address = near.local_addr().unwrap();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let (mut up, mut down) = (vec![0; 65_536], vec![0; 65_536]);
+        let mut client = None;
+        loop {
+            tokio::select! {
+                Ok((length, from)) = near.recv_from(&mut up) => {
+                    client = Some(from);
+                    let _ = far.send(&up[..length]).await;
+                }
+                Ok(length) = far.recv(&mut down) => {
+                    let _ = near.send_to(&down[..length], client.unwrap()).await;
+                }
+            }
+        }
+    });
+    (address, tasks)
+}
+
+#[tokio::test]
+async fn a_peer_whose_port_is_closed_is_reported_and_found_gone_at_once() {
+    within(async {
+        let authority = Authority::new();
+        let kx = KeyExchange::Classic;
+        let tls = tunnel_server(authority.identity(), None, kx).unwrap();
+        let settings = Settings::default();
+        let address = "127.0.0.1:0".parse().unwrap();
+        let listener = Listener::bind(address, tls.into(), &settings, None).unwrap();
+        let (path, relay) = relay(listener.local_addr().unwrap()).await;
+        let tls = tunnel_client(authority.roots(), None, kx).unwrap();
+        let accept = async { listener.accept().await.unwrap().complete().await.unwrap() };
+        let (server, agent) =
+            tokio::join!(accept, connect(path, "127.0.0.1", tls.into(), &settings));
+        let (server, agent) = (Tunnel::from(server), Tunnel::from(agent.unwrap().0));
+        let (mut control, _agent) = controls(&server, &agent).await;
+        drop(relay);
+        // The next packet meets a closed port.
+        control.nudge().await.unwrap();
+        let event = control.event().await.unwrap();
+        assert!(matches!(event, Event::Unreachable(Unreachable::Port)), "{event:?}");
+        let error = loop {
+            match control.event().await {
+                // Each packet to the port is answered.
+                Ok(Event::Unreachable(Unreachable::Port)) => {}
+                Ok(other) => panic!("{other:?}"),
+                Err(error) => break error,
+            }
+        };
+        let ControlError::Unresponsive(waited) = error else { panic!("{error}") };
+        assert!(waited < Duration::from_millis(500), "{waited:?}");
+    })
+    .await;
 }
 
 /// Its carrier acknowledges what nothing reads: that renews the deadline, but not for ever.
@@ -275,7 +337,7 @@ async fn controls(pair: &Pair) -> (ControlStream, ControlStream) {
 async fn a_peer_that_is_heard_and_does_not_answer_is_found_unresponsive() {
     each(async |carrier| {
         let pair = Pair::new(carrier).await;
-        let (mut server, _agent) = controls(&pair).await;
+        let (mut server, _agent) = controls(&pair.server, &pair.agent).await;
         let limit = Duration::from_millis(50);
         server.ask(limit).await.unwrap();
         let error = server.next().await.unwrap_err();
