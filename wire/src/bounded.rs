@@ -180,8 +180,10 @@ mod tests {
             List::<u8, 2>::deserialize(de::value::SeqDeserializer::<_, Fault>::new(items))
         };
         assert_eq!(read(&mut [1, 2].into_iter()), Ok(List(vec![1, 2])));
-        assert!(read(&mut [1, 2, 3].into_iter()).is_err());
+        let too_long = read(&mut [1, 2, 3].into_iter()).unwrap_err();
+        assert_eq!(too_long.to_string(), "3 is more than the 2 allowed");
         assert_eq!(read(&mut [1, 2].into_iter().filter(|_| true)), Ok(List(vec![1, 2])));
-        assert!(read(&mut (1..).filter(|_| true)).is_err());
+        let too_long = read(&mut (1..).filter(|_| true)).unwrap_err();
+        assert_eq!(too_long.to_string(), "3 is more than the 2 allowed");
     }
 }

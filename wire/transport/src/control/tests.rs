@@ -7,9 +7,12 @@ use std::{
 
 use bytes::Bytes;
 use culvert_wire::{
-    StreamCode,
-    control::Drain,
+    InstanceId, StreamCode,
+    control::{Drain, Hello},
+    extension::Extensions,
     frame::{self, Frame},
+    identifiers::{Identifier, MAX_IDENTIFIERS},
+    version::Features,
 };
 use tokio::time::{sleep, timeout};
 
@@ -66,7 +69,10 @@ impl ScriptedAgent {
 async fn scripted() -> (ControlStream, ScriptedAgent) {
     let settings = Settings::default();
     let peer = Peer::local(Carrier::Tcp);
-    let pair = Pair::without_idle_timeout(peer, &settings, &settings).await.unwrap();
+    scripted_on(Pair::without_idle_timeout(peer, &settings, &settings).await.unwrap()).await
+}
+
+async fn scripted_on(pair: Pair) -> (ControlStream, ScriptedAgent) {
     let (send, recv) = pair.agent.open().await.unwrap();
     let mut agent = ScriptedAgent { pair, send, recv };
     // A stream exists for the peer from its first byte.
@@ -128,6 +134,25 @@ async fn a_silent_peer_is_unresponsive_after_exactly_the_limit() {
     agent.pair.line.silence(Side::Agent);
     server.ask(LIMIT).await.unwrap();
     assert_eq!(unresponsive(&mut server).await, (LIMIT, LIMIT));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_distant_peer_gets_three_round_trips_more() {
+    let rtt = Duration::from_millis(300);
+    let keep_alive_interval = Some(LIMIT * 2);
+    let settings = Settings { keep_alive_interval, ..Settings::default() };
+    let pair = Pair::new(Peer::local(Carrier::Tcp), &settings, &settings).await.unwrap();
+    let (mut server, agent) = scripted_on(pair).await;
+    // The carrier's keep-alive is answered after one round trip.
+    let line = &agent.pair.line;
+    line.silence(Side::Agent);
+    sleep(LIMIT * 2 + rtt).await;
+    line.restore(Side::Agent);
+    sleep(LIMIT / 100).await;
+    assert_eq!(agent.pair.server.stats().rtt, rtt);
+    line.silence(Side::Agent);
+    server.ask(LIMIT).await.unwrap();
+    assert_eq!(unresponsive(&mut server).await, (LIMIT + rtt * 3, LIMIT + rtt * 3));
 }
 
 #[tokio::test(start_paused = true)]
@@ -313,4 +338,25 @@ async fn a_message_that_has_no_frame_is_not_sent() {
     let Frame { kind, body } = agent.recv.read_frame(MAX_BODY_LEN).await.unwrap();
     let expected = frame::encode(&Drain { deadline_millis: 3 }).unwrap();
     assert_eq!((kind, &body[..]), (0x05, &expected[frame::HEAD_LEN..]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_that_does_not_fit_its_frame_is_not_sent() {
+    let (mut server, mut agent) = scripted().await;
+    let longest = Identifier::new(&"k".repeat(32), &"v".repeat(255)).unwrap();
+    let hello = Hello {
+        revision: 1,
+        features: Features::NONE,
+        agent_id: "node-1".parse().unwrap(),
+        instance: InstanceId([0; 16]),
+        identifiers: vec![longest; MAX_IDENTIFIERS].try_into().unwrap(),
+        token: None,
+        software: "".try_into().unwrap(),
+        extensions: Extensions::default(),
+    };
+    let error = server.send(&ControlMessage::Hello(Box::new(hello))).await.unwrap_err();
+    assert!(matches!(error, ControlError::Encode(_)), "{error:?}");
+    assert_eq!(error.close_code(), CloseCode::ABANDONED);
+    server.send(&drain(3)).await.unwrap();
+    assert_eq!(agent.receive().await, drain(3));
 }
