@@ -1,4 +1,4 @@
-//! Small parts, each by itself: `cargo bench -p culvert-loadtest`.
+//! Benchmarks of small parts: `cargo bench -p culvert-loadtest`.
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on has failed")]
 
 use std::{sync::Arc, time::Instant};
@@ -121,7 +121,7 @@ fn add_and_remove_a_backend(bencher: Bencher<'_, '_>, backends: usize) {
     });
 }
 
-/// What a write costs before it is one: a hundred streams take turns.
+/// Cost of the scheduler for a write, with a hundred streams that take turns.
 #[divan::bench]
 fn schedule_a_write(bencher: Bencher<'_, '_>) {
     let now = Instant::now();

@@ -1,10 +1,10 @@
-//! What carries an agent's tunnels, as it says itself.
+//! The carrier of an agent's tunnels, as its readiness page reports it.
 
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-/// What carries a tunnel.
+/// Carrier of a tunnel, in scenarios and reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Carrier {
@@ -12,7 +12,7 @@ pub enum Carrier {
     Quic,
     /// QMux over TLS over TCP.
     Tcp,
-    /// The one stream of a Konnectivity server.
+    /// gRPC, to a Konnectivity server.
     Grpc,
 }
 
@@ -43,13 +43,13 @@ impl FromStr for Carrier {
 pub struct Serving {
     /// The carrier.
     pub carrier: Carrier,
-    /// Why it was chosen, such as `quic_silent`.
+    /// Reason for the choice, such as `quic_silent`.
     pub reason: String,
 }
 
 impl Serving {
-    /// As `/readyz?verbose` tells: `[+]tunnel server-0: tcp for 12.3s (quic_silent), used`, a line for
-    /// each tunnel; those that take no dials begin with a minus. `None` where none does.
+    /// From `/readyz?verbose`: `[+]tunnel server-0: tcp for 12.3s (quic_silent), used`, a line for
+    /// each tunnel; those that take no dials begin with a minus. `None` when none takes dials.
     pub fn from_readiness(page: &str) -> Option<Self> {
         let tunnels = page.lines().filter_map(|line| line.strip_prefix("[+]tunnel "));
         let (_, newest) =
@@ -58,7 +58,7 @@ impl Serving {
     }
 }
 
-/// How many seconds ago a tunnel came, and what carries it.
+/// Age of a tunnel in seconds, and its carrier.
 fn tunnel(line: &str) -> Option<(f64, Serving)> {
     let (_, state) = line.rsplit_once(": ")?;
     let (carrier, state) = state.split_once(" for ")?;

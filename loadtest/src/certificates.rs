@@ -1,4 +1,4 @@
-//! Certificates for one run: a CA, and what server, agent and frontend show each other.
+//! Certificates for one run: a CA, and one each for server, agent and frontend.
 
 use std::{
     fs, io,
@@ -42,7 +42,7 @@ impl Certificates {
         Ok(Self { folder })
     }
 
-    /// The folder, which is also free for sockets.
+    /// The folder, which takes sockets and logs too.
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
@@ -52,17 +52,17 @@ impl Certificates {
         self.folder.path().join("ca.crt")
     }
 
-    /// What the server shows to agents and frontends.
+    /// Certificate of the server, for agents and frontends.
     pub fn server(&self) -> CertificatePair {
         self.pair("server")
     }
 
-    /// What agents show to the server.
+    /// Client certificate of agents.
     pub fn agent(&self) -> CertificatePair {
         self.pair("agent")
     }
 
-    /// What frontends show to the server.
+    /// Client certificate of frontends.
     pub fn frontend(&self) -> CertificatePair {
         self.pair("frontend")
     }

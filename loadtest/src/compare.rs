@@ -1,4 +1,4 @@
-//! The same load through every peer, one after another, and what came of it.
+//! The same load through every peer, one after another, and a report.
 
 mod balancer;
 mod collect;
@@ -24,7 +24,7 @@ use crate::{
     scenario::{Congestion, Scenario},
 };
 
-/// What to leave out, and where Culvert's programs are.
+/// Options of a comparison.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
     /// Compare only these peers
@@ -47,7 +47,7 @@ pub struct Options {
     pub culvert_flag: Vec<String>,
 }
 
-/// Everything that is built once for many scenarios.
+/// Programs that are built once for many scenarios.
 #[derive(Debug)]
 pub struct Comparison {
     options: Options,
@@ -57,8 +57,8 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    /// Builds the Konnectivity programs that these scenarios need, where Go is installed; says so where it
-    /// is not.
+    /// Builds the Konnectivity programs that these scenarios need, where Go is installed; prints a
+    /// line where it is not.
     ///
     /// # Errors
     /// When Go is there and cannot build them.
@@ -92,11 +92,11 @@ impl Comparison {
         Ok(Self { options, programs, konnectivity_client, _folder: folder })
     }
 
-    /// Runs a scenario: every seed through every peer in turn, so that what changes on the machine
-    /// meanwhile meets them all.
+    /// Runs a scenario: every seed through every peer in turn, so that changes of the machine affect
+    /// all of them.
     ///
     /// # Errors
-    /// When it cannot be set up. A peer that fails is told in its run.
+    /// When it cannot be set up. The failure of a peer is part of its run.
     pub fn run(&self, scenario: &Scenario, command: &str) -> anyhow::Result<Report> {
         let mut scenario = scenario.clone();
         scenario.seconds = self.options.seconds.unwrap_or(scenario.seconds);
@@ -124,7 +124,7 @@ impl Comparison {
         })
     }
 
-    /// Who runs, and with which TCP.
+    /// The peers to run, each with its congestion controls.
     fn field(&self, scenario: &Scenario) -> Vec<(Peer, Congestion)> {
         let chosen = |peer: &Peer| {
             let options = &self.options.peers;
@@ -166,7 +166,7 @@ impl Comparison {
     }
 }
 
-/// What a run is called in reports.
+/// Name of a run in reports.
 fn name(peer: Peer, congestion: Congestion) -> String {
     match congestion {
         Congestion::Cubic => peer.to_string(),

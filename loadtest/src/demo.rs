@@ -1,7 +1,7 @@
 //! One command that shows the tunnel at work.
 //!
 //! ```text
-//! sessions ─ samples ─▶ stage ─▶ table      every quarter of a second, and once at the end
+//! sessions ─ samples ─▶ reports ─▶ table     every quarter of a second, and once at the end
 //! ```
 
 mod poke;
@@ -20,10 +20,10 @@ use tokio::time::interval;
 use crate::rig::{Rig, Running};
 use session::{Report, Sessions};
 
-/// How often the table is drawn anew on a terminal.
+/// Interval at which the table is drawn again on a terminal.
 const FRAME: Duration = Duration::from_millis(250);
 
-/// What to show.
+/// Options of the demo.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
     /// Number of agents
@@ -35,7 +35,7 @@ pub struct Options {
           value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub seconds: u64,
 
-    /// Leave everything up afterwards, until Ctrl-C, and tell how to poke it
+    /// Leave everything up afterwards, until Ctrl-C, and print commands to try it with
     #[arg(long)]
     pub hold: bool,
 }
@@ -67,7 +67,7 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
     stop(rig).await
 }
 
-/// Draws the table until the time is over: in place on a terminal, once at the end otherwise.
+/// Draws the table until the time is over: repeatedly on a terminal, else once at the end.
 async fn show(rig: &Running, sessions: &Sessions, time: Duration) -> anyhow::Result<()> {
     let started = Instant::now();
     let mut frames = interval(FRAME);
@@ -81,7 +81,7 @@ async fn show(rig: &Running, sessions: &Sessions, time: Duration) -> anyhow::Res
             let picture = table::draw(&sessions.reports(), &rig.server.backends.all());
             let mut out = io::stdout().lock();
             if drawn > 0 {
-                // Up to the first line of the last picture, and everything below it away.
+                // Moves to the first line of the last table, and clears everything below.
                 write!(out, "\x1b[{drawn}A\x1b[J")?;
             }
             writeln!(out, "{picture}")?;
@@ -94,7 +94,7 @@ async fn show(rig: &Running, sessions: &Sessions, time: Duration) -> anyhow::Res
     }
 }
 
-/// What was seen, for somebody who sees it for the first time.
+/// The result in two sentences.
 fn summary(reports: &[Report]) -> String {
     let find = |name: &str| reports.iter().find(|report| report.name == name);
     let (Some(keys), Some(bulk)) = (find(session::EXEC), find(session::DOWNLOAD)) else {

@@ -94,7 +94,7 @@ impl KonnectivityClient {
         run.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()
     }
 
-    /// Carries a plan out on `host` through the server's socket, and tells what happens.
+    /// Carries out a plan on `host` through the server's socket, and sends its samples.
     ///
     /// # Errors
     /// When it cannot be started.

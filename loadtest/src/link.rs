@@ -8,7 +8,7 @@
 //! ```
 //!
 //! It needs the right to make network namespaces: root, or a user namespace (`unshare -Urn`).
-//! Nothing of it has a name, so nothing is left behind however the process ends.
+//! Nothing of it has a name, so nothing is left behind when the process is killed.
 
 mod bridge;
 pub mod check;
@@ -34,13 +34,13 @@ use tun_rs::{DeviceBuilder, SyncDevice};
 
 use bridge::{Bridge, Command};
 
-/// Where the server's host is.
+/// Address of the server's host.
 pub const SERVER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
-/// Where the node's host is, until its address is changed.
+/// Address of the node's host, until it is changed.
 pub const NODE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
-/// An address that nobody has: packets to it are lost.
+/// An address that no host has: packets to it are lost.
 pub const NOWHERE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 99);
-/// Bits of the network that both are in.
+/// Prefix length of the network that both are in.
 const PREFIX: u8 = 24;
 /// Packets that a device holds for the bridge: 5 ms at a million packets per second, so that none
 /// is lost but by the link's own settings.
@@ -63,12 +63,12 @@ pub enum LinkError {
     Settings(String),
 }
 
-/// A running link and its two hosts. All of it is gone when this is dropped and no process is left
-/// in the hosts.
+/// A running link and its two hosts. They last until this is dropped and no process is left in
+/// the hosts.
 pub struct Link {
-    /// Where server and frontends are.
+    /// Host of the server and its frontends.
     pub server: Arc<Host>,
-    /// Where agent and targets are.
+    /// Host of the agent and its targets.
     pub node: Arc<Host>,
     bridge: Bridge,
     node_device: Arc<SyncDevice>,
@@ -95,12 +95,12 @@ impl Link {
         Ok(Self { server, node, bridge, node_device, node_address: Mutex::new(NODE) })
     }
 
-    /// Goes on with other settings; what is on its way keeps its time. The MTU stays.
+    /// Changes the settings. Packets on the way keep their time; the MTU stays.
     pub fn set(&self, settings: &LinkSettings) {
         self.bridge.command(Command::Set(Box::new(*settings)));
     }
 
-    /// Loses everything from now on, and what is on its way.
+    /// Loses every packet from now on, and those on the way.
     pub fn down(&self) {
         self.bridge.command(Command::Up(false));
     }
@@ -121,7 +121,7 @@ impl Link {
         self.bridge.command(Command::PathMtu { mtu, silent });
     }
 
-    /// Gives all of the node's connections other ports outside, as a NAT that has forgotten them.
+    /// Maps the node's connections to other ports, as a NAT that has lost its mappings.
     pub fn rebind_nat(&self) {
         self.bridge.command(Command::RebindNat);
     }
@@ -143,7 +143,7 @@ impl Link {
         Ok(new)
     }
 
-    /// What happened so far in the direction to the node and in the direction to the server.
+    /// Counters of the direction to the node and of that to the server.
     pub fn counters(&self) -> [Counters; 2] {
         self.bridge.counters()
     }

@@ -9,7 +9,7 @@
 //!
 //! | bytes | what the target does |
 //! | --- | --- |
-//! | `E` | sends back what comes |
+//! | `E` | echoes |
 //! | `D` | sends zeros until the connection ends |
 //! | `S` | reads until the connection ends |
 //! | `F` size:8 | sends `size` zeros |
@@ -27,14 +27,14 @@ mod session;
 
 use serde::{Deserialize, Serialize};
 
-/// What goes through a frontend in one run.
+/// The load of one run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
-    /// How long, from the first dial on, in seconds.
+    /// Duration from the first dial on, in seconds.
     pub seconds: f64,
-    /// Where the target listens, as seen from the node.
+    /// Address of the target, as seen from the node.
     pub target: String,
-    /// Everything that goes on at the same time. Samples name them by their place.
+    /// Workloads that run at the same time. Samples name them by their index.
     pub workloads: Vec<Workload>,
 }
 
@@ -42,22 +42,21 @@ pub struct Plan {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Workload {
-    /// What the report calls it.
+    /// Name in reports.
     pub name: String,
-    /// What each session does.
+    /// Kind of its sessions.
     pub kind: Kind,
-    /// Where its sessions go, unless to the plan's target. In scenarios: `greeter`, which speaks
-    /// first, or `nowhere`, an address of the node's network that nobody has.
+    /// Target of its sessions; that of the plan when `None`. In scenarios: `greeter`, which writes
+    /// first, or `nowhere`, an address of the node's network that no host has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<String>,
-    /// How many there are at the same time.
+    /// Number of sessions at the same time.
     #[serde(default = "one")]
     pub sessions: u32,
-    /// Bytes of a message, a line, an answer or a transfer, as the kind has it.
+    /// Size of a message, a line, an answer or a transfer, in bytes.
     #[serde(default)]
     pub size: u64,
-    /// Milliseconds between two messages, lines, requests or dials of a session, at least; 0 is none
-    /// at all.
+    /// Minimum time between two messages, lines, requests or dials of a session, in milliseconds.
     #[serde(default)]
     pub interval_ms: f64,
 }
@@ -66,7 +65,7 @@ fn one() -> u32 {
     1
 }
 
-/// What a session does, from the run's start to its end.
+/// Kind of a session, which lasts from the run's start to its end.
 ///
 /// Open loop means: on a schedule that does not wait for answers. A message that is late because an
 /// earlier write blocked counts from when it was due.
@@ -75,9 +74,9 @@ fn one() -> u32 {
 pub enum Kind {
     /// Keystrokes: sends `size` bytes every interval, open loop, and times each echo.
     Echo,
-    /// Reads as fast as it comes.
+    /// Reads as fast as it can.
     Download,
-    /// Writes as fast as it goes.
+    /// Writes as fast as it can.
     Upload,
     /// Copies from the node: dials, reads `size` bytes and closes, again and again; times each.
     Fetch,
@@ -87,28 +86,28 @@ pub enum Kind {
     /// Requests on one connection: asks for `size` bytes every interval, open loop; times each
     /// answer to its last byte.
     Request,
-    /// Log tails: the target writes a line of `size` bytes every interval; times each on its way.
+    /// Log tails: the target writes a line of `size` bytes every interval; times each from the target.
     Tail,
     /// Dials, sends `size` bytes and reads them back unless that is 0, and closes: every interval,
     /// open loop, or one after another if that is 0. Times each to the dial's answer, or the echo.
     Dial,
-    /// Dials, writes `size` bytes and closes at once, again and again; the target counts what comes
-    /// short.
+    /// Dials, writes `size` bytes and closes, again and again; the target counts transfers that are
+    /// incomplete.
     WriteClose,
     /// Dials, reads `size` bytes of an endless download and closes, again and again: Ctrl-C.
     Abandon,
-    /// Dials a target that speaks first, reads its line and closes, again and again.
+    /// Dials a target that writes first, reads its line and closes, again and again.
     Greeting,
     /// Dials, writes `size` bytes, ends that direction and waits for the answer; not through gRPC,
-    /// which has no such thing.
+    /// which cannot end one direction.
     HalfClose,
-    /// Asks for an endless download and reads nothing.
+    /// Requests an endless download and reads nothing.
     Stall,
     /// Dials and does nothing.
     Idle,
 }
 
-/// What happened, and how many microseconds after the run's start. `workload` is a place in the
+/// An event of a session, with microseconds since the run's start. `workload` is an index of the
 /// plan.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -117,7 +116,7 @@ pub enum Sample {
     Start(u64),
     /// All sessions that stay are connected.
     Ready(u64),
-    /// An answer: when it was due or asked for, and how many microseconds it took.
+    /// An answer: when it was due or requested, and how many microseconds it took.
     Latency(usize, u64, u64),
     /// No answer before the run's end: when it was due, and how many microseconds that was before
     /// the end.

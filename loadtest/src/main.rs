@@ -1,4 +1,4 @@
-//! `culvert-loadtest`: what an operator looks at before switching.
+//! `culvert-loadtest`: demo and measurements for an operator before a migration.
 
 use std::{fs, path::PathBuf, process::ExitCode};
 
@@ -31,7 +31,7 @@ enum Command {
     /// Needs root, or a user namespace: `unshare -Urn culvert-loadtest compare …`. Konnectivity
     /// and the gRPC frontend need Go.
     Compare(Compare),
-    /// Measure what the emulated link does on this machine, beside what it is told to do
+    /// Measure the emulated link on this machine, and compare it with its settings
     Link,
     /// List the scenarios
     Scenarios,
@@ -66,7 +66,7 @@ struct Compare {
 
 #[derive(Debug, Args)]
 struct Render {
-    /// What `compare --json` wrote
+    /// File written by `compare --json`
     #[arg(required = true, value_name = "PATH")]
     json: Vec<PathBuf>,
     /// Write a page with plots to this file
@@ -78,7 +78,7 @@ struct Render {
 }
 
 fn main() -> ExitCode {
-    // What is started with a side's name is that side, with its own flags.
+    // With the name of a side this is that side, with its own flags.
     let mut args = std::env::args_os().skip(1);
     match args.next().as_deref().and_then(|side| side.to_str()) {
         Some("server") => culvert_server::cli::main(named("culvert-server", args)),
@@ -152,7 +152,7 @@ fn run_compare(compare: Compare) -> anyhow::Result<ExitCode> {
         names.iter().map(|name| Scenario::load(name)).collect::<anyhow::Result<Vec<_>>>()?;
     let words: Vec<_> = std::env::args().skip(1).collect();
     let command = format!("culvert-loadtest {}", words.join(" "));
-    let loadtest = std::env::current_exe().context("cannot tell where this program is")?;
+    let loadtest = std::env::current_exe().context("cannot find this program's path")?;
     let comparison = Comparison::prepare(compare.options, loadtest, &scenarios)?;
     let mut reports = Vec::new();
     for scenario in &scenarios {

@@ -1,4 +1,4 @@
-//! What is compared: routes from a client beside kube-apiserver to a target on the node.
+//! Peers: the routes from a client beside kube-apiserver to a target on the node, to be compared.
 //!
 //! Every peer is one small file that starts it on the two hosts of a [`Topology`].
 
@@ -29,7 +29,7 @@ const AGENT_ADMIN_PORT: u16 = 8135;
 /// Health port of the agent.
 pub(crate) const AGENT_HEALTH_PORT: u16 = 8136;
 
-/// What carries the bytes, and through which frontend they come in.
+/// A route: whose tunnel it is, and through which frontend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Peer {
     /// Culvert's server and agent.

@@ -36,7 +36,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Last lines of a log that are shown with a failure.
 const SHOWN_LINES: usize = 20;
 
-/// What a scenario may do to a process.
+/// An event of a process in a scenario.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Signal {

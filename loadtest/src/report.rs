@@ -1,4 +1,4 @@
-//! What a comparison found: stable JSON for machines, a table for a terminal and a page for people.
+//! Report of a comparison: stable JSON, a table for a terminal, and an HTML page.
 
 pub mod html;
 pub mod markdown;
@@ -18,7 +18,7 @@ pub struct Report {
     pub version: u32,
     /// The scenario's name.
     pub scenario: String,
-    /// What it shows, in one sentence.
+    /// Purpose, in one sentence.
     pub title: String,
     /// The link in words, such as `100 Mbit/s, 25 ms each way, 1 % loss`; `loopback` without one.
     pub link: String,
@@ -30,55 +30,55 @@ pub struct Report {
     pub commit: String,
     /// When it started, in seconds since 1970.
     pub started: u64,
-    /// What was run, in the order in which it was.
+    /// Runs, in order.
     pub runs: Vec<Run>,
-    /// What was to be reached.
+    /// Goals.
     pub goals: Vec<GoalResult>,
 }
 
-/// One peer, once.
+/// One run of one peer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Run {
-    /// Who carried it, such as `culvert-grpc` or `direct-bbr`.
+    /// Name of the peer, such as `culvert-grpc` or `direct-bbr`.
     pub peer: String,
-    /// Seed of the link's chances.
+    /// Seed of the link.
     pub seed: u64,
     /// Seconds that were measured, after the warm-up.
     pub seconds: f64,
-    /// What each workload saw, in the scenario's order.
+    /// Results of each workload, in the scenario's order.
     pub workloads: Vec<WorkloadResult>,
     /// The server's process, unless the peer has none.
     pub server: Option<Usage>,
     /// The agent's process, unless the peer has none.
     pub agent: Option<Usage>,
-    /// What crossed the link, if there is one.
+    /// Packets on the link, if there is one.
     pub link: Option<LinkUsage>,
     /// Payload bytes that arrived, both ways.
     pub payload_bytes: u64,
-    /// What was done to link and processes meanwhile.
+    /// Events of link and processes.
     pub events: Vec<Event>,
     /// Seconds from the agent's start until it was ready, if the peer has one.
     #[serde(default)]
     pub ready_seconds: Option<f64>,
-    /// What carried Culvert's newest tunnel, from the first on; empty unless something happened to
-    /// the link.
+    /// Carriers of Culvert's newest tunnel, from the first on; empty unless an event changed the
+    /// link.
     #[serde(default)]
     pub carriers: Vec<Carried>,
-    /// How agents and servers found each other, where that was the question.
+    /// Results of a fleet.
     #[serde(default)]
     pub fleet: Option<FleetResult>,
-    /// Why the run could not be carried out, if so; everything else is empty then.
+    /// Why the run failed, if it did; the other fields are empty then.
     pub failure: Option<String>,
 }
 
-/// How agents and servers found each other.
+/// Results of a fleet.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct FleetResult {
-    /// Agents that there were.
+    /// Number of agents.
     pub agents: u32,
-    /// Servers that each of them was to find.
+    /// Number of servers that each agent has to find.
     pub servers: u32,
-    /// Seconds until all had found each other; `None` if they never did.
+    /// Seconds until all had joined; `None` when they did not.
     pub joined_seconds: Option<f64>,
     /// The same after all servers had been killed and started again.
     pub rejoined_seconds: Option<f64>,
@@ -90,14 +90,14 @@ pub struct FleetResult {
     pub cpu_per_return: Option<f64>,
 }
 
-/// What one workload saw.
+/// Results of one workload.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct WorkloadResult {
-    /// Its name in the scenario.
+    /// Name in the scenario.
     pub name: String,
-    /// What its sessions did.
+    /// Kind of its sessions.
     pub kind: Kind,
-    /// How long answers took, if it timed any.
+    /// Latencies, if it timed any.
     pub latency: Option<Latency>,
     /// Payload throughput in Mbit/s, if it moved any in bulk.
     pub mbit_per_second: Option<f64>,
@@ -105,11 +105,11 @@ pub struct WorkloadResult {
     pub throughput: Vec<ThroughputPoint>,
     /// Answers per second, if it timed any.
     pub per_second: Option<f64>,
-    /// What failed, and how often.
+    /// Errors, with their numbers.
     pub errors: BTreeMap<String, u64>,
 }
 
-/// How long answers took, in milliseconds.
+/// Latencies, in milliseconds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Latency {
     /// How many there were, with those that were still due at the end.
@@ -159,7 +159,7 @@ pub struct ThroughputPoint {
     pub mbit: f64,
 }
 
-/// What a process used while it was measured.
+/// Resources that a process used while it was measured.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Usage {
     /// Processor time in seconds.
@@ -171,7 +171,7 @@ pub struct Usage {
     pub grown_memory: i64,
 }
 
-/// What crossed the link while it was measured, both ways.
+/// Packets on the link while it was measured, both ways.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct LinkUsage {
     /// Packets that went in.
@@ -184,12 +184,12 @@ pub struct LinkUsage {
     pub dropped: u64,
 }
 
-/// Something that was done to link or processes during a run.
+/// An event of link or processes during a run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Event {
     /// Seconds after the measured part's start.
     pub second: f64,
-    /// What it was, in a few words.
+    /// Description.
     pub what: String,
     /// The carrier that Culvert's tunnels were to get because of it, if any.
     #[serde(default)]
@@ -202,28 +202,28 @@ pub struct Event {
 /// A change of carrier after an event.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Switch {
-    /// What carried then.
+    /// The new carrier.
     pub to: Carrier,
     /// Seconds from the event until a tunnel of that carrier served: at most a twentieth more than
     /// it was.
     pub seconds: f64,
 }
 
-/// What carried Culvert's newest tunnel from a moment on.
+/// Carrier of Culvert's newest tunnel from some time on.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Carried {
     /// Seconds after the measured part's start; negative before it.
     pub second: f64,
     /// The carrier.
     pub carrier: Carrier,
-    /// Why, in the agent's word.
+    /// The agent's reason.
     pub reason: String,
 }
 
 /// Whether a goal was reached.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct GoalResult {
-    /// Who was to reach it.
+    /// Name of the peer.
     pub peer: String,
     /// The goal in words, such as `keystrokes p99 ≤ 120 ms`.
     pub goal: String,

@@ -35,7 +35,7 @@ use task::Task;
 /// Time for any part of the rig to start or stop.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What to start.
+/// Description of what to start.
 #[derive(Clone, Debug)]
 pub struct Rig {
     frontend: FrontendKind,

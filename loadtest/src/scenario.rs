@@ -1,5 +1,4 @@
-//! A scenario: a link, what goes through it, what happens meanwhile and what is to be reached.
-//! They are TOML files in `loadtest/scenarios`.
+//! Scenarios: a link, its load, events and goals. They are TOML files in `loadtest/scenarios`.
 
 mod event;
 
@@ -22,23 +21,23 @@ static SCENARIOS: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/scenarios");
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scenario {
-    /// Its file's name.
+    /// Name of its file.
     #[serde(skip)]
     pub name: String,
-    /// What it shows, in one sentence.
+    /// Purpose, in one sentence.
     pub title: String,
-    /// Who takes part; everybody unless it says so.
-    #[serde(default = "everybody", deserialize_with = "peers")]
+    /// Peers; all by default.
+    #[serde(default = "all_peers", deserialize_with = "peers")]
     pub peers: Vec<Peer>,
     /// Congestion control of the kernel's TCP, for those whose tunnel is TCP.
     #[serde(default = "cubic")]
     pub congestion: Vec<Congestion>,
-    /// How long the load runs before it is measured, in seconds.
+    /// Time that the load runs before it is measured, in seconds.
     #[serde(default = "few")]
     pub warmup_seconds: f64,
-    /// How long it is measured, in seconds.
+    /// Time that it is measured, in seconds.
     pub seconds: f64,
-    /// How often everybody runs, each time with another seed.
+    /// Number of runs of each peer, each with another seed.
     #[serde(default = "three")]
     pub seeds: u64,
     /// Flags of Culvert's server that the scenario is about.
@@ -47,23 +46,23 @@ pub struct Scenario {
     /// Flags of Culvert's agent that the scenario is about.
     #[serde(default)]
     pub agent_flags: Vec<String>,
-    /// What lies between control plane and node; nothing but loopback without one.
+    /// Link between control plane and node; loopback without one.
     #[serde(default)]
     pub link: Option<LinkSettings>,
     /// Many agents or several servers that find each other, instead of workloads.
     pub fleet: Option<Fleet>,
-    /// What goes through the frontend.
+    /// Load.
     #[serde(default, rename = "workload")]
     pub workloads: Vec<Workload>,
-    /// What happens meanwhile.
+    /// Events.
     #[serde(default, rename = "event")]
     pub events: Vec<Event>,
-    /// What is to be reached.
+    /// Goals.
     #[serde(default, rename = "goal")]
     pub goals: Vec<Goal>,
 }
 
-fn everybody() -> Vec<Peer> {
+fn all_peers() -> Vec<Peer> {
     Peer::ALL.to_vec()
 }
 
@@ -88,9 +87,9 @@ fn peers<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<Peer>, D::Erro
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fleet {
-    /// How many agents, in one process.
+    /// Number of agents, in one process.
     pub agents: u32,
-    /// How many servers, behind one address if it is more than one.
+    /// Number of servers, behind one address when there are several.
     pub servers: u32,
 }
 
@@ -98,9 +97,9 @@ pub struct Fleet {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Congestion {
-    /// What most nodes run.
+    /// The default of Linux.
     Cubic,
-    /// What some do.
+    /// BBR, which some operators choose.
     Bbr,
 }
 
@@ -113,14 +112,14 @@ impl fmt::Display for Congestion {
     }
 }
 
-/// Something to be reached.
+/// A goal.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Goal {
-    /// Who is to reach it; Culvert through every frontend unless it says so.
+    /// Peers that have to reach it; Culvert through every frontend by default.
     #[serde(default = "ours", deserialize_with = "peers")]
     pub peers: Vec<Peer>,
-    /// What is measured: `WORKLOAD.p50`, `.p90`, `.p99`, `.max` (ms), `.mbit`, `.per_second`,
+    /// Measure: `WORKLOAD.p50`, `.p90`, `.p99`, `.max` (ms), `.mbit`, `.per_second`,
     /// `.errors`, `.overdue`; or `cpu_per_gib` (s), `server_memory_per_session`,
     /// `agent_memory_per_session` (KiB); or `ready_seconds`, from the agent's start until it is
     /// ready; of Culvert beside a link to which something happens `switch_seconds`, from an event
@@ -128,13 +127,13 @@ pub struct Goal {
     /// them), and `switches`, how often the carrier changed; or of a fleet `joined_seconds`,
     /// `rejoined_seconds`, `memory_per_agent` (KiB), `idle_cpu_percent`, `cpu_per_return` (ms).
     pub measure: String,
-    /// It must not be more.
+    /// Maximum.
     pub at_most: Option<f64>,
-    /// It must not be less.
+    /// Minimum.
     pub at_least: Option<f64>,
-    /// It must not be more than this many times what Konnectivity has through the same frontend.
+    /// Maximum, as a multiple of Konnectivity's through the same frontend.
     pub at_most_times: Option<f64>,
-    /// It must not be less than this many times what Konnectivity has through the same frontend.
+    /// Minimum, as a multiple of Konnectivity's through the same frontend.
     pub at_least_times: Option<f64>,
 }
 
@@ -143,7 +142,7 @@ fn ours() -> Vec<Peer> {
 }
 
 impl Scenario {
-    /// The names of all that are built in, sorted.
+    /// Names of the built-in scenarios, sorted.
     pub fn names() -> Vec<&'static str> {
         let names = SCENARIOS.files().filter_map(|file| file.path().file_stem()?.to_str());
         let mut names: Vec<_> = names.collect();
@@ -154,7 +153,7 @@ impl Scenario {
     /// The scenario of this name, or in this file if it ends in `.toml`.
     ///
     /// # Errors
-    /// When there is none, or it is faulty; every fault is told.
+    /// When there is none, or it has faults; the error names all of them.
     pub fn load(name: &str) -> anyhow::Result<Self> {
         let (stem, text) = match name.strip_suffix(".toml") {
             Some(stem) => {
@@ -192,12 +191,12 @@ impl Scenario {
         peer.rides_on_tcp() || peer.is_culvert() && may_leave_quic
     }
 
-    /// What is to hold before anything is started.
+    /// The faults, which are checked before anything is started.
     pub fn from_the_start(&self) -> impl Iterator<Item = &Event> {
         self.events.iter().filter(|event| event.at == When::Start)
     }
 
-    /// Whether anything happens to the link, so that Culvert may want another carrier.
+    /// Whether an event changes the link, so that Culvert may change its carrier.
     pub fn tries_the_carrier(&self) -> bool {
         self.events.iter().any(Event::is_of_link)
     }
@@ -217,7 +216,7 @@ impl Scenario {
         }
         let uploads = self.workloads.iter().filter(|workload| workload.kind == Kind::Upload);
         if uploads.count() > 1 {
-            faults.push("the target cannot tell the uploads of two workloads apart".into());
+            faults.push("the target cannot distinguish the uploads of two workloads".into());
         }
         for workload in &self.workloads {
             let open_loop = matches!(workload.kind, Kind::Echo | Kind::Request | Kind::Tail);

@@ -1,5 +1,4 @@
-//! What can be dialed: well-behaved and ill-behaved TCP servers on loopback, each in tasks that
-//! end when it is dropped.
+//! TCP servers to dial on loopback, well-behaved and not. Each ends when it is dropped.
 
 use std::{
     io,
@@ -27,7 +26,7 @@ impl Target {
     /// Listens on a free port and gives each connection to `serve`.
     ///
     /// # Errors
-    /// When no port can be had.
+    /// When no port can be bound.
     pub async fn start<F, S>(serve: S) -> io::Result<Self>
     where
         S: Fn(TcpStream) -> F + Send + Sync + 'static,
@@ -46,7 +45,7 @@ impl Target {
         Ok(Self { address, task })
     }
 
-    /// Where it listens.
+    /// Address.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -58,10 +57,10 @@ impl Drop for Target {
     }
 }
 
-/// Sends back what it gets, and ends when the peer does.
+/// Echoes until the peer ends.
 ///
 /// # Errors
-/// When no port can be had.
+/// When no port can be bound.
 pub async fn echo() -> io::Result<Target> {
     Target::start(|mut socket| async move {
         let (mut reader, mut writer) = socket.split();
@@ -75,10 +74,10 @@ pub async fn echo() -> io::Result<Target> {
     .await
 }
 
-/// Sends `banner` at once and then what it gets.
+/// Writes `banner` first, then echoes.
 ///
 /// # Errors
-/// When no port can be had.
+/// When no port can be bound.
 pub async fn banner(banner: &'static str) -> io::Result<Target> {
     Target::start(move |mut socket| async move {
         socket.write_all(banner.as_bytes()).await?;
@@ -92,7 +91,7 @@ pub async fn banner(banner: &'static str) -> io::Result<Target> {
 /// Sends `bytes` zeros as soon as it is connected, then ends.
 ///
 /// # Errors
-/// When no port can be had.
+/// When no port can be bound.
 pub async fn source(bytes: u64) -> io::Result<Target> {
     Target::start(move |mut socket| async move {
         let chunk = vec![0; 65_536];
@@ -110,7 +109,7 @@ pub async fn source(bytes: u64) -> io::Result<Target> {
 /// Sends a line of text every `interval`, as a log would.
 ///
 /// # Errors
-/// When no port can be had.
+/// When no port can be bound.
 pub async fn log(interval: Duration) -> io::Result<Target> {
     Target::start(move |mut socket| async move {
         let mut ticks = tokio::time::interval(interval);
@@ -126,7 +125,7 @@ pub async fn log(interval: Duration) -> io::Result<Target> {
 /// Answers each HTTP request on a connection with `body` bytes of text; HTTP/1.0 only once.
 ///
 /// # Errors
-/// When no port can be had.
+/// When no port can be bound.
 pub async fn http(body: usize) -> io::Result<Target> {
     Target::start(move |mut socket| async move {
         let line = "hello from a target behind the tunnel\n";
@@ -150,19 +149,19 @@ pub async fn http(body: usize) -> io::Result<Target> {
     .await
 }
 
-/// What a [`recorder`] saw of one connection.
+/// One connection of a [`recorder`].
 #[derive(Debug, PartialEq, Eq)]
 pub struct Record {
-    /// Everything that came.
+    /// Every byte that was read.
     pub bytes: Vec<u8>,
-    /// Whether it ended in order, or how it failed.
+    /// How it ended: by a FIN, or an error.
     pub end: Result<(), io::ErrorKind>,
 }
 
-/// Reads each connection to its end, then answers `answer` and ends; what came is reported.
+/// Reads each connection to its end, reports it, answers `answer` and ends.
 ///
 /// # Errors
-/// When no port can be had.
+/// When no port can be bound.
 pub async fn recorder(
     answer: &'static str,
 ) -> io::Result<(Target, mpsc::UnboundedReceiver<Record>)> {
@@ -181,10 +180,10 @@ pub async fn recorder(
     Ok((target, recorded))
 }
 
-/// Hands each connection to the test.
+/// Sends each connection to the caller.
 ///
 /// # Errors
-/// When no port can be had.
+/// When no port can be bound.
 pub async fn handed_over() -> io::Result<(Target, mpsc::UnboundedReceiver<TcpStream>)> {
     let (sockets, accepted) = mpsc::unbounded_channel();
     let sockets = Arc::new(sockets);
@@ -199,7 +198,7 @@ pub async fn handed_over() -> io::Result<(Target, mpsc::UnboundedReceiver<TcpStr
     Ok((target, accepted))
 }
 
-/// Resets a connection: its close is a RST, and what was not read is lost.
+/// Resets a connection: its close is a RST, and bytes that were not read are lost.
 pub fn reset(socket: TcpStream) {
     // Fails only on a socket that is not connected any more.
     let _ = SockRef::from(&socket).set_linger(Some(Duration::ZERO));

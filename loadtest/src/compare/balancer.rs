@@ -11,7 +11,7 @@ use tokio::{
 /// Largest datagram.
 const MAX_DATAGRAM: usize = 65_535;
 
-/// A running balancer. It ends with this value.
+/// A running balancer. It stops when dropped.
 #[derive(Debug)]
 pub(super) struct Balancer(#[expect(dead_code, reason = "its end is what counts")] JoinSet<()>);
 
@@ -46,7 +46,7 @@ impl Balancer {
                         path
                     }
                 };
-                // A server that is down loses it, as a network would.
+                // Lost when the server is down.
                 let _ = path.send(&datagram[..length]).await;
             }
         });
@@ -66,11 +66,11 @@ async fn path(server: SocketAddr) -> io::Result<Arc<UdpSocket>> {
     Ok(Arc::new(socket))
 }
 
-/// Sends what a server answers to whom it answers.
+/// Forwards the datagrams of a server to their client.
 async fn answer(path: Arc<UdpSocket>, udp: Arc<UdpSocket>, to: SocketAddr) {
     let mut datagram = vec![0; MAX_DATAGRAM];
     loop {
-        // An error is a server that was down for a moment.
+        // An error means that the server was down for a moment.
         if let Ok(length) = path.recv(&mut datagram).await {
             let _ = udp.send_to(&datagram[..length], to).await;
         }

@@ -1,4 +1,4 @@
-//! Samples of one run added up.
+//! Sums of the samples of one run.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::{
 
 /// Length of a slice of time in the plots, in microseconds.
 const SLICE: i64 = 250_000;
-/// Shares of the distribution that are told beside the even ones, where the tail is.
+/// Shares of the distribution that are reported beside the even ones, for its tail.
 const TAIL: [f64; 6] = [0.99, 0.995, 0.999, 0.9995, 0.9999, 1.0];
 
 /// Adds up the samples of a run whose first part is not measured.
@@ -26,7 +26,7 @@ pub(super) struct Collector {
 struct Tally {
     workload: Workload,
     micros: Histogram<u64>,
-    /// How long those without an answer had waited at the end.
+    /// Waiting times of those without an answer at the end.
     overdue: Vec<u64>,
     bytes: u64,
     latency_slices: BTreeMap<i64, Vec<u64>>,
@@ -35,7 +35,7 @@ struct Tally {
 }
 
 impl Collector {
-    /// For a run of these workloads with these many seconds before and in the measured part.
+    /// A collector for a run of these workloads, with the seconds before and in the measured part.
     pub(super) fn new(workloads: &[Workload], warmup: f64, seconds: f64) -> Self {
         let micros = |seconds: f64| (seconds * 1e6) as i64;
         let tally = |workload: &Workload| Tally {
@@ -55,7 +55,7 @@ impl Collector {
         }
     }
 
-    /// Takes one sample in. It belongs to the measured part if it ended there: a stall that began
+    /// Adds a sample. It belongs to the measured part when it ended there: a stall that began
     /// before counts.
     pub(super) fn take(&mut self, sample: &Sample) {
         match sample {
@@ -72,7 +72,7 @@ impl Collector {
         }
     }
 
-    /// Takes in bytes that the target has counted.
+    /// Adds bytes that the target has counted.
     pub(super) fn uploaded(&mut self, at: u64, bytes: u64) {
         let upload = |tally: &Tally| tally.workload.kind == Kind::Upload;
         if let Some(index) = self.workloads.iter().position(upload) {
@@ -80,7 +80,7 @@ impl Collector {
         }
     }
 
-    /// Takes in messages that came short at the target.
+    /// Adds messages that were incomplete at the target.
     pub(super) fn short(&mut self, count: u64) {
         let closes = |tally: &&mut Tally| tally.workload.kind == Kind::WriteClose;
         if let Some(tally) = self.workloads.iter_mut().find(closes).filter(|_| count > 0) {
@@ -97,7 +97,7 @@ impl Collector {
         let slice = (at.cast_signed() - self.warmup).div_euclid(SLICE);
         let Some(tally) = self.workloads.get_mut(workload) else { return };
         if overdue {
-            // Told when the load ends, which is after the measured part.
+            // Sent when the load ends, which is after the measured part.
             tally.overdue.push(took);
             return;
         }
@@ -133,7 +133,7 @@ impl Collector {
         self.workloads.iter().map(payload).sum()
     }
 
-    /// The latest slices in one line, for whoever watches.
+    /// The latest slices in one line.
     pub(super) fn glance(&self) -> String {
         let mut parts = Vec::new();
         for tally in &self.workloads {
@@ -149,7 +149,7 @@ impl Collector {
         parts.join(", ")
     }
 
-    /// What each workload saw.
+    /// Results of each workload.
     pub(super) fn results(&self) -> Vec<WorkloadResult> {
         self.workloads.iter().map(|tally| tally.result(self.end - self.warmup)).collect()
     }
@@ -182,7 +182,7 @@ impl Tally {
 
     fn latency(&self) -> Latency {
         let millis = |micros: u64| micros as f64 / 1000.0;
-        // What was asked a moment ago is not late: only what has waited longer than most do.
+        // A recent request is not late: only one that has waited longer than most.
         let usual = self.micros.value_at_quantile(0.5);
         let overdue: Vec<_> = self.overdue.iter().filter(|waited| **waited > usual).collect();
         let mut micros = self.micros.clone();
@@ -254,7 +254,7 @@ mod tests {
         let result = &collector.results()[0];
         let latency = result.latency.as_ref().unwrap();
         assert_eq!((latency.count, latency.overdue), (3, 1));
-        // Still on its way, like any other.
+        // Still on its way.
         assert!(latency.p50 > 50.0);
         assert!((latency.max - 1000.0).abs() < 1.0, "{}", latency.max);
         assert_eq!(result.per_second, Some(1.0));

@@ -1,4 +1,4 @@
-//! Whether what was to be reached was reached.
+//! Evaluation of a scenario's goals.
 
 use crate::{
     compare::name,
@@ -6,7 +6,7 @@ use crate::{
     scenario::{Congestion, Goal, Scenario},
 };
 
-/// Everything that a goal can be about, behind the workload's name if it has one, and its unit.
+/// Every measure that a goal can name, after the workload's name if it has one, and its unit.
 pub(crate) const MEASURES: [(&str, &str); 19] = [
     ("p50", "ms"),
     ("p90", "ms"),
@@ -29,8 +29,8 @@ pub(crate) const MEASURES: [(&str, &str); 19] = [
     ("cpu_per_return", "ms"),
 ];
 
-/// Judges every goal of the scenario for every peer that ran and is to reach it, with the first of
-/// the scenario's congestion controls.
+/// Evaluates every goal of the scenario for every peer that ran and has to reach it, with the first
+/// of the scenario's congestion controls.
 pub(super) fn judge(scenario: &Scenario, runs: &[Run]) -> Vec<GoalResult> {
     let tcp = scenario.congestion.first().copied().unwrap_or(Congestion::Cubic);
     let mut results = Vec::new();
@@ -130,7 +130,7 @@ fn process_value(scenario: &Scenario, run: &Run, measure: &str) -> Option<f64> {
             let due = scenario.events.iter().filter(|event| event.switches_to.is_some());
             return switch_seconds(due.count(), &run.events);
         }
-        // The first is where it began.
+        // The first is no change.
         "switches" => return run.carriers.len().checked_sub(1).map(|switches| switches as f64),
         _ => {}
     }
@@ -150,7 +150,7 @@ fn process_value(scenario: &Scenario, run: &Run, measure: &str) -> Option<f64> {
     }
 }
 
-/// The slowest switch of so many that are due; `None` if one of them did not come.
+/// The slowest of the switches that are due; `None` when one of them did not happen.
 fn switch_seconds(due: usize, events: &[Event]) -> Option<f64> {
     let came = events.iter().filter_map(|event| {
         let switch = event.switch.filter(|switch| Some(switch.to) == event.switches_to);

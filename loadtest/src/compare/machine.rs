@@ -1,4 +1,4 @@
-//! Where a comparison ran.
+//! The machine that a comparison ran on.
 
 use std::{fs, process::Command, thread};
 

@@ -1,4 +1,4 @@
-//! What is going on, for whoever watches.
+//! Progress of a comparison, on standard error.
 
 use std::io::{IsTerminal as _, Write as _, stderr};
 
@@ -16,7 +16,7 @@ impl Progress {
         progress
     }
 
-    /// Shows how it goes; only on a terminal.
+    /// Shows the progress; on a terminal only.
     pub(super) fn show(&self, state: &str) {
         if self.terminal {
             eprint!("\r\x1b[2K{}: {state}", self.title);
@@ -24,7 +24,7 @@ impl Progress {
         }
     }
 
-    /// Shows how it went.
+    /// Shows the result.
     pub(super) fn end(&self, result: &str) {
         let erase = if self.terminal { "\r\x1b[2K" } else { "" };
         eprintln!("{erase}{}: {result}", self.title);

@@ -1,4 +1,4 @@
-//! How to poke a demo that is held: addresses, and commands that work as they are.
+//! Addresses of a demo that stays up, and commands to try it with.
 
 use std::{fmt, net::SocketAddr, path::PathBuf};
 
@@ -13,7 +13,7 @@ use crate::{
     targets::{self, Target},
 };
 
-/// Something to reach, and a way in for clients that know no proxy on a Unix socket.
+/// A target, and a proxy on TCP for clients that cannot use one on a Unix socket.
 pub(super) struct Poke {
     uds: PathBuf,
     proxy: SocketAddr,
@@ -38,7 +38,7 @@ impl Poke {
     }
 }
 
-/// Gives each TCP connection to the frontend's socket.
+/// Forwards each TCP connection to the frontend's socket.
 async fn forward(listener: TcpListener, uds: PathBuf) {
     let mut connections = tokio::task::JoinSet::new();
     while let Ok((mut outer, _)) = listener.accept().await {
@@ -69,9 +69,9 @@ impl fmt::Display for Poke {
             "  curl --unix-socket {uds} -X CONNECT --request-target {target} \\\n    \
              --data-binary $'GET / HTTP/1.0\\r\\n\\r\\n' http://culvert/"
         )?;
-        writeln!(f, "A dial that fails, in the words of the agent:")?;
+        writeln!(f, "A dial that fails, with the agent's text:")?;
         writeln!(f, "  curl --proxytunnel --proxy http://{} http://127.0.0.1:1/", self.proxy)?;
-        writeln!(f, "What the server and the agents say of themselves:")?;
+        writeln!(f, "Readiness and metrics of the server and the agents:")?;
         writeln!(f, "  curl http://{}/readyz http://{0}/metrics", self.server)?;
         for (name, health) in &self.agents {
             writeln!(

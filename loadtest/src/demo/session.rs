@@ -1,4 +1,4 @@
-//! The sessions, each through a connection of its own and in a task of its own.
+//! The sessions, each with a connection and a task of its own.
 
 use std::{
     io,
@@ -26,41 +26,41 @@ use crate::{
     targets::{self, Target},
 };
 
-/// Somebody types.
+/// Typing.
 pub(super) const EXEC: &str = "exec";
-/// A container's log is followed.
+/// Following a container's log.
 pub(super) const LOGS: &str = "logs -f";
 /// Requests over a forwarded port.
 pub(super) const PORT_FORWARD: &str = "port-forward";
-/// A large file comes down beside all that.
+/// Downloading a large file meanwhile.
 pub(super) const DOWNLOAD: &str = "cp (download)";
 
 /// Bytes of a keystroke with its terminal's overhead.
 const KEYSTROKE: usize = 64;
-/// A fast typist, or a program that redraws.
+/// Interval between keystrokes: of a fast typist, or of a program that redraws.
 const KEYSTROKE_INTERVAL: Duration = Duration::from_millis(50);
-/// Lines of a talkative log.
+/// Interval between lines of a busy log.
 const LINE_INTERVAL: Duration = Duration::from_millis(5);
 /// Bytes of a page.
 const PAGE: usize = 16 * 1024;
 /// Pause between requests.
 const PAGE_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The sessions at work.
+/// The running sessions.
 pub(super) struct Sessions {
     running: Vec<(Arc<Meter>, JoinHandle<anyhow::Result<()>>)>,
     stop: Arc<AtomicBool>,
     _targets: Vec<Target>,
 }
 
-/// What a session has seen so far.
+/// Results of a session so far.
 #[derive(Clone, Debug)]
 pub(super) struct Report {
     pub(super) name: &'static str,
     pub(super) elapsed: Duration,
     pub(super) up: u64,
     pub(super) down: u64,
-    /// Answers, or lines where nothing is asked.
+    /// Answers, or lines of a log.
     pub(super) count: u64,
     pub(super) p50: Duration,
     pub(super) p99: Duration,
@@ -76,7 +76,7 @@ impl Report {
     }
 }
 
-/// What one session counts while it runs.
+/// Counters of one session.
 struct Meter {
     name: &'static str,
     started: Instant,
@@ -165,23 +165,23 @@ impl Sessions {
         Ok(())
     }
 
-    /// What each has seen so far.
+    /// Results of each session so far.
     pub(super) fn reports(&self) -> Vec<Report> {
         self.running.iter().map(|(meter, _)| meter.report()).collect()
     }
 
-    /// Fails when a session has ended before its time.
+    /// Fails when a session has ended too early.
     ///
     /// # Errors
-    /// Names the session; [`stop`](Self::stop) tells its fault.
+    /// Names the session; [`stop`](Self::stop) returns its error.
     pub(super) fn check(&self) -> anyhow::Result<()> {
         match self.running.iter().find(|(_, task)| task.is_finished()) {
-            Some((meter, _)) => bail!("the session {:?} ended before its time", meter.name),
+            Some((meter, _)) => bail!("the session {:?} ended too early", meter.name),
             None => Ok(()),
         }
     }
 
-    /// Ends every session; what each has seen.
+    /// Ends every session; the results of each.
     ///
     /// # Errors
     /// When one of them failed.
@@ -195,16 +195,16 @@ impl Sessions {
     }
 }
 
-/// Tells sessions when to end.
+/// Signal to sessions to end.
 struct Stop(Arc<AtomicBool>);
 
 impl Stop {
-    fn is_told(&self) -> bool {
+    fn is_set(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// Types at a steady pace, whatever the echo does: a late one delays no other.
+/// Types at a steady rate: a late echo delays no other key.
 async fn exec(socket: UnixStream, meter: Arc<Meter>, stop: Stop) -> anyhow::Result<()> {
     let (mut reader, mut writer) = socket.into_split();
     let (typed, mut expected) = mpsc::unbounded_channel::<(u8, Instant)>();
@@ -212,10 +212,10 @@ async fn exec(socket: UnixStream, meter: Arc<Meter>, stop: Stop) -> anyhow::Resu
         let mut keys = interval(KEYSTROKE_INTERVAL);
         for key in (0..=u8::MAX).cycle() {
             let due = keys.tick().await;
-            if stop.is_told() {
+            if stop.is_set() {
                 break;
             }
-            // Late is measured from when the key was due.
+            // Latency counts from when the key was due.
             typed.send((key, due.into_std()))?;
             writer.write_all(&[key; KEYSTROKE]).await?;
             meter.sent(KEYSTROKE);
@@ -236,15 +236,15 @@ async fn exec(socket: UnixStream, meter: Arc<Meter>, stop: Stop) -> anyhow::Resu
         }
         Ok(())
     };
-    // The typing half owns the channel: when it ends, so does the reading.
+    // The typing half owns the channel: the reading ends with it.
     tokio::try_join!(typing, reading)?;
     Ok(())
 }
 
-/// Reads a log as it comes.
+/// Reads a log.
 async fn follow(mut socket: UnixStream, meter: Arc<Meter>, stop: Stop) -> anyhow::Result<()> {
     let mut lines = vec![0; 4096];
-    while !stop.is_told() {
+    while !stop.is_set() {
         match socket.read(&mut lines).await? {
             0 => bail!("the log ended"),
             count => {
@@ -257,13 +257,13 @@ async fn follow(mut socket: UnixStream, meter: Arc<Meter>, stop: Stop) -> anyhow
     Ok(())
 }
 
-/// Asks for a page, reads it, and asks again.
+/// Requests a page again and again.
 async fn browse(mut socket: UnixStream, meter: Arc<Meter>, stop: Stop) -> anyhow::Result<()> {
     let request = b"GET / HTTP/1.1\r\nHost: target\r\n\r\n";
     let mut ticks = interval(PAGE_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut answer = Vec::with_capacity(PAGE + 1024);
-    while !stop.is_told() {
+    while !stop.is_set() {
         ticks.tick().await;
         let asked = Instant::now();
         socket.write_all(request).await?;
@@ -288,10 +288,10 @@ async fn read_page(socket: &mut UnixStream, answer: &mut Vec<u8>) -> io::Result<
     }
 }
 
-/// Takes whatever the tunnel gives.
+/// Reads as fast as the tunnel delivers.
 async fn download(mut socket: UnixStream, meter: Arc<Meter>, stop: Stop) -> anyhow::Result<()> {
     let mut chunk = vec![0; 256 * 1024];
-    while !stop.is_told() {
+    while !stop.is_set() {
         match socket.read(&mut chunk).await? {
             0 => bail!("the download ended"),
             count => meter.received(count),

@@ -1,4 +1,4 @@
-//! What is seen, as tables for people.
+//! The results as tables.
 
 use std::{sync::Arc, time::Duration};
 

@@ -1,4 +1,4 @@
-//! gRPC, packet by packet: what tests need that the Konnectivity client does not let through.
+//! gRPC, packet by packet, for tests that need more control than Konnectivity's client gives.
 
 use std::io;
 
@@ -35,10 +35,10 @@ impl Drop for AbortOnDrop {
 }
 
 impl Client {
-    /// Speaks HTTP/2 on a connected socket.
+    /// Starts HTTP/2 on a connected socket.
     ///
     /// # Errors
-    /// When the frontend does not.
+    /// When the frontend does not speak HTTP/2.
     pub async fn connect<S>(socket: S) -> io::Result<Self>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -93,7 +93,7 @@ impl Client {
     }
 }
 
-/// Hyper's request sender in the shape that tonic asks for.
+/// Hyper's request sender as the service that tonic needs.
 #[derive(Clone, Debug)]
 struct Requests(http2::SendRequest<Body>);
 
@@ -139,7 +139,7 @@ impl ProxyStream {
         self.inbound.message().await.map_err(|status| io::Error::other(status.to_string()))
     }
 
-    /// Ends this side of the stream and leaves the other: what comes until the frontend ends it.
+    /// Ends this side of the stream; the packets until the frontend ends the other.
     ///
     /// # Errors
     /// When it ends with another status than OK.
@@ -156,19 +156,19 @@ impl ProxyStream {
     }
 }
 
-/// Asks for a target.
+/// A packet that dials a target.
 pub fn dial_request(random: i64, target: &str) -> Packet {
     let request = DialRequest { protocol: "tcp".into(), address: target.into(), random };
     Packet { r#type: PacketType::DialReq.into(), payload: Some(Payload::DialRequest(request)) }
 }
 
-/// Carries bytes of a connection.
+/// A packet with bytes of a connection.
 pub fn data(connect_id: i64, data: impl Into<Bytes>) -> Packet {
     let data = Data { connect_id, error: String::new(), data: data.into() };
     Packet { r#type: PacketType::Data.into(), payload: Some(Payload::Data(data)) }
 }
 
-/// Asks to close a connection.
+/// A packet that closes a connection.
 pub fn close_request(connect_id: i64) -> Packet {
     let request = CloseRequest { connect_id };
     Packet { r#type: PacketType::CloseReq.into(), payload: Some(Payload::CloseRequest(request)) }
@@ -187,7 +187,7 @@ impl ProxyConnection {
     /// Dials `target` on a fresh socket.
     ///
     /// # Errors
-    /// When the frontend cannot be spoken to, or refuses the dial.
+    /// When the frontend cannot be reached, or refuses the dial.
     pub async fn dial<S>(socket: S, target: &str) -> Result<Self, ConnectError>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -240,7 +240,7 @@ impl ProxyConnection {
 
     pub(super) async fn close(mut self) -> io::Result<()> {
         self.stream.send(close_request(self.connect_id)).await?;
-        // As in the Konnectivity client, data that still comes is not read.
+        // As in Konnectivity's client, later data is not read.
         let mut ignored = Vec::new();
         while self.read(&mut ignored).await? > 0 {
             ignored.clear();

@@ -26,22 +26,22 @@ use super::{
     packet::{IpPacket, Port},
 };
 
-/// Packets read from a device before the other gets its turn.
+/// Maximum number of packets read from one device before the other is read.
 const BATCH: usize = 64;
 
-/// What the link does with UDP.
+/// Treatment of UDP.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Udp {
-    /// Carries it like everything else.
+    /// Carried like other packets.
     #[default]
     Pass,
-    /// Loses it without a word.
+    /// Dropped silently.
     Drop,
-    /// Answers it as a host where nobody listens.
+    /// Answered with ICMP port unreachable.
     Reject,
 }
 
-/// What can be done to a running link.
+/// A command to a running link.
 #[derive(Clone, Debug)]
 pub(super) enum Command {
     Set(Box<LinkSettings>),
@@ -52,11 +52,11 @@ pub(super) enum Command {
     Stop,
 }
 
-/// Says by its end that a command has been obeyed.
+/// Dropped when a command was carried out.
 #[derive(Debug)]
 struct Done(#[expect(dead_code, reason = "its end is what counts")] Sender<()>);
 
-/// The running thread, which ends with this value.
+/// The running thread. It stops when dropped.
 #[derive(Debug)]
 pub(super) struct Bridge {
     commands: Sender<(Command, Done)>,
@@ -96,7 +96,7 @@ impl Bridge {
         Ok(Self { commands, wake, counters, thread: Some(thread) })
     }
 
-    /// Tells the thread; what comes later is treated accordingly.
+    /// Sends a command and waits until it was carried out.
     pub(super) fn command(&self, command: Command) {
         let (done, obeyed) = channel();
         // Fails only when the thread has ended, and then there is no link to command.
@@ -105,7 +105,7 @@ impl Bridge {
         let _ = obeyed.recv();
     }
 
-    /// What happened so far, to the node and to the server.
+    /// Counters to the node and to the server.
     pub(super) fn counters(&self) -> [Counters; 2] {
         *self.counters.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -155,7 +155,7 @@ impl Worker {
         }
     }
 
-    /// Does what it was told; `false` when that was to stop.
+    /// Carries out the commands; `false` when one was to stop.
     fn obey(&mut self) -> bool {
         let mut told = [0; 64];
         while self.woken.recv(&mut told).is_ok() {}
@@ -209,7 +209,7 @@ impl Worker {
         }
     }
 
-    /// What the link makes of a packet before it takes it: the packet itself, or nothing.
+    /// Applies NAT, MTU and UDP treatment to a packet; `None` when it is not carried.
     fn admit(&mut self, from: usize, mut packet: IpPacket) -> Option<IpPacket> {
         let refusal = if !self.up {
             None

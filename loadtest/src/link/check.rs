@@ -1,4 +1,4 @@
-//! What a link can do on this machine, measured from outside.
+//! Capacity and precision of links on this machine, measured from outside.
 
 use comfy_table::{Table, presets};
 

@@ -16,7 +16,7 @@ pub(super) trait Packet {
     fn mark(&mut self);
 }
 
-/// What happened to the packets of one direction since the link's start.
+/// Counters of one direction since the link's start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Packets that went in.
@@ -27,8 +27,8 @@ pub struct Counters {
     pub lost: u64,
     /// Packets dropped because the buffer was full.
     pub dropped: u64,
-    /// Packets refused by what was done to the link: it was down, UDP was dropped or rejected, or
-    /// they were larger than the path's MTU.
+    /// Packets not carried because the link was down, UDP was dropped or rejected, or they were
+    /// larger than the path's MTU.
     pub refused: u64,
 }
 
@@ -61,13 +61,13 @@ impl<P: Packet> Lane<P> {
         }
     }
 
-    /// Goes on with other settings. What is on its way keeps its time.
+    /// Changes the settings. Packets on the way keep their time.
     pub(super) fn set(&mut self, settings: Direction) {
         self.settings = settings;
     }
 
-    /// Takes a packet in. It waits for its turn at the rate, then chance decides, then it travels;
-    /// so a packet that is lost has used up the link like any other.
+    /// Adds a packet. It waits in the queue, then it may be lost, then it travels; so a lost packet
+    /// uses the rate like any other.
     pub(super) fn push(&mut self, now: Duration, mut packet: P) {
         self.counters.packets += 1;
         self.counters.bytes += packet.len() as u64;
@@ -109,7 +109,7 @@ impl<P: Packet> Lane<P> {
         self.on_the_way.peek().map(|Reverse(next)| next.arrival)
     }
 
-    /// Loses everything that is on its way.
+    /// Loses every packet on the way.
     pub(super) fn clear(&mut self) {
         self.counters.refused += self.on_the_way.len() as u64;
         self.on_the_way.clear();

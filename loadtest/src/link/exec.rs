@@ -14,7 +14,7 @@ use nix::{
     unistd::getppid,
 };
 
-/// Becomes the program: `NAMESPACE PROGRAM ARGS…`. Comes back only when that fails.
+/// Becomes the program: `NAMESPACE PROGRAM ARGS…`. Returns only when that fails.
 pub fn main(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     let (Some(namespace), Some(program)) = (args.next(), args.next()) else {
         eprintln!("culvert-loadtest: exec needs a namespace's path and a program");

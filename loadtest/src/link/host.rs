@@ -31,14 +31,14 @@ impl Host {
             unshare(CloneFlags::CLONE_NEWNET)
                 .map_err(|error| LinkError::NotPermitted(error.into()))?;
             loopback::up().map_err(LinkError::Device)?;
-            // Segments of nobody else's making: each flow's rate is its own from the start.
+            // TCP begins without metrics of earlier connections.
             let _ = fs::write("/proc/sys/net/ipv4/tcp_no_metrics_save", "1");
             File::open("/proc/thread-self/ns/net").map_err(LinkError::Device)
         })?;
         Ok(Self { namespace })
     }
 
-    /// Moves the calling thread there, for good.
+    /// Moves the calling thread there.
     ///
     /// # Errors
     /// When the process may not.
@@ -57,8 +57,8 @@ impl Host {
         })
     }
 
-    /// A runtime whose tasks, and the processes they start, are there. Whatever is to be there
-    /// must be spawned on it: `block_on` polls on the caller's thread.
+    /// A runtime whose tasks, and the processes they start, are there. Tasks have to be spawned on
+    /// it: `block_on` polls on the caller's thread.
     ///
     /// # Errors
     /// When it cannot be made.

@@ -1,4 +1,4 @@
-//! What a router does to an IPv4 packet.
+//! The parts of a router that handle one IPv4 packet.
 
 use etherparse::{
     IpNumber, Ipv4Header, Ipv4HeaderSlice, PacketBuilder, TcpHeader, TcpHeaderSlice, UdpHeader,
@@ -42,13 +42,13 @@ impl IpPacket {
         self.header().is_some_and(|header| header.protocol() == IpNumber::UDP)
     }
 
-    /// The answer of a host where nobody listens.
+    /// The answer of a host where no socket has the port.
     pub(super) fn port_unreachable(&self) -> Option<Self> {
         self.unreachable(DestUnreachableHeader::Port)
     }
 
     /// The answer of a router whose next link takes at most `mtu` bytes, if the packet must not be
-    /// fragmented; those that may be are dropped without a word.
+    /// fragmented; others are dropped silently.
     pub(super) fn too_big(&self, mtu: u16) -> Option<Self> {
         let next_hop_mtu = mtu;
         let must_not = self.header()?.dont_fragment();
@@ -200,7 +200,7 @@ mod tests {
         assert_eq!((header.source(), header.destination()), ([10, 0, 0, 2], [10, 0, 0, 1]));
         assert_eq!(answer.as_bytes()[20..22], [3, 3]);
         assert_eq!(answer.as_bytes()[28..], packet.as_bytes()[..28]);
-        // PacketBuilder allows no fragments unless told otherwise.
+        // PacketBuilder allows no fragments by default.
         assert_eq!(packet.too_big(1300).unwrap().as_bytes()[20..28][6..], 1300_u16.to_be_bytes());
     }
 

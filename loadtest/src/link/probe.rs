@@ -13,13 +13,13 @@ use super::{Link, NODE};
 
 /// Receive buffer of the probes, so that only the link loses something.
 const SOCKET_BUFFER: usize = 32 << 20;
-/// After this much silence nothing more is on its way.
+/// Time of silence after which no packet is on its way any more.
 const SILENCE: Duration = Duration::from_millis(500);
 
 /// Datagrams to send from the server's host to the node's.
 #[derive(Clone, Copy, Debug)]
 pub struct Probe {
-    /// How many.
+    /// Number of datagrams.
     pub datagrams: u32,
     /// Length of the IP packets in bytes, at least 64.
     pub length: usize,
@@ -27,12 +27,12 @@ pub struct Probe {
     pub per_second: f64,
 }
 
-/// What came of a probe.
+/// Result of a probe.
 #[derive(Clone, Debug)]
 pub struct Measured {
     /// Datagrams sent.
     pub sent: u32,
-    /// How long each that arrived was on its way, in the order in which they arrived.
+    /// Delay of each datagram that arrived, in the order of arrival.
     pub delays: Vec<Duration>,
     /// IP bytes that arrived per second, in Mbit/s, between the first and the last.
     pub mbit_per_second: f64,

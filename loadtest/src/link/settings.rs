@@ -1,4 +1,4 @@
-//! What a link is like. Plain data, written in scenarios.
+//! Settings of a link. Plain data, written in scenarios.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LinkSettings {
-    /// What each direction is like, unless it has settings of its own.
+    /// Settings of each direction that has none of its own.
     pub each_way: Direction,
     /// The direction to the node, where it differs.
     pub to_node: Option<Direction>,
@@ -30,11 +30,11 @@ impl Default for LinkSettings {
 pub struct Direction {
     /// Rate in Mbit/s, with IP headers; without one there is no queue.
     pub rate_mbit: Option<f64>,
-    /// How much may wait for its turn: in milliseconds at the rate. Without any limit: 100 ms.
+    /// Size of the queue, in milliseconds at the rate. Without any limit: 100 ms.
     pub buffer_ms: Option<f64>,
     /// The same in bytes, which counts where both are given.
     pub buffer_bytes: Option<u64>,
-    /// Time on the way in milliseconds, without waiting.
+    /// Delay in milliseconds, without the queue.
     pub delay_ms: f64,
     /// Each packet's delay is up to this many milliseconds longer, evenly distributed.
     pub jitter_ms: f64,
@@ -67,17 +67,17 @@ fn whole() -> f64 {
 }
 
 impl LinkSettings {
-    /// What the direction to the node is like.
+    /// Settings of the direction to the node.
     pub fn to_node(&self) -> Direction {
         self.to_node.unwrap_or(self.each_way)
     }
 
-    /// What the direction to the server is like.
+    /// Settings of the direction to the server.
     pub fn to_server(&self) -> Direction {
         self.to_server.unwrap_or(self.each_way)
     }
 
-    /// Everything that cannot be, in words.
+    /// Every impossible setting, as text.
     pub fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
         if !(576..=9000).contains(&self.mtu) {
@@ -98,7 +98,7 @@ impl LinkSettings {
 }
 
 impl Direction {
-    /// How many bytes may wait, if there is a rate.
+    /// Size of the queue in bytes, if there is a rate.
     pub fn buffer(&self) -> Option<f64> {
         let rate = self.bytes_per_second()?;
         let bytes = self.buffer_bytes.map(|bytes| bytes as f64);

@@ -21,18 +21,18 @@ use super::{
     session::{self, Route, Session},
 };
 
-/// Dials that a workload of sessions that stay has under way at the same time.
+/// Maximum number of pending dials of a workload whose sessions stay.
 const DIALS_AT_ONCE: usize = 64;
-/// After this long a session that broke dials again.
+/// Time after which a session that broke dials again.
 const RETRY_DELAY: Duration = Duration::from_millis(100);
-/// How often bytes are told.
+/// Interval at which bytes are reported.
 const FLUSH_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Carries `plan` out through the CONNECT socket, or directly where there is none, and tells what
-/// happens. All of it is over when this completes.
+/// Carries out `plan` through the CONNECT socket, or directly when there is none, and sends its
+/// samples. Every session has ended when this completes.
 ///
 /// # Cancel safety
-/// Dropping the future ends every session at once.
+/// Dropping the future aborts every session.
 pub async fn drive(plan: Plan, socket: Option<PathBuf>, samples: UnboundedSender<Sample>) {
     let record = Record::start(plan.workloads.len(), samples);
     let end = Instant::now() + Duration::from_secs_f64(plan.seconds);
@@ -79,7 +79,7 @@ pub async fn drive(plan: Plan, socket: Option<PathBuf>, samples: UnboundedSender
     record.put(Sample::Done(record.now()));
 }
 
-/// Keeps a session up until the run ends.
+/// Repeats a session until the run ends.
 async fn stay(session: &Session, missing: &AtomicUsize, dials: &Semaphore) {
     let mut first = true;
     loop {

@@ -1,4 +1,4 @@
-//! What happened during a run, on its way to whoever adds it up.
+//! Samples of a run, on their way to the collector.
 
 use std::{
     collections::VecDeque,
@@ -13,7 +13,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::{Sample, service::unix_nanos};
 
-/// Takes samples down for a run.
+/// Records the samples of a run.
 #[derive(Debug)]
 pub(super) struct Record {
     start: Instant,
@@ -31,7 +31,7 @@ impl Record {
     }
 
     pub(super) fn put(&self, sample: Sample) {
-        // Whoever adds up may have gone.
+        // The collector may have gone.
         let _ = self.samples.send(sample);
     }
 
@@ -47,7 +47,7 @@ impl Record {
         self.bytes[workload].fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// Tells the bytes of every workload since the last time.
+    /// Reports the bytes of every workload since the last report.
     pub(super) fn flush(&self) {
         for (workload, bytes) in self.bytes.iter().enumerate() {
             let bytes = bytes.swap(0, Ordering::Relaxed);
@@ -70,7 +70,7 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// What one session waits for, in order. Whatever is left when it is dropped is overdue.
+/// Answers that one session waits for, in order. Those left when it is dropped are overdue.
 #[derive(Debug)]
 pub(super) struct Pending {
     record: Arc<Record>,
@@ -83,12 +83,12 @@ impl Pending {
         Self { record: Arc::clone(record), workload, due: Mutex::default() }
     }
 
-    /// Something is asked for that is due from now on, or from an earlier moment.
+    /// Adds an answer that is due from now on, or from an earlier time on.
     pub(super) fn push(&self, due: Instant) {
         self.due.lock().unwrap_or_else(PoisonError::into_inner).push_back(due);
     }
 
-    /// The eldest has been answered.
+    /// The oldest was answered.
     pub(super) fn answered(&self) {
         let due = self.due.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
         if let Some(due) = due {
@@ -96,7 +96,7 @@ impl Pending {
         }
     }
 
-    /// The eldest has failed and counts as an error alone.
+    /// The oldest failed and counts as an error only.
     pub(super) fn failed(&self, error: impl ToString) {
         self.due.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
         self.record.error(self.workload, error);

@@ -1,4 +1,4 @@
-//! The one target of a plan: does for each connection what its first byte asks for.
+//! The one target of a plan, which serves each connection as its first byte requests.
 
 use std::{
     io,
@@ -17,13 +17,13 @@ use tokio::{
     time::interval,
 };
 
-/// Bytes written or read in one go.
+/// Size of a write or a read, in bytes.
 const CHUNK: usize = 64 * 1024;
 
-/// What a target that speaks first says.
+/// Line of the target that writes first.
 pub(super) const GREETING: &str = "SSH-2.0-greeter\n";
 
-/// A running target. It ends with this value.
+/// A running target. It stops when dropped.
 #[derive(Debug)]
 pub struct Service {
     address: SocketAddr,
@@ -37,7 +37,7 @@ impl Service {
     /// Listens on this address, in the calling task's runtime and host.
     ///
     /// # Errors
-    /// When the address cannot be had.
+    /// When the address cannot be bound.
     pub async fn start(address: SocketAddr) -> io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
         let greeting = TcpListener::bind((address.ip(), 0)).await?;
@@ -61,7 +61,7 @@ impl Service {
                     Ok((socket, _)) = listener.accept() => {
                         let (uploaded, short) = counters.clone();
                         connections.spawn(async move {
-                            // A session that breaks off is the plan's to count.
+                            // The plan counts a session that breaks off.
                             let _ = serve(socket, &uploaded, &short).await;
                         });
                     }
@@ -72,22 +72,22 @@ impl Service {
         Ok(Self { address, greeter, uploaded, short, _tasks: tasks })
     }
 
-    /// Where it listens.
+    /// Address.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Where it speaks first.
+    /// Address at which it writes first.
     pub fn greeter(&self) -> SocketAddr {
         self.greeter
     }
 
-    /// Bytes that uploads have brought so far.
+    /// Bytes received from uploads so far.
     pub fn uploaded(&self) -> u64 {
         self.uploaded.load(Ordering::Relaxed)
     }
 
-    /// Messages that were written in full and closed upon, and came short.
+    /// Messages that were written completely before a close and arrived incomplete.
     pub fn short(&self) -> u64 {
         self.short.load(Ordering::Relaxed)
     }
@@ -118,7 +118,7 @@ async fn serve(mut socket: TcpStream, uploaded: &AtomicU64, short: &AtomicU64) -
         }
         b'A' => {
             let size = socket.read_u64().await?;
-            // One byte more than it should be is never the end.
+            // One byte more than expected: the end has to come before it.
             let got = sink(&mut socket, size + 1, &AtomicU64::new(0)).await?;
             socket.write_u64(got).await
         }
@@ -131,13 +131,13 @@ async fn serve(mut socket: TcpStream, uploaded: &AtomicU64, short: &AtomicU64) -
     }
 }
 
-/// Speaks first and waits for the end.
+/// Writes first and waits for the end.
 async fn greet(mut socket: TcpStream) {
     let spoken = async {
         socket.write_all(GREETING.as_bytes()).await?;
         sink(&mut socket, u64::MAX, &AtomicU64::new(0)).await
     };
-    // A session that breaks off is the plan's to count.
+    // The plan counts a session that breaks off.
     let _ = spoken.await;
 }
 
@@ -163,7 +163,7 @@ async fn zeros(socket: &mut TcpStream, size: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads `size` bytes unless the connection ends before; how many there were.
+/// Reads `size` bytes unless the connection ends before; how many were read.
 async fn sink(socket: &mut TcpStream, size: u64, counter: &AtomicU64) -> io::Result<u64> {
     let mut buffer = vec![0; CHUNK];
     let mut got = 0;

@@ -1,4 +1,4 @@
-//! What one session of each kind does.
+//! Sessions of each kind.
 
 use std::{
     convert::Infallible,
@@ -23,7 +23,7 @@ use super::{
 };
 use crate::frontend::connect;
 
-/// Bytes written or read in one go.
+/// Size of a write or a read, in bytes.
 const CHUNK: usize = 64 * 1024;
 /// Maximum number of pending dials of an open-loop session.
 const UNDER_WAY: usize = 256;
@@ -56,7 +56,7 @@ impl Route {
     }
 }
 
-/// The first line, so that equal errors count as equal.
+/// First line of an error, so that equal errors count as equal.
 fn brief(error: &str) -> &str {
     error.lines().next().unwrap_or_default()
 }
@@ -67,14 +67,14 @@ pub(super) struct Session {
     pub(super) route: Arc<Route>,
     pub(super) record: Arc<Record>,
     pub(super) workload: Arc<Workload>,
-    /// The workload's place in the plan.
+    /// Index of the workload in the plan.
     pub(super) index: usize,
-    /// Where in the interval its schedule begins: 0 to 1.
+    /// Offset of its schedule in the interval: 0 to 1.
     pub(super) phase: f64,
 }
 
 impl Session {
-    /// Dials, and says what the session is about.
+    /// Dials, and requests its service.
     pub(super) async fn begin(&self) -> io::Result<Connection> {
         let mut connection = self.route.dial().await?;
         let size = self.workload.size;
@@ -102,7 +102,7 @@ impl Session {
         Pending::new(&self.record, self.index)
     }
 
-    /// When message `number` is due, for a session that began then.
+    /// Time at which message `number` is due, for a session that began then.
     fn due(&self, begun: Instant, number: u32) -> Instant {
         let interval = self.workload.interval();
         begun + interval.mul_f64(self.phase) + interval * number
@@ -114,7 +114,7 @@ fn with(command: u8, numbers: &[u64]) -> Vec<u8> {
     std::iter::once(command).chain(numbers).collect()
 }
 
-/// What a session that stays does until it breaks; how it broke.
+/// Runs a session that stays until it breaks; the error.
 pub(super) async fn run(session: &Session, connection: Connection) -> io::Error {
     let (reader, writer) = tokio::io::split(connection);
     let (Ok(never) | Err(never)) = match session.workload.kind {
@@ -123,7 +123,7 @@ pub(super) async fn run(session: &Session, connection: Connection) -> io::Error 
         Kind::Download => download(session, reader).await,
         Kind::Upload => upload(writer).await,
         Kind::Tail => tail(session, reader).await,
-        // Both halves are kept, and neither is used.
+        // Keeps both halves open, unused.
         _ => std::future::pending().await,
     }
     .map(|never| match never {});
@@ -174,7 +174,7 @@ async fn request(session: &Session, mut reader: Reader, writer: Writer) -> io::R
     }
 }
 
-/// Sends on a schedule that does not wait for the answers.
+/// Sends on a schedule that does not wait for answers.
 async fn keep_asking(
     session: &Session,
     mut writer: Writer,
@@ -189,8 +189,7 @@ async fn keep_asking(
     Err(io::ErrorKind::Other.into())
 }
 
-/// Waits until then; from when on what is due then counts. A timer that fires late is nobody's
-/// latency.
+/// Waits until then; the time from which latency counts. A timer that fires late adds no latency.
 async fn until(due: Instant) -> Instant {
     if due <= Instant::now() {
         return due;
@@ -244,7 +243,7 @@ async fn tail(session: &Session, mut reader: Reader) -> io::Result<Infallible> {
     }
 }
 
-/// What a session that dials again and again does until the run ends.
+/// Runs a session that dials again and again until the run ends.
 pub(super) async fn repeat(session: &Session) {
     if session.workload.kind != Kind::Dial || session.workload.interval_ms == 0.0 {
         loop {
@@ -275,7 +274,7 @@ pub(super) async fn repeat(session: &Session) {
     }
 }
 
-/// One dial with what belongs to it.
+/// One dial of an open-loop session.
 async fn once(session: &Session, due: Instant) {
     let pending = session.pending();
     pending.push(due);

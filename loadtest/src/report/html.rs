@@ -1,4 +1,4 @@
-//! A report as one page that needs nothing else: tables, and plots as SVG.
+//! A report as one self-contained page: tables, and plots as SVG.
 
 mod plot;
 
@@ -187,13 +187,13 @@ fn throughput(name: &str, rates: &[(&Run, &WorkloadResult)]) -> String {
     })
 }
 
-/// The same happens to everybody; the first run tells.
+/// Events are the same in every run; those of the first.
 fn events<'a>(mut runs: impl Iterator<Item = &'a Run>) -> Vec<(f64, String)> {
     let events = runs.next().map(|run| &*run.events).unwrap_or_default();
     events.iter().map(|event| (event.second, event.what.clone())).collect()
 }
 
-/// Text that HTML takes for nothing but text.
+/// Text escaped for HTML.
 fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {

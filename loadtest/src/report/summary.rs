@@ -1,4 +1,4 @@
-//! A report's runs boiled down: one line per peer, one figure per column.
+//! A summary of a report's runs: one line per peer, one figure per column.
 
 use super::{Report, Run, WorkloadResult};
 use crate::carrier::Carrier;
@@ -6,7 +6,7 @@ use crate::carrier::Carrier;
 /// The figures of a report, ready to be shown.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Summary {
-    /// What the columns are, with their units.
+    /// Titles of the columns, with units.
     pub(super) columns: Vec<String>,
     /// Peers in the order in which they ran.
     pub(super) rows: Vec<(String, Vec<String>)>,
@@ -80,7 +80,7 @@ pub(super) fn mebibytes(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
 
-/// A number with three digits that count.
+/// A number with three significant digits.
 pub(super) fn figure(value: f64) -> String {
     match value.abs() {
         size if size >= 100.0 => format!("{value:.0}"),

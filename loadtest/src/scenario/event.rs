@@ -1,4 +1,4 @@
-//! What happens during a run.
+//! Events of a run.
 
 use std::fmt;
 
@@ -6,40 +6,40 @@ use serde::Deserialize;
 
 use crate::{carrier::Carrier, link::settings::Direction, process::Signal};
 
-/// Something that happens to link or processes.
+/// An event of link or processes.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Event {
-    /// When.
+    /// Time.
     pub at: When,
-    /// What happens to the link.
+    /// Event of the link.
     pub link: Option<LinkEvent>,
-    /// The largest packet that the path carries from now on, in bytes.
+    /// Path MTU from now on, in bytes.
     pub mtu: Option<u16>,
-    /// Whether larger ones vanish without an ICMP message.
+    /// Whether larger packets are dropped without ICMP.
     #[serde(default)]
     pub silent: bool,
-    /// What each direction is like from now on.
+    /// Settings of each direction from now on.
     pub set: Option<Direction>,
-    /// What happens to the server's process.
+    /// Event of the server's process.
     pub server: Option<Signal>,
-    /// What happens to the agent's process.
+    /// Event of the agent's process.
     pub agent: Option<Signal>,
     /// The carrier that Culvert's tunnels are to get because of it; see the goal `switch_seconds`.
     pub switches_to: Option<Carrier>,
 }
 
-/// When something happens.
+/// Time of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(from = "Written")]
 pub enum When {
-    /// Before server and agent are started: they have never known the link otherwise.
+    /// Before server and agent are started.
     Start,
     /// So many seconds after the measured part's start; before it if negative.
     Second(f64),
 }
 
-/// The same in a file: a number, or `"start"`.
+/// The time in a file: a number, or `"start"`.
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "`at` must be seconds, or \"start\"")]
 enum Written {
@@ -62,7 +62,7 @@ impl From<Written> for When {
     }
 }
 
-/// Something that happens to a link.
+/// An event of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LinkEvent {
@@ -70,7 +70,7 @@ pub enum LinkEvent {
     Down,
     /// It carries packets again.
     Up,
-    /// It loses UDP without a word.
+    /// It drops UDP silently.
     DropUdp,
     /// It answers UDP with ICMP.
     RejectUdp,
@@ -83,12 +83,12 @@ pub enum LinkEvent {
 }
 
 impl Event {
-    /// Whether it happens to the link.
+    /// Whether it changes the link.
     pub fn is_of_link(&self) -> bool {
         self.link.is_some() || self.mtu.is_some() || self.set.is_some()
     }
 
-    /// What cannot be, in words.
+    /// The faults, as text.
     pub(super) fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
         let of_process = self.server.is_some() || self.agent.is_some();

@@ -92,8 +92,8 @@ fn documented(document: &str) -> BTreeSet<String> {
     names
 }
 
-/// What a server and an agent with a tunnel, a dial and a failed dial show, and what the source
-/// names besides.
+/// The metrics of a server and an agent with a tunnel, a dial and a failed dial, and those that the
+/// source names besides.
 #[tokio::test]
 async fn the_operators_tables_have_every_metric_and_no_other() {
     let rig = Rig::new().start().await.unwrap();

@@ -70,7 +70,7 @@ async fn a_server_that_is_killed_ends_the_targets_and_the_agent_comes_back(
 
 /// The kernel answers with ICMP only while no process listens. A server that listens again by the
 /// time of the next packet has to report itself that it does not know the tunnel. Over QUIC alone:
-/// the kernel knows every connection of TCP, and resets it whoever listens.
+/// the kernel knows every connection of TCP, and resets it whether a process listens or not.
 #[tokio::test]
 async fn a_server_that_restarts_before_the_next_packet_resets_its_old_tunnels() {
     within(async {

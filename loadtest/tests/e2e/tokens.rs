@@ -47,7 +47,7 @@ impl Guarded {
 
     /// Has the review of a token succeed.
     fn accept(&self, token: &str, user: &str) {
-        self.api.vouch(token, user, AUDIENCE);
+        self.api.accept(token, user, AUDIENCE);
     }
 
     /// Starts an agent with this token; the file that it reads the token from.
@@ -194,7 +194,7 @@ async fn a_slow_review_keeps_an_agent_on_quic_and_its_result_is_cached() {
     within(async {
         let guarded = Guarded::start(Culvert).await;
         guarded.accept("good", ACCEPTED);
-        guarded.api.take_long(Duration::from_secs(1));
+        guarded.api.delay_answers(Duration::from_secs(1));
         let (agent, _) = guarded.start_agent(Culvert, "agent", "good").await;
         guarded.deployment.until_joined(1).await;
         agent.until_ok("/readyz").await.unwrap();

@@ -1,4 +1,4 @@
-//! As much of kube-apiserver as tokens and Leases need, over real TLS.
+//! The parts of kube-apiserver that tokens and Leases need, over TLS.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -33,7 +33,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_stream::{StreamExt as _, wrappers::UnboundedReceiverStream};
 use tokio_util::task::AbortOnDropHandle;
 
-/// Who may ask: the token in the kubeconfig.
+/// Token in the kubeconfig, which every request has to show.
 const ASKER: &str = "the-asker";
 const REVIEWS: &str = "/apis/authentication.k8s.io/v1/tokenreviews";
 const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases";
@@ -52,14 +52,14 @@ struct State {
     tokens: HashMap<String, Value>,
     /// The specs of all reviews.
     reviews: Vec<Value>,
-    /// What every request is refused with.
+    /// Reason with which every request is refused.
     refusal: Option<String>,
-    /// How long it takes to answer.
+    /// Delay of every answer.
     pause: Duration,
     leases: BTreeMap<String, Value>,
-    /// What happened to Leases, each with its number; the length is the resource version.
+    /// Events of Leases, each with its number; the length is the resource version.
     events: Vec<Value>,
-    /// Told of each event.
+    /// Notified of each event.
     version: watch::Sender<usize>,
 }
 
@@ -84,25 +84,25 @@ impl KubeApi {
         Self { state, kubeconfig, _serving: AbortOnDropHandle::new(serving) }
     }
 
-    /// The flag that sends a server here.
+    /// The flag with the kubeconfig.
     pub(crate) fn flag(&self) -> String {
         format!("--kubeconfig={}", self.kubeconfig.display())
     }
 
-    /// Vouches from now on for `token` as that of `user`, meant for `audience`.
-    pub(crate) fn vouch(&self, token: &str, user: &str, audience: &str) {
+    /// Accepts `token` from now on as that of `user`, for `audience`.
+    pub(crate) fn accept(&self, token: &str, user: &str, audience: &str) {
         let status = json!({
             "authenticated": true, "user": { "username": user }, "audiences": [audience],
         });
         self.state().tokens.insert(token.into(), status);
     }
 
-    /// Takes this long from now on to answer.
-    pub(crate) fn take_long(&self, pause: Duration) {
+    /// Delays every answer from now on.
+    pub(crate) fn delay_answers(&self, pause: Duration) {
         self.state().pause = pause;
     }
 
-    /// Refuses every request with these words, or no longer.
+    /// Refuses every request with this reason from now on; accepts requests again with `None`.
     pub(crate) fn refuse(&self, words: Option<&str>) {
         self.state().refusal = words.map(str::to_owned);
     }
@@ -112,7 +112,7 @@ impl KubeApi {
         self.state().reviews.clone()
     }
 
-    /// Enters a Lease of this set, renewed so many seconds ago, that holds for 30 s from then.
+    /// Adds a Lease that was renewed this many seconds ago, for 30 s.
     pub(crate) fn put_lease(&self, name: &str, labels: Value, seconds_ago: i64) {
         let renewed = Timestamp::now() - SignedDuration::from_secs(seconds_ago);
         self.state().set(json!({
@@ -159,7 +159,7 @@ async fn serve(listener: TcpListener, tls: TlsAcceptor, state: Arc<Mutex<State>>
         tokio::spawn(async move {
             let Ok(stream) = tls.accept(socket).await else { return };
             let service = service_fn(move |request| answer(request, state.clone()));
-            // Whoever hangs up is done.
+            // A client may hang up.
             let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
         });
     }
@@ -208,7 +208,7 @@ async fn answer(
     Ok(response.body(answer.boxed_unsync()).unwrap())
 }
 
-/// Whether a Lease has the labels that are asked for.
+/// Whether a Lease has the labels of a selector.
 fn selects(query: &HashMap<String, String>, lease: &Value) -> bool {
     let selector = query.get("labelSelector").map_or("", String::as_str);
     selector
@@ -224,17 +224,17 @@ impl State {
         lease["metadata"]["resourceVersion"] = json!((self.events.len() + 1).to_string());
         lease["metadata"]["uid"] = json!(format!("uid-of-{name}"));
         self.leases.insert(name, lease.clone());
-        self.tell(kind, &lease);
+        self.notify(kind, &lease);
         lease
     }
 
     fn remove(&mut self, name: &str) -> Option<Value> {
         let lease = self.leases.remove(name)?;
-        self.tell("DELETED", &lease);
+        self.notify("DELETED", &lease);
         Some(lease)
     }
 
-    fn tell(&mut self, kind: &str, lease: &Value) {
+    fn notify(&mut self, kind: &str, lease: &Value) {
         self.events.push(json!({ "type": kind, "object": lease }));
         self.version.send_replace(self.events.len());
     }

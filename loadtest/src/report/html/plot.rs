@@ -14,8 +14,8 @@ const TOP: f64 = 30.0;
 /// Room for the axis and two rows of legend.
 const BOTTOM: f64 = 92.0;
 
-/// A peer's colour, dash pattern and place, the same in every plot. Colours are those of Okabe and
-/// Ito, which can be told apart without seeing red and green.
+/// A peer's colour, dash pattern and position, the same in every plot. Colours are those of Okabe
+/// and Ito, which differ for the colour-blind too.
 const LOOKS: [(&str, &str, &str); 10] = [
     ("culvert-grpc", "#0072b2", ""),
     ("culvert-grpc-bbr", "#0072b2", "2 3"),
@@ -29,14 +29,14 @@ const LOOKS: [(&str, &str, &str); 10] = [
     ("direct-bbr", "#009e73", "2 3"),
 ];
 
-/// How values become places, with the axis's title.
+/// How values become positions, with the axis's title.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Scale {
     /// Evenly, from zero or below.
     Linear(&'static str),
-    /// Each decade takes the same room.
+    /// Logarithmic.
     Log(&'static str),
-    /// Shares from 0 to 1, where each further nine takes the same room.
+    /// Shares from 0 to 1, where each further nine takes the same space.
     Nines(&'static str),
 }
 
@@ -65,7 +65,7 @@ pub(super) struct Plot {
     pub(super) x: Scale,
     pub(super) y: Scale,
     pub(super) series: Vec<Series>,
-    /// Moments on the x axis, and what happened then.
+    /// Events on the x axis.
     pub(super) events: Vec<(f64, String)>,
 }
 
@@ -198,7 +198,7 @@ fn legend(peers: &[&str]) -> String {
     svg
 }
 
-/// A scale with its range of values and its range of places.
+/// A scale with its range of values and its range of positions.
 #[derive(Clone, Copy, Debug)]
 struct Axis {
     scale: Scale,
