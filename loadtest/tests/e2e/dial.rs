@@ -1,6 +1,6 @@
 //! Dials that fail, with the texts that users know from Go, and dials that are abandoned.
 
-use std::net::TcpListener;
+use std::{net::TcpListener, time::Duration};
 
 use crate::support::{
     Carrier::{self, Quic, Tcp},
@@ -19,6 +19,7 @@ use culvert_loadtest::{
 };
 use culvert_wire::dial::{DialRequest, StreamKind};
 use rstest::rstest;
+use tokio::time::timeout;
 
 /// The answer to a dial that is refused.
 async fn refusal(rig: &Running, target: impl ToString) -> String {
@@ -229,7 +230,11 @@ async fn a_frontend_that_leaves_while_dialing_ends_the_dial_at_the_agent(
 #[tokio::test]
 async fn an_abandoned_dial_ends_the_attempt_to_connect(#[values(Quic, Tcp)] carrier: Carrier) {
     within(async {
-        let rig = rig(ConnectUnix, carrier).start().await.unwrap();
+        // Otherwise the attempt would end by itself before the kernel ends it after two minutes.
+        let rig = rig(ConnectUnix, carrier)
+            .server_flag("--backend-dial-timeout=10m")
+            .agent_flag("--dial-timeout=10m");
+        let rig = rig.start().await.unwrap();
         let silent = SilentTarget::start();
         assert_eq!(silent.attempts(), 0);
         {
@@ -242,10 +247,10 @@ async fn an_abandoned_dial_ends_the_attempt_to_connect(#[values(Quic, Tcp)] carr
                 () = connecting => {}
             }
         }
-        eventually("the agent does not connect any more", async || {
+        let ended = eventually("the agent does not connect any more", async || {
             rig.server.open_streams("agent-0") == 0.0 && silent.attempts() == 0
-        })
-        .await;
+        });
+        timeout(Duration::from_secs(60), ended).await.expect("the agent still connects");
     })
     .await;
 }
