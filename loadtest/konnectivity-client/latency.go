@@ -83,9 +83,9 @@ func sendPings(w io.Writer, sent chan<- time.Time, count int, interval time.Dura
 }
 
 // whenDue waits until due and gives the time that a message sent then counts
-// from. A timer that fires late is not the tunnel's latency; but whoever comes
-// only after the message was due has been held up by earlier ones. It is false
-// if stop is closed first.
+// from. A timer that fires late adds no latency; but a sender that comes only
+// after the message was due has been held up by earlier ones. It is false if stop
+// is closed first.
 func whenDue(due time.Time, stop <-chan struct{}) (from time.Time, ok bool) {
 	select {
 	case <-stop:
@@ -116,7 +116,7 @@ func fillPing(b []byte, i uint64) {
 	}
 }
 
-// isPing tells whether b is ping i.
+// isPing reports whether b is ping i.
 func isPing(b []byte, i uint64) bool {
 	var number [8]byte
 	binary.LittleEndian.PutUint64(number[:], i)

@@ -227,7 +227,7 @@ func (r *loadRun) settle() {
 	}
 }
 
-// giveUp tells of everything that has not been answered.
+// giveUp reports everything that has not been answered.
 func (r *loadRun) giveUp(now time.Time) {
 	r.mu.Lock()
 	waiting := r.waiting
@@ -313,7 +313,7 @@ func (u *unanswered) answered(now time.Time) bool {
 	return true
 }
 
-// giveUp tells of everything that waits now, sent or only due, as overdue.
+// giveUp reports everything that waits now, sent or only due, as overdue.
 func (u *unanswered) giveUp(now time.Time) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -331,7 +331,7 @@ func (u *unanswered) giveUp(now time.Time) {
 	}
 }
 
-// forget ends the wait without a word; it is false if it had ended before.
+// forget ends the wait silently; it is false if it had ended before.
 func (u *unanswered) forget() bool {
 	u.w.mu.Lock()
 	delete(u.w.waiting, u)

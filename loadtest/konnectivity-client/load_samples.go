@@ -17,9 +17,9 @@ const (
 	errorLength = 200
 )
 
-// samples writes what happened, one JSON value a line. Whoever has something to
-// say only appends it to a buffer: thousands of samples a second wake the
-// goroutine that writes no more often than a few do.
+// samples writes the samples of a run, one JSON value a line. Sessions only append
+// to a buffer: thousands of samples a second wake the goroutine that writes no more
+// often than a few do.
 type samples struct {
 	start time.Time
 	// read counts each workload's payload bytes since its last sample.
@@ -130,7 +130,7 @@ func (s *samples) countBytes() {
 	}
 }
 
-// at is a time as samples tell it.
+// at is a time as samples have it.
 func (s *samples) at(t time.Time) uint64 {
 	return micros(t.Sub(s.start))
 }

@@ -117,7 +117,7 @@ func (s *session) connected(command []byte, settled func(), talk func(link) erro
 	return talk(c)
 }
 
-// fail tells of an error and waits until it is time to dial again; it is false if
+// fail reports an error and waits until it is time to dial again; it is false if
 // the run is over first.
 func (s *session) fail(err error) bool {
 	s.out.failed(s.place, err)
@@ -130,9 +130,9 @@ func (s *session) pause(d time.Duration) bool {
 	return ok
 }
 
-// told gives an end the same name wherever it is met: whether the read or the
+// ended gives an end the same name wherever it is met: whether the read or the
 // write meets it first is chance.
-func told(what string, err error) error {
+func ended(what string, err error) error {
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return errEnded
 	}
@@ -141,14 +141,14 @@ func told(what string, err error) error {
 
 func writeTo(c link, b []byte) error {
 	if _, err := c.Write(b); err != nil {
-		return told("write", err)
+		return ended("write", err)
 	}
 	return nil
 }
 
 func readAll(c io.Reader, b []byte) error {
 	if _, err := io.ReadFull(c, b); err != nil {
-		return told("read", err)
+		return ended("read", err)
 	}
 	return nil
 }
@@ -176,7 +176,7 @@ func readZeros(r io.Reader, b []byte) (int, error) {
 		return n, errContent
 	}
 	if err != nil {
-		return n, told("read", err)
+		return n, ended("read", err)
 	}
 	return n, nil
 }
@@ -322,169 +322,3 @@ func (s *session) upload() {
 func (s *session) stall() { s.hold(wantZeros) }
 
 func (s *session) idle() { s.hold(wantHold) }
-
-func (s *session) fetch() {
-	command := number([]byte{wantFetch}, s.plan.Size)
-	s.again(s.turn, func(c link) error {
-		if err := writeTo(c, command); err != nil {
-			return err
-		}
-		r := s.counted(c)
-		b := make([]byte, chunkSize)
-		for left := s.plan.Size; left > 0; {
-			n, err := readZeros(r, b[:min(left, chunkSize)])
-			left -= uint64(n)
-			if err != nil && left > 0 {
-				return err
-			}
-		}
-		return nil
-	})
-}
-
-func (s *session) send() {
-	s.again(s.turn, func(c link) error {
-		if err := s.writeWhole(c, wantReceipt); err != nil {
-			return err
-		}
-		return readAll(c, make([]byte, 1))
-	})
-}
-
-func (s *session) writeClose() {
-	s.again(s.turn, func(c link) error { return s.writeWhole(c, wantWhole) })
-}
-
-// greeting is for a target that speaks first, and always says the same.
-func (s *session) greeting() {
-	s.again(s.turn, func(c link) error {
-		line, err := readLine(c)
-		if err == nil && line != greetingLine {
-			err = errContent
-		}
-		return err
-	})
-}
-
-// abandon closes in the middle of an endless stream.
-func (s *session) abandon() {
-	s.again(s.turn, func(c link) error {
-		if err := writeTo(c, []byte{wantZeros}); err != nil {
-			return err
-		}
-		_, err := io.CopyN(io.Discard, s.counted(c), int64(s.plan.Size))
-		return err
-	})
-}
-
-// writeWhole says how much comes, and writes it.
-func (s *session) writeWhole(c link, command byte) error {
-	if err := writeTo(c, number([]byte{command}, s.plan.Size)); err != nil {
-		return err
-	}
-	for left := s.plan.Size; left > 0; {
-		n := min(left, chunkSize)
-		if err := writeTo(c, zeros[:n]); err != nil {
-			return err
-		}
-		left -= n
-	}
-	return nil
-}
-
-func (s *session) dials() {
-	if s.plan.interval() > 0 {
-		s.dialsDue()
-		return
-	}
-	// As many sessions as there are is as many dials as there should be.
-	s.again(func() func() (link, error) { return s.dial }, s.touch)
-}
-
-// dialsDue dials whenever it is time to, whatever the earlier dials do.
-func (s *session) dialsDue() {
-	begin := s.begin(s.out.start)
-	for k := 0; ; k++ {
-		from, ok := whenDue(begin.Add(time.Duration(k)*s.plan.interval()), s.over)
-		if !ok {
-			return
-		}
-		select {
-		case s.underWay <- struct{}{}:
-			go func() {
-				s.once(from, s.dial, s.touch)
-				<-s.underWay
-			}()
-		default:
-			s.out.failed(s.place, errTooMany)
-		}
-	}
-}
-
-// touch sends the dial's bytes, if it has any, and reads them back.
-func (s *session) touch(c link) error {
-	if s.plan.Size == 0 {
-		return nil
-	}
-	first := rand.Uint64()
-	sent := make([]byte, 1+s.plan.Size)
-	sent[0] = wantEcho
-	fillPing(sent[1:], first)
-	written := make(chan error, 1)
-	go func() {
-		// The target sends back before it has everything.
-		err := writeTo(c, sent)
-		if err != nil {
-			c.cut()
-		}
-		written <- err
-	}()
-	got := make([]byte, s.plan.Size)
-	if err := readAll(c, got); err != nil {
-		return err
-	}
-	if !isPing(got, first) {
-		return errContent
-	}
-	return <-written
-}
-
-// again does the same on one connection after another. The interval, if there is
-// one, is between their dials.
-func (s *session) again(turn func() func() (link, error), talk func(link) error) {
-	for {
-		dial := turn()
-		from := time.Now()
-		rest := s.plan.interval()
-		if !s.once(from, dial, talk) {
-			rest = max(rest, time.Since(from)+redialPause)
-		}
-		if _, ok := whenDue(from.Add(rest), s.over); !ok {
-			return
-		}
-	}
-}
-
-// once dials, talks, and closes. Its time counts from when it is told to, until
-// it has talked.
-func (s *session) once(from time.Time, dial func() (link, error), talk func(link) error) bool {
-	u := s.awaitOne(from)
-	c, err := dial()
-	if err == nil {
-		if err = talk(c); err != nil {
-			c.cut()
-		}
-	}
-	if err != nil {
-		if u.forget() {
-			s.out.failed(s.place, err)
-		}
-		return false
-	}
-	u.answered(time.Now())
-	u.forget()
-	// How the close ends tells nothing: once everything was said, the library gives
-	// an error or none by chance.
-	_ = c.Close()
-	return true
-}

@@ -3,13 +3,9 @@
 package main
 
 import (
-	"bytes"
-	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net"
 	"slices"
 	"strings"
@@ -19,273 +15,6 @@ import (
 	"testing/synctest"
 	"time"
 )
-
-// All times in these tests are of a clock that stands still unless everybody
-// waits, so they are exact.
-
-// happened is the samples of a run, times in milliseconds.
-type happened struct {
-	names   []string
-	ready   []float64
-	done    float64
-	latency [][3]float64
-	overdue [][3]float64
-	bytes   map[int]float64
-	errors  []failure
-}
-
-type failure struct {
-	workload int
-	at       float64
-	text     string
-}
-
-func (h *happened) read(t *testing.T, out string) {
-	t.Helper()
-	h.bytes = map[int]float64{}
-	for line := range strings.Lines(out) {
-		var sample map[string]json.RawMessage
-		if err := json.Unmarshal([]byte(line), &sample); err != nil || len(sample) != 1 {
-			t.Fatalf("no sample: %q: %v", line, err)
-		}
-		for name, value := range sample {
-			h.names = append(h.names, name)
-			h.add(t, name, value)
-		}
-	}
-}
-
-func (h *happened) add(t *testing.T, name string, value json.RawMessage) {
-	t.Helper()
-	into := func(v any) {
-		if err := json.Unmarshal(value, v); err != nil {
-			t.Fatalf("%s: %s: %v", name, value, err)
-		}
-	}
-	var one float64
-	var three [3]float64
-	switch name {
-	case "start":
-		into(&one)
-	case "ready":
-		into(&one)
-		h.ready = append(h.ready, one/1000)
-	case "done":
-		into(&one)
-		h.done = one / 1000
-	case "latency":
-		into(&three)
-		h.latency = append(h.latency, [3]float64{three[0], three[1] / 1000, three[2] / 1000})
-	case "overdue":
-		into(&three)
-		h.overdue = append(h.overdue, [3]float64{three[0], three[1] / 1000, three[2] / 1000})
-	case "bytes":
-		into(&three)
-		h.bytes[int(three[0])] += three[2]
-	case "error":
-		var f failure
-		into(&[]any{&f.workload, &f.at, &f.text})
-		f.at /= 1000
-		h.errors = append(h.errors, f)
-	default:
-		t.Fatalf("no sample is called %q", name)
-	}
-}
-
-// target serves connections as the plans' target does, or as a test wants it to.
-type target struct {
-	serve func(c net.Conn)
-	// dialing is called before each dial, if there is one.
-	dialing func() error
-
-	mu     sync.Mutex
-	ends   []net.Conn
-	dials  int
-	closed bool
-}
-
-type pipeLink struct{ net.Conn }
-
-func (l pipeLink) cut() { _ = l.Close() }
-
-// Write gives the error that the library gives when the other end is gone.
-func (l pipeLink) Write(b []byte) (int, error) {
-	n, err := l.Conn.Write(b)
-	if errors.Is(err, io.ErrClosedPipe) {
-		err = io.EOF
-	}
-	return n, err
-}
-
-func (g *target) dial(string) (link, error) {
-	if g.dialing != nil {
-		if err := g.dialing(); err != nil {
-			return nil, err
-		}
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.closed {
-		return nil, net.ErrClosed
-	}
-	near, far := net.Pipe()
-	g.dials++
-	g.ends = append(g.ends, near, far)
-	go func() {
-		defer far.Close()
-		g.serve(far)
-	}()
-	return pipeLink{near}, nil
-}
-
-func (g *target) close() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.closed = true
-	for _, c := range g.ends {
-		_ = c.Close()
-	}
-}
-
-// carry runs a plan of these workloads until the end, and then ends everything
-// that it left behind.
-func (g *target) carry(t *testing.T, seconds float64, workloads string) *happened {
-	t.Helper()
-	h := &happened{}
-	synctest.Test(t, func(t *testing.T) {
-		p, err := readPlan(strings.NewReader(
-			fmt.Sprintf(`{"seconds":%g,"target":"t:1","workloads":[%s]}`, seconds, workloads)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		var out bytes.Buffer
-		begin := time.Now()
-		if err := p.carryOut(&out, g.dial); err != nil {
-			t.Fatal(err)
-		}
-		if took := time.Since(begin).Seconds(); math.Abs(took-seconds) > 1e-5 {
-			t.Errorf("the run took %v s, not %v s", took, seconds)
-		}
-		h.read(t, out.String())
-		g.close()
-		// Everybody wakes up and finds that out.
-		time.Sleep(24 * time.Hour)
-	})
-	if first, last := h.names[0], h.names[len(h.names)-1]; first != "start" || last != "done" {
-		t.Errorf("the samples begin with %s and end with %s", first, last)
-	}
-	if math.Abs(h.done-seconds*1000) > 0.01 {
-		t.Errorf("done after %v ms", h.done)
-	}
-	return h
-}
-
-func (h *happened) noErrors(t *testing.T) {
-	t.Helper()
-	if len(h.errors) > 0 {
-		t.Errorf("errors: %v", h.errors)
-	}
-}
-
-func (h *happened) oneError(t *testing.T, at float64, text string) {
-	t.Helper()
-	if want := []failure{{0, at, text}}; !slices.Equal(h.errors, want) {
-		t.Errorf("errors: %v, want %v", h.errors, want)
-	}
-}
-
-func equal(t *testing.T, what string, got, want [][3]float64) {
-	t.Helper()
-	if !slices.Equal(got, want) {
-		t.Errorf("%s: %v, want %v", what, got, want)
-	}
-}
-
-// tick is what the target takes for a chunk; without it a stream would never
-// let the clock go on.
-const tick = time.Millisecond
-
-// obey serves one connection as the table of commands says.
-func obey(c net.Conn) {
-	var command [1]byte
-	if _, err := io.ReadFull(c, command[:]); err != nil {
-		return
-	}
-	switch command[0] {
-	case wantEcho:
-		_, _ = io.Copy(c, c)
-	case wantZeros:
-		sendZeros(c, 1<<62)
-	case wantSink:
-		for discard(c, 64<<10) == nil {
-			time.Sleep(tick)
-		}
-	case wantFetch:
-		if n, err := readNumber(c); err == nil {
-			sendZeros(c, n)
-		}
-		_, _ = io.Copy(io.Discard, c)
-	case wantWhole:
-		if n, err := readNumber(c); err == nil {
-			_ = discard(c, n)
-		}
-	case wantReceipt:
-		n, err := readNumber(c)
-		if err == nil && discard(c, n) == nil {
-			time.Sleep(tick)
-			_, _ = c.Write([]byte{1})
-		}
-		_, _ = io.Copy(io.Discard, c)
-	case wantAnswers:
-		for {
-			n, err := readNumber(c)
-			if err != nil || !sendZeros(c, n) {
-				return
-			}
-		}
-	case wantLines:
-		sendLines(c, 0)
-	case wantHold:
-		_, _ = io.Copy(io.Discard, c)
-	}
-}
-
-func discard(c net.Conn, n uint64) error {
-	_, err := io.CopyN(io.Discard, c, int64(n))
-	return err
-}
-
-func readNumber(c net.Conn) (uint64, error) {
-	var b [8]byte
-	_, err := io.ReadFull(c, b[:])
-	return binary.BigEndian.Uint64(b[:]), err
-}
-
-func sendZeros(c net.Conn, n uint64) bool {
-	for n > 0 {
-		time.Sleep(tick)
-		// An odd size, so that reads end anywhere.
-		b := make([]byte, min(n, 50_001))
-		if _, err := c.Write(b); err != nil {
-			return false
-		}
-		n -= uint64(len(b))
-	}
-	return true
-}
-
-// sendLines sends lines whose time is wrong by off.
-func sendLines(c net.Conn, off time.Duration) {
-	size, _ := readNumber(c)
-	interval, err := readNumber(c)
-	for err == nil {
-		line := make([]byte, size)
-		binary.BigEndian.PutUint64(line, uint64(time.Now().Add(off).UnixNano()))
-		time.Sleep(tick)
-		_, err = c.Write(line)
-		time.Sleep(time.Duration(interval)*time.Microsecond - tick)
-	}
-}
 
 func TestPlans(t *testing.T) {
 	p, err := readPlan(strings.NewReader(` {"seconds": 20.0, "target": "10.0.0.1:80", "comment": "",
@@ -378,7 +107,7 @@ func TestEveryKind(t *testing.T) {
 		{"none", `"kind":"idle","sessions":0`, 0, 0, 0, 0, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			g := &target{serve: obey}
+			g := &target{serve: serve}
 			// The end is at no time at which something else happens as well.
 			h := g.carry(t, 0.9955, `{"name":"a",`+c.workload+`}`)
 			h.noErrors(t)
@@ -404,7 +133,7 @@ func TestEveryKind(t *testing.T) {
 }
 
 func TestDialsOneAfterAnother(t *testing.T) {
-	g := &target{serve: obey, dialing: func() error {
+	g := &target{serve: serve, dialing: func() error {
 		time.Sleep(30 * time.Millisecond)
 		return nil
 	}}
@@ -437,7 +166,7 @@ func TestScheduleDoesNotWaitForAnswers(t *testing.T) {
 
 // While the target does not read, the writer is held up; what is late by that
 // counts from when it was due.
-func TestHeldUpMessagesCountFromWhenTheyWereDue(t *testing.T) {
+func TestHeldUpMessagesCountFromTheirDueTime(t *testing.T) {
 	g := &target{serve: func(c net.Conn) {
 		_ = discard(c, 1)
 		time.Sleep(350 * time.Millisecond)
@@ -476,7 +205,7 @@ func TestStalledTransfersAreOverdue(t *testing.T) {
 
 func TestSessionsAreSpreadOverTheInterval(t *testing.T) {
 	for _, kind := range []string{`"echo","size":3`, `"dial"`} {
-		g := &target{serve: obey}
+		g := &target{serve: serve}
 		h := g.carry(t, 0.14, `{"name":"a","sessions":4,"interval_ms":100,"kind":`+kind+`}`)
 		h.noErrors(t)
 		equal(t, "latencies of "+kind, h.latency, [][3]float64{
@@ -515,7 +244,7 @@ func TestWrongContentIsAnError(t *testing.T) {
 				// Of a line only the time is known, and this byte of it is hours.
 				c = &corrupted{c, 1}
 			}
-			obey(c)
+			serve(c)
 		}}
 		h := g.carry(t, 0.3, `{"name":"a",`+workload+`}`)
 		if len(h.errors) != 1 || h.errors[0].text != errContent.Error() {
@@ -536,7 +265,7 @@ func TestUnaskedAnswerIsAnError(t *testing.T) {
 			_, _ = io.Copy(io.Discard, c)
 			return
 		}
-		obey(c)
+		serve(c)
 	}}
 	h := g.carry(t, 0.3, `{"name":"a","kind":"request","size":5,"interval_ms":1000}`)
 	if len(h.errors) != 1 || h.errors[0].text != errNothing.Error() {
@@ -554,7 +283,7 @@ func TestBrokenSessionDialsAnew(t *testing.T) {
 			time.Sleep(70 * time.Millisecond)
 			return
 		}
-		obey(c)
+		serve(c)
 	}}
 	h := g.carry(t, 0.25, `{"name":"a","kind":"echo","size":3,"interval_ms":50}`)
 	h.oneError(t, 70, errEnded.Error())
@@ -605,7 +334,7 @@ func TestFailedDialsHoldUpNothing(t *testing.T) {
 func TestStormsAreLimited(t *testing.T) {
 	var mu sync.Mutex
 	now, most := 0, 0
-	g := &target{serve: obey, dialing: func() error {
+	g := &target{serve: serve, dialing: func() error {
 		mu.Lock()
 		now++
 		most = max(most, now)
@@ -624,7 +353,7 @@ func TestStormsAreLimited(t *testing.T) {
 }
 
 func TestDialsUnderWayAreLimited(t *testing.T) {
-	g := &target{serve: obey, dialing: func() error {
+	g := &target{serve: serve, dialing: func() error {
 		time.Sleep(time.Hour)
 		return nil
 	}}
@@ -638,7 +367,7 @@ func TestDialsUnderWayAreLimited(t *testing.T) {
 }
 
 func TestSamplesName(t *testing.T) {
-	g := &target{serve: obey}
+	g := &target{serve: serve}
 	h := g.carry(t, 0.09, `{"name":"a","kind":"download"},{"name":"b","kind":"download"},
 		{"name":"c","kind":"echo","size":9,"interval_ms":50}`)
 	h.noErrors(t)
@@ -704,7 +433,7 @@ func (b *brokenAfter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func TestNobodyListensAnyMore(t *testing.T) {
+func TestEndsWhenItsReaderIsGone(t *testing.T) {
 	for takes := range brokenAfter(3) {
 		synctest.Test(t, func(t *testing.T) {
 			p, err := readPlan(strings.NewReader(`{"seconds":100,"target":"t","workloads":[]}`))

@@ -27,7 +27,7 @@ type command struct {
 	name  string
 	brief string
 	setup func(*flag.FlagSet) func(*dialer) error
-	// findsTarget is for a command that is not told its target by a flag.
+	// findsTarget is for a command that does not take its target from a flag.
 	findsTarget bool
 }
 

@@ -157,7 +157,7 @@ func (c *conn) request(text string) error {
 	return nil
 }
 
-// closing is the part of a result that tells of Close.
+// closing is the part of a result about Close.
 type closing struct {
 	Error   string  `json:"close_error"`
 	Seconds float64 `json:"close_seconds"`

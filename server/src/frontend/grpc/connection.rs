@@ -229,3 +229,33 @@ impl Drop for CutOnDrop {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::sleep;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_first_data_is_held_back_for_the_delay_once() {
+        let begun = Instant::now();
+        let registration = Registration::begin();
+        registration.wait().await;
+        assert_eq!(begun.elapsed(), REGISTRATION_DELAY);
+        registration.wait().await;
+        assert_eq!(begun.elapsed(), REGISTRATION_DELAY);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn data_of_the_client_ends_the_delay() {
+        const USED_AFTER: Duration = Duration::from_millis(3);
+        let begun = Instant::now();
+        let registration = Registration::begin();
+        let client = async {
+            sleep(USED_AFTER).await;
+            registration.heard();
+        };
+        tokio::join!(registration.wait(), client);
+        assert_eq!(begun.elapsed(), USED_AFTER);
+    }
+}
