@@ -1,63 +1,64 @@
-//! A whole agent: its ports bound, its tunnels kept up until told to stop, then drained.
+//! A whole agent: its ports bound, its tunnels kept until it is stopped, then drained.
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use culvert_process::{
-    admin::{self, AdminServer, Routes},
+    admin::{AdminServer, BindError, Routes},
     kubernetes::ClientError,
     metrics::{BuildError, Upkeep},
 };
 use culvert_transport::tls::TlsError;
-use culvert_wire::{
-    InstanceId,
-    bounded::TooLong,
-    identifiers::{Identifier, Identifiers},
-    ids::InvalidId,
+use culvert_wire::InstanceId;
+use tokio::{
+    task::JoinError,
+    time::{Instant, timeout},
 };
-use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{AbortOnDropHandle, TaskTracker},
+};
 use tracing::warn;
 
 use crate::{
     config::Config,
-    connector::{Connector, attempt::Attempts, plan::Plan},
+    connector::{Connect as _, Connector, NetworkConnect, Plan},
     egress::Egress,
     leases::LeaseCount,
     metrics::AgentMetrics,
+    readiness,
     tunnels::{
         ServerTunnels,
-        session::{FIRST_STREAM_LIMIT, TunnelContext},
+        session::{FIRST_STREAM_LIMIT, SessionContext},
     },
 };
 
-/// An agent could not start.
+/// Time for the connections to Konnectivity servers to close once their tunnels have ended.
+const BRIDGE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Why an agent could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// Certificate, key or CA cannot be used.
     #[error("--ca-cert, --agent-cert, --agent-key: {0}")]
     Tls(#[from] TlsError),
-    /// kube-apiserver cannot be asked about Leases.
+    /// There is no client for kube-apiserver, which Leases are read from.
     #[error(transparent)]
     Kubernetes(#[from] ClientError),
-    /// The agent's name cannot be used.
-    #[error("--agent-id: {0}")]
-    AgentId(#[from] InvalidId),
-    /// The identifiers are too many or too long.
-    #[error("--agent-identifiers: {0}")]
-    Identifiers(#[from] TooLong),
     /// The health port cannot be listened on.
     #[error(transparent)]
-    Admin(#[from] admin::BindError),
+    Admin(#[from] BindError),
     /// A metric is misdeclared; the fault is ours.
     #[error(transparent)]
     Metrics(#[from] BuildError),
 }
 
-/// An agent that has bound its ports and connects to nothing yet.
+/// An agent that has bound its ports and does not connect yet.
 #[derive(Debug)]
 pub struct Agent {
-    connector: Connector,
-    context: Arc<TunnelContext>,
-    servers: Arc<ServerTunnels>,
+    connector: Connector<NetworkConnect>,
+    context: Arc<SessionContext>,
+    bridges: TaskTracker,
+    tunnels: Arc<ServerTunnels>,
     health: AdminServer,
     admin: Option<AdminServer>,
     metrics: Arc<AgentMetrics>,
@@ -66,36 +67,38 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Checks the files and binds health and admin. Needs a tokio runtime.
+    /// Checks the files and binds the health and admin ports. Needs a tokio runtime.
     ///
-    /// An admin port that cannot be had is told in the log and done without: on the host's
-    /// network another process may own it, and the tunnel matters more.
+    /// An admin port that cannot be bound is logged, and the agent goes on without it: on the host's
+    /// network another process may have the port, and the tunnel matters more.
     ///
     /// # Errors
-    /// When a file cannot be used or the health port cannot be had.
+    /// When a file cannot be used or the health port cannot be bound.
     pub fn bind(config: &Config) -> Result<Self, StartError> {
         let metrics = Arc::new(AgentMetrics::new()?);
-        let first = FIRST_STREAM_LIMIT.min(config.max_streams);
-        let attempts = Attempts {
+        let bridges = TaskTracker::new();
+        let connect = NetworkConnect {
             servers: config.servers.clone(),
-            settings: config.tunnel.settings(first),
+            settings: config.tunnel.settings(FIRST_STREAM_LIMIT.min(config.max_streams)),
             key_exchange: config.tunnel.key_exchange,
             proxies: config.proxies.clone(),
+            bridges: bridges.clone(),
         };
-        attempts.check_files()?;
-        let servers = Arc::new(ServerTunnels::new(config.sync.count_source));
+        // A fault in a file shows at start.
+        connect.read_tls()?;
+        let tunnels = Arc::new(ServerTunnels::new(config.sync.count_source));
         let leases = config.sync.leases.as_ref().map(LeaseCount::new).transpose()?;
         let connector = Connector {
-            attempts: Arc::new(attempts),
+            connect: Arc::new(connect),
             plan: Plan::new(config, Instant::now()),
-            servers: servers.clone(),
+            tunnels: tunnels.clone(),
             metrics: metrics.clone(),
         };
-        let context = Arc::new(TunnelContext {
-            egress: Egress { dial_timeout: config.dial_timeout, metrics: metrics.clone() },
-            agent_id: config.agent_id.parse()?,
+        let context = Arc::new(SessionContext {
+            egress: Egress::new(config.dial_timeout, metrics.clone()),
+            agent_id: config.agent_id.clone(),
             instance: InstanceId(std::array::from_fn(|_| fastrand::u8(..))),
-            identifiers: identifiers(&config.identifier_pairs)?,
+            identifiers: config.identifiers.clone(),
             token_file: config.servers.token_file.clone(),
             max_streams: config.max_streams,
             hedge_rate: config.tunnel.hedge_rate,
@@ -103,50 +106,63 @@ impl Agent {
             draining: CancellationToken::new(),
         });
         let upkeep = metrics.inner().spawn_upkeep();
-        let (ready, shown, rendered) = (servers.clone(), servers.clone(), metrics.clone());
-        let routes = Routes::new()
-            .healthz()
-            .readyz(move |ask| {
-                let tunnels = if ask.is_verbose() { ready.describe() } else { Vec::new() };
-                admin::agent_readiness(ready.is_connected(), ask.is_verbose(), &tunnels)
-            })
-            .metrics(move || rendered.render(&shown));
-        let health = AdminServer::bind("health-server-port", config.health_address, routes)?;
+        let health = bind_health(config.health_address, &tunnels, &metrics)?;
         let routes = Routes::new().metrics_on_port(health.local_address().port());
         let admin = AdminServer::bind("admin-server-port", config.admin_address, routes)
             .inspect_err(|error| warn!(%error, "going on without the admin port"))
             .ok();
-        Ok(Self { connector, context, servers, health, admin, metrics, leases, _upkeep: upkeep })
+        Ok(Self {
+            connector,
+            context,
+            bridges,
+            tunnels,
+            health,
+            admin,
+            metrics,
+            leases,
+            _upkeep: upkeep,
+        })
     }
 
-    /// Where health, readiness and metrics are served.
+    /// The address of health, readiness and metrics.
     pub fn health_address(&self) -> SocketAddr {
         self.health.local_address()
     }
 
-    /// The servers that have taken the agent in.
+    /// The tunnels to servers.
     pub fn servers(&self) -> &Arc<ServerTunnels> {
-        &self.servers
+        &self.tunnels
     }
 
-    /// What the agent counts.
+    /// The agent's metrics.
     pub fn metrics(&self) -> &Arc<AgentMetrics> {
         &self.metrics
     }
 
-    /// Keeps tunnels up until `stop` completes, then drains for the configured time.
+    /// Keeps tunnels to all servers until `stop` completes, then drains for the configured time.
+    ///
+    /// # Panics
+    /// When one of the agent's own tasks panics, so that no process stays healthy without a tunnel.
     pub async fn run(self, stop: impl Future<Output = ()>) {
-        let counting = self.leases.map(|leases| {
-            let keep = leases.keep(self.servers.clone(), self.metrics.clone());
+        let mut counting = self.leases.map(|leases| {
+            let keep = leases.keep(self.tunnels.clone(), self.metrics.clone());
             AbortOnDropHandle::new(tokio::spawn(keep))
         });
-        let connecting =
+        let mut connecting =
             AbortOnDropHandle::new(tokio::spawn(self.connector.run(self.context.clone())));
-        stop.await;
+        tokio::select! {
+            () = stop => {}
+            ended = &mut connecting => propagate_panic(ended),
+            () = until_panic(counting.as_mut()) => {}
+        }
         drop(counting);
         self.context.draining.cancel();
-        // Ends within the time to drain, which the tunnel itself keeps.
-        let _ = connecting.await;
+        // Ends within the time for draining, which each session keeps.
+        if !connecting.is_finished() {
+            propagate_panic(connecting.await);
+        }
+        self.bridges.close();
+        let _ = timeout(BRIDGE_TIMEOUT, self.bridges.wait()).await;
         self.health.stop().await;
         if let Some(admin) = self.admin {
             admin.stop().await;
@@ -154,8 +170,35 @@ impl Agent {
     }
 }
 
-fn identifiers(pairs: &[(String, String)]) -> Result<Identifiers, TooLong> {
-    let identifiers: Result<Vec<_>, _> =
-        pairs.iter().map(|(key, value)| Identifier::new(key, value)).collect();
-    identifiers?.try_into()
+fn bind_health(
+    address: SocketAddr,
+    tunnels: &Arc<ServerTunnels>,
+    metrics: &Arc<AgentMetrics>,
+) -> Result<AdminServer, BindError> {
+    let (ready, rendered, metrics) = (tunnels.clone(), tunnels.clone(), metrics.clone());
+    let routes = Routes::new()
+        .healthz()
+        .readyz(move |request| {
+            let lines = if request.is_verbose() { ready.describe() } else { Vec::new() };
+            readiness::answer(ready.is_connected(), request.is_verbose(), &lines)
+        })
+        .metrics(move || metrics.render(&rendered));
+    AdminServer::bind("health-server-port", address, routes)
+}
+
+/// Panics with the panic of a task, if it panicked.
+fn propagate_panic(ended: Result<(), JoinError>) {
+    if let Err(error) = ended
+        && let Ok(panic) = error.try_into_panic()
+    {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Panics when the task panics, and never completes.
+async fn until_panic(task: Option<&mut AbortOnDropHandle<()>>) {
+    if let Some(task) = task {
+        propagate_panic(task.await);
+    }
+    std::future::pending().await
 }

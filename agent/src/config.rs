@@ -1,8 +1,8 @@
-//! What an agent is told to do, checked: [`Flags`] in, [`Config`] or all their faults out.
+//! The agent's configuration: [`Flags`] in, [`Config`] or all their faults out.
 //!
 //! Flags, defaults and rules are those of Konnectivity v0.36 (`cmd/agent/app/options`), so that
-//! an image swap starts; `--help` tells what Culvert adds. `Config` holds
-//! parsed types only and may be built by hand, with port 0 anywhere, which flags refuse.
+//! an agent whose image was swapped starts; `--help` shows what Culvert adds. `Config` holds parsed
+//! types only and may be built by hand, with port 0 anywhere, which flags refuse.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -13,7 +13,7 @@ use culvert_process::{
     logging::LogConfig, tunnel_flags::TunnelConfig,
 };
 use culvert_transport::tcp::Proxies;
-use culvert_wire::AgentId;
+use culvert_wire::{AgentId, identifiers::Identifiers};
 use rustls::pki_types::ServerName;
 use uuid::Uuid;
 
@@ -22,30 +22,28 @@ mod identifiers;
 
 pub use flags::Flags;
 
-/// Everything an agent needs to know.
+/// Everything that configures an agent.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// Name of this agent, unlike any other's.
-    pub agent_id: String,
-    /// What the agent announces it can reach, as the URL query Konnectivity sends; valid.
-    pub identifiers: String,
-    /// The same, decoded: keys are ipv4, ipv6, host, cidr and default-route.
-    pub identifier_pairs: Vec<(String, String)>,
-    /// Where the servers are and how they are known.
+    /// Name of this agent; no other agent may have it.
+    pub agent_id: AgentId,
+    /// Identifiers that the agent announces, by which servers choose it for targets.
+    pub identifiers: Identifiers,
+    /// Address and identity of the servers.
     pub servers: ServersConfig,
-    /// How many servers to look for, and how often.
+    /// Number of servers to look for, and the intervals.
     pub sync: SyncConfig,
-    /// Which carrier tunnels get.
+    /// Carriers that tunnels may have.
     pub transport: Transport,
-    /// How long a first failure of QUIC is believed.
+    /// Time for which a first failure of QUIC is believed.
     pub quic_retry_interval: Duration,
-    /// Through which proxy TCP goes, if through any.
+    /// Proxies for TCP, from the environment.
     pub proxies: Proxies,
-    /// How tunnels behave.
+    /// Settings of the tunnels.
     pub tunnel: TunnelConfig,
     /// Time to connect to a target.
     pub dial_timeout: Duration,
-    /// Streams one tunnel may carry at once.
+    /// Maximum number of streams on one tunnel.
     pub max_streams: u32,
     /// Time for open streams to end after SIGTERM.
     pub drain_timeout: Duration,
@@ -53,16 +51,16 @@ pub struct Config {
     pub health_address: SocketAddr,
     /// Address of the admin port.
     pub admin_address: SocketAddr,
-    /// How to log.
+    /// Form and verbosity of the log.
     pub log: LogConfig,
-    /// What the operator should know at start, a line each.
+    /// Lines to log as warnings at start.
     pub warnings: Vec<String>,
 }
 
-/// Which carrier tunnels get.
+/// Carriers that tunnels may have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Transport {
-    /// Whichever gets through, QUIC if both do.
+    /// QUIC where it gets through, otherwise TCP.
     #[default]
     Auto,
     /// QUIC over UDP.
@@ -71,71 +69,70 @@ pub enum Transport {
     Tcp,
 }
 
-/// Where the servers are, how they are known, and how the agent proves itself to them.
+/// Address and identity of the servers, and the agent's own identity.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServersConfig {
     /// Address or DNS name of all servers together; an IPv6 address has no brackets.
     pub host: String,
     /// Agent port, UDP and TCP.
     pub port: u16,
-    /// What the servers' certificate must be for; sent as SNI when it is a name.
+    /// Name or address that the servers' certificate must have. A name is sent as SNI.
     pub name: ServerName<'static>,
-    /// CA of the servers.
+    /// CA of the servers' certificates, PEM.
     pub ca: PathBuf,
-    /// What the agent shows, if anything.
+    /// Certificate that the agent presents, if it has one.
     pub certificate: Option<CertificatePair>,
     /// File with the agent's token, if it has one.
     pub token_file: Option<PathBuf>,
     /// ALPN names offered to a Konnectivity server before `h2`.
     pub extra_alpn: Vec<String>,
-    /// Quiet time after which a Konnectivity server is pinged; zero never pings.
+    /// Quiet time after which a Konnectivity server is pinged; zero disables pings.
     pub keep_alive_interval: Duration,
 }
 
-/// How many servers to look for, and how often.
+/// Number of servers to look for, and the intervals.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SyncConfig {
-    /// Interval between looks.
+    /// Delay after a first failure, and the interval of `forever`.
     pub interval: Duration,
-    /// What failures may stretch it to; never below `interval`.
+    /// Longest delay after repeated failures; at least `interval`.
     pub interval_cap: Duration,
-    /// Interval at which the connection to a Konnectivity server is checked.
-    pub probe_interval: Duration,
-    /// Whether to look on once all servers were found.
+    /// Whether to look for servers although none is missing.
     pub forever: bool,
-    /// Leases to count servers by, if that is wanted.
+    /// Leases to count servers by; `None` counts no Leases.
     pub leases: Option<LeaseConfig>,
-    /// Which count holds when Leases are counted.
+    /// Count of servers that applies where Leases are counted.
     pub count_source: CountSource,
 }
 
-/// Leases of the servers.
+/// Where the servers' Leases are.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LeaseConfig {
     /// Namespace.
     pub namespace: String,
-    /// Which of them, as a label selector.
+    /// Label selector of the servers' Leases.
     pub selector: String,
-    /// Whom to ask.
+    /// Access to kube-apiserver.
     pub kubernetes: KubernetesConfig,
 }
 
-/// Which count of servers holds when Leases are counted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Count of servers that applies where Leases are counted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum CountSource {
-    /// The Leases'.
+    /// The number of Leases.
+    #[default]
     Leases,
-    /// The larger of the Leases' and the servers' own.
+    /// The larger of the number of Leases and the number that servers report.
     Larger,
 }
 
-/// Longest ALPN name (RFC 7301 §3.1).
+/// Maximum length of an ALPN name, in bytes (RFC 7301 §3.1).
 const MAX_ALPN_BYTES: usize = 255;
 
 impl Config {
-    /// The configuration `flags` describe, with the default ports of `invocation`.
+    /// The configuration of `flags`, with the default ports of `invocation`.
     ///
-    /// Looks whether the files named exist, and resolves bind addresses given as names.
+    /// Checks that the named files exist, and resolves bind addresses that are names.
     ///
     /// # Errors
     /// All faults together, each naming its flag.
@@ -143,8 +140,8 @@ impl Config {
         let mut faults = Faults::new();
         let servers = servers(&flags, invocation, &mut faults);
         let sync = sync(&flags, &mut faults);
-        let agent_id = faults.id::<AgentId>("agent-id", flags.agent_id.as_deref());
-        let identifier_pairs = identifiers::check(&flags.agent_identifiers, &mut faults);
+        let agent_id = agent_id(flags.agent_id.as_deref(), &mut faults);
+        let identifiers = identifiers::parse(&flags.agent_identifiers, &mut faults);
         let health_port = flags.health_server_port.unwrap_or_else(|| invocation.choose(8093, 8134));
         let health_port = faults.port("health-server-port", health_port);
         let health_address =
@@ -165,9 +162,8 @@ impl Config {
         let (tunnel, log) = flags.tunnel.check(&mut faults);
         let warnings = faults.finish()?;
         Ok(Self {
-            agent_id: agent_id.map_or_else(|| Uuid::new_v4().to_string(), String::from),
-            identifiers: flags.agent_identifiers,
-            identifier_pairs,
+            agent_id: agent_id.expect("an invalid name is a fault"),
+            identifiers,
             servers: servers.expect("servers without a name or --ca-cert are a fault"),
             sync,
             transport: flags.transport,
@@ -185,6 +181,14 @@ impl Config {
     }
 }
 
+/// The agent's name, or a random one; `None` only along with a fault.
+fn agent_id(flag: Option<&str>, faults: &mut Faults) -> Option<AgentId> {
+    match flag {
+        None | Some("") => AgentId::try_from(Uuid::new_v4().to_string()).ok(),
+        given => faults.id("agent-id", given),
+    }
+}
+
 /// `None` only along with a fault.
 fn servers(flags: &Flags, invocation: Invocation, faults: &mut Faults) -> Option<ServersConfig> {
     let host = flags.proxy_server_host.clone();
@@ -197,7 +201,7 @@ fn servers(flags: &Flags, invocation: Invocation, faults: &mut Faults) -> Option
         server_name("server-name", &flags.server_name, faults)
     };
     let ca = faults.file("ca-cert", &flags.ca_cert);
-    faults.require(ca.is_some(), "ca-cert", "must be given: servers are known by it alone");
+    faults.require(ca.is_some(), "ca-cert", "must be given: it alone identifies servers");
     let certificate =
         faults.pair(("agent-cert", &flags.agent_cert), ("agent-key", &flags.agent_key));
     let token_file = faults.file("service-account-token-path", &flags.service_account_token_path);
@@ -257,17 +261,12 @@ fn sync(flags: &Flags, faults: &mut Faults) -> SyncConfig {
             kubernetes: KubernetesConfig { kubeconfig, ..KubernetesConfig::default() },
         }
     });
-    SyncConfig {
-        interval,
-        interval_cap,
-        probe_interval: faults.duration("probe-interval", flags.probe_interval),
-        forever: flags.sync_forever,
-        leases,
-        count_source,
-    }
+    // Without effect, but as in Konnectivity not negative.
+    faults.duration("probe-interval", flags.probe_interval);
+    SyncConfig { interval, interval_cap, forever: flags.sync_forever, leases, count_source }
 }
 
-/// Konnectivity's rules for flags that do nothing here, and a warning for each that is set.
+/// Konnectivity's rules for flags without effect here, and a warning for each that is set.
 fn without_effect(flags: &Flags, faults: &mut Faults) {
     faults.require(
         flags.xfr_channel_size > 0,

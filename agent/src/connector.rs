@@ -1,123 +1,136 @@
-//! Keeps a tunnel to every server: looks for those that are missing, moves tunnels to better carriers,
-//! and never gives up. What is next is decided in [`crate::connector::plan`]; here it is done.
+//! Keeps a tunnel to every server: finds servers, replaces tunnels whose peer is suspect, and moves
+//! tunnels to better carriers. [`plan`] decides what comes next and when; this module does it.
 
-pub mod attempt;
-pub mod backoff;
-pub mod options;
-pub mod plan;
-pub mod quic_health;
-pub mod race;
+mod attempt;
+mod backoff;
+mod connect;
+mod error;
+mod options;
+mod plan;
+mod quic_health;
+mod quic_outcome;
+mod race;
+mod resolve;
+mod tls;
 
-use std::{sync::Arc, time::Duration};
+use std::{any::Any, sync::Arc, time::Duration};
 
-use culvert_process::logging::RateLimited;
+use culvert_process::rate_limited;
 use culvert_transport::TunnelLost;
 use culvert_wire::CloseCode;
 use tokio::{
     select,
-    task::JoinSet,
+    task::{JoinError, JoinSet},
     time::{Instant, sleep_until},
 };
 use tokio_util::task::AbortOnDropHandle;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
+pub(crate) use self::options::CarrierOrder;
+pub(crate) use self::{
+    connect::{Connect, Connected, NetworkConnect},
+    plan::Plan,
+};
+#[cfg(test)]
+pub(crate) use self::{
+    error::{CarrierError, ResolveError},
+    resolve::ServerAddress,
+};
 use crate::{
     connector::{
-        attempt::{Arrived, AttemptError, Attempted, Attempts},
-        options::{AttemptOptions, CarrierOrder, QuicOutcome},
-        plan::{Arrival, Cause, Found, Goal, InUse, Plan, Situation},
+        attempt::{Attempted, attempt},
+        error::AttemptError,
+        options::AttemptOptions,
+        plan::{Gain, Goal, LossCause, Snapshot, Success, TunnelState},
+        quic_outcome::QuicOutcome,
     },
     metrics::AgentMetrics,
     tunnels::{
-        AddOutcome, Rank, ServerTunnel, ServerTunnels,
-        session::{Joined, TunnelContext},
+        AddOutcome, NewTunnel, Rank, ServerTunnel, ServerTunnels,
+        session::{Joined, SessionContext},
     },
 };
 
-/// How often failed attempts are told.
-const TELL_INTERVAL: Duration = Duration::from_secs(10);
+/// Minimum interval between log lines about failed attempts.
+const FAILURE_LOG_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Keeps tunnels up.
+/// Keeps a tunnel to every server.
 #[derive(Debug)]
-pub struct Connector {
-    /// How a tunnel is got.
-    pub attempts: Arc<Attempts>,
-    /// What is next.
-    pub plan: Plan,
-    /// What there is.
-    pub servers: Arc<ServerTunnels>,
-    /// What is counted.
-    pub metrics: Arc<AgentMetrics>,
+pub(crate) struct Connector<C> {
+    /// The steps of an attempt that touch files and the network.
+    pub(crate) connect: Arc<C>,
+    /// Decides what comes next.
+    pub(crate) plan: Plan,
+    /// The tunnels, shared with metrics and readiness.
+    pub(crate) tunnels: Arc<ServerTunnels>,
+    /// The agent's metrics.
+    pub(crate) metrics: Arc<AgentMetrics>,
 }
 
-/// An attempt that goes on.
+/// An attempt that is not done yet.
 #[derive(Debug)]
 struct Pending {
     goal: Goal,
     options: AttemptOptions,
-    attempted: AbortOnDropHandle<Attempted>,
+    task: AbortOnDropHandle<Attempted>,
 }
 
-/// The tunnels that are served, each in a task of its own.
-type Tunnels = JoinSet<(Arc<ServerTunnel>, TunnelLost)>;
+/// The tasks that serve the tunnels, one each.
+type Sessions = JoinSet<(Arc<ServerTunnel>, TunnelLost)>;
 
-impl Connector {
-    /// Connects and serves until the agent drains and its tunnels have ended.
-    pub async fn run(mut self, context: Arc<TunnelContext>) {
-        let mut tunnels = Tunnels::new();
+impl<C: Connect> Connector<C> {
+    /// Connects, and serves the tunnels, until the agent drains and its tunnels have ended.
+    pub(crate) async fn run(mut self, context: Arc<SessionContext>) {
+        let mut sessions = Sessions::new();
         let mut pending: Option<Pending> = None;
         loop {
-            // What is more urgent takes the place of an attempt that goes on.
-            let going_on = pending.as_ref().map(|pending| pending.goal);
-            let next = self.plan.next(&self.situation(), going_on, now());
+            let goal = pending.as_ref().map(|pending| pending.goal);
+            let next = self.plan.next(&self.snapshot(), goal, Instant::now());
             select! {
                 () = context.draining.cancelled() => break,
-                Some(ended) = tunnels.join_next() => {
-                    // One whose task panicked has left as well, and will be looked for.
-                    if let Ok((served, lost)) = ended {
-                        self.on_lost(&served, &lost);
-                    }
+                Some(ended) = sessions.join_next() => self.on_session_end(ended),
+                (goal, options, attempted) = finished(&mut pending) => {
+                    self.on_attempted(goal, options, attempted, &mut sessions, &context);
                 }
-                attempted = finished(&mut pending) => {
-                    if let Some((goal, options, attempted)) = attempted {
-                        self.on_attempted(goal, options, attempted, &mut tunnels, &context);
-                    }
-                }
-                () = self.servers.changed() => {
-                    let suspected = self.servers.in_use().iter().any(|served| served.is_suspect());
-                    if !suspected && pending.as_ref().is_some_and(|p| p.goal == Goal::Replace) {
-                        debug!("a silent server was heard again");
+                () = self.tunnels.changed() => {
+                    let suspect = self.tunnels.in_use().iter().any(|tunnel| tunnel.is_suspect());
+                    if !suspect && pending.as_ref().is_some_and(|p| p.goal == Goal::Replace) {
+                        debug!("a silent server answers again");
                         pending = None;
-                        self.plan.on_heard(now(), fastrand::f64());
+                        self.plan.on_answer(Instant::now(), fastrand::f64());
                     }
                 }
+                // A more urgent attempt replaces a pending one.
                 goal = due(next) => pending = Some(self.begin(goal, context.clone())),
             }
         }
         drop(pending);
-        // Each ends within the time to drain, which it keeps itself.
-        while tunnels.join_next().await.is_some() {}
+        // Each session ends within the time for draining.
+        while let Some(ended) = sessions.join_next().await {
+            self.on_session_end(ended);
+        }
     }
 
-    fn situation(&self) -> Situation {
-        let in_use = self.servers.in_use();
-        let tunnel = |served: &Arc<ServerTunnel>| InUse {
-            rank: served.rank,
-            suspicion: served.suspicion(),
-            since: served.since,
+    fn snapshot(&self) -> Snapshot {
+        let state = |tunnel: &Arc<ServerTunnel>| TunnelState {
+            rank: tunnel.rank,
+            suspicion: tunnel.suspicion(),
+            since: tunnel.since,
         };
-        Situation { in_use: in_use.iter().map(tunnel).collect(), count: self.servers.count() }
+        Snapshot {
+            tunnels: self.tunnels.in_use().iter().map(state).collect(),
+            server_count: self.tunnels.count(),
+        }
     }
 
-    fn begin(&mut self, goal: Goal, context: Arc<TunnelContext>) -> Pending {
-        let options = self.plan.options(goal, &self.situation(), now(), fastrand::f64());
+    fn begin(&mut self, goal: Goal, context: Arc<SessionContext>) -> Pending {
+        let options = self.plan.options(goal, &self.snapshot(), Instant::now(), fastrand::f64());
         debug!(?goal, ?options, "an attempt to get a tunnel");
-        let attempts = self.attempts.clone();
-        let suspected = self.servers.in_use().into_iter().find(|served| served.is_suspect());
-        let toward = suspected.map(|served| served.tunnel.remote_address());
-        let attempted =
-            tokio::spawn(async move { attempts.attempt(options, toward, &context).await });
-        Pending { goal, options, attempted: AbortOnDropHandle::new(attempted) }
+        let connect = self.connect.clone();
+        let suspect = self.tunnels.in_use().into_iter().find(|tunnel| tunnel.is_suspect());
+        let first = suspect.map(|suspect| suspect.tunnel.remote_address());
+        let task = tokio::spawn(async move { attempt(&*connect, options, first, &context).await });
+        Pending { goal, options, task: AbortOnDropHandle::new(task) }
     }
 
     fn on_attempted(
@@ -125,55 +138,59 @@ impl Connector {
         goal: Goal,
         options: AttemptOptions,
         Attempted { result, quic }: Attempted,
-        tunnels: &mut Tunnels,
-        context: &Arc<TunnelContext>,
+        sessions: &mut Sessions,
+        context: &Arc<SessionContext>,
     ) {
         match result {
-            Ok(arrived) => {
+            Ok(joined) => {
                 self.metrics.connect_attempt("ok");
-                let rank = Rank::of(arrived.joined.tunnel(), options.large_packets);
+                let rank = Rank::of(joined.tunnel().carrier(), options.large_packets);
                 let reason = reason(goal, options.order, quic, rank);
-                let found = self.enter(arrived, rank, reason, tunnels, context);
-                let arrival = Arrival { quic, rank, found };
-                self.plan.on_arrived(goal, arrival, now(), fastrand::f64());
+                let gain = self.add(joined, rank, reason, sessions, context);
+                let success = Success { quic, rank, gain };
+                self.plan.on_success(goal, success, Instant::now(), fastrand::f64());
             }
             Err(error) => {
                 self.metrics.connect_attempt(error.label());
-                tell(goal, &error);
-                self.plan.on_failed(goal, quic, now(), fastrand::f64());
+                log_failure(goal, &error);
+                self.plan.on_failure(goal, quic, Instant::now(), fastrand::f64());
             }
         }
     }
 
-    /// Serves a tunnel that a server has welcomed the agent on, unless that server has one as good.
-    fn enter(
+    /// Adds and serves a tunnel whose server has welcomed the agent, or closes it if that server has one
+    /// that is as good.
+    fn add(
         &self,
-        arrived: Arrived,
+        joined: Joined,
         rank: Rank,
         reason: &'static str,
-        tunnels: &mut Tunnels,
-        context: &Arc<TunnelContext>,
-    ) -> Found {
-        let Arrived { joined, buffers } = arrived;
+        sessions: &mut Sessions,
+        context: &Arc<SessionContext>,
+    ) -> Gain {
         let (server_id, count) = (joined.welcome.server_id.clone(), joined.welcome.server_count);
-        let tunnel = joined.tunnel().clone();
-        let address = tunnel.remote_address();
-        let way = (tunnel.clone(), rank);
-        let entered = self.servers.enter(server_id.clone(), way, buffers, reason, now());
-        let (served, other) = match entered {
-            AddOutcome::New(served) => (served, None),
-            AddOutcome::Instead(served, other) => (served, Some(other)),
+        let (tunnel, buffers) = (joined.tunnel().clone(), joined.buffers);
+        let (address, carrier) = (tunnel.remote_address(), tunnel.carrier());
+        let new = NewTunnel {
+            server_id: server_id.clone(),
+            tunnel: tunnel.clone(),
+            buffers,
+            rank,
+            reason,
+        };
+        let (added, retired) = match self.tunnels.add(new, Instant::now()) {
+            AddOutcome::New(added) => (added, None),
+            AddOutcome::Replaced { added, retired } => (added, Some(retired)),
             AddOutcome::Duplicate => {
                 debug!(%server_id, %address, "a server that is connected already");
                 tunnel.close(CloseCode::DONE, "a duplicate of the agent's tunnel");
-                return Found::Known;
+                return Gain::Nothing;
             }
         };
-        self.servers.set_told_count(count);
-        let transport = tunnel.carrier().name();
-        let from = other.as_ref().map_or("none", |other| other.tunnel.carrier().name());
-        self.metrics.transport_switched(from, transport, reason);
-        info!(%server_id, %address, transport, from, reason, "server connected");
+        self.tunnels.set_reported_count(count);
+        let from = retired.as_ref().map_or("none", |retired| retired.tunnel.carrier().name());
+        self.metrics.transport_switched(from, carrier.name(), reason);
+        info!(%server_id, %address, transport = %carrier, from, reason, "server connected");
         if let Some(buffers) = buffers.filter(|buffers| buffers.is_small()) {
             warn!(
                 receive = buffers.receive,
@@ -181,102 +198,120 @@ impl Connector {
                 "UDP buffers are small; raise net.core.rmem_max and net.core.wmem_max to 8 MiB",
             );
         }
-        self.spawn(joined, served, tunnels, context);
-        if other.is_some() { Found::Better } else { Found::New }
+        self.serve(joined, added, sessions, context.clone());
+        if retired.is_some() { Gain::BetterTunnel } else { Gain::Server }
     }
 
-    fn spawn(
+    fn serve(
         &self,
         joined: Joined,
-        served: Arc<ServerTunnel>,
-        tunnels: &mut Tunnels,
-        context: &Arc<TunnelContext>,
+        tunnel: Arc<ServerTunnel>,
+        sessions: &mut Sessions,
+        context: Arc<SessionContext>,
     ) {
-        let (servers, context) = (self.servers.clone(), context.clone());
-        let leaving = Leaving(servers.clone(), served.clone());
-        tunnels.spawn(async move {
-            let lost = joined.serve(&served, &servers, context).await;
-            drop(leaving);
-            (served, lost)
+        let tunnels = self.tunnels.clone();
+        let guard = RemoveOnDrop(tunnels.clone(), tunnel.clone());
+        sessions.spawn(async move {
+            let lost = joined.serve(&tunnel, &tunnels, context).await;
+            drop(guard);
+            (tunnel, lost)
         });
     }
 
-    fn on_lost(&mut self, served: &ServerTunnel, lost: &TunnelLost) {
-        let (server_id, transport) = (&served.server_id, served.tunnel.carrier());
-        let retired = served.is_retired();
+    fn on_session_end(&mut self, ended: Result<(Arc<ServerTunnel>, TunnelLost), JoinError>) {
+        let (tunnel, lost) = match ended {
+            Ok(ended) => ended,
+            Err(error) => {
+                let panic = panic_text(error);
+                error!(panic, "internal error: the task of a tunnel panicked");
+                self.metrics.tunnel_lost("panicked");
+                // With a delay, so that a panic that repeats does not become a busy loop.
+                self.plan.on_lost(LossCause::Server, Instant::now(), fastrand::f64());
+                return;
+            }
+        };
+        let (server_id, carrier) = (&tunnel.server_id, tunnel.tunnel.carrier());
+        let retired = tunnel.is_retired();
         self.metrics.tunnel_lost(lost.label());
-        info!(%server_id, %transport, reason = %lost, retired, "server gone");
+        info!(%server_id, transport = %carrier, reason = %lost, retired, "server gone");
         if !retired {
-            let unanswered = |code: &CloseCode| *code == CloseCode::UNRESPONSIVE;
             let cause = match lost {
-                TunnelLost::ClosedHere { code, .. } if unanswered(code) => Cause::Path,
-                _ => Cause::Server,
+                TunnelLost::ClosedHere { code: CloseCode::UNRESPONSIVE, .. } => LossCause::Path,
+                _ => LossCause::Server,
             };
-            self.plan.on_lost(cause, now(), fastrand::f64());
+            self.plan.on_lost(cause, Instant::now(), fastrand::f64());
         }
     }
 }
 
-/// Takes a tunnel out of the agent's when its task ends, however it ends.
-struct Leaving(Arc<ServerTunnels>, Arc<ServerTunnel>);
+/// Removes a tunnel from the agent's when its task ends, even by a panic.
+struct RemoveOnDrop(Arc<ServerTunnels>, Arc<ServerTunnel>);
 
-impl Drop for Leaving {
+impl Drop for RemoveOnDrop {
     fn drop(&mut self) {
-        self.0.leave(&self.1);
+        self.0.remove(&self.1);
     }
 }
 
-/// Why a tunnel goes the way it goes, in a word.
+/// Why a tunnel has its carrier, as a metric label.
 fn reason(goal: Goal, order: CarrierOrder, quic: QuicOutcome, rank: Rank) -> &'static str {
     match (goal, quic, order) {
-        (_, QuicOutcome::Failed(word), _) => word,
+        (_, QuicOutcome::Failed(failure), _) => failure.label(),
         (Goal::Probe, ..) => "quic_works",
         (Goal::Replace, ..) => "quic_silent",
         (_, _, CarrierOrder::TcpFirst) if !rank.is_quic() => "quic_failed_before",
         (_, _, CarrierOrder::QuicFirst | CarrierOrder::TcpFirst) if rank.is_quic() => {
             "first_choice"
         }
-        // The server's address is known to a proxy alone, or one carrier was told.
+        // Only a proxy can resolve the server's name, or `--transport` names one carrier.
         _ => "only_choice",
     }
 }
 
-fn tell(goal: Goal, error: &AttemptError) {
-    static FAILED: RateLimited = RateLimited::new(TELL_INTERVAL);
-    match goal {
-        Goal::Probe => debug!(%error, "QUIC does not get through yet"),
-        Goal::Look | Goal::Replace => {
-            if let Some(suppressed) = FAILED.admit(std::time::Instant::now()) {
-                warn!(%error, suppressed, "no tunnel to the server, will try again");
-            }
+fn log_failure(goal: Goal, error: &AttemptError) {
+    match (error, goal) {
+        (AttemptError::Panicked(_), _) => error!(%error, "no tunnel to the server, will try again"),
+        (_, Goal::Probe) => debug!(%error, "QUIC does not get through yet"),
+        (_, Goal::Find | Goal::Replace) => {
+            rate_limited!(
+                FAILURE_LOG_INTERVAL, WARN, %error, "no tunnel to the server, will try again"
+            );
         }
     }
 }
 
-/// The result of the attempt that goes on, which then does so no more; never without one.
-async fn finished(pending: &mut Option<Pending>) -> Option<(Goal, AttemptOptions, Attempted)> {
-    let Some(Pending { goal, options, attempted }) = pending else {
+/// Completes with the pending attempt's result and takes it out; never without a pending attempt.
+async fn finished(pending: &mut Option<Pending>) -> (Goal, AttemptOptions, Attempted) {
+    let Some(Pending { goal, options, task }) = pending else {
         return std::future::pending().await;
     };
     let (goal, options) = (*goal, *options);
-    let attempted = attempted.await;
+    let attempted = task
+        .await
+        .unwrap_or_else(|error| Attempted::failed(AttemptError::Panicked(panic_text(error))));
     *pending = None;
-    // It cannot be aborted while it is here; were it to panic, it would be made again.
-    attempted.ok().map(|attempted| (goal, options, attempted))
+    (goal, options, attempted)
 }
 
-/// Completes with what is next when it is due; never when nothing is.
-async fn due(next: Option<(Goal, std::time::Instant)>) -> Goal {
+/// The message of a panic.
+fn panic_text(error: JoinError) -> String {
+    let text = |panic: Box<dyn Any + Send>| match panic.downcast::<String>() {
+        Ok(text) => *text,
+        Err(panic) => panic.downcast_ref::<&str>().unwrap_or(&"without a message").to_string(),
+    };
+    error.try_into_panic().map_or_else(|error| error.to_string(), text)
+}
+
+/// Completes with the next goal when its time has come; never when there is none.
+async fn due(next: Option<(Goal, Instant)>) -> Goal {
     match next {
         Some((goal, at)) => {
-            sleep_until(at.into()).await;
+            sleep_until(at).await;
             goal
         }
         None => std::future::pending().await,
     }
 }
 
-/// The time that tokio's timers go by.
-fn now() -> std::time::Instant {
-    Instant::now().into_std()
-}
+#[cfg(test)]
+mod tests;

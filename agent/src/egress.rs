@@ -1,25 +1,24 @@
-//! One data stream on the node: read what is to be dialed, dial it, answer, splice.
+//! One data stream on the node: read the dial request, dial the target, reply, splice.
 
 mod dial;
+mod network;
+mod resolve;
+#[cfg(test)]
+mod scripted;
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
-use culvert_transport::{
-    RecvHalf, SendHalf,
-    splice::{self, Local},
-};
+use culvert_transport::{RecvHalf, SendHalf, splice};
 use culvert_wire::{
     StreamCode,
     dial::{DialErrorKind, DialFailure, DialReply, DialRequest, DialTiming},
     extension::Extensions,
     frame::{self, Message},
 };
-use tokio::{net::TcpStream, time::timeout};
+use tokio::time::{Instant, timeout};
 use tracing::debug;
 
+use self::network::{HostNetwork, LocalOf, TargetNetwork};
 use crate::metrics::AgentMetrics;
 
 /// Time for the server to send a whole dial request; it does so in the stream's first packet.
@@ -27,55 +26,59 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Dials targets for streams.
 #[derive(Debug)]
-pub struct Egress {
-    /// Time for the look-up and connection of a target; the server's own limit counts if shorter.
-    pub dial_timeout: Duration,
-    /// What is counted.
-    pub metrics: Arc<AgentMetrics>,
+pub(crate) struct Egress<N = HostNetwork> {
+    network: N,
+    dial_timeout: Duration,
+    metrics: Arc<AgentMetrics>,
 }
 
 impl Egress {
+    /// Dials targets on the host's network. `dial_timeout` is the time for the lookup and connection of
+    /// a target; where the server's own limit is shorter, it applies.
+    pub(crate) fn new(dial_timeout: Duration, metrics: Arc<AgentMetrics>) -> Self {
+        Self { network: HostNetwork, dial_timeout, metrics }
+    }
+}
+
+impl<N: TargetNetwork> Egress<N> {
     /// Serves one stream to its end.
-    pub async fn serve(&self, (mut send, mut recv): (SendHalf, RecvHalf)) {
+    ///
+    /// # Cancel safety
+    /// Dropping the future resets the stream and the target's connection.
+    pub(crate) async fn serve(&self, (mut send, mut recv): (SendHalf, RecvHalf)) {
         let arrived = Instant::now();
         let request = match timeout(HEADER_TIMEOUT, read_request(&mut recv)).await {
             Ok(Ok(request)) => request,
             Ok(Err(error)) => return refuse(send, recv, StreamCode::MALFORMED, &error),
-            Err(_) => return refuse(send, recv, StreamCode::MALFORMED, "no dial in time"),
+            Err(_) => return refuse(send, recv, StreamCode::MALFORMED, "no dial request in time"),
         };
-        let mut timing = DialTiming {
-            header_micros: DialTiming::micros(arrived.elapsed()),
-            ..DialTiming::default()
-        };
-        let outcome = tokio::select! {
-            outcome = self.dial(&request, &mut timing) => outcome,
-            // The server gave up; there is nobody to answer.
+        let header_micros = DialTiming::micros(arrived.elapsed());
+        let mut timing = DialTiming { header_micros, ..DialTiming::default() };
+        let dialed = tokio::select! {
+            dialed = self.dial(&request, &mut timing) => dialed,
+            // The server gave up, so nothing is left to reply to.
             () = abandoned(&send, &mut recv) => {
                 return debug!(dial = %request.id, target = %request.target, "dial abandoned");
             }
         };
-        let (answer, socket) = match outcome {
-            Ok(socket) => (Ok(()), Some(socket)),
+        let (outcome, target) = match dialed {
+            Ok(target) => (Ok(()), Some(target)),
             Err(failure) => (Err(failure), None),
         };
-        if let Err(failure) = &answer {
+        if let Err(failure) = &outcome {
             self.metrics.dial_failed(failure.kind);
             debug!(dial = %request.id, target = %request.target, %failure, "dial failed");
         }
-        let reply = DialReply { outcome: answer, timing, extensions: Extensions::default() };
+        let reply = DialReply { outcome, timing, extensions: Extensions::default() };
         let Ok(reply) = frame::encode(&reply) else {
-            return refuse(
-                send,
-                recv,
-                StreamCode::ABANDONED,
-                "a reply that does not fit its frame",
-            );
+            let reason = "the reply does not fit its frame";
+            return refuse(send, recv, StreamCode::ABANDONED, reason);
         };
         if let Err(error) = send.write_chunk(reply).await {
-            return debug!(dial = %request.id, %error, "nobody waits for the dial's answer");
+            return debug!(dial = %request.id, %error, "the dial's reply was not sent");
         }
-        match socket {
-            Some(socket) => self.carry(&request, socket, (send, recv)).await,
+        match target {
+            Some(target) => self.splice(&request, target, (send, recv)).await,
             None => {
                 send.finish();
                 recv.stop(StreamCode::DIAL_FAILED);
@@ -87,7 +90,7 @@ impl Egress {
         &self,
         request: &DialRequest,
         timing: &mut DialTiming,
-    ) -> Result<TcpStream, DialFailure> {
+    ) -> Result<LocalOf<N>, DialFailure> {
         if let Err(error) = request.extensions.require_known() {
             return Err(DialFailure::new(DialErrorKind::UNSUPPORTED, error.to_string()));
         }
@@ -96,18 +99,17 @@ impl Egress {
             millis => self.dial_timeout.min(Duration::from_millis(millis.into())),
         };
         let started = Instant::now();
-        let socket = dial::dial(request.network, &request.target, limit, timing).await?;
+        let target =
+            dial::dial(&self.network, request.network, &request.target, limit, timing).await?;
         self.metrics.dial_duration.record(started.elapsed());
-        Ok(socket)
+        Ok(target)
     }
 
-    async fn carry(&self, request: &DialRequest, socket: TcpStream, stream: (SendHalf, RecvHalf)) {
+    async fn splice(&self, request: &DialRequest, local: LocalOf<N>, stream: (SendHalf, RecvHalf)) {
         let started = Instant::now();
-        let counted = self.metrics.stream_open();
-        let (reader, writer, abort) = splice::halves(socket);
-        let local = Local::new(reader, writer, abort);
+        let open = self.metrics.stream_open();
         let outcome = splice::splice(local, stream, &self.metrics.meter).await;
-        drop(counted);
+        drop(open);
         self.metrics.stream_ended(&outcome);
         let (dial, target, kind) = (request.id, &request.target, request.kind);
         let (up, down) = (outcome.to_tunnel, outcome.from_tunnel);
@@ -124,7 +126,7 @@ async fn read_request(recv: &mut RecvHalf) -> Result<DialRequest, String> {
     frame.message().map_err(|error| error.to_string())
 }
 
-/// Completes when the server has abandoned a dial that was not answered.
+/// Completes when the server abandons a dial that has no reply yet.
 async fn abandoned(send: &SendHalf, recv: &mut RecvHalf) {
     tokio::select! {
         _ = send.stopped() => {}
@@ -137,3 +139,6 @@ fn refuse(mut send: SendHalf, mut recv: RecvHalf, code: StreamCode, reason: &str
     send.reset(code);
     recv.stop(code);
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,42 +1,52 @@
-//! ServerTunnels that have not been upgraded: `AgentService/Connect`, as Konnectivity's own agent speaks it.
+//! Konnectivity servers: `AgentService/Connect`, as Konnectivity's own agent speaks it.
 //!
-//! The call becomes a tunnel whose server is a bridge in this process; everything on this side of the
-//! tunnel goes on as with a server of ours. Until the server is upgraded, its connections still share
-//! one stream with one another on the network.
+//! The call becomes a tunnel whose other end is a bridge in this process, and the agent serves that
+//! tunnel like any other. Until the server is upgraded, its connections still share one gRPC stream on
+//! the network.
 
 mod bridge;
 mod call;
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 use culvert_transport::{
     Carrier, ConnectError, Settings, TransportFault, Tunnel, memory::Pair, tcp::Connected,
 };
 use hyper::client::conn::http2;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::time::timeout;
+use tokio_util::task::TaskTracker;
 
-/// Bytes a server may be ahead of what was read of its one stream. What is on its way delays whatever
-/// comes behind it, so this is no larger than 100 Mbit/s need at 80 ms.
+/// Flow-control window of the gRPC stream, in bytes. What is in flight delays all that follows, so this
+/// is no larger than 100 Mbit/s need at 80 ms.
 const WINDOW: u32 = 1024 * 1024;
-/// A Konnectivity server ends connections that are pinged more often.
+/// Minimum interval of pings: a Konnectivity server ends connections that are pinged more often.
 const LEAST_KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(30);
 /// Time for the answer to a ping; Konnectivity's value.
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Time for an HTTP/2 connection to close in order once its bridge has ended.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Makes a tunnel of a connection on which HTTP/2 was agreed on. The call itself is made with the
-/// tunnel's hello, and its answer is the welcome.
+/// Makes a tunnel of a connection on which HTTP/2 was agreed. The call is made with the tunnel's hello,
+/// and its answer becomes the welcome.
+///
+/// All tasks of the connection run in `bridges` and end within seconds of the tunnel.
 ///
 /// # Errors
-/// When HTTP/2 is not what the server speaks.
+/// When the server does not speak HTTP/2.
+///
+/// # Cancel safety
+/// Cancel safe: dropping the future closes the connection.
 pub(crate) async fn connect(
     connected: Connected,
     keep_alive_interval: Duration,
     settings: &Settings,
+    bridges: &TaskTracker,
 ) -> Result<Tunnel, ConnectError> {
     let (stream, peer) = connected.into_parts(Carrier::Grpc);
     let keep_alive = (!keep_alive_interval.is_zero())
         .then(|| keep_alive_interval.max(LEAST_KEEP_ALIVE_INTERVAL));
-    let (requests, connection) = http2::Builder::new(TokioExecutor::new())
+    let (requests, connection) = http2::Builder::new(Spawner(bridges.clone()))
         .timer(TokioTimer::new())
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)
@@ -46,11 +56,31 @@ pub(crate) async fn connect(
         .handshake(TokioIo::new(stream))
         .await
         .map_err(|error| TransportFault::Protocol(error.to_string()))?;
-    // The server opens streams, and nobody else does.
-    let one = Settings { max_streams: 1, ..*settings };
-    let ends = Pair::without_idle_timeout(peer, settings, &one).await?;
-    // Its fault, if it has one, is the stream's as well. It lives as long as somebody may call.
-    tokio::spawn(async move { drop(connection.await) });
-    tokio::spawn(bridge::run(ends.server, requests));
-    Ok(ends.agent)
+    // The agent opens the control stream; only the server opens others.
+    let control_only = Settings { max_streams: 1, ..*settings };
+    let Pair { agent, server, .. } =
+        Pair::without_idle_timeout(peer, settings, &control_only).await?;
+    bridges.spawn(async move {
+        let mut connection = pin!(connection);
+        let mut bridge = pin!(bridge::run(server, requests));
+        tokio::select! {
+            () = &mut bridge => {
+                // The bridge has dropped the last request handle, so the connection closes by itself.
+                let _ = timeout(CLOSE_TIMEOUT, connection).await;
+            }
+            // The bridge finds out by the gRPC stream.
+            _ = &mut connection => bridge.await,
+        }
+    });
+    Ok(agent)
+}
+
+/// Spawns the tasks of an HTTP/2 connection where its bridge runs.
+#[derive(Clone, Debug)]
+struct Spawner(TaskTracker);
+
+impl<F: Future<Output: Send> + Send + 'static> hyper::rt::Executor<F> for Spawner {
+    fn execute(&self, task: F) {
+        self.0.spawn(task);
+    }
 }

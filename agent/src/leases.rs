@@ -1,15 +1,10 @@
-//! How many servers there are, counted by their Leases.
+//! The number of servers, counted by their Leases.
 
-use std::{
-    collections::HashMap,
-    pin::pin,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
 
 use culvert_process::{
     kubernetes::{self, ClientError, Timestamp, lease_expiry},
-    logging::RateLimited,
+    rate_limited,
 };
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::{
@@ -19,32 +14,35 @@ use kube::{
         watcher::{self, Event, watcher},
     },
 };
+use tokio::time::Instant;
 use tokio_stream::{Stream, StreamExt as _};
-use tracing::warn;
 
 use crate::{config::LeaseConfig, metrics::AgentMetrics, tunnels::ServerTunnels};
 
+/// Minimum interval between log lines about kube-apiserver's failures.
+const FAILURE_LOG_INTERVAL: Duration = Duration::from_secs(60);
+
 /// Counts the servers' Leases.
 #[derive(Debug)]
-pub struct LeaseCount {
+pub(crate) struct LeaseCount {
     api: Api<Lease>,
     selector: String,
 }
 
 impl LeaseCount {
-    /// Nothing is counted yet. Needs a tokio runtime.
+    /// Counts nothing yet. Needs a tokio runtime.
     ///
     /// # Errors
-    /// When kube-apiserver cannot be asked.
-    pub fn new(config: &LeaseConfig) -> Result<Self, ClientError> {
+    /// When there is no client for kube-apiserver.
+    pub(crate) fn new(config: &LeaseConfig) -> Result<Self, ClientError> {
         let api = Api::namespaced(config.kubernetes.client()?, &config.namespace);
         Ok(Self { api, selector: config.selector.clone() })
     }
 
-    /// Counts for as long as it is polled. Until the Leases were listed once, the servers' own count
-    /// holds; while kube-apiserver does not answer, the last count.
-    pub async fn keep(self, servers: Arc<ServerTunnels>, metrics: Arc<AgentMetrics>) {
-        // Thousands of agents may list at once: from what kube-apiserver has in memory.
+    /// Counts for as long as it is polled. Until the Leases were listed once, the number that servers
+    /// report applies; while kube-apiserver does not answer, the last count.
+    pub(crate) async fn keep(self, servers: Arc<ServerTunnels>, metrics: Arc<AgentMetrics>) {
+        // Thousands of agents may list at once, so from kube-apiserver's memory and not from etcd.
         let selected = watcher::Config::default().labels(&self.selector).any_semantic();
         let events = pin!(watcher(self.api, selected).default_backoff());
         count(events, &servers, &metrics).await;
@@ -56,7 +54,6 @@ async fn count(
     servers: &ServerTunnels,
     metrics: &AgentMetrics,
 ) {
-    static FAILED: RateLimited = RateLimited::new(Duration::from_secs(60));
     let mut leases = Leases::default();
     let mut list_begun = Instant::now();
     while let Some(event) = events.next().await {
@@ -73,10 +70,13 @@ async fn count(
             }
             Err(error) => {
                 metrics.leases_failed(&error);
-                if let Some(suppressed) = FAILED.admit(Instant::now()) {
-                    let error = reason(&error);
-                    warn!(error, suppressed, "the servers' Leases are not seen, will try again");
-                }
+                let error = reason(&error);
+                rate_limited!(
+                    FAILURE_LOG_INTERVAL,
+                    WARN,
+                    error,
+                    "the servers' Leases are not seen, will try again"
+                );
             }
         }
     }
@@ -92,27 +92,28 @@ fn reason(error: &watcher::Error) -> String {
     }
 }
 
-/// The Leases that there are, by name, and until when each holds.
+/// The servers' Leases by name, each with its expiry.
 #[derive(Debug, Default)]
 struct Leases {
     /// `None` before the first list.
     known: Option<HashMap<String, Timestamp>>,
-    /// A list that is not complete.
+    /// A list that is not complete yet.
     listed: HashMap<String, Timestamp>,
 }
 
 impl Leases {
-    /// How many hold after this event, and 1 where none does; `None` before the first list.
+    /// Number of Leases that have not expired after this event, at least 1; `None` before the first
+    /// list.
     ///
-    /// ServerTunnels that live renew their Leases and so give news of all the others: one that expires is
-    /// found out with the next event. Where there is no news at all, it is kube-apiserver that does not
-    /// answer, neither here nor to those who renew, and what was counted last stays.
+    /// There is no timer for expiry. Live servers renew their Leases, and the next such event shows that
+    /// another one has expired. Without any event kube-apiserver does not answer, neither to the agent
+    /// nor to the servers that renew, and the last count stays.
     fn on_event(&mut self, event: Event<Lease>, now: Timestamp) -> Option<u32> {
         match event {
             Event::Init => self.listed.clear(),
-            Event::InitApply(lease) => note(&mut self.listed, lease),
+            Event::InitApply(lease) => record(&mut self.listed, lease),
             Event::InitDone => self.known = Some(std::mem::take(&mut self.listed)),
-            Event::Apply(lease) => note(self.known.get_or_insert_default(), lease),
+            Event::Apply(lease) => record(self.known.get_or_insert_default(), lease),
             Event::Delete(lease) => {
                 if let (Some(known), Some(name)) = (&mut self.known, lease.metadata.name) {
                     known.remove(&name);
@@ -124,8 +125,8 @@ impl Leases {
     }
 }
 
-/// Enters a Lease; one that never held counts as none.
-fn note(leases: &mut HashMap<String, Timestamp>, lease: Lease) {
+/// Records a Lease. One without an expiry counts as none.
+fn record(leases: &mut HashMap<String, Timestamp>, lease: Lease) {
     let Some(name) = lease.metadata.name else { return };
     match lease.spec.as_ref().and_then(lease_expiry) {
         Some(expiry) => leases.insert(name, expiry),

@@ -1,15 +1,12 @@
-//! Everything the agent counts: each name once, in this file.
+//! The agent's metrics: each name once, in this file.
 //!
-//! Where Konnectivity has a metric for the same thing, its name and HELP text are kept; what it
-//! has no word for begins with `culvert_agent_`. What describes the state of now is read when it
-//! is scraped, so it cannot go stale.
+//! Where Konnectivity has a metric for the same thing, its name and HELP text are kept; all others
+//! begin with `culvert_agent_`. Gauges are read from the state itself at each scrape, so they cannot go
+//! stale.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Instant,
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
 };
 
 use culvert_process::{
@@ -23,6 +20,7 @@ use culvert_transport::{
 use culvert_wire::dial::DialErrorKind;
 use kube::runtime::watcher;
 use metrics::Histogram;
+use tokio::time::Instant;
 
 use crate::tunnels::{ServerTunnel, ServerTunnels};
 
@@ -51,14 +49,14 @@ const UDP_BUFFER: &str = "culvert_agent_udp_buffer_bytes";
 const DIAL_BUCKETS: &[f64] =
     &[0.0001, 0.0005, 0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 
-/// The agent's metrics. Shared by everything that counts.
+/// The agent's metrics.
 #[derive(Debug)]
 pub struct AgentMetrics {
     metrics: Metrics,
-    /// Time of a look-up and connection that succeeded.
-    pub dial_duration: Histogram,
+    /// Duration of the lookup and connection of each dial that succeeded.
+    pub(crate) dial_duration: Histogram,
     /// Bytes spliced in either direction.
-    pub meter: Meter,
+    pub(crate) meter: Meter,
     open_targets: LiveCount,
     streams: AtomicU64,
     stream_ends: StreamEnds,
@@ -69,7 +67,7 @@ impl AgentMetrics {
     ///
     /// # Errors
     /// When a histogram has no bounds; the fault is ours.
-    pub fn new() -> Result<Self, BuildError> {
+    pub(crate) fn new() -> Result<Self, BuildError> {
         let buckets: &[(&str, &[f64])] =
             &[(DIAL_DURATION, DIAL_BUCKETS), (LEASE_LIST_LATENCY, DIAL_BUCKETS)];
         let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), buckets)?;
@@ -85,7 +83,7 @@ impl AgentMetrics {
         metrics.describe_counter(TUNNELS_LOST, "Tunnels that ended, by reason.");
         metrics.describe_counter(
             SWITCHES,
-            "Tunnels that came to be, by the transport they took the place of, theirs, and why.",
+            "Tunnels that were added, by the transport of the one replaced, their own, and the reason.",
         );
         metrics.describe_counter(
             LEASE_LISTS,
@@ -107,51 +105,55 @@ impl AgentMetrics {
         })
     }
 
-    /// Counts a dial that failed; Konnectivity's metric knows time-outs and the rest.
-    pub fn dial_failed(&self, kind: DialErrorKind) {
+    /// Counts a dial that failed. Konnectivity's metric distinguishes time-outs alone.
+    pub(crate) fn dial_failed(&self, kind: DialErrorKind) {
         let reason = if kind == DialErrorKind::TIMEOUT { "timeout" } else { "unknown" };
         self.metrics.counter(DIAL_FAILURES, &[("reason", reason)]).increment(1);
         self.metrics.counter(DIAL_FAILURE_KINDS, &[("kind", kind.name())]).increment(1);
     }
 
-    /// Counts a stream that is being spliced.
-    pub fn stream_open(&self) -> Counted {
+    /// Counts a stream whose splice begins. It is open until the result is dropped.
+    pub(crate) fn stream_open(&self) -> Counted {
         self.streams.fetch_add(1, Ordering::Relaxed);
         self.open_targets.enter()
     }
 
     /// Counts how a splice ended.
-    pub fn stream_ended(&self, outcome: &Outcome) {
+    pub(crate) fn stream_ended(&self, outcome: &Outcome) {
         self.stream_ends.record(outcome);
     }
 
     /// Counts an attempt to get a tunnel.
-    pub fn connect_attempt(&self, result: &'static str) {
+    pub(crate) fn connect_attempt(&self, result: &'static str) {
         self.metrics.counter(CONNECT_ATTEMPTS, &[("result", result)]).increment(1);
     }
 
-    /// Counts a tunnel that came to be: `from` is the transport of the one whose place it took, or
-    /// `none`.
-    pub fn transport_switched(&self, from: &'static str, to: &'static str, reason: &'static str) {
+    /// Counts a tunnel that was added: `from` is the carrier of the one that it replaced, or `none`.
+    pub(crate) fn transport_switched(
+        &self,
+        from: &'static str,
+        to: &'static str,
+        reason: &'static str,
+    ) {
         self.metrics
             .counter(SWITCHES, &[("from", from), ("to", to), ("reason", reason)])
             .increment(1);
     }
 
     /// Counts a tunnel that ended.
-    pub fn tunnel_lost(&self, reason: &'static str) {
+    pub(crate) fn tunnel_lost(&self, reason: &'static str) {
         self.metrics.counter(TUNNELS_LOST, &[("reason", reason)]).increment(1);
     }
 
     /// Counts a list of the servers' Leases that began at `begun` and is complete.
-    pub fn leases_listed(&self, begun: Instant) {
+    pub(crate) fn leases_listed(&self, begun: Instant) {
         let labels = [("http_response_code", "200"), ("reason", "")];
         self.metrics.counter(LEASE_LISTS, &labels).increment(1);
         self.metrics.histogram(LEASE_LIST_LATENCY, &labels[..1]).record(begun.elapsed());
     }
 
     /// Counts a list or watch of the servers' Leases that failed.
-    pub fn leases_failed(&self, error: &watcher::Error) {
+    pub(crate) fn leases_failed(&self, error: &watcher::Error) {
         let (name, (code, reason)) = match error {
             watcher::Error::InitialListFailed(error) => {
                 (LEASE_LISTS, kubernetes::labels(Some(error)))
@@ -168,8 +170,8 @@ impl AgentMetrics {
         self.metrics.counter(name, &labels).increment(1);
     }
 
-    /// The metrics to keep in shape between scrapes.
-    pub fn inner(&self) -> &Metrics {
+    /// The registry, which needs upkeep between scrapes.
+    pub(crate) fn inner(&self) -> &Metrics {
         &self.metrics
     }
 
@@ -185,7 +187,7 @@ impl AgentMetrics {
             let streams = self.streams.load(Ordering::Relaxed);
             exposition.counter(STREAMS, "Streams that were spliced.", streams);
             exposition.meter(STREAM_BYTES, &self.meter, DIRECTIONS);
-            let help = "Tunnels that others have taken the place of, and that still have streams.";
+            let help = "Tunnels that others have replaced and that still have streams.";
             exposition.gauge(RETIRED, help, servers.retired());
             collect_tunnels(&servers.in_use(), exposition);
         })
@@ -194,30 +196,30 @@ impl AgentMetrics {
 
 /// Adds the tunnels in use, one for each server.
 fn collect_tunnels(tunnels: &[Arc<ServerTunnel>], exposition: &mut Exposition) {
-    let server = |served: &ServerTunnel| ("server_id", served.server_id.to_string());
-    let rows = tunnels.iter().map(|served| {
+    let server_id = |tunnel: &ServerTunnel| ("server_id", tunnel.server_id.to_string());
+    let rows = tunnels.iter().map(|tunnel| {
         let labels = vec![
-            server(served),
-            ("transport", served.tunnel.carrier().name().to_owned()),
-            ("reason", served.reason.to_owned()),
-            ("state", served.state().to_owned()),
+            server_id(tunnel),
+            ("transport", tunnel.tunnel.carrier().name().to_owned()),
+            ("reason", tunnel.reason.to_owned()),
+            ("state", tunnel.state().to_owned()),
         ];
-        (labels, served.since.elapsed().as_secs_f64())
+        (labels, tunnel.since.elapsed().as_secs_f64())
     });
-    let help = "How long the tunnel has been there, in seconds.";
+    let help = "Age of the tunnel, in seconds.";
     exposition.family(TRANSPORT_SINCE, Kind::Gauge, help, rows);
     let sizes = |BufferSizes { receive, send }| [("receive", receive), ("send", send)];
-    let rows = tunnels.iter().filter_map(|served| Some((served, sizes(served.buffers?))));
-    let rows = rows.flat_map(|(served, sizes)| {
+    let rows = tunnels.iter().filter_map(|tunnel| Some((tunnel, sizes(tunnel.buffers?))));
+    let rows = rows.flat_map(|(tunnel, sizes)| {
         sizes.map(|(direction, size)| {
-            (vec![server(served), ("direction", direction.to_owned())], size)
+            (vec![server_id(tunnel), ("direction", direction.to_owned())], size)
         })
     });
     let help = "Kernel buffer granted to the tunnel's UDP socket, in bytes.";
     exposition.family(UDP_BUFFER, Kind::Gauge, help, rows);
     let paths: Vec<_> = tunnels
         .iter()
-        .map(|served| (server(served), served.tunnel.carrier(), served.tunnel.stats()))
+        .map(|tunnel| (server_id(tunnel), tunnel.tunnel.carrier(), tunnel.tunnel.stats()))
         .collect();
     exposition.tunnels("culvert_agent_tunnel", &paths);
 }

@@ -34,7 +34,7 @@ fn run(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
     Runtime::new()?.block_on(async {
         let mut agents = JoinSet::new();
         for number in 0..count {
-            let agent_id = format!("agent-{number}");
+            let agent_id = format!("agent-{number}").parse()?;
             let any = (Ipv4Addr::LOCALHOST, 0).into();
             let config =
                 Config { agent_id, health_address: any, admin_address: any, ..config.clone() };

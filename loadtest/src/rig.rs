@@ -15,7 +15,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use culvert_agent::{Agent, config::Transport, metrics::AgentMetrics, tunnels::ServerTunnels};
+use culvert_agent::{Agent, AgentMetrics, ServerTunnels, config::Transport};
 use culvert_server::{
     Server, backends::Backends, config::FrontendListen, frontend::listen::FrontendAddress,
     metrics::ServerMetrics,

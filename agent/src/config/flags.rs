@@ -8,61 +8,61 @@ use culvert_process::{
 use super::Transport;
 
 /// The node side of Culvert: keeps a tunnel to the server of the control plane and connects the
-/// streams that come through to kubelets, pods and services.
+/// streams that arrive on it to kubelets, pods and services.
 ///
-/// A drop-in for Konnectivity's proxy-agent. It connects out and is never connected to, save for
-/// health checks and administration.
+/// A drop-in for Konnectivity's proxy-agent. It makes connections and accepts none, except for health
+/// checks and administration.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "culvert-agent", version, max_term_width = 100)]
 pub struct Flags {
-    /// Where the servers are: an IPv4 address, an IPv6 address without brackets, or a DNS name.
+    /// Address of the servers: an IPv4 address, an IPv6 address without brackets, or a DNS name.
     /// One address for all of them, such as a load balancer's
-    #[arg(long, help_heading = "ServerTunnels", value_name = "HOST", default_value = "127.0.0.1")]
+    #[arg(long, help_heading = "Servers", value_name = "HOST", default_value = "127.0.0.1")]
     pub proxy_server_host: String,
 
     /// Agent port of the servers, UDP and TCP [default: 8132, or 8091 when started as proxy-agent]
-    #[arg(long, help_heading = "ServerTunnels", value_name = "PORT")]
+    #[arg(long, help_heading = "Servers", value_name = "PORT")]
     pub proxy_server_port: Option<i64>,
 
     /// Name or address the servers' certificate must carry [default: --proxy-server-host]
-    #[arg(long, help_heading = "ServerTunnels", value_name = "NAME", default_value = "")]
+    #[arg(long, help_heading = "Servers", value_name = "NAME", default_value = "")]
     pub server_name: String,
 
     /// CA that the servers' certificate must come from, PEM. Mandatory
-    #[arg(long, help_heading = "ServerTunnels", value_name = "FILE", default_value = "")]
+    #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
     pub ca_cert: String,
 
-    /// What carries a tunnel: quic over UDP; tcp, and a Konnectivity server's gRPC, on the same port; auto tries
-    /// quic and, once it has failed or taken 300 ms, tcp. Then auto goes on looking: from tcp to quic when
-    /// UDP gets through again, from quic to tcp when it does not any more
-    #[arg(long, help_heading = "ServerTunnels", value_name = "KIND", default_value = "auto")]
+    /// What carries a tunnel: quic over UDP; tcp on the same port, and gRPC to a Konnectivity server;
+    /// auto tries quic and, once it has failed or taken 300 ms, tcp. Later auto moves tunnels from tcp
+    /// to quic when UDP gets through again, and from quic to tcp when it no longer does
+    #[arg(long, help_heading = "Servers", value_name = "KIND", default_value = "auto")]
     pub transport: Transport,
 
-    /// How long after quic has failed it is tried again, with auto. Twice as long after each further
-    /// failure, up to 10m
-    #[arg(long, help_heading = "ServerTunnels", value_name = "DURATION", default_value = "10s")]
+    /// Time after which auto tries quic again once it has failed; doubles with each further failure, up
+    /// to 10m
+    #[arg(long, help_heading = "Servers", value_name = "DURATION", default_value = "10s")]
     pub quic_retry_interval: GoDuration,
 
     /// Certificate chain the agent proves itself with, PEM
-    #[arg(long, help_heading = "ServerTunnels", value_name = "FILE", default_value = "")]
+    #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
     pub agent_cert: String,
 
     /// Private key of --agent-cert, PEM
-    #[arg(long, help_heading = "ServerTunnels", value_name = "FILE", default_value = "")]
+    #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
     pub agent_key: String,
 
-    /// Service-account token the agent proves itself with; read anew for each tunnel
-    #[arg(long, help_heading = "ServerTunnels", value_name = "FILE", default_value = "")]
+    /// Service-account token the agent proves itself with; read for each tunnel
+    #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
     pub service_account_token_path: String,
 
-    /// ALPN names offered before h2 to a Konnectivity server, separated by commas: tells this traffic
-    /// from kube-apiserver's where both share an address
-    #[arg(long, help_heading = "ServerTunnels", value_name = "LIST", default_value = "")]
+    /// ALPN names offered before h2 to a Konnectivity server, separated by commas: distinguishes this
+    /// traffic from kube-apiserver's where both share an address
+    #[arg(long, help_heading = "Servers", value_name = "LIST", default_value = "")]
     pub alpn_proto: String,
 
-    /// Quiet time after which the connection to a Konnectivity server is pinged; at least 30s, or it would end
-    /// the connection. Tunnels have --tunnel-keep-alive-interval
-    #[arg(long, help_heading = "ServerTunnels", value_name = "DURATION", default_value = "1h")]
+    /// Quiet time after which a Konnectivity server is pinged; at least 30s, because it ends connections
+    /// that are pinged more often. Tunnels have --tunnel-keep-alive-interval
+    #[arg(long, help_heading = "Servers", value_name = "DURATION", default_value = "1h")]
     pub keepalive_time: GoDuration,
 
     /// Interval at which missing servers are looked for after a failure
@@ -73,16 +73,16 @@ pub struct Flags {
     #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "10s")]
     pub sync_interval_cap: GoDuration,
 
-    /// Interval at which the connection to a Konnectivity server is checked. Accepted and ignored: a lost
-    /// connection shows by itself
+    /// Interval at which a Konnectivity agent checks its connections. Accepted and ignored: the end of a
+    /// tunnel needs no check
     #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "1s")]
     pub probe_interval: GoDuration,
 
-    /// Keep looking for servers after as many were found as there are said to be
+    /// Look for servers even when as many were found as exist
     #[arg(long, help_heading = "Server set")]
     pub sync_forever: bool,
 
-    /// Count the servers by their Leases, which --enable-lease-controller has them publish
+    /// Count the servers by their Leases, which servers publish with --enable-lease-controller
     #[arg(long, help_heading = "Server set")]
     pub count_server_leases: bool,
 
@@ -105,8 +105,8 @@ pub struct Flags {
     )]
     pub lease_label_selector: String,
 
-    /// Which count of servers holds when Leases are counted: default (the Leases') or max (the
-    /// larger of that and what the servers say)
+    /// Count of servers that applies when Leases are counted: default (the Leases') or max (the larger
+    /// of that and the number that servers report)
     #[arg(long, help_heading = "Server set", value_name = "SOURCE", default_value = "default")]
     pub server_count_source: String,
 
@@ -146,12 +146,12 @@ pub struct Flags {
     #[arg(long, help_heading = "Agent", value_name = "COUNT", default_value_t = 10_000)]
     pub max_streams: i64,
 
-    /// Time for proxied connections to end after SIGTERM, in which servers send no new ones; then
-    /// the agent exits. Keep it below the pod's terminationGracePeriodSeconds
+    /// Time for proxied connections to end after SIGTERM, while servers send no new ones; then the
+    /// agent exits. Keep it below the pod's terminationGracePeriodSeconds
     #[arg(long, help_heading = "Agent", value_name = "DURATION", default_value = "20s")]
     pub drain_timeout: GoDuration,
 
-    /// Queue length of a Konnectivity agent. Accepted and ignored: each stream has a window of its own
+    /// Queue length of a Konnectivity agent. Accepted and ignored: each stream has its own window
     #[arg(long, help_heading = "Agent", value_name = "COUNT", default_value_t = 150)]
     pub xfr_channel_size: i64,
 

@@ -1,35 +1,43 @@
-//! `--agent-identifiers`: what an agent announces it can reach, as a URL query.
+//! `--agent-identifiers`: the targets that an agent announces it can reach, as a URL query.
 //!
-//! Reads what Go's `url.ParseQuery` reads. Konnectivity checks the keys alone; a value that is no address
-//! would match no target ever, so values are checked here as well.
+//! Accepts what Go's `url.ParseQuery` accepts. Konnectivity checks the keys alone. An address that is
+//! not one would never match a target, so values are checked here as well.
 
 use std::net::IpAddr;
 
 use culvert_process::{faults::Faults, go_flags::parse_bool};
+use culvert_wire::identifiers::{Identifier, Identifiers};
+use percent_encoding::percent_decode_str;
 
 const FLAG: &str = "agent-identifiers";
 
-/// The pairs of `text`, decoded, in order; what is wrong with them goes to `faults`.
-pub(super) fn check(text: &str, faults: &mut Faults) -> Vec<(String, String)> {
-    let mut pairs = Vec::new();
+/// The identifiers in `text`, in order. What is wrong with them goes to `faults`.
+pub(super) fn parse(text: &str, faults: &mut Faults) -> Identifiers {
+    let mut identifiers = Vec::new();
     for pair in text.split('&').filter(|pair| !pair.is_empty()) {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-        match (decoded(key), decoded(value)) {
-            (Some(key), Some(value)) if !pair.contains(';') => {
-                check_value(&key, &value, faults);
-                pairs.push((key, value));
-            }
-            _ => faults.add(FLAG, format!("{pair:?} is not part of a URL query")),
+        let (Some(key), Some(value), false) = (decoded(key), decoded(value), pair.contains(';'))
+        else {
+            faults.add(FLAG, format!("{pair:?} is not part of a URL query"));
+            continue;
+        };
+        check_value(&key, &value, faults);
+        match Identifier::new(&key, &value) {
+            Ok(identifier) => identifiers.push(identifier),
+            Err(error) => faults.add(FLAG, format!("{pair:?} {error}")),
         }
     }
-    pairs
+    Identifiers::try_from(identifiers).unwrap_or_else(|error| {
+        faults.add(FLAG, error.to_string());
+        Identifiers::default()
+    })
 }
 
 fn check_value(key: &str, value: &str, faults: &mut Faults) {
     let address = value.parse::<IpAddr>();
     match (key, address) {
         ("ipv4", Ok(IpAddr::V4(_))) | ("ipv6", Ok(IpAddr::V6(_))) => {}
-        // Common where a manifest says ipv4=$(HOST_IP) and the node has IPv6 only; Konnectivity takes it.
+        // Common where a manifest has ipv4=$(HOST_IP) and the node has IPv6 only. Konnectivity accepts it.
         ("ipv4" | "ipv6", Ok(_)) => {
             faults.warn(FLAG, format!("{key}={value} is an address of the other family"));
         }
@@ -52,7 +60,7 @@ fn check_value(key: &str, value: &str, faults: &mut Faults) {
     }
 }
 
-/// Bits behind the mask are allowed, as in Go.
+/// Whether `text` is an address with a prefix length. Bits behind the prefix are allowed, as in Go.
 fn is_network(text: &str) -> bool {
     let Some((address, length)) = text.split_once('/') else {
         return false;
@@ -66,37 +74,38 @@ fn is_network(text: &str) -> bool {
     digits && length.parse::<u8>().is_ok_and(|length| length <= most)
 }
 
-/// `+` and `%XX` undone; `None` when that cannot be, or gives no UTF-8.
+/// The text with `+` and `%XX` decoded; `None` when an escape is incomplete or the result is not UTF-8,
+/// both of which [`percent_decode_str`] alone would accept.
 fn decoded(text: &str) -> Option<String> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        bytes.push(match byte {
-            b'+' => b' ',
-            b'%' => {
-                let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
-                digit(rest.next()?)? << 4 | digit(rest.next()?)?
-            }
-            plain => plain,
-        });
+    let is_escape = |rest: &str| {
+        rest.as_bytes().first_chunk::<2>().is_some_and(|two| two.iter().all(u8::is_ascii_hexdigit))
+    };
+    if !text.split('%').skip(1).all(is_escape) {
+        return None;
     }
-    String::from_utf8(bytes).ok()
+    let spaced = text.replace('+', " ");
+    let decoded = percent_decode_str(&spaced).decode_utf8().ok()?;
+    Some(decoded.into_owned())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn checked(text: &str) -> Result<(Vec<(String, String)>, usize), String> {
+    /// The identifiers as pairs and the number of warnings, or the faults.
+    fn parsed(text: &str) -> Result<(Vec<(String, String)>, usize), String> {
         let mut faults = Faults::new();
-        let pairs = check(text, &mut faults);
+        let identifiers = parse(text, &mut faults);
         let warnings = faults.finish().map_err(|errors| errors.to_string())?;
-        Ok((pairs, warnings.len()))
+        let pair = |identifier: &Identifier| {
+            (identifier.key.as_str().to_owned(), identifier.value.as_str().to_owned())
+        };
+        Ok((identifiers.iter().map(pair).collect(), warnings.len()))
     }
 
     #[test]
-    fn pairs_come_decoded_and_in_order() {
-        let (pairs, warnings) = checked(
+    fn identifiers_are_decoded_and_in_order() {
+        let (pairs, warnings) = parsed(
             "host=localhost&host=node1.example.com&cidr=127.0.0.1/16&ipv4=1.2.3.4&&\
              ipv6=fd00%3A%3a1&cidr=fd00::%2F8&default%2droute=true",
         )
@@ -113,17 +122,17 @@ mod tests {
         ];
         assert_eq!(pairs, expected);
         assert_eq!(warnings, 0);
-        assert_eq!(checked("").unwrap().0, []);
+        assert_eq!(parsed("").unwrap().0, []);
     }
 
     #[test]
-    fn an_address_of_the_other_family_is_only_warned_of() {
-        assert_eq!(checked("ipv4=fd00::1").unwrap().1, 1);
-        assert_eq!(checked("ipv6=10.0.0.1").unwrap().1, 1);
+    fn an_address_of_the_other_family_causes_a_warning() {
+        assert_eq!(parsed("ipv4=fd00::1").unwrap().1, 1);
+        assert_eq!(parsed("ipv6=10.0.0.1").unwrap().1, 1);
     }
 
     #[test]
-    fn what_could_never_match_is_refused() {
+    fn identifiers_that_can_never_match_are_faults() {
         for text in [
             "uid=1",
             "IPv4=1.2.3.4",
@@ -144,8 +153,34 @@ mod tests {
             "host=%ff",
             "host=a;host=b",
         ] {
-            let refused = checked(text).unwrap_err();
+            let refused = parsed(text).unwrap_err();
             assert!(refused.contains("--agent-identifiers: "), "{text}: {refused}");
         }
+    }
+
+    #[test]
+    fn escapes_are_decoded_as_in_a_url_query() {
+        for (text, value) in [
+            ("host=a+b%2Bc", "a b+c"),
+            ("host=%C3%A9", "é"),
+            ("host=%c3%A9%20", "é "),
+            ("host=a=b", "a=b"),
+        ] {
+            assert_eq!(parsed(text).unwrap().0, [("host".to_owned(), value.to_owned())], "{text}");
+        }
+        for text in ["host=%", "host=a%2", "host=%%41", "host=%+41", "host=%é", "%zz=a"] {
+            let fault = parsed(text).unwrap_err();
+            assert!(fault.contains("is not part of a URL query"), "{text}: {fault}");
+        }
+    }
+
+    #[test]
+    fn identifiers_that_do_not_fit_a_hello_are_faults() {
+        let value = "x".repeat(256);
+        assert!(parsed(&format!("host={value}")).unwrap_err().contains("--agent-identifiers: "));
+        let fits: Vec<_> = (0..64).map(|number| format!("host=node-{number}")).collect();
+        assert_eq!(parsed(&fits.join("&")).unwrap().0.len(), 64);
+        let too_many = format!("{}&host=one-more", fits.join("&"));
+        assert!(parsed(&too_many).unwrap_err().contains("--agent-identifiers: "));
     }
 }

@@ -1,5 +1,7 @@
 use std::ffi::OsString;
 
+use culvert_wire::identifiers::Identifier;
+
 use super::*;
 
 /// A directory with the files that flags may name.
@@ -50,7 +52,7 @@ fn default_ports_depend_on_the_name_of_the_program() {
 #[test]
 fn defaults_are_konnectivitys() {
     let config = Files::new().config(&[]).unwrap();
-    assert_eq!(config.agent_id.len(), 36, "a UUID: {}", config.agent_id);
+    assert_eq!(config.agent_id.as_str().len(), 36, "a UUID: {}", config.agent_id);
     assert_eq!(config.servers.host, "127.0.0.1");
     assert_eq!(config.servers.certificate, None);
     assert_eq!(config.servers.token_file, None);
@@ -58,7 +60,6 @@ fn defaults_are_konnectivitys() {
     let sync = SyncConfig {
         interval: Duration::from_secs(1),
         interval_cap: Duration::from_secs(10),
-        probe_interval: Duration::from_secs(1),
         forever: false,
         leases: None,
         count_source: CountSource::Leases,
@@ -96,7 +97,7 @@ fn kamajis_command_line_is_understood() {
     assert_eq!(config.warnings, [""; 0]);
 }
 
-/// Every Konnectivity flag as `--name=value`, the way upstream's test runner writes them.
+/// Every Konnectivity flag as `--name=value`, as upstream's test runner writes them.
 #[test]
 fn every_konnectivity_flag_parses_as_go_prints_it() {
     let args = [
@@ -130,7 +131,7 @@ fn every_konnectivity_flag_parses_as_go_prints_it() {
         "--xfr-channel-size=150",
     ];
     let config = Files::new().config_as("proxy-agent", &args).unwrap();
-    assert_eq!(config.agent_id, "the-agent");
+    assert_eq!(config.agent_id.as_str(), "the-agent");
     assert_eq!(config.servers.extra_alpn, [""; 0]);
     assert!(config.servers.certificate.is_some());
     assert_eq!(config.sync.interval, Duration::from_millis(100));
@@ -139,7 +140,7 @@ fn every_konnectivity_flag_parses_as_go_prints_it() {
 }
 
 #[test]
-fn servers_are_known_by_their_host_or_by_the_name_given() {
+fn the_servers_certificate_is_for_their_host_or_for_the_given_name() {
     let files = Files::new();
     for (host, name) in [
         ("10.0.0.1", "10.0.0.1"),
@@ -212,7 +213,7 @@ fn several_faults_are_reported_together() {
 }
 
 #[test]
-fn what_has_no_effect_is_warned_of() {
+fn a_flag_without_effect_causes_a_warning() {
     let files = Files::new();
     for arg in ["--enable-profiling", "--xfr-channel-size=20", "--log-dir=/var/log"] {
         let flag = arg.split('=').next().unwrap();
@@ -236,10 +237,10 @@ fn parsed_values_reach_the_configuration() {
             "--drain-timeout=0",
         ])
         .unwrap();
-    assert_eq!(config.agent_id, "node-1");
-    assert_eq!(config.identifiers, "ipv4=10.0.0.7&default-route=true");
-    let pairs = [("ipv4", "10.0.0.7"), ("default-route", "true")];
-    assert_eq!(config.identifier_pairs, pairs.map(|(key, value)| (key.into(), value.into())));
+    assert_eq!(config.agent_id.as_str(), "node-1");
+    let identifiers = [("ipv4", "10.0.0.7"), ("default-route", "true")];
+    let identifiers = identifiers.map(|(key, value)| Identifier::new(key, value).unwrap());
+    assert_eq!(config.identifiers[..], identifiers);
     assert_eq!(config.servers.extra_alpn, ["a", "b"]);
     assert!(config.sync.forever);
     assert_eq!(config.sync.count_source, CountSource::Larger);
@@ -248,7 +249,7 @@ fn parsed_values_reach_the_configuration() {
 }
 
 #[test]
-fn help_mentions_every_flag_with_words_of_its_own() {
+fn help_describes_every_flag() {
     let mut command = go_flags::command::<Flags>();
     let help = command.render_help().to_string();
     for arg in command.get_arguments() {

@@ -1,15 +1,14 @@
-//! How long to wait before the next attempt: longer after each failure, and never twice the same,
-//! so that a fleet that lost its server does not come back in step. Pure: the caller sleeps and
-//! brings the randomness.
+//! Delays between attempts: longer after each failure, and random, so that the agents that lost one
+//! server do not come back together. Pure: the caller sleeps and brings the randomness.
 
 use std::time::Duration;
 
-/// Each delay is this many times the one before, unless another factor is given.
+/// Ratio of each delay to the one before, unless another is given.
 const FACTOR: f64 = 1.5;
 
-/// Delays between attempts; never gives up.
+/// Growing delays between attempts. There is no last one.
 #[derive(Clone, Debug)]
-pub struct Backoff {
+pub(crate) struct Backoff {
     factor: f64,
     first: Duration,
     cap: Duration,
@@ -18,30 +17,30 @@ pub struct Backoff {
 
 impl Backoff {
     /// Delays that grow from about `first` to at most `cap`.
-    pub fn new(first: Duration, cap: Duration) -> Self {
+    pub(crate) fn new(first: Duration, cap: Duration) -> Self {
         Self::growing_by(FACTOR, first, cap)
     }
 
-    /// The same, each `factor` times the one before.
-    pub fn growing_by(factor: f64, first: Duration, cap: Duration) -> Self {
+    /// The same, where each delay is `factor` times the one before.
+    pub(crate) fn growing_by(factor: f64, first: Duration, cap: Duration) -> Self {
         Self { factor, first, cap, next: first }
     }
 
-    /// The delay after another failure. `random` is from 0 to 1 and chooses within the upper half
-    /// of the delay, so that agents spread while each still waits a real while.
-    pub fn next(&mut self, random: f64) -> Duration {
+    /// The delay after one more failure. `random`, from 0 to 1, chooses within the upper half of the
+    /// delay, so that agents spread and none comes back at once.
+    pub(crate) fn next(&mut self, random: f64) -> Duration {
         let delay = self.now(random);
         self.next = self.next.min(self.cap).mul_f64(self.factor).min(self.cap);
         delay
     }
 
-    /// The delay that is due now, after what is no further failure.
-    pub fn now(&self, random: f64) -> Duration {
+    /// The delay that [`next`](Self::next) would give, without counting a failure.
+    pub(crate) fn now(&self, random: f64) -> Duration {
         self.next.min(self.cap).mul_f64(0.5 + 0.5 * random.clamp(0.0, 1.0))
     }
 
-    /// Forgets the failures: the attempt succeeded.
-    pub fn reset(&mut self) {
+    /// Starts again at the first delay, after a success.
+    pub(crate) fn reset(&mut self) {
         self.next = self.first;
     }
 }

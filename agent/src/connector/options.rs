@@ -1,37 +1,25 @@
-//! Which carriers an attempt tries and how QUIC did, how two of them are tried at once, and what is
-//! remembered of that.
+//! How an attempt is made, as the plan decides it.
 
-/// Which carriers are tried.
+/// The carriers that an attempt tries, and in which order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CarrierOrder {
+pub(crate) enum CarrierOrder {
     /// QUIC alone.
     Quic,
     /// TCP alone.
     Tcp,
-    /// QUIC, and TCP a little later.
+    /// QUIC, and TCP after a head start.
     QuicFirst,
-    /// TCP, and QUIC a little later.
+    /// TCP, and QUIC after a head start.
     TcpFirst,
-}
-
-/// What is known of QUIC after an attempt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QuicOutcome {
-    /// Nothing: it was not tried, or the server was not reached in any other way either.
-    Unknown,
-    /// It got through.
-    Worked,
-    /// It did not, and something else did; in a word.
-    Failed(&'static str),
 }
 
 /// How an attempt is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AttemptOptions {
-    /// Which carriers are tried.
-    pub order: CarrierOrder,
-    /// Whether packets may be larger than any path carries.
-    pub large_packets: bool,
-    /// Whether the second carrier is tried together with the first, and not a little later.
-    pub at_once: bool,
+pub(crate) struct AttemptOptions {
+    /// The carriers that are tried.
+    pub(crate) order: CarrierOrder,
+    /// Whether QUIC's packets may grow beyond the size that every path carries.
+    pub(crate) large_packets: bool,
+    /// Whether both carriers start together, without a head start for the first.
+    pub(crate) at_once: bool,
 }

@@ -1,159 +1,163 @@
 //! What the agent does next about its tunnels, and when. Pure: the caller brings time, randomness and
-//! what there is.
+//! the state of the tunnels.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::{
     config::{Config, Transport},
     connector::{
         backoff::Backoff,
-        options::{AttemptOptions, CarrierOrder, QuicOutcome},
+        options::{AttemptOptions, CarrierOrder},
         quic_health::QuicHealth,
+        quic_outcome::QuicOutcome,
     },
     tunnels::{Rank, Suspicion},
 };
 
-/// Pause after a tunnel to a server that was known already, behind an address that leads to any of
-/// them; a twelfth longer each time, so that twenty servers are found in seconds and a missing one is
-/// not asked for by every node every second.
-const HUNT: (Duration, f64) = (Duration::from_millis(30), 1.08);
-/// Pause between two looks for another way around a tunnel that is silent, give or take a half.
+/// Delay after an attempt that reached a server with a tunnel already, where one address leads to any
+/// of several servers, and the ratio of each delay to the one before. Twenty servers are found in
+/// seconds, and a missing one does not get an attempt from every node every second.
+const DUPLICATE_DELAY: (Duration, f64) = (Duration::from_millis(30), 1.08);
+/// Interval of the attempts to replace a tunnel whose peer is suspect, give or take a half.
 const REPLACE_INTERVAL: Duration = Duration::from_secs(1);
-/// Pauses after probes that changed nothing grow by this, up to the time that a failure is believed at
-/// most.
+/// Ratio of each delay after a probe without a result to the one before, up to
+/// [`QuicHealth::LONGEST`].
 const PROBE_GROWTH: f64 = 2.0;
-/// A tunnel over QUIC that falls silent when it is younger than this was not worth its handshake: TCP is
-/// next, without another try.
+/// A tunnel over QUIC that falls silent at a younger age counts as a failure of QUIC: TCP goes first
+/// next time.
 const YOUNG: Duration = Duration::from_secs(60);
-/// How long packets stay small after a tunnel with large ones had fallen silent.
+/// Time for which packets stay small after a tunnel with large ones fell silent.
 const SMALL_PACKETS: Duration = Duration::from_secs(600);
 
-/// What an attempt is for, the least urgent first.
+/// The purpose of an attempt, the least urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Goal {
-    /// A tunnel could go a better way by now.
+pub(crate) enum Goal {
+    /// Move a tunnel to a better carrier.
     Probe,
-    /// A server is missing.
-    Look,
-    /// The peer of a tunnel may not be there; another way may work.
+    /// Find a server that is missing.
+    Find,
+    /// Replace a tunnel whose peer is suspected to be gone.
     Replace,
 }
 
-/// One tunnel that is used.
+/// The state of one tunnel in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct InUse {
-    /// How it goes.
-    pub rank: Rank,
-    /// Why its peer may not be there, if there is a reason to think so.
-    pub suspicion: Option<Suspicion>,
-    /// Since when it is there.
-    pub since: Instant,
+pub(crate) struct TunnelState {
+    /// The tunnel's rank.
+    pub(crate) rank: Rank,
+    /// Why the peer is suspected to be gone; `None` while it answers.
+    pub(crate) suspicion: Option<Suspicion>,
+    /// When the server welcomed the agent.
+    pub(crate) since: Instant,
 }
 
-/// What there is, and what there should be.
+/// The tunnels that the agent has, and how many it should have.
 #[derive(Clone, Debug)]
-pub struct Situation {
-    /// The tunnels, one for each server.
-    pub in_use: Vec<InUse>,
-    /// How many servers there are said to be; 0 before the first has said so.
-    pub count: u32,
+pub(crate) struct Snapshot {
+    /// The tunnels in use, one for each server.
+    pub(crate) tunnels: Vec<TunnelState>,
+    /// Number of servers; 0 before it is known.
+    pub(crate) server_count: u32,
 }
 
-/// What a successful attempt came to.
+/// What a new tunnel added to those in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Found {
+pub(crate) enum Gain {
     /// A server that was missing.
-    New,
-    /// A better way to a server.
-    Better,
-    /// Nothing that was not there before.
-    Known,
-}
-
-/// A tunnel that a server has welcomed the agent on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Arrival {
-    /// How QUIC did.
-    pub quic: QuicOutcome,
-    /// How the tunnel goes.
-    pub rank: Rank,
-    /// What it is good for.
-    pub found: Found,
-}
-
-/// What took a tunnel away, as far as the agent can tell.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cause {
-    /// The server closed it, has restarted, or nothing is known.
     Server,
-    /// The network says that nobody is there, and nobody answered.
+    /// A better tunnel to a server.
+    BetterTunnel,
+    /// Nothing: the server has a tunnel that is as good.
+    Nothing,
+}
+
+/// A successful attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Success {
+    /// What the attempt shows about QUIC.
+    pub(crate) quic: QuicOutcome,
+    /// The tunnel's rank.
+    pub(crate) rank: Rank,
+    /// What the tunnel added.
+    pub(crate) gain: Gain,
+}
+
+/// What ended a tunnel, as far as the agent knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LossCause {
+    /// The server closed it or was restarted, or the cause is unknown.
+    Server,
+    /// The network reported that the server cannot be reached, and the server did not answer.
     Path,
 }
 
-/// Remembers what was tried.
+/// When which attempt is due, from the results of those before.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub(crate) struct Plan {
     transport: Transport,
+    /// Whether to look for servers although none is missing, and the interval.
     forever: bool,
     interval: Duration,
-    memory: QuicHealth,
-    /// Pauses after failures, and after servers that were known.
+    quic: QuicHealth,
     failures: Backoff,
-    hunt: Backoff,
-    /// Pauses after probes that changed nothing and say nothing of QUIC.
+    duplicates: Backoff,
+    /// Delays after probes that show nothing about QUIC and gain nothing.
     probes: Backoff,
-    look_at: Instant,
+    find_at: Instant,
     probe_at: Instant,
     replace_at: Instant,
-    small_until: Option<Instant>,
-    /// The last server was a Konnectivity one.
-    met_konnectivity: bool,
+    small_packets_until: Option<Instant>,
+    /// Whether the last server to welcome the agent was a Konnectivity server.
+    last_was_konnectivity: bool,
 }
 
 impl Plan {
-    /// Nothing was tried yet.
-    pub fn new(config: &Config, now: Instant) -> Self {
+    /// A plan for an agent that has tried nothing yet.
+    pub(crate) fn new(config: &Config, now: Instant) -> Self {
         let sync = &config.sync;
+        let retry_interval = config.quic_retry_interval;
         Self {
             transport: config.transport,
             forever: sync.forever,
             interval: sync.interval,
-            memory: QuicHealth::new(config.quic_retry_interval),
-            probes: Backoff::growing_by(
-                PROBE_GROWTH,
-                config.quic_retry_interval,
-                QuicHealth::LONGEST,
-            ),
+            quic: QuicHealth::new(retry_interval),
+            probes: Backoff::growing_by(PROBE_GROWTH, retry_interval, QuicHealth::LONGEST),
             failures: Backoff::new(sync.interval, sync.interval_cap),
-            hunt: Backoff::growing_by(HUNT.1, HUNT.0, sync.interval_cap),
-            look_at: now,
+            duplicates: Backoff::growing_by(
+                DUPLICATE_DELAY.1,
+                DUPLICATE_DELAY.0,
+                sync.interval_cap,
+            ),
+            find_at: now,
             probe_at: now,
             replace_at: now,
-            small_until: None,
-            met_konnectivity: false,
+            small_packets_until: None,
+            last_was_konnectivity: false,
         }
     }
 
-    /// What to do next, and when: what is due first, and of that what matters most. While an attempt
-    /// goes on, what is more urgent than that.
-    pub fn next(
+    /// The next attempt and its time: the earliest one, and among those that are due the most urgent
+    /// one. While an attempt is pending, only more urgent ones count.
+    pub(crate) fn next(
         &self,
-        situation: &Situation,
+        snapshot: &Snapshot,
         pending: Option<Goal>,
         now: Instant,
     ) -> Option<(Goal, Instant)> {
-        let Situation { in_use, count } = situation;
-        let missing = in_use.len() < (*count).max(1) as usize;
-        let silent = in_use.iter().any(|tunnel| tunnel.suspicion.is_some());
-        let worst = in_use.iter().map(|tunnel| tunnel.rank).min();
+        let Snapshot { tunnels, server_count } = snapshot;
+        let missing = tunnels.len() < (*server_count).max(1) as usize;
+        let suspect = tunnels.iter().any(|tunnel| tunnel.suspicion.is_some());
+        let worst = tunnels.iter().map(|tunnel| tunnel.rank).min();
         let improvable = match self.transport {
             Transport::Auto => worst < Some(Rank::Quic),
             Transport::Quic => worst == Some(Rank::SmallQuic),
             Transport::Tcp => false,
         };
         [
-            (silent, Goal::Replace, self.replace_at),
-            (missing || self.forever, Goal::Look, self.look_at),
+            (suspect, Goal::Replace, self.replace_at),
+            (missing || self.forever, Goal::Find, self.find_at),
             (worst.is_some() && improvable, Goal::Probe, self.probe_due(worst, now)),
         ]
         .into_iter()
@@ -162,113 +166,113 @@ impl Plan {
         .min_by_key(|(_, at)| *at)
     }
 
-    /// When a tunnel of this rank may be worth another try.
+    /// The time of the next probe, where `worst` is the lowest rank in use.
     fn probe_due(&self, worst: Option<Rank>, now: Instant) -> Instant {
-        let known = self.memory.fails_until(now);
-        let small = self.small_until.filter(|_| worst == Some(Rank::SmallQuic));
-        [known, small].into_iter().flatten().fold(self.probe_at, Instant::max)
+        let failing = self.quic.fails_until(now);
+        let small = self.small_packets_until.filter(|_| worst == Some(Rank::SmallQuic));
+        [failing, small].into_iter().flatten().fold(self.probe_at, Instant::max)
     }
 
-    /// How to go about it.
-    pub fn options(
+    /// The options for an attempt that starts now.
+    pub(crate) fn options(
         &mut self,
         goal: Goal,
-        situation: &Situation,
+        snapshot: &Snapshot,
         now: Instant,
         random: f64,
     ) -> AttemptOptions {
-        let replaces = |suspicion| {
-            let suspected = move |tunnel: &&InUse| tunnel.suspicion == Some(suspicion);
-            situation.in_use.iter().filter(suspected).filter(move |_| goal == Goal::Replace)
+        let suspects = |suspicion| {
+            let matches = move |tunnel: &&TunnelState| tunnel.suspicion == Some(suspicion);
+            snapshot.tunnels.iter().filter(matches).filter(move |_| goal == Goal::Replace)
         };
-        let flaps = |tunnel: &InUse| now.saturating_duration_since(tunnel.since) < YOUNG;
-        if replaces(Suspicion::Silent).any(flaps) {
-            self.memory.on_failed(now, random);
+        let young = |tunnel: &TunnelState| now.saturating_duration_since(tunnel.since) < YOUNG;
+        if suspects(Suspicion::Silent).any(young) {
+            self.quic.on_failed(now, random);
         }
         let order = match (self.transport, goal) {
             (Transport::Quic, _) | (_, Goal::Probe) => CarrierOrder::Quic,
             (Transport::Tcp, _) => CarrierOrder::Tcp,
-            (Transport::Auto, _) if self.memory.fails_until(now).is_some() => {
-                CarrierOrder::TcpFirst
-            }
+            (Transport::Auto, _) if self.quic.fails_until(now).is_some() => CarrierOrder::TcpFirst,
             (Transport::Auto, _) => CarrierOrder::QuicFirst,
         };
-        let silent = replaces(Suspicion::Silent).next().is_some();
-        let small = silent || self.small_until.is_some_and(|until| now < until);
-        // QUIC is a round trip quicker where it works, and here it most likely does not.
-        let at_once = replaces(Suspicion::Refused).next().is_some();
+        let silent = suspects(Suspicion::Silent).next().is_some();
+        let small = silent || self.small_packets_until.is_some_and(|until| now < until);
+        // A head start for QUIC saves a round trip where QUIC works, and here it most likely does not.
+        let at_once = suspects(Suspicion::Refused).next().is_some();
         AttemptOptions { order, large_packets: !small, at_once }
     }
 
-    /// A server has welcomed the agent on a tunnel of this rank.
-    pub fn on_arrived(&mut self, goal: Goal, arrival: Arrival, now: Instant, random: f64) {
-        let Arrival { quic, rank, found } = arrival;
-        self.note(quic, now, random);
+    /// Records that an attempt has led to a server's welcome.
+    pub(crate) fn on_success(&mut self, goal: Goal, success: Success, now: Instant, random: f64) {
+        let Success { quic, rank, gain } = success;
+        self.record_quic(quic, now, random);
         self.failures.reset();
-        match found {
-            Found::Known if goal == Goal::Probe => {
+        match gain {
+            Gain::Nothing if goal == Goal::Probe => {
                 self.probe_at = now + self.probes.next(random);
             }
-            Found::Known => self.look_at = now + self.hunt.next(random),
-            Found::New | Found::Better => {
-                // A Konnectivity server was upgraded: what was found out about the one before is over.
-                if self.met_konnectivity && rank == Rank::Tcp {
-                    self.memory.forget();
+            Gain::Nothing => self.find_at = now + self.duplicates.next(random),
+            Gain::Server | Gain::BetterTunnel => {
+                // A Konnectivity server was upgraded: that it had no QUIC means nothing any more.
+                if self.last_was_konnectivity && rank == Rank::Tcp {
+                    self.quic.forget();
                 }
-                self.met_konnectivity = rank == Rank::Grpc;
+                self.last_was_konnectivity = rank == Rank::Grpc;
                 if goal == Goal::Replace && rank == Rank::SmallQuic {
-                    self.small_until = Some(now + SMALL_PACKETS);
+                    self.small_packets_until = Some(now + SMALL_PACKETS);
                 }
-                self.hunt.reset();
+                self.duplicates.reset();
                 self.probes.reset();
-                (self.look_at, self.probe_at, self.replace_at) = (now, now, now);
+                (self.find_at, self.probe_at, self.replace_at) = (now, now, now);
             }
         }
-        if found == Found::Known && goal == Goal::Replace {
-            self.replace_at = now + REPLACE_INTERVAL.mul_f64(0.5 + random);
+        if gain == Gain::Nothing && goal == Goal::Replace {
+            self.delay_replacement(now, random);
         }
         if self.forever {
-            self.look_at = self.look_at.max(now + self.interval);
+            self.find_at = self.find_at.max(now + self.interval);
         }
     }
 
-    /// The peer of a tunnel that was to be replaced was heard after all. Whoever can make the network
-    /// say otherwise shall not have a handshake each time.
-    pub fn on_heard(&mut self, now: Instant, random: f64) {
+    /// Records that the peer of a tunnel that was to be replaced has answered. The next suspicion does
+    /// not lead to an attempt at once: a third party can forge the network's reports, and must not cause
+    /// one handshake per report.
+    pub(crate) fn on_answer(&mut self, now: Instant, random: f64) {
+        self.delay_replacement(now, random);
+    }
+
+    /// Records that an attempt has failed.
+    pub(crate) fn on_failure(&mut self, goal: Goal, quic: QuicOutcome, now: Instant, random: f64) {
+        self.record_quic(quic, now, random);
+        match goal {
+            Goal::Find => self.find_at = now + self.failures.next(random),
+            // `QuicHealth` sets the time of the next probe.
+            Goal::Probe if quic != QuicOutcome::Unknown => {}
+            Goal::Probe => self.probe_at = now + self.probes.next(random),
+            Goal::Replace => self.delay_replacement(now, random),
+        }
+    }
+
+    /// Records that a tunnel was lost. Many agents may lose theirs to the same server at the same time, so
+    /// each comes back after a random delay; but where the path failed and not the server, the agent
+    /// tries another path at once. Several tunnels that are lost together cause one delay.
+    pub(crate) fn on_lost(&mut self, cause: LossCause, now: Instant, random: f64) {
+        let find_at = match cause {
+            LossCause::Server => now + self.failures.now(random),
+            LossCause::Path => now,
+        };
+        self.find_at = if self.find_at > now { self.find_at.min(find_at) } else { find_at };
+    }
+
+    fn delay_replacement(&mut self, now: Instant, random: f64) {
         self.replace_at = now + REPLACE_INTERVAL.mul_f64(0.5 + random);
     }
 
-    /// Nobody did.
-    pub fn on_failed(&mut self, goal: Goal, quic: QuicOutcome, now: Instant, random: f64) {
-        self.note(quic, now, random);
-        match goal {
-            Goal::Look => self.look_at = now + self.failures.next(random),
-            // Of a failure of QUIC the memory says how long it is believed.
-            Goal::Probe if quic != QuicOutcome::Unknown => {}
-            Goal::Probe => self.probe_at = now + self.probes.next(random),
-            Goal::Replace => self.replace_at = now + REPLACE_INTERVAL.mul_f64(0.5 + random),
-        }
-    }
-
-    /// A tunnel was lost. Many agents may have lost theirs in the same moment, to the same server, so they
-    /// come back one by one; but where the way is gone and not the server, another is tried at once. An
-    /// agent that loses several tunnels together waits as long as for one.
-    pub fn on_lost(&mut self, cause: Cause, now: Instant, random: f64) {
-        let look_at = match cause {
-            Cause::Server => now + self.failures.now(random),
-            Cause::Path => now,
-        };
-        self.look_at = match self.look_at > now {
-            true => self.look_at.min(look_at),
-            false => look_at,
-        };
-    }
-
-    fn note(&mut self, quic: QuicOutcome, now: Instant, random: f64) {
+    fn record_quic(&mut self, quic: QuicOutcome, now: Instant, random: f64) {
         match quic {
             QuicOutcome::Unknown => {}
-            QuicOutcome::Worked => self.memory.on_worked(now),
-            QuicOutcome::Failed(_) => self.memory.on_failed(now, random),
+            QuicOutcome::Worked => self.quic.on_worked(now),
+            QuicOutcome::Failed(_) => self.quic.on_failed(now, random),
         }
     }
 }

@@ -1,17 +1,19 @@
-//! What the agent remembers of QUIC on the way to its servers: whether it gets through, and for how
-//! long to believe that it does not. Pure: the caller brings time and randomness.
+//! The agent's memory of QUIC's failures on the path to its servers, and for how long each is believed.
+//! Pure: the caller brings time and randomness.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// Each failure is believed this many times as long as the one before.
+use tokio::time::Instant;
+
+/// Ratio of the time for which a failure is believed to that of the failure before.
 const GROWTH: u32 = 2;
-/// QUIC that has held for this long makes the failures before it forgotten. One that comes and goes
-/// quicker is left alone for longer each time, so that an agent does not flap with it.
+/// Time for which QUIC has to work until the failures before are forgotten. QUIC that comes and goes
+/// more quickly is avoided for longer each time, so that an agent does not flap with it.
 const HELD: Duration = Duration::from_secs(600);
 
 /// Whether QUIC is worth trying.
 #[derive(Clone, Debug)]
-pub struct QuicHealth {
+pub(crate) struct QuicHealth {
     first: Duration,
     failures: u32,
     believed_until: Option<Instant>,
@@ -19,23 +21,24 @@ pub struct QuicHealth {
 }
 
 impl QuicHealth {
-    /// How long a failure is believed at most: as often, one handshake is spent on finding out.
-    pub const LONGEST: Duration = Duration::from_secs(600);
+    /// Maximum time for which a failure is believed. One handshake per such time finds out whether QUIC
+    /// works again.
+    pub(crate) const LONGEST: Duration = Duration::from_secs(600);
 
-    /// Nothing was tried yet; a first failure will be believed for about so long.
-    pub fn new(first: Duration) -> Self {
+    /// No failures yet. The first one will be believed for about `first`.
+    pub(crate) fn new(first: Duration) -> Self {
         Self { first, failures: 0, believed_until: None, worked_at: None }
     }
 
-    /// Until when QUIC counts as failing, if it does.
-    pub fn fails_until(&self, now: Instant) -> Option<Instant> {
+    /// The end of the time for which QUIC is believed to fail; `None` when it is worth trying.
+    pub(crate) fn fails_until(&self, now: Instant) -> Option<Instant> {
         self.believed_until.filter(|until| now < *until)
     }
 
-    /// QUIC did not get through, or fell silent. `random` is from 0 to 1 and spreads a fleet's next
-    /// attempts over half their interval. A failure during the time in which none was expected to
-    /// work says nothing new.
-    pub fn on_failed(&mut self, now: Instant, random: f64) {
+    /// Records that a handshake over QUIC failed or that a tunnel over QUIC fell silent. `random`, from 0
+    /// to 1, spreads the next attempts of many agents over half the time. A failure while QUIC is
+    /// believed to fail is not counted.
+    pub(crate) fn on_failed(&mut self, now: Instant, random: f64) {
         if self.fails_until(now).is_some() {
             return;
         }
@@ -49,14 +52,15 @@ impl QuicHealth {
         self.believed_until = Some(now + believed.mul_f64(0.75 + 0.5 * random.clamp(0.0, 1.0)));
     }
 
-    /// A tunnel over QUIC came to be. It may be tried again, and is not trusted yet.
-    pub fn on_worked(&mut self, now: Instant) {
+    /// Records that a handshake over QUIC succeeded. QUIC may be tried again; the failures before are
+    /// not forgotten yet.
+    pub(crate) fn on_worked(&mut self, now: Instant) {
         self.believed_until = None;
         self.worked_at.get_or_insert(now);
     }
 
-    /// What was known is about something that is not there any more.
-    pub fn forget(&mut self) {
+    /// Forgets all failures, because what caused them is gone.
+    pub(crate) fn forget(&mut self) {
         *self = Self::new(self.first);
     }
 }
@@ -65,12 +69,12 @@ impl QuicHealth {
 mod tests {
     use super::*;
 
-    /// How long each of so many failures in a row is believed, in seconds.
-    fn believed(memory: &mut QuicHealth, now: &mut Instant, failures: usize) -> Vec<u64> {
+    /// The seconds for which each of `failures` failures in a row is believed.
+    fn believed(health: &mut QuicHealth, now: &mut Instant, failures: usize) -> Vec<u64> {
         let mut seconds = Vec::new();
         for _ in 0..failures {
-            memory.on_failed(*now, 0.5);
-            let until = memory.fails_until(*now).unwrap();
+            health.on_failed(*now, 0.5);
+            let until = health.fails_until(*now).unwrap();
             seconds.push((until - *now).as_secs());
             *now = until;
         }
@@ -79,50 +83,50 @@ mod tests {
 
     #[test]
     fn each_failure_is_believed_for_longer_up_to_a_limit() {
-        let (mut memory, mut now) = (QuicHealth::new(Duration::from_secs(10)), Instant::now());
-        assert_eq!(memory.fails_until(now), None);
-        assert_eq!(believed(&mut memory, &mut now, 8), [10, 20, 40, 80, 160, 320, 600, 600]);
-        assert_eq!(memory.fails_until(now), None);
+        let (mut health, mut now) = (QuicHealth::new(Duration::from_secs(10)), Instant::now());
+        assert_eq!(health.fails_until(now), None);
+        assert_eq!(believed(&mut health, &mut now, 8), [10, 20, 40, 80, 160, 320, 600, 600]);
+        assert_eq!(health.fails_until(now), None);
     }
 
     #[test]
-    fn failures_while_none_was_expected_to_work_count_once() {
-        let (mut memory, now) = (QuicHealth::new(Duration::from_secs(10)), Instant::now());
-        memory.on_failed(now, 0.5);
-        memory.on_failed(now + Duration::from_secs(9), 0.5);
-        assert_eq!(memory.fails_until(now), Some(now + Duration::from_secs(10)));
+    fn failures_while_quic_is_believed_to_fail_count_once() {
+        let (mut health, now) = (QuicHealth::new(Duration::from_secs(10)), Instant::now());
+        health.on_failed(now, 0.5);
+        health.on_failed(now + Duration::from_secs(9), 0.5);
+        assert_eq!(health.fails_until(now), Some(now + Duration::from_secs(10)));
     }
 
     #[test]
-    fn what_comes_and_goes_is_left_alone_for_longer_each_time() {
-        let (mut memory, mut now) = (QuicHealth::new(Duration::from_secs(10)), Instant::now());
-        assert_eq!(believed(&mut memory, &mut now, 2), [10, 20]);
-        memory.on_worked(now);
-        assert_eq!(memory.fails_until(now), None);
+    fn quic_that_comes_and_goes_is_avoided_for_longer_each_time() {
+        let (mut health, mut now) = (QuicHealth::new(Duration::from_secs(10)), Instant::now());
+        assert_eq!(believed(&mut health, &mut now, 2), [10, 20]);
+        health.on_worked(now);
+        assert_eq!(health.fails_until(now), None);
         now += HELD - Duration::from_secs(1);
-        assert_eq!(believed(&mut memory, &mut now, 1), [40]);
+        assert_eq!(believed(&mut health, &mut now, 1), [40]);
     }
 
     #[test]
-    fn what_has_held_is_trusted_again() {
-        let (mut memory, mut now) = (QuicHealth::new(Duration::from_secs(10)), Instant::now());
-        assert_eq!(believed(&mut memory, &mut now, 3), [10, 20, 40]);
-        memory.on_worked(now);
-        // Further tunnels do not make it begin anew.
-        memory.on_worked(now + HELD / 2);
+    fn quic_that_has_worked_for_long_starts_again_with_the_first_time() {
+        let (mut health, mut now) = (QuicHealth::new(Duration::from_secs(10)), Instant::now());
+        assert_eq!(believed(&mut health, &mut now, 3), [10, 20, 40]);
+        health.on_worked(now);
+        // Further tunnels do not start the time again.
+        health.on_worked(now + HELD / 2);
         now += HELD;
-        assert_eq!(believed(&mut memory, &mut now, 1), [10]);
-        memory.forget();
-        assert_eq!(believed(&mut memory, &mut now, 1), [10]);
+        assert_eq!(believed(&mut health, &mut now, 1), [10]);
+        health.forget();
+        assert_eq!(believed(&mut health, &mut now, 1), [10]);
     }
 
     #[test]
-    fn a_fleet_does_not_come_back_in_step() {
+    fn agents_spread_their_next_attempts() {
         let now = Instant::now();
         let until = |random| {
-            let mut memory = QuicHealth::new(Duration::from_secs(10));
-            memory.on_failed(now, random);
-            memory.fails_until(now).unwrap() - now
+            let mut health = QuicHealth::new(Duration::from_secs(10));
+            health.on_failed(now, random);
+            health.fails_until(now).unwrap() - now
         };
         assert_eq!(until(0.0), Duration::from_millis(7500));
         assert_eq!(until(1.0), Duration::from_millis(12_500));

@@ -1,9 +1,10 @@
-//! A Konnectivity server's one stream on one side, a tunnel on the other.
+//! A Konnectivity server's gRPC stream on one side, a tunnel on the other.
 
 use std::{
     collections::HashMap,
+    convert::Infallible,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicI64, Ordering},
     },
     time::Duration,
@@ -28,6 +29,7 @@ use culvert_wire::{
     version::{Features, REVISION},
 };
 use hyper::client::conn::http2;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{Streaming, body::Body};
@@ -35,9 +37,9 @@ use tracing::debug;
 
 use super::call::{Call, CallError, call};
 
-/// Dials and connections of one server; Konnectivity has no limit.
+/// Maximum number of a server's dials and connections together. Konnectivity has no limit.
 const MAX_CONNECTIONS: usize = 10_000;
-/// Time for the last packets once the agent has left.
+/// Time for the last packets once the agent has closed the tunnel.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a bridge ended.
@@ -71,31 +73,31 @@ impl Ended {
     }
 }
 
-/// Plays a Konnectivity server's part on its tunnel until one of both is gone. The connection lives as long as
-/// `requests`.
+/// Acts as the server on `tunnel` for a Konnectivity server until the tunnel or the gRPC stream ends. The
+/// HTTP/2 connection lives as long as `requests`.
+///
+/// # Cancel safety
+/// Dropping the future ends all connections without the last packets.
 pub(super) async fn run(tunnel: Tunnel, requests: http2::SendRequest<Body>) {
     let Ok(opened) = tunnel.accept().await else { return };
     let mut control = ControlStream::new(tunnel.clone(), opened);
     let Err(ended) = serve(&tunnel, &mut control, requests.clone()).await;
     debug!(remote = %tunnel.remote_address(), %ended, "a Konnectivity server's stream is over");
-    // While the control stream still lives: the reason is all that the agent hears.
+    // Before the control stream is dropped, so that the agent receives the reason.
     tunnel.close(ended.close_code(), &ended.to_string());
     tunnel.flushed(FLUSH_TIMEOUT).await;
 }
-
-/// Ends only with an error.
-type Never = std::convert::Infallible;
 
 async fn serve(
     tunnel: &Tunnel,
     control: &mut ControlStream,
     requests: http2::SendRequest<Body>,
-) -> Result<Never, Ended> {
+) -> Result<Infallible, Ended> {
     let ControlMessage::Hello(hello) = control.next().await? else { return Err(Ended::NotHello) };
     let (outbound, packets) = outbound();
     let Call { server_id, server_count, mut inbound } = tokio::select! {
         called = call(requests, &hello, packets) => called?,
-        // Konnectivity may leave a call without an answer for ever.
+        // A Konnectivity server may leave a call without an answer.
         lost = tunnel.closed() => return Err(lost.into()),
     };
     let welcome = Welcome {
@@ -117,41 +119,42 @@ async fn serve(
     });
     let mut served = JoinSet::new();
     let ended = tokio::select! {
-        ended = shared.hear(&mut inbound, &mut served) => ended,
-        ended = shared.converse(control) => ended,
+        ended = shared.receive(&mut inbound, &mut served) => ended,
+        ended = shared.watch_control(control) => ended,
     };
     if matches!(ended, Err(Ended::Tunnel(_) | Ended::Control(_))) {
-        // The agent has left; the server is told how every connection ended, and that it was all.
-        let told = async {
+        // The agent has closed the tunnel. Report the end of every connection, then that of the stream.
+        let reported = async {
             while served.join_next().await.is_some() {}
             drop(shared);
             while let Ok(Some(_)) = inbound.message().await {}
         };
-        // A server that does not read is told by the connection's end.
-        let _ = timeout(FLUSH_TIMEOUT, told).await;
+        // For a server that does not read, the end of the HTTP/2 connection is the report.
+        let _ = timeout(FLUSH_TIMEOUT, reported).await;
     }
     ended
 }
 
-/// What the tasks of one bridge share.
+/// The state that the tasks of one bridge share.
 #[derive(Debug)]
 struct Shared {
     tunnel: Tunnel,
     outbound: Outbound,
     connections: Connections,
-    /// Dials that were not answered.
+    /// Dials without an answer yet, by the server's random number; cancelled when the server gives up.
     dials: Mutex<HashMap<i64, CancellationToken>>,
-    /// The name of the last connection.
+    /// The number of the last connection.
     last_id: AtomicI64,
 }
 
 impl Shared {
-    /// Takes what the server sends. It waits for nobody for long: all connections share this stream.
-    async fn hear(
+    /// Handles the server's packets. No packet may wait for long, because all connections share the
+    /// stream.
+    async fn receive(
         self: &Arc<Self>,
         inbound: &mut Streaming<Packet>,
         served: &mut JoinSet<()>,
-    ) -> Result<Never, Ended> {
+    ) -> Result<Infallible, Ended> {
         loop {
             let message = tokio::select! {
                 message = inbound.message() => message?.ok_or(Ended::Stream)?,
@@ -164,7 +167,7 @@ impl Shared {
                 }
                 PacketMessage::Dial(request) => {
                     let shared = self.clone();
-                    // Counted as Konnectivity counts: a dial that fails uses its number up.
+                    // As in Konnectivity, a dial that fails uses its number up.
                     let id = self.last_id.fetch_add(1, Ordering::Relaxed) + 1;
                     let cancelled = CancellationToken::new();
                     self.dials().insert(request.random, cancelled.clone());
@@ -185,7 +188,7 @@ impl Shared {
                     Some(inbox) => inbox.end(End::Finished),
                     None => self.unknown(id, "Unknown connectID")?,
                 },
-                // What only agents say, and what later versions may.
+                // Only agents send the first three; a later version may send the last.
                 PacketMessage::Dialed(_)
                 | PacketMessage::Closed(_)
                 | PacketMessage::Drain
@@ -198,20 +201,20 @@ impl Shared {
         self.outbound.send_urgent(Packet::close_response(id, reason))
     }
 
-    /// Passes on what the agent says on its control stream, as far as Konnectivity has a word for it.
-    async fn converse(&self, control: &mut ControlStream) -> Result<Never, Ended> {
+    /// Forwards the agent's control messages that Konnectivity has a packet for.
+    async fn watch_control(&self, control: &mut ControlStream) -> Result<Infallible, Ended> {
         loop {
             match control.next().await {
                 Ok(ControlMessage::Drain(_)) => self.outbound.send_urgent(Packet::drain())?,
                 Ok(_) => {}
-                // The tunnel's own reason says more.
+                // The reason is in the tunnel's close.
                 Err(ControlError::Read(ReadError::Lost(lost))) => return Err(lost.into()),
                 Err(error) => return Err(error.into()),
             }
         }
     }
 
-    /// One dial of the server's, and its connection.
+    /// Serves one dial and the connection that it leads to.
     async fn serve(&self, id: i64, request: DialRequest, cancelled: CancellationToken) {
         let random = request.random;
         let dialed = tokio::select! {
@@ -221,13 +224,13 @@ impl Shared {
         self.dials().remove(&random);
         match dialed {
             Ok(stream) => {
-                // AddOutcome before the server can know of it.
+                // Inserted before the server can send data for it.
                 let inbox = self.connections.insert(id);
                 if self.outbound.send(Packet::dial_response(random, Ok(id))).await {
                     self.carry((id, inbox), stream).await;
                 }
             }
-            // A server that is gone needs no answer.
+            // Without effect when the server is gone.
             Err(error) => {
                 self.outbound.send(Packet::dial_response(random, Err(error))).await;
             }
@@ -242,7 +245,7 @@ impl Shared {
         debug!(id, end = ?carried.end, "a Konnectivity server's connection ended");
     }
 
-    /// A stream whose other end is the target; or why not, in the words of a Konnectivity agent.
+    /// Opens a stream to the target. The error is the text that a Konnectivity agent would send.
     async fn dial(&self, request: DialRequest) -> Result<(SendHalf, RecvHalf), String> {
         let request = self.request(request)?;
         let (mut send, mut recv) = self.tunnel.open().await.map_err(|lost| lost.to_string())?;
@@ -272,7 +275,7 @@ impl Shared {
             network,
             target,
             kind: StreamKind::UNKNOWN,
-            // Konnectivity does not say how long it will wait.
+            // Konnectivity's requests have no time-out.
             timeout_millis: 0,
             trace: None,
             extensions: Extensions::default(),
@@ -280,7 +283,6 @@ impl Shared {
     }
 
     fn dials(&self) -> MutexGuard<'_, HashMap<i64, CancellationToken>> {
-        // Every change is complete before it could panic.
-        self.dials.lock().unwrap_or_else(PoisonError::into_inner)
+        self.dials.lock()
     }
 }

@@ -1,4 +1,4 @@
-//! The call to a Konnectivity server: what the agent says of itself, and what the server answers.
+//! The call to a Konnectivity server: the agent's metadata, and the server's in its answer.
 
 use std::{
     pin::Pin,
@@ -21,35 +21,41 @@ use tonic::{
     metadata::{MetadataMap, MetadataValue, errors::InvalidMetadataValue},
 };
 
-/// A Konnectivity server did not take the agent in.
+/// Why a Konnectivity server did not accept the agent.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CallError {
-    /// What the agent is called or announces cannot be said in a header.
+    /// The agent's id, identifiers or token do not fit a header.
     #[error("the agent's name, identifiers or token cannot be sent: {0}")]
     Metadata(#[from] InvalidMetadataValue),
-    /// The server refused the call; the words are the server's.
+    /// The server refused the call, with this text.
     #[error("{}", .0.message())]
     Refused(Status),
     /// The connection ended.
     #[error("{0}")]
     Http(#[from] hyper::Error),
-    /// The server does not say who it is, or how many there are.
+    /// The answer does not name the server, or lacks the number of servers.
     #[error("{0}")]
     Unnamed(String),
 }
 
-/// A call that was taken.
+/// A call that the server has accepted.
 #[derive(Debug)]
 pub(super) struct Call {
     /// The server's name.
     pub(super) server_id: ServerId,
-    /// How many servers there are said to be.
+    /// Number of servers, as the server reports it.
     pub(super) server_count: u32,
-    /// What it sends.
+    /// The server's packets.
     pub(super) inbound: Streaming<Packet>,
 }
 
-/// Introduces the agent; `packets` are what it will say.
+/// Calls the server with the metadata of `hello`; `packets` become the agent's half of the stream.
+///
+/// # Errors
+/// When the server refuses the call or does not name itself.
+///
+/// # Cancel safety
+/// Cancel safe: dropping the future cancels the call.
 pub(super) async fn call(
     requests: http2::SendRequest<Body>,
     hello: &Hello,
@@ -98,7 +104,7 @@ fn one<'a>(metadata: &'a MetadataMap, key: &str) -> Result<&'a str, CallError> {
     }
 }
 
-/// Hyper's request sender in the shape that tonic asks for.
+/// Hyper's request sender as the service that tonic needs.
 #[derive(Clone, Debug)]
 struct Requests(http2::SendRequest<Body>);
 
@@ -157,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn without_identifiers_or_token_the_one_is_empty_and_the_other_left_out() {
+    fn without_identifiers_their_header_is_empty_and_without_a_token_its_header_is_absent() {
         let mut metadata = MetadataMap::new();
         introduce(&mut metadata, &hello(&[], None)).unwrap();
         assert_eq!(metadata.get("agentidentifiers").unwrap(), "");
@@ -165,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_says_once_who_it_is() {
+    fn a_server_names_itself_exactly_once() {
         let mut metadata = MetadataMap::new();
         assert!(one(&metadata, "serverid").is_err());
         metadata.append("serverid", "a".parse().unwrap());

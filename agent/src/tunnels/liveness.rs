@@ -1,59 +1,60 @@
-//! When a tunnel over QUIC is to be doubted: it is asked something and does not answer, or the network
-//! says that its peer cannot be reached. Pure: the caller brings time and what the carrier has measured.
+//! When the peer of a tunnel over QUIC is suspected to be gone: it does not answer, or the network
+//! reports that it cannot be reached. Pure: the caller brings time and the carrier's measurements.
 //!
-//! QUIC itself gives a silent peer the whole idle time-out, because it has nowhere else to go. An
-//! agent has: TCP, or another QUIC connection. It looks for that while the old tunnel lives on, so a
-//! doubt that proves wrong costs a handshake.
+//! QUIC itself waits for a silent peer for the whole idle time-out, because it has no other path. An agent
+//! has: TCP, or another QUIC connection. It tries them while the old tunnel stays, so a suspicion that
+//! proves wrong costs one handshake.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use culvert_transport::TunnelStats;
+use tokio::time::Instant;
 
-/// How often a tunnel is looked at while it carries streams.
-const BUSY_LOOK_INTERVAL: Duration = Duration::from_millis(250);
-/// How often otherwise.
-const IDLE_LOOK_INTERVAL: Duration = Duration::from_secs(1);
-/// How long the peer may take to acknowledge something, and then to answer a question: a second and a
-/// half together, so that dials have another way within three. Long paths have round trips instead.
+/// Interval of the checks while the tunnel carries streams.
+const BUSY_INTERVAL: Duration = Duration::from_millis(250);
+/// Interval of the checks otherwise.
+const IDLE_INTERVAL: Duration = Duration::from_secs(1);
+/// Time for the peer to acknowledge something, and then again to answer a ping. Both together are 1.5 s, so
+/// that dials have another tunnel within 3 s. Long paths have [`ANSWER_ROUND_TRIPS`] instead.
 const ANSWER_LIMIT: Duration = Duration::from_millis(750);
-/// The same in round trips: time for a lost packet's repair, twice.
+/// The same in round trips: time to repair a lost packet, twice.
 const ANSWER_ROUND_TRIPS: u32 = 6;
-/// What arrives within this share of a round trip after the network said that the peer cannot be reached
-/// was on its way before, and proves nothing. An answer takes a whole one.
+/// Share of a round trip for which packets that arrive after a report of the network prove nothing: they
+/// were sent before. An answer takes a whole round trip.
 const REFUSED_SHARE: f64 = 0.75;
-/// Looks in a round trip then, so that one is left between the two.
-const REFUSED_LOOKS: u32 = 8;
-/// Longest and shortest time between them.
-const REFUSED_LOOK_MIN: Duration = Duration::from_millis(1);
-const REFUSED_LOOK_MAX: Duration = Duration::from_millis(25);
-/// Streams may be quiet for this long before the peer is asked whether it is there.
+/// Number of checks per round trip after a report, so that at least one falls between the two.
+const REFUSED_CHECKS: u32 = 8;
+/// Shortest and longest interval of those checks.
+const REFUSED_INTERVAL_MIN: Duration = Duration::from_millis(1);
+const REFUSED_INTERVAL_MAX: Duration = Duration::from_millis(25);
+/// Time for which streams may be quiet before the peer is pinged.
 const QUIET_LIMIT: Duration = Duration::from_secs(2);
 
-/// What is to be done about a tunnel.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// Nothing.
+pub(crate) enum Verdict {
+    /// The peer answers, or has time left to.
     Fine,
-    /// Ask the peer something.
+    /// The peer is to be pinged.
     Ask,
-    /// The peer has not answered; look for another way.
+    /// The peer has not answered a ping.
     Silent,
-    /// The network says that the peer cannot be reached, and it was not heard since; the same.
+    /// The network reports that the peer cannot be reached, and nothing came from it since.
     Refused,
 }
 
-/// Watches one tunnel.
+/// Watches the peer of one tunnel.
 #[derive(Clone, Debug)]
-pub struct Liveness {
+pub(crate) struct Liveness {
     received_bytes: u64,
-    /// What had been sent that the peer must acknowledge, when it was last heard.
+    /// Number of sent frames that the peer must acknowledge, when bytes last came from it.
     eliciting_frames: u64,
     heard_at: Instant,
     asked_at: Option<Instant>,
     refused: Option<Refused>,
 }
 
-/// What was known when the network said that the peer cannot be reached.
+/// A report of the network that the peer cannot be reached.
 #[derive(Clone, Copy, Debug)]
 struct Refused {
     at: Instant,
@@ -61,33 +62,33 @@ struct Refused {
 }
 
 impl Liveness {
-    /// Of a tunnel whose peer has just been heard.
-    pub fn new(now: Instant, stats: &TunnelStats) -> Self {
+    /// Watches a tunnel whose peer has just answered.
+    pub(crate) fn new(now: Instant, stats: &TunnelStats) -> Self {
         let TunnelStats { received_bytes, eliciting_frames, .. } = *stats;
         Self { received_bytes, eliciting_frames, heard_at: now, asked_at: None, refused: None }
     }
 
-    /// When to look next, when it carries so many streams.
-    pub fn interval(&self, streams: usize) -> Duration {
+    /// Time until the next check of a tunnel that carries `streams` streams.
+    pub(crate) fn interval(&self, streams: usize) -> Duration {
         match (self.refused, streams) {
             (Some(Refused { rtt, .. }), _) => {
-                (rtt / REFUSED_LOOKS).clamp(REFUSED_LOOK_MIN, REFUSED_LOOK_MAX)
+                (rtt / REFUSED_CHECKS).clamp(REFUSED_INTERVAL_MIN, REFUSED_INTERVAL_MAX)
             }
-            (None, 0) => IDLE_LOOK_INTERVAL,
-            (None, _) => BUSY_LOOK_INTERVAL,
+            (None, 0) => IDLE_INTERVAL,
+            (None, _) => BUSY_INTERVAL,
         }
     }
 
-    /// The network says that the peer cannot be reached, and the peer was asked whether that is so.
-    pub fn on_refused(&mut self, now: Instant, stats: &TunnelStats) {
+    /// Records that the network reported the peer as unreachable and that the peer was pinged.
+    pub(crate) fn on_refused(&mut self, now: Instant, stats: &TunnelStats) {
         if self.refused.is_none() {
             self.received_bytes = stats.received_bytes;
             self.refused = Some(Refused { at: now, rtt: stats.rtt });
         }
     }
 
-    /// What the tunnel's numbers say now, when it carries so many streams.
-    pub fn look(&mut self, now: Instant, stats: &TunnelStats, streams: usize) -> Verdict {
+    /// Checks a tunnel that carries `streams` streams.
+    pub(crate) fn check(&mut self, now: Instant, stats: &TunnelStats, streams: usize) -> Verdict {
         if let Some(Refused { at, rtt }) = self.refused
             && now.saturating_duration_since(at) < rtt.mul_f64(REFUSED_SHARE)
         {
@@ -120,9 +121,9 @@ impl Liveness {
 mod tests {
     use super::*;
 
-    /// A tunnel that is looked at every quarter of a second.
+    /// A tunnel that is checked every quarter of a second.
     struct Watched {
-        silence: Liveness,
+        liveness: Liveness,
         now: Instant,
         stats: TunnelStats,
     }
@@ -132,87 +133,87 @@ mod tests {
             let mut stats = TunnelStats::default();
             stats.rtt = Duration::from_millis(rtt_millis);
             let now = Instant::now();
-            Self { silence: Liveness::new(now, &stats), now, stats }
+            Self { liveness: Liveness::new(now, &stats), now, stats }
         }
 
-        /// What is said at each of so many looks that is not "fine", and after how many looks.
-        fn look(&mut self, looks: u32, streams: usize) -> Vec<(u32, Verdict)> {
-            let mut said = Vec::new();
-            for look in 1..=looks {
-                self.now += BUSY_LOOK_INTERVAL;
-                let verdict = self.silence.look(self.now, &self.stats, streams);
+        /// The verdicts of `checks` checks other than `Fine`, each with the number of its check.
+        fn check(&mut self, checks: u32, streams: usize) -> Vec<(u32, Verdict)> {
+            let mut verdicts = Vec::new();
+            for check in 1..=checks {
+                self.now += BUSY_INTERVAL;
+                let verdict = self.liveness.check(self.now, &self.stats, streams);
                 if verdict != Verdict::Fine {
-                    said.push((look, verdict));
+                    verdicts.push((check, verdict));
                 }
             }
-            said
+            verdicts
         }
     }
 
     #[test]
-    fn what_is_not_acknowledged_is_asked_for_and_then_doubted() {
+    fn a_peer_that_acknowledges_nothing_is_pinged_and_then_silent() {
         let mut tunnel = Watched::new(50);
         tunnel.stats.eliciting_frames += 1;
-        assert_eq!(tunnel.look(3, 1), [(3, Verdict::Ask)]);
-        // The question itself.
+        assert_eq!(tunnel.check(3, 1), [(3, Verdict::Ask)]);
+        // The ping.
         tunnel.stats.eliciting_frames += 1;
-        assert_eq!(tunnel.look(3, 1), [(3, Verdict::Silent)]);
+        assert_eq!(tunnel.check(3, 1), [(3, Verdict::Silent)]);
     }
 
     #[test]
-    fn a_tunnel_with_nothing_to_carry_is_left_in_peace() {
+    fn a_tunnel_without_streams_is_not_pinged() {
         let mut tunnel = Watched::new(50);
-        assert_eq!(tunnel.look(1000, 0), []);
-        // Until its sign of life is not acknowledged.
+        assert_eq!(tunnel.check(1000, 0), []);
+        // Until its keep-alive is not acknowledged.
         tunnel.stats.eliciting_frames += 1;
-        assert_eq!(tunnel.look(1, 0), [(1, Verdict::Ask)]);
+        assert_eq!(tunnel.check(1, 0), [(1, Verdict::Ask)]);
     }
 
     #[test]
-    fn quiet_streams_are_asked_for_seldom_and_whoever_answers_is_believed() {
+    fn quiet_streams_cause_a_ping_every_two_seconds_and_an_answer_ends_it() {
         let mut tunnel = Watched::new(50);
         for _ in 0..3 {
-            assert_eq!(tunnel.look(8, 1), [(8, Verdict::Ask)]);
+            assert_eq!(tunnel.check(8, 1), [(8, Verdict::Ask)]);
             tunnel.stats.eliciting_frames += 1;
             tunnel.stats.received_bytes += 40;
-            assert_eq!(tunnel.look(1, 1), []);
+            assert_eq!(tunnel.check(1, 1), []);
         }
     }
 
     #[test]
-    fn a_long_path_has_longer() {
+    fn a_long_path_has_more_time() {
         let mut tunnel = Watched::new(500);
         tunnel.stats.eliciting_frames += 1;
-        assert_eq!(tunnel.look(12, 0), [(12, Verdict::Ask)]);
-        assert_eq!(tunnel.look(12, 0), [(12, Verdict::Silent)]);
+        assert_eq!(tunnel.check(12, 0), [(12, Verdict::Ask)]);
+        assert_eq!(tunnel.check(12, 0), [(12, Verdict::Silent)]);
     }
 
     #[test]
-    fn whoever_cannot_be_reached_is_doubted_at_once_and_until_it_answers() {
+    fn a_peer_that_cannot_be_reached_is_suspect_at_once_until_it_answers() {
         let mut tunnel = Watched::new(48);
-        tunnel.silence.on_refused(tunnel.now, &tunnel.stats);
-        assert_eq!(tunnel.silence.interval(0), Duration::from_millis(6));
-        let look = |tunnel: &mut Watched, millis, received| {
+        tunnel.liveness.on_refused(tunnel.now, &tunnel.stats);
+        assert_eq!(tunnel.liveness.interval(0), Duration::from_millis(6));
+        let check = |tunnel: &mut Watched, millis, received| {
             tunnel.stats.received_bytes += received;
             let now = tunnel.now + Duration::from_millis(millis);
-            tunnel.silence.look(now, &tunnel.stats, 1)
+            tunnel.liveness.check(now, &tunnel.stats, 1)
         };
-        assert_eq!(look(&mut tunnel, 0, 0), Verdict::Refused);
-        // What was on its way is no answer.
-        assert_eq!(look(&mut tunnel, 30, 40), Verdict::Refused);
-        assert_eq!(look(&mut tunnel, 36, 0), Verdict::Refused);
-        tunnel.silence.on_refused(tunnel.now + Duration::from_millis(40), &tunnel.stats);
-        assert_eq!(look(&mut tunnel, 48, 40), Verdict::Fine);
-        assert_eq!(tunnel.silence.interval(1), BUSY_LOOK_INTERVAL);
-        assert_eq!(look(&mut tunnel, 75, 0), Verdict::Fine);
+        assert_eq!(check(&mut tunnel, 0, 0), Verdict::Refused);
+        // What was in flight is no answer.
+        assert_eq!(check(&mut tunnel, 30, 40), Verdict::Refused);
+        assert_eq!(check(&mut tunnel, 36, 0), Verdict::Refused);
+        tunnel.liveness.on_refused(tunnel.now + Duration::from_millis(40), &tunnel.stats);
+        assert_eq!(check(&mut tunnel, 48, 40), Verdict::Fine);
+        assert_eq!(tunnel.liveness.interval(1), BUSY_INTERVAL);
+        assert_eq!(check(&mut tunnel, 75, 0), Verdict::Fine);
     }
 
     #[test]
-    fn a_silent_peer_stays_silent_until_it_is_heard() {
+    fn a_silent_peer_stays_silent_until_bytes_arrive() {
         let mut tunnel = Watched::new(50);
         tunnel.stats.eliciting_frames += 1;
-        assert_eq!(tunnel.look(8, 1).len(), 4);
+        assert_eq!(tunnel.check(8, 1).len(), 4);
         tunnel.stats.received_bytes += 1;
-        assert_eq!(tunnel.look(7, 1), []);
+        assert_eq!(tunnel.check(7, 1), []);
     }
 }

@@ -1,6 +1,7 @@
-//! One tunnel to a server, from hello to loss.
+//! One tunnel to a server, from hello to its end.
 
 use std::{
+    convert::Infallible,
     io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -8,7 +9,7 @@ use std::{
 };
 
 use culvert_transport::{
-    Tunnel, TunnelLost,
+    BufferSizes, Tunnel, TunnelLost,
     control::{ControlError, ControlStream, Event},
 };
 use culvert_wire::{
@@ -24,6 +25,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::info;
 
 use crate::{
+    connector::Connected,
     egress::Egress,
     tunnels::{
         ServerTunnel, ServerTunnels, Suspicion,
@@ -31,82 +33,92 @@ use crate::{
     },
 };
 
-/// Streams the server may open at first. Slots cost memory ahead, so more are granted as they
-/// are used.
-pub const FIRST_STREAM_LIMIT: u32 = 256;
+/// Number of streams that the server may open at first. Slots are allocated ahead, so the limit grows
+/// as they are used.
+pub(crate) const FIRST_STREAM_LIMIT: u32 = 256;
 /// Time for the last packets of a closed tunnel.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long, beyond two round trips, a tunnel without streams stays when it drains: a dial may have been
-/// on its way when the server heard of it.
+/// Time, beyond two round trips, for which a draining tunnel stays open without streams: the server may
+/// have sent a dial before it received the drain.
 const DRAIN_LINGER: Duration = Duration::from_millis(100);
 
-/// What every tunnel of one agent has in common.
+/// What all tunnels of one agent share.
 #[derive(Debug)]
-pub struct TunnelContext {
-    /// How streams are served.
-    pub egress: Egress,
+pub(crate) struct SessionContext {
+    /// Serves the streams.
+    pub(crate) egress: Egress,
     /// The agent's name.
-    pub agent_id: AgentId,
-    /// This process among those of the name.
-    pub instance: InstanceId,
-    /// What the agent announces.
-    pub identifiers: Identifiers,
-    /// Where its token is, if it has one; read anew for each tunnel, because it is replaced.
-    pub token_file: Option<PathBuf>,
-    /// Streams the server may have open at most.
-    pub max_streams: u32,
+    pub(crate) agent_id: AgentId,
+    /// Distinguishes this process from others with the same name.
+    pub(crate) instance: InstanceId,
+    /// The identifiers that the agent announces.
+    pub(crate) identifiers: Identifiers,
+    /// File with the agent's token, if it has one. Read for each tunnel, because tokens are rotated.
+    pub(crate) token_file: Option<PathBuf>,
+    /// Maximum number of streams that a server may have open on one tunnel.
+    pub(crate) max_streams: u32,
     /// Bytes per second that one tunnel may send a second time.
-    pub hedge_rate: u32,
-    /// How long streams may go on once the agent drains.
-    pub drain_timeout: Duration,
-    /// Told when the agent is to go away.
-    pub draining: CancellationToken,
+    pub(crate) hedge_rate: u32,
+    /// Time for streams to end once the agent drains.
+    pub(crate) drain_timeout: Duration,
+    /// Cancelled when the agent drains.
+    pub(crate) draining: CancellationToken,
 }
 
-/// Why the server did not take the agent in.
+/// Why the server did not welcome the agent.
 #[derive(Debug, thiserror::Error)]
-pub enum JoinError {
-    /// The tunnel was lost first; the server's reason is in it.
-    #[error("{0}")]
+pub(crate) enum JoinError {
+    /// The tunnel ended first, with the server's reason if it closed the tunnel.
+    #[error(transparent)]
     Lost(#[from] TunnelLost),
     /// The control stream failed.
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// The agent's own token cannot be read.
+    /// The agent's token cannot be read.
     #[error("--service-account-token-path: {0}")]
     Token(#[from] io::Error),
-    /// The server answered with something else.
+    /// The server answered hello with another message.
     #[error("the server answered with another message than welcome")]
     NotWelcome,
 }
 
 impl JoinError {
-    /// Whether it is this agent that the server, or the agent itself, has something against, and not
-    /// the way between them.
-    pub fn is_refusal(&self) -> bool {
-        !matches!(self, Self::Lost(lost) if !matches!(lost, TunnelLost::ClosedByPeer { .. }))
+    /// Whether the server refused this agent, or the agent cannot introduce itself: the path between
+    /// them is not the cause.
+    pub(crate) fn is_refusal(&self) -> bool {
+        match self {
+            Self::Lost(lost) => matches!(lost, TunnelLost::ClosedByPeer { .. }),
+            Self::Control(_) | Self::Token(_) | Self::NotWelcome => true,
+        }
     }
 }
 
-/// A tunnel whose server has taken the agent in. Dropping it closes the tunnel.
+/// A tunnel whose server has welcomed the agent. Dropping it closes the tunnel.
 #[derive(Debug)]
-pub struct Joined {
-    /// What the server said.
-    pub welcome: Welcome,
+pub(crate) struct Joined {
+    /// The server's welcome.
+    pub(crate) welcome: Welcome,
+    /// Sizes of the UDP socket's kernel buffers; `None` over TCP.
+    pub(crate) buffers: Option<BufferSizes>,
     tunnel: Tunnel,
     control: ControlStream,
 }
 
-/// Says hello on a fresh tunnel and waits for the welcome, for as long as the caller does.
+/// Says hello on a new tunnel and waits for the welcome, without a limit of its own.
 ///
 /// # Errors
-/// When the server answers with something else than a welcome; the tunnel is closed then.
+/// When the server does not answer with a welcome, or the token cannot be read. The tunnel is closed
+/// then.
 ///
 /// # Cancel safety
-/// Dropping the future drops the tunnel.
-pub async fn join(tunnel: Tunnel, context: &TunnelContext) -> Result<Joined, JoinError> {
+/// Cancel safe: dropping the future closes the tunnel.
+pub(crate) async fn join(
+    connected: Connected,
+    context: &SessionContext,
+) -> Result<Joined, JoinError> {
+    let Connected { tunnel, buffers } = connected;
     match introduce(&tunnel, context).await {
-        Ok((welcome, control)) => Ok(Joined { welcome, tunnel, control }),
+        Ok((welcome, control)) => Ok(Joined { welcome, buffers, tunnel, control }),
         Err(error) => {
             tunnel.close(CloseCode::PROTOCOL_VIOLATION, &error.to_string());
             Err(error)
@@ -116,7 +128,7 @@ pub async fn join(tunnel: Tunnel, context: &TunnelContext) -> Result<Joined, Joi
 
 async fn introduce(
     tunnel: &Tunnel,
-    context: &TunnelContext,
+    context: &SessionContext,
 ) -> Result<(Welcome, ControlStream), JoinError> {
     let token = match &context.token_file {
         Some(path) => Some(read_token(path).await?),
@@ -142,8 +154,8 @@ async fn introduce(
             Ok((*welcome, control))
         }
         Ok(_) => Err(JoinError::NotWelcome),
-        // A server that refuses an agent closes the tunnel, and its reason says more than how the
-        // stream ended, of which the agent may hear first.
+        // A server that refuses an agent closes the tunnel. The end of the control stream may arrive
+        // first, but the reason is in the close.
         Err(ControlError::Read(_) | ControlError::Ended) => Err(tunnel.closed().await.into()),
         Err(error) => Err(error.into()),
     }
@@ -156,42 +168,51 @@ async fn read_token(path: &Path) -> io::Result<Secret> {
 
 impl Drop for Joined {
     fn drop(&mut self) {
-        // Does nothing when the tunnel is closed already.
+        // Without effect when the tunnel is closed already.
         self.tunnel.close(CloseCode::ABANDONED, "");
     }
 }
 
+/// Why [`Joined::serve`] stopped accepting dials.
+#[derive(Clone, Copy, Debug)]
+enum DrainReason {
+    AgentDrains,
+    Retired,
+}
+
 impl Joined {
     /// The tunnel itself.
-    pub fn tunnel(&self) -> &Tunnel {
+    pub(crate) fn tunnel(&self) -> &Tunnel {
         &self.tunnel
     }
 
-    /// Serves the server's streams until the tunnel is gone, or the agent or this tunnel of it has
-    /// drained; why it went.
-    pub async fn serve(
+    /// Serves the server's streams until the tunnel is lost, or until it has drained because the agent
+    /// drains or a better tunnel replaced it. Returns why the tunnel ended.
+    pub(crate) async fn serve(
         mut self,
-        served: &ServerTunnel,
-        servers: &ServerTunnels,
-        context: Arc<TunnelContext>,
+        entry: &ServerTunnel,
+        tunnels: &ServerTunnels,
+        context: Arc<SessionContext>,
     ) -> TunnelLost {
         let streams = TaskTracker::new();
         let result = tokio::select! {
             biased;
             lost = self.tunnel.closed() => return lost,
-            result = converse(&mut self.control, served, servers, &streams) => result,
+            result = watch_control(&mut self.control, entry, tunnels, &streams) => match result {
+                Err(error) => Err(error),
+            },
             lost = accept(&self.tunnel, &context, &streams) => return lost,
-            () = context.draining.cancelled() => Ok(()),
-            () = served.retired.cancelled() => Ok(()),
+            () = context.draining.cancelled() => Ok(DrainReason::AgentDrains),
+            () = entry.retired() => Ok(DrainReason::Retired),
         };
         let result = match result {
-            Ok(()) => self.drain(served, servers, &context, &streams).await,
+            Ok(reason) => self.drain(reason, entry, tunnels, &context, &streams).await,
             Err(error) => Err(error),
         };
         if let Err(error) = result {
             let code = error.close_code();
             self.tunnel.close(code, &error.to_string());
-            // Nobody hears the last word of a tunnel to a peer that does not answer.
+            // A peer that does not answer does not receive the close either.
             if code != CloseCode::UNRESPONSIVE {
                 self.tunnel.flushed(FLUSH_TIMEOUT).await;
             }
@@ -199,28 +220,30 @@ impl Joined {
         self.tunnel.closed().await
     }
 
-    /// Asks for no new dials, lets the streams end, and closes the tunnel. The time for that begins
-    /// when the agent drains: a tunnel that a better one has replaced stays as long as its streams.
+    /// Asks the server for no new dials, waits for the streams to end, and closes the tunnel. Streams
+    /// have `drain_timeout` from the moment at which the agent drains; those of a retired tunnel have no
+    /// limit until then.
     async fn drain(
         &mut self,
-        served: &ServerTunnel,
-        servers: &ServerTunnels,
-        context: &Arc<TunnelContext>,
+        reason: DrainReason,
+        entry: &ServerTunnel,
+        tunnels: &ServerTunnels,
+        context: &Arc<SessionContext>,
         streams: &TaskTracker,
     ) -> Result<(), ControlError> {
         let limit = context.drain_timeout;
-        let (deadline, why) = match context.draining.is_cancelled() {
-            true => (limit, (CloseCode::DONE, "the agent has drained")),
-            false => {
+        let (announced, drained) = match reason {
+            DrainReason::AgentDrains => (limit, (CloseCode::DONE, "the agent has drained")),
+            DrainReason::Retired => {
                 (Duration::MAX, (CloseCode::SUPERSEDED, "a better tunnel has taken its place"))
             }
         };
-        let deadline_millis = u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX);
-        info!(server_id = %served.server_id, streams = streams.len(), "draining");
+        let deadline_millis = u32::try_from(announced.as_millis()).unwrap_or(u32::MAX);
+        info!(server_id = %entry.server_id, streams = streams.len(), "draining");
         self.control.send(&ControlMessage::Drain(Drain { deadline_millis })).await?;
         streams.close();
         let linger = DRAIN_LINGER + self.tunnel.stats().rtt * 2;
-        let over = async {
+        let timed_out = async {
             context.draining.cancelled().await;
             sleep(limit).await;
         };
@@ -229,31 +252,31 @@ impl Joined {
             streams.wait().await;
         };
         let (code, reason) = tokio::select! {
-            () = all_ended => why,
-            () = over => (CloseCode::SHUTDOWN, "the agent's time to drain is over"),
-            result = converse(&mut self.control, served, servers, streams) => {
-                return result;
-            }
-            // A dial that was on its way when the server heard of the drain is still served.
+            () = all_ended => drained,
+            () = timed_out => (CloseCode::SHUTDOWN, "the agent's time to drain is over"),
+            result = watch_control(&mut self.control, entry, tunnels, streams) => match result {
+                Err(error) => return Err(error),
+            },
+            // A dial that the server sent before it received the drain is still served.
             _ = accept(&self.tunnel, context, streams) => return Ok(()),
         };
-        info!(server_id = %served.server_id, cut = streams.len(), reason, "leaving");
+        info!(server_id = %entry.server_id, cut = streams.len(), reason, "leaving");
         let goodbye = Goodbye { code: code.as_u32(), reason: Text::truncated(reason.into()) };
-        let told = self.control.send(&ControlMessage::Goodbye(goodbye)).await;
+        let sent = self.control.send(&ControlMessage::Goodbye(goodbye)).await;
         self.tunnel.close(code, reason);
         self.tunnel.flushed(FLUSH_TIMEOUT).await;
-        told
+        sent
     }
 }
 
-/// Answers the server's messages and watches whether it is there; ends only with an error.
-async fn converse(
+/// Handles the server's messages and watches whether the server answers. Ends only with an error.
+async fn watch_control(
     control: &mut ControlStream,
-    served: &ServerTunnel,
-    servers: &ServerTunnels,
+    entry: &ServerTunnel,
+    tunnels: &ServerTunnels,
     streams: &TaskTracker,
-) -> Result<(), ControlError> {
-    let mut silence = Liveness::new(now(), &served.tunnel.stats());
+) -> Result<Infallible, ControlError> {
+    let mut liveness = Liveness::new(Instant::now(), &entry.tunnel.stats());
     loop {
         tokio::select! {
             event = control.event() => match event? {
@@ -266,14 +289,15 @@ async fn converse(
                 // A second welcome, or a hello from the wrong side.
                 Event::Message(_) => return Err(ControlError::Unexpected),
                 Event::Unreachable(_) => {
-                    silence.on_refused(now(), &served.tunnel.stats());
-                    servers.set_suspicion(served, Some(Suspicion::Refused));
+                    liveness.on_refused(Instant::now(), &entry.tunnel.stats());
+                    tunnels.set_suspicion(entry, Some(Suspicion::Refused));
                 }
             },
-            // TCP tells of a peer that is gone in its own time, and there is no better way.
-            () = sleep(silence.interval(streams.len())), if served.rank.is_quic() => {
-                let verdict = silence.look(now(), &served.tunnel.stats(), streams.len());
-                servers.set_suspicion(served, match verdict {
+            // The kernel watches a TCP connection by itself.
+            () = sleep(liveness.interval(streams.len())), if entry.rank.is_quic() => {
+                let stats = entry.tunnel.stats();
+                let verdict = liveness.check(Instant::now(), &stats, streams.len());
+                tunnels.set_suspicion(entry, match verdict {
                     Verdict::Fine | Verdict::Ask => None,
                     Verdict::Silent => Some(Suspicion::Silent),
                     Verdict::Refused => Some(Suspicion::Refused),
@@ -286,15 +310,10 @@ async fn converse(
     }
 }
 
-/// The time that tokio's timers go by.
-fn now() -> std::time::Instant {
-    Instant::now().into_std()
-}
-
-/// Serves each stream in a task of its own, and grants more as they are used up.
+/// Serves each stream in a task of its own, and raises the server's limit of streams as they are used.
 async fn accept(
     tunnel: &Tunnel,
-    context: &Arc<TunnelContext>,
+    context: &Arc<SessionContext>,
     streams: &TaskTracker,
 ) -> TunnelLost {
     let mut limit = FIRST_STREAM_LIMIT.min(context.max_streams);
@@ -317,3 +336,6 @@ async fn accept(
         streams.spawn(async move { context.egress.serve((send, recv)).await });
     }
 }
+
+#[cfg(test)]
+mod tests;

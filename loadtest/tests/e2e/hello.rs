@@ -18,7 +18,8 @@ async fn a_hello_has_the_agents_name_identifiers_and_token(#[values(Quic, Tcp)] 
         std::fs::write(&token, "first\n").unwrap();
         let fake = FakeServer::start(carrier, |config| {
             config.servers.token_file = Some(token.clone());
-            config.identifier_pairs = vec![("ipv4".into(), "10.0.0.1".into())];
+            config.identifiers =
+                vec![Identifier::new("ipv4", "10.0.0.1").unwrap()].try_into().unwrap();
         })
         .await;
         let (tunnel, _control, hello) = fake.agent_joins().await;

@@ -71,24 +71,6 @@ impl AdminResponse {
     }
 }
 
-/// Readiness of an agent as Konnectivity words it: 200 `ok` (or the list of checks, when `verbose`), or
-/// 503 and the list while no server is connected. `tunnels` are lines of ours about each tunnel, behind
-/// Konnectivity's.
-pub fn agent_readiness(connected: bool, verbose: bool, tunnels: &[String]) -> AdminResponse {
-    let lines: String = tunnels.iter().map(|line| format!("{line}\n")).collect();
-    match (connected, verbose) {
-        (true, false) => AdminResponse::text(StatusCode::OK, "ok"),
-        (true, true) => {
-            let checks = "[+]ping ok\n[+]server-connected ok\n";
-            AdminResponse::text(StatusCode::OK, format!("{checks}{lines}check passed\n"))
-        }
-        (false, _) => {
-            let checks = "[+]ping ok\n[-]server-connected failed: no servers connected\n";
-            AdminResponse::text(StatusCode::SERVICE_UNAVAILABLE, format!("{checks}{lines}"))
-        }
-    }
-}
-
 /// The parts of a request that handlers read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct AdminRequest<'a> {
@@ -140,7 +122,7 @@ impl Routes {
         self.on("/healthz", |_| AdminResponse::text(StatusCode::OK, "ok"))
     }
 
-    /// Adds `/readyz` and its old name `/ready`; see [`agent_readiness`].
+    /// Adds `/readyz` and its old name `/ready`.
     pub fn readyz(
         self,
         ready: impl Fn(AdminRequest<'_>) -> AdminResponse + Send + Sync + 'static,

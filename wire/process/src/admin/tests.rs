@@ -35,27 +35,16 @@ async fn paths_that_were_added_are_served_under_their_names_and_no_others() {
     }
 }
 
-#[tokio::test]
-async fn an_agent_answers_as_konnectivity_does() {
-    const FAILED: &str = "[+]ping ok\n[-]server-connected failed: no servers connected\n";
-    const FAILED_WITH: &str =
-        "[+]ping ok\n[-]server-connected failed: no servers connected\n[+]a tunnel\n";
-    const PASSED: &str = "[+]ping ok\n[+]server-connected ok\ncheck passed\n";
-    const PASSED_WITH: &str = "[+]ping ok\n[+]server-connected ok\n[+]a tunnel\ncheck passed\n";
-    for (connected, path, expected) in [
-        (true, "/readyz", (200, "ok")),
-        (true, "/ready?verbose", (200, PASSED_WITH)),
-        (true, "/ready?a=b&verbose=1", (200, PASSED)),
-        (true, "/ready?verbosely", (200, "ok")),
-        (false, "/readyz", (503, FAILED)),
-        (false, "/readyz?verbose", (503, FAILED_WITH)),
+#[test]
+fn a_query_is_verbose_with_that_key_alone() {
+    for (query, verbose) in [
+        ("", false),
+        ("verbose", true),
+        ("a=b&verbose=1", true),
+        ("verbosely", false),
+        ("a=verbose", false),
     ] {
-        let tunnels =
-            if path.ends_with("verbose") { vec!["[+]a tunnel".to_owned()] } else { vec![] };
-        let routes =
-            Routes::new().readyz(move |ask| agent_readiness(connected, ask.is_verbose(), &tunnels));
-        let (status, body) = get(&serve_on_free_port(routes), path).await;
-        assert_eq!((status, body.as_str()), expected, "{path}");
+        assert_eq!(AdminRequest { query, host: "" }.is_verbose(), verbose, "{query}");
     }
 }
 

@@ -1,0 +1,142 @@
+//! The steps of an attempt that touch files and the network. Tests script them through [`Connect`].
+
+use std::{fmt, net::SocketAddr};
+
+use culvert_konnectivity::ALPN_H2;
+use culvert_transport::{
+    BufferSizes, Carrier, Settings, Tunnel, quic,
+    tcp::{self, Proxies},
+    tls::{KeyExchange, TlsError},
+};
+use tokio_util::task::TaskTracker;
+
+use crate::{
+    config::ServersConfig,
+    connector::{
+        error::{CarrierError, ResolveError},
+        options::CarrierOrder,
+        resolve::{ServerAddress, resolve},
+        tls::ClientTls,
+    },
+    konnectivity,
+};
+
+/// UDP payload that every path carries that carries QUIC at all, in bytes (RFC 9000 §14).
+const SMALLEST_MTU: u16 = 1200;
+
+/// A tunnel whose handshake has succeeded. The server has not welcomed the agent yet.
+#[derive(Debug)]
+pub(crate) struct Connected {
+    /// The tunnel.
+    pub(crate) tunnel: Tunnel,
+    /// Sizes of the UDP socket's kernel buffers; `None` over TCP.
+    pub(crate) buffers: Option<BufferSizes>,
+}
+
+/// The steps of an attempt that touch files and the network.
+pub(crate) trait Connect: fmt::Debug + Send + Sync + 'static {
+    /// What [`Connect::read_tls`] reads.
+    type Tls: Send + Sync;
+
+    /// Reads certificate, key and CA, so that a rotated file needs no restart.
+    ///
+    /// # Errors
+    /// When one of them cannot be used.
+    fn read_tls(&self) -> Result<Self::Tls, TlsError>;
+
+    /// Resolves the servers' name, in random order but `first` at the front, so that a server that
+    /// has moved needs no restart.
+    ///
+    /// # Errors
+    /// When there is no address.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    fn resolve(
+        &self,
+        order: CarrierOrder,
+        first: Option<SocketAddr>,
+    ) -> impl Future<Output = Result<Vec<(ServerAddress, CarrierOrder)>, ResolveError>> + Send;
+
+    /// Makes a tunnel over one carrier. [`Carrier::Tcp`] leads to a tunnel over [`Carrier::Grpc`]
+    /// where the server is Konnectivity's.
+    ///
+    /// # Errors
+    /// When the handshake fails.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: dropping the future abandons the handshake.
+    fn connect(
+        &self,
+        carrier: Carrier,
+        address: &ServerAddress,
+        tls: &Self::Tls,
+        large_packets: bool,
+    ) -> impl Future<Output = Result<Connected, CarrierError>> + Send;
+}
+
+/// Connects over the network.
+#[derive(Debug)]
+pub(crate) struct NetworkConnect {
+    /// The servers' name, certificates and keys.
+    pub(crate) servers: ServersConfig,
+    /// Settings of every tunnel.
+    pub(crate) settings: Settings,
+    /// Key exchanges that are offered.
+    pub(crate) key_exchange: KeyExchange,
+    /// Proxies for TCP.
+    pub(crate) proxies: Proxies,
+    /// Owner of the tasks that bridge Konnectivity servers. Each ends with its tunnel.
+    pub(crate) bridges: TaskTracker,
+}
+
+impl Connect for NetworkConnect {
+    type Tls = ClientTls;
+
+    fn read_tls(&self) -> Result<ClientTls, TlsError> {
+        ClientTls::from_files(&self.servers, self.key_exchange)
+    }
+
+    async fn resolve(
+        &self,
+        order: CarrierOrder,
+        first: Option<SocketAddr>,
+    ) -> Result<Vec<(ServerAddress, CarrierOrder)>, ResolveError> {
+        resolve(&self.servers.host, self.servers.port, &self.proxies, order, first).await
+    }
+
+    async fn connect(
+        &self,
+        carrier: Carrier,
+        address: &ServerAddress,
+        tls: &ClientTls,
+        large_packets: bool,
+    ) -> Result<Connected, CarrierError> {
+        let mut settings = self.settings;
+        if !large_packets {
+            settings.mtu_cap = settings.mtu_cap.min(SMALLEST_MTU);
+        }
+        let name = self.servers.name.to_str();
+        match carrier {
+            Carrier::Quic => {
+                let remote = address.quic.ok_or(CarrierError::UnknownAddress)?;
+                let tls = tls.quic.clone();
+                let (connection, buffers) = quic::connect(remote, &name, tls, &settings).await?;
+                Ok(Connected { tunnel: connection.into(), buffers: Some(buffers) })
+            }
+            Carrier::Tcp | Carrier::Grpc => {
+                let tls = tls.tcp.clone();
+                let connected = tcp::handshake(&address.tcp, &name, tls, &settings).await?;
+                let tunnel = match connected.protocol() {
+                    Some(ALPN_H2) => {
+                        let keep_alive = self.servers.keep_alive_interval;
+                        konnectivity::connect(connected, keep_alive, &settings, &self.bridges)
+                            .await?
+                    }
+                    _ => connected.begin(&settings).await?.into(),
+                };
+                Ok(Connected { tunnel, buffers: None })
+            }
+        }
+    }
+}

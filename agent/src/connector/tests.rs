@@ -1,0 +1,259 @@
+use std::collections::HashSet;
+
+use bytes::Bytes;
+use culvert_transport::{Carrier, memory::Side};
+use tokio::{sync::mpsc, time::timeout};
+
+use super::*;
+use crate::{
+    test_support::{Call, Scripted, ServerEnd, Step, config, context},
+    tunnels::Suspicion,
+};
+
+const ADDRESS: &str = "10.0.0.1:8132";
+
+/// A connector that runs on a scripted network.
+struct Running {
+    scripted: Arc<Scripted>,
+    ends: mpsc::UnboundedReceiver<ServerEnd>,
+    tunnels: Arc<ServerTunnels>,
+    metrics: Arc<AgentMetrics>,
+    context: Arc<SessionContext>,
+    task: AbortOnDropHandle<()>,
+}
+
+fn run(script: impl Fn(&Call) -> Step + Send + Sync + 'static) -> Running {
+    let (scripted, ends) = Scripted::new(&[ADDRESS], script);
+    let tunnels = Arc::new(ServerTunnels::default());
+    let metrics = Arc::new(AgentMetrics::new().unwrap());
+    let context = Arc::new(context(None));
+    let connector = Connector {
+        connect: scripted.clone(),
+        plan: Plan::new(&config(&[]), Instant::now()),
+        tunnels: tunnels.clone(),
+        metrics: metrics.clone(),
+    };
+    let task = AbortOnDropHandle::new(tokio::spawn(connector.run(context.clone())));
+    Running { scripted, ends, tunnels, metrics, context, task }
+}
+
+fn welcome(carrier: Carrier, server: impl ToString, count: u32) -> Step {
+    Step::Welcome { millis: 5, carrier, server: server.to_string(), count }
+}
+
+impl Running {
+    /// Waits, in steps of the paused clock, until `condition` is true.
+    async fn until(&self, condition: impl Fn(&Self) -> bool) {
+        let wait = async {
+            while !condition(self) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        timeout(Duration::from_secs(3600), wait).await.expect("within an hour");
+    }
+
+    async fn until_connected(&self, count: u32) {
+        self.until(|running| running.tunnels.connected() == count).await;
+    }
+
+    fn carriers(&self) -> Vec<Carrier> {
+        self.tunnels.in_use().iter().map(|tunnel| tunnel.tunnel.carrier()).collect()
+    }
+
+    /// The value of a counter, 0 before it was counted.
+    fn metric(&self, name: &str) -> u64 {
+        let text = self.metrics.render(&self.tunnels);
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        line.map_or(0, |value| value.trim().parse().unwrap())
+    }
+}
+
+fn attempts(result: &str) -> String {
+    format!("culvert_agent_connect_attempts_total{{result=\"{result}\"}}")
+}
+
+/// Whether the agent closed a tunnel with this code.
+fn closed_with(lost: &TunnelLost, expected: CloseCode) -> bool {
+    matches!(lost, TunnelLost::ClosedByPeer { code, .. } if *code == expected)
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_server_behind_one_address_is_found() {
+    // The address leads to three servers in turn, and to the same one twice in a row.
+    let running = run(|call| welcome(Carrier::Quic, format!("server-{}", call.number / 2 % 3), 3));
+    running.until_connected(3).await;
+    let names: HashSet<_> =
+        running.tunnels.in_use().iter().map(|tunnel| tunnel.server_id.to_string()).collect();
+    assert_eq!(names.len(), 3, "{names:?}");
+    // Then there are no further attempts.
+    let calls = running.scripted.calls().len();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(running.scripted.calls().len(), calls);
+    assert_eq!(running.metric(&attempts("ok")), calls as u64);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_duplicate_tunnel_is_closed_and_the_first_one_stays() {
+    let mut running = run(|_| welcome(Carrier::Quic, "server-0", 2));
+    let first = running.ends.recv().await.unwrap();
+    let second = running.ends.recv().await.unwrap();
+    let lost = second.tunnel.closed().await;
+    assert!(closed_with(&lost, CloseCode::DONE), "{lost}");
+    assert_eq!(running.tunnels.connected(), 1);
+    assert!(timeout(Duration::from_secs(60), first.tunnel.closed()).await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_server_is_looked_for_after_a_delay() {
+    let mut running = run(|_| welcome(Carrier::Quic, "server-0", 1));
+    running.until_connected(1).await;
+    let lost_at = Instant::now();
+    running.ends.recv().await.unwrap().tunnel.close(CloseCode::SHUTDOWN, "restart");
+    running.until_connected(0).await;
+    running.until_connected(1).await;
+    let elapsed = lost_at.elapsed();
+    let delay = Duration::from_millis(500)..Duration::from_millis(1100);
+    assert!(delay.contains(&elapsed), "{elapsed:?}");
+    assert_eq!(running.metric("culvert_agent_tunnels_lost_total{reason=\"shutdown\"}"), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn attempts_that_fail_are_repeated_with_growing_delays() {
+    let running = run(|call| match call.number {
+        // Each of the first attempts tries both carriers.
+        0..10 => Step::Refuse { millis: 0 },
+        _ => welcome(call.carrier, "server-0", 1),
+    });
+    running.until_connected(1).await;
+    assert_eq!(running.metric(&attempts("connect_failed")), 5);
+    let times: Vec<_> = running.scripted.calls().iter().map(|(millis, ..)| *millis).collect();
+    let starts: Vec<_> = times.chunks(2).map(|pair| pair[0]).collect();
+    for (delay, longest) in
+        starts.windows(2).map(|pair| pair[1] - pair[0]).zip([1000, 1500, 2250, 3375, 5063])
+    {
+        assert!((longest / 2 - 2..=longest + 2).contains(&delay), "{starts:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_whose_server_falls_silent_is_replaced_while_it_stays() {
+    let mut running = run(|call| welcome(call.carrier, "server-0", 1));
+    running.until_connected(1).await;
+    let end = running.ends.recv().await.unwrap();
+    let (mut send, _recv) = end.tunnel.open().await.unwrap();
+    send.write_chunk(Bytes::from_static(&[0x10])).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let silent_at = Instant::now();
+    end.line.silence(Side::Server);
+    running.until(|running| running.tunnels.retired() == 1).await;
+    let elapsed = silent_at.elapsed();
+    assert!(elapsed < Duration::from_secs(4), "{elapsed:?}");
+    assert_eq!(running.tunnels.connected(), 1);
+    // The tunnel was young, so TCP went first.
+    assert_eq!(running.carriers(), [Carrier::Tcp]);
+    assert!(!running.scripted.last_call().large_packets);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_answers_again_ends_the_attempt_to_replace_its_tunnel() {
+    let mut running = run(|call| match call.number {
+        0 => welcome(Carrier::Quic, "server-0", 1),
+        _ => Step::Hang,
+    });
+    running.until_connected(1).await;
+    let _end = running.ends.recv().await.unwrap();
+    let tunnel = running.tunnels.in_use().remove(0);
+    running.tunnels.set_suspicion(&tunnel, Some(Suspicion::Refused));
+    running.until(|running| running.scripted.calls().len() == 3).await;
+    running.tunnels.set_suspicion(&tunnel, None);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(running.scripted.calls().len(), 3, "both carriers were tried once");
+    assert_eq!(running.metric(&attempts("connect_failed")), 0, "the attempt was abandoned");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_moves_to_quic_once_quic_works() {
+    let mut running = run(|call| match (call.carrier, call.millis) {
+        (Carrier::Quic, 0..60_000) => Step::Refuse { millis: 0 },
+        (carrier, _) => welcome(carrier, "server-0", 1),
+    });
+    running.until_connected(1).await;
+    assert_eq!(running.carriers(), [Carrier::Tcp]);
+    let old = running.ends.recv().await.unwrap();
+    running.until(|running| running.carriers() == [Carrier::Quic]).await;
+    let lost = old.tunnel.closed().await;
+    assert!(closed_with(&lost, CloseCode::SUPERSEDED), "{lost}");
+    let switched = "culvert_agent_transport_switches_total\
+                    {from=\"tcp\",to=\"quic\",reason=\"quic_works\"}";
+    assert_eq!(running.metric(switched), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_ends_every_tunnel_and_the_connector() {
+    let mut running = run(|call| welcome(Carrier::Quic, format!("server-{}", call.number % 3), 3));
+    running.until_connected(3).await;
+    running.context.draining.cancel();
+    (&mut running.task).await.unwrap();
+    assert_eq!(running.tunnels.connected(), 0);
+    for _ in 0..3 {
+        let lost = running.ends.recv().await.unwrap().tunnel.closed().await;
+        assert!(closed_with(&lost, CloseCode::DONE), "{lost}");
+    }
+    assert_eq!(running.metric("culvert_agent_tunnels_lost_total{reason=\"done\"}"), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_that_panics_has_failed_and_another_one_follows_after_a_delay() {
+    let running = run(|call| match call.number {
+        0 => Step::Panic,
+        _ => welcome(Carrier::Quic, "server-0", 1),
+    });
+    running.until_connected(1).await;
+    assert_eq!(running.metric(&attempts("panicked")), 1);
+    let (millis, ..) = running.scripted.calls()[1];
+    assert!((500..=1001).contains(&millis), "{millis}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_that_panics_is_counted_and_its_server_looked_for_after_a_delay() {
+    let (scripted, _ends) = Scripted::new(&[ADDRESS], |_| Step::Hang);
+    let mut connector = Connector {
+        connect: scripted,
+        plan: Plan::new(&config(&[]), Instant::now()),
+        tunnels: Arc::default(),
+        metrics: Arc::new(AgentMetrics::new().unwrap()),
+    };
+    let mut sessions = Sessions::new();
+    sessions.spawn(async { panic!("scripted") });
+    let ended = sessions.join_next().await.unwrap();
+    connector.on_session_end(ended);
+    let (goal, at) = connector.plan.next(&connector.snapshot(), None, Instant::now()).unwrap();
+    assert_eq!(goal, Goal::Find);
+    assert!(at >= Instant::now() + Duration::from_millis(500));
+    let scrape = connector.metrics.render(&connector.tunnels);
+    assert!(scrape.contains("culvert_agent_tunnels_lost_total{reason=\"panicked\"} 1"), "{scrape}");
+}
+
+#[test]
+fn the_reason_for_a_carrier_is_a_label() {
+    use crate::connector::quic_outcome::QuicFailure;
+    let refused = QuicOutcome::Failed(QuicFailure::Refused);
+    for (goal, order, quic, rank, label) in [
+        (Goal::Find, CarrierOrder::QuicFirst, refused, Rank::Tcp, "quic_refused"),
+        (Goal::Probe, CarrierOrder::Quic, QuicOutcome::Worked, Rank::Quic, "quic_works"),
+        (
+            Goal::Replace,
+            CarrierOrder::QuicFirst,
+            QuicOutcome::Worked,
+            Rank::SmallQuic,
+            "quic_silent",
+        ),
+        (Goal::Find, CarrierOrder::TcpFirst, QuicOutcome::Unknown, Rank::Tcp, "quic_failed_before"),
+        (Goal::Find, CarrierOrder::TcpFirst, QuicOutcome::Worked, Rank::Quic, "first_choice"),
+        (Goal::Find, CarrierOrder::QuicFirst, QuicOutcome::Worked, Rank::Quic, "first_choice"),
+        (Goal::Find, CarrierOrder::Quic, QuicOutcome::Worked, Rank::Quic, "only_choice"),
+        (Goal::Find, CarrierOrder::Tcp, QuicOutcome::Unknown, Rank::Tcp, "only_choice"),
+    ] {
+        assert_eq!(reason(goal, order, quic, rank), label);
+    }
+}

@@ -1,0 +1,152 @@
+use bytes::Bytes;
+use culvert_transport::{Carrier, ReadError, Settings, WriteError, memory::Pair, qmux::Peer};
+use culvert_wire::{
+    DialId,
+    dial::{Network, StreamKind},
+};
+use nix::errno::Errno;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{
+    scripted::{Scripted, Step},
+    *,
+};
+
+const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// An agent that serves one stream, and the server's halves of that stream.
+struct Served {
+    send: SendHalf,
+    recv: RecvHalf,
+    metrics: Arc<AgentMetrics>,
+    _serving: AbortOnDropHandle<()>,
+    _pair: Pair,
+}
+
+/// Opens a stream with `head` as its first bytes to an agent on `network`.
+async fn serve(network: Scripted, head: Bytes) -> Served {
+    let settings = Settings::default();
+    let peer = Peer::local(Carrier::Tcp);
+    let pair = Pair::without_idle_timeout(peer, &settings, &settings).await.unwrap();
+    let (mut send, recv) = pair.server.open().await.unwrap();
+    send.write_chunk(head).await.unwrap();
+    let stream = pair.agent.accept().await.unwrap();
+    let metrics = Arc::new(AgentMetrics::new().unwrap());
+    let egress = Egress { network, dial_timeout: DIAL_TIMEOUT, metrics: metrics.clone() };
+    let serving = tokio::spawn(async move { egress.serve(stream).await });
+    Served { send, recv, metrics, _serving: AbortOnDropHandle::new(serving), _pair: pair }
+}
+
+fn request() -> DialRequest {
+    DialRequest {
+        id: DialId(1),
+        network: Network::Tcp,
+        target: "node-1:10250".parse().unwrap(),
+        kind: StreamKind::UNKNOWN,
+        timeout_millis: 0,
+        trace: None,
+        extensions: Extensions::default(),
+    }
+}
+
+async fn serve_request(network: Scripted, request: &DialRequest) -> Served {
+    serve(network, frame::encode(request).unwrap()).await
+}
+
+impl Served {
+    async fn reply(&mut self) -> DialReply {
+        self.recv.read_frame(DialReply::MAX_LEN).await.unwrap().message().unwrap()
+    }
+
+    async fn read(&mut self) -> Result<Option<Bytes>, ReadError> {
+        let mut chunks = [Bytes::new()];
+        let count = self.recv.read_chunks(&mut chunks).await?;
+        let [chunk] = chunks;
+        Ok(count.map(|_| chunk))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dialed_target_is_spliced_after_the_reply() {
+    let network = Scripted::resolving(&["10.0.0.1:10250"])
+        .lookup_takes(20)
+        .connects(Step::after(5).connects());
+    let mut served = serve_request(network, &request()).await;
+    // Bytes may follow the request before the reply has come.
+    served.send.write_chunk(Bytes::from_static(b"echo")).await.unwrap();
+    let reply = served.reply().await;
+    assert_eq!(reply.outcome, Ok(()));
+    assert_eq!((reply.timing.resolve_micros, reply.timing.connect_micros), (20_000, 5_000));
+    assert_eq!(served.read().await, Ok(Some(Bytes::from_static(b"echo"))));
+    served.send.finish();
+    assert_eq!(served.read().await, Ok(None));
+    assert_eq!(served.metrics.meter.to_tunnel(), 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_dial_is_reported_with_its_text_and_timing() {
+    let network = Scripted::resolving(&["10.0.0.1:10250"])
+        .connects(Step::after(5).fails(Errno::ECONNREFUSED));
+    let mut served = serve_request(network, &request()).await;
+    let DialReply { outcome, timing, .. } = served.reply().await;
+    let failure = outcome.unwrap_err();
+    assert_eq!(failure.kind, DialErrorKind::REFUSED);
+    assert_eq!(*failure.text, *"dial tcp 10.0.0.1:10250: connect: connection refused");
+    assert_eq!(timing.connect_micros, 5_000);
+    assert_eq!(served.read().await, Ok(None), "the stream ends cleanly");
+    assert_eq!(served.send.stopped().await, Ok(Some(StreamCode::DIAL_FAILED)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_shorter_limit_of_agent_and_server_applies() {
+    for (timeout_millis, limit) in
+        [(0, DIAL_TIMEOUT), (2_000, Duration::from_secs(2)), (60_000, DIAL_TIMEOUT)]
+    {
+        let network =
+            Scripted::resolving(&["10.0.0.1:10250"]).connects(Step::after(100_000).connects());
+        let started = Instant::now();
+        let request = DialRequest { timeout_millis, ..request() };
+        let mut served = serve_request(network, &request).await;
+        let failure = served.reply().await.outcome.unwrap_err();
+        assert_eq!(failure.kind, DialErrorKind::TIMEOUT);
+        assert_eq!(started.elapsed(), limit, "{timeout_millis}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_that_the_server_abandons_ends_at_once() {
+    for by_reset in [true, false] {
+        let mut network =
+            Scripted::resolving(&["10.0.0.1:10250"]).connects(Step::after(100_000).connects());
+        let mut abandoned = network.report_abandoned();
+        let started = Instant::now();
+        let mut served = serve_request(network, &request()).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        match by_reset {
+            true => served.send.reset(StreamCode::CANCELLED),
+            false => served.recv.stop(StreamCode::CANCELLED),
+        }
+        abandoned.recv().await.unwrap();
+        assert_eq!(started.elapsed(), Duration::from_secs(1), "{by_reset}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_without_a_request_in_time_is_refused() {
+    let started = Instant::now();
+    let network = Scripted::unresolvable("not dialed");
+    let mut served = serve(network, Bytes::from_static(&[DialRequest::KIND])).await;
+    assert_eq!(served.read().await, Err(ReadError::Reset(StreamCode::MALFORMED)));
+    assert_eq!(started.elapsed(), HEADER_TIMEOUT);
+    let written = served.send.write_chunk(Bytes::from_static(b"more")).await;
+    assert_eq!(written, Err(WriteError::Stopped(StreamCode::MALFORMED)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_begins_with_something_else_is_refused_at_once() {
+    let started = Instant::now();
+    let network = Scripted::unresolvable("not dialed");
+    let mut served = serve(network, Bytes::from_static(&[0x7f, 0, 1, 9])).await;
+    assert_eq!(served.read().await, Err(ReadError::Reset(StreamCode::MALFORMED)));
+    assert_eq!(started.elapsed(), Duration::ZERO);
+}

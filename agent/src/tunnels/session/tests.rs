@@ -1,0 +1,313 @@
+use bytes::Bytes;
+use culvert_transport::{Carrier, ReadError, RecvHalf, SendHalf, memory::Side};
+use culvert_wire::{dial::DialRequest, frame::Message as _};
+use tokio::time::timeout;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::*;
+use crate::{
+    test_support::{ServerEnd, connect, context, welcome},
+    tunnels::{AddOutcome, NewTunnel, Rank},
+};
+
+/// Joins on a new tunnel; `answer` is the server's part.
+async fn join_with<T>(
+    context: &SessionContext,
+    answer: impl AsyncFnOnce(ServerEnd) -> T,
+) -> (Result<Joined, JoinError>, T) {
+    let (connected, end) = connect(Carrier::Quic).await;
+    tokio::join!(join(connected, context), answer(end))
+}
+
+/// A session that is served, and the server's end of it.
+struct Serving {
+    end: ServerEnd,
+    control: ControlStream,
+    context: Arc<SessionContext>,
+    tunnels: Arc<ServerTunnels>,
+    entry: Arc<ServerTunnel>,
+    session: AbortOnDropHandle<TunnelLost>,
+}
+
+async fn serve(context: SessionContext) -> Serving {
+    let (joined, (end, control)) = join_with(&context, async |end: ServerEnd| {
+        let (mut control, _) = end.hello().await;
+        control.send(&welcome("server-0", 1)).await.unwrap();
+        (end, control)
+    })
+    .await;
+    let joined = joined.unwrap();
+    let (context, tunnels) = (Arc::new(context), Arc::new(ServerTunnels::default()));
+    let entry = add(&tunnels, joined.tunnel(), Rank::Quic);
+    let task = {
+        let (entry, tunnels, context) = (entry.clone(), tunnels.clone(), context.clone());
+        tokio::spawn(async move { joined.serve(&entry, &tunnels, context).await })
+    };
+    Serving { end, control, context, tunnels, entry, session: AbortOnDropHandle::new(task) }
+}
+
+fn add(tunnels: &ServerTunnels, tunnel: &Tunnel, rank: Rank) -> Arc<ServerTunnel> {
+    let new = NewTunnel {
+        server_id: "server-0".parse().unwrap(),
+        tunnel: tunnel.clone(),
+        buffers: None,
+        rank,
+        reason: "first_choice",
+    };
+    match tunnels.add(new, Instant::now()) {
+        AddOutcome::New(added) | AddOutcome::Replaced { added, .. } => added,
+        AddOutcome::Duplicate => panic!("not added"),
+    }
+}
+
+impl Serving {
+    /// Opens a stream whose dial request never comes to its end: it stays open for ten seconds.
+    async fn open(&self) -> (SendHalf, RecvHalf) {
+        let (mut send, recv) = self.end.tunnel.open().await.unwrap();
+        send.write_chunk(Bytes::from_static(&[DialRequest::KIND])).await.unwrap();
+        (send, recv)
+    }
+
+    async fn drain(&mut self) -> Drain {
+        match self.control.next().await.unwrap() {
+            ControlMessage::Drain(drain) => drain,
+            other => panic!("expected drain, got {other:?}"),
+        }
+    }
+
+    /// The code with which the agent closes the tunnel.
+    async fn closed(&self) -> CloseCode {
+        match self.end.tunnel.closed().await {
+            TunnelLost::ClosedByPeer { code, .. } => code,
+            other => panic!("not closed by the agent: {other}"),
+        }
+    }
+}
+
+async fn read(recv: &mut RecvHalf) -> Result<Option<usize>, ReadError> {
+    recv.read_chunks(&mut [Bytes::new()]).await
+}
+
+fn secs(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+#[tokio::test(start_paused = true)]
+async fn hello_carries_the_agents_name_process_and_token() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&file, "secret\n").unwrap();
+    let context = context(Some(file.path().to_owned()));
+    let (joined, (_end, _control, hello)) = join_with(&context, async |end: ServerEnd| {
+        let (mut control, hello) = end.hello().await;
+        control.send(&welcome("server-0", 3)).await.unwrap();
+        (end, control, hello)
+    })
+    .await;
+    let joined = joined.unwrap();
+    assert_eq!(joined.welcome.server_id.as_str(), "server-0");
+    assert_eq!(joined.welcome.server_count, 3);
+    assert_eq!((hello.agent_id.as_str(), hello.instance), ("node-1", context.instance));
+    assert_eq!(hello.token, Some(Secret::new("secret").unwrap()));
+    assert_eq!((hello.revision, hello.features), (REVISION, Features::supported()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_answer_than_welcome_closes_the_tunnel() {
+    let (joined, lost) = join_with(&context(None), async |end: ServerEnd| {
+        let (mut control, _) = end.hello().await;
+        control.send(&ControlMessage::Drain(Drain { deadline_millis: 0 })).await.unwrap();
+        end.tunnel.closed().await
+    })
+    .await;
+    let error = joined.unwrap_err();
+    assert!(matches!(error, JoinError::NotWelcome) && error.is_refusal(), "{error}");
+    let reason = error.to_string();
+    assert_eq!(lost, TunnelLost::ClosedByPeer { code: CloseCode::PROTOCOL_VIOLATION, reason });
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_missing_token_file_is_reported_with_its_flag() {
+    let folder = tempfile::tempdir().unwrap();
+    let context = context(Some(folder.path().join("absent")));
+    let (joined, _) = join_with(&context, async |end: ServerEnd| end.tunnel.closed().await).await;
+    let error = joined.unwrap_err();
+    assert!(error.is_refusal());
+    assert!(error.to_string().starts_with("--service-account-token-path: "), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_is_reported_with_the_servers_reason() {
+    let (joined, ()) = join_with(&context(None), async |end: ServerEnd| {
+        let (control, _) = end.hello().await;
+        // The end of the control stream arrives first.
+        drop(control);
+        sleep(secs(1)).await;
+        end.tunnel.close(CloseCode::UNAUTHENTICATED, "no token");
+        end.tunnel.flushed(secs(1)).await;
+    })
+    .await;
+    let error = joined.unwrap_err();
+    assert!(error.is_refusal());
+    assert_eq!(error.to_string(), "closed by the peer: unauthenticated: no token");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_that_is_lost_before_the_welcome_is_no_refusal() {
+    let (joined, _) = join_with(&context(None), async |end: ServerEnd| {
+        let _ = end.hello().await;
+        end.line.cut();
+    })
+    .await;
+    assert!(!joined.unwrap_err().is_refusal());
+}
+
+#[tokio::test(start_paused = true)]
+async fn draining_waits_for_streams_and_then_closes_the_tunnel() {
+    let mut serving = serve(context(None)).await;
+    let (mut send, _recv) = serving.open().await;
+    sleep(secs(1)).await;
+    let begun = Instant::now();
+    serving.context.draining.cancel();
+    assert_eq!(serving.drain().await.deadline_millis, 20_000);
+    // A dial that the server sent before it received the drain is still served.
+    let (mut late, mut answer) = serving.end.tunnel.open().await.unwrap();
+    late.write_chunk(Bytes::from_static(&[0x7f, 0, 0])).await.unwrap();
+    assert_eq!(read(&mut answer).await, Err(ReadError::Reset(StreamCode::MALFORMED)));
+    sleep(secs(3)).await;
+    send.reset(StreamCode::CANCELLED);
+    assert_eq!(serving.closed().await, CloseCode::DONE);
+    assert_eq!(begun.elapsed().as_secs(), 3);
+    let lost = serving.session.await.unwrap();
+    assert!(matches!(lost, TunnelLost::ClosedHere { code: CloseCode::DONE, .. }), "{lost}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_without_streams_stays_for_a_moment_when_it_drains() {
+    let mut serving = serve(context(None)).await;
+    let begun = Instant::now();
+    serving.context.draining.cancel();
+    serving.drain().await;
+    assert_eq!(serving.closed().await, CloseCode::DONE);
+    let elapsed = begun.elapsed();
+    assert!((DRAIN_LINGER..DRAIN_LINGER * 2).contains(&elapsed), "{elapsed:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn streams_that_outlast_the_time_for_draining_are_cut() {
+    let mut serving = serve(SessionContext { drain_timeout: secs(2), ..context(None) }).await;
+    let _stream = serving.open().await;
+    sleep(secs(1)).await;
+    let begun = Instant::now();
+    serving.context.draining.cancel();
+    assert_eq!(serving.drain().await.deadline_millis, 2_000);
+    assert_eq!(serving.closed().await, CloseCode::SHUTDOWN);
+    assert_eq!(begun.elapsed().as_secs(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_retired_tunnel_has_no_limit_until_the_agent_drains() {
+    let context = SessionContext { drain_timeout: secs(2), ..context(None) };
+    let mut serving = serve(context).await;
+    let _stream = serving.open().await;
+    sleep(secs(1)).await;
+    serving.tunnels.set_suspicion(&serving.entry, Some(Suspicion::Refused));
+    add(&serving.tunnels, &serving.entry.tunnel, Rank::Tcp);
+    assert_eq!(serving.drain().await.deadline_millis, u32::MAX);
+    assert!(timeout(secs(5), serving.end.tunnel.closed()).await.is_err());
+    let begun = Instant::now();
+    serving.context.draining.cancel();
+    assert_eq!(serving.closed().await, CloseCode::SHUTDOWN);
+    assert_eq!(begun.elapsed().as_secs(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_retired_tunnel_is_closed_as_superseded_once_its_streams_have_ended() {
+    let mut serving = serve(context(None)).await;
+    let (mut send, _recv) = serving.open().await;
+    sleep(secs(1)).await;
+    serving.tunnels.set_suspicion(&serving.entry, Some(Suspicion::Refused));
+    add(&serving.tunnels, &serving.entry.tunnel, Rank::Tcp);
+    serving.drain().await;
+    send.reset(StreamCode::CANCELLED);
+    assert_eq!(serving.closed().await, CloseCode::SUPERSEDED);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_that_does_not_belong_after_the_welcome_closes_the_tunnel() {
+    let mut serving = serve(context(None)).await;
+    serving.control.send(&welcome("server-0", 1)).await.unwrap();
+    assert_eq!(serving.closed().await, CloseCode::PROTOCOL_VIOLATION);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_servers_drain_and_goodbye_leave_the_tunnel_open() {
+    let mut serving = serve(context(None)).await;
+    serving.control.send(&ControlMessage::Drain(Drain { deadline_millis: 9 })).await.unwrap();
+    let goodbye = Goodbye { code: 0, reason: Text::truncated("later".into()) };
+    serving.control.send(&ControlMessage::Goodbye(goodbye)).await.unwrap();
+    assert!(timeout(secs(60), serving.end.tunnel.closed()).await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn streams_beyond_the_maximum_are_refused() {
+    let serving = serve(SessionContext { max_streams: 2, ..context(None) }).await;
+    let _first = serving.open().await;
+    let second = serving.open().await;
+    let (_send, mut third) = serving.open().await;
+    assert_eq!(read(&mut third).await, Err(ReadError::Reset(StreamCode::OVERLOADED)));
+    drop(second);
+    sleep(secs(1)).await;
+    let (_send, mut again) = serving.open().await;
+    assert!(timeout(secs(1), read(&mut again)).await.is_err(), "the stream waits for its dial");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_limit_of_streams_grows_as_they_are_used() {
+    let serving = serve(context(None)).await;
+    let mut streams = Vec::new();
+    let opened = timeout(secs(5), async {
+        for _ in 0..600 {
+            streams.push(serving.open().await);
+        }
+    });
+    opened.await.unwrap();
+    assert_eq!(streams.len(), 600);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_server_becomes_suspect_and_is_not_once_it_answers() {
+    let serving = serve(context(None)).await;
+    let _stream = serving.open().await;
+    sleep(secs(1)).await;
+    let begun = Instant::now();
+    serving.end.line.silence(Side::Server);
+    serving.tunnels.changed().await;
+    assert_eq!(serving.entry.suspicion(), Some(Suspicion::Silent));
+    let elapsed = begun.elapsed();
+    assert!((secs(1)..=secs(3)).contains(&elapsed), "{elapsed:?}");
+    serving.end.line.restore(Side::Server);
+    let Serving { mut control, tunnels, entry, session: _session, end: _end, .. } = serving;
+    let answer = tokio::spawn(async move { while control.next().await.is_ok() {} });
+    timeout(secs(1), tunnels.changed()).await.unwrap();
+    assert_eq!(entry.suspicion(), None);
+    answer.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_over_tcp_is_never_suspect() {
+    let (joined, (end, _control)) = join_with(&context(None), async |end: ServerEnd| {
+        let (mut control, _) = end.hello().await;
+        control.send(&welcome("server-0", 1)).await.unwrap();
+        (end, control)
+    })
+    .await;
+    let joined = joined.unwrap();
+    let tunnels = ServerTunnels::default();
+    let entry = add(&tunnels, joined.tunnel(), Rank::Tcp);
+    end.line.silence(Side::Server);
+    let (mut send, _recv) = end.tunnel.open().await.unwrap();
+    send.write_chunk(Bytes::from_static(&[DialRequest::KIND])).await.unwrap();
+    let serving = joined.serve(&entry, &tunnels, Arc::new(context(None)));
+    assert!(timeout(secs(60), serving).await.is_err());
+    assert!(!entry.is_suspect());
+}
