@@ -43,7 +43,10 @@ pub use error::{
     ConnectError, IoFault, ProxyFault, ReadError, ReadFrameError, TransportFault, TunnelLost,
     WriteError,
 };
-pub use quic::udp::{BindError, BufferSizes, Unreachable};
+pub use quic::{
+    icmp::Unreachable,
+    udp::{BindError, BufferSizes},
+};
 pub use settings::Settings;
 pub use stream::{RecvHalf, SendHalf};
 pub use tunnel::{Tunnel, TunnelStats};

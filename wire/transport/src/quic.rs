@@ -6,6 +6,7 @@
 mod close_reason;
 mod connection;
 mod hedge;
+pub(crate) mod icmp;
 mod settings;
 pub(crate) mod udp;
 
@@ -30,7 +31,7 @@ pub(crate) use self::connection::{RecvStream, SendStream};
 pub use self::settings::ResetKey;
 use self::{
     close_reason::lost,
-    connection::IcmpRouter,
+    icmp::IcmpRouter,
     udp::{BindError, BufferSizes},
 };
 use super::{ConnectError, Settings, TransportFault, canonical};
@@ -271,7 +272,7 @@ pub(crate) fn adopt(
 
 /// Completes when a packet of the handshake could not be delivered. The socket has one peer, so
 /// every error is the server's.
-async fn refused(errors: Option<&udp::ErrorQueue>) {
+async fn refused(errors: Option<&icmp::ErrorQueue>) {
     match errors {
         Some(errors) if errors.next().await.is_some() => {}
         _ => std::future::pending().await,

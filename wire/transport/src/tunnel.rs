@@ -12,7 +12,7 @@ use rustls_pki_types::CertificateDer;
 
 use crate::{
     RecvHalf, SendHalf, TunnelLost, carrier::Carrier, priority::PriorityBudget, qmux, quic,
-    quic::udp::Unreachable, stream::either,
+    quic::icmp::Unreachable, stream::either,
 };
 
 /// One authenticated connection between one agent and one server.

@@ -1,13 +1,9 @@
 //! One established QUIC connection and its streams.
 
 use std::{
-    collections::HashMap,
     net::SocketAddr,
     pin::pin,
-    sync::{
-        Arc, OnceLock, Weak,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -16,82 +12,22 @@ use culvert_wire::{
     code::{CloseCode, StreamCode},
     version::ALPN,
 };
-use parking_lot::Mutex;
 use quinn::{VarInt, crypto::rustls::HandshakeData};
 use rustls_pki_types::CertificateDer;
-use tokio::{select, sync::Notify, time::sleep};
+use tokio::{select, time::sleep};
 
 use super::{
     close_reason::{CloseReason, stream_code},
     hedge::{Copies, Hedging},
+    icmp::{IcmpRouter, Reachability},
 };
 use crate::{
     ReadError, TunnelLost, TunnelStats, Unreachable, WriteError, canonical, chunks::advance,
-    quic::udp,
 };
 
 /// How often a stream with unread bytes is checked for a reset by the peer: soon enough for the
 /// client at the other end, seldom enough for a thousand stalled streams.
 const RESET_INTERVAL: Duration = Duration::from_millis(50);
-
-/// The network's reports about the peer of one connection.
-#[derive(Debug, Default)]
-struct Reachability {
-    reported: Notify,
-    port_unreachable: AtomicBool,
-}
-
-impl Reachability {
-    fn report(&self, why: Unreachable) {
-        if why == Unreachable::Port {
-            self.port_unreachable.store(true, Ordering::Relaxed);
-        }
-        self.reported.notify_one();
-    }
-
-    /// The most definite of the reports since the last time.
-    ///
-    /// # Cancel safety
-    /// Cancel safe: a report is taken only when the future completes.
-    async fn reported(&self) -> Unreachable {
-        self.reported.notified().await;
-        match self.port_unreachable.swap(false, Ordering::Relaxed) {
-            true => Unreachable::Port,
-            false => Unreachable::Host,
-        }
-    }
-}
-
-/// The live connections of one socket by the peer's address, so that an ICMP error finds its own.
-#[derive(Debug, Default)]
-pub(super) struct IcmpRouter(Mutex<HashMap<SocketAddr, Weak<Reachability>>>);
-
-impl IcmpRouter {
-    fn enter(&self, address: SocketAddr) -> Arc<Reachability> {
-        let reachability = Arc::new(Reachability::default());
-        let mut connections = self.0.lock();
-        connections.retain(|_, reachability| reachability.strong_count() > 0);
-        connections.insert(address, Arc::downgrade(&reachability));
-        reachability
-    }
-
-    /// Reports each address that the network says is unreachable to its connection, for as long as
-    /// the socket lives.
-    pub(super) fn listen(self: &Arc<Self>, errors: Option<udp::ErrorQueue>) {
-        let Some(errors) = errors else { return };
-        let icmp_router = Arc::downgrade(self);
-        tokio::spawn(async move {
-            while let Some((address, why)) = errors.next().await {
-                let Some(icmp_router) = icmp_router.upgrade() else { return };
-                let connections = icmp_router.0.lock();
-                let reachability = connections.get(&canonical(address)).and_then(Weak::upgrade);
-                if let Some(reachability) = reachability {
-                    reachability.report(why);
-                }
-            }
-        });
-    }
-}
 
 /// An established QUIC connection: make a [`Tunnel`](crate::Tunnel) of it.
 #[derive(Clone, Debug)]
@@ -120,7 +56,7 @@ impl Connection {
             connection.close(CloseCode::INCOMPATIBLE.as_u32().into(), b"no protocol agreed on");
             return None;
         }
-        let reachability = icmp_router.enter(canonical(connection.remote_address()));
+        let reachability = icmp_router.add(canonical(connection.remote_address()));
         Some(Self {
             connection,
             endpoint,
@@ -170,7 +106,7 @@ impl Connection {
     }
 
     pub(crate) async fn unreachable(&self) -> Unreachable {
-        self.reachability.reported().await
+        self.reachability.unreachable().await
     }
 
     pub(crate) fn set_max_streams(&self, count: u32) {
