@@ -30,6 +30,8 @@ mod outq;
 mod preamble;
 mod pumps;
 mod socket;
+#[cfg(test)]
+mod tests;
 
 use culvert_wire::code::StreamCode;
 use tokio::select;

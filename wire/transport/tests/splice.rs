@@ -1,4 +1,5 @@
-//! What a splice does when it does not come to its end, and what it counts when it does.
+//! A splice of a real socket over each carrier. Its rules are tested in paused time beside the
+//! code.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod carriers;
@@ -19,7 +20,7 @@ use tokio::{
 
 use carriers::{Pair, each};
 
-/// A splice's own ends, and those that the test holds.
+/// The ends that are spliced, and the others, which the test holds.
 struct Bench {
     spliced: (TcpStream, (SendHalf, RecvHalf)),
     socket: TcpStream,
@@ -50,7 +51,7 @@ async fn run(socket: impl SpliceSocket, stream: (SendHalf, RecvHalf), meter: &Me
 }
 
 #[tokio::test]
-async fn the_crash_of_a_splice_is_a_reset_on_both_sides() {
+async fn a_dropped_splice_resets_both_sides() {
     each(async |carrier| {
         let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _pair } =
             Bench::new(carrier).await;
@@ -69,7 +70,7 @@ async fn the_crash_of_a_splice_is_a_reset_on_both_sides() {
 }
 
 #[tokio::test]
-async fn both_directions_are_counted_and_their_ends_told() {
+async fn both_directions_are_counted_and_their_ends_reported() {
     each(async |carrier| {
         let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _pair } =
             Bench::new(carrier).await;
@@ -93,13 +94,13 @@ async fn both_directions_are_counted_and_their_ends_told() {
     .await;
 }
 
-/// A hung target, and a user who gave up on it: the stream must not stay for ever.
+/// A target that hangs, and a client that gave up on it: the stream must not stay for ever.
 #[tokio::test]
-async fn a_peer_that_takes_nothing_after_the_close_is_cut_off() {
+async fn a_peer_that_reads_nothing_after_the_close_is_cut_off() {
     each(async |carrier| {
         let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _pair } =
             Bench::new(carrier).await;
-        // More than all buffers on the way hold, and then the close.
+        // The close, and more than all buffers on the path hold.
         let flood = tokio::spawn(async move {
             held.1.stop(StreamCode::CLOSED);
             loop {
@@ -121,7 +122,7 @@ async fn a_peer_that_takes_nothing_after_the_close_is_cut_off() {
 }
 
 #[tokio::test]
-async fn a_splice_is_over_only_when_the_other_side_has_everything() {
+async fn a_stop_that_overtakes_the_end_is_reported() {
     each(async |carrier| {
         let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _pair } =
             Bench::new(carrier).await;
@@ -136,10 +137,10 @@ async fn a_splice_is_over_only_when_the_other_side_has_everything() {
     .await;
 }
 
-/// The kernel calls it a reset when somebody leaves a Unix socket with bytes unread. What he wrote
-/// before arrives all the same, though it has to wait for room in the stream.
+/// A Unix socket that is closed with bytes unread reports a reset to its peer. What was written to
+/// it before arrives all the same, although it has to wait for room in the stream.
 #[tokio::test]
-async fn whoever_leaves_a_unix_socket_with_an_answer_unread_has_written_what_he_wrote() {
+async fn bytes_written_before_a_unix_socket_was_closed_unread_arrive() {
     const PATIENCE: Duration = Duration::from_millis(200);
     each(async |carrier| {
         let Bench { spliced: (_, stream), stream: mut held, _pair, .. } = Bench::new(carrier).await;

@@ -1,0 +1,486 @@
+//! Every way in which a splice ends, in paused time, over a tunnel within the process.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use culvert_wire::StreamCode;
+use parking_lot::Mutex;
+use tokio::{
+    sync::{Semaphore, SetOnce, mpsc},
+    task::JoinHandle,
+    time::{Instant, sleep},
+};
+
+use super::*;
+use crate::{
+    Carrier, ReadError, Settings, TunnelLost, WriteError,
+    memory::{Pair, Side},
+    qmux::Peer,
+};
+
+const CODE: StreamCode = StreamCode::OVERLOADED;
+const STUCK_TIMEOUT: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(3600);
+/// Number of bytes that one stream takes without a reader, at most: windows and buffers.
+const STREAM_CAPACITY: usize = 4 * 1024 * 1024;
+
+/// The local peer as the splice sees it, and what it has received.
+#[derive(Default)]
+struct Shared {
+    received: Mutex<BytesMut>,
+    /// Bytes that the peer still takes. Closed, it reads no more.
+    room: Option<Semaphore>,
+    /// The peer has received the end.
+    ended: SetOnce<()>,
+    /// The peer has closed for reading.
+    gone: SetOnce<()>,
+    /// The peer has acknowledged everything.
+    flushed: SetOnce<()>,
+    /// The connection has failed, while it is not read.
+    failed: SetOnce<()>,
+    aborts: AtomicUsize,
+}
+
+struct Read(mpsc::UnboundedReceiver<io::Result<Bytes>>, Arc<Shared>);
+struct Write(Arc<Shared>);
+struct Aborts(Arc<Shared>);
+
+impl LocalRead for Read {
+    async fn read(&mut self) -> Result<Option<Bytes>, LocalFault> {
+        Ok(self.0.recv().await.transpose()?)
+    }
+
+    async fn failed(&mut self) -> LocalFault {
+        self.1.failed.wait().await;
+        io::Error::from(io::ErrorKind::ConnectionReset).into()
+    }
+}
+
+impl LocalWrite for Write {
+    async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), LocalFault> {
+        for chunk in chunks {
+            for byte in chunk.iter() {
+                if let Some(room) = &self.0.room {
+                    let closed = |_| io::Error::from(io::ErrorKind::BrokenPipe);
+                    room.acquire().await.map_err(closed)?.forget();
+                }
+                self.0.received.lock().put_u8(*byte);
+            }
+        }
+        Ok(())
+    }
+
+    async fn finish(&mut self) -> Result<(), LocalFault> {
+        let _ = self.0.ended.set(());
+        Ok(())
+    }
+
+    async fn gone(&mut self) {
+        self.0.gone.wait().await;
+    }
+
+    async fn flushed(&mut self) {
+        self.0.flushed.wait().await;
+    }
+}
+
+impl Abort for Aborts {
+    fn abort(&self) {
+        self.0.aborts.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// A splice in progress: the local peer on one side of it, a stream's other end on the other.
+struct Bench {
+    /// What the local peer sends. Dropped, it ends its output.
+    local: mpsc::UnboundedSender<io::Result<Bytes>>,
+    peer: Arc<Shared>,
+    send: SendHalf,
+    recv: RecvHalf,
+    task: JoinHandle<Outcome>,
+    pair: Pair,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        Self::with((), None).await
+    }
+
+    /// With a local peer that takes `room` bytes.
+    async fn with_room(room: usize) -> Self {
+        Self::with((), Some(Semaphore::new(room))).await
+    }
+
+    async fn with(preamble: impl Preamble + 'static, room: Option<Semaphore>) -> Self {
+        let settings = Settings::default();
+        let pair = Pair::without_idle_timeout(Peer::local(Carrier::Grpc), &settings, &settings);
+        let pair = pair.await.unwrap();
+        let stream = pair.server.open().await.unwrap();
+        let peer = Arc::new(Shared { room, ..Shared::default() });
+        let (local, chunks) = mpsc::unbounded_channel();
+        // A stream exists for the other side from its first byte.
+        local.send(Ok(Bytes::from_static(b"!"))).unwrap();
+        let (reader, writer) = (Read(chunks, peer.clone()), Write(peer.clone()));
+        let spliced = Local::new(reader, writer, Aborts(peer.clone()));
+        let task = tokio::spawn(async move {
+            splice_after(preamble, spliced, stream, &Meter::default()).await
+        });
+        let (send, recv) = pair.agent.accept().await.unwrap();
+        let mut bench = Self { local, peer, send, recv, task, pair };
+        assert_eq!(bench.read().await, Ok(Some("!".into())));
+        bench
+    }
+
+    fn send_local(&self, bytes: &'static [u8]) {
+        self.local.send(Ok(Bytes::from_static(bytes))).unwrap();
+    }
+
+    /// Ends the local side's output.
+    fn end_local(&mut self) {
+        self.local = mpsc::unbounded_channel().0;
+    }
+
+    async fn send_remote(&mut self, bytes: &'static [u8]) {
+        self.send.write_chunk(Bytes::from_static(bytes)).await.unwrap();
+    }
+
+    /// The next chunk at the stream's other end; `None` at its clean end.
+    async fn read(&mut self) -> Result<Option<Bytes>, ReadError> {
+        let mut chunks = [Bytes::new()];
+        let count = self.recv.read_chunks(&mut chunks).await?;
+        let [chunk] = chunks;
+        Ok(count.map(|_| chunk))
+    }
+
+    fn received(&self) -> Bytes {
+        self.peer.received.lock().clone().freeze()
+    }
+
+    fn aborts(&self) -> usize {
+        self.peer.aborts.load(Ordering::Relaxed)
+    }
+
+    async fn outcome(&mut self) -> Outcome {
+        (&mut self.task).await.unwrap()
+    }
+}
+
+/// Fills a stream until a write is pending; the number of bytes that it took.
+async fn fill(send: &mut SendHalf) -> usize {
+    let mut length = 0;
+    let chunk = Bytes::from(vec![7; 16 * 1024]);
+    while tokio::time::timeout(Duration::from_secs(1), send.write_chunk(chunk.clone()))
+        .await
+        .is_ok()
+    {
+        length += chunk.len();
+        assert!(length < STREAM_CAPACITY, "a stream has no bound");
+    }
+    length
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_the_local_side_leaves_the_other_direction_open() {
+    let mut bench = Bench::new().await;
+    bench.send_local(b"a request");
+    bench.end_local();
+    assert_eq!(bench.read().await, Ok(Some("a request".into())));
+    assert_eq!(bench.read().await, Ok(None));
+    sleep(HOUR).await;
+    bench.send_remote(b"an answer").await;
+    bench.send.finish();
+    let outcome = bench.outcome().await;
+    assert_eq!(outcome.end.unwrap(), (HalfEnd::Finished, HalfEnd::Finished));
+    assert_eq!((outcome.to_tunnel, outcome.from_tunnel), (1 + 9, 9));
+    assert_eq!(bench.received(), "an answer");
+    assert!(bench.peer.ended.initialized());
+    assert_eq!(bench.aborts(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_the_other_side_leaves_the_local_side_open() {
+    let mut bench = Bench::new().await;
+    bench.send_remote(b"a request").await;
+    bench.send.finish();
+    bench.peer.ended.wait().await;
+    assert_eq!(bench.received(), "a request");
+    sleep(HOUR).await;
+    bench.send_local(b"an answer");
+    assert_eq!(bench.read().await, Ok(Some("an answer".into())));
+    bench.end_local();
+    assert_eq!(bench.read().await, Ok(None));
+    let outcome = bench.outcome().await;
+    assert_eq!(outcome.end.unwrap(), (HalfEnd::Finished, HalfEnd::Finished));
+    assert_eq!(bench.aborts(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_local_fault_resets_both_sides_with_its_code() {
+    for (kind, code) in [
+        (io::ErrorKind::ConnectionReset, StreamCode::PEER_RESET),
+        (io::ErrorKind::TimedOut, StreamCode::IO_ERROR),
+    ] {
+        let mut bench = Bench::new().await;
+        bench.local.send(Err(kind.into())).unwrap();
+        assert_eq!(bench.read().await, Err(ReadError::Reset(code)));
+        assert_eq!(bench.send.stopped().await, Ok(Some(code)));
+        let cut = bench.outcome().await.end.unwrap_err();
+        assert!(matches!(&cut, Cut::Local(fault) if fault.code == code), "{cut:?}");
+        assert_eq!((cut.code(), bench.aborts()), (code, 1));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_local_fault_is_noticed_while_the_stream_takes_no_more() {
+    let mut bench = Bench::new().await;
+    for _ in 0..STREAM_CAPACITY / (64 * 1024) {
+        bench.local.send(Ok(Bytes::from(vec![7; 64 * 1024]))).unwrap();
+    }
+    sleep(HOUR).await;
+    assert!(!bench.task.is_finished());
+    bench.peer.failed.set(()).unwrap();
+    let cut = bench.outcome().await.end.unwrap_err();
+    assert_eq!((cut.code(), bench.aborts()), (StreamCode::PEER_RESET, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reset_of_the_other_side_resets_the_local_side() {
+    let mut bench = Bench::new().await;
+    bench.send.reset(CODE);
+    let cut = bench.outcome().await.end.unwrap_err();
+    assert!(matches!(cut, Cut::Reset(CODE)), "{cut:?}");
+    assert_eq!(bench.read().await, Err(ReadError::Reset(CODE)));
+    assert!(!bench.peer.ended.initialized(), "a reset is not an end");
+    assert_eq!(bench.aborts(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reset_is_noticed_while_the_local_peer_does_not_read() {
+    let mut bench = Bench::with_room(0).await;
+    bench.send_remote(b"never taken").await;
+    sleep(HOUR).await;
+    bench.send.reset(CODE);
+    let cut = bench.outcome().await.end.unwrap_err();
+    assert!(matches!(cut, Cut::Reset(CODE)), "{cut:?}");
+    assert_eq!(bench.aborts(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_tunnel_resets_the_local_side() {
+    let mut bench = Bench::new().await;
+    bench.pair.line.cut();
+    let cut = bench.outcome().await.end.unwrap_err();
+    assert!(matches!(cut, Cut::Lost(TunnelLost::Transport(_))), "{cut:?}");
+    assert_eq!((cut.code(), bench.aborts()), (StreamCode::TUNNEL_LOST, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_that_is_lost_before_the_end_is_delivered_is_a_cut() {
+    let mut bench = Bench::new().await;
+    // The end is sent, and does not arrive.
+    bench.pair.line.silence(Side::Server);
+    bench.end_local();
+    bench.send.finish();
+    sleep(HOUR).await;
+    assert!(!bench.task.is_finished());
+    bench.pair.line.cut();
+    assert!(matches!(bench.outcome().await.end, Err(Cut::Lost(_))));
+    assert_eq!(bench.aborts(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stuck_peer_is_cut_off_exactly_after_the_timeout() {
+    let mut bench = Bench::with_room(3).await;
+    bench.send_remote(b"0123456789").await;
+    sleep(HOUR).await;
+    assert!(!bench.task.is_finished(), "a slow peer is cut only after the other side has closed");
+    let closed = Instant::now();
+    bench.recv.stop(StreamCode::CLOSED);
+    let cut = bench.outcome().await.end.unwrap_err();
+    assert!(matches!(cut, Cut::Stuck), "{cut:?}");
+    assert_eq!(closed.elapsed(), STUCK_TIMEOUT);
+    assert_eq!(bench.send.stopped().await, Ok(Some(StreamCode::IO_ERROR)));
+    assert_eq!((bench.received(), bench.aborts()), ("012".into(), 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_makes_progress_is_not_stuck() {
+    let mut bench = Bench::with_room(0).await;
+    let chunks: [&[u8]; 5] = [b"a", b"b", b"c", b"d", b"e"];
+    bench.recv.stop(StreamCode::CLOSED);
+    for chunk in chunks {
+        bench.send_remote(chunk).await;
+    }
+    bench.send.finish();
+    for _ in chunks {
+        sleep(STUCK_TIMEOUT - Duration::from_secs(1)).await;
+        bench.peer.room.as_ref().unwrap().add_permits(1);
+    }
+    bench.peer.flushed.set(()).unwrap();
+    let outcome = bench.outcome().await;
+    assert_eq!(outcome.end.unwrap(), (HalfEnd::Stopped(StreamCode::CLOSED), HalfEnd::Finished));
+    assert_eq!((bench.received(), bench.aborts()), ("abcde".into(), 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_is_still_there_may_wait_for_the_local_peer() {
+    let mut bench = Bench::with_room(0).await;
+    bench.send_remote(b"taken late").await;
+    bench.recv.stop(StreamCode::BROKEN_PIPE);
+    sleep(HOUR).await;
+    assert!(!bench.task.is_finished());
+    bench.peer.room.as_ref().unwrap().add_permits(100);
+    bench.peer.flushed.set(()).unwrap();
+    bench.send.finish();
+    let (to, from) = bench.outcome().await.end.unwrap();
+    assert_eq!((to, from), (HalfEnd::Stopped(StreamCode::BROKEN_PIPE), HalfEnd::Finished));
+    assert_eq!((bench.received(), bench.aborts()), ("taken late".into(), 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_stream_is_stopped_when_the_local_reader_is_gone() {
+    let mut bench = Bench::new().await;
+    bench.end_local();
+    assert_eq!(bench.read().await, Ok(None));
+    sleep(HOUR).await;
+    assert!(!bench.task.is_finished());
+    let gone = Instant::now();
+    bench.peer.gone.set(()).unwrap();
+    assert_eq!(bench.send.stopped().await, Ok(Some(StreamCode::CLOSED)));
+    assert_eq!(gone.elapsed(), Duration::ZERO);
+    let (to, from) = bench.outcome().await.end.unwrap();
+    assert_eq!((to, from), (HalfEnd::Finished, HalfEnd::Stopped(StreamCode::CLOSED)));
+    assert_eq!(bench.aborts(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_local_reader_that_closes_stops_its_direction_alone() {
+    let mut bench = Bench::with_room(1).await;
+    bench.send_remote(b"refused").await;
+    bench.peer.room.as_ref().unwrap().close();
+    assert_eq!(bench.send.stopped().await, Ok(Some(StreamCode::BROKEN_PIPE)));
+    let refused = bench.send.write_chunk(Bytes::from_static(b"more")).await;
+    assert_eq!(refused, Err(WriteError::Stopped(StreamCode::BROKEN_PIPE)));
+    sleep(HOUR).await;
+    bench.send_local(b"still sending");
+    assert_eq!(bench.read().await, Ok(Some("still sending".into())));
+    bench.end_local();
+    assert_eq!(bench.read().await, Ok(None));
+    let (to, from) = bench.outcome().await.end.unwrap();
+    assert_eq!((to, from), (HalfEnd::Finished, HalfEnd::Stopped(StreamCode::BROKEN_PIPE)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_that_the_local_side_wrote_before_it_closed_arrives() {
+    let mut bench = Bench::new().await;
+    let chunks = STREAM_CAPACITY / (64 * 1024);
+    for number in 0..chunks {
+        bench.local.send(Ok(Bytes::from(vec![number as u8; 64 * 1024]))).unwrap();
+    }
+    bench.end_local();
+    sleep(HOUR).await;
+    let mut arrived = Vec::new();
+    while let Some(chunk) = bench.read().await.unwrap() {
+        arrived.extend_from_slice(&chunk);
+    }
+    assert_eq!(arrived.len(), chunks * 64 * 1024);
+    let in_order = |(at, byte): (usize, &u8)| *byte == (at / (64 * 1024)) as u8;
+    assert!(arrived.iter().enumerate().all(in_order));
+    bench.send.finish();
+    assert!(bench.outcome().await.end.is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_that_the_other_side_wrote_before_it_closed_arrives() {
+    let mut bench = Bench::with_room(0).await;
+    let length = fill(&mut bench.send).await;
+    bench.recv.stop(StreamCode::CLOSED);
+    bench.send.finish();
+    bench.peer.room.as_ref().unwrap().add_permits(STREAM_CAPACITY);
+    bench.peer.ended.wait().await;
+    // Written is not arrived: the connection is closed only once the kernel has delivered it.
+    bench.send_local(b"discarded meanwhile");
+    sleep(HOUR).await;
+    assert!(!bench.task.is_finished());
+    bench.peer.flushed.set(()).unwrap();
+    let outcome = bench.outcome().await;
+    assert_eq!(outcome.from_tunnel, length as u64);
+    assert_eq!(bench.received().len(), length);
+    assert_eq!(outcome.end.unwrap(), (HalfEnd::Stopped(StreamCode::CLOSED), HalfEnd::Finished));
+    assert_eq!(bench.aborts(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_local_side_that_is_refused_may_send_on_until_its_answer_is_delivered() {
+    let mut bench = Bench::with_room(1).await;
+    bench.recv.stop(StreamCode::BROKEN_PIPE);
+    sleep(Duration::from_secs(1)).await;
+    // A peer that reads only after it has written everything.
+    for _ in 0..1000 {
+        bench.local.send(Ok(Bytes::from(vec![7; 64 * 1024]))).unwrap();
+    }
+    bench.send_remote(b"an answer").await;
+    sleep(HOUR).await;
+    assert_eq!(bench.received(), "a");
+    bench.peer.room.as_ref().unwrap().add_permits(100);
+    bench.send.finish();
+    bench.peer.ended.wait().await;
+    assert_eq!(bench.received(), "an answer");
+    bench.peer.flushed.set(()).unwrap();
+    let outcome = bench.outcome().await;
+    assert_eq!(outcome.to_tunnel, 1, "discarded bytes are not counted");
+    assert!(matches!(outcome.end, Ok((HalfEnd::Stopped(_), HalfEnd::Finished))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dropped_splice_resets_both_sides() {
+    let mut bench = Bench::new().await;
+    bench.task.abort();
+    assert_eq!(bench.read().await, Err(ReadError::Reset(StreamCode::ABANDONED)));
+    assert_eq!(bench.send.stopped().await, Ok(Some(StreamCode::ABANDONED)));
+    assert!((&mut bench.task).await.unwrap_err().is_cancelled());
+    assert_eq!(bench.aborts(), 1);
+}
+
+/// Reads one byte, and refuses the splice if it is not 1.
+struct Byte;
+
+impl Preamble for Byte {
+    async fn read(self, recv: &mut RecvHalf) -> Result<(), Cut> {
+        let mut chunks = [Bytes::new()];
+        recv.read_chunks(&mut chunks).await?;
+        match chunks[0][..] {
+            [1] => Ok(()),
+            _ => Err(Cut::Preamble { code: CODE, reason: "no target".into() }),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn local_bytes_go_out_before_the_preamble_is_here() {
+    let mut bench = Bench::with(Byte, None).await;
+    bench.send_local(b"early");
+    assert_eq!(bench.read().await, Ok(Some("early".into())));
+    bench.send_remote(&[1]).await;
+    bench.send_remote(b"then its bytes").await;
+    bench.send.finish();
+    bench.peer.ended.wait().await;
+    assert_eq!(bench.received(), "then its bytes");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_preamble_that_refuses_cuts_both_sides_off_with_its_code_and_reason() {
+    let mut bench = Bench::with(Byte, None).await;
+    bench.send_remote(&[2]).await;
+    let cut = bench.outcome().await.end.unwrap_err();
+    assert_eq!((cut.code(), cut.to_string()), (CODE, "no target".into()));
+    assert_eq!(bench.read().await, Err(ReadError::Reset(CODE)));
+    assert_eq!(bench.aborts(), 1);
+}
