@@ -72,10 +72,11 @@ pub async fn splice_after<R: LocalRead, W: LocalWrite, A: Abort>(
     meter: &Meter,
 ) -> Outcome {
     let pumps = Pumps::new(meter);
+    let progress = local.writer.progress();
     let (reader, writer) = (&mut local.reader, &mut local.writer);
     let end = select! {
         end = pumps.run(reader, writer, preamble, &mut send, &mut recv) => end,
-        cut = pumps.stuck(local.stuck_timeout) => Err(cut),
+        cut = pumps.stuck(local.stuck_timeout, progress.as_deref()) => Err(cut),
     };
     match &end {
         Ok((HalfEnd::Finished, _)) => local.guard.disarm(),

@@ -1,6 +1,10 @@
 //! The local side of a splice: what a connection must be able to do to be joined to a stream.
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use culvert_wire::code::StreamCode;
@@ -59,6 +63,12 @@ pub trait LocalWrite: Send {
         &mut self,
         chunks: &mut [Bytes],
     ) -> impl Future<Output = Result<(), LocalFault>> + Send;
+
+    /// Counter of bytes that the local peer has taken, if it is raised during
+    /// [`LocalWrite::write`]. It shows whether a peer that has not taken a whole batch is stuck.
+    fn progress(&self) -> Option<Arc<AtomicU64>> {
+        None
+    }
 
     /// Ends the local peer's input cleanly.
     ///

@@ -2,7 +2,7 @@
 
 use std::{
     pin::pin,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::Duration,
 };
 
@@ -178,17 +178,20 @@ impl<'a> Pumps<'a> {
     /// Completes when the other side has closed and the local peer then takes no byte for `timeout`
     /// although bytes wait for it.
     ///
-    /// A peer that still takes some is looked at again after the same time.
-    pub(super) async fn stuck(&self, timeout: Duration) -> Cut {
+    /// A peer that has taken some is looked at again after the same time. Progress is what the
+    /// writer counts while it writes, or else what was written as a whole.
+    pub(super) async fn stuck(&self, timeout: Duration, progress: Option<&AtomicU64>) -> Cut {
         let code = *self.stopped.wait().await;
         if code != StreamCode::CLOSED {
             // The client is still there and may wait for the local peer.
             std::future::pending::<()>().await;
         }
+        let taken =
+            || progress.map_or_else(|| self.from.get(), |taken| taken.load(Ordering::Relaxed));
         loop {
-            let before = self.from.get();
+            let before = taken();
             sleep(timeout).await;
-            if self.writing.load(Ordering::Relaxed) && self.from.get() == before {
+            if self.writing.load(Ordering::Relaxed) && taken() == before {
                 return Cut::Stuck;
             }
         }

@@ -5,7 +5,10 @@ use std::{
     io::{self, IoSlice},
     net::Shutdown,
     os::fd::AsFd,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -138,7 +141,8 @@ pub fn halves<S: SpliceSocket>(socket: S) -> (SocketRead<S>, SocketWrite<S>, Soc
     let socket = Arc::new(socket);
     let reader =
         SocketRead { socket: socket.clone(), prefix: Bytes::new(), size: ReadSize(MIN_READ) };
-    (reader, SocketWrite(socket.clone()), SocketAbort(socket))
+    let writer = SocketWrite { socket: socket.clone(), taken: Arc::default() };
+    (reader, writer, SocketAbort(socket))
 }
 
 /// Size of the next read buffer, in bytes. It grows while reads fill it and shrinks while they do
@@ -213,7 +217,11 @@ impl<S: SpliceSocket> LocalRead for SocketRead<S> {
 
 /// Writes a socket with as few system calls as the chunks allow.
 #[derive(Debug)]
-pub struct SocketWrite<S>(Arc<S>);
+pub struct SocketWrite<S> {
+    socket: Arc<S>,
+    /// Number of bytes that the kernel has taken.
+    taken: Arc<AtomicU64>,
+}
 
 impl<S: SpliceSocket> LocalWrite for SocketWrite<S> {
     async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), LocalFault> {
@@ -224,10 +232,13 @@ impl<S: SpliceSocket> LocalWrite for SocketWrite<S> {
             for (slice, chunk) in slices.iter_mut().zip(&chunks[first..]) {
                 *slice = IoSlice::new(chunk);
             }
-            match self.0.try_write(&slices[..count]) {
-                Ok(written) => first += advance(&mut chunks[first..], written),
+            match self.socket.try_write(&slices[..count]) {
+                Ok(written) => {
+                    self.taken.fetch_add(written as u64, Ordering::Relaxed);
+                    first += advance(&mut chunks[first..], written);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.0.ready(Interest::WRITABLE).await?;
+                    self.socket.ready(Interest::WRITABLE).await?;
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -235,8 +246,12 @@ impl<S: SpliceSocket> LocalWrite for SocketWrite<S> {
         Ok(())
     }
 
+    fn progress(&self) -> Option<Arc<AtomicU64>> {
+        Some(self.taken.clone())
+    }
+
     async fn finish(&mut self) -> Result<(), LocalFault> {
-        match SockRef::from(&*self.0).shutdown(Shutdown::Write) {
+        match SockRef::from(&*self.socket).shutdown(Shutdown::Write) {
             // The peer is gone already, which the other direction reports.
             Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
             result => Ok(result?),
@@ -244,7 +259,7 @@ impl<S: SpliceSocket> LocalWrite for SocketWrite<S> {
     }
 
     async fn gone(&mut self) {
-        until_hung_up(|| self.0.is_hung_up()).await;
+        until_hung_up(|| self.socket.is_hung_up()).await;
     }
 
     async fn flushed(&mut self) {
@@ -252,7 +267,7 @@ impl<S: SpliceSocket> LocalWrite for SocketWrite<S> {
         let mut pause = FLUSH_PAUSE;
         loop {
             // Most often nothing is left, and then there is no pause at all.
-            match outq::unacknowledged(&*self.0) {
+            match outq::unacknowledged(&*self.socket) {
                 Ok(0) | Err(_) => return,
                 Ok(left) if left < progress.0 => progress = (left, Instant::now()),
                 Ok(_) if progress.1.elapsed() > FLUSH_LIMIT => return,
@@ -289,7 +304,10 @@ where
     R: AsyncRead + Unpin + Send,
     W: AsyncWrite + Unpin + Send,
 {
-    (BufferedRead { reader, prefix: Bytes::new(), size: ReadSize(MIN_READ) }, BufferedWrite(writer))
+    (
+        BufferedRead { reader, prefix: Bytes::new(), size: ReadSize(MIN_READ) },
+        BufferedWrite { writer, taken: Arc::default() },
+    )
 }
 
 /// Reads a byte stream into buffers.
@@ -323,19 +341,33 @@ impl<R: AsyncRead + Unpin + Send> LocalRead for BufferedRead<R> {
 
 /// Writes a byte stream and flushes it after every batch.
 #[derive(Debug)]
-pub struct BufferedWrite<W>(W);
+pub struct BufferedWrite<W> {
+    writer: W,
+    /// Number of bytes that the stream has taken.
+    taken: Arc<AtomicU64>,
+}
 
 impl<W: AsyncWrite + Unpin + Send> LocalWrite for BufferedWrite<W> {
+    fn progress(&self) -> Option<Arc<AtomicU64>> {
+        Some(self.taken.clone())
+    }
+
     async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), LocalFault> {
         for chunk in chunks {
-            self.0.write_all(chunk).await?;
+            while chunk.has_remaining() {
+                let written = self.writer.write_buf(chunk).await?;
+                if written == 0 {
+                    return Err(io::Error::from(io::ErrorKind::WriteZero).into());
+                }
+                self.taken.fetch_add(written as u64, Ordering::Relaxed);
+            }
         }
-        Ok(self.0.flush().await?)
+        Ok(self.writer.flush().await?)
     }
 
     async fn finish(&mut self) -> Result<(), LocalFault> {
         // A peer that has not read its end by then will not.
-        match timeout(FLUSH_LIMIT, self.0.shutdown()).await {
+        match timeout(FLUSH_LIMIT, self.writer.shutdown()).await {
             Ok(result) => Ok(result?),
             Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
         }

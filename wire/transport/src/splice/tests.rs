@@ -4,7 +4,7 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -37,6 +37,8 @@ struct Shared {
     received: Mutex<BytesMut>,
     /// Bytes that the peer still takes. Closed, it reads no more.
     room: Option<Semaphore>,
+    /// Counts the bytes that the peer has taken, if the writer does.
+    progress: Option<Arc<AtomicU64>>,
     /// The peer has received the end.
     ended: SetOnce<()>,
     /// The peer has closed for reading.
@@ -72,9 +74,16 @@ impl LocalWrite for Write {
                     room.acquire().await.map_err(closed)?.forget();
                 }
                 self.0.received.lock().put_u8(*byte);
+                if let Some(taken) = &self.0.progress {
+                    taken.fetch_add(1, Ordering::Relaxed);
+                }
             }
         }
         Ok(())
+    }
+
+    fn progress(&self) -> Option<Arc<AtomicU64>> {
+        self.0.progress.clone()
     }
 
     async fn finish(&mut self) -> Result<(), LocalFault> {
@@ -110,20 +119,20 @@ struct Bench {
 
 impl Bench {
     async fn new() -> Self {
-        Self::with((), None).await
+        Self::with((), Shared::default()).await
     }
 
     /// With a local peer that takes `room` bytes.
     async fn with_room(room: usize) -> Self {
-        Self::with((), Some(Semaphore::new(room))).await
+        Self::with((), Shared { room: Some(Semaphore::new(room)), ..Shared::default() }).await
     }
 
-    async fn with(preamble: impl Preamble + 'static, room: Option<Semaphore>) -> Self {
+    async fn with(preamble: impl Preamble + 'static, peer: Shared) -> Self {
         let settings = Settings::default();
         let pair = Pair::without_idle_timeout(Peer::local(Carrier::Grpc), &settings, &settings);
         let pair = pair.await.unwrap();
         let stream = pair.server.open().await.unwrap();
-        let peer = Arc::new(Shared { room, ..Shared::default() });
+        let peer = Arc::new(peer);
         let (local, chunks) = mpsc::unbounded_channel();
         // A stream exists for the other side from its first byte.
         local.send(Ok(Bytes::from_static(b"!"))).unwrap();
@@ -310,23 +319,41 @@ async fn a_stuck_peer_is_cut_off_exactly_after_the_timeout() {
     assert_eq!((bench.received(), bench.aborts()), ("012".into(), 1));
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_peer_that_makes_progress_is_not_stuck() {
-    let mut bench = Bench::with_room(0).await;
-    let chunks: [&[u8]; 5] = [b"a", b"b", b"c", b"d", b"e"];
-    bench.recv.stop(StreamCode::CLOSED);
-    for chunk in chunks {
-        bench.send_remote(chunk).await;
-    }
-    bench.send.finish();
-    for _ in chunks {
-        sleep(STUCK_TIMEOUT - Duration::from_secs(1)).await;
+/// Lets the peer take a byte a little more often than the time-out demands; all must arrive.
+async fn takes_slowly(mut bench: Bench, bytes: &str) {
+    for _ in bytes.bytes() {
+        sleep(STUCK_TIMEOUT - Duration::from_secs(2)).await;
         bench.peer.room.as_ref().unwrap().add_permits(1);
     }
     bench.peer.flushed.set(()).unwrap();
-    let outcome = bench.outcome().await;
-    assert_eq!(outcome.end.unwrap(), (HalfEnd::Stopped(StreamCode::CLOSED), HalfEnd::Finished));
-    assert_eq!((bench.received(), bench.aborts()), ("abcde".into(), 0));
+    let end = bench.outcome().await.end.unwrap();
+    assert_eq!(end, (HalfEnd::Stopped(StreamCode::CLOSED), HalfEnd::Finished));
+    assert_eq!((bench.received(), bench.aborts()), (bytes.to_owned().into(), 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_takes_part_of_a_batch_is_not_stuck() {
+    let progress = Some(Arc::default());
+    let room = Some(Semaphore::new(0));
+    let mut bench = Bench::with((), Shared { room, progress, ..Shared::default() }).await;
+    bench.send_remote(b"abcde").await;
+    bench.send.finish();
+    // The write has begun before the other side closes.
+    sleep(HOUR).await;
+    bench.recv.stop(StreamCode::CLOSED);
+    takes_slowly(bench, "abcde").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_takes_chunk_after_chunk_is_not_stuck() {
+    let mut bench = Bench::with_room(0).await;
+    bench.recv.stop(StreamCode::CLOSED);
+    sleep(Duration::from_secs(1)).await;
+    for chunk in [b"a", b"b", b"c", b"d", b"e"] {
+        bench.send_remote(chunk).await;
+    }
+    bench.send.finish();
+    takes_slowly(bench, "abcde").await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -465,7 +492,7 @@ impl Preamble for Byte {
 
 #[tokio::test(start_paused = true)]
 async fn local_bytes_go_out_before_the_preamble_is_here() {
-    let mut bench = Bench::with(Byte, None).await;
+    let mut bench = Bench::with(Byte, Shared::default()).await;
     bench.send_local(b"early");
     assert_eq!(bench.read().await, Ok(Some("early".into())));
     bench.send_remote(&[1]).await;
@@ -477,7 +504,7 @@ async fn local_bytes_go_out_before_the_preamble_is_here() {
 
 #[tokio::test(start_paused = true)]
 async fn a_preamble_that_refuses_cuts_both_sides_off_with_its_code_and_reason() {
-    let mut bench = Bench::with(Byte, None).await;
+    let mut bench = Bench::with(Byte, Shared::default()).await;
     bench.send_remote(&[2]).await;
     let cut = bench.outcome().await.end.unwrap_err();
     assert_eq!((cut.code(), cut.to_string()), (CODE, "no target".into()));
