@@ -216,3 +216,39 @@ fn every_example_frame_decodes_to_what_it_is_called() {
     }
     assert_eq!(examples, 9);
 }
+
+/// Every document for readers of the repository.
+fn documents() -> Vec<PathBuf> {
+    let mut found = vec![PathBuf::from("README.md"), "CONTRIBUTING.md".into()];
+    for folder in ["docs", "docs/decisions", "deploy"] {
+        for entry in fs::read_dir(root().join(folder)).unwrap() {
+            let name = entry.unwrap().file_name();
+            if Path::new(&name).extension().is_some_and(|extension| extension == "md") {
+                found.push(Path::new(folder).join(name));
+            }
+        }
+    }
+    found
+}
+
+/// The paths in a document: targets of relative links, and source files in backticks.
+fn paths(document: &Path) -> Vec<PathBuf> {
+    let text = read(document);
+    let links = text.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
+    let links = links.filter(|link| !link.is_empty() && !link.contains("://"));
+    let links = links.map(|link| document.parent().unwrap().join(link));
+    let quoted = text.split('`').skip(1).step_by(2).filter(|path| path.ends_with(".rs"));
+    links.chain(quoted.map(PathBuf::from)).collect()
+}
+
+#[test]
+fn every_file_that_a_document_names_exists() {
+    let named: Vec<_> = documents()
+        .into_iter()
+        .flat_map(|document| paths(&document).into_iter().map(move |path| (document.clone(), path)))
+        .collect();
+    assert!(named.len() > 40, "only {} paths found", named.len());
+    for (document, path) in named {
+        assert!(root().join(&path).exists(), "{} of {}", path.display(), document.display());
+    }
+}
