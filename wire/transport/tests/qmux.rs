@@ -153,7 +153,8 @@ async fn a_fin_that_was_not_delivered_is_reported_as_a_loss() {
     .await;
 }
 
-/// Frames as a peer writes them, spelt out here lest the crate's own encoder be tested by itself.
+/// Frames as a peer writes them. They are encoded here, so that the crate's encoder does not test
+/// itself.
 mod frames {
     pub(crate) const MAX_DATA: u8 = 0x04;
     pub(crate) const MAX_STREAM_DATA_REMOTE: u8 = 0x06;

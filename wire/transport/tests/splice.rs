@@ -146,7 +146,7 @@ async fn bytes_written_before_a_unix_socket_was_closed_unread_arrive() {
         let Bench { spliced: (_, stream), stream: mut held, _pair, .. } = Bench::new(carrier).await;
         let (socket, mut peer) = UnixStream::pair().unwrap();
         let task = tokio::spawn(async move { run(socket, stream, &Meter::default()).await });
-        held.0.write_chunk(Bytes::from_static(b"an answer that nobody reads")).await.unwrap();
+        held.0.write_chunk(Bytes::from_static(b"an answer that is never read")).await.unwrap();
         peer.readable().await.unwrap();
         let mut written = 0;
         while let Ok(length) = timeout(PATIENCE, peer.write(&[0; 65_536])).await {
