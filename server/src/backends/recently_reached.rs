@@ -81,4 +81,15 @@ mod tests {
         assert!(!recently_reached.is_recent(&target(0), start));
         assert!(recently_reached.is_recent(&target(1), start));
     }
+
+    #[test]
+    fn targets_that_are_forgotten_anyway_make_room_before_the_oldest() {
+        let (recently_reached, start) = (RecentlyReached::default(), Instant::now());
+        for port in 0..MAX_TARGETS as u16 {
+            recently_reached.note(&target(port), start);
+        }
+        recently_reached.note(&target(u16::MAX), start + MEMORY);
+        assert_eq!(recently_reached.targets().len(), 1);
+        assert!(recently_reached.is_recent(&target(u16::MAX), start + MEMORY));
+    }
 }
