@@ -92,8 +92,8 @@ impl Comparison {
         Ok(Self { options, programs, konnectivity_client, _folder: folder })
     }
 
-    /// Runs a scenario: every seed through every peer in turn, so that changes of the machine affect
-    /// all of them.
+    /// Runs a scenario: every seed through every peer in turn, so that changes of the machine
+    /// affect all of them.
     ///
     /// # Errors
     /// When it cannot be set up. The failure of a peer is part of its run.

@@ -5,7 +5,8 @@
 //! - [`rig`] runs a server and agents inside this process, [`process`] as processes, both with the
 //!   same [`flags`] and with [`certificates`] of their own;
 //! - [`targets`] are TCP servers to dial;
-//! - [`frontend`] is a client of a server's frontend, as kube-apiserver is, by gRPC or HTTP CONNECT.
+//! - [`frontend`] is a client of a server's frontend, as kube-apiserver is, by gRPC or HTTP
+//!   CONNECT.
 
 pub mod carrier;
 pub mod certificates;

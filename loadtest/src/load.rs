@@ -86,7 +86,8 @@ pub enum Kind {
     /// Requests on one connection: asks for `size` bytes every interval, open loop; times each
     /// answer to its last byte.
     Request,
-    /// Log tails: the target writes a line of `size` bytes every interval; times each from the target.
+    /// Log tails: the target writes a line of `size` bytes every interval; times each from the
+    /// target.
     Tail,
     /// Dials, sends `size` bytes and reads them back unless that is 0, and closes: every interval,
     /// open loop, or one after another if that is 0. Times each to the dial's answer, or the echo.

@@ -35,8 +35,8 @@ enum Command {
     Link,
     /// List the scenarios
     Scenarios,
-    /// Show again what earlier comparisons wrote as JSON; of a scenario that is in several files, the
-    /// last counts
+    /// Show again what earlier comparisons wrote as JSON; of a scenario that is in several files,
+    /// the last counts
     Render(Render),
 }
 
@@ -44,8 +44,8 @@ enum Command {
 struct Compare {
     /// Run this scenario, by its name or the path of a TOML file; may be given several times
     ///
-    /// The file names a link, workloads, events such as UDP being dropped, flags of Culvert's server
-    /// and agent, and goals; loadtest/src/scenario.rs has every key.
+    /// The file names a link, workloads, events such as UDP being dropped, flags of Culvert's
+    /// server and agent, and goals; loadtest/src/scenario.rs has every key.
     #[arg(long = "scenario", value_name = "NAME", required_unless_present = "all")]
     scenarios: Vec<String>,
     /// Run every scenario that is built in

@@ -79,8 +79,8 @@ impl Peer {
 
     /// Starts server and agent and waits until both are ready.
     ///
-    /// # Errors
-    /// When one cannot be started or does not become ready; the end of its log is part of the error.
+    /// # Errors When one cannot be started or does not become ready; the end of its log is part of
+    /// the error.
     pub async fn start(self, topology: &Topology) -> anyhow::Result<Started> {
         if self == Self::Direct {
             return Ok(direct::start());

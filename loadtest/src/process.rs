@@ -204,8 +204,7 @@ impl Process {
     /// Waits for the next line of a log in JSON with this message, after those of the calls before.
     ///
     /// # Errors
-    /// When it does not come in time, or the process ends first; what was read is part of the
-    /// error.
+    /// When there is none in time, or the process ends first; the lines read are part of the error.
     pub async fn until_logged(&mut self, message: &str) -> anyhow::Result<serde_json::Value> {
         let (looks, mut seen) = (Looks::start(), String::new());
         loop {

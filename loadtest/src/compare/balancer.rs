@@ -1,5 +1,5 @@
-//! One address in front of several servers, as a load balancer has it: every new TCP connection, and
-//! every new UDP sender, goes to the next server.
+//! One address in front of several servers, as a load balancer has it: every new TCP connection,
+//! and every new UDP sender, goes to the next server.
 
 use std::{collections::HashMap, io, net::SocketAddr, sync::Arc};
 

@@ -92,7 +92,7 @@ fn cpu_seconds(servers: &[Process]) -> io::Result<f64> {
     servers.iter().map(Process::cpu_seconds).sum()
 }
 
-/// Seconds until the servers have so many agents together; `None` if they never do.
+/// Seconds until the servers have this many agents together; `None` when they never do.
 async fn until_joined(ports: &[Ports], wanted: u32, start: Instant) -> Option<f64> {
     let asking = async {
         let mut ticks = interval(ASK_INTERVAL);

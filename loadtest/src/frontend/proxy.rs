@@ -69,8 +69,8 @@ impl Client {
         self.begin(method, None).await
     }
 
-    /// Begins a `Proxy` stream with this packet: a Konnectivity server answers nothing, not even the
-    /// call, before it has a packet to send.
+    /// Begins a `Proxy` stream with this packet: a Konnectivity server answers nothing, not even
+    /// the call, before it has a packet to send.
     async fn proxy_with(&self, first: Packet) -> io::Result<ProxyStream> {
         self.begin("/ProxyService/Proxy", Some(first)).await
     }
@@ -174,7 +174,8 @@ pub fn close_request(connect_id: i64) -> Packet {
     Packet { r#type: PacketType::CloseReq.into(), payload: Some(Payload::CloseRequest(request)) }
 }
 
-/// One proxied connection on a `Proxy` stream and a socket of its own, as the Konnectivity client has it.
+/// One proxied connection on a `Proxy` stream and a socket of its own, as the Konnectivity client
+/// has it.
 #[derive(Debug)]
 pub struct ProxyConnection {
     stream: ProxyStream,

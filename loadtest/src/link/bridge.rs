@@ -157,11 +157,11 @@ impl Worker {
 
     /// Carries out the commands; `false` when one was to stop.
     fn obey(&mut self) -> bool {
-        let mut told = [0; 64];
-        while self.woken.recv(&mut told).is_ok() {}
+        let mut bytes = [0; 64];
+        while self.woken.recv(&mut bytes).is_ok() {}
         loop {
             let (command, _done) = match self.commands.try_recv() {
-                Ok(told) => told,
+                Ok(command) => command,
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
             };

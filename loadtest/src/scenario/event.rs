@@ -35,7 +35,7 @@ pub struct Event {
 pub enum When {
     /// Before server and agent are started.
     Start,
-    /// So many seconds after the measured part's start; before it if negative.
+    /// Seconds after the measured part's start; before it when negative.
     Second(f64),
 }
 

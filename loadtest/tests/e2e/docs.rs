@@ -73,8 +73,8 @@ fn scraped(scrape: &str) -> impl Iterator<Item = &str> {
     types.map(|line| line.split(' ').next().unwrap()).filter(|name| is_metric(name))
 }
 
-/// Names of the metrics in the first cells of a document's tables. `…_suffix` is the name of another
-/// metric of the same tunnel.
+/// Names of the metrics in the first cells of a document's tables. `…_suffix` is the name of
+/// another metric of the same tunnel.
 fn documented(document: &str) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for row in document.lines().filter_map(|line| line.strip_prefix("| `")) {

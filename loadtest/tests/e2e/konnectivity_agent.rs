@@ -228,8 +228,8 @@ async fn a_konnectivity_agent_without_a_certificate_is_refused() {
     .await;
 }
 
-/// A Konnectivity agent that misses a server connects again and again, and leaves when it finds that it
-/// has reached one that it knows.
+/// A Konnectivity agent that misses a server connects again and again, and leaves when it finds
+/// that it has reached one that it knows.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_konnectivity_agents_search_for_more_servers_fails_no_dial() {
     if !can_run(&[Konnectivity]).await {

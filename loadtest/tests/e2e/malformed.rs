@@ -40,7 +40,8 @@ async fn use_once(rig: &Running) {
     echo(&mut frontend, b"still here").await.unwrap();
 }
 
-/// Waits for the end of a connection, whose peer has hung up or reset it, and returns what was read.
+/// Waits for the end of a connection, whose peer has hung up or reset it, and returns what was
+/// read.
 async fn read_to_the_end(mut socket: impl AsyncRead + Unpin) -> Vec<u8> {
     let mut read = Vec::new();
     let end = timeout(PATIENCE, socket.read_to_end(&mut read)).await;

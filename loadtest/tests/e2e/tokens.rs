@@ -82,17 +82,24 @@ impl Guarded {
     }
 }
 
+/// Runs a test with a server that demands tokens, unless it needs Go and such tests are skipped.
+async fn with_guarded(
+    agent: Implementation,
+    server: Implementation,
+    test: impl AsyncFnOnce(Guarded),
+) {
+    if can_run(&[agent, server]).await {
+        within(async { test(Guarded::start(server).await).await }).await;
+    }
+}
+
 #[rstest]
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_with_an_accepted_token_serves(
     #[values(Culvert, Konnectivity)] agent: Implementation,
     #[values(Culvert, Konnectivity)] server: Implementation,
 ) {
-    if !can_run(&[agent, server]).await {
-        return;
-    }
-    within(async {
-        let guarded = Guarded::start(server).await;
+    with_guarded(agent, server, async |guarded| {
         guarded.accept("good", ACCEPTED);
         let _agent = guarded.start_agent(agent, "agent", "good").await;
         guarded.deployment.until_joined(1).await;
@@ -127,11 +134,7 @@ async fn an_agent_with_a_refused_token_logs_why_and_joins_once_it_has_an_accepte
     #[case] user: &str,
     #[case] reason: &str,
 ) {
-    if !can_run(&[agent, server]).await {
-        return;
-    }
-    within(async {
-        let guarded = Guarded::start(server).await;
+    with_guarded(agent, server, async |guarded| {
         guarded.accept("good", ACCEPTED);
         if !user.is_empty() {
             guarded.accept("bad", user);
@@ -151,11 +154,7 @@ async fn an_agent_joins_once_tokens_can_be_reviewed(
     #[values(Culvert, Konnectivity)] server: Implementation,
 ) {
     const REASON: &str = "tokenreviews is forbidden";
-    if !can_run(&[agent, server]).await {
-        return;
-    }
-    within(async {
-        let guarded = Guarded::start(server).await;
+    with_guarded(agent, server, async |guarded| {
         guarded.api.refuse(Some(REASON));
         guarded.accept("good", ACCEPTED);
         let (process, _) = guarded.start_agent(agent, "agent", "good").await;
@@ -172,11 +171,7 @@ async fn an_agent_without_a_token_logs_that_it_needs_one(
     #[values(Culvert, Konnectivity)] agent: Implementation,
     #[values(Culvert, Konnectivity)] server: Implementation,
 ) {
-    if !can_run(&[agent, server]).await {
-        return;
-    }
-    within(async {
-        let guarded = Guarded::start(server).await;
+    with_guarded(agent, server, async |guarded| {
         let process = guarded.deployment.spawn_agent_without_certificate(agent, "agent", []).await;
         let reason = match server {
             Culvert => "--service-account-token-path",
