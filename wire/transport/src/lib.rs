@@ -4,16 +4,18 @@
 //! A [`Tunnel`] is one authenticated connection between one agent and one server. Either side opens
 //! streams on it; each stream has two halves that end on their own: a [`SendHalf`] is finished or
 //! reset, a [`RecvHalf`] runs to its end or is stopped. Code that uses a tunnel does not know what
-//! carries it.
+//! carries it. A carrier makes a connection, and `Tunnel::from` makes a tunnel of that; the carrier
+//! knows nothing of what stands on it.
 //!
 //! ```text
 //!  splice                    a stream and a socket joined, with exact ends
 //!  control                   the control stream: messages, pings, deadlines
-//!  tunnel                    Tunnel, SendHalf, RecvHalf; which stream's bytes go first
-//!  carrier                   one set of names for what carries a tunnel
+//!  tunnel, stream, priority  Tunnel, SendHalf, RecvHalf; which stream's bytes go first
 //!     ├─ quic                QUIC, by quinn; named nowhere else
-//!     ├─ qmux ─ tcp          QMux over TLS over TCP, directly or through a proxy
-//!     └─ qmux ─ memory       both ends in one process
+//!     └─ qmux                streams over any reliable byte stream
+//!         ├─ tcp             TLS over TCP, directly or through a proxy
+//!         └─ memory          a pipe within one process
+//!  carrier, error, settings  what all of them share
 //! ```
 //!
 //! Start with [`Tunnel`], then [`splice`](mod@splice).

@@ -1,25 +1,27 @@
 //! Thin writes that are sent twice, over real QUIC on a loopback path that loses packets.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod carriers;
+
 use std::{
     net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
 };
 
 use bytes::Bytes;
 use culvert_transport::{
     RecvHalf, SendHalf, Settings, Tunnel, TunnelLost,
     quic::{Listener, connect},
-    tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
+    tls::{KeyExchange, tunnel_client, tunnel_server},
 };
 use culvert_wire::CloseCode;
 use quinn::crypto::rustls::QuicClientConfig;
-use rcgen::{CertificateParams, KeyPair};
 use tokio::{net::UdpSocket, task::JoinSet};
+
+use carriers::{Authority, within};
 
 /// Bytes per second that may be sent twice: no limit for what is sent here.
 const RATE: u32 = 10 << 20;
@@ -33,16 +35,12 @@ struct Server {
 
 impl Server {
     fn new() -> Self {
-        let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new(["127.0.0.1".to_owned()]).unwrap();
-        let certificate = params.self_signed(&key).unwrap().der().clone();
-        let roots = authorities(std::slice::from_ref(&certificate)).unwrap();
-        let key = key.serialize_der().try_into().unwrap();
-        let identity = Identity { chain: vec![certificate], key };
-        let tls = tunnel_server(identity, None, KeyExchange::Classic).unwrap();
+        let authority = Authority::new();
+        let tls = tunnel_server(authority.identity(), None, KeyExchange::Classic).unwrap();
         let address = "127.0.0.1:0".parse().unwrap();
         let listener = Listener::bind(address, tls.into(), &Settings::default(), None).unwrap();
-        let client_tls = tunnel_client(roots, None, KeyExchange::Classic).unwrap().into();
+        let client_tls =
+            tunnel_client(authority.roots(), None, KeyExchange::Classic).unwrap().into();
         Self { address: listener.local_addr().unwrap(), listener, client_tls }
     }
 
@@ -118,10 +116,6 @@ impl Draw {
     fn loses(&mut self) -> bool {
         self.lossy.load(Ordering::Relaxed) && self.random.u8(..5) == 0
     }
-}
-
-async fn within<T>(test: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test hangs")
 }
 
 /// Sends back what comes.

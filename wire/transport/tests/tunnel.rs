@@ -8,7 +8,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use culvert_transport::{
-    ConnectError, ReadError, ReadFrameError, Settings, TransportFault, Tunnel, TunnelLost,
+    Carrier, ConnectError, ReadError, ReadFrameError, Settings, TransportFault, Tunnel, TunnelLost,
     Unreachable, WriteError,
     control::{ControlError, ControlStream, Event},
     quic::{Listener, connect},
@@ -22,7 +22,23 @@ use culvert_wire::{
 
 use tokio::{net::UdpSocket, task::JoinSet};
 
-use carriers::{Authority, Pair, each, within};
+use carriers::{Authority, Pair, on_each_carrier, within};
+
+on_each_carrier![
+    a_dropped_sender_is_a_reset_and_never_an_end,
+    a_finished_sender_is_an_end_and_delivery_is_reported,
+    a_dropped_receiver_stops_the_sender,
+    a_reset_is_noticed_by_a_reader_that_holds_back,
+    a_stream_that_was_watched_for_a_reset_is_read_to_its_clean_end,
+    a_lost_tunnel_is_noticed_by_a_reader_that_holds_back,
+    a_reset_stays_a_reset_however_often_it_is_asked_for,
+    streams_end_with_the_reason_for_which_the_tunnel_was_closed,
+    a_peer_that_is_heard_and_does_not_answer_is_found_unresponsive,
+    a_later_revisions_message_is_ignored_and_a_malformed_one_is_not,
+    a_frame_is_read_exactly_and_leaves_what_follows,
+    a_frame_that_is_cut_or_too_long_is_refused,
+    stalled_streams_do_not_fill_the_tunnel,
+];
 
 /// Whether the future completes at once; it is dropped in any case.
 async fn is_ready(future: impl Future) -> bool {
@@ -33,156 +49,124 @@ async fn is_ready(future: impl Future) -> bool {
     }
 }
 
-#[tokio::test]
-async fn a_dropped_sender_is_a_reset_and_never_an_end() {
-    each(async |carrier| {
-        let pair = Pair::new(carrier).await;
-        let (mut send, _recv) = pair.server.open().await.unwrap();
-        send.write_chunk(Bytes::from_static(b"half a sentence")).await.unwrap();
-        let (_send, mut recv) = pair.agent.accept().await.unwrap();
-        let mut chunks = [Bytes::new()];
-        recv.read_chunks(&mut chunks).await.unwrap();
-        drop(send);
-        let error = recv.read_chunks(&mut chunks).await.unwrap_err();
-        assert_eq!(error, ReadError::Reset(StreamCode::ABANDONED));
-    })
-    .await;
+async fn a_dropped_sender_is_a_reset_and_never_an_end(carrier: Carrier) {
+    let pair = Pair::new(carrier).await;
+    let (mut send, _recv) = pair.server.open().await.unwrap();
+    send.write_chunk(Bytes::from_static(b"half a sentence")).await.unwrap();
+    let (_send, mut recv) = pair.agent.accept().await.unwrap();
+    let mut chunks = [Bytes::new()];
+    recv.read_chunks(&mut chunks).await.unwrap();
+    drop(send);
+    let error = recv.read_chunks(&mut chunks).await.unwrap_err();
+    assert_eq!(error, ReadError::Reset(StreamCode::ABANDONED));
 }
 
-#[tokio::test]
-async fn a_finished_sender_is_an_end_and_delivery_is_reported() {
-    each(async |carrier| {
-        let pair = Pair::new(carrier).await;
-        let (mut send, _recv) = pair.server.open().await.unwrap();
-        send.write_chunk(Bytes::from_static(b"all")).await.unwrap();
-        send.finish();
-        send.reset(StreamCode::IO_ERROR); // too late to mean anything
-        let delivered = send.stopped();
-        drop(send);
-        let (_send, mut recv) = pair.agent.accept().await.unwrap();
-        let mut chunks = [Bytes::new()];
-        assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), Some(1));
-        assert_eq!(chunks[0], "all");
-        assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), None);
-        assert_eq!(delivered.await.unwrap(), None);
-    })
-    .await;
+async fn a_finished_sender_is_an_end_and_delivery_is_reported(carrier: Carrier) {
+    let pair = Pair::new(carrier).await;
+    let (mut send, _recv) = pair.server.open().await.unwrap();
+    send.write_chunk(Bytes::from_static(b"all")).await.unwrap();
+    send.finish();
+    send.reset(StreamCode::IO_ERROR); // too late to mean anything
+    let delivered = send.stopped();
+    drop(send);
+    let (_send, mut recv) = pair.agent.accept().await.unwrap();
+    let mut chunks = [Bytes::new()];
+    assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), Some(1));
+    assert_eq!(chunks[0], "all");
+    assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), None);
+    assert_eq!(delivered.await.unwrap(), None);
 }
 
-#[tokio::test]
-async fn a_dropped_receiver_stops_the_sender() {
-    each(async |carrier| {
-        let pair = Pair::new(carrier).await;
-        let (mut send, _recv) = pair.server.open().await.unwrap();
-        send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
-        let (_send, recv) = pair.agent.accept().await.unwrap();
-        drop(recv);
-        assert_eq!(send.stopped().await.unwrap(), Some(StreamCode::ABANDONED));
-        let error = send.write_chunk(Bytes::from_static(b"y")).await.unwrap_err();
-        assert_eq!(error, WriteError::Stopped(StreamCode::ABANDONED));
-    })
-    .await;
+async fn a_dropped_receiver_stops_the_sender(carrier: Carrier) {
+    let pair = Pair::new(carrier).await;
+    let (mut send, _recv) = pair.server.open().await.unwrap();
+    send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
+    let (_send, recv) = pair.agent.accept().await.unwrap();
+    drop(recv);
+    assert_eq!(send.stopped().await.unwrap(), Some(StreamCode::ABANDONED));
+    let error = send.write_chunk(Bytes::from_static(b"y")).await.unwrap_err();
+    assert_eq!(error, WriteError::Stopped(StreamCode::ABANDONED));
 }
 
-#[tokio::test]
-async fn a_reset_is_noticed_by_a_reader_that_holds_back() {
-    each(async |carrier| {
-        let pair = Pair::new(carrier).await;
-        let (mut send, _recv) = pair.server.open().await.unwrap();
-        send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
-        let (_send, mut recv) = pair.agent.accept().await.unwrap();
-        send.reset(StreamCode::PEER_RESET);
-        assert_eq!(recv.failed().await, ReadError::Reset(StreamCode::PEER_RESET));
-    })
-    .await;
+async fn a_reset_is_noticed_by_a_reader_that_holds_back(carrier: Carrier) {
+    let pair = Pair::new(carrier).await;
+    let (mut send, _recv) = pair.server.open().await.unwrap();
+    send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
+    let (_send, mut recv) = pair.agent.accept().await.unwrap();
+    send.reset(StreamCode::PEER_RESET);
+    assert_eq!(recv.failed().await, ReadError::Reset(StreamCode::PEER_RESET));
 }
 
 /// Watching must leave nothing behind in the tunnel: neither a panic nor a waker, and no byte less.
-#[tokio::test]
-async fn a_stream_that_was_watched_for_a_reset_is_read_to_its_clean_end() {
-    each(async |carrier| {
-        let pair = Pair::new(carrier).await;
-        for bytes in ["", "unread"] {
-            let (mut send, _recv) = pair.server.open().await.unwrap();
-            send.write_chunk(Bytes::from_static(b"first")).await.unwrap();
-            let (_send, mut recv) = pair.agent.accept().await.unwrap();
-            let mut chunks = [const { Bytes::new() }; 4];
-            assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), Some(1));
-            send.write_chunk(Bytes::from_static(bytes.as_bytes())).await.unwrap();
-            send.finish();
-            // All of it has arrived before it is watched.
-            assert_eq!(send.stopped().await.unwrap(), None);
-            assert!(!is_ready(recv.failed()).await);
-            let mut rest = Vec::new();
-            while let Some(count) = recv.read_chunks(&mut chunks).await.unwrap() {
-                rest.extend(chunks[..count].concat());
-            }
-            assert_eq!(rest, bytes.as_bytes());
-            assert!(!is_ready(recv.failed()).await);
+async fn a_stream_that_was_watched_for_a_reset_is_read_to_its_clean_end(carrier: Carrier) {
+    let pair = Pair::new(carrier).await;
+    for bytes in ["", "unread"] {
+        let (mut send, _recv) = pair.server.open().await.unwrap();
+        send.write_chunk(Bytes::from_static(b"first")).await.unwrap();
+        let (_send, mut recv) = pair.agent.accept().await.unwrap();
+        let mut chunks = [const { Bytes::new() }; 4];
+        assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), Some(1));
+        send.write_chunk(Bytes::from_static(bytes.as_bytes())).await.unwrap();
+        send.finish();
+        // All of it has arrived before it is watched.
+        assert_eq!(send.stopped().await.unwrap(), None);
+        assert!(!is_ready(recv.failed()).await);
+        let mut rest = Vec::new();
+        while let Some(count) = recv.read_chunks(&mut chunks).await.unwrap() {
+            rest.extend(chunks[..count].concat());
         }
-    })
-    .await;
+        assert_eq!(rest, bytes.as_bytes());
+        assert!(!is_ready(recv.failed()).await);
+    }
 }
 
-#[tokio::test]
-async fn a_lost_tunnel_is_noticed_by_a_reader_that_holds_back() {
-    each(async |carrier| {
-        for bytes in ["", "unread"] {
-            let pair = Pair::new(carrier).await;
-            let (mut send, _recv) = pair.server.open().await.unwrap();
-            send.write_chunk(Bytes::from_static(b"first")).await.unwrap();
-            let (_send, mut recv) = pair.agent.accept().await.unwrap();
-            recv.read_chunks(&mut [Bytes::new()]).await.unwrap();
-            send.write_chunk(Bytes::from_static(bytes.as_bytes())).await.unwrap();
-            pair.server.close(CloseCode::SHUTDOWN, "");
-            let code = CloseCode::SHUTDOWN;
-            let lost = TunnelLost::ClosedByPeer { code, reason: String::new() };
-            assert_eq!(recv.failed().await, ReadError::Lost(lost));
-        }
-    })
-    .await;
+async fn a_lost_tunnel_is_noticed_by_a_reader_that_holds_back(carrier: Carrier) {
+    for bytes in ["", "unread"] {
+        let pair = Pair::new(carrier).await;
+        let (mut send, _recv) = pair.server.open().await.unwrap();
+        send.write_chunk(Bytes::from_static(b"first")).await.unwrap();
+        let (_send, mut recv) = pair.agent.accept().await.unwrap();
+        recv.read_chunks(&mut [Bytes::new()]).await.unwrap();
+        send.write_chunk(Bytes::from_static(bytes.as_bytes())).await.unwrap();
+        pair.server.close(CloseCode::SHUTDOWN, "");
+        let code = CloseCode::SHUTDOWN;
+        let lost = TunnelLost::ClosedByPeer { code, reason: String::new() };
+        assert_eq!(recv.failed().await, ReadError::Lost(lost));
+    }
 }
 
-#[tokio::test]
-async fn a_reset_stays_a_reset_however_often_it_is_asked_for() {
-    each(async |carrier| {
-        let pair = Pair::new(carrier).await;
-        let reset = ReadError::Reset(StreamCode::CANCELLED);
-        for watched in [false, true] {
-            let (mut send, _recv) = pair.server.open().await.unwrap();
-            send.reset(StreamCode::CANCELLED);
-            let (_send, mut recv) = pair.agent.accept().await.unwrap();
-            if watched {
-                assert_eq!(recv.failed().await, reset);
-            }
-            for _ in 0..2 {
-                assert_eq!(recv.read_chunks(&mut [Bytes::new()]).await, Err(reset.clone()));
-                assert_eq!(recv.read_frame(8).await.unwrap_err(), reset.clone().into());
-            }
+async fn a_reset_stays_a_reset_however_often_it_is_asked_for(carrier: Carrier) {
+    let pair = Pair::new(carrier).await;
+    let reset = ReadError::Reset(StreamCode::CANCELLED);
+    for watched in [false, true] {
+        let (mut send, _recv) = pair.server.open().await.unwrap();
+        send.reset(StreamCode::CANCELLED);
+        let (_send, mut recv) = pair.agent.accept().await.unwrap();
+        if watched {
             assert_eq!(recv.failed().await, reset);
         }
-    })
-    .await;
+        for _ in 0..2 {
+            assert_eq!(recv.read_chunks(&mut [Bytes::new()]).await, Err(reset.clone()));
+            assert_eq!(recv.read_frame(8).await.unwrap_err(), reset.clone().into());
+        }
+        assert_eq!(recv.failed().await, reset);
+    }
 }
 
-#[tokio::test]
-async fn streams_end_with_the_reason_for_which_the_tunnel_was_closed() {
-    each(async |carrier| {
-        let pair = Pair::new(carrier).await;
-        let (mut send, mut recv) = pair.server.open().await.unwrap();
-        send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
-        let (_send, mut far) = pair.agent.accept().await.unwrap();
-        pair.server.close(CloseCode::UNRESPONSIVE, "no answer");
-        let (code, reason) = (CloseCode::UNRESPONSIVE, "no answer".to_owned());
-        let here = TunnelLost::ClosedHere { code, reason: reason.clone() };
-        let there = TunnelLost::ClosedByPeer { code, reason };
-        let mut chunks = [Bytes::new()];
-        assert_eq!(recv.read_chunks(&mut chunks).await.unwrap_err(), ReadError::Lost(here.clone()));
-        assert_eq!(pair.server.closed().await, here);
-        assert_eq!(pair.agent.closed().await, there);
-        assert_eq!(far.failed().await, ReadError::Lost(there));
-    })
-    .await;
+async fn streams_end_with_the_reason_for_which_the_tunnel_was_closed(carrier: Carrier) {
+    let pair = Pair::new(carrier).await;
+    let (mut send, mut recv) = pair.server.open().await.unwrap();
+    send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
+    let (_send, mut far) = pair.agent.accept().await.unwrap();
+    pair.server.close(CloseCode::UNRESPONSIVE, "no answer");
+    let (code, reason) = (CloseCode::UNRESPONSIVE, "no answer".to_owned());
+    let here = TunnelLost::ClosedHere { code, reason: reason.clone() };
+    let there = TunnelLost::ClosedByPeer { code, reason };
+    let mut chunks = [Bytes::new()];
+    assert_eq!(recv.read_chunks(&mut chunks).await.unwrap_err(), ReadError::Lost(here.clone()));
+    assert_eq!(pair.server.closed().await, here);
+    assert_eq!(pair.agent.closed().await, there);
+    assert_eq!(far.failed().await, ReadError::Lost(there));
 }
 
 #[tokio::test]
@@ -333,117 +317,96 @@ async fn a_peer_whose_port_is_closed_is_reported_and_found_gone_at_once() {
 }
 
 /// Its carrier acknowledges what nothing reads: that renews the deadline, but not for ever.
-#[tokio::test]
-async fn a_peer_that_is_heard_and_does_not_answer_is_found_unresponsive() {
-    each(async |carrier| {
-        let pair = Pair::new(carrier).await;
-        let (mut server, _agent) = controls(&pair.server, &pair.agent).await;
-        let limit = Duration::from_millis(50);
-        server.ask(limit).await.unwrap();
-        let error = server.next().await.unwrap_err();
-        assert!(matches!(error, ControlError::Unresponsive(waited) if waited >= limit));
-        assert_eq!(error.close_code(), CloseCode::UNRESPONSIVE);
-    })
-    .await;
+async fn a_peer_that_is_heard_and_does_not_answer_is_found_unresponsive(carrier: Carrier) {
+    let pair = Pair::new(carrier).await;
+    let (mut server, _agent) = controls(&pair.server, &pair.agent).await;
+    let limit = Duration::from_millis(50);
+    server.ask(limit).await.unwrap();
+    let error = server.next().await.unwrap_err();
+    assert!(matches!(error, ControlError::Unresponsive(waited) if waited >= limit));
+    assert_eq!(error.close_code(), CloseCode::UNRESPONSIVE);
 }
 
-#[tokio::test]
-async fn a_later_revisions_message_is_ignored_and_a_malformed_one_is_not() {
-    each(async |carrier| {
-        let pair = Pair::new(carrier).await;
-        let (mut send, _recv) = pair.agent.open().await.unwrap();
-        let ping = frame::encode(&Ping { echo: 1 }).unwrap();
-        let drain = frame::encode(&Drain { deadline_millis: 9 }).unwrap();
-        let later: &[u8] = &[0x40, 0, 2, 1, 2];
-        send.write_chunk([later, &ping, &drain].concat().into()).await.unwrap();
-        let mut server =
-            ControlStream::new(pair.server.clone(), pair.server.accept().await.unwrap());
-        let message = server.next().await.unwrap();
-        assert_eq!(message, ControlMessage::Drain(Drain { deadline_millis: 9 }));
-        send.write_chunk(Bytes::from_static(&[0x03, 0xff, 0xff])).await.unwrap();
-        let error = server.next().await.unwrap_err();
-        assert!(matches!(error, ControlError::Frame(FrameError::Oversized { kind: 3, .. })));
-        assert_eq!(error.close_code(), CloseCode::PROTOCOL_VIOLATION);
-    })
-    .await;
+async fn a_later_revisions_message_is_ignored_and_a_malformed_one_is_not(carrier: Carrier) {
+    let pair = Pair::new(carrier).await;
+    let (mut send, _recv) = pair.agent.open().await.unwrap();
+    let ping = frame::encode(&Ping { echo: 1 }).unwrap();
+    let drain = frame::encode(&Drain { deadline_millis: 9 }).unwrap();
+    let later: &[u8] = &[0x40, 0, 2, 1, 2];
+    send.write_chunk([later, &ping, &drain].concat().into()).await.unwrap();
+    let mut server = ControlStream::new(pair.server.clone(), pair.server.accept().await.unwrap());
+    let message = server.next().await.unwrap();
+    assert_eq!(message, ControlMessage::Drain(Drain { deadline_millis: 9 }));
+    send.write_chunk(Bytes::from_static(&[0x03, 0xff, 0xff])).await.unwrap();
+    let error = server.next().await.unwrap_err();
+    assert!(matches!(error, ControlError::Frame(FrameError::Oversized { kind: 3, .. })));
+    assert_eq!(error.close_code(), CloseCode::PROTOCOL_VIOLATION);
 }
 
-#[tokio::test]
-async fn a_frame_is_read_exactly_and_leaves_what_follows() {
-    each(async |carrier| {
-        let pair = Pair::new(carrier).await;
+async fn a_frame_is_read_exactly_and_leaves_what_follows(carrier: Carrier) {
+    let pair = Pair::new(carrier).await;
+    let (mut send, _recv) = pair.server.open().await.unwrap();
+    let bytes = [&frame::encode(&Ping { echo: 5 }).unwrap()[..], b"raw bytes"].concat();
+    for byte in bytes.chunks(1) {
+        send.write_chunk(Bytes::copy_from_slice(byte)).await.unwrap();
+    }
+    send.finish();
+    let (_send, mut recv) = pair.agent.accept().await.unwrap();
+    let ping: Ping = recv.read_frame(16).await.unwrap().message().unwrap();
+    assert_eq!(ping, Ping { echo: 5 });
+    let mut rest = Vec::new();
+    let mut chunks = [const { Bytes::new() }; 8];
+    while let Some(count) = recv.read_chunks(&mut chunks).await.unwrap() {
+        chunks[..count].iter().for_each(|chunk| rest.extend_from_slice(chunk));
+    }
+    assert_eq!(rest, b"raw bytes");
+}
+
+async fn a_frame_that_is_cut_or_too_long_is_refused(carrier: Carrier) {
+    let pair = Pair::new(carrier).await;
+    for (bytes, limit, is_expected) in [
+        (&[][..], 10, (|e| *e == ReadFrameError::End) as fn(&ReadFrameError) -> bool),
+        (&[3, 0], 10, |e| *e == ReadFrameError::Truncated),
+        (&[3, 0, 5, 1], 10, |e| *e == ReadFrameError::Truncated),
+        (&[3, 0, 11], 10, |e| matches!(e, ReadFrameError::Frame(FrameError::Oversized { .. }))),
+    ] {
         let (mut send, _recv) = pair.server.open().await.unwrap();
-        let bytes = [&frame::encode(&Ping { echo: 5 }).unwrap()[..], b"raw bytes"].concat();
-        for byte in bytes.chunks(1) {
-            send.write_chunk(Bytes::copy_from_slice(byte)).await.unwrap();
-        }
+        send.write_chunk(Bytes::copy_from_slice(bytes)).await.unwrap();
         send.finish();
         let (_send, mut recv) = pair.agent.accept().await.unwrap();
-        let ping: Ping = recv.read_frame(16).await.unwrap().message().unwrap();
-        assert_eq!(ping, Ping { echo: 5 });
-        let mut rest = Vec::new();
-        let mut chunks = [const { Bytes::new() }; 8];
-        while let Some(count) = recv.read_chunks(&mut chunks).await.unwrap() {
-            chunks[..count].iter().for_each(|chunk| rest.extend_from_slice(chunk));
-        }
-        assert_eq!(rest, b"raw bytes");
-    })
-    .await;
-}
-
-#[tokio::test]
-async fn a_frame_that_is_cut_or_too_long_is_refused() {
-    each(async |carrier| {
-        let pair = Pair::new(carrier).await;
-        for (bytes, limit, is_expected) in [
-            (&[][..], 10, (|e| *e == ReadFrameError::End) as fn(&ReadFrameError) -> bool),
-            (&[3, 0], 10, |e| *e == ReadFrameError::Truncated),
-            (&[3, 0, 5, 1], 10, |e| *e == ReadFrameError::Truncated),
-            (&[3, 0, 11], 10, |e| matches!(e, ReadFrameError::Frame(FrameError::Oversized { .. }))),
-        ] {
-            let (mut send, _recv) = pair.server.open().await.unwrap();
-            send.write_chunk(Bytes::copy_from_slice(bytes)).await.unwrap();
-            send.finish();
-            let (_send, mut recv) = pair.agent.accept().await.unwrap();
-            let error = recv.read_frame(limit).await.unwrap_err();
-            assert!(is_expected(&error), "{bytes:?}: {error}");
-        }
-    })
-    .await;
+        let error = recv.read_frame(limit).await.unwrap_err();
+        assert!(is_expected(&error), "{bytes:?}: {error}");
+    }
 }
 
 /// Each connection has its own stream: one that is not read does not affect the others.
-#[tokio::test]
-async fn stalled_streams_do_not_fill_the_tunnel() {
-    each(async |carrier| {
-        const WINDOW: usize = 64 * 1024;
-        const CHUNK: usize = 16 * 1024;
-        let settings = Settings { stream_receive_window: WINDOW as u32, ..Settings::default() };
-        let pair = Pair::with(carrier, &settings).await;
-        let mut stalled = Vec::new();
-        for _ in 0..64 {
-            let (mut send, recv) = pair.server.open().await.unwrap();
-            let mut accepted = 0;
-            // Until a write has to wait: the window is taken by then, or will be once it is sent.
-            while is_ready(send.write_chunk(vec![0; CHUNK].into())).await {
-                accepted += CHUNK;
-            }
-            assert!(accepted >= WINDOW, "{accepted} bytes");
-            stalled.push((send, recv, pair.agent.accept().await.unwrap()));
+async fn stalled_streams_do_not_fill_the_tunnel(carrier: Carrier) {
+    const WINDOW: usize = 64 * 1024;
+    const CHUNK: usize = 16 * 1024;
+    let settings = Settings { stream_receive_window: WINDOW as u32, ..Settings::default() };
+    let pair = Pair::with(carrier, &settings).await;
+    let mut stalled = Vec::new();
+    for _ in 0..64 {
+        let (mut send, recv) = pair.server.open().await.unwrap();
+        let mut accepted = 0;
+        // Until a write has to wait: the window is taken by then, or will be once it is sent.
+        while is_ready(send.write_chunk(vec![0; CHUNK].into())).await {
+            accepted += CHUNK;
         }
-        let (mut send, _recv) = pair.server.open().await.unwrap();
-        send.write_chunk(vec![1; 32 * 1024].into()).await.unwrap();
-        send.finish();
-        let (_send, mut recv) = pair.agent.accept().await.unwrap();
-        let mut chunks = [const { Bytes::new() }; 64];
-        let mut got = 0;
-        while let Some(count) = recv.read_chunks(&mut chunks).await.unwrap() {
-            got += chunks[..count].iter().map(Bytes::len).sum::<usize>();
-        }
-        assert_eq!(got, 32 * 1024);
-        drop(stalled);
-        pair.server.close(CloseCode::DONE, "");
-        pair.server.flushed(Duration::from_secs(1)).await;
-    })
-    .await;
+        assert!(accepted >= WINDOW, "{accepted} bytes");
+        stalled.push((send, recv, pair.agent.accept().await.unwrap()));
+    }
+    let (mut send, _recv) = pair.server.open().await.unwrap();
+    send.write_chunk(vec![1; 32 * 1024].into()).await.unwrap();
+    send.finish();
+    let (_send, mut recv) = pair.agent.accept().await.unwrap();
+    let mut chunks = [const { Bytes::new() }; 64];
+    let mut got = 0;
+    while let Some(count) = recv.read_chunks(&mut chunks).await.unwrap() {
+        got += chunks[..count].iter().map(Bytes::len).sum::<usize>();
+    }
+    assert_eq!(got, 32 * 1024);
+    drop(stalled);
+    pair.server.close(CloseCode::DONE, "");
+    pair.server.flushed(Duration::from_secs(1)).await;
 }

@@ -14,6 +14,28 @@ use rustls::RootCertStore;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 
+/// Makes a test over QUIC and one over TCP of each of these functions, which fail when they hang.
+#[allow(unused_macros, reason = "each test binary uses its own part")]
+macro_rules! on_each_carrier {
+    ($($test:ident),+ $(,)?) => {
+        $(
+            mod $test {
+                #[tokio::test]
+                async fn quic() {
+                    $crate::carriers::within(super::$test(culvert_transport::Carrier::Quic)).await;
+                }
+
+                #[tokio::test]
+                async fn tcp() {
+                    $crate::carriers::within(super::$test(culvert_transport::Carrier::Tcp)).await;
+                }
+            }
+        )+
+    };
+}
+#[allow(unused_imports, reason = "each test binary uses its own part")]
+pub(crate) use on_each_carrier;
+
 /// Runs a test over each carrier, and fails it when it hangs.
 pub(crate) async fn each(test: impl AsyncFn(Carrier)) {
     for carrier in [Carrier::Quic, Carrier::Tcp] {
