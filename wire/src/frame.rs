@@ -191,6 +191,16 @@ mod tests {
     }
 
     #[test]
+    fn a_frame_is_split_as_soon_as_its_last_byte_is_there() {
+        let mut buffer = BytesMut::from(&[0x03, 0, 1][..]);
+        assert_eq!(Frame::split(&mut buffer, 2), Ok(None));
+        buffer.extend_from_slice(&[7]);
+        let frame = Frame { kind: 3, body: Bytes::from_static(&[7]) };
+        assert_eq!(Frame::split(&mut buffer, 2), Ok(Some(frame)));
+        assert!(buffer.is_empty());
+    }
+
+    #[test]
     fn an_oversized_frame_is_refused_by_its_head() {
         let split = |limit| Frame::split(&mut BytesMut::from(&[0x01, 0x01, 0x00][..]), limit);
         assert_eq!(split(256), Ok(None));

@@ -98,6 +98,12 @@ mod tests {
     }
 
     #[test]
+    fn booleans_are_read_as_go_reads_them() {
+        assert_eq!(["T", "1", "F", "0"].map(parse_go_bool), [true, true, false, false].map(Some));
+        assert_eq!(["yes", "", "tRUE"].map(parse_go_bool), [None; 3]);
+    }
+
+    #[test]
     fn keys_and_values_have_their_limits() {
         assert!(Identifier::new(&"k".repeat(32), &"v".repeat(255)).is_ok());
         assert!(Identifier::new(&"k".repeat(33), "v").is_err());

@@ -285,6 +285,16 @@ mod tests {
     fn a_tls_fault_is_found_behind_an_io_error() {
         let unknown_ca = rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer);
         assert!(matches!(tls(unknown_ca), TransportFault::TlsRefused { alert: Some(48), .. }));
+        for (error, expected) in [
+            (rustls::Error::NoCertificatesPresented, 116),
+            (rustls::Error::NoApplicationProtocol, 120),
+        ] {
+            let fault = tls(error);
+            assert!(
+                matches!(fault, TransportFault::TlsRefused { alert: Some(alert), .. } if alert == expected),
+                "{fault:?}",
+            );
+        }
         let received = rustls::Error::AlertReceived(AlertDescription::CertificateRequired);
         assert!(matches!(tls(received), TransportFault::TlsAlert { alert: 116, .. }));
         let other = tls(rustls::Error::DecryptError);
