@@ -37,6 +37,8 @@ struct Shared {
     received: Mutex<BytesMut>,
     /// Bytes that the peer still takes. Closed, it reads no more.
     room: Option<Semaphore>,
+    /// The fault of writes once `room` is closed, if it is not that the peer reads no more.
+    fault: SetOnce<io::ErrorKind>,
     /// Counts the bytes that the peer has taken, if the writer does.
     progress: Option<Arc<AtomicU64>>,
     /// The peer has received the end.
@@ -70,7 +72,8 @@ impl LocalWrite for Write {
         for chunk in chunks {
             for byte in chunk.iter() {
                 if let Some(room) = &self.0.room {
-                    let closed = |_| io::Error::from(io::ErrorKind::BrokenPipe);
+                    let kind = || self.0.fault.get().copied().unwrap_or(io::ErrorKind::BrokenPipe);
+                    let closed = |_| io::Error::from(kind());
                     room.acquire().await.map_err(closed)?.forget();
                 }
                 self.0.received.lock().put_u8(*byte);
@@ -402,6 +405,18 @@ async fn a_local_reader_that_closes_stops_its_direction_alone() {
     assert_eq!(bench.read().await, Ok(None));
     let (to, from) = bench.outcome().await.end.unwrap();
     assert_eq!((to, from), (HalfEnd::Finished, HalfEnd::Stopped(StreamCode::BROKEN_PIPE)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_write_that_fails_otherwise_cuts_both_directions_off() {
+    let mut bench = Bench::with_room(1).await;
+    bench.peer.fault.set(io::ErrorKind::ConnectionReset).unwrap();
+    bench.send_remote(b"lost").await;
+    bench.peer.room.as_ref().unwrap().close();
+    assert_eq!(bench.read().await, Err(ReadError::Reset(StreamCode::PEER_RESET)));
+    let cut = bench.outcome().await.end.unwrap_err();
+    assert!(matches!(&cut, Cut::Local(fault) if fault.code == StreamCode::PEER_RESET), "{cut:?}");
+    assert_eq!(bench.aborts(), 1);
 }
 
 #[tokio::test(start_paused = true)]

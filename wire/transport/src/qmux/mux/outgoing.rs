@@ -110,3 +110,91 @@ impl Mux {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::{
+        super::{
+            super::frame::{Parameters, split_record},
+            Role,
+        },
+        *,
+    };
+
+    /// A connection whose peer allows plenty, with its own parameters sent.
+    fn mux() -> Mux {
+        let mut mux = Mux::new(Role::Server, 1024, 10, 30_000);
+        let parameters = Parameters {
+            max_data: 1 << 20,
+            max_stream_data_remote: 1 << 20,
+            max_streams: 10,
+            ..Parameters::default()
+        };
+        mux.receive(Frame::Parameters(parameters)).unwrap();
+        mux.fill(&mut BytesMut::new());
+        mux
+    }
+
+    fn write(mux: &mut Mux, length: usize) -> u64 {
+        let (id, _) = mux.open().unwrap();
+        mux.write(id, &mut Bytes::from(vec![7; length]));
+        id
+    }
+
+    /// Streams and lengths of the STREAM frames in each record of one fill.
+    fn records(mux: &mut Mux) -> Vec<Vec<(u64, usize)>> {
+        let mut output = BytesMut::new();
+        mux.fill(&mut output);
+        let mut records = Vec::new();
+        while let Some(mut record) = split_record(&mut output).unwrap() {
+            let mut frames = Vec::new();
+            while !record.is_empty() {
+                if let Frame::Stream { id, data, .. } = Frame::decode(&mut record).unwrap() {
+                    frames.push((id, data.len()));
+                }
+            }
+            records.push(frames);
+        }
+        records
+    }
+
+    #[test]
+    fn a_stream_for_which_a_record_has_no_room_keeps_its_turn() {
+        // Around the length that leaves room for a frame's head and no data.
+        for length in 16_350..16_365 {
+            let mut mux = mux();
+            let (first, second) = (write(&mut mux, length), write(&mut mux, 100));
+            let sent = records(&mut mux).concat();
+            let of = |id| sent.iter().filter(|(of, _)| *of == id).map(|(_, n)| n).sum::<usize>();
+            assert_eq!((of(first), of(second)), (length, 100), "{sent:?}");
+        }
+    }
+
+    #[test]
+    fn streams_of_one_priority_take_turns_and_a_higher_one_goes_first() {
+        let mut mux = mux();
+        let [low, other, high] = [300_000; 3].map(|length| write(&mut mux, length));
+        mux.set_priority(high, 1);
+        let first = |mux: &mut Mux| records(mux).concat()[0].0;
+        for _ in 0..3 {
+            assert_eq!(first(&mut mux), high);
+        }
+        mux.set_priority(high, -1);
+        let turns = records(&mut mux).concat().into_iter().map(|(id, _)| id).collect::<Vec<_>>();
+        assert_eq!(turns[..2], [low, other]);
+    }
+
+    #[test]
+    fn urgent_frames_go_before_all_streams_and_a_fill_is_bounded() {
+        let mut mux = mux();
+        write(&mut mux, 100_000);
+        mux.ping();
+        let mut output = BytesMut::new();
+        mux.fill(&mut output);
+        assert!((BATCH..BATCH + MAX_RECORD + 2).contains(&output.len()), "{}", output.len());
+        let mut record = split_record(&mut output).unwrap().unwrap();
+        assert_eq!(Frame::decode(&mut record), Ok(Frame::Ping(1)));
+    }
+}
