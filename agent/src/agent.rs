@@ -69,8 +69,8 @@ pub struct Agent {
 impl Agent {
     /// Checks the files and binds the health and admin ports. Needs a tokio runtime.
     ///
-    /// An admin port that cannot be bound is logged, and the agent goes on without it: on the host's
-    /// network another process may have the port, and the tunnel matters more.
+    /// An admin port that cannot be bound is logged, and the agent goes on without it: on the
+    /// host's network another process may have the port, and the tunnel matters more.
     ///
     /// # Errors
     /// When a file cannot be used or the health port cannot be bound.
@@ -201,4 +201,28 @@ async fn until_panic(task: Option<&mut AbortOnDropHandle<()>>) {
         propagate_panic(task.await);
     }
     std::future::pending().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn task(work: impl Future<Output = ()> + Send + 'static) -> AbortOnDropHandle<()> {
+        AbortOnDropHandle::new(tokio::spawn(work))
+    }
+
+    #[tokio::test(start_paused = true)]
+    #[should_panic(expected = "scripted")]
+    async fn a_panic_of_a_supervised_task_ends_the_agent() {
+        until_panic(Some(&mut task(async { panic!("scripted") }))).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_supervised_task_that_ends_without_a_panic_does_not_end_the_agent() {
+        let mut ended = task(async {});
+        for supervised in [Some(&mut ended), None] {
+            let wait = timeout(Duration::from_secs(60), until_panic(supervised));
+            assert!(wait.await.is_err());
+        }
+    }
 }

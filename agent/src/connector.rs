@@ -158,8 +158,8 @@ impl<C: Connect> Connector<C> {
         }
     }
 
-    /// Adds and serves a tunnel whose server has welcomed the agent, or closes it if that server has one
-    /// that is as good.
+    /// Adds and serves a tunnel whose server has welcomed the agent, or closes it if that server
+    /// has one that is as good.
     fn add(
         &self,
         joined: Joined,

@@ -33,8 +33,8 @@ pub(crate) struct Egress<N = HostNetwork> {
 }
 
 impl Egress {
-    /// Dials targets on the host's network. `dial_timeout` is the time for the lookup and connection of
-    /// a target; where the server's own limit is shorter, it applies.
+    /// Dials targets on the host's network. `dial_timeout` is the time for the lookup and
+    /// connection of a target; where the server's own limit is shorter, it applies.
     pub(crate) fn new(dial_timeout: Duration, metrics: Arc<AgentMetrics>) -> Self {
         Self { network: HostNetwork, dial_timeout, metrics }
     }

@@ -1,8 +1,8 @@
 //! Konnectivity servers: `AgentService/Connect`, as Konnectivity's own agent speaks it.
 //!
 //! The call becomes a tunnel whose other end is a bridge in this process, and the agent serves that
-//! tunnel like any other. Until the server is upgraded, its connections still share one gRPC stream on
-//! the network.
+//! tunnel like any other. Until the server is upgraded, its connections still share one gRPC stream
+//! on the network.
 
 mod bridge;
 mod call;
@@ -17,8 +17,8 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
-/// Flow-control window of the gRPC stream, in bytes. What is in flight delays all that follows, so this
-/// is no larger than 100 Mbit/s need at 80 ms.
+/// Flow-control window of the gRPC stream, in bytes. What is in flight delays all that follows, so
+/// this is no larger than 100 Mbit/s need at 80 ms.
 const WINDOW: u32 = 1024 * 1024;
 /// Minimum interval of pings: a Konnectivity server ends connections that are pinged more often.
 const LEAST_KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(30);
@@ -27,8 +27,8 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Time for an HTTP/2 connection to close in order once its bridge has ended.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Makes a tunnel of a connection on which HTTP/2 was agreed. The call is made with the tunnel's hello,
-/// and its answer becomes the welcome.
+/// Makes a tunnel of a connection on which HTTP/2 was agreed. The call is made with the tunnel's
+/// hello, and its answer becomes the welcome.
 ///
 /// All tasks of the connection run in `bridges` and end within seconds of the tunnel.
 ///
@@ -65,7 +65,8 @@ pub(crate) async fn connect(
         let mut bridge = pin!(bridge::run(server, requests));
         tokio::select! {
             () = &mut bridge => {
-                // The bridge has dropped the last request handle, so the connection closes by itself.
+                // The bridge has dropped the last request handle, so the connection closes by
+                // itself.
                 let _ = timeout(CLOSE_TIMEOUT, connection).await;
             }
             // The bridge finds out by the gRPC stream.

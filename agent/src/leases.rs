@@ -39,8 +39,8 @@ impl LeaseCount {
         Ok(Self { api, selector: config.selector.clone() })
     }
 
-    /// Counts for as long as it is polled. Until the Leases were listed once, the number that servers
-    /// report applies; while kube-apiserver does not answer, the last count.
+    /// Counts for as long as it is polled. Until the Leases were listed once, the number that
+    /// servers report applies; while kube-apiserver does not answer, the last count.
     pub(crate) async fn keep(self, servers: Arc<ServerTunnels>, metrics: Arc<AgentMetrics>) {
         // Thousands of agents may list at once, so from kube-apiserver's memory and not from etcd.
         let selected = watcher::Config::default().labels(&self.selector).any_semantic();
@@ -105,9 +105,9 @@ impl Leases {
     /// Number of Leases that have not expired after this event, at least 1; `None` before the first
     /// list.
     ///
-    /// There is no timer for expiry. Live servers renew their Leases, and the next such event shows that
-    /// another one has expired. Without any event kube-apiserver does not answer, neither to the agent
-    /// nor to the servers that renew, and the last count stays.
+    /// There is no timer for expiry. Live servers renew their Leases, and the next such event shows
+    /// that another one has expired. Without any event kube-apiserver does not answer, neither to
+    /// the agent nor to the servers that renew, and the last count stays.
     fn on_event(&mut self, event: Event<Lease>, now: Timestamp) -> Option<u32> {
         match event {
             Event::Init => self.listed.clear(),
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn leases_that_hold_are_counted_as_they_come_and_go() {
+    fn valid_leases_are_counted_as_they_come_and_go() {
         let mut leases = Leases::default();
         let three = [lease("a", Some(100)), lease("b", Some(110)), lease("c", None)];
         assert_eq!(list(&mut leases, 120, three), Some(2));
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_that_is_not_renewed_is_missed_when_another_one_is() {
+    fn the_renewal_of_one_lease_shows_that_another_has_expired() {
         let mut leases = Leases::default();
         assert_eq!(list(&mut leases, 120, [lease("a", Some(100)), lease("b", Some(110))]), Some(2));
         assert_eq!(leases.on_event(Event::Apply(lease("b", Some(129))), at(129)), Some(2));
@@ -194,20 +194,20 @@ mod tests {
     }
 
     #[test]
-    fn where_none_holds_there_is_one_server() {
+    fn without_a_valid_lease_there_is_one_server() {
         let mut leases = Leases::default();
         assert_eq!(list(&mut leases, 500, [lease("a", Some(100))]), Some(1));
         assert_eq!(list(&mut leases, 500, []), Some(1));
     }
 
     #[test]
-    fn a_list_made_anew_forgets_what_is_not_in_it() {
+    fn a_new_list_replaces_the_one_before() {
         let mut leases = Leases::default();
         list(&mut leases, 100, [lease("a", Some(100)), lease("b", Some(100))]);
         assert_eq!(
             leases.on_event(Event::Init, at(101)),
             Some(2),
-            "those of before hold meanwhile"
+            "the list before stays until the new one is complete"
         );
         leases.on_event(Event::InitApply(lease("a", Some(100))), at(101));
         assert_eq!(leases.on_event(Event::InitDone, at(101)), Some(1));

@@ -1,8 +1,8 @@
 //! The agent's metrics: each name once, in this file.
 //!
 //! Where Konnectivity has a metric for the same thing, its name and HELP text are kept; all others
-//! begin with `culvert_agent_`. Gauges are read from the state itself at each scrape, so they cannot go
-//! stale.
+//! begin with `culvert_agent_`. Gauges are read from the state itself at each scrape, so they
+//! cannot go stale.
 
 use std::sync::{
     Arc,
@@ -83,7 +83,7 @@ impl AgentMetrics {
         metrics.describe_counter(TUNNELS_LOST, "Tunnels that ended, by reason.");
         metrics.describe_counter(
             SWITCHES,
-            "Tunnels that were added, by the transport of the one replaced, their own, and the reason.",
+            "Tunnels that were added, by the transport replaced, their own, and the reason.",
         );
         metrics.describe_counter(
             LEASE_LISTS,
@@ -128,7 +128,8 @@ impl AgentMetrics {
         self.metrics.counter(CONNECT_ATTEMPTS, &[("result", result)]).increment(1);
     }
 
-    /// Counts a tunnel that was added: `from` is the carrier of the one that it replaced, or `none`.
+    /// Counts a tunnel that was added: `from` is the carrier of the one that it replaced, or
+    /// `none`.
     pub(crate) fn transport_switched(
         &self,
         from: &'static str,

@@ -3,8 +3,8 @@
 use culvert_process::admin::AdminResponse;
 use http::StatusCode;
 
-/// 200 `ok` while a server is connected, or the list of checks when `verbose`; otherwise 503 and the
-/// list. `tunnels` are further lines, about each tunnel.
+/// 200 `ok` while a server is connected, or the list of checks when `verbose`; otherwise 503 and
+/// the list. `tunnels` are further lines, about each tunnel.
 pub(crate) fn answer(connected: bool, verbose: bool, tunnels: &[String]) -> AdminResponse {
     let lines: String = tunnels.iter().map(|line| format!("{line}\n")).collect();
     match (connected, verbose) {

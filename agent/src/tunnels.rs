@@ -32,8 +32,8 @@ pub(crate) enum AddOutcome {
     Duplicate,
 }
 
-/// All tunnels of one agent. The connector changes them; metrics, readiness and the Lease count share
-/// them.
+/// All tunnels of one agent. The connector changes them; metrics, readiness and the Lease count
+/// share them.
 #[derive(Debug, Default)]
 pub struct ServerTunnels {
     tunnels: Mutex<Vec<Arc<ServerTunnel>>>,
@@ -89,8 +89,8 @@ impl ServerTunnels {
     /// Completes when a tunnel became suspect or answers again, or the number of Leases changed.
     ///
     /// # Cancel safety
-    /// Cancel safe: a change while no caller waited completes the next call. It is for one caller at a
-    /// time.
+    /// Cancel safe: a change while no caller waited completes the next call. It is for one caller
+    /// at a time.
     pub(crate) async fn changed(&self) {
         self.changed.notified().await;
     }

@@ -10,8 +10,8 @@ use super::Transport;
 /// The node side of Culvert: keeps a tunnel to the server of the control plane and connects the
 /// streams that arrive on it to kubelets, pods and services.
 ///
-/// A drop-in for Konnectivity's proxy-agent. It makes connections and accepts none, except for health
-/// checks and administration.
+/// A drop-in for Konnectivity's proxy-agent. It makes connections and accepts none, except for
+/// health checks and administration.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "culvert-agent", version, max_term_width = 100)]
 pub struct Flags {
@@ -32,14 +32,15 @@ pub struct Flags {
     #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
     pub ca_cert: String,
 
-    /// What carries a tunnel: quic over UDP; tcp on the same port, and gRPC to a Konnectivity server;
-    /// auto tries quic and, once it has failed or taken 300 ms, tcp. Later auto moves tunnels from tcp
-    /// to quic when UDP gets through again, and from quic to tcp when it no longer does
+    /// What carries a tunnel: quic over UDP; tcp on the same port, and gRPC to a Konnectivity
+    /// server; auto tries quic and, once it has failed or taken 300 ms, tcp. Later auto moves
+    /// tunnels from tcp to quic when UDP gets through again, and from quic to tcp when it no longer
+    /// does
     #[arg(long, help_heading = "Servers", value_name = "KIND", default_value = "auto")]
     pub transport: Transport,
 
-    /// Time after which auto tries quic again once it has failed; doubles with each further failure, up
-    /// to 10m
+    /// Time after which auto tries quic again once it has failed; doubles with each further
+    /// failure, up to 10m
     #[arg(long, help_heading = "Servers", value_name = "DURATION", default_value = "10s")]
     pub quic_retry_interval: GoDuration,
 
@@ -55,13 +56,13 @@ pub struct Flags {
     #[arg(long, help_heading = "Servers", value_name = "FILE", default_value = "")]
     pub service_account_token_path: String,
 
-    /// ALPN names offered before h2 to a Konnectivity server, separated by commas: distinguishes this
-    /// traffic from kube-apiserver's where both share an address
+    /// ALPN names offered before h2 to a Konnectivity server, separated by commas: distinguishes
+    /// this traffic from kube-apiserver's where both share an address
     #[arg(long, help_heading = "Servers", value_name = "LIST", default_value = "")]
     pub alpn_proto: String,
 
-    /// Quiet time after which a Konnectivity server is pinged; at least 30s, because it ends connections
-    /// that are pinged more often. Tunnels have --tunnel-keep-alive-interval
+    /// Quiet time after which a Konnectivity server is pinged; at least 30s, because it ends
+    /// connections that are pinged more often. Tunnels have --tunnel-keep-alive-interval
     #[arg(long, help_heading = "Servers", value_name = "DURATION", default_value = "1h")]
     pub keepalive_time: GoDuration,
 
@@ -73,8 +74,8 @@ pub struct Flags {
     #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "10s")]
     pub sync_interval_cap: GoDuration,
 
-    /// Interval at which a Konnectivity agent checks its connections. Accepted and ignored: the end of a
-    /// tunnel needs no check
+    /// Interval at which a Konnectivity agent checks its connections. Accepted and ignored: the end
+    /// of a tunnel needs no check
     #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "1s")]
     pub probe_interval: GoDuration,
 
@@ -105,8 +106,8 @@ pub struct Flags {
     )]
     pub lease_label_selector: String,
 
-    /// Count of servers that applies when Leases are counted: default (the Leases') or max (the larger
-    /// of that and the number that servers report)
+    /// Count of servers that applies when Leases are counted: default (the Leases') or max (the
+    /// larger of that and the number that servers report)
     #[arg(long, help_heading = "Server set", value_name = "SOURCE", default_value = "default")]
     pub server_count_source: String,
 

@@ -1,7 +1,7 @@
 //! `--agent-identifiers`: the targets that an agent announces it can reach, as a URL query.
 //!
-//! Accepts what Go's `url.ParseQuery` accepts. Konnectivity checks the keys alone. An address that is
-//! not one would never match a target, so values are checked here as well.
+//! Accepts what Go's `url.ParseQuery` accepts. Konnectivity checks the keys alone. An address that
+//! is not one would never match a target, so values are checked here as well.
 
 use std::net::IpAddr;
 
@@ -37,7 +37,8 @@ fn check_value(key: &str, value: &str, faults: &mut Faults) {
     let address = value.parse::<IpAddr>();
     match (key, address) {
         ("ipv4", Ok(IpAddr::V4(_))) | ("ipv6", Ok(IpAddr::V6(_))) => {}
-        // Common where a manifest has ipv4=$(HOST_IP) and the node has IPv6 only. Konnectivity accepts it.
+        // Common where a manifest has ipv4=$(HOST_IP) and the node has IPv6 only. Konnectivity
+        // accepts it.
         ("ipv4" | "ipv6", Ok(_)) => {
             faults.warn(FLAG, format!("{key}={value} is an address of the other family"));
         }
@@ -74,8 +75,8 @@ fn is_network(text: &str) -> bool {
     digits && length.parse::<u8>().is_ok_and(|length| length <= most)
 }
 
-/// The text with `+` and `%XX` decoded; `None` when an escape is incomplete or the result is not UTF-8,
-/// both of which [`percent_decode_str`] alone would accept.
+/// The text with `+` and `%XX` decoded; `None` when an escape is incomplete or the result is not
+/// UTF-8, both of which [`percent_decode_str`] alone would accept.
 fn decoded(text: &str) -> Option<String> {
     let is_escape = |rest: &str| {
         rest.as_bytes().first_chunk::<2>().is_some_and(|two| two.iter().all(u8::is_ascii_hexdigit))

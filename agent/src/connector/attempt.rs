@@ -1,5 +1,5 @@
-//! One attempt to get a tunnel to a server: address by address, carriers race for the handshake, and the
-//! winner carries hello and welcome.
+//! One attempt to get a tunnel to a server: address by address, carriers race for the handshake,
+//! and the winner carries hello and welcome.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -20,8 +20,8 @@ use crate::{
 
 /// Head start of the first carrier. Most round trips are shorter, and a person does not notice it.
 const HEAD_START: Duration = Duration::from_millis(300);
-/// Time for a handshake, and again for the welcome. A handshake whose first packets are lost twice takes
-/// three seconds, and a server may have to ask kube-apiserver before it welcomes an agent.
+/// Time for a handshake, and again for the welcome. A handshake whose first packets are lost twice
+/// takes three seconds, and a server may have to ask kube-apiserver before it welcomes an agent.
 const CARRIER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The result of an attempt.

@@ -26,8 +26,8 @@ impl Backoff {
         Self { factor, first, cap, next: first }
     }
 
-    /// The delay after one more failure. `random`, from 0 to 1, chooses within the upper half of the
-    /// delay, so that agents spread and none comes back at once.
+    /// The delay after one more failure. `random`, from 0 to 1, chooses within the upper half of
+    /// the delay, so that agents spread and none comes back at once.
     pub(crate) fn next(&mut self, random: f64) -> Duration {
         let delay = self.now(random);
         self.next = self.next.min(self.cap).mul_f64(self.factor).min(self.cap);

@@ -1,5 +1,5 @@
-//! What the agent does next about its tunnels, and when. Pure: the caller brings time, randomness and
-//! the state of the tunnels.
+//! What the agent does next about its tunnels, and when. Pure: the caller brings time, randomness
+//! and the state of the tunnels.
 
 use std::time::Duration;
 
@@ -16,17 +16,17 @@ use crate::{
     tunnels::{Rank, Suspicion},
 };
 
-/// Delay after an attempt that reached a server with a tunnel already, where one address leads to any
-/// of several servers, and the ratio of each delay to the one before. Twenty servers are found in
-/// seconds, and a missing one does not get an attempt from every node every second.
+/// Delay after an attempt that reached a server with a tunnel already, where one address leads to
+/// any of several servers, and the ratio of each delay to the one before. Twenty servers are found
+/// in seconds, and a missing one does not get an attempt from every node every second.
 const DUPLICATE_DELAY: (Duration, f64) = (Duration::from_millis(30), 1.08);
 /// Interval of the attempts to replace a tunnel whose peer is suspect, give or take a half.
 const REPLACE_INTERVAL: Duration = Duration::from_secs(1);
 /// Ratio of each delay after a probe without a result to the one before, up to
 /// [`QuicHealth::LONGEST`].
 const PROBE_GROWTH: f64 = 2.0;
-/// A tunnel over QUIC that falls silent at a younger age counts as a failure of QUIC: TCP goes first
-/// next time.
+/// A tunnel over QUIC that falls silent at a younger age counts as a failure of QUIC: TCP goes
+/// first next time.
 const YOUNG: Duration = Duration::from_secs(60);
 /// Time for which packets stay small after a tunnel with large ones fell silent.
 const SMALL_PACKETS: Duration = Duration::from_secs(600);
@@ -138,8 +138,8 @@ impl Plan {
         }
     }
 
-    /// The next attempt and its time: the earliest one, and among those that are due the most urgent
-    /// one. While an attempt is pending, only more urgent ones count.
+    /// The next attempt and its time: the earliest one, and among those that are due the most
+    /// urgent one. While an attempt is pending, only more urgent ones count.
     pub(crate) fn next(
         &self,
         snapshot: &Snapshot,
@@ -197,7 +197,8 @@ impl Plan {
         };
         let silent = suspects(Suspicion::Silent).next().is_some();
         let small = silent || self.small_packets_until.is_some_and(|until| now < until);
-        // A head start for QUIC saves a round trip where QUIC works, and here it most likely does not.
+        // A head start for QUIC saves a round trip where QUIC works, and here it most likely does
+        // not.
         let at_once = suspects(Suspicion::Refused).next().is_some();
         AttemptOptions { order, large_packets: !small, at_once }
     }
@@ -234,9 +235,9 @@ impl Plan {
         }
     }
 
-    /// Records that the peer of a tunnel that was to be replaced has answered. The next suspicion does
-    /// not lead to an attempt at once: a third party can forge the network's reports, and must not cause
-    /// one handshake per report.
+    /// Records that the peer of a tunnel that was to be replaced has answered. The next suspicion
+    /// does not lead to an attempt at once: a third party can forge the network's reports, and must
+    /// not cause one handshake per report.
     pub(crate) fn on_answer(&mut self, now: Instant, random: f64) {
         self.delay_replacement(now, random);
     }
@@ -253,9 +254,10 @@ impl Plan {
         }
     }
 
-    /// Records that a tunnel was lost. Many agents may lose theirs to the same server at the same time, so
-    /// each comes back after a random delay; but where the path failed and not the server, the agent
-    /// tries another path at once. Several tunnels that are lost together cause one delay.
+    /// Records that a tunnel was lost. Many agents may lose theirs to the same server at the same
+    /// time, so each comes back after a random delay; but where the path failed and not the server,
+    /// the agent tries another path at once. Several tunnels that are lost together cause one
+    /// delay.
     pub(crate) fn on_lost(&mut self, cause: LossCause, now: Instant, random: f64) {
         let find_at = match cause {
             LossCause::Server => now + self.failures.now(random),

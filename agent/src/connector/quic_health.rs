@@ -1,5 +1,5 @@
-//! The agent's memory of QUIC's failures on the path to its servers, and for how long each is believed.
-//! Pure: the caller brings time and randomness.
+//! The agent's memory of QUIC's failures on the path to its servers, and for how long each is
+//! believed. Pure: the caller brings time and randomness.
 
 use std::time::Duration;
 
@@ -7,8 +7,8 @@ use tokio::time::Instant;
 
 /// Ratio of the time for which a failure is believed to that of the failure before.
 const GROWTH: u32 = 2;
-/// Time for which QUIC has to work until the failures before are forgotten. QUIC that comes and goes
-/// more quickly is avoided for longer each time, so that an agent does not flap with it.
+/// Time for which QUIC has to work until the failures before are forgotten. QUIC that comes and
+/// goes more quickly is avoided for longer each time, so that an agent does not flap with it.
 const HELD: Duration = Duration::from_secs(600);
 
 /// Whether QUIC is worth trying.
@@ -21,8 +21,8 @@ pub(crate) struct QuicHealth {
 }
 
 impl QuicHealth {
-    /// Maximum time for which a failure is believed. One handshake per such time finds out whether QUIC
-    /// works again.
+    /// Maximum time for which a failure is believed. One handshake per such time finds out whether
+    /// QUIC works again.
     pub(crate) const LONGEST: Duration = Duration::from_secs(600);
 
     /// No failures yet. The first one will be believed for about `first`.
@@ -35,9 +35,9 @@ impl QuicHealth {
         self.believed_until.filter(|until| now < *until)
     }
 
-    /// Records that a handshake over QUIC failed or that a tunnel over QUIC fell silent. `random`, from 0
-    /// to 1, spreads the next attempts of many agents over half the time. A failure while QUIC is
-    /// believed to fail is not counted.
+    /// Records that a handshake over QUIC failed or that a tunnel over QUIC fell silent. `random`,
+    /// from 0 to 1, spreads the next attempts of many agents over half the time. A failure while
+    /// QUIC is believed to fail is not counted.
     pub(crate) fn on_failed(&mut self, now: Instant, random: f64) {
         if self.fails_until(now).is_some() {
             return;
@@ -52,8 +52,8 @@ impl QuicHealth {
         self.believed_until = Some(now + believed.mul_f64(0.75 + 0.5 * random.clamp(0.0, 1.0)));
     }
 
-    /// Records that a handshake over QUIC succeeded. QUIC may be tried again; the failures before are
-    /// not forgotten yet.
+    /// Records that a handshake over QUIC succeeded. QUIC may be tried again; the failures before
+    /// are not forgotten yet.
     pub(crate) fn on_worked(&mut self, now: Instant) {
         self.believed_until = None;
         self.worked_at.get_or_insert(now);

@@ -52,8 +52,8 @@ impl From<&CarrierError> for QuicFailure {
 }
 
 impl QuicOutcome {
-    /// What it shows about QUIC that a server did not welcome the agent on a tunnel over it. A server
-    /// that refuses the agent shows nothing: it would refuse it over any carrier.
+    /// What it shows about QUIC that a server did not welcome the agent on a tunnel over it. A
+    /// server that refuses the agent shows nothing: it would refuse it over any carrier.
     pub(crate) fn of_failed_join(error: &CarrierError) -> Self {
         match error {
             CarrierError::Join(error) if error.is_refusal() => Self::Unknown,

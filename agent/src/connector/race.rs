@@ -9,7 +9,8 @@ use tokio::{select, time::sleep};
 pub(crate) enum Race<T, E> {
     /// The first succeeded.
     First(T),
-    /// The second succeeded, after the first had failed with this error, or before the first was done.
+    /// The second succeeded, after the first had failed with this error, or before the first was
+    /// done.
     Second(T, Option<E>),
     /// Both failed, with these errors.
     Neither(E, E),
@@ -19,8 +20,8 @@ pub(crate) enum Race<T, E> {
 /// succeeds or both have failed.
 ///
 /// # Cancel safety
-/// Cancel safe if both futures are: dropping the future drops both. The loser is dropped as soon as the
-/// other succeeds.
+/// Cancel safe if both futures are: dropping the future drops both. The loser is dropped as soon as
+/// the other succeeds.
 pub(crate) async fn race<T, E>(
     first: impl Future<Output = Result<T, E>>,
     second: impl Future<Output = Result<T, E>>,

@@ -29,8 +29,8 @@ impl fmt::Display for ServerAddress {
     }
 }
 
-/// The addresses of `host`, with the carriers that are worth trying at each: in random order, so that
-/// every server behind a name is found, but `first` at the front.
+/// The addresses of `host`, with the carriers that are worth trying at each: in random order, so
+/// that every server behind a name is found, but `first` at the front.
 ///
 /// # Errors
 /// When `host` has no address, unless TCP may be tried through a proxy, which resolves it itself.

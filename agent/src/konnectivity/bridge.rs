@@ -73,8 +73,8 @@ impl Ended {
     }
 }
 
-/// Acts as the server on `tunnel` for a Konnectivity server until the tunnel or the gRPC stream ends. The
-/// HTTP/2 connection lives as long as `requests`.
+/// Acts as the server on `tunnel` for a Konnectivity server until the tunnel or the gRPC stream
+/// ends. The HTTP/2 connection lives as long as `requests`.
 ///
 /// # Cancel safety
 /// Dropping the future ends all connections without the last packets.
@@ -123,7 +123,8 @@ async fn serve(
         ended = shared.watch_control(control) => ended,
     };
     if matches!(ended, Err(Ended::Tunnel(_) | Ended::Control(_))) {
-        // The agent has closed the tunnel. Report the end of every connection, then that of the stream.
+        // The agent has closed the tunnel. Report the end of every connection, then that of the
+        // stream.
         let reported = async {
             while served.join_next().await.is_some() {}
             drop(shared);
@@ -141,7 +142,8 @@ struct Shared {
     tunnel: Tunnel,
     outbound: Outbound,
     connections: Connections,
-    /// Dials without an answer yet, by the server's random number; cancelled when the server gives up.
+    /// Dials without an answer yet, by the server's random number; cancelled when the server gives
+    /// up.
     dials: Mutex<HashMap<i64, CancellationToken>>,
     /// The number of the last connection.
     last_id: AtomicI64,

@@ -1,9 +1,9 @@
 //! When the peer of a tunnel over QUIC is suspected to be gone: it does not answer, or the network
 //! reports that it cannot be reached. Pure: the caller brings time and the carrier's measurements.
 //!
-//! QUIC itself waits for a silent peer for the whole idle time-out, because it has no other path. An agent
-//! has: TCP, or another QUIC connection. It tries them while the old tunnel stays, so a suspicion that
-//! proves wrong costs one handshake.
+//! QUIC itself waits for a silent peer for the whole idle time-out, because it has no other path.
+//! An agent has: TCP, or another QUIC connection. It tries them while the old tunnel stays, so a
+//! suspicion that proves wrong costs one handshake.
 
 use std::time::Duration;
 
@@ -14,13 +14,14 @@ use tokio::time::Instant;
 const BUSY_INTERVAL: Duration = Duration::from_millis(250);
 /// Interval of the checks otherwise.
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
-/// Time for the peer to acknowledge something, and then again to answer a ping. Both together are 1.5 s, so
-/// that dials have another tunnel within 3 s. Long paths have [`ANSWER_ROUND_TRIPS`] instead.
+/// Time for the peer to acknowledge something, and then again to answer a ping. Both together are
+/// 1.5 s, so that dials have another tunnel within 3 s. Long paths have [`ANSWER_ROUND_TRIPS`]
+/// instead.
 const ANSWER_LIMIT: Duration = Duration::from_millis(750);
 /// The same in round trips: time to repair a lost packet, twice.
 const ANSWER_ROUND_TRIPS: u32 = 6;
-/// Share of a round trip for which packets that arrive after a report of the network prove nothing: they
-/// were sent before. An answer takes a whole round trip.
+/// Share of a round trip for which packets that arrive after a report of the network prove nothing:
+/// they were sent before. An answer takes a whole round trip.
 const REFUSED_SHARE: f64 = 0.75;
 /// Number of checks per round trip after a report, so that at least one falls between the two.
 const REFUSED_CHECKS: u32 = 8;

@@ -49,8 +49,8 @@ pub(crate) enum Suspicion {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PeerState {
     Answering,
-    /// The peer did not answer. The state is over as soon as more bytes than these have arrived, which
-    /// the carrier counts.
+    /// The peer did not answer. The state is over as soon as more bytes than these have arrived,
+    /// which the carrier counts.
     Silent {
         received_bytes: u64,
     },
@@ -118,7 +118,8 @@ impl ServerTunnel {
         }
     }
 
-    /// Records whether the peer is suspected to be gone. Returns whether a suspicion began or ended.
+    /// Records whether the peer is suspected to be gone. Returns whether a suspicion began or
+    /// ended.
     pub(super) fn set_suspicion(&self, suspicion: Option<Suspicion>) -> bool {
         let now = match suspicion {
             None => PeerState::Answering,
@@ -136,7 +137,8 @@ impl ServerTunnel {
         self.suspicion().is_some()
     }
 
-    /// Takes the tunnel out of use: it gets no new dials, and is closed once its streams have ended.
+    /// Takes the tunnel out of use: it gets no new dials, and is closed once its streams have
+    /// ended.
     pub(super) fn retire(&self) {
         self.retired.cancel();
     }
@@ -151,8 +153,8 @@ impl ServerTunnel {
         self.retired.cancelled()
     }
 
-    /// The tunnel's state as a metric label: `used`, `silent`, or `retired` while its last streams go
-    /// on.
+    /// The tunnel's state as a metric label: `used`, `silent`, or `retired` while its last streams
+    /// go on.
     pub(crate) fn state(&self) -> &'static str {
         match (self.is_retired(), self.is_suspect()) {
             (true, _) => "retired",

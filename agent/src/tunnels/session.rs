@@ -33,13 +33,13 @@ use crate::{
     },
 };
 
-/// Number of streams that the server may open at first. Slots are allocated ahead, so the limit grows
-/// as they are used.
+/// Number of streams that the server may open at first. Slots are allocated ahead, so the limit
+/// grows as they are used.
 pub(crate) const FIRST_STREAM_LIMIT: u32 = 256;
 /// Time for the last packets of a closed tunnel.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
-/// Time, beyond two round trips, for which a draining tunnel stays open without streams: the server may
-/// have sent a dial before it received the drain.
+/// Time, beyond two round trips, for which a draining tunnel stays open without streams: the server
+/// may have sent a dial before it received the drain.
 const DRAIN_LINGER: Duration = Duration::from_millis(100);
 
 /// What all tunnels of one agent share.
@@ -53,7 +53,8 @@ pub(crate) struct SessionContext {
     pub(crate) instance: InstanceId,
     /// The identifiers that the agent announces.
     pub(crate) identifiers: Identifiers,
-    /// File with the agent's token, if it has one. Read for each tunnel, because tokens are rotated.
+    /// File with the agent's token, if it has one. Read for each tunnel, because tokens are
+    /// rotated.
     pub(crate) token_file: Option<PathBuf>,
     /// Maximum number of streams that a server may have open on one tunnel.
     pub(crate) max_streams: u32,
@@ -83,8 +84,8 @@ pub(crate) enum JoinError {
 }
 
 impl JoinError {
-    /// Whether the server refused this agent, or the agent cannot introduce itself: the path between
-    /// them is not the cause.
+    /// Whether the server refused this agent, or the agent cannot introduce itself: the path
+    /// between them is not the cause.
     pub(crate) fn is_refusal(&self) -> bool {
         match self {
             Self::Lost(lost) => matches!(lost, TunnelLost::ClosedByPeer { .. }),
@@ -107,8 +108,8 @@ pub(crate) struct Joined {
 /// Says hello on a new tunnel and waits for the welcome, without a limit of its own.
 ///
 /// # Errors
-/// When the server does not answer with a welcome, or the token cannot be read. The tunnel is closed
-/// then.
+/// When the server does not answer with a welcome, or the token cannot be read. The tunnel is
+/// closed then.
 ///
 /// # Cancel safety
 /// Cancel safe: dropping the future closes the tunnel.
@@ -154,8 +155,8 @@ async fn introduce(
             Ok((*welcome, control))
         }
         Ok(_) => Err(JoinError::NotWelcome),
-        // A server that refuses an agent closes the tunnel. The end of the control stream may arrive
-        // first, but the reason is in the close.
+        // A server that refuses an agent closes the tunnel. The end of the control stream may
+        // arrive first, but the reason is in the close.
         Err(ControlError::Read(_) | ControlError::Ended) => Err(tunnel.closed().await.into()),
         Err(error) => Err(error.into()),
     }
@@ -186,8 +187,8 @@ impl Joined {
         &self.tunnel
     }
 
-    /// Serves the server's streams until the tunnel is lost, or until it has drained because the agent
-    /// drains or a better tunnel replaced it. Returns why the tunnel ended.
+    /// Serves the server's streams until the tunnel is lost, or until it has drained because the
+    /// agent drains or a better tunnel replaced it. Returns why the tunnel ended.
     pub(crate) async fn serve(
         mut self,
         entry: &ServerTunnel,
@@ -220,9 +221,9 @@ impl Joined {
         self.tunnel.closed().await
     }
 
-    /// Asks the server for no new dials, waits for the streams to end, and closes the tunnel. Streams
-    /// have `drain_timeout` from the moment at which the agent drains; those of a retired tunnel have no
-    /// limit until then.
+    /// Asks the server for no new dials, waits for the streams to end, and closes the tunnel.
+    /// Streams have `drain_timeout` from the moment at which the agent drains; those of a retired
+    /// tunnel have no limit until then.
     async fn drain(
         &mut self,
         reason: DrainReason,
@@ -310,7 +311,8 @@ async fn watch_control(
     }
 }
 
-/// Serves each stream in a task of its own, and raises the server's limit of streams as they are used.
+/// Serves each stream in a task of its own, and raises the server's limit of streams as they are
+/// used.
 async fn accept(
     tunnel: &Tunnel,
     context: &Arc<SessionContext>,
