@@ -129,7 +129,8 @@ impl<C: Connect> Connector<C> {
         let connect = self.connect.clone();
         let suspect = self.tunnels.in_use().into_iter().find(|tunnel| tunnel.is_suspect());
         let first = suspect.map(|suspect| suspect.tunnel.remote_address());
-        let task = tokio::spawn(async move { attempt(&*connect, options, first, &context).await });
+        let attempt = async move { attempt(&*connect, options, first, &context).await };
+        let task = tokio::spawn(Box::pin(attempt));
         Pending { goal, options, task: AbortOnDropHandle::new(task) }
     }
 

@@ -152,7 +152,9 @@ impl<C: Connect> Candidate<'_, C> {
 
     async fn over(&self, carrier: Carrier) -> Result<Connected, CarrierError> {
         let large_packets = self.options.large_packets;
-        in_time(self.connect.connect(carrier, &self.address, self.tls, large_packets)).await
+        // On the heap: the state of a handshake is large, and a race holds it several times.
+        let handshake = self.connect.connect(carrier, &self.address, self.tls, large_packets);
+        in_time(Box::pin(handshake)).await
     }
 }
 
