@@ -175,6 +175,10 @@ mod tests {
         assert_eq!(text("::1"), "address ::1: too many colons in address");
         assert_eq!(text("[::1]"), "address [::1]: missing port in address");
         assert_eq!(text("[::1:80"), "address [::1:80: mismatched bracket in address");
+        for address in ["a]b:80", "a[b:80", "host:8]0"] {
+            let fault = format!("address {address}: mismatched bracket in address");
+            assert_eq!(text(address), fault);
+        }
         assert_eq!(text("host:70000"), "address 70000: invalid port");
         assert_eq!(text("host:"), "address : invalid port");
         assert_eq!(text("host:+1"), "address +1: invalid port");
@@ -189,6 +193,7 @@ mod tests {
         assert_eq!(ip("10.0.0.9:1"), Some("10.0.0.9".parse().unwrap()));
         assert_eq!(ip("[fd00::1]:1"), Some("fd00::1".parse().unwrap()));
         assert_eq!(ip("node-1:1"), None);
+        assert_eq!(format!("{:?}", Target::new("fd00::1", 1).unwrap()), "[fd00::1]:1");
     }
 
     #[test]
