@@ -34,3 +34,18 @@ impl Codec for SmallBuffers {
         ProstDecoder::new(Self::settings())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use prost::Message as _;
+
+    use super::*;
+
+    #[test]
+    fn the_largest_write_that_konnectivity_takes_fits_a_packet() {
+        let write = Bytes::from(vec![7; 4 << 20]);
+        let len = Packet::data(i64::MAX, write).encoded_len();
+        assert!(len > 4 << 20 && len <= MAX_PACKET_LEN, "{len}");
+    }
+}

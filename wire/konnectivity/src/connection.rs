@@ -219,30 +219,4 @@ impl Abort for NoAbort {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn above_the_total_limit_the_reader_with_the_most_bytes_waiting_is_cut_off() {
-        let connections = Connections::default();
-        let inboxes: Vec<_> = (0..20).map(|id| connections.insert(id)).collect();
-        let chunk = Bytes::from(vec![7; 1 << 20]);
-        // Connection 3 has one chunk more than the others, and none is above its own limit.
-        assert!(connections.push(3, chunk.clone()).is_some());
-        for _ in 0..6 {
-            for id in 0..20 {
-                assert!(connections.push(id, chunk.clone()).is_some());
-            }
-        }
-        assert!(connections.held.bytes() <= TOTAL_LIMIT);
-        for id in 0..8 {
-            connections.push(id, chunk.clone());
-        }
-        assert_eq!(inboxes[3].cut().await.code, StreamCode::OVERLOADED);
-        assert!(connections.held.bytes() <= TOTAL_LIMIT);
-        assert_eq!(inboxes[4].take().await.unwrap().unwrap().len(), 16 * 1024);
-        assert!(connections.push(99, chunk).is_none());
-        drop((inboxes, connections.inboxes));
-        assert_eq!(connections.held.bytes(), 0);
-    }
-}
+mod tests;

@@ -89,3 +89,43 @@ impl Stream for Packets {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio_stream::StreamExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn urgent_packets_are_sent_first_and_the_queue_ends_with_its_last_sender() {
+        let (outbound, mut packets) = outbound();
+        let other = outbound.clone();
+        assert!(outbound.send(Packet::close_request(1)).await);
+        other.send_urgent(Packet::close_dial(2)).unwrap();
+        drop((outbound, other));
+        assert_eq!(packets.next().await, Some(Packet::close_dial(2)));
+        assert_eq!(packets.next().await, Some(Packet::close_request(1)));
+        assert_eq!(packets.next().await, None);
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_leaves_urgent_packets_unread_is_an_error() {
+        let (outbound, packets) = outbound();
+        for dial in 0..1024 {
+            assert_eq!(outbound.send_urgent(Packet::close_dial(dial)), Ok(()));
+        }
+        assert_eq!(outbound.send_urgent(Packet::drain()), Err(PeerNotReading));
+        drop(packets);
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_has_gone_takes_nothing_and_is_no_error() {
+        let (outbound, packets) = outbound();
+        let waiting = tokio::time::timeout(std::time::Duration::ZERO, outbound.closed()).await;
+        assert!(waiting.is_err(), "the peer is still there");
+        drop(packets);
+        outbound.closed().await;
+        assert_eq!(outbound.send_urgent(Packet::drain()), Ok(()));
+        assert!(!outbound.send(Packet::drain()).await);
+    }
+}

@@ -318,6 +318,52 @@ mod tests {
     }
 
     #[test]
+    fn files_must_exist_and_pairs_must_be_complete() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path().to_str().unwrap();
+        let mut faults = Faults::new();
+        assert_eq!(faults.file("ca", ""), None);
+        assert_eq!(faults.file("ca", path), Some(path.into()));
+        assert_eq!(faults.pair(("crt", ""), ("key", "")), None);
+        let pair = CertificatePair { certificate: path.into(), key: path.into() };
+        assert_eq!(faults.pair(("crt", path), ("key", path)), Some(pair));
+        faults.finish().unwrap();
+
+        let text = faults_of(|faults| drop(faults.file("ca", "/no/such/file")));
+        assert!(text.contains("--ca: /no/such/file does not exist"), "{text}");
+        let text = faults_of(|faults| drop(faults.pair(("crt", path), ("key", ""))));
+        assert!(text.contains("--key: must be given along with --crt"), "{text}");
+        let text = faults_of(|faults| drop(faults.pair(("crt", ""), ("key", path))));
+        assert!(text.contains("--crt: must be given along with --key"), "{text}");
+    }
+
+    #[test]
+    fn numbers_have_bounds() {
+        let second = GoDuration::from_secs(1);
+        let negative = "-1s".parse().unwrap();
+        let mut faults = Faults::new();
+        assert_eq!(faults.registered_port("p", 8132), 8132);
+        assert_eq!(faults.port("p", 8132), 8132);
+        assert_eq!(faults.duration("d", second), Duration::from_secs(1));
+        assert_eq!(faults.duration("d", GoDuration::default()), Duration::ZERO);
+        assert_eq!(faults.positive_duration("d", second), Duration::from_secs(1));
+        assert_eq!(faults.count("c", 3, 3), 3);
+        assert_eq!(faults.count("c", u32::MAX.into(), 0), u32::MAX);
+        faults.finish().unwrap();
+        let text = faults_of(|faults| {
+            faults.duration("a", negative);
+            faults.positive_duration("b", negative);
+            faults.positive_duration("c", GoDuration::default());
+            faults.count("d", 2, 3);
+            faults.count("e", 1 << 32, 0);
+            faults.add_variable("HTTPS_PROXY", "is no URL");
+        });
+        for fault in ["--a: ", "--b: ", "--c: ", "--d: ", "--e: ", "\n  HTTPS_PROXY: is no URL"] {
+            assert!(text.contains(fault), "{fault} in {text}");
+        }
+    }
+
+    #[test]
     fn labels_are_pairs() {
         let mut faults = Faults::new();
         let labels = faults.labels("lease-label", "k8s-app=konnectivity-server, a=");
