@@ -133,10 +133,6 @@ pub struct RateLimit {
     state: Mutex<LimitState>,
 }
 
-/// The former name, until every use is the macro's.
-#[doc(hidden)]
-pub use self::RateLimit as RateLimited;
-
 #[derive(Debug)]
 struct LimitState {
     last_line: Option<Instant>,
