@@ -26,6 +26,9 @@ const UNREACHABLE_LIMIT: Duration = Duration::from_millis(1500);
 /// node answers late, and only silence means that it is gone; a peer that is heard and never
 /// answers is broken.
 const MAX_RENEWALS: u32 = 5;
+/// Share of a ping's limit by which its deadline may be noticed late. Beyond it this process did not
+/// run meanwhile, so that an answer may have arrived unread.
+const LATE_SHARE: u32 = 4;
 /// Priority of the control stream, above every other: a ping to a busy peer must not wait behind
 /// the bytes that keep it busy.
 const PRIORITY: i32 = 100;
@@ -196,8 +199,9 @@ impl ControlStream {
     }
 
     /// Sends a ping that the peer must answer. [`event`](Self::event) fails when no answer arrives
-    /// within `limit` and three round trips, or six times that for a peer that is heard. While a
-    /// ping is unanswered no second one is sent; its deadline only comes nearer.
+    /// within `limit` and three round trips, or six times that for a peer that is heard. Time in
+    /// which this process did not run does not count. While a ping is unanswered no second one is
+    /// sent; its deadline only comes nearer.
     ///
     /// # Errors
     /// When the stream is lost.
@@ -233,16 +237,20 @@ impl ControlStream {
         self.send(&ControlMessage::Ping(Ping { echo })).await
     }
 
-    /// Gives an unanswered ping whose deadline has passed another one, if the peer was heard since.
+    /// Gives an unanswered ping whose deadline has passed another one, if the peer was heard since
+    /// or this process did not run.
     fn renew(&mut self) -> Result<(), ControlError> {
-        let heard = self.tunnel.stats().received_bytes;
+        let (heard, now) = (self.tunnel.stats().received_bytes, Instant::now());
         let Some(question) = &mut self.question else { return Ok(()) };
-        if heard == question.heard || question.renewals == MAX_RENEWALS {
-            return Err(ControlError::Unresponsive(question.limit * (question.renewals + 1)));
+        // A process that was suspended or starved cannot blame the peer: that renewal is not counted.
+        if now.saturating_duration_since(question.deadline) <= question.limit / LATE_SHARE {
+            if heard == question.heard || question.renewals == MAX_RENEWALS {
+                return Err(ControlError::Unresponsive(question.limit * (question.renewals + 1)));
+            }
+            question.renewals += 1;
         }
-        question.renewals += 1;
         question.heard = heard;
-        question.deadline = Instant::now() + question.limit;
+        question.deadline = now + question.limit;
         Ok(())
     }
 }

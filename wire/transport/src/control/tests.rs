@@ -137,6 +137,16 @@ async fn a_silent_peer_is_unresponsive_after_exactly_the_limit() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_peer_is_not_unresponsive_because_this_process_did_not_run() {
+    let (mut server, agent) = scripted().await;
+    agent.pair.line.silence(Side::Agent);
+    server.ask(LIMIT).await.unwrap();
+    // The process is suspended until long after the deadline, and then as silent a peer has it anew.
+    tokio::time::advance(LIMIT * 10).await;
+    assert_eq!(unresponsive(&mut server).await, (LIMIT, LIMIT));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_distant_peer_gets_three_round_trips_more() {
     let rtt = Duration::from_millis(300);
     let keep_alive_interval = Some(LIMIT * 2);
