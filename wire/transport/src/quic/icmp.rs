@@ -12,7 +12,7 @@ use std::{
     net::SocketAddr,
     os::fd::{AsRawFd, OwnedFd},
     sync::{
-        Arc, Weak,
+        Arc, OnceLock, Weak,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -29,6 +29,7 @@ use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::Notify,
 };
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::canonical;
 
@@ -135,20 +136,24 @@ impl Reachability {
 
 /// The live tunnels of one socket by the peer's address, so that an ICMP error finds its tunnel.
 #[derive(Debug, Default)]
-pub(super) struct IcmpRouter(Mutex<HashMap<SocketAddr, Weak<Reachability>>>);
+pub(super) struct IcmpRouter {
+    tunnels: Mutex<HashMap<SocketAddr, Weak<Reachability>>>,
+    /// Reads the socket's errors. It holds the socket open, so it ends with the router.
+    reader: OnceLock<AbortOnDropHandle<()>>,
+}
 
 impl IcmpRouter {
     /// Adds a tunnel with this peer. It is removed some time after the result is dropped.
     pub(super) fn add(&self, address: SocketAddr) -> Arc<Reachability> {
         let reachability = Arc::new(Reachability::default());
-        let mut tunnels = self.0.lock();
+        let mut tunnels = self.tunnels.lock();
         tunnels.retain(|_, reachability| reachability.strong_count() > 0);
         tunnels.insert(address, Arc::downgrade(&reachability));
         reachability
     }
 
     fn report(&self, address: SocketAddr, why: Unreachable) {
-        let reachability = self.0.lock().get(&canonical(address)).and_then(Weak::upgrade);
+        let reachability = self.tunnels.lock().get(&canonical(address)).and_then(Weak::upgrade);
         if let Some(reachability) = reachability {
             reachability.report(why);
         }
@@ -158,11 +163,13 @@ impl IcmpRouter {
     pub(super) fn listen(self: &Arc<Self>, errors: Option<ErrorQueue>) {
         let Some(errors) = errors else { return };
         let icmp_router = Arc::downgrade(self);
-        tokio::spawn(async move {
-            while let Some((address, why)) = errors.next().await {
-                let Some(icmp_router) = icmp_router.upgrade() else { return };
-                icmp_router.report(address, why);
-            }
+        self.reader.get_or_init(|| {
+            AbortOnDropHandle::new(tokio::spawn(async move {
+                while let Some((address, why)) = errors.next().await {
+                    let Some(icmp_router) = icmp_router.upgrade() else { return };
+                    icmp_router.report(address, why);
+                }
+            }))
         });
     }
 }
@@ -193,6 +200,23 @@ mod tests {
         while socket.try_send(&transmit).is_err() {
             std::future::poll_fn(|cx| poller.as_mut().poll_writable(cx)).await.unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn the_socket_is_closed_with_the_router() {
+        let bound = bind("127.0.0.1:0".parse().unwrap(), SIZE, 1452).unwrap();
+        let address = bound.socket.local_addr().unwrap();
+        let router = Arc::new(IcmpRouter::default());
+        router.listen(bound.errors);
+        drop(bound.socket);
+        UdpSocket::bind(address).unwrap_err();
+        drop(router);
+        let closed = async {
+            while UdpSocket::bind(address).is_err() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(10), closed).await.unwrap();
     }
 
     #[tokio::test]
@@ -241,6 +265,6 @@ mod tests {
         for host in 0..10 {
             drop(router.add(SocketAddr::from(([192, 0, 2, host], 8132))));
         }
-        assert_eq!(router.0.lock().len(), 1);
+        assert_eq!(router.tunnels.lock().len(), 1);
     }
 }
