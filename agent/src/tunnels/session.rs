@@ -211,6 +211,10 @@ impl Joined {
             Err(error) => Err(error),
         };
         if let Err(error) = result {
+            // The control stream may notice first that the tunnel is lost, and knows why.
+            if let Some(lost) = error.lost() {
+                return lost.clone();
+            }
             let code = error.close_code();
             self.tunnel.close(code, &error.to_string());
             // A peer that does not answer does not receive the close either.

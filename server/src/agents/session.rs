@@ -64,6 +64,10 @@ async fn drive(
         result = converse(backend, &mut control, context) => result,
     };
     if let Err(error) = result {
+        // The control stream may notice first that the tunnel is lost, and knows why.
+        if let Some(lost) = error.lost() {
+            return lost.clone();
+        }
         tunnel.close(error.close_code(), &error.to_string());
     }
     tunnel.closed().await

@@ -14,7 +14,9 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use crate::{ReadError, ReadFrameError, RecvHalf, SendHalf, Tunnel, Unreachable, WriteError};
+use crate::{
+    ReadError, ReadFrameError, RecvHalf, SendHalf, Tunnel, TunnelLost, Unreachable, WriteError,
+};
 
 /// Time for the answer to a ping when the network reports that no process listens at the peer's
 /// address: room for one repetition of a lost ping.
@@ -22,13 +24,13 @@ const REFUSED_LIMIT: Duration = Duration::from_millis(50);
 /// Time for the answer to a ping when the network reports that the peer cannot be reached: routes
 /// have time to change.
 const UNREACHABLE_LIMIT: Duration = Duration::from_millis(1500);
-/// Number of times that a ping's deadline is renewed because the peer was heard meanwhile. A busy
-/// node answers late, and only silence means that it is gone; a peer that is heard and never
+/// Number of times that a ping's deadline is renewed because the peer was heard meanwhile, or because
+/// this process did not run. A busy node answers late, and only silence means that it is gone; a peer that is heard and never
 /// answers is broken.
 const MAX_RENEWALS: u32 = 5;
-/// Share of a ping's limit by which its deadline may be noticed late. Beyond it this process did not
-/// run meanwhile, so that an answer may have arrived unread.
-const LATE_SHARE: u32 = 4;
+/// Time by which a deadline may be noticed late. Beyond it this process did not run meanwhile, so that
+/// an answer may have arrived unread.
+const LATE: Duration = Duration::from_millis(100);
 /// Priority of the control stream, above every other: a ping to a busy peer must not wait behind
 /// the bytes that keep it busy.
 const PRIORITY: i32 = 100;
@@ -70,6 +72,14 @@ impl From<ReadFrameError> for ControlError {
 }
 
 impl ControlError {
+    /// Why the tunnel was lost, if that is what ended the stream: there is nothing left to close.
+    pub fn lost(&self) -> Option<&TunnelLost> {
+        match self {
+            Self::Read(ReadError::Lost(lost)) | Self::Write(WriteError::Lost(lost)) => Some(lost),
+            _ => None,
+        }
+    }
+
     /// The code with which this side closes the tunnel after the error.
     pub fn close_code(&self) -> CloseCode {
         match self {
@@ -199,9 +209,9 @@ impl ControlStream {
     }
 
     /// Sends a ping that the peer must answer. [`event`](Self::event) fails when no answer arrives
-    /// within `limit` and three round trips, or six times that for a peer that is heard. Time in
-    /// which this process did not run does not count. While a ping is unanswered no second one is
-    /// sent; its deadline only comes nearer.
+    /// within `limit` and three round trips, or six times that for a peer that is heard or while this
+    /// process does not run. While a ping is unanswered no second one is sent; its deadline only comes
+    /// nearer.
     ///
     /// # Errors
     /// When the stream is lost.
@@ -242,13 +252,13 @@ impl ControlStream {
     fn renew(&mut self) -> Result<(), ControlError> {
         let (heard, now) = (self.tunnel.stats().received_bytes, Instant::now());
         let Some(question) = &mut self.question else { return Ok(()) };
-        // A process that was suspended or starved cannot blame the peer: that renewal is not counted.
-        if now.saturating_duration_since(question.deadline) <= question.limit / LATE_SHARE {
-            if heard == question.heard || question.renewals == MAX_RENEWALS {
-                return Err(ControlError::Unresponsive(question.limit * (question.renewals + 1)));
-            }
-            question.renewals += 1;
+        // A process that was suspended or starved cannot blame the peer for its silence.
+        let excused =
+            heard != question.heard || now.saturating_duration_since(question.deadline) > LATE;
+        if !excused || question.renewals == MAX_RENEWALS {
+            return Err(ControlError::Unresponsive(question.limit * (question.renewals + 1)));
         }
+        question.renewals += 1;
         question.heard = heard;
         question.deadline = now + question.limit;
         Ok(())

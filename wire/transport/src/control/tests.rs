@@ -143,7 +143,7 @@ async fn a_peer_is_not_unresponsive_because_this_process_did_not_run() {
     server.ask(LIMIT).await.unwrap();
     // The process is suspended until long after the deadline, and then as silent a peer has it anew.
     tokio::time::advance(LIMIT * 10).await;
-    assert_eq!(unresponsive(&mut server).await, (LIMIT, LIMIT));
+    assert_eq!(unresponsive(&mut server).await, (LIMIT, LIMIT * 2));
 }
 
 #[tokio::test(start_paused = true)]
@@ -309,12 +309,14 @@ async fn the_end_of_the_stream_is_a_fault_wherever_it_comes() {
 async fn a_lost_tunnel_ends_the_stream_with_its_cause() {
     let (mut server, agent) = scripted().await;
     agent.pair.line.cut();
-    match server.next().await {
-        Err(ControlError::Read(ReadError::Lost(TunnelLost::Transport(TransportFault::Io(io))))) => {
+    let error = server.next().await.unwrap_err();
+    match error.lost() {
+        Some(TunnelLost::Transport(TransportFault::Io(io))) => {
             assert_eq!(io.kind, std::io::ErrorKind::ConnectionReset);
         }
         other => panic!("{other:?}"),
     }
+    assert_eq!(ControlError::Unexpected.lost(), None);
 }
 
 /// A caller waits for events beside others and starts to wait anew after each of those.
