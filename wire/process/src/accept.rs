@@ -21,8 +21,9 @@ use tokio::{
     net::{TcpListener, TcpStream, UnixListener, UnixStream, unix},
     time::{Instant, sleep_until},
 };
+use tracing::warn;
 
-use crate::rate_limited;
+use crate::logging::RateLimit;
 
 /// Pause after a failed accept. The usual cause is a lack of file descriptors, and the failed
 /// connection stays in the kernel's queue: without a pause the loop would spin.
@@ -63,12 +64,14 @@ pub struct Acceptor<L> {
     listener: L,
     name: &'static str,
     retry_at: Option<Instant>,
+    /// A limit of its own, so that one port's errors hide no other's.
+    log_limit: RateLimit,
 }
 
 impl<L: Listener> Acceptor<L> {
     /// Accepts from `listener`, which log lines call `name`.
     pub fn new(name: &'static str, listener: L) -> Self {
-        Self { listener, name, retry_at: None }
+        Self { listener, name, retry_at: None, log_limit: RateLimit::new(LOG_INTERVAL) }
     }
 
     /// The listener, for its address.
@@ -94,10 +97,12 @@ impl<L: Listener> Acceptor<L> {
                 Err(error) if concerns_one_connection(&error) => {}
                 Err(error) => {
                     self.retry_at = Some(Instant::now() + RETRY_INTERVAL);
-                    rate_limited!(
-                        LOG_INTERVAL, WARN, listener = self.name, %error,
-                        "a connection was not accepted"
-                    );
+                    if let Some(suppressed) = self.log_limit.admit(std::time::Instant::now()) {
+                        warn!(
+                            listener = self.name, %error, suppressed,
+                            "a connection was not accepted",
+                        );
+                    }
                 }
             }
         }
