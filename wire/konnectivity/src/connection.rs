@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -119,7 +119,8 @@ pub async fn carry(
 ) -> Outcome {
     let close = Arc::new(ClosePacket { id, side, outbound, sent: AtomicBool::new(false) });
     let reader = KonnectivityRead { inbox: inbox.clone() };
-    let writer = KonnectivityWrite { inbox: inbox.clone(), close: close.clone() };
+    let writer =
+        KonnectivityWrite { inbox: inbox.clone(), close: close.clone(), taken: Arc::default() };
     let outcome = splice(Local::new(reader, writer, NoAbort), stream, meter).await;
     connections.remove_own(id, &inbox);
     let reason = match &outcome.end {
@@ -175,14 +176,18 @@ impl LocalRead for KonnectivityRead {
 struct KonnectivityWrite {
     inbox: Arc<Inbox>,
     close: Arc<ClosePacket>,
+    /// Number of bytes that the peer's stream has taken.
+    taken: Arc<AtomicU64>,
 }
 
 impl KonnectivityWrite {
     async fn send(&self, data: Bytes) -> Result<(), LocalFault> {
-        match self.close.outbound.send(Packet::data(self.close.id, data)).await {
-            true => Ok(()),
-            false => Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset).into()),
+        let length = data.len() as u64;
+        if !self.close.outbound.send(Packet::data(self.close.id, data)).await {
+            return Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset).into());
         }
+        self.taken.fetch_add(length, Ordering::Relaxed);
+        Ok(())
     }
 }
 
@@ -192,6 +197,10 @@ impl LocalWrite for KonnectivityWrite {
             self.send(piece).await?;
         }
         Ok(())
+    }
+
+    fn progress(&self) -> Option<Arc<AtomicU64>> {
+        Some(self.taken.clone())
     }
 
     async fn finish(&mut self) -> Result<(), LocalFault> {

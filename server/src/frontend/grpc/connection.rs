@@ -4,7 +4,7 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -67,7 +67,7 @@ pub(super) fn halves(
 ) -> (ProxyRead, ProxyWrite, NoAbort) {
     let close = CloseOnce { id, outbound, registration, sent: Arc::new(AtomicBool::new(false)) };
     let reader = ProxyRead { inbound, close: close.clone(), first_id: None, ended: false };
-    (reader, ProxyWrite { close }, NoAbort)
+    (reader, ProxyWrite { close, taken: Arc::default() }, NoAbort)
 }
 
 /// Sends the connection's CLOSE_RSP, once.
@@ -185,6 +185,8 @@ fn cancelled() -> LocalFault {
 /// Writes to the frontend.
 pub(super) struct ProxyWrite {
     close: CloseOnce,
+    /// Number of bytes that the frontend's stream has taken.
+    taken: Arc<AtomicU64>,
 }
 
 impl ProxyWrite {
@@ -193,8 +195,11 @@ impl ProxyWrite {
     }
 
     async fn send(&self, data: Bytes) -> Result<(), LocalFault> {
+        let length = data.len() as u64;
         let packet = Packet::data(self.close.id, data);
-        self.close.outbound.send(Ok(packet)).await.map_err(|_| cancelled())
+        self.close.outbound.send(Ok(packet)).await.map_err(|_| cancelled())?;
+        self.taken.fetch_add(length, Ordering::Relaxed);
+        Ok(())
     }
 }
 
@@ -205,6 +210,10 @@ impl LocalWrite for ProxyWrite {
             self.send(piece).await?;
         }
         Ok(())
+    }
+
+    fn progress(&self) -> Option<Arc<AtomicU64>> {
+        Some(self.taken.clone())
     }
 
     async fn finish(&mut self) -> Result<(), LocalFault> {

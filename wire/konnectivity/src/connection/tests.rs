@@ -1,9 +1,12 @@
+use std::time::Duration;
+
 use culvert_transport::{
     Carrier, ReadError, Settings,
     memory::Pair,
     qmux::Peer,
     splice::{Cut, HalfEnd},
 };
+use tokio::time::sleep;
 use tokio_stream::StreamExt as _;
 
 use super::*;
@@ -132,6 +135,23 @@ async fn a_reset_stream_sends_a_server_the_reason() {
     }
     let outcome = carried.ended().await;
     assert!(matches!(outcome.end, Err(Cut::Reset(StreamCode::PEER_RESET))), "{outcome:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_reads_slowly_after_the_close_gets_every_byte() {
+    let mut carried = carried(Side::Agent).await;
+    let length = 300 << 10;
+    carried.far.0.write_chunk(Bytes::from(vec![7; length])).await.unwrap();
+    carried.far.0.finish();
+    // The peer's queue fills, and then the other side of the tunnel closes.
+    sleep(Duration::from_millis(1)).await;
+    carried.far.1.stop(StreamCode::CLOSED);
+    let mut taken = 0;
+    while taken < length {
+        sleep(Duration::from_secs(40)).await;
+        taken += carried.data().await.len();
+    }
+    assert!(matches!(carried.packet().await, PacketMessage::Close(ID)));
 }
 
 #[tokio::test(start_paused = true)]
