@@ -3,10 +3,10 @@
 //! The life of one dial, in order:
 //! 1. [`frontend`] accepts kube-apiserver's request, by gRPC or HTTP CONNECT;
 //! 2. [`backends`] chooses a backend for the target, by the configured strategies;
-//! 3. [`dial`] opens a stream on the backend's tunnel and waits for the agent's answer;
+//! 3. `dial` opens a stream on the backend's tunnel and waits for the agent's answer;
 //! 4. the frontend and the stream are spliced until both directions have ended.
 //!
-//! [`agents`] accepts the tunnels that backends are.
+//! `agents` accepts the tunnels that backends are.
 
 mod agents;
 pub mod backends;
