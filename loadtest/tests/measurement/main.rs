@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod compare;
+mod fairness;
 mod link;
 mod load;
 #[path = "../support/mod.rs"]
