@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn what_holds_from_the_start_is_told_from_what_happens_later() {
+    fn events_from_the_start_are_reported_apart_from_later_ones() {
         let scenario = scenario(BLOCKED);
         assert_eq!(scenario.faults(), Vec::<String>::new());
         let from_the_start: Vec<_> = scenario.from_the_start().map(ToString::to_string).collect();

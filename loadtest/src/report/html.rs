@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_is_told_and_nothing_is_taken_for_markup() {
+    fn everything_is_reported_and_nothing_is_taken_for_markup() {
         let page = page(&[report(), report()]);
         for part in ["✗ missed", "0 of 1", "did &lt;not&gt; start", "link down &amp; out", "<svg"]
         {

@@ -42,7 +42,8 @@ fn sources(folders: &[&str]) -> Vec<(PathBuf, String)> {
                 && path.file_name().is_some_and(|name| name != "tests.rs")
             {
                 let text = fs::read_to_string(&path).unwrap();
-                found.push((path, text.split("#[cfg(test)]").next().unwrap().to_owned()));
+                let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
+                found.push((path, code.to_owned()));
             }
         }
     }
@@ -150,6 +151,20 @@ fn every_log_event_is_in_the_operators_table() {
         }
     }
     assert!(events.len() > 15, "only {events:?} found");
+}
+
+#[test]
+fn every_event_of_the_operators_table_is_in_the_sources() {
+    let document = read("docs/operations.md");
+    let table = document.split("| event | process |").nth(1).unwrap();
+    let rows = table.lines().skip(2).take_while(|line| line.starts_with("| "));
+    let cells = rows.map(|row| row.split(" | ").next().unwrap());
+    let events: Vec<_> = cells.flat_map(|cell| cell.split('`').skip(1).step_by(2)).collect();
+    assert!(events.len() > 30, "only {events:?} found");
+    let sources: String = sources(&SOURCES).iter().map(|(_, text)| uncommented(text)).collect();
+    for event in events {
+        assert!(sources.contains(&format!("\"{event}\"")), "{event:?} is only in the table");
+    }
 }
 
 /// `docs/protocol.md`'s headings as their anchors.

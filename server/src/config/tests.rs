@@ -140,7 +140,7 @@ fn kamajis_command_line_starts_and_asks_agents_for_tokens() {
 }
 
 #[test]
-fn agents_that_need_no_proof_are_told_of_and_proof_beats_that() {
+fn agents_without_authentication_are_reported_and_authentication_takes_precedence() {
     let files = Files::new();
     const OPEN: &str = "--insecure-allow-unauthenticated-agents";
     let warned =

@@ -11,8 +11,8 @@ use super::faults::Faults;
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Logging")]
 pub struct KlogFlags {
-    /// Verbosity of the log: 0 to 4 is info, 5 to 9 is debug, 10 and more is trace, down to packets.
-    /// The environment variable RUST_LOG takes precedence
+    /// Verbosity of the log: 0 to 4 is info, 5 to 9 is debug, 10 and more is trace, down to
+    /// packets. The environment variable RUST_LOG takes precedence
     #[arg(short = 'v', long = "v", value_name = "LEVEL", default_value_t = 4)]
     pub v: i32,
 

@@ -48,8 +48,9 @@ pub struct TunnelFlags {
     #[arg(long, value_name = "KIND", default_value_t = Settings::default().congestion)]
     pub congestion: Congestion,
 
-    /// Bytes per second and tunnel that may be sent a second time, so that a keystroke does not wait
-    /// for a lost packet; only while the path loses packets. Plain or with Ki or Mi; 0 sends none
+    /// Bytes per second and tunnel that may be sent a second time, so that a keystroke does not
+    /// wait for a lost packet; only while the path loses packets. Plain or with Ki or Mi; 0 sends
+    /// none
     #[arg(long, value_name = "SIZE", default_value_t = ByteSize(DEFAULT_HEDGE_RATE.into()))]
     pub hedge_rate: ByteSize,
 

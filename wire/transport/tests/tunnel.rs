@@ -256,7 +256,8 @@ async fn controls(server: &Tunnel, agent: &Tunnel) -> (ControlStream, ControlStr
     (server, agent)
 }
 
-/// Forwards packets between one client and this server until it is dropped, and its sockets with it.
+/// Forwards packets between one client and this server until it is dropped, which closes its
+/// sockets.
 async fn relay(server: SocketAddr) -> (SocketAddr, JoinSet<()>) {
     let near = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
     let far = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());

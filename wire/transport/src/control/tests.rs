@@ -141,7 +141,7 @@ async fn a_peer_is_not_unresponsive_because_this_process_did_not_run() {
     let (mut server, agent) = scripted().await;
     agent.pair.line.silence(Side::Agent);
     server.ask(LIMIT).await.unwrap();
-    // The process is suspended until long after the deadline, and then as silent a peer has it anew.
+    // The process is suspended until long after the deadline; then a silent peer has a new one.
     tokio::time::advance(LIMIT * 10).await;
     assert_eq!(unresponsive(&mut server).await, (LIMIT, LIMIT * 2));
 }
