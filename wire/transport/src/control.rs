@@ -24,12 +24,12 @@ const REFUSED_LIMIT: Duration = Duration::from_millis(50);
 /// Time for the answer to a ping when the network reports that the peer cannot be reached: routes
 /// have time to change.
 const UNREACHABLE_LIMIT: Duration = Duration::from_millis(1500);
-/// Number of times that a ping's deadline is renewed because the peer was heard meanwhile, or because
-/// this process did not run. A busy node answers late, and only silence means that it is gone; a peer that is heard and never
-/// answers is broken.
+/// Number of times that a ping's deadline is renewed because the peer was heard meanwhile, or
+/// because this process did not run. A busy node answers late, and only silence means that it is
+/// gone; a peer that is heard and never answers is broken.
 const MAX_RENEWALS: u32 = 5;
-/// Time by which a deadline may be noticed late. Beyond it this process did not run meanwhile, so that
-/// an answer may have arrived unread.
+/// Time by which a deadline may be noticed late. Beyond it this process did not run meanwhile, so
+/// that an answer may have arrived unread.
 const LATE: Duration = Duration::from_millis(100);
 /// Priority of the control stream, above every other: a ping to a busy peer must not wait behind
 /// the bytes that keep it busy.
@@ -209,9 +209,9 @@ impl ControlStream {
     }
 
     /// Sends a ping that the peer must answer. [`event`](Self::event) fails when no answer arrives
-    /// within `limit` and three round trips, or six times that for a peer that is heard or while this
-    /// process does not run. While a ping is unanswered no second one is sent; its deadline only comes
-    /// nearer.
+    /// within `limit` and three round trips, or six times that for a peer that is heard or while
+    /// this process does not run. While a ping is unanswered no second one is sent; its deadline
+    /// only comes nearer.
     ///
     /// # Errors
     /// When the stream is lost.
