@@ -8,6 +8,7 @@
 //! | peer stops reading | this stream's window fills; no other stream is affected |
 //! | peer has closed for reading | stop with a code, at once, even while idle |
 //! | written, then closed | every byte arrives |
+//! | host gone | reset with a code, after two and a half minutes |
 //!
 //! The two directions are pumped in one task, each at its own pace. A direction whose reader has
 //! closed is read on and discarded until the other direction has ended, because a peer that cannot
@@ -32,6 +33,7 @@ mod pumps;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod vanished;
 
 use culvert_wire::code::StreamCode;
 use tokio::select;
@@ -77,6 +79,7 @@ pub async fn splice_after<R: LocalRead, W: LocalWrite, A: Abort>(
     let end = select! {
         end = pumps.run(reader, writer, preamble, &mut send, &mut recv) => end,
         cut = pumps.stuck(local.stuck_timeout, progress.as_deref()) => Err(cut),
+        fault = local.guard.vanished() => Err(fault.into()),
     };
     match &end {
         Ok((HalfEnd::Finished, _)) => local.guard.disarm(),

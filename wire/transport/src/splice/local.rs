@@ -89,9 +89,17 @@ pub trait LocalWrite: Send {
 }
 
 /// Turns the coming close of the local connection into a reset.
-pub trait Abort: Send {
+pub trait Abort: Send + Sync {
     /// Called at most once, before the local halves are dropped.
     fn abort(&self);
+
+    /// Completes once the local peer's host is known to be gone.
+    ///
+    /// # Cancel safety
+    /// Implementations must be cancel safe.
+    fn vanished(&self) -> impl Future<Output = LocalFault> + Send {
+        std::future::pending()
+    }
 }
 
 /// A local connection that is ready to be spliced.
@@ -126,6 +134,13 @@ impl<R: LocalRead, W: LocalWrite, A: Abort> Local<R, W, A> {
 pub(super) struct AbortGuard<A: Abort>(Option<A>);
 
 impl<A: Abort> AbortGuard<A> {
+    pub(super) async fn vanished(&self) -> LocalFault {
+        match &self.0 {
+            Some(abort) => abort.vanished().await,
+            None => std::future::pending().await,
+        }
+    }
+
     pub(super) fn disarm(&mut self) {
         self.0 = None;
     }

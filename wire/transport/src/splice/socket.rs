@@ -20,8 +20,11 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::{Abort, LocalFault, LocalRead, LocalWrite, outq, pumps::CHUNKS};
-use crate::{chunks::advance, socket::send_at_once};
+use super::{Abort, LocalFault, LocalRead, LocalWrite, outq, pumps::CHUNKS, vanished::vanished};
+use crate::{
+    chunks::advance,
+    socket::{KEEP_ALIVE, send_at_once},
+};
 
 /// Size of a connection's first read buffer, in bytes: a keystroke or a small request.
 const MIN_READ: usize = 2 * 1024;
@@ -62,6 +65,11 @@ pub trait SpliceSocket: AsFd + Send + Sync + 'static {
     /// # Errors
     /// When the kernel does not report it.
     fn take_error(&self) -> io::Result<Option<io::Error>>;
+    /// Completes once the peer's host is known to be gone, which the kernel alone would report much
+    /// later.
+    fn vanished(&self) -> impl Future<Output = io::Error> + Send {
+        std::future::pending()
+    }
 }
 
 impl SpliceSocket for TcpStream {
@@ -79,6 +87,10 @@ impl SpliceSocket for TcpStream {
 
     fn take_error(&self) -> io::Result<Option<io::Error>> {
         self.take_error()
+    }
+
+    fn vanished(&self) -> impl Future<Output = io::Error> + Send {
+        vanished(self)
     }
 }
 
@@ -119,9 +131,11 @@ impl SpliceSocket for UnixStream {
 
 /// Sets up a TCP socket that is to be spliced: keystrokes do not wait for one another's
 /// acknowledgement, and bytes for a slow peer wait in its stream, where they can still be taken
-/// back, instead of in megabytes of kernel buffer.
+/// back, instead of in megabytes of kernel buffer. A peer whose host is gone is noticed after two
+/// and a half minutes.
 pub fn prepare(socket: &TcpStream) {
     send_at_once(socket, MAX_UNSENT);
+    KEEP_ALIVE.set(socket);
 }
 
 /// Completes once `is_hung_up` says so of a socket that has been read to its end. The kernel
@@ -295,6 +309,10 @@ impl<S: SpliceSocket> Abort for SocketAbort<S> {
     fn abort(&self) {
         // Fails only on a socket that is not connected any more.
         let _ = SockRef::from(&*self.0).set_linger(Some(Duration::ZERO));
+    }
+
+    async fn vanished(&self) -> LocalFault {
+        self.0.vanished().await.into()
     }
 }
 

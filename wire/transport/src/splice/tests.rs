@@ -49,6 +49,8 @@ struct Shared {
     flushed: SetOnce<()>,
     /// The connection has failed, while it is not read.
     failed: SetOnce<()>,
+    /// The peer's host is known to be gone.
+    vanished: SetOnce<()>,
     aborts: AtomicUsize,
 }
 
@@ -106,6 +108,11 @@ impl LocalWrite for Write {
 impl Abort for Aborts {
     fn abort(&self) {
         self.0.aborts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    async fn vanished(&self) -> LocalFault {
+        self.0.vanished.wait().await;
+        io::Error::from(io::ErrorKind::TimedOut).into()
     }
 }
 
@@ -260,6 +267,18 @@ async fn a_local_fault_is_noticed_while_the_stream_takes_no_more() {
     bench.peer.failed.set(()).unwrap();
     let cut = bench.outcome().await.end.unwrap_err();
     assert_eq!((cut.code(), bench.aborts()), (StreamCode::PEER_RESET, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_local_peer_whose_host_is_gone_is_cut_off_while_idle() {
+    let mut bench = Bench::new().await;
+    sleep(HOUR).await;
+    assert!(!bench.task.is_finished());
+    bench.peer.vanished.set(()).unwrap();
+    assert_eq!(bench.read().await, Err(ReadError::Reset(StreamCode::IO_ERROR)));
+    let cut = bench.outcome().await.end.unwrap_err();
+    assert!(matches!(&cut, Cut::Local(fault) if fault.code == StreamCode::IO_ERROR), "{cut:?}");
+    assert_eq!(bench.aborts(), 1);
 }
 
 #[tokio::test(start_paused = true)]
