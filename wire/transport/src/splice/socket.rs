@@ -391,3 +391,6 @@ impl<W: AsyncWrite + Unpin + Send> LocalWrite for BufferedWrite<W> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

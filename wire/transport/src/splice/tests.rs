@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use tokio::{
     sync::{Semaphore, SetOnce, mpsc},
     task::JoinHandle,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 
 use super::*;
@@ -26,10 +26,13 @@ use crate::{
 };
 
 const CODE: StreamCode = StreamCode::OVERLOADED;
-const STUCK_TIMEOUT: Duration = Duration::from_secs(60);
+/// Not the default, so that a setting without effect is noticed.
+const STUCK_TIMEOUT: Duration = Duration::from_secs(45);
 const HOUR: Duration = Duration::from_secs(3600);
 /// Number of bytes that one stream takes without a reader, at most: windows and buffers.
 const STREAM_CAPACITY: usize = 4 * 1024 * 1024;
+/// Number of chunks that the local peer's connection holds while the splice does not read it.
+const LOCAL_CAPACITY: usize = 2 * STREAM_CAPACITY / (64 * 1024);
 
 /// The local peer as the splice sees it, and what it has received.
 #[derive(Default)]
@@ -54,7 +57,7 @@ struct Shared {
     aborts: AtomicUsize,
 }
 
-struct Read(mpsc::UnboundedReceiver<io::Result<Bytes>>, Arc<Shared>);
+struct Read(mpsc::Receiver<io::Result<Bytes>>, Arc<Shared>);
 struct Write(Arc<Shared>);
 struct Aborts(Arc<Shared>);
 
@@ -119,8 +122,9 @@ impl Abort for Aborts {
 /// A splice in progress: the local peer on one side of it, a stream's other end on the other.
 struct Bench {
     /// What the local peer sends. Dropped, it ends its output.
-    local: mpsc::UnboundedSender<io::Result<Bytes>>,
+    local: mpsc::Sender<io::Result<Bytes>>,
     peer: Arc<Shared>,
+    meter: Arc<Meter>,
     send: SendHalf,
     recv: RecvHalf,
     task: JoinHandle<Outcome>,
@@ -143,27 +147,29 @@ impl Bench {
         let pair = pair.await.unwrap();
         let stream = pair.server.open().await.unwrap();
         let peer = Arc::new(peer);
-        let (local, chunks) = mpsc::unbounded_channel();
+        let (local, chunks) = mpsc::channel(LOCAL_CAPACITY);
         // A stream exists for the other side from its first byte.
-        local.send(Ok(Bytes::from_static(b"!"))).unwrap();
+        local.try_send(Ok(Bytes::from_static(b"!"))).unwrap();
         let (reader, writer) = (Read(chunks, peer.clone()), Write(peer.clone()));
         let spliced = Local::new(reader, writer, Aborts(peer.clone()));
-        let task = tokio::spawn(async move {
-            splice_after(preamble, spliced, stream, &Meter::default()).await
-        });
+        let spliced = spliced.with_stuck_timeout(STUCK_TIMEOUT);
+        let meter = Arc::new(Meter::default());
+        let counted = meter.clone();
+        let task =
+            tokio::spawn(async move { splice_after(preamble, spliced, stream, &counted).await });
         let (send, recv) = pair.agent.accept().await.unwrap();
-        let mut bench = Self { local, peer, send, recv, task, pair };
+        let mut bench = Self { local, peer, meter, send, recv, task, pair };
         assert_eq!(bench.read().await, Ok(Some("!".into())));
         bench
     }
 
     fn send_local(&self, bytes: &'static [u8]) {
-        self.local.send(Ok(Bytes::from_static(bytes))).unwrap();
+        self.local.try_send(Ok(Bytes::from_static(bytes))).unwrap();
     }
 
     /// Ends the local side's output.
     fn end_local(&mut self) {
-        self.local = mpsc::unbounded_channel().0;
+        self.local = mpsc::channel(1).0;
     }
 
     async fn send_remote(&mut self, bytes: &'static [u8]) {
@@ -195,10 +201,7 @@ impl Bench {
 async fn fill(send: &mut SendHalf) -> usize {
     let mut length = 0;
     let chunk = Bytes::from(vec![7; 16 * 1024]);
-    while tokio::time::timeout(Duration::from_secs(1), send.write_chunk(chunk.clone()))
-        .await
-        .is_ok()
-    {
+    while timeout(Duration::from_secs(1), send.write_chunk(chunk.clone())).await.is_ok() {
         length += chunk.len();
         assert!(length < STREAM_CAPACITY, "a stream has no bound");
     }
@@ -218,6 +221,7 @@ async fn the_end_of_the_local_side_leaves_the_other_direction_open() {
     let outcome = bench.outcome().await;
     assert_eq!(outcome.end.unwrap(), (HalfEnd::Finished, HalfEnd::Finished));
     assert_eq!((outcome.to_tunnel, outcome.from_tunnel), (1 + 9, 9));
+    assert_eq!((bench.meter.to_tunnel(), bench.meter.from_tunnel()), (1 + 9, 9));
     assert_eq!(bench.received(), "an answer");
     assert!(bench.peer.ended.initialized());
     assert_eq!(bench.aborts(), 0);
@@ -247,7 +251,7 @@ async fn a_local_fault_resets_both_sides_with_its_code() {
         (io::ErrorKind::TimedOut, StreamCode::IO_ERROR),
     ] {
         let mut bench = Bench::new().await;
-        bench.local.send(Err(kind.into())).unwrap();
+        bench.local.try_send(Err(kind.into())).unwrap();
         assert_eq!(bench.read().await, Err(ReadError::Reset(code)));
         assert_eq!(bench.send.stopped().await, Ok(Some(code)));
         let cut = bench.outcome().await.end.unwrap_err();
@@ -260,7 +264,7 @@ async fn a_local_fault_resets_both_sides_with_its_code() {
 async fn a_local_fault_is_noticed_while_the_stream_takes_no_more() {
     let mut bench = Bench::new().await;
     for _ in 0..STREAM_CAPACITY / (64 * 1024) {
-        bench.local.send(Ok(Bytes::from(vec![7; 64 * 1024]))).unwrap();
+        bench.local.try_send(Ok(Bytes::from(vec![7; 64 * 1024]))).unwrap();
     }
     sleep(HOUR).await;
     assert!(!bench.task.is_finished());
@@ -339,6 +343,27 @@ async fn a_stuck_peer_is_cut_off_exactly_after_the_timeout() {
     assert_eq!(closed.elapsed(), STUCK_TIMEOUT);
     assert_eq!(bench.send.stopped().await, Ok(Some(StreamCode::IO_ERROR)));
     assert_eq!((bench.received(), bench.aborts()), ("012".into(), 1));
+}
+
+/// A writer with nothing but what a writer must have.
+struct Plain;
+
+impl LocalWrite for Plain {
+    async fn write(&mut self, _chunks: &mut [Bytes]) -> Result<(), LocalFault> {
+        Ok(())
+    }
+
+    async fn finish(&mut self) -> Result<(), LocalFault> {
+        Ok(())
+    }
+}
+
+#[test]
+fn without_settings_a_stuck_peer_has_a_minute_and_its_writer_counts_nothing() {
+    let shared = Arc::<Shared>::default();
+    let local = Local::new(Read(mpsc::channel(1).1, shared.clone()), Plain, Aborts(shared));
+    assert_eq!(local.stuck_timeout, Duration::from_secs(60));
+    assert!(local.writer.progress().is_none(), "a counter that nothing raises looks stuck");
 }
 
 /// Lets the peer take a byte a little more often than the time-out demands; all must arrive.
@@ -443,7 +468,7 @@ async fn all_that_the_local_side_wrote_before_it_closed_arrives() {
     let mut bench = Bench::new().await;
     let chunks = STREAM_CAPACITY / (64 * 1024);
     for number in 0..chunks {
-        bench.local.send(Ok(Bytes::from(vec![number as u8; 64 * 1024]))).unwrap();
+        bench.local.try_send(Ok(Bytes::from(vec![number as u8; 64 * 1024]))).unwrap();
     }
     bench.end_local();
     sleep(HOUR).await;
@@ -484,8 +509,9 @@ async fn a_local_side_that_is_refused_may_send_on_until_its_answer_is_delivered(
     bench.recv.stop(StreamCode::BROKEN_PIPE);
     sleep(Duration::from_secs(1)).await;
     // A peer that reads only after it has written everything.
-    for _ in 0..1000 {
-        bench.local.send(Ok(Bytes::from(vec![7; 64 * 1024]))).unwrap();
+    for _ in 0..2 * LOCAL_CAPACITY {
+        let written = bench.local.send(Ok(Bytes::from(vec![7; 64 * 1024])));
+        timeout(HOUR, written).await.expect("the connection takes no more").unwrap();
     }
     bench.send_remote(b"an answer").await;
     sleep(HOUR).await;
