@@ -39,8 +39,17 @@ impl Codec for SmallBuffers {
 mod tests {
     use bytes::Bytes;
     use prost::Message as _;
+    use tonic::codec::{Decoder as _, Encoder as _};
 
     use super::*;
+
+    #[test]
+    fn packets_are_encoded_and_decoded_with_small_buffers() {
+        let mut codec = SmallBuffers;
+        let expected = format!("{:?}", BufferSettings::new(512, 32_768));
+        assert_eq!(format!("{:?}", codec.encoder().buffer_settings()), expected);
+        assert_eq!(format!("{:?}", codec.decoder().buffer_settings()), expected);
+    }
 
     #[test]
     fn the_largest_write_that_konnectivity_takes_fits_a_packet() {
