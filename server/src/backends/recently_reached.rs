@@ -65,8 +65,8 @@ mod tests {
         assert!(!recently_reached.is_recent(&target(1), start));
         recently_reached.note(&target(1), start);
         recently_reached.note(&target(2), start);
-        assert!(recently_reached.is_recent(&target(1), start + MEMORY - Duration::from_secs(1)));
-        assert!(!recently_reached.is_recent(&target(1), start + MEMORY));
+        assert!(recently_reached.is_recent(&target(1), start + Duration::from_secs(299)));
+        assert!(!recently_reached.is_recent(&target(1), start + Duration::from_secs(300)));
         recently_reached.forget(&target(2));
         assert!(!recently_reached.is_recent(&target(2), start));
     }
