@@ -143,8 +143,9 @@ fn a_silent_tunnel_is_replaced_first_and_with_small_packets() {
 fn a_young_tunnel_that_falls_silent_is_replaced_over_tcp_first() {
     let (mut plan, now) = plan(Transport::Auto);
     let silent = snapshot(1, &[(Rank::Quic, true, now)]);
-    let options = plan.options(Goal::Replace, &silent, now + YOUNG / 2, 0.5);
-    assert_eq!(options.order, CarrierOrder::TcpFirst);
+    let mut order = |age| plan.options(Goal::Replace, &silent, now + age, 0.5).order;
+    assert_eq!(order(YOUNG), CarrierOrder::QuicFirst, "old enough");
+    assert_eq!(order(YOUNG / 2), CarrierOrder::TcpFirst);
 }
 
 /// A young tunnel as well: a report of the network does not mean that the path swallows packets.
