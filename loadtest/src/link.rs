@@ -23,12 +23,13 @@ pub mod settings;
 use std::{
     fmt, io,
     net::{IpAddr, Ipv4Addr},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
 pub use bridge::Udp;
 pub use direction::Counters;
 pub use host::Host;
+use parking_lot::Mutex;
 pub use settings::LinkSettings;
 use tun_rs::{DeviceBuilder, SyncDevice};
 
@@ -131,7 +132,7 @@ impl Link {
     /// # Errors
     /// When the device refuses.
     pub fn change_node_address(&self) -> io::Result<Ipv4Addr> {
-        let mut address = self.node_address.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut address = self.node_address.lock();
         let old = *address;
         let new = Ipv4Addr::from_bits(old.to_bits() + 1);
         self.node.run(|| {

@@ -15,13 +15,14 @@ mod strategy;
 
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
 use culvert_wire::{AgentId, Target};
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{sync::Notify, time::Instant};
 
 pub use backend::Backend;
@@ -153,8 +154,7 @@ impl Backends {
     }
 
     fn registry(&self) -> MutexGuard<'_, Registry<Backend>> {
-        // Every change to the registry is complete before it could panic.
-        self.0.registry.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.registry.lock()
     }
 }
 

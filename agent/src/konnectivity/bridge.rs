@@ -29,7 +29,7 @@ use culvert_wire::{
     version::{Features, REVISION},
 };
 use hyper::client::conn::http2;
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 use tokio::{task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{Streaming, body::Body};
@@ -172,11 +172,11 @@ impl Shared {
                     // As in Konnectivity, a dial that fails uses its number up.
                     let id = self.last_id.fetch_add(1, Ordering::Relaxed) + 1;
                     let cancelled = CancellationToken::new();
-                    self.dials().insert(request.random, cancelled.clone());
+                    self.dials.lock().insert(request.random, cancelled.clone());
                     served.spawn(async move { shared.serve(id, request, cancelled).await });
                 }
                 PacketMessage::CancelDial(random) => {
-                    if let Some(cancelled) = self.dials().remove(&random) {
+                    if let Some(cancelled) = self.dials.lock().remove(&random) {
                         cancelled.cancel();
                     }
                 }
@@ -223,7 +223,7 @@ impl Shared {
             dialed = self.dial(request) => dialed,
             () = cancelled.cancelled() => return debug!(id, "a Konnectivity server gave a dial up"),
         };
-        self.dials().remove(&random);
+        self.dials.lock().remove(&random);
         match dialed {
             Ok(stream) => {
                 // Inserted before the server can send data for it.
@@ -282,9 +282,5 @@ impl Shared {
             trace: None,
             extensions: Extensions::default(),
         })
-    }
-
-    fn dials(&self) -> MutexGuard<'_, HashMap<i64, CancellationToken>> {
-        self.dials.lock()
     }
 }

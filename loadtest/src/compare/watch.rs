@@ -1,12 +1,8 @@
 //! The carrier of Culvert's agent, watched while a run goes on.
 
-use std::{
-    io,
-    net::Ipv4Addr,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{io, net::Ipv4Addr, sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use tokio::{
     runtime::Handle,
     task::AbortHandle,
@@ -45,7 +41,7 @@ impl Watch {
 
     /// Every carrier so far, in order.
     pub(super) fn seen(&self) -> Vec<Sighting> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.seen.lock().clone()
     }
 }
 
@@ -62,7 +58,7 @@ async fn watch(seen: Arc<Mutex<Vec<Sighting>>>) {
         ticks.tick().await;
         // While there is no tunnel the last carrier counts: the next may be the same again.
         if let Ok(Ok(Some(serving))) = timeout(ANSWER_TIMEOUT, ask()).await {
-            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut seen = seen.lock();
             if seen.last().is_none_or(|last| last.serving.carrier != serving.carrier) {
                 seen.push(Sighting { at: Instant::now(), serving });
             }

@@ -4,7 +4,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -12,6 +12,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use hdrhistogram::Histogram;
+use parking_lot::Mutex;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
@@ -110,11 +111,11 @@ impl Meter {
     fn answered(&self, asked: Instant) {
         self.count.fetch_add(1, Ordering::Relaxed);
         let micros = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.latency.lock().unwrap_or_else(PoisonError::into_inner).saturating_record(micros);
+        self.latency.lock().saturating_record(micros);
     }
 
     fn report(&self) -> Report {
-        let latency = self.latency.lock().unwrap_or_else(PoisonError::into_inner);
+        let latency = self.latency.lock();
         let at = |quantile| Duration::from_micros(latency.value_at_quantile(quantile));
         Report {
             name: self.name,

@@ -7,7 +7,7 @@ use std::{
         unix::net::UnixDatagram,
     },
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         mpsc::{Receiver, Sender, TryRecvError, channel},
     },
     thread::{self, JoinHandle},
@@ -18,6 +18,7 @@ use nix::{
     poll::{PollFd, PollFlags, ppoll},
     sys::time::TimeSpec,
 };
+use parking_lot::Mutex;
 use tun_rs::SyncDevice;
 
 use super::{
@@ -107,7 +108,7 @@ impl Bridge {
 
     /// Counters to the node and to the server.
     pub(super) fn counters(&self) -> [Counters; 2] {
-        *self.counters.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.counters.lock()
     }
 }
 
@@ -145,8 +146,7 @@ impl Worker {
                     let _ = device.send(packet.as_bytes());
                 }
             }
-            *self.counters.lock().unwrap_or_else(PoisonError::into_inner) =
-                self.lanes.each_ref().map(|lane| lane.counters);
+            *self.counters.lock() = self.lanes.each_ref().map(|lane| lane.counters);
             for (from, readable) in self.wait().into_iter().enumerate() {
                 if readable {
                     self.read(from, &mut buffer);

@@ -3,12 +3,13 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{Sample, service::unix_nanos};
@@ -85,12 +86,12 @@ impl Pending {
 
     /// Adds an answer that is due from now on, or from an earlier time on.
     pub(super) fn push(&self, due: Instant) {
-        self.due.lock().unwrap_or_else(PoisonError::into_inner).push_back(due);
+        self.due.lock().push_back(due);
     }
 
     /// The oldest was answered.
     pub(super) fn answered(&self) {
-        let due = self.due.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        let due = self.due.lock().pop_front();
         if let Some(due) = due {
             self.record.latency(self.workload, due, due.elapsed());
         }
@@ -98,14 +99,14 @@ impl Pending {
 
     /// The oldest failed and counts as an error only.
     pub(super) fn failed(&self, error: impl ToString) {
-        self.due.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        self.due.lock().pop_front();
         self.record.error(self.workload, error);
     }
 }
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        for due in self.due.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        for due in self.due.get_mut().drain(..) {
             let (at, waited) = (self.record.at(due), micros(due.elapsed()));
             self.record.put(Sample::Overdue(self.workload, at, waited));
         }

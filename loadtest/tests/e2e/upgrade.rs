@@ -1,17 +1,14 @@
 //! The tunnel of a cluster is upgraded process by process while kube-apiserver goes on dialing: in
 //! both orders, compared with the same steps from Konnectivity to Konnectivity.
 
-use std::{
-    path::PathBuf,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use culvert_loadtest::{
     frontend::Protocol,
     process::{Process, Signal},
     targets::{self, Target},
 };
+use parking_lot::Mutex;
 use rstest::rstest;
 use tokio::time::{interval, timeout};
 use tokio_util::task::AbortOnDropHandle;
@@ -85,7 +82,7 @@ impl Dialer {
             let mut ticks = interval(DIAL_INTERVAL);
             loop {
                 ticks.tick().await;
-                let began = counts.lock().unwrap().era();
+                let began = counts.lock().era();
                 let (socket, counts) = (socket.clone(), counts.clone());
                 tokio::spawn(async move {
                     let dial = touch(Protocol::Connect, &socket, address);
@@ -93,7 +90,7 @@ impl Dialer {
                         Ok(result) => result.map_err(|error| error.to_string()),
                         Err(_) => Err("no answer".into()),
                     };
-                    counts.lock().unwrap().note(began, result);
+                    counts.lock().note(began, result);
                 });
             }
         });
@@ -102,14 +99,14 @@ impl Dialer {
 
     /// Counts dials for this step from now on.
     fn begin(&self, name: String) {
-        let mut tally = self.tally.lock().unwrap();
+        let mut tally = self.tally.lock();
         tally.steps.push(Step { name, dials: 0, failures: Vec::new() });
         tally.counting = true;
     }
 
     /// Stops counting, because there is no server.
     fn pause(&self) {
-        let mut tally = self.tally.lock().unwrap();
+        let mut tally = self.tally.lock();
         tally.counting = false;
         tally.pauses += 1;
     }
@@ -117,7 +114,7 @@ impl Dialer {
     /// Waits for [`SETTLED`] more dials to succeed.
     async fn settle(&self) {
         let worked = || {
-            let step = self.tally.lock().unwrap().steps.last().cloned().unwrap();
+            let step = self.tally.lock().steps.last().cloned().unwrap();
             step.dials - step.failures.len()
         };
         let before = worked();
@@ -126,7 +123,7 @@ impl Dialer {
 
     /// The steps so far.
     fn steps(&self) -> Vec<Step> {
-        let steps = self.tally.lock().unwrap().steps.clone();
+        let steps = self.tally.lock().steps.clone();
         for Step { name, dials, failures } in &steps {
             println!("{name}: {dials} dials, {} failed {failures:?}", failures.len());
         }

@@ -5,7 +5,7 @@ use std::{
     convert::Infallible,
     net::SocketAddr,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::Arc,
     time::Duration,
 };
 
@@ -22,6 +22,7 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use k8s_openapi::jiff::SignedDuration;
+use parking_lot::{Mutex, MutexGuard};
 use rustls::{ServerConfig, crypto::aws_lc_rs::default_provider};
 use serde_json::{Value, json};
 use tokio::{
@@ -136,7 +137,7 @@ impl KubeApi {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap()
+        self.state.lock()
     }
 }
 
@@ -175,12 +176,12 @@ async fn answer(
         form_urlencoded::parse(head.uri.query().unwrap_or_default().as_bytes())
             .into_owned()
             .collect();
-    let pause = state.lock().unwrap().pause;
+    let pause = state.lock().pause;
     if !pause.is_zero() {
         sleep(pause).await;
     }
     let shared = state.clone();
-    let mut state = state.lock().unwrap();
+    let mut state = state.lock();
     let asker = format!("Bearer {ASKER}");
     let (status, answer) = match (&head.method, head.uri.path()) {
         _ if head.headers.get(AUTHORIZATION).is_none_or(|value| *value != *asker) => {
@@ -259,7 +260,7 @@ impl State {
         let mut versions = self.version.subscribe();
         tokio::spawn(async move {
             loop {
-                let events = shared.lock().unwrap().events[seen..].to_vec();
+                let events = shared.lock().events[seen..].to_vec();
                 seen += events.len();
                 for event in events.iter().filter(|event| selects(&query, &event["object"])) {
                     if lines.send(format!("{event}\n")).is_err() {

@@ -5,17 +5,14 @@
 //! checked before, by the handshake. A token is reviewed when its agent joins; that it expires
 //! later has no effect.
 
-use std::{
-    collections::HashMap,
-    sync::{Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, time::Duration};
 
 use aws_lc_rs::digest::{SHA256, SHA256_OUTPUT_LEN, digest};
 use culvert_process::kubernetes::{self, Client, ClientError, KubernetesConfig};
 use culvert_wire::control::Secret;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
 use kube::{Api, api::PostParams};
+use parking_lot::Mutex;
 use tokio::{
     sync::Semaphore,
     time::{Instant, timeout},
@@ -155,7 +152,7 @@ struct Reviewer {
 impl Reviewer {
     async fn check(&self, token: &Secret) -> Result<(), Refusal> {
         let digest = token_digest(token);
-        if lock(&self.accepted).contains(&digest, Instant::now()) {
+        if self.accepted.lock().contains(&digest, Instant::now()) {
             return Ok(());
         }
         let Ok(Ok(permit)) = timeout(PERMIT_TIMEOUT, self.permits.acquire()).await else {
@@ -165,7 +162,7 @@ impl Reviewer {
         let status = self.review(token).await?;
         drop(permit);
         check_status(status, &self.expected)?;
-        lock(&self.accepted).insert(digest, Instant::now());
+        self.accepted.lock().insert(digest, Instant::now());
         Ok(())
     }
 
@@ -177,7 +174,7 @@ impl Reviewer {
             },
             ..TokenReview::default()
         };
-        let (params, api) = (PostParams::default(), lock(&self.api).0.clone());
+        let (params, api) = (PostParams::default(), self.api.lock().0.clone());
         match timeout(REVIEW_TIMEOUT, api.create(&params, &review)).await {
             Ok(Ok(review)) => Ok(review.status.unwrap_or_default()),
             Ok(Err(error)) => {
@@ -190,7 +187,7 @@ impl Reviewer {
 
     /// Reads the kubeconfig again, because a certificate in it may have been replaced.
     fn renew(&self, now: Instant) {
-        let mut api = lock(&self.api);
+        let mut api = self.api.lock();
         if now.saturating_duration_since(api.1) < RENEW_INTERVAL {
             return;
         }
@@ -228,11 +225,6 @@ impl TokenCache {
             self.0.insert(token, now + CACHE_LIFE);
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every change is complete before it could panic.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Checks that kube-apiserver accepts the token, and that it belongs to the expected account.
@@ -291,7 +283,7 @@ mod tests {
         let record = reviewed.clone();
         let authenticator = authenticator(move |spec: TokenReviewSpec| {
             assert_eq!(spec.audiences, Some(vec![AUDIENCE.into()]));
-            lock(&record).push(spec.token);
+            record.lock().push(spec.token);
             let status = status.clone();
             async move {
                 sleep(after).await;
@@ -316,10 +308,10 @@ mod tests {
         admit().await;
         sleep(CACHE_LIFE - Duration::from_millis(1)).await;
         admit().await;
-        assert_eq!(*lock(&reviewed), ["good"]);
+        assert_eq!(*reviewed.lock(), ["good"]);
         sleep(Duration::from_millis(1)).await;
         admit().await;
-        assert_eq!(*lock(&reviewed), ["good", "good"]);
+        assert_eq!(*reviewed.lock(), ["good", "good"]);
     }
 
     #[tokio::test(start_paused = true)]
@@ -330,7 +322,7 @@ mod tests {
             assert!(matches!(refusal, Refusal::Refused(_)), "{refusal:?}");
             assert_eq!(refusal.label(), "unauthenticated");
         }
-        assert_eq!(*lock(&reviewed), ["bad", "bad"]);
+        assert_eq!(*reviewed.lock(), ["bad", "bad"]);
     }
 
     #[tokio::test(start_paused = true)]
@@ -338,7 +330,7 @@ mod tests {
         let (authenticator, reviewed) = reviewing(Ok(accepted()), Duration::ZERO);
         assert!(authenticator.needs_tokens());
         assert_eq!(authenticator.admit(None).await.unwrap_err(), Refusal::NoToken);
-        assert_eq!(*lock(&reviewed), [""; 0]);
+        assert_eq!(*reviewed.lock(), [""; 0]);
         assert!(!Authenticator::open().needs_tokens());
         Authenticator::open().admit(None).await.unwrap();
     }
@@ -369,7 +361,7 @@ mod tests {
         }
         let (first, took) = reviews.join_next().await.unwrap().unwrap();
         assert_eq!(first, Refusal::NotReviewed("64 others are under way".into()));
-        assert_eq!((took, lock(&reviewed).len()), (PERMIT_TIMEOUT, MAX_REVIEWS));
+        assert_eq!((took, reviewed.lock().len()), (PERMIT_TIMEOUT, MAX_REVIEWS));
         while let Some(review) = reviews.join_next().await {
             assert_eq!(review.unwrap().1, REVIEW_TIMEOUT);
         }
@@ -378,7 +370,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_client_is_made_anew_at_most_once_a_minute() {
         let (authenticator, _) = reviewing(Err(StatusCode::UNAUTHORIZED), Duration::ZERO);
-        let made_at = || lock(&authenticator.0.as_ref().unwrap().api).1;
+        let made_at = || authenticator.0.as_ref().unwrap().api.lock().1;
         let first = made_at();
         sleep(RENEW_INTERVAL - Duration::from_millis(1)).await;
         refused(&authenticator, "good").await;

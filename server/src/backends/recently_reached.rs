@@ -1,12 +1,9 @@
 //! The targets that an agent reached in the last minutes.
 
-use std::{
-    collections::HashMap,
-    sync::{Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, time::Duration};
 
 use culvert_wire::Target;
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 /// Time for which a target counts as recently reached: a few scrapes of its metrics.
@@ -21,7 +18,7 @@ pub(crate) struct RecentlyReached(Mutex<HashMap<Target, Instant>>);
 impl RecentlyReached {
     /// Remembers a target that was reached.
     pub(crate) fn note(&self, target: &Target, now: Instant) {
-        let mut targets = self.targets();
+        let mut targets = self.0.lock();
         if targets.len() >= MAX_TARGETS && !targets.contains_key(target) {
             targets.retain(|_, reached| now.saturating_duration_since(*reached) < MEMORY);
             let oldest = targets.iter().min_by_key(|(_, reached)| **reached);
@@ -36,18 +33,13 @@ impl RecentlyReached {
 
     /// Forgets a target that could not be reached.
     pub(crate) fn forget(&self, target: &Target) {
-        self.targets().remove(target);
+        self.0.lock().remove(target);
     }
 
     /// Whether the target was reached in the last five minutes, and no dial failed since.
     pub(crate) fn is_recent(&self, target: &Target, now: Instant) -> bool {
-        let reached = self.targets().get(target).copied();
+        let reached = self.0.lock().get(target).copied();
         reached.is_some_and(|reached| now.saturating_duration_since(reached) < MEMORY)
-    }
-
-    fn targets(&self) -> MutexGuard<'_, HashMap<Target, Instant>> {
-        // Every change is complete before it could panic.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -77,7 +69,7 @@ mod tests {
         for port in 0..=MAX_TARGETS as u16 {
             recently_reached.note(&target(port), start + Duration::from_millis(port.into()));
         }
-        assert_eq!(recently_reached.targets().len(), MAX_TARGETS);
+        assert_eq!(recently_reached.0.lock().len(), MAX_TARGETS);
         assert!(!recently_reached.is_recent(&target(0), start));
         assert!(recently_reached.is_recent(&target(1), start));
     }
@@ -89,7 +81,7 @@ mod tests {
             recently_reached.note(&target(port), start);
         }
         recently_reached.note(&target(u16::MAX), start + MEMORY);
-        assert_eq!(recently_reached.targets().len(), 1);
+        assert_eq!(recently_reached.0.lock().len(), 1);
         assert!(recently_reached.is_recent(&target(u16::MAX), start + MEMORY));
     }
 }

@@ -1,11 +1,6 @@
 //! The bridge between a Konnectivity agent's one gRPC stream and a tunnel within this process.
 
-use std::{
-    collections::HashMap,
-    pin::pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
 
 use culvert_konnectivity::{
     Connections, End, Inbox, Outbound, PeerNotReading, Side, carry,
@@ -26,6 +21,7 @@ use culvert_wire::{
     extension::Extensions,
     frame::{self, Message},
 };
+use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, oneshot},
     task::JoinSet,
@@ -205,7 +201,7 @@ impl Connected {
     }
 
     fn dialed(&self, response: DialResponse) -> Result<(), PeerNotReading> {
-        let waiting = self.dials().remove(&response.random);
+        let waiting = self.dials.lock().remove(&response.random);
         if !response.error.is_empty() {
             if let Some(waiting) = waiting {
                 // A dial that was given up needs no answer.
@@ -284,17 +280,12 @@ impl Connected {
     async fn dial(&self, request: &DialRequest) -> Answer {
         let random = fastrand::i64(1..);
         let (answered, answer) = oneshot::channel();
-        self.dials().insert(random, answered);
+        self.dials.lock().insert(random, answered);
         let mut pending = PendingDial { connected: self, random, answer };
         let packet =
             Packet::dial_request(random, request.network.name(), request.target.to_string());
         self.outbound.send_urgent(packet).map_err(|not_reading| not_reading.to_string())?;
         (&mut pending.answer).await.unwrap_or_else(|_| Err("dial closed".into()))
-    }
-
-    fn dials(&self) -> MutexGuard<'_, HashMap<i64, oneshot::Sender<Answer>>> {
-        // Every change is complete before it could panic.
-        self.dials.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -318,7 +309,7 @@ impl Drop for PendingDial<'_> {
             }
             Ok(Err(_)) => Ok(()),
             // An answer that arrives nevertheless is answered with CLOSE_REQ.
-            Err(_) => match self.connected.dials().remove(&self.random) {
+            Err(_) => match self.connected.dials.lock().remove(&self.random) {
                 Some(_) => outbound.send_urgent(Packet::close_dial(self.random)),
                 None => Ok(()),
             },

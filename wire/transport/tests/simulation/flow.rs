@@ -3,7 +3,7 @@
 use std::{
     net::{Ipv4Addr, SocketAddr},
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -16,6 +16,7 @@ use culvert_transport::{
     test_util,
     tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
 };
+use parking_lot::Mutex;
 use quinn::{
     Endpoint, EndpointConfig, TokioRuntime,
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
@@ -231,7 +232,7 @@ impl Simulation {
             echoes.extend(typist.await.unwrap());
         }
         echoes.sort();
-        let mut answers = answers.lock().unwrap().clone();
+        let mut answers = answers.lock().clone();
         answers.sort();
         Outcome { rates, echoes, answers, packets: network.counters() }
     }
@@ -334,7 +335,7 @@ async fn receive_all(server: Tunnel, bytes: Arc<AtomicU64>, answers: Arc<Mutex<V
                 begun = begun.or_else(|| chunks[0].first_chunk().copied());
             }
             let begun = Duration::from_micros(u64::from_be_bytes(begun.unwrap()));
-            answers.lock().unwrap().push(start.elapsed() - begun);
+            answers.lock().push(start.elapsed() - begun);
         });
     }
 }

@@ -7,10 +7,11 @@ use std::{
     io::IoSliceMut,
     net::SocketAddr,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::Arc,
     task::{Context, Poll, Waker},
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use quinn::{
     AsyncUdpSocket, UdpPoller,
     udp::{RecvMeta, Transmit},
@@ -50,7 +51,7 @@ impl Network {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap()
+        self.0.lock()
     }
 
     pub(super) fn counters(&self) -> Counters {
@@ -127,7 +128,7 @@ impl AsyncUdpSocket for Socket {
         inbox.waker = Some(cx.waker().clone());
         let next = inbox.packets.peek().map(|next| next.0.arrival);
         drop(state);
-        let mut timer = self.timer.lock().unwrap();
+        let mut timer = self.timer.lock();
         *timer = next.map(|next| Box::pin(sleep_until(next)));
         if timer.as_mut().is_some_and(|timer| timer.as_mut().poll(cx).is_ready()) {
             cx.waker().wake_by_ref();
