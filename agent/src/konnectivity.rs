@@ -10,7 +10,9 @@ mod call;
 use std::{pin::pin, time::Duration};
 
 use culvert_transport::{
-    Carrier, ConnectError, Settings, TransportFault, Tunnel, memory::Pair, tcp::Connected,
+    Carrier, ConnectError, Settings, TransportFault, Tunnel,
+    memory::{self, Ends},
+    tcp::Connected,
 };
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -58,8 +60,7 @@ pub(crate) async fn connect(
         .map_err(|error| TransportFault::Protocol(error.to_string()))?;
     // The agent opens the control stream; only the server opens others.
     let control_only = Settings { max_streams: 1, ..*settings };
-    let Pair { agent, server, .. } =
-        Pair::without_idle_timeout(peer, settings, &control_only).await?;
+    let Ends { agent, server } = memory::connect(peer, settings, &control_only).await?;
     bridges.spawn(async move {
         let mut connection = pin!(connection);
         let mut bridge = pin!(bridge::run(server, requests));

@@ -15,9 +15,9 @@ use culvert_process::invocation::Invocation;
 use culvert_transport::{
     Carrier, ConnectError, Settings, Tunnel,
     control::ControlStream,
-    memory::{Line, Pair},
     qmux::Peer,
     tcp::Route,
+    test_util::{Line, Pair},
     tls::TlsError,
 };
 use culvert_wire::{

@@ -3,7 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use culvert_process::kubernetes::KubernetesConfig;
-use culvert_transport::{Carrier, RecvHalf, SendHalf, Settings, Tunnel, memory::Pair, qmux::Peer};
+use culvert_transport::{
+    Carrier, RecvHalf, SendHalf, Settings, Tunnel, qmux::Peer, test_util::Pair,
+};
 use culvert_wire::{
     AgentId, InstanceId, Target,
     bounded::Text,

@@ -1,7 +1,7 @@
 use std::collections::HashSet;
 
 use bytes::Bytes;
-use culvert_transport::{Carrier, memory::Side};
+use culvert_transport::{Carrier, test_util::Side};
 use tokio::{sync::mpsc, time::timeout};
 
 use super::*;

@@ -1,5 +1,5 @@
 use bytes::Bytes;
-use culvert_transport::{Carrier, ReadError, Settings, WriteError, memory::Pair, qmux::Peer};
+use culvert_transport::{Carrier, ReadError, Settings, WriteError, qmux::Peer, test_util::Pair};
 use culvert_wire::{
     DialId,
     dial::{Network, StreamKind},

@@ -1,7 +1,7 @@
 use culvert_transport::{
     Carrier, Settings,
-    memory::{Pair, Side},
     qmux::Peer,
+    test_util::{Pair, Side},
 };
 use tokio::time::{Duration, timeout};
 

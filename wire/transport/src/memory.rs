@@ -1,203 +1,101 @@
-//! Tunnels within one process.
-//!
-//! Production code bridges Konnectivity peers with them: the bridge holds one end and plays our
-//! kind of peer on it. Tests build on them because they need neither sockets nor TLS and work in
-//! paused time (`#[tokio::test(start_paused = true)]`), idle time-out and keep-alive included.
+//! Tunnels within one process: the bridge to a Konnectivity peer holds one end and plays our kind
+//! of peer on it.
 //!
 //! ```text
-//!  Pair { agent, server, line }
+//!  Ends { agent, server }
 //!
-//!  agent: Tunnel ══ QMux ══ line ══ QMux ══ server: Tunnel
-//!                            │
-//!                            ├ silence(Side::Agent)   nothing that the agent sends arrives
-//!                            ├ restore(Side::Agent)   what it sent meanwhile arrives now
-//!                            └ cut()                  both ends see a reset connection
+//!  agent: Tunnel ══ QMux ══ pipe ══ QMux ══ server: Tunnel
 //! ```
 
-mod line;
+use std::time::Duration;
 
-use std::{
-    net::{Ipv4Addr, SocketAddr},
-    time::Duration,
-};
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, duplex};
 
-use tokio::io::duplex;
-
-pub use self::line::{Line, Side};
 use crate::{
-    Carrier, ConnectError, Settings, Tunnel,
+    ConnectError, Settings, Tunnel,
     qmux::{Peer, Role, establish},
 };
 
-/// Bytes that each direction of the line holds until its reader takes them.
+/// Bytes that each direction of the pipe holds until its reader takes them.
 const PIPE_LEN: usize = 128 * 1024;
 /// An idle time-out that no process lives to see: a year.
 const NEVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Both ends of a tunnel within one process, and the line between them.
+/// Both ends of a tunnel within one process.
 #[derive(Debug)]
-pub struct Pair {
+pub struct Ends {
     /// The agent's end.
     pub agent: Tunnel,
     /// The server's end.
     pub server: Tunnel,
-    /// What the bytes of both directions pass through. Dropping it changes nothing.
-    pub line: Line,
 }
 
-impl Pair {
-    /// Makes a tunnel whose ends are set up with these settings. Each end takes `peer` for what is
-    /// at the other.
-    ///
-    /// # Errors
-    /// When the handshake takes longer than an idle time-out.
-    ///
-    /// # Cancel safety
-    /// Cancel safe: dropping the future drops both ends.
-    pub async fn new(
-        peer: Peer,
-        agent: &Settings,
-        server: &Settings,
-    ) -> Result<Self, ConnectError> {
-        let (near, far) = duplex(PIPE_LEN);
-        let line = Line::default();
-        let (near, far) = (line.end(Side::Agent, near), line.end(Side::Server, far));
-        let (agent, server) = tokio::try_join!(
-            establish(near, Role::Client, peer.clone(), agent),
-            establish(far, Role::Server, peer, server),
-        )?;
-        Ok(Self { agent: agent.into(), server: server.into(), line })
-    }
-
-    /// Makes a tunnel that lives however long it is idle. It sends no keep-alive packets: both ends
-    /// share their process's fate.
-    ///
-    /// # Errors
-    /// As [`Pair::new`].
-    ///
-    /// # Cancel safety
-    /// As [`Pair::new`].
-    pub async fn without_idle_timeout(
-        peer: Peer,
-        agent: &Settings,
-        server: &Settings,
-    ) -> Result<Self, ConnectError> {
-        let lasting = |settings: &Settings| Settings {
-            idle_timeout: NEVER,
-            keep_alive_interval: None,
-            ..*settings
-        };
-        Self::new(peer, &lasting(agent), &lasting(server)).await
-    }
+/// Makes a tunnel whose ends are set up with these settings. Each end takes `peer` for what is at
+/// the other.
+///
+/// It lives however long it is idle, and sends no keep-alive packets: both ends share their
+/// process's fate.
+///
+/// # Errors
+/// When the handshake fails.
+///
+/// # Cancel safety
+/// Cancel safe: dropping the future drops both ends.
+pub async fn connect(
+    peer: Peer,
+    agent: &Settings,
+    server: &Settings,
+) -> Result<Ends, ConnectError> {
+    establish_both(pipe(), peer, &lasting(agent), &lasting(server)).await
 }
 
-impl Peer {
-    /// A peer without a certificate at a loopback address, for tests.
-    pub fn local(carrier: Carrier) -> Self {
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 8132));
-        Self { address, carrier, certificates: None }
-    }
+/// Both ends of a pipe.
+pub(crate) fn pipe() -> (DuplexStream, DuplexStream) {
+    duplex(PIPE_LEN)
+}
+
+/// The settings of an end that lives however long it is idle.
+pub(crate) fn lasting(settings: &Settings) -> Settings {
+    Settings { idle_timeout: NEVER, keep_alive_interval: None, ..*settings }
+}
+
+/// Makes a tunnel on the agent's and the server's end of a byte stream.
+pub(crate) async fn establish_both<IO>(
+    (agent_io, server_io): (IO, IO),
+    peer: Peer,
+    agent: &Settings,
+    server: &Settings,
+) -> Result<Ends, ConnectError>
+where
+    IO: AsyncRead + AsyncWrite + Send + 'static,
+{
+    let (agent, server) = tokio::try_join!(
+        establish(agent_io, Role::Client, peer.clone(), agent),
+        establish(server_io, Role::Server, peer, server),
+    )?;
+    Ok(Ends { agent: agent.into(), server: server.into() })
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-
     use bytes::Bytes;
-    use culvert_wire::CloseCode;
-    use tokio::time::{Instant, sleep};
+    use tokio::time::sleep;
 
     use super::*;
-    use crate::{RecvHalf, SendHalf, TransportFault, TunnelLost};
+    use crate::Carrier;
 
-    const IDLE: Duration = Duration::from_secs(25);
-
-    async fn pair() -> Pair {
-        let settings = Settings { idle_timeout: IDLE, ..Settings::default() };
-        Pair::new(Peer::local(Carrier::Tcp), &settings, &settings).await.unwrap()
-    }
-
-    /// A stream that the server opened, and the agent's reading half of it.
-    async fn stream(pair: &Pair) -> (SendHalf, RecvHalf) {
-        let (mut send, _recv) = pair.server.open().await.unwrap();
+    #[tokio::test(start_paused = true)]
+    async fn the_ends_send_nothing_while_they_are_idle_and_live_on() {
+        let (settings, peer) = (Settings::default(), Peer::local(Carrier::Grpc));
+        let Ends { agent, server } = connect(peer, &settings, &settings).await.unwrap();
+        assert_eq!(agent.carrier(), Carrier::Grpc);
+        let sent = || [&agent, &server].map(|end| end.stats().sent_bytes);
+        let before = sent();
+        sleep(settings.idle_timeout * 1000).await;
+        assert_eq!(sent(), before);
+        let (mut send, _recv) = server.open().await.unwrap();
         send.write_chunk(Bytes::from_static(b"first")).await.unwrap();
-        let (_send, mut recv) = pair.agent.accept().await.unwrap();
-        assert_eq!(read(&mut recv).await, "first");
-        (send, recv)
-    }
-
-    async fn read(recv: &mut RecvHalf) -> Bytes {
-        let mut chunks = [Bytes::new()];
-        assert_eq!(recv.read_chunks(&mut chunks).await, Ok(Some(1)));
-        let [chunk] = chunks;
-        chunk
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_pair_that_keeps_alive_outlives_its_idle_timeout() {
-        let pair = pair().await;
-        sleep(IDLE * 10).await;
-        let (mut send, mut recv) = stream(&pair).await;
-        send.write_chunk(Bytes::from_static(b"second")).await.unwrap();
-        assert_eq!(read(&mut recv).await, "second");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_pair_without_idle_timeout_sends_nothing_and_lives_on() {
-        let settings = Settings::default();
-        let peer = Peer::local(Carrier::Grpc);
-        let pair = Pair::without_idle_timeout(peer, &settings, &settings).await.unwrap();
-        assert_eq!(pair.agent.carrier(), Carrier::Grpc);
-        pair.line.silence(Side::Agent);
-        pair.line.silence(Side::Server);
-        sleep(IDLE * 1000).await;
-        pair.line.restore(Side::Agent);
-        pair.line.restore(Side::Server);
-        stream(&pair).await;
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_silent_side_is_lost_after_the_idle_timeout() {
-        let pair = pair().await;
-        let start = Instant::now();
-        pair.line.silence(Side::Agent);
-        assert_eq!(pair.server.closed().await, TunnelLost::TimedOut);
-        assert!(start.elapsed() <= IDLE, "{:?}", start.elapsed());
-        assert!(start.elapsed() > IDLE - Duration::from_secs(6), "{:?}", start.elapsed());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn what_a_silent_side_sent_arrives_once_it_is_restored() {
-        let pair = pair().await;
-        let (mut send, mut recv) = stream(&pair).await;
-        pair.line.silence(Side::Server);
-        send.write_chunk(Bytes::from_static(b"second")).await.unwrap();
-        let start = Instant::now();
-        let line = pair.line.clone();
-        let restore = async move {
-            sleep(IDLE / 5).await;
-            line.restore(Side::Server);
-        };
-        let (second, ()) = tokio::join!(read(&mut recv), restore);
-        assert_eq!(second, "second");
-        assert_eq!(start.elapsed(), IDLE / 5);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_cut_line_ends_both_sides_at_once() {
-        let pair = pair().await;
-        pair.line.cut();
-        let reset = io::Error::from(io::ErrorKind::ConnectionReset);
-        let lost = TunnelLost::from(TransportFault::Io(reset.into()));
-        assert_eq!(pair.agent.closed().await, lost);
-        assert_eq!(pair.server.closed().await, lost);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_closed_end_is_closed_at_the_other() {
-        let pair = pair().await;
-        pair.server.close(CloseCode::SHUTDOWN, "over");
-        let (code, reason) = (CloseCode::SHUTDOWN, "over".to_owned());
-        assert_eq!(pair.agent.closed().await, TunnelLost::ClosedByPeer { code, reason });
+        let (_send, mut recv) = agent.accept().await.unwrap();
+        assert_eq!(recv.read_chunks(&mut [Bytes::new()]).await, Ok(Some(1)));
     }
 }

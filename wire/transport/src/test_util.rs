@@ -1,20 +1,12 @@
-//! QUIC tunnels over networks that are not the system's, for tests that simulate one.
+//! Tunnels for the tests of this crate and of those that use it: within one process, over a line
+//! that can fail, and over networks that are not the system's.
 
-use crate::{ConnectError, Settings, Tunnel, quic};
+mod line;
+mod pair;
+mod simulated;
 
-/// The configuration that these settings mean to quinn, on a path whose first link carries UDP
-/// payloads of at most `link` bytes, if that is known.
-pub fn quic_transport(settings: &Settings, link: Option<u16>) -> quinn::TransportConfig {
-    settings.transport(link)
-}
-
-/// A tunnel over a connection that was set up with [`quic_transport`].
-///
-/// # Errors
-/// When its peer did not agree on the protocol; it is closed then.
-pub fn adopt(
-    connection: quinn::Connection,
-    endpoint: quinn::Endpoint,
-) -> Result<Tunnel, ConnectError> {
-    quic::adopt(connection, endpoint).map(Tunnel::from)
-}
+pub use self::{
+    line::{Line, Side},
+    pair::Pair,
+    simulated::{adopt, quic_transport},
+};

@@ -1,5 +1,5 @@
 use bytes::Bytes;
-use culvert_transport::{Carrier, ReadError, RecvHalf, SendHalf, memory::Side};
+use culvert_transport::{Carrier, ReadError, RecvHalf, SendHalf, test_util::Side};
 use culvert_wire::{dial::DialRequest, frame::Message as _};
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;

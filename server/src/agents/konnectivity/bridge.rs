@@ -10,7 +10,7 @@ use culvert_process::rate_limited;
 use culvert_transport::{
     ConnectError, RecvHalf, SendHalf, Tunnel, TunnelLost,
     control::{ControlError, ControlStream},
-    memory::Pair,
+    memory::{self, Ends},
     qmux::Peer,
     splice::{Cut, HalfEnd, Meter},
 };
@@ -89,11 +89,10 @@ impl Bridge {
     ) -> Result<Self, IntroductionError> {
         let settings = context.settings;
         let streams = culvert_transport::Settings { max_streams: context.max_streams, ..settings };
-        let ends = Pair::without_idle_timeout(peer, &streams, &settings).await?;
+        let Ends { agent: tunnel, server } = memory::connect(peer, &streams, &settings).await?;
         let deadline = Instant::now() + JOIN_TIMEOUT;
-        let serving = session::serve(ends.server, Some(authenticated), deadline, context.clone());
+        let serving = session::serve(server, Some(authenticated), deadline, context.clone());
         context.tasks.spawn(serving);
-        let tunnel = ends.agent;
         let introduced = async {
             let mut control = ControlStream::new(tunnel.clone(), tunnel.open().await?);
             control.send(&ControlMessage::Hello(Box::new(hello))).await?;

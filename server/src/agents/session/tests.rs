@@ -2,7 +2,7 @@ use bytes::Bytes;
 use culvert_transport::{
     RecvHalf, SendHalf,
     control::Event,
-    memory::{Line, Pair, Side},
+    test_util::{Line, Pair, Side},
 };
 use culvert_wire::{
     bounded::List,

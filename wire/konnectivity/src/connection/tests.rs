@@ -2,9 +2,9 @@ use std::time::Duration;
 
 use culvert_transport::{
     Carrier, ReadError, Settings,
-    memory::Pair,
     qmux::Peer,
     splice::{Cut, HalfEnd},
+    test_util::Pair,
 };
 use tokio::time::sleep;
 use tokio_stream::StreamExt as _;

@@ -19,8 +19,8 @@ use tokio::time::{sleep, timeout};
 use super::*;
 use crate::{
     Carrier, Settings, TransportFault, TunnelLost,
-    memory::{Pair, Side},
     qmux::Peer,
+    test_util::{Pair, Side},
 };
 
 const LIMIT: Duration = Duration::from_secs(2);

@@ -21,8 +21,8 @@ use tokio::{
 use super::*;
 use crate::{
     Carrier, ReadError, Settings, TunnelLost, WriteError,
-    memory::{Pair, Side},
     qmux::Peer,
+    test_util::{Pair, Side},
 };
 
 const CODE: StreamCode = StreamCode::OVERLOADED;

@@ -19,8 +19,8 @@ use tokio::{
 use super::*;
 use crate::{
     Carrier, Settings, Tunnel,
-    memory::Pair,
     qmux::{Peer, Role, establish},
+    test_util::Pair,
 };
 
 /// More than the time in which everything in flight arrives, which is none.
