@@ -17,7 +17,7 @@ use culvert_wire::code::StreamCode;
 use parking_lot::Mutex;
 
 use super::{
-    batches::batches,
+    data::DataWriter,
     inbox::{End, Held, Inbox},
     outbound::Outbound,
     packet::Packet,
@@ -119,8 +119,8 @@ pub async fn carry(
 ) -> Outcome {
     let close = Arc::new(ClosePacket { id, side, outbound, sent: AtomicBool::new(false) });
     let reader = KonnectivityRead { inbox: inbox.clone() };
-    let writer =
-        KonnectivityWrite { inbox: inbox.clone(), close: close.clone(), taken: Arc::default() };
+    let data = DataWriter::new(id, MAX_DATA_LEN);
+    let writer = KonnectivityWrite { inbox: inbox.clone(), close: close.clone(), data };
     let outcome = splice(Local::new(reader, writer, NoAbort), stream, meter).await;
     connections.remove_own(id, &inbox);
     let reason = match &outcome.end {
@@ -176,31 +176,20 @@ impl LocalRead for KonnectivityRead {
 struct KonnectivityWrite {
     inbox: Arc<Inbox>,
     close: Arc<ClosePacket>,
-    /// Number of bytes that the peer's stream has taken.
-    taken: Arc<AtomicU64>,
-}
-
-impl KonnectivityWrite {
-    async fn send(&self, data: Bytes) -> Result<(), LocalFault> {
-        let length = data.len() as u64;
-        if !self.close.outbound.send(Packet::data(self.close.id, data)).await {
-            return Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset).into());
-        }
-        self.taken.fetch_add(length, Ordering::Relaxed);
-        Ok(())
-    }
+    data: DataWriter,
 }
 
 impl LocalWrite for KonnectivityWrite {
     async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), LocalFault> {
-        for piece in batches(chunks, MAX_DATA_LEN) {
-            self.send(piece).await?;
-        }
-        Ok(())
+        let send = async |packet| match self.close.outbound.send(packet).await {
+            true => Ok(()),
+            false => Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset).into()),
+        };
+        self.data.write(chunks, send).await
     }
 
     fn progress(&self) -> Option<Arc<AtomicU64>> {
-        Some(self.taken.clone())
+        Some(self.data.taken())
     }
 
     async fn finish(&mut self) -> Result<(), LocalFault> {

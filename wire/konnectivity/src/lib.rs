@@ -13,18 +13,19 @@
 //! The bridges are in the server and in the agent. This crate has what both need: [`packet`] and
 //! [`codec`] are the messages, [`Connections`] holds an [`Inbox`] for each connection,
 //! [`outbound()`] is the queue to the peer, and [`carry`] splices a connection and a stream.
+//! [`DataWriter`] serves the gRPC frontend too.
 
 //= docs/protocol.md#11-konnectivity-peers
 
-mod batches;
 pub mod codec;
 mod connection;
+mod data;
 mod inbox;
 mod outbound;
 pub mod packet;
 
-pub use batches::batches;
 pub use connection::{Connections, NoAbort, Side, carry};
+pub use data::DataWriter;
 pub use inbox::{End, Inbox};
 pub use outbound::{Outbound, Packets, PeerNotReading, outbound};
 

@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use culvert_konnectivity::{
-    NoAbort, batches,
+    DataWriter, NoAbort,
     packet::{Packet, PacketMessage},
 };
 use culvert_transport::splice::{LocalFault, LocalRead, LocalWrite};
@@ -67,7 +67,7 @@ pub(super) fn halves(
 ) -> (ProxyRead, ProxyWrite, NoAbort) {
     let close = CloseOnce { id, outbound, registration, sent: Arc::new(AtomicBool::new(false)) };
     let reader = ProxyRead { inbound, close: close.clone(), first_id: None, ended: false };
-    (reader, ProxyWrite { close, taken: Arc::default() }, NoAbort)
+    (reader, ProxyWrite { close, data: DataWriter::new(id, MAX_DATA_LEN) }, NoAbort)
 }
 
 /// Sends the connection's CLOSE_RSP, once.
@@ -185,35 +185,25 @@ fn cancelled() -> LocalFault {
 /// Writes to the frontend.
 pub(super) struct ProxyWrite {
     close: CloseOnce,
-    /// Number of bytes that the frontend's stream has taken.
-    taken: Arc<AtomicU64>,
+    data: DataWriter,
 }
 
 impl ProxyWrite {
     pub(super) fn close(&self) -> CloseOnce {
         self.close.clone()
     }
-
-    async fn send(&self, data: Bytes) -> Result<(), LocalFault> {
-        let length = data.len() as u64;
-        let packet = Packet::data(self.close.id, data);
-        self.close.outbound.send(Ok(packet)).await.map_err(|_| cancelled())?;
-        self.taken.fetch_add(length, Ordering::Relaxed);
-        Ok(())
-    }
 }
 
 impl LocalWrite for ProxyWrite {
     async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), LocalFault> {
         self.close.registration.wait().await;
-        for piece in batches(chunks, MAX_DATA_LEN) {
-            self.send(piece).await?;
-        }
-        Ok(())
+        let outbound = &self.close.outbound;
+        let send = async |packet| outbound.send(Ok(packet)).await.map_err(|_| cancelled());
+        self.data.write(chunks, send).await
     }
 
     fn progress(&self) -> Option<Arc<AtomicU64>> {
-        Some(self.taken.clone())
+        Some(self.data.taken())
     }
 
     async fn finish(&mut self) -> Result<(), LocalFault> {
@@ -241,9 +231,83 @@ impl Drop for CutOnDrop {
 
 #[cfg(test)]
 mod tests {
-    use tokio::time::sleep;
+    use culvert_konnectivity::codec::{MAX_PACKET_LEN, SmallBuffers};
+    use culvert_transport::{
+        SendHalf,
+        splice::{Cut, Local, Meter, Outcome, splice},
+        test_util::Pair,
+    };
+    use http_body_util::StreamBody;
+    use hyper::body::Frame;
+    use tokio::{sync::mpsc, time::sleep};
+    use tonic::{Status, codec::Codec as _};
 
     use super::*;
+    use crate::testing::pair;
+
+    const ID: i64 = 7;
+    /// Number of bytes that the target sends: more than wait on their way to the frontend.
+    const LENGTH: usize = 2 << 20;
+
+    /// A connection whose client has closed while the target's bytes wait for a slow frontend.
+    struct Closed {
+        packets: mpsc::Receiver<Result<Packet, Status>>,
+        outcome: tokio::task::JoinHandle<Outcome>,
+        _target: SendHalf,
+        _pair: Pair,
+    }
+
+    async fn closed() -> Closed {
+        let pair = pair().await;
+        let mut near = pair.server.open().await.unwrap();
+        // A stream is announced by its first bytes.
+        near.0.write_chunk(Bytes::from_static(b"!")).await.unwrap();
+        let (mut target, mut client) = pair.agent.accept().await.unwrap();
+        // The frontend's half stays open, as that of a frontend that only reads.
+        let body = StreamBody::new(tokio_stream::pending::<Result<Frame<Bytes>, Status>>());
+        let decoder = SmallBuffers.decoder();
+        let inbound = Streaming::new_request(decoder, body, None, Some(MAX_PACKET_LEN));
+        let (outbound, packets) = mpsc::channel(2);
+        let (reader, writer, abort) = halves(ID, inbound, outbound, Registration::begin());
+        let outcome = tokio::spawn(async move {
+            splice(Local::new(reader, writer, abort), near, &Meter::default()).await
+        });
+        let target = tokio::spawn(async move {
+            target.write_chunk(Bytes::from(vec![7; LENGTH])).await.unwrap();
+            target.finish();
+            target
+        });
+        sleep(REGISTRATION_DELAY * 2).await;
+        client.stop(StreamCode::CLOSED);
+        Closed { packets, outcome, _target: target.await.unwrap(), _pair: pair }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_frontend_that_reads_slowly_after_the_close_gets_every_byte() {
+        let mut closed = closed().await;
+        let (mut taken, mut steps) = (0, 0);
+        while taken < LENGTH {
+            // Less than the time after which a frontend that takes nothing is cut.
+            sleep(Duration::from_secs(40)).await;
+            match closed.packets.recv().await.unwrap().unwrap().into() {
+                PacketMessage::Data(data) => taken += data.data.len(),
+                other => panic!("{other:?} after {taken} bytes"),
+            }
+            steps += 1;
+        }
+        assert!(steps > 10, "{steps} packets take no longer than one limit");
+        let last = closed.packets.recv().await.unwrap().unwrap().into();
+        assert!(matches!(last, PacketMessage::Closed(end) if end.error.is_empty()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_frontend_that_reads_nothing_after_the_close_is_cut_off_after_a_minute() {
+        let closed = closed().await;
+        let begun = Instant::now();
+        let outcome = closed.outcome.await.unwrap();
+        assert!(matches!(outcome.end, Err(Cut::Stuck)), "{outcome:?}");
+        assert!((55..=65).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
+    }
 
     #[tokio::test(start_paused = true)]
     async fn the_first_data_is_held_back_for_the_delay_once() {

@@ -1,13 +1,63 @@
 //! Chunks of a stream as DATA packets.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
 use bytes::{Bytes, BytesMut};
+
+use super::packet::Packet;
+
+/// Sends the bytes of one connection as DATA packets, and counts those that were taken.
+#[derive(Debug)]
+pub struct DataWriter {
+    connect_id: i64,
+    max_len: usize,
+    taken: Arc<AtomicU64>,
+}
+
+impl DataWriter {
+    /// A writer of packets with at most `max_len` bytes each for the connection with this id.
+    pub fn new(connect_id: i64, max_len: usize) -> Self {
+        Self { connect_id, max_len, taken: Arc::default() }
+    }
+
+    /// Sends all bytes of `chunks`, which are left empty, packet by packet with `send`.
+    ///
+    /// # Errors
+    /// The first error of `send`, after which no packet follows.
+    ///
+    /// # Cancel safety
+    /// Not cancel safe: dropping the future loses what was not sent.
+    pub async fn write<F, E>(
+        &self,
+        chunks: &mut [Bytes],
+        mut send: impl FnMut(Packet) -> F,
+    ) -> Result<(), E>
+    where
+        F: Future<Output = Result<(), E>>,
+    {
+        for piece in batches(chunks, self.max_len) {
+            let length = piece.len() as u64;
+            send(Packet::data(self.connect_id, piece)).await?;
+            self.taken.fetch_add(length, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Counter of the bytes that `send` has taken so far.
+    pub fn taken(&self) -> Arc<AtomicU64> {
+        self.taken.clone()
+    }
+}
 
 /// The bytes of `chunks`, in order, in as few pieces of at most `max_len` bytes as possible without
 /// copying a chunk that is a piece by itself.
 ///
 /// One packet of a tunnel's payload is too little for a gRPC message of its own. Each chunk is
 /// left empty once its bytes were taken.
-pub fn batches(chunks: &mut [Bytes], max_len: usize) -> impl Iterator<Item = Bytes> {
+fn batches(chunks: &mut [Bytes], max_len: usize) -> impl Iterator<Item = Bytes> {
     let mut next = 0;
     std::iter::from_fn(move || {
         let mut fitting = |room: usize| {
