@@ -2,17 +2,12 @@
 
 use std::{ffi::OsString, process::ExitCode};
 
-use culvert_process::{
-    cli::{self, BoxError, Program},
-    faults::ConfigErrors,
-    invocation::Invocation,
-    logging::LogConfig,
-};
+use culvert_process::cli::{self, BoxError, Program};
 use tokio::runtime::Builder;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::{Agent, Config, config::Flags};
+use crate::{Agent, Config};
 
 /// Runs an agent with these arguments, the program's path first; see [`cli::main`].
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -23,27 +18,12 @@ struct AgentProgram;
 
 impl Program for AgentProgram {
     const NAME: &'static str = "culvert-agent";
-    type Flags = Flags;
     type Config = Config;
-
-    fn configure(flags: Flags, invocation: Invocation) -> Result<Config, ConfigErrors> {
-        Config::from_flags(flags, invocation)
-    }
-
-    fn log(config: &Config) -> LogConfig {
-        config.log
-    }
-
-    fn warnings(config: &Config) -> &[String] {
-        &config.warnings
-    }
 
     /// A single thread: a tunnel is one connection, which one thread drives at a time. A second
     /// thread is woken for every packet, which costs a third of the throughput.
     fn runtime() -> Builder {
-        let mut builder = Builder::new_current_thread();
-        builder.enable_all();
-        builder
+        Builder::new_current_thread()
     }
 
     async fn run(config: Config, stop: CancellationToken) -> Result<(), BoxError> {

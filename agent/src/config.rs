@@ -9,13 +9,13 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use clap::ValueEnum;
 pub use culvert_process::faults::{CertificatePair, ConfigError, ConfigErrors};
 use culvert_process::{
-    faults::Faults, go_flags, invocation::Invocation, kubernetes::KubernetesConfig,
-    logging::LogConfig, tunnel_flags::TunnelConfig,
+    channel_flags::check_channel_size, cli::ProcessConfig, faults::Faults, go_flags,
+    invocation::Invocation, kubernetes::KubernetesConfig, logging::LogConfig,
+    tunnel_flags::TunnelConfig,
 };
 use culvert_transport::tcp::Proxies;
 use culvert_wire::{AgentId, identifiers::Identifiers};
 use rustls::pki_types::ServerName;
-use uuid::Uuid;
 
 mod flags;
 mod identifiers;
@@ -60,12 +60,13 @@ pub struct Config {
 /// Carriers that tunnels may have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Transport {
-    /// QUIC where it gets through, otherwise TCP.
+    /// QUIC first, and TCP once QUIC has failed or taken 300 ms. Tunnels move from TCP to QUIC when
+    /// UDP passes again, and from QUIC to TCP when UDP stops passing.
     #[default]
     Auto,
     /// QUIC over UDP.
     Quic,
-    /// TLS over TCP: QMux, or gRPC to a Konnectivity server.
+    /// TLS over TCP, on the same port: QMux to a Culvert server, gRPC to a Konnectivity server.
     Tcp,
 }
 
@@ -129,18 +130,20 @@ pub enum CountSource {
 /// Maximum length of an ALPN name, in bytes (RFC 7301 §3.1).
 const MAX_ALPN_BYTES: usize = 255;
 
-impl Config {
+impl ProcessConfig for Config {
+    type Flags = Flags;
+
     /// The configuration of `flags`, with the default ports of `invocation`.
     ///
     /// Checks that the named files exist, and resolves bind addresses that are names.
     ///
     /// # Errors
     /// All faults together, each naming its flag.
-    pub fn from_flags(flags: Flags, invocation: Invocation) -> Result<Self, ConfigErrors> {
+    fn from_flags(flags: Flags, invocation: Invocation) -> Result<Self, ConfigErrors> {
         let mut faults = Faults::new();
         let servers = servers(&flags, invocation, &mut faults);
         let sync = sync(&flags, &mut faults);
-        let agent_id = agent_id(flags.agent_id.as_deref(), &mut faults);
+        let agent_id = faults.id("agent-id", flags.agent_id.as_deref());
         let identifiers = identifiers::parse(&flags.agent_identifiers, &mut faults);
         let health_port = flags.health_server_port.unwrap_or_else(|| invocation.choose(8093, 8134));
         let health_port = faults.port("health-server-port", health_port);
@@ -158,11 +161,11 @@ impl Config {
             faults.add_variable(fault.variable, fault.fault.to_string());
             Proxies::default()
         });
-        without_effect(&flags, &mut faults);
+        check_channel_size(flags.xfr_channel_size, flags::DEFAULT_CHANNEL_SIZE, &mut faults);
         let (tunnel, log) = flags.tunnel.check(&mut faults);
         let warnings = faults.finish()?;
         Ok(Self {
-            agent_id: agent_id.expect("an invalid name is a fault"),
+            agent_id,
             identifiers,
             servers: servers.expect("servers without a name or --ca-cert are a fault"),
             sync,
@@ -179,13 +182,13 @@ impl Config {
             warnings,
         })
     }
-}
 
-/// The agent's name, or a random one; `None` only along with a fault.
-fn agent_id(flag: Option<&str>, faults: &mut Faults) -> Option<AgentId> {
-    match flag {
-        None | Some("") => AgentId::try_from(Uuid::new_v4().to_string()).ok(),
-        given => faults.id("agent-id", given),
+    fn log(&self) -> LogConfig {
+        self.log
+    }
+
+    fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 }
 
@@ -250,13 +253,13 @@ fn sync(flags: &Flags, faults: &mut Faults) -> SyncConfig {
             CountSource::Leases
         }
     };
-    let kubeconfig = faults.file("kubeconfig", &flags.kubeconfig);
+    let kubeconfig = faults.file("kubeconfig", &flags.kubernetes.kubeconfig);
     let leases = flags.count_server_leases.then(|| {
         let selector = flags.lease_label_selector.clone();
         let reason = "must be given along with --count-server-leases";
         faults.require(!selector.is_empty(), "lease-label-selector", reason);
         LeaseConfig {
-            namespace: flags.lease_namespace.clone(),
+            namespace: flags.kubernetes.lease_namespace.clone(),
             selector,
             kubernetes: KubernetesConfig { kubeconfig, ..KubernetesConfig::default() },
         }
@@ -264,18 +267,6 @@ fn sync(flags: &Flags, faults: &mut Faults) -> SyncConfig {
     // Without effect, but as in Konnectivity not negative.
     faults.duration("probe-interval", flags.probe_interval);
     SyncConfig { interval, interval_cap, forever: flags.sync_forever, leases, count_source }
-}
-
-/// Konnectivity's rules for flags without effect here, and a warning for each that is set.
-fn without_effect(flags: &Flags, faults: &mut Faults) {
-    faults.require(
-        flags.xfr_channel_size > 0,
-        "xfr-channel-size",
-        format!("must be greater than 0, got {}", flags.xfr_channel_size),
-    );
-    if flags.xfr_channel_size != 150 {
-        faults.warn("xfr-channel-size", "has no effect, see --stream-receive-window");
-    }
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use std::{
 };
 
 use clap::Parser as _;
-use culvert_process::invocation::Invocation;
+use culvert_process::{cli::ProcessConfig as _, invocation::Invocation};
 use culvert_transport::{
     Carrier, ConnectError, Settings, Tunnel,
     control::ControlStream,

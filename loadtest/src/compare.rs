@@ -27,22 +27,23 @@ use crate::{
 /// Options of a comparison.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
-    /// Compare only these peers
+    /// Peer to compare; may be given several times. Without it, every peer of the scenario
     #[arg(long = "peer", value_name = "PEER")]
     pub peers: Vec<Peer>,
-    /// Run each peer this many times, instead of as often as the scenario says
-    #[arg(long)]
+    /// Number of runs of each peer, each with a seed of its own [default: the scenario's]
+    #[arg(long, value_name = "COUNT")]
     pub seeds: Option<u64>,
-    /// Measure for this many seconds, instead of as long as the scenario says
-    #[arg(long)]
+    /// Duration of the measurement, in seconds [default: the scenario's]
+    #[arg(long, value_name = "SECONDS")]
     pub seconds: Option<f64>,
-    /// Use this program as Culvert's server, instead of the one that is built in
+    /// Program to run as Culvert's server [default: this program]
     #[arg(long, value_name = "PATH")]
     pub server_program: Option<PathBuf>,
-    /// Use this program as Culvert's agent, instead of the one that is built in
+    /// Program to run as Culvert's agent [default: this program]
     #[arg(long, value_name = "PATH")]
     pub agent_program: Option<PathBuf>,
-    /// Give Culvert's server and agent this flag too, such as --culvert-flag=--congestion=cubic
+    /// Flag to pass to Culvert's server and agent, such as --culvert-flag=--congestion=cubic; may
+    /// be given several times
     #[arg(long, value_name = "FLAG", allow_hyphen_values = true)]
     pub culvert_flag: Vec<String>,
 }

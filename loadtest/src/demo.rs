@@ -26,16 +26,18 @@ const FRAME: Duration = Duration::from_millis(250);
 /// Options of the demo.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
-    /// Number of agents
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=20))]
+    /// Number of agents, 1 to 20
+    #[arg(long, default_value_t = 2, value_name = "COUNT",
+          value_parser = clap::value_parser!(u8).range(1..=20))]
     pub agents: u8,
 
-    /// How long the sessions run
+    /// Duration of the sessions, in seconds, 1 to 3600
     #[arg(long, default_value_t = 10, value_name = "SECONDS",
           value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub seconds: u64,
 
-    /// Leave everything up afterwards, until Ctrl-C, and print commands to try it with
+    /// Keep server, agents and targets running after the sessions, until Ctrl-C, and print commands
+    /// that use them
     #[arg(long)]
     pub hold: bool,
 }

@@ -7,7 +7,7 @@ use std::{
     path::Path,
 };
 
-use culvert_process::{go_flags, invocation::Invocation};
+use culvert_process::{cli::ProcessConfig, go_flags, invocation::Invocation};
 
 use crate::{certificates::Certificates, frontend::Protocol};
 
@@ -117,30 +117,16 @@ impl AgentFlags<'_> {
     }
 }
 
-/// Configuration of a Culvert server with these arguments.
+/// Configuration of a Culvert server or agent with these arguments, without the program's name.
 ///
 /// # Errors
 /// When a flag is unknown or has a wrong value.
-pub fn server_config(
+pub fn config<C: ProcessConfig>(
     args: impl IntoIterator<Item = impl Into<OsString>>,
-) -> anyhow::Result<culvert_server::Config> {
-    let flags = go_flags::try_parse_from(named("culvert-server", args));
+) -> anyhow::Result<C> {
+    let flags = go_flags::try_parse_from(named("culvert", args));
     let flags = flags.map_err(|exit| anyhow::anyhow!(exit.text))?;
-    culvert_server::Config::from_flags(flags, Invocation::Culvert)
-        .map_err(|faults| anyhow::anyhow!(faults.to_string()))
-}
-
-/// Configuration of a Culvert agent with these arguments.
-///
-/// # Errors
-/// When a flag is unknown or has a wrong value.
-pub fn agent_config(
-    args: impl IntoIterator<Item = impl Into<OsString>>,
-) -> anyhow::Result<culvert_agent::Config> {
-    let flags = go_flags::try_parse_from(named("culvert-agent", args));
-    let flags = flags.map_err(|exit| anyhow::anyhow!(exit.text))?;
-    culvert_agent::Config::from_flags(flags, Invocation::Culvert)
-        .map_err(|faults| anyhow::anyhow!(faults.to_string()))
+    Ok(C::from_flags(flags, Invocation::Culvert)?)
 }
 
 /// The arguments behind the name of their program, as `main` gets them.

@@ -10,7 +10,7 @@ use culvert_process::logging;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{runtime::Runtime, task::JoinSet};
 
-use crate::flags::agent_config;
+use crate::flags;
 
 /// Runs the agents until the process is ended.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
@@ -27,7 +27,7 @@ fn run(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
     let count = args.next().unwrap_or_default();
     let count: usize =
         count.to_str().and_then(|count| count.parse().ok()).context("say how many agents")?;
-    let config = agent_config(args)?;
+    let config: Config = flags::config(args)?;
     logging::init(config.log)?;
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most)?;

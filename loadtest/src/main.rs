@@ -23,41 +23,42 @@ struct Flags {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run server, agents and targets in this process, with certificates made on the spot, and
-    /// show sessions like exec, logs and port-forward at work through the tunnel
+    /// Run a server, agents and targets in this process, with temporary certificates, and show
+    /// sessions like exec, logs and port-forward through the tunnels
     Demo(demo::Options),
     /// Run scenarios through Culvert, Konnectivity and plain TCP in turn, and compare
     ///
-    /// Needs root, or a user namespace: `unshare -Urn culvert-loadtest compare …`. Konnectivity
-    /// and the gRPC frontend need Go.
+    /// Requires root, or a user namespace: `unshare -Urn culvert-loadtest compare …`. Konnectivity
+    /// and the gRPC frontend require Go.
     Compare(Compare),
-    /// Measure the emulated link on this machine, and compare it with its settings
+    /// Measure the emulated link on this machine, and compare the results with the link's settings
     Link,
-    /// List the scenarios
+    /// List the built-in scenarios
     Scenarios,
-    /// Show again what earlier comparisons wrote as JSON; of a scenario that is in several files,
-    /// the last counts
+    /// Show the results of earlier comparisons from their JSON files. If a scenario is in several
+    /// files, the last file counts
     Render(Render),
 }
 
 #[derive(Debug, Args)]
 struct Compare {
-    /// Run this scenario, by its name or the path of a TOML file; may be given several times
+    /// Scenario to run: a name that `scenarios` lists, or the path of a TOML file; may be given
+    /// several times
     ///
     /// The file names a link, workloads, events such as UDP being dropped, flags of Culvert's
     /// server and agent, and goals; loadtest/src/scenario.rs has every key.
     #[arg(long = "scenario", value_name = "NAME", required_unless_present = "all")]
     scenarios: Vec<String>,
-    /// Run every scenario that is built in
+    /// Run every built-in scenario
     #[arg(long, conflicts_with = "scenarios")]
     all: bool,
     /// Exit with code 2 when a goal is missed
     #[arg(long)]
     check: bool,
-    /// Write everything that was measured to this file, as JSON
+    /// File to write all measurements to, as JSON
     #[arg(long, value_name = "PATH")]
     json: Option<PathBuf>,
-    /// Write a page with plots to this file
+    /// File to write a page with plots to, as HTML
     #[arg(long, value_name = "PATH")]
     html: Option<PathBuf>,
     #[command(flatten)]
@@ -66,10 +67,10 @@ struct Compare {
 
 #[derive(Debug, Args)]
 struct Render {
-    /// File written by `compare --json`
+    /// File that `compare --json` wrote
     #[arg(required = true, value_name = "PATH")]
     json: Vec<PathBuf>,
-    /// Write a page with plots to this file
+    /// File to write a page with plots to, as HTML
     #[arg(long, value_name = "PATH")]
     html: Option<PathBuf>,
     /// Print Markdown instead of tables for a terminal
@@ -123,7 +124,7 @@ fn render(options: &Render) -> anyhow::Result<ExitCode> {
     for path in &options.json {
         let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         let read: Vec<Report> = serde_json::from_slice(&text)
-            .with_context(|| format!("{} is no report", path.display()))?;
+            .with_context(|| format!("{} is not a report", path.display()))?;
         for report in read {
             match reports.iter_mut().find(|other| other.scenario == report.scenario) {
                 Some(earlier) => *earlier = report,

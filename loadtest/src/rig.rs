@@ -26,7 +26,7 @@ use tokio::time::timeout;
 use crate::{
     carrier::Carrier,
     certificates::Certificates,
-    flags::{AgentFlags, Ports, SYNC_OFTEN, ServerFlags, agent_config, server_config},
+    flags::{self, AgentFlags, Ports, SYNC_OFTEN, ServerFlags},
     frontend::FrontendKind,
     http,
 };
@@ -129,7 +129,8 @@ impl Rig {
             id: "server-0",
             count: 1,
         };
-        let mut config = server_config(flags.args().into_iter().chain(self.server_flags.clone()))?;
+        let args = flags.args().into_iter().chain(self.server_flags.clone());
+        let mut config: culvert_server::Config = flags::config(args)?;
         if self.frontend.is_tls() {
             config.frontend.listen = FrontendListen::Tcp {
                 address: LOOPBACK,
@@ -321,7 +322,8 @@ impl Running {
             health_port: Ports::DEFAULT.health,
         };
         let more = SYNC_OFTEN.map(str::to_owned).into_iter().chain(self.rig.agent_flags.clone());
-        let mut config = agent_config(flags.args().into_iter().chain(more))?;
+        let mut config: culvert_agent::Config =
+            flags::config(flags.args().into_iter().chain(more))?;
         config.transport = match self.rig.carrier {
             None => Transport::Auto,
             Some(Carrier::Quic) => Transport::Quic,

@@ -2,17 +2,11 @@
 
 use std::{ffi::OsString, process::ExitCode};
 
-use culvert_process::{
-    cli::{self, BoxError, Program},
-    faults::ConfigErrors,
-    invocation::Invocation,
-    logging::LogConfig,
-};
-use tokio::runtime::Builder;
+use culvert_process::cli::{self, BoxError, Program};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::{Config, Server, config::Flags};
+use crate::{Config, Server};
 
 /// Runs a server with these arguments, the program's path first; see [`cli::main`].
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -23,26 +17,7 @@ struct ServerProgram;
 
 impl Program for ServerProgram {
     const NAME: &'static str = "culvert-server";
-    type Flags = Flags;
     type Config = Config;
-
-    fn configure(flags: Flags, invocation: Invocation) -> Result<Config, ConfigErrors> {
-        Config::from_flags(flags, invocation)
-    }
-
-    fn log(config: &Config) -> LogConfig {
-        config.log
-    }
-
-    fn warnings(config: &Config) -> &[String] {
-        &config.warnings
-    }
-
-    fn runtime() -> Builder {
-        let mut builder = Builder::new_multi_thread();
-        builder.enable_all();
-        builder
-    }
 
     async fn run(config: Config, stop: CancellationToken) -> Result<(), BoxError> {
         let server = Server::bind(&config)?;

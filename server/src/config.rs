@@ -13,11 +13,10 @@ use std::{net::SocketAddr, time::Duration};
 
 pub use culvert_process::faults::{CertificatePair, ConfigError, ConfigErrors};
 use culvert_process::{
-    faults::Faults, invocation::Invocation, kubernetes::KubernetesConfig, logging::LogConfig,
-    tunnel_flags::TunnelConfig,
+    cli::ProcessConfig, faults::Faults, invocation::Invocation, kubernetes::KubernetesConfig,
+    logging::LogConfig, tunnel_flags::TunnelConfig,
 };
 use culvert_wire::ServerId;
-use uuid::Uuid;
 
 pub use crate::backends::Strategy;
 pub use agents::{AgentsConfig, DialConfig, TokenConfig};
@@ -68,14 +67,16 @@ pub struct LeaseConfig {
 /// Limits of requests per second that can be kept.
 const RATES: std::ops::RangeInclusive<f32> = 0.01..=1_000_000.0;
 
-impl Config {
+impl ProcessConfig for Config {
+    type Flags = Flags;
+
     /// The configuration that `flags` describe, with the default ports of `invocation`.
     ///
     /// Checks whether the named files exist, and resolves bind addresses given as names.
     ///
     /// # Errors
     /// All faults together, each naming its flag.
-    pub fn from_flags(flags: Flags, invocation: Invocation) -> Result<Self, ConfigErrors> {
+    fn from_flags(flags: Flags, invocation: Invocation) -> Result<Self, ConfigErrors> {
         let mut faults = Faults::new();
         let frontend = frontend::check(&flags, &mut faults);
         let agents = agents::check(&flags, invocation, &mut faults);
@@ -89,7 +90,7 @@ impl Config {
         let admin_port = flags.admin_port.unwrap_or_else(|| invocation.choose(8095, 8133));
         let admin_port = faults.registered_port("admin-port", admin_port);
         let admin_address = flags.admin.check(admin_port, &mut faults);
-        let server_id = server_id(&flags, &mut faults);
+        let server_id = faults.id("server-id", flags.server_id.as_deref());
         let server_count = faults.count("server-count", flags.server_count, 0).max(1);
         let graceful_shutdown_timeout =
             faults.duration("graceful-shutdown-timeout", flags.graceful_shutdown_timeout);
@@ -113,19 +114,21 @@ impl Config {
         })
     }
 
+    fn log(&self) -> LogConfig {
+        self.log
+    }
+
+    fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+}
+
+impl Config {
     /// Idle time after which a Konnectivity agent's connection is pinged; `None` never pings.
     pub(crate) fn konnectivity_keep_alive_interval(&self) -> Option<Duration> {
         let asked = Some(self.agents.keep_alive_interval).filter(|interval| !interval.is_zero());
         asked.into_iter().chain(self.tunnel.transport.keep_alive_interval).min()
     }
-}
-
-/// The server's name; by default one that no other server has.
-fn server_id(flags: &Flags, faults: &mut Faults) -> ServerId {
-    faults.id("server-id", flags.server_id.as_deref()).unwrap_or_else(|| {
-        let id = Uuid::new_v4().to_string();
-        ServerId::try_from(id).expect("a UUID is a valid name")
-    })
 }
 
 fn kubernetes(flags: &Flags, faults: &mut Faults) -> KubernetesConfig {
@@ -138,7 +141,7 @@ fn kubernetes(flags: &Flags, faults: &mut Faults) -> KubernetesConfig {
     }
     let burst = faults.count("kubeconfig-burst", burst, 0);
     KubernetesConfig {
-        kubeconfig: faults.file("kubeconfig", &flags.kubeconfig),
+        kubeconfig: faults.file("kubeconfig", &flags.kubernetes.kubeconfig),
         qps: (is_rate && qps > 0.0).then_some(qps),
         burst: (burst > 0).then_some(burst),
     }
@@ -149,7 +152,7 @@ fn leases(flags: &Flags, faults: &mut Faults) -> Option<LeaseConfig> {
         return None;
     }
     let labels = faults.labels("lease-label", &flags.lease_label);
-    Some(LeaseConfig { namespace: flags.lease_namespace.clone(), labels })
+    Some(LeaseConfig { namespace: flags.kubernetes.lease_namespace.clone(), labels })
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use std::{
 };
 
 use culvert_loadtest::{rig::Rig, targets};
+use culvert_process::go_flags;
 
 /// Folders with the source of the programs.
 const SOURCES: [&str; 6] = [
@@ -230,6 +231,23 @@ fn every_example_frame_decodes_to_what_it_is_called() {
         examples += 1;
     }
     assert_eq!(examples, 9);
+}
+
+/// `--keepalive-time` differs: the server's is joined with the tunnels' interval, and the agent's has
+/// a minimum.
+#[test]
+fn flags_of_server_and_agent_with_one_name_have_one_text() {
+    let server = go_flags::command::<culvert_server::config::Flags>();
+    let agent = go_flags::command::<culvert_agent::config::Flags>();
+    let mut shared = 0;
+    for flag in server.get_arguments().filter(|flag| flag.get_id() != "keepalive_time") {
+        let same = agent.get_arguments().find(|other| other.get_long() == flag.get_long());
+        let Some(same) = same else { continue };
+        let text = |flag: &clap::Arg| flag.get_help().map(ToString::to_string);
+        assert_eq!(text(flag), text(same), "{:?}", flag.get_long());
+        shared += 1;
+    }
+    assert!(shared > 30, "only {shared} shared flags found");
 }
 
 /// Every document for readers of the repository.

@@ -3,11 +3,12 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use culvert_process::{
+    channel_flags::check_channel_size,
     faults::{CertificatePair, Faults},
     invocation::Invocation,
 };
 
-use super::{Flags, Strategy};
+use super::{Flags, Strategy, flags::DEFAULT_CHANNEL_SIZE};
 
 /// Time for an agent to answer a dial when no flag says otherwise. Konnectivity waits for ever, and
 /// dials to an agent that hangs accumulate.
@@ -81,14 +82,7 @@ pub(super) fn check(
             (!timeout.is_zero()).then_some(timeout)
         }
     };
-    faults.require(
-        flags.xfr_channel_size > 0,
-        "xfr-channel-size",
-        format!("must be greater than 0, got {}", flags.xfr_channel_size),
-    );
-    if flags.xfr_channel_size != 10 {
-        faults.warn("xfr-channel-size", "has no effect, see --stream-receive-window");
-    }
+    check_channel_size(flags.xfr_channel_size, DEFAULT_CHANNEL_SIZE, faults);
     let strategies = strategies(&flags.proxy_strategies, faults);
     let keep_alive_interval = faults.duration("keepalive-time", flags.keepalive_time);
     let max_streams = faults.count("max-streams-per-agent", flags.max_streams_per_agent, 1);

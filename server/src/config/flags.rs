@@ -2,8 +2,12 @@
 
 use clap::Parser;
 use culvert_process::{
-    admin_flags::AdminFlags, go_duration::GoDuration, tunnel_flags::TunnelFlags,
+    admin_flags::AdminFlags, channel_flags, go_duration::GoDuration,
+    kubernetes_flags::KubernetesFlags, tunnel_flags::TunnelFlags,
 };
+
+/// Konnectivity's default of `--xfr-channel-size`.
+pub(super) const DEFAULT_CHANNEL_SIZE: i64 = 10;
 
 /// The control-plane side of Culvert: takes kube-apiserver's connections to nodes, pods and
 /// services and carries each to an agent through a tunnel, over QUIC or TCP.
@@ -14,29 +18,30 @@ use culvert_process::{
 #[derive(Debug, Clone, Parser)]
 #[command(name = "culvert-server", version, max_term_width = 100)]
 pub struct Flags {
-    /// Protocol kube-apiserver speaks to us: grpc or http-connect, as in its egress selector
-    /// configuration
+    /// Protocol of kube-apiserver's requests, as in its egress selector configuration: grpc or
+    /// http-connect
     #[arg(long, help_heading = "Frontend", value_name = "MODE", default_value = "grpc")]
     pub mode: String,
 
-    /// Path of the Unix socket for kube-apiserver. Needs --server-port=0 and no --server-cert,
-    /// --server-key or --server-ca-cert: the socket's file mode is its protection
+    /// Path of the Unix socket for kube-apiserver, which its file mode protects. Requires
+    /// --server-port=0, and no --server-cert, --server-key or --server-ca-cert; empty listens on
+    /// TCP instead
     #[arg(long, help_heading = "Frontend", value_name = "PATH", default_value = "")]
     pub uds_name: String,
 
-    /// Remove a socket left behind at --uds-name before listening there
+    /// Remove a socket that was left at --uds-name before listening there
     #[arg(long, help_heading = "Frontend", default_value_t = true)]
     pub delete_existing_uds_file: bool,
 
-    /// TCP port for kube-apiserver, 1024 to 49151; 0 goes with --uds-name
+    /// TCP port for kube-apiserver, 1024 to 49151; 0 with --uds-name
     #[arg(long, help_heading = "Frontend", value_name = "PORT", default_value_t = 8090)]
     pub server_port: i64,
 
-    /// Address to listen on for kube-apiserver; empty is every interface
+    /// Address to listen on for kube-apiserver; empty means every interface
     #[arg(long, help_heading = "Frontend", value_name = "ADDRESS", default_value = "")]
     pub server_bind_address: String,
 
-    /// Certificate chain shown to kube-apiserver, PEM. TCP only
+    /// Certificate chain that the server presents to kube-apiserver, PEM. Mandatory on TCP
     #[arg(long, help_heading = "Frontend", value_name = "FILE", default_value = "")]
     pub server_cert: String,
 
@@ -44,19 +49,20 @@ pub struct Flags {
     #[arg(long, help_heading = "Frontend", value_name = "FILE", default_value = "")]
     pub server_key: String,
 
-    /// CA that kube-apiserver's client certificate must come from, PEM. Mandatory on TCP
+    /// CA of kube-apiserver's client certificate, PEM. Mandatory on TCP
     #[arg(long, help_heading = "Frontend", value_name = "FILE", default_value = "")]
     pub server_ca_cert: String,
 
-    /// Quiet time after which a gRPC connection of kube-apiserver is pinged
+    /// Idle time after which a gRPC connection of kube-apiserver is pinged; 0 sends no pings
     #[arg(long, help_heading = "Frontend", value_name = "DURATION", default_value = "1h")]
     pub frontend_keepalive_time: GoDuration,
 
-    /// Connections of kube-apiserver open at once; more wait to be accepted
+    /// Maximum number of open connections of kube-apiserver; further ones wait to be accepted
     #[arg(long, help_heading = "Frontend", value_name = "COUNT", default_value_t = 20_000)]
     pub max_frontend_connections: i64,
 
-    /// Time for kube-apiserver to say what it wants once connected
+    /// Time limit of a new connection of kube-apiserver for its TLS handshake, and again for the
+    /// head of its request
     #[arg(long, help_heading = "Frontend", value_name = "DURATION", default_value = "10s")]
     pub frontend_header_timeout: GoDuration,
 
@@ -65,11 +71,11 @@ pub struct Flags {
     #[arg(long, help_heading = "Agents", value_name = "PORT")]
     pub agent_port: Option<i64>,
 
-    /// Address to listen on for agents; empty is every interface
+    /// Address to listen on for agents; empty means every interface
     #[arg(long, help_heading = "Agents", value_name = "ADDRESS", default_value = "")]
     pub agent_bind_address: String,
 
-    /// Certificate chain shown to agents, PEM. Mandatory
+    /// Certificate chain that the server presents to agents, PEM. Mandatory
     #[arg(long, help_heading = "Agents", value_name = "FILE", default_value = "")]
     pub cluster_cert: String,
 
@@ -77,84 +83,87 @@ pub struct Flags {
     #[arg(long, help_heading = "Agents", value_name = "FILE", default_value = "")]
     pub cluster_key: String,
 
-    /// CA that agents' client certificates must come from, PEM
+    /// CA of the agents' client certificates, PEM; empty requests no certificate from agents
     #[arg(long, help_heading = "Agents", value_name = "FILE", default_value = "")]
     pub cluster_ca_cert: String,
 
-    /// Quiet time after which a Konnectivity agent's gRPC connection is pinged, where
-    /// --tunnel-keep-alive-interval, which holds for it too, is longer or 0
+    /// Idle time after which the gRPC connection of a Konnectivity agent is pinged; 0 sets no time
+    /// here. --tunnel-keep-alive-interval applies to these connections too, and the shorter time
+    /// counts
     #[arg(long, help_heading = "Agents", value_name = "DURATION", default_value = "1h")]
     pub keepalive_time: GoDuration,
 
-    /// How agents are chosen for a target, in order of trial: default (any), destHost (the agent
-    /// that announced the host), defaultRoute (an agent that announced the default route)
+    /// Strategies that choose an agent for a target, in order of preference: destHost (agents that
+    /// announce the host), defaultRoute (agents that announce the default route), default (any
+    /// agent)
     #[arg(long, help_heading = "Agents", value_name = "LIST", default_value = "default")]
     pub proxy_strategies: String,
 
-    /// Time for an agent to answer a dial; 0 waits for ever, which is Konnectivity's default
-    /// [default: 10s]
+    /// Time limit of a dial; 0, Konnectivity's default, is no limit [default: 10s]
     #[arg(long, help_heading = "Agents", value_name = "DURATION")]
     pub backend_dial_timeout: Option<GoDuration>,
 
-    /// Answer a frontend at once, without waiting for the agent, when the same agent reached the
-    /// same target within the last five minutes: saves a round trip. If the dial fails after all,
-    /// the connection is reset
+    /// Answer kube-apiserver before the agent has replied, if the same agent reached the same
+    /// target within the last five minutes. Saves a round trip; if the dial then fails, the
+    /// connection is reset
     #[arg(long, help_heading = "Agents")]
     pub optimistic_dial: bool,
 
-    /// Proxied connections that one agent may carry at once
+    /// Maximum number of open proxied connections per agent; further dials fail
     #[arg(long, help_heading = "Agents", value_name = "COUNT", default_value_t = 10_000)]
     pub max_streams_per_agent: i64,
 
-    /// Queue length of a Konnectivity server. Accepted and ignored: each stream has a window of its
-    /// own
-    #[arg(long, help_heading = "Agents", value_name = "COUNT", default_value_t = 10)]
+    /// Has no effect.
+    #[arg(
+        long,
+        help = channel_flags::CHANNEL_SIZE,
+        help_heading = "Agents",
+        value_name = "COUNT",
+        default_value_t = DEFAULT_CHANNEL_SIZE
+    )]
     pub xfr_channel_size: i64,
 
-    /// Accepted and ignored, as Konnectivity does
-    #[arg(long, help_heading = "Agents", hide = true, default_value_t = true)]
+    /// Has no effect.
+    #[arg(
+        long,
+        help = channel_flags::WARN_ON_CHANNEL_LIMIT,
+        help_heading = "Agents",
+        hide = true,
+        default_value_t = true
+    )]
     pub warn_on_channel_limit: bool,
 
-    /// Namespace an agent's token must come from. Token authentication takes this,
-    /// --agent-service-account and --authentication-audience together
+    /// Namespace of the service account of the agents' tokens. Token authentication requires this
+    /// flag, --agent-service-account and --authentication-audience together
     #[arg(long, help_heading = "Agent tokens", value_name = "NAMESPACE", default_value = "")]
     pub agent_namespace: String,
 
-    /// Service account an agent's token must belong to
+    /// Service account of the agents' tokens
     #[arg(long, help_heading = "Agent tokens", value_name = "NAME", default_value = "")]
     pub agent_service_account: String,
 
-    /// Audience an agent's token must be meant for
+    /// Audience of the agents' tokens
     #[arg(long, help_heading = "Agent tokens", value_name = "AUDIENCE", default_value = "")]
     pub authentication_audience: String,
 
-    /// Start even though agents need not prove who they are: anyone who reaches the agent port
-    /// may then pose as a node and receive its traffic
+    /// Admit agents without authentication. Any client that reaches the agent port can then pose as
+    /// a node and receive its traffic
     #[arg(long, help_heading = "Agent tokens")]
     pub insecure_allow_unauthenticated_agents: bool,
 
-    /// Kubeconfig for asking kube-apiserver about tokens and leases; empty is the pod's own
-    #[arg(long, help_heading = "Kubernetes client", value_name = "FILE", default_value = "")]
-    pub kubeconfig: String,
+    /// Flags of kube-apiserver's client that server and agent share.
+    #[command(flatten)]
+    pub kubernetes: KubernetesFlags,
 
-    /// Requests per second to kube-apiserver; 0 is as many as it answers
+    /// Maximum rate of requests to kube-apiserver, per second; 0 is no limit
     #[arg(long, help_heading = "Kubernetes client", value_name = "RATE", default_value_t = 0.0)]
     pub kubeconfig_qps: f32,
 
-    /// Requests to kube-apiserver that may exceed the rate for a moment; 0 is 10
+    /// Number of requests to kube-apiserver that may exceed --kubeconfig-qps at once; 0 means 10
     #[arg(long, help_heading = "Kubernetes client", value_name = "COUNT", default_value_t = 0)]
     pub kubeconfig_burst: i64,
 
-    /// Media type of requests to kube-apiserver. Accepted and ignored: they are JSON
-    #[arg(
-        long,
-        help_heading = "Kubernetes client",
-        value_name = "TYPE",
-        default_value = "application/vnd.kubernetes.protobuf"
-    )]
-    pub kube_api_content_type: String,
-
-    /// Name of this server, sent to agents; must differ among servers [default: a random UUID]
+    /// Name of this server, sent to agents; unique among servers [default: a random UUID]
     #[arg(
         long,
         help_heading = "Server set",
@@ -164,24 +173,16 @@ pub struct Flags {
     )]
     pub server_id: Option<String>,
 
-    /// How many servers there are, sent to agents, which connect to that many
+    /// Number of servers, sent to agents; an agent keeps tunnels to that many servers
     #[arg(long, help_heading = "Server set", value_name = "COUNT", default_value_t = 1)]
     pub server_count: i64,
 
-    /// Publish a Lease for this server and remove those of servers gone
+    /// Publish a Lease for this server, by which agents count servers, and delete expired Leases of
+    /// other servers
     #[arg(long, help_heading = "Server set")]
     pub enable_lease_controller: bool,
 
-    /// Namespace of the Leases
-    #[arg(
-        long,
-        help_heading = "Server set",
-        value_name = "NAMESPACE",
-        default_value = "kube-system"
-    )]
-    pub lease_namespace: String,
-
-    /// Labels of the Leases, key=value pairs separated by commas
+    /// Labels of the servers' Leases: key=value pairs, separated by commas
     #[arg(
         long,
         help_heading = "Server set",
@@ -194,26 +195,28 @@ pub struct Flags {
     #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "0")]
     pub graceful_shutdown_timeout: GoDuration,
 
-    /// File with a secret from which stateless-reset tokens are derived: with the same secret a
-    /// restarted server ends its old tunnels at once. Empty derives them from --cluster-key
+    /// File with the secret of stateless-reset tokens, by which agents notice at once that a server
+    /// restarted; the secret must be the same before and after. Empty derives it from --cluster-key
     #[arg(long, help_heading = "Tunnel", value_name = "FILE", default_value = "")]
     pub reset_key_file: String,
 
-    /// Cipher suites for TLS 1.2, by Go's names, separated by commas; empty is a safe choice
+    /// Cipher suites of TLS 1.2, by Go's names, separated by commas. Checked and ignored: the TLS
+    /// library's secure suites are used
     #[arg(long, help_heading = "TLS", value_name = "LIST", default_value = "")]
     pub cipher_suites: String,
 
-    /// Oldest TLS version to accept on TCP: VersionTLS10, VersionTLS11, VersionTLS12 or
-    /// VersionTLS13; empty is 1.2, and so is everything older. Tunnels always have 1.3
+    /// Oldest TLS version that is accepted on TCP: VersionTLS12 or VersionTLS13; VersionTLS10,
+    /// VersionTLS11 and empty mean VersionTLS12. Tunnels between Culvert's own processes always use
+    /// TLS 1.3
     #[arg(long, help_heading = "TLS", value_name = "VERSION", default_value = "")]
     pub tls_min_version: String,
 
-    /// Port for /healthz, /readyz and /metrics, 1024 to 49151 [default: 8134, or 8092 when
-    /// started as proxy-server]
+    /// Port of /healthz, /readyz and /metrics, 1024 to 49151 [default: 8134, or 8092 when started
+    /// as proxy-server]
     #[arg(long, help_heading = "Health and administration", value_name = "PORT")]
     pub health_port: Option<i64>,
 
-    /// Address to listen on for health checks; empty is every interface
+    /// Address to listen on for health checks; empty means every interface
     #[arg(
         long,
         help_heading = "Health and administration",
@@ -222,8 +225,8 @@ pub struct Flags {
     )]
     pub health_bind_address: String,
 
-    /// Port for administration (/metrics), 1024 to 49151 [default: 8133, or 8095 when started as
-    /// proxy-server]
+    /// Port of the administration endpoint (/metrics), 1024 to 49151 [default: 8133, or 8095 when
+    /// started as proxy-server]
     #[arg(long, help_heading = "Health and administration", value_name = "PORT")]
     pub admin_port: Option<i64>,
 

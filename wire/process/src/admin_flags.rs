@@ -10,15 +10,15 @@ use crate::faults::Faults;
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Health and administration")]
 pub struct AdminFlags {
-    /// Address to listen on for administration; empty is every interface
+    /// Address to listen on for administration; empty means every interface
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
     pub admin_bind_address: String,
 
-    /// Go's profiler on the admin port. Accepted and ignored
+    /// Serve Go's profiler on the admin port. Accepted and ignored
     #[arg(long)]
     pub enable_profiling: bool,
 
-    /// Lock profiling, with --enable-profiling. Accepted and ignored
+    /// Let Go's profiler record lock contention; requires --enable-profiling. Accepted and ignored
     #[arg(long)]
     pub enable_contention_profiling: bool,
 }

@@ -19,29 +19,35 @@ use crate::{
 /// Any error that ends a process.
 pub type BoxError = Box<dyn Error + Send + Sync>;
 
+/// Checked configuration of a process.
+pub trait ProcessConfig: Sized {
+    /// Command line.
+    type Flags: Parser;
+
+    /// The configuration that `flags` describe, with the default ports of `invocation`.
+    ///
+    /// # Errors
+    /// With every fault of the flags.
+    fn from_flags(flags: Self::Flags, invocation: Invocation) -> Result<Self, ConfigErrors>;
+
+    /// Log settings.
+    fn log(&self) -> LogConfig;
+
+    /// Warnings for the operator, to be logged at start.
+    fn warnings(&self) -> &[String];
+}
+
 /// A program that [`main`] runs.
 pub trait Program {
     /// Name of the program, the prefix of its messages on standard error.
     const NAME: &'static str;
-    /// Command line.
-    type Flags: Parser;
     /// Checked configuration.
-    type Config;
+    type Config: ProcessConfig;
 
-    /// The configuration that the flags describe.
-    ///
-    /// # Errors
-    /// With every fault of the flags.
-    fn configure(flags: Self::Flags, invocation: Invocation) -> Result<Self::Config, ConfigErrors>;
-
-    /// Log settings of the configuration.
-    fn log(config: &Self::Config) -> LogConfig;
-
-    /// Warnings about the configuration, to be logged at start.
-    fn warnings(config: &Self::Config) -> &[String];
-
-    /// The kind of runtime that the program runs on.
-    fn runtime() -> Builder;
+    /// The kind of runtime that the program runs on: one thread per core by default.
+    fn runtime() -> Builder {
+        Builder::new_multi_thread()
+    }
 
     /// Does the program's work. After `stop` is cancelled it winds down and completes.
     ///
@@ -61,19 +67,20 @@ pub trait Program {
 pub fn main<P: Program>(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Vec<_> = args.into_iter().collect();
     let invocation = Invocation::from_argv0(args.first().map(OsString::as_os_str));
-    let flags: P::Flags = match go_flags::try_parse_from(args) {
+    let flags = match go_flags::try_parse_from(args) {
         Ok(flags) => flags,
         Err(exit) => return exit.print(),
     };
-    let config = match P::configure(flags, invocation) {
+    let config = match P::Config::from_flags(flags, invocation) {
         Ok(config) => config,
         Err(faults) => return fail::<P>(&faults),
     };
-    if let Err(error) = logging::init(P::log(&config)) {
+    if let Err(error) = logging::init(config.log()) {
         return fail::<P>(&error);
     }
-    P::warnings(&config).iter().for_each(|warning| warn!("{warning}"));
+    config.warnings().iter().for_each(|warning| warn!("{warning}"));
     let result = P::runtime()
+        .enable_all()
         .build()
         .map_err(BoxError::from)
         .and_then(|runtime: Runtime| runtime.block_on(run_until_signalled::<P>(config)));

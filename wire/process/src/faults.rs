@@ -13,6 +13,7 @@ use std::{
 };
 
 use culvert_wire::ids::InvalidId;
+use uuid::Uuid;
 
 use crate::go_duration::GoDuration;
 
@@ -216,14 +217,15 @@ impl Faults {
         }
     }
 
-    /// Name of a server or an agent; `None` when none was given.
-    pub fn id<T: FromStr<Err = InvalidId>>(
-        &mut self,
-        flag: &'static str,
-        id: Option<&str>,
-    ) -> Option<T> {
-        let id = id.filter(|id| !id.is_empty())?;
-        id.parse().map_err(|error| self.add(flag, format!("{id:?}: {error}"))).ok()
+    /// Name of a server or an agent; a random UUID when none, or an empty one, was given.
+    pub fn id<T: FromStr<Err = InvalidId>>(&mut self, flag: &'static str, id: Option<&str>) -> T {
+        let given = id.filter(|id| !id.is_empty()).and_then(|id| {
+            id.parse().map_err(|error| self.add(flag, format!("{id:?}: {error}"))).ok()
+        });
+        given.unwrap_or_else(|| {
+            let random = Uuid::new_v4().to_string();
+            random.parse().expect("a UUID is a valid name")
+        })
     }
 
     /// `key=value` pairs separated by commas; at least one.
@@ -308,9 +310,10 @@ mod tests {
     #[test]
     fn names_follow_the_rule_of_the_wire() {
         let mut faults = Faults::new();
-        assert_eq!(faults.id::<AgentId>("agent-id", None), None);
-        assert_eq!(faults.id::<AgentId>("agent-id", Some("")), None);
-        let id = faults.id::<AgentId>("agent-id", Some("node-1")).unwrap();
+        let random = [None, Some("")].map(|id| faults.id::<AgentId>("agent-id", id));
+        assert_ne!(random[0], random[1]);
+        assert_eq!(random.map(|id| id.as_str().len()), [36; 2], "UUIDs");
+        let id: AgentId = faults.id("agent-id", Some("node-1"));
         assert_eq!(id.as_str(), "node-1");
         faults.finish().unwrap();
         let text = faults_of(|faults| drop(faults.id::<AgentId>("agent-id", Some("n\u{f6}de"))));

@@ -40,13 +40,17 @@ pub fn try_parse_from<F: Parser>(args: impl IntoIterator<Item = OsString>) -> Re
 
 /// The clap command for `F` with pflag's rules, from which help and completion are made.
 pub fn command<F: Parser>() -> Command {
-    F::command().args_override_self(true).mut_args(|arg| quiet_default(go_boolean(arg))).arg(
-        Arg::new(COMPLETION)
-            .long(COMPLETION)
-            .value_name("SHELL")
-            .value_parser(clap::value_parser!(Shell))
-            .help("Print a completion script for this shell and exit"),
-    )
+    F::command()
+        .after_help(NOTATION)
+        .args_override_self(true)
+        .mut_args(|arg| quiet_default(go_boolean(arg)))
+        .arg(
+            Arg::new(COMPLETION)
+                .long(COMPLETION)
+                .value_name("SHELL")
+                .value_parser(clap::value_parser!(Shell))
+                .help("Print a completion script for this shell and exit"),
+        )
 }
 
 impl Exit {
@@ -94,6 +98,13 @@ pub fn parse_list(text: &str) -> Vec<String> {
 }
 
 const COMPLETION: &str = "completion";
+
+/// Notation of values, at the end of help.
+const NOTATION: &str = "\
+BOOL is true or false; a flag without a value is true.
+DURATION is numbers with units, such as 300ms, 10s or 1h30m.
+SIZE is a number of bytes, or a number with Ki, Mi or Gi.
+LIST is separated by commas.";
 
 /// Gives a plain `bool` Go's rules: `--f` and `--f=VALUE`, never `--f VALUE`.
 fn go_boolean(arg: Arg) -> Arg {

@@ -16,7 +16,7 @@ pub struct KlogFlags {
     #[arg(short = 'v', long = "v", value_name = "LEVEL", default_value_t = 4)]
     pub v: i32,
 
-    /// Log levels of single source files. Accepted and ignored: use RUST_LOG
+    /// Verbosity of single source files. Accepted and ignored: RUST_LOG sets it per module
     #[arg(long, value_name = "PATTERN=LEVEL,…", default_value = "")]
     pub vmodule: String,
 
@@ -28,15 +28,15 @@ pub struct KlogFlags {
     #[arg(long)]
     pub alsologtostderr: bool,
 
-    /// Accepted and ignored
+    /// Severity from which lines of log files also go to standard error. Accepted and ignored
     #[arg(long, value_name = "SEVERITY", default_value = "")]
     pub alsologtostderrthreshold: String,
 
-    /// Accepted and ignored
+    /// Severity from which lines go to standard error. Accepted and ignored
     #[arg(long, value_name = "SEVERITY", default_value = "2")]
     pub stderrthreshold: String,
 
-    /// Accepted and ignored
+    /// Let --logtostderr override --stderrthreshold. Accepted and ignored
     #[arg(long, default_value_t = true)]
     pub legacy_stderr_threshold_behavior: bool,
 
@@ -44,7 +44,7 @@ pub struct KlogFlags {
     #[arg(long, value_name = "FILE", default_value = "")]
     pub log_file: String,
 
-    /// Size at which a log file is begun anew, in MiB. Accepted and ignored
+    /// Size at which a new log file begins, in MiB. Accepted and ignored
     #[arg(long, value_name = "MIB", default_value_t = 1800)]
     pub log_file_max_size: u64,
 
@@ -52,23 +52,23 @@ pub struct KlogFlags {
     #[arg(long, value_name = "DIR", default_value = "")]
     pub log_dir: String,
 
-    /// Accepted and ignored
+    /// Add the source file's directory to the header of log lines. Accepted and ignored
     #[arg(long)]
     pub add_dir_header: bool,
 
-    /// Accepted and ignored
+    /// Leave out the header of log lines. Accepted and ignored
     #[arg(long)]
     pub skip_headers: bool,
 
-    /// Accepted and ignored
+    /// Leave out the header of log files. Accepted and ignored
     #[arg(long)]
     pub skip_log_headers: bool,
 
-    /// Accepted and ignored
+    /// Write a line only to the log file of its own severity. Accepted and ignored
     #[arg(long)]
     pub one_output: bool,
 
-    /// Accepted and ignored
+    /// Source line at which a stack trace is logged. Accepted and ignored
     #[arg(long, value_name = "FILE:LINE", default_value = ":0")]
     pub log_backtrace_at: String,
 }

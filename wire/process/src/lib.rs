@@ -2,8 +2,8 @@
 //!
 //! - Command line: [`cli`] runs a program from its arguments to its exit code. [`go_flags`],
 //!   [`go_duration`], [`byte_size`] and [`klog`] read flags as Konnectivity reads them, [`faults`]
-//!   collects what is wrong with them, [`tunnel_flags`] and [`admin_flags`] are the flags that both
-//!   sides share, and [`invocation`] chooses default ports.
+//!   collects what is wrong with them, [`tunnel_flags`], [`admin_flags`], [`kubernetes_flags`] and
+//!   [`channel_flags`] are those that both sides share, and [`invocation`] chooses default ports.
 //! - Operation: [`logging`], [`metrics`], [`admin`] and [`signals`].
 //! - Sockets: [`listen`] opens listeners as Go does, and [`accept`] is the one accept loop.
 //! - [`kubernetes`] sets up kube-apiserver's client.
@@ -14,6 +14,7 @@ pub mod accept;
 pub mod admin;
 pub mod admin_flags;
 pub mod byte_size;
+pub mod channel_flags;
 pub mod cli;
 mod error;
 pub mod faults;
@@ -22,6 +23,7 @@ pub mod go_flags;
 pub mod invocation;
 pub mod klog;
 pub mod kubernetes;
+pub mod kubernetes_flags;
 pub mod listen;
 pub mod logging;
 pub mod metrics;

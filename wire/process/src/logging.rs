@@ -18,9 +18,9 @@ const FILTER_VARIABLE: &str = "RUST_LOG";
 /// Format of the log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// For people: one line each, coloured on a terminal
+    /// Plain text, one line per event, coloured on a terminal
     Text,
-    /// For collectors: one JSON object each
+    /// One JSON object per event and line
     Json,
 }
 

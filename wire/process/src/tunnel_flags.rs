@@ -17,48 +17,49 @@ use crate::{
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Tunnel")]
 pub struct TunnelFlags {
-    /// Time without a packet after which a tunnel is lost. Each side has a limit; the shorter one
-    /// holds
+    /// Time without a packet from the peer after which a tunnel counts as lost, at least 1s. Both
+    /// sides have this limit, and the shorter one applies
     #[arg(long, value_name = "DURATION", default_value_t = default_idle_timeout())]
     pub tunnel_idle_timeout: GoDuration,
 
-    /// Time without a packet after which a ping is sent. Must be shorter than the idle timeout;
-    /// keep it below the shortest UDP timeout of any NAT or load balancer on the path. 0 sends none
+    /// Idle time after which a tunnel is pinged; 0 sends no pings. Must be shorter than
+    /// --tunnel-idle-timeout, and should be shorter than the UDP timeout of every NAT and load
+    /// balancer on the path
     #[arg(long, value_name = "DURATION", default_value_t = default_keep_alive_interval())]
     pub tunnel_keep_alive_interval: GoDuration,
 
-    /// Bytes of one stream that may wait here for a slow reader: bounds memory per stream and,
-    /// divided by the round-trip time, the speed of one. Plain or with Ki or Mi
+    /// Maximum number of bytes of one stream that wait in this process for a slow reader, 16Ki to
+    /// 1Gi. Limits memory per stream, and the speed of a stream to this size per round trip
     #[arg(long, value_name = "SIZE", default_value_t = default_stream_receive_window())]
     pub stream_receive_window: ByteSize,
 
-    /// Kernel buffer to ask for on each UDP socket, per direction; the kernel caps it at
-    /// net.core.rmem_max and wmem_max. Plain or with Ki or Mi
+    /// Kernel buffer to request for each UDP socket and direction, up to 1Gi. The kernel caps it at
+    /// net.core.rmem_max and net.core.wmem_max
     #[arg(long, value_name = "SIZE", default_value_t = default_udp_buffer_size())]
     pub udp_buffer_size: ByteSize,
 
-    /// Largest UDP payload that path discovery may try, 1200 to 65527 bytes; never more than the
-    /// first link of the path carries
+    /// Largest UDP payload that path MTU discovery tries, 1200 to 65527 bytes; the MTU of the local
+    /// interface limits it too
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().mtu_cap.into())]
     pub mtu_cap: i64,
 
-    /// Congestion control: model follows the path's bandwidth and shortest round trip and does not
-    /// take random loss for congestion, cubic is RFC 9438; auto is the one with the best
-    /// measurements, which is model today
+    /// Congestion control: model (follows the path's bandwidth and shortest round trip, and does
+    /// not take random loss for congestion), cubic (RFC 9438), or auto (the one with the best
+    /// measurements, currently model)
     #[arg(long, value_name = "KIND", default_value_t = Settings::default().congestion)]
     pub congestion: Congestion,
 
-    /// Bytes per second and tunnel that may be sent a second time, so that a keystroke does not
-    /// wait for a lost packet; only while the path loses packets. Plain or with Ki or Mi; 0 sends
-    /// none
+    /// Maximum rate of second copies of short writes, in bytes per second and tunnel, up to 1Gi; 0
+    /// sends none. They are sent while the path loses packets, so that short writes do not wait for
+    /// retransmissions
     #[arg(long, value_name = "SIZE", default_value_t = ByteSize(DEFAULT_HEDGE_RATE.into()))]
     pub hedge_rate: ByteSize,
 
-    /// Key exchange of the tunnel's TLS
+    /// Key exchange of the tunnels' TLS
     #[arg(long, value_name = "KIND", value_enum, default_value_t)]
     pub tls_kx: KeyExchangeFlag,
 
-    /// Format of the log lines
+    /// Format of log lines
     #[arg(
         long,
         value_name = "FORMAT",
@@ -76,10 +77,10 @@ pub struct TunnelFlags {
 /// [`KeyExchange`] as a flag.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum KeyExchangeFlag {
-    /// Post-quantum first (X25519 with ML-KEM-768), elliptic curves for peers without it
+    /// X25519 with ML-KEM-768 (post-quantum) first, elliptic curves for peers without it
     #[default]
     Hybrid,
-    /// Elliptic curves only: a first flight small enough for paths that drop large ones
+    /// Elliptic curves only: smaller first packets, for paths that drop large ones
     Classic,
 }
 

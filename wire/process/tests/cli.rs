@@ -4,7 +4,7 @@
 use std::{ffi::OsString, process::ExitCode};
 
 use culvert_process::{
-    cli::{BoxError, Program, main},
+    cli::{BoxError, ProcessConfig, Program, main},
     faults::{ConfigErrors, Faults},
     invocation::Invocation,
     logging::{LogConfig, LogFormat},
@@ -22,32 +22,39 @@ struct Flags {
 /// Fails unless `--code=0`; its configuration is refused when negative.
 struct Sample;
 
-impl Program for Sample {
-    const NAME: &'static str = "sample";
-    type Flags = Flags;
-    type Config = i64;
+/// Exit code that the flag asks for.
+struct SampleConfig(i64);
 
-    fn configure(flags: Flags, _: Invocation) -> Result<i64, ConfigErrors> {
+impl ProcessConfig for SampleConfig {
+    type Flags = Flags;
+
+    fn from_flags(flags: Flags, _: Invocation) -> Result<Self, ConfigErrors> {
         let mut faults = Faults::new();
         faults.require(flags.code >= 0, "code", "must not be negative");
-        faults.finish().map(|_| flags.code)
+        faults.finish().map(|_| Self(flags.code))
     }
 
-    fn log(_: &i64) -> LogConfig {
+    fn log(&self) -> LogConfig {
         LogConfig { format: LogFormat::Text, verbosity: 0 }
     }
 
-    fn warnings(_: &i64) -> &[String] {
+    fn warnings(&self) -> &[String] {
         &[]
     }
+}
+
+impl Program for Sample {
+    const NAME: &'static str = "sample";
+    type Config = SampleConfig;
 
     fn runtime() -> Builder {
-        let mut builder = Builder::new_current_thread();
-        builder.enable_all();
-        builder
+        Builder::new_current_thread()
     }
 
-    async fn run(code: i64, stop: CancellationToken) -> Result<(), BoxError> {
+    async fn run(
+        SampleConfig(code): SampleConfig,
+        stop: CancellationToken,
+    ) -> Result<(), BoxError> {
         let pid = std::process::id().to_string();
         let sent = tokio::process::Command::new("kill").args(["-TERM", &pid]).status();
         assert!(sent.await?.success());
