@@ -10,7 +10,12 @@ pub(crate) mod server;
 pub(crate) mod shaped_path;
 pub(crate) mod silent_target;
 
-use std::{future::Future, io, path::PathBuf, time::Duration};
+use std::{
+    future::Future,
+    io::{self, Write as _},
+    path::PathBuf,
+    time::Duration,
+};
 
 use culvert_loadtest::{
     frontend::{Connection, FrontendKind},
@@ -94,11 +99,15 @@ pub(crate) fn start_culvert(
     Process::start(Launch { program, args, log, health_port, namespace: None }).unwrap()
 }
 
-/// Whether the tests that need something are skipped, as this environment variable says.
+/// Whether the tests that need something are skipped, as this environment variable says. The name
+/// of a skipped test is printed, although libtest reports it as `ok`.
 pub(crate) fn skips(variable: &str) -> bool {
     let skips = std::env::var(variable).is_ok_and(|value| value == "1");
     if skips {
-        eprintln!("SKIPPED: {variable}=1");
+        // libtest captures the output of `eprintln!` alone, and names a test's thread by the test.
+        let thread = std::thread::current();
+        let test = thread.name().unwrap_or("a test");
+        let _ = writeln!(io::stderr(), "skipped: {test} ({variable}=1)");
     }
     skips
 }
