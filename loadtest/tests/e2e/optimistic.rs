@@ -46,6 +46,20 @@ impl Setup {
         Self { rig, tunnel, _control: control }
     }
 
+    /// With optimistic dials, and a target that was reached once.
+    async fn reached(frontend: FrontendKind, carrier: Carrier) -> Self {
+        let setup = Self::new(frontend, carrier, true).await;
+        setup.dial(Ok(())).await.0.unwrap();
+        setup
+    }
+
+    /// A dial that is answered before the agent replies, and its stream at the agent.
+    async fn early(&self) -> (Connection, (SendHalf, RecvHalf)) {
+        // The agent has not read the request yet.
+        let frontend = self.rig.dial(TARGET).await.unwrap();
+        (frontend, self.request().await)
+    }
+
     /// The next dial as the agent sees it.
     async fn request(&self) -> (SendHalf, RecvHalf) {
         let (send, mut recv) = self.tunnel.accept().await.unwrap();
@@ -84,6 +98,11 @@ fn refused() -> DialFailure {
     DialFailure::new(DialErrorKind::REFUSED, "dial tcp 10.0.0.9:10250: connect: connection refused")
 }
 
+async fn assert_reset(mut frontend: Connection) {
+    let error = frontend.read_to_end().await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{error}");
+}
+
 async fn read(recv: &mut RecvHalf) -> Bytes {
     let mut chunks = [Bytes::new()];
     recv.read_chunks(&mut chunks).await.unwrap();
@@ -98,12 +117,9 @@ async fn a_dial_to_a_target_that_was_reached_before_is_answered_at_once(
     #[values(Quic, Tcp)] carrier: Carrier,
 ) {
     within(async {
-        let setup = Setup::new(frontend, carrier, true).await;
-        let _first = setup.dial(Ok(())).await;
-        // The agent answers this one only after the frontend has written.
-        let mut frontend = setup.rig.dial(TARGET).await.unwrap();
+        let setup = Setup::reached(frontend, carrier).await;
+        let (mut frontend, (mut send, mut recv)) = setup.early().await;
         frontend.write(b"early").await.unwrap();
-        let (mut send, mut recv) = setup.request().await;
         assert_eq!(read(&mut recv).await, "early");
         reply(&mut send, Ok(())).await;
         send.write_chunk(Bytes::from_static(b"answer")).await.unwrap();
@@ -120,15 +136,12 @@ async fn a_dial_that_fails_after_its_answer_is_reset_and_the_next_one_waits(
     #[values(Quic, Tcp)] carrier: Carrier,
 ) {
     within(async {
-        let setup = Setup::new(frontend, carrier, true).await;
-        let _first = setup.dial(Ok(())).await;
-        let mut frontend = setup.rig.dial(TARGET).await.unwrap();
+        let setup = Setup::reached(frontend, carrier).await;
+        let (mut frontend, (mut send, _recv)) = setup.early().await;
         frontend.write(b"early").await.unwrap();
-        let (mut send, _recv) = setup.request().await;
         reply(&mut send, Err(refused())).await;
         send.finish();
-        let error = frontend.read_to_end().await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{error}");
+        assert_reset(frontend).await;
         assert_eq!(setup.counted("broken"), 1.0);
         let (dialed, _stream) = setup.dial(Err(refused())).await;
         let Err(ConnectError::Refused(refusal)) = dialed else { panic!("{dialed:?}") };
@@ -144,13 +157,10 @@ async fn a_dial_is_reset_when_the_agent_is_lost_before_it_answers(
     #[values(Quic, Tcp)] carrier: Carrier,
 ) {
     within(async {
-        let setup = Setup::new(frontend, carrier, true).await;
-        let _first = setup.dial(Ok(())).await;
-        let mut frontend = setup.rig.dial(TARGET).await.unwrap();
-        setup.request().await;
+        let setup = Setup::reached(frontend, carrier).await;
+        let (frontend, _stream) = setup.early().await;
         setup.tunnel.close(culvert_wire::CloseCode::ABANDONED, "");
-        let error = frontend.read_to_end().await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{error}");
+        assert_reset(frontend).await;
     })
     .await;
 }

@@ -4,7 +4,7 @@ use std::io;
 
 use crate::support::{
     Carrier::{self, Quic, Tcp},
-    rig, within,
+    connected, within,
 };
 use culvert_loadtest::{
     frontend::{
@@ -18,22 +18,16 @@ use rstest::rstest;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    sync::mpsc,
 };
 
 /// A connection over which one byte has passed each way.
-async fn connect(
-    rig: &Running,
-    target: &targets::Target,
-    accepted: &mut mpsc::UnboundedReceiver<TcpStream>,
-) -> (Connection, TcpStream) {
-    let mut frontend = rig.dial(target.address()).await.unwrap();
-    let mut target = accepted.recv().await.unwrap();
+async fn connect(frontend: FrontendKind, carrier: Carrier) -> (Running, Connection, TcpStream) {
+    let (rig, mut frontend, mut target) = connected(frontend, carrier).await;
     frontend.write(b"?").await.unwrap();
     assert_eq!(target.read_u8().await.unwrap(), b'?');
     target.write_all(b"!").await.unwrap();
     assert_eq!(frontend.read_count(1).await.unwrap(), b"!");
-    (frontend, target)
+    (rig, frontend, target)
 }
 
 #[rstest]
@@ -43,10 +37,8 @@ async fn reset_by_the_target_is_a_reset_at_the_frontend(
     #[values(Quic, Tcp)] carrier: Carrier,
 ) {
     within(async {
-        let rig = rig(frontend, carrier).start().await.unwrap();
-        let (target, mut accepted) = targets::handed_over().await.unwrap();
-        let (mut frontend, socket) = connect(&rig, &target, &mut accepted).await;
-        targets::reset(socket);
+        let (_rig, mut frontend, target) = connect(frontend, carrier).await;
+        targets::reset(target);
         let error = frontend.read_to_end().await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{error}");
     })
@@ -59,10 +51,8 @@ async fn reset_by_the_target_ends_a_frontend_on_a_unix_socket(
     #[values(Quic, Tcp)] carrier: Carrier,
 ) {
     within(async {
-        let rig = rig(ConnectUnix, carrier).start().await.unwrap();
-        let (target, mut accepted) = targets::handed_over().await.unwrap();
-        let (mut frontend, socket) = connect(&rig, &target, &mut accepted).await;
-        targets::reset(socket);
+        let (_rig, mut frontend, target) = connect(ConnectUnix, carrier).await;
+        targets::reset(target);
         assert_eq!(frontend.read_to_end().await.unwrap(), b"");
         // Both directions are over, as after a reset and unlike after a FIN.
         let error = frontend.write(b"more").await.unwrap_err();
@@ -78,11 +68,9 @@ async fn reset_by_the_frontend_is_a_reset_at_the_target(
     #[values(Quic, Tcp)] carrier: Carrier,
 ) {
     within(async {
-        let rig = rig(frontend, carrier).start().await.unwrap();
-        let (target, mut accepted) = targets::handed_over().await.unwrap();
-        let (frontend, mut socket) = connect(&rig, &target, &mut accepted).await;
+        let (_rig, frontend, mut target) = connect(frontend, carrier).await;
         frontend.abort();
-        let error = socket.read_u8().await.unwrap_err();
+        let error = target.read_u8().await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     })
     .await;
@@ -95,17 +83,15 @@ async fn reset_reaches_a_frontend_that_has_stopped_reading(
     #[values(Quic, Tcp)] carrier: Carrier,
 ) {
     within(async {
-        let rig = rig(frontend, carrier).start().await.unwrap();
-        let (target, mut accepted) = targets::handed_over().await.unwrap();
-        let (mut frontend, mut socket) = connect(&rig, &target, &mut accepted).await;
+        let (_rig, mut frontend, mut target) = connect(frontend, carrier).await;
         // Fills every buffer, so that the agent itself is blocked in a write.
         let chunk = vec![0; 65_536];
         while let Ok(written) =
-            tokio::time::timeout(std::time::Duration::from_millis(300), socket.write(&chunk)).await
+            tokio::time::timeout(std::time::Duration::from_millis(300), target.write(&chunk)).await
         {
             written.unwrap();
         }
-        targets::reset(socket);
+        targets::reset(target);
         let mut read = Vec::new();
         let error = loop {
             match frontend.read(&mut read).await {
@@ -127,10 +113,8 @@ async fn a_target_that_closed_stops_a_frontend_that_writes_on(
     #[values(Quic, Tcp)] carrier: Carrier,
 ) {
     within(async {
-        let rig = rig(frontend, carrier).start().await.unwrap();
-        let (target, mut accepted) = targets::handed_over().await.unwrap();
-        let (mut frontend, socket) = connect(&rig, &target, &mut accepted).await;
-        drop(socket);
+        let (_rig, mut frontend, target) = connect(frontend, carrier).await;
+        drop(target);
         let chunk = vec![0; 65_536];
         while frontend.write(&chunk).await.is_ok() {}
     })
@@ -145,13 +129,11 @@ async fn a_frontend_that_closed_ends_an_idle_target(
     #[values(Quic, Tcp)] carrier: Carrier,
 ) {
     within(async {
-        let rig = rig(frontend, carrier).start().await.unwrap();
-        let (target, mut accepted) = targets::handed_over().await.unwrap();
-        let (frontend, mut socket) = connect(&rig, &target, &mut accepted).await;
+        let (_rig, frontend, mut target) = connect(frontend, carrier).await;
         frontend.close().await.unwrap();
-        assert_eq!(socket.read(&mut [0]).await.unwrap(), 0);
+        assert_eq!(target.read(&mut [0]).await.unwrap(), 0);
         // The client does not read any more.
-        while socket.write_all(b"another line\n").await.is_ok() {
+        while target.write_all(b"another line\n").await.is_ok() {
             tokio::task::yield_now().await;
         }
     })

@@ -20,9 +20,11 @@ use std::{
 use culvert_loadtest::{
     frontend::{Connection, FrontendKind},
     process::{Launch, Process},
-    rig::Rig,
+    rig::{Rig, Running},
+    targets,
 };
 use tokio::{
+    net::TcpStream,
     task::JoinSet,
     time::{interval, timeout},
 };
@@ -44,6 +46,17 @@ pub(crate) async fn within<T>(test: impl Future<Output = T>) -> T {
 /// A rig with this frontend and this carrier.
 pub(crate) fn rig(frontend: FrontendKind, carrier: Carrier) -> Rig {
     Rig::new().frontend(frontend).carrier(carrier)
+}
+
+/// A new server, agent and target, and both ends of a connection between them.
+pub(crate) async fn connected(
+    frontend: FrontendKind,
+    carrier: Carrier,
+) -> (Running, Connection, TcpStream) {
+    let rig = rig(frontend, carrier).start().await.unwrap();
+    let (target, mut accepted) = targets::handed_over().await.unwrap();
+    let frontend = rig.dial(target.address()).await.unwrap();
+    (rig, frontend, accepted.recv().await.unwrap())
 }
 
 /// `count` random bytes, the same for the same seed.
