@@ -3,21 +3,18 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use culvert_process::{
-    admin::{AdminServer, BindError, Routes},
+    admin::{AdminServer, Port, Routes},
     kubernetes::ClientError,
     metrics::{BuildError, Upkeep},
+    supervision::{propagate_panic, until_panic},
 };
 use culvert_transport::tls::TlsError;
 use culvert_wire::InstanceId;
-use tokio::{
-    task::JoinError,
-    time::{Instant, timeout},
-};
+use tokio::time::{Instant, timeout};
 use tokio_util::{
     sync::CancellationToken,
     task::{AbortOnDropHandle, TaskTracker},
 };
-use tracing::warn;
 
 use crate::{
     config::Config,
@@ -44,9 +41,6 @@ pub enum StartError {
     /// There is no client for kube-apiserver, which Leases are read from.
     #[error(transparent)]
     Kubernetes(#[from] ClientError),
-    /// The health port cannot be listened on.
-    #[error(transparent)]
-    Admin(#[from] BindError),
     /// A metric is misdeclared; the fault is ours.
     #[error(transparent)]
     Metrics(#[from] BuildError),
@@ -60,20 +54,20 @@ pub struct Agent {
     bridges: TaskTracker,
     tunnels: Arc<ServerTunnels>,
     health: AdminServer,
-    admin: Option<AdminServer>,
+    admin: AdminServer,
     metrics: Arc<AgentMetrics>,
     leases: Option<LeaseCount>,
-    _upkeep: Upkeep,
+    upkeep: Upkeep,
 }
 
 impl Agent {
-    /// Checks the files and binds the health and admin ports. Needs a tokio runtime.
+    /// Checks the files, and serves health and administration as soon as their ports are free.
+    /// Needs a tokio runtime.
     ///
-    /// An admin port that cannot be bound is logged, and the agent goes on without it: on the
-    /// host's network another process may have the port, and the tunnel matters more.
+    /// On the host's network another process may have the ports, and the tunnel matters more.
     ///
     /// # Errors
-    /// When a file cannot be used or the health port cannot be bound.
+    /// When a file cannot be used.
     pub fn bind(config: &Config) -> Result<Self, StartError> {
         let metrics = Arc::new(AgentMetrics::new()?);
         let bridges = TaskTracker::new();
@@ -106,22 +100,12 @@ impl Agent {
             draining: CancellationToken::new(),
         });
         let upkeep = metrics.inner().spawn_upkeep();
-        let health = bind_health(config.health_address, &tunnels, &metrics)?;
+        let health = start_health(config.health_address, &tunnels, &metrics);
         let routes = Routes::new().metrics_on_port(health.local_address().port());
-        let admin = AdminServer::bind("admin-server-port", config.admin_address, routes)
-            .inspect_err(|error| warn!(%error, "going on without the admin port"))
-            .ok();
-        Ok(Self {
-            connector,
-            context,
-            bridges,
-            tunnels,
-            health,
-            admin,
-            metrics,
-            leases,
-            _upkeep: upkeep,
-        })
+        let (listener, flag) = ("admin", "admin-server-port");
+        let port = Port { listener, flag, address: config.admin_address };
+        let admin = AdminServer::start(port, routes, metrics.inner());
+        Ok(Self { connector, context, bridges, tunnels, health, admin, metrics, leases, upkeep })
     }
 
     /// The address of health, readiness and metrics.
@@ -143,17 +127,18 @@ impl Agent {
     ///
     /// # Panics
     /// When one of the agent's own tasks panics, so that no process stays healthy without a tunnel.
-    pub async fn run(self, stop: impl Future<Output = ()>) {
+    pub async fn run(mut self, stop: impl Future<Output = ()>) {
         let mut counting = self.leases.map(|leases| {
             let keep = leases.keep(self.tunnels.clone(), self.metrics.clone());
             AbortOnDropHandle::new(tokio::spawn(keep))
         });
         let mut connecting =
             AbortOnDropHandle::new(tokio::spawn(self.connector.run(self.context.clone())));
+        let supervised = [self.health.task(), self.admin.task(), &mut self.upkeep];
         tokio::select! {
             () = stop => {}
             ended = &mut connecting => propagate_panic(ended),
-            () = until_panic(counting.as_mut()) => {}
+            never = until_panic(supervised.into_iter().chain(&mut counting)) => match never {},
         }
         drop(counting);
         self.context.draining.cancel();
@@ -164,65 +149,23 @@ impl Agent {
         self.bridges.close();
         let _ = timeout(BRIDGE_TIMEOUT, self.bridges.wait()).await;
         self.health.stop().await;
-        if let Some(admin) = self.admin {
-            admin.stop().await;
-        }
+        self.admin.stop().await;
     }
 }
 
-fn bind_health(
+fn start_health(
     address: SocketAddr,
     tunnels: &Arc<ServerTunnels>,
     metrics: &Arc<AgentMetrics>,
-) -> Result<AdminServer, BindError> {
-    let (ready, rendered, metrics) = (tunnels.clone(), tunnels.clone(), metrics.clone());
+) -> AdminServer {
+    let (ready, rendered, counted) = (tunnels.clone(), tunnels.clone(), metrics.clone());
     let routes = Routes::new()
         .healthz()
         .readyz(move |request| {
             let lines = if request.is_verbose() { ready.describe() } else { Vec::new() };
             readiness::answer(ready.is_connected(), request.is_verbose(), &lines)
         })
-        .metrics(move || metrics.render(&rendered));
-    AdminServer::bind("health-server-port", address, routes)
-}
-
-/// Panics with the panic of a task, if it panicked.
-fn propagate_panic(ended: Result<(), JoinError>) {
-    if let Err(error) = ended
-        && let Ok(panic) = error.try_into_panic()
-    {
-        std::panic::resume_unwind(panic);
-    }
-}
-
-/// Panics when the task panics, and never completes.
-async fn until_panic(task: Option<&mut AbortOnDropHandle<()>>) {
-    if let Some(task) = task {
-        propagate_panic(task.await);
-    }
-    std::future::pending().await
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn task(work: impl Future<Output = ()> + Send + 'static) -> AbortOnDropHandle<()> {
-        AbortOnDropHandle::new(tokio::spawn(work))
-    }
-
-    #[tokio::test(start_paused = true)]
-    #[should_panic(expected = "scripted")]
-    async fn a_panic_of_a_supervised_task_ends_the_agent() {
-        until_panic(Some(&mut task(async { panic!("scripted") }))).await;
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_supervised_task_that_ends_without_a_panic_does_not_end_the_agent() {
-        let mut ended = task(async {});
-        for supervised in [Some(&mut ended), None] {
-            let wait = timeout(Duration::from_secs(60), until_panic(supervised));
-            assert!(wait.await.is_err());
-        }
-    }
+        .metrics(move || counted.render(&rendered));
+    let port = Port { listener: "health", flag: "health-server-port", address };
+    AdminServer::start(port, routes, metrics.inner())
 }

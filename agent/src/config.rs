@@ -22,6 +22,9 @@ mod identifiers;
 
 pub use flags::Flags;
 
+/// File descriptors besides those of targets: listeners, tunnels over TCP, health and metrics.
+const OTHER_DESCRIPTORS: u64 = 512;
+
 /// Everything that configures an agent.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -145,11 +148,11 @@ impl ProcessConfig for Config {
         let sync = sync(&flags, &mut faults);
         let agent_id = faults.id("agent-id", flags.agent_id.as_deref());
         let identifiers = identifiers::parse(&flags.agent_identifiers, &mut faults);
-        let health_port = flags.health_server_port.unwrap_or_else(|| invocation.choose(8093, 8134));
+        let health_port = flags.health_server_port.unwrap_or_else(|| invocation.choose(8093, 8136));
         let health_port = faults.port("health-server-port", health_port);
         let health_address =
             faults.bind_address("health-server-host", &flags.health_server_host, health_port);
-        let admin_port = flags.admin_server_port.unwrap_or_else(|| invocation.choose(8094, 8133));
+        let admin_port = flags.admin_server_port.unwrap_or_else(|| invocation.choose(8094, 8135));
         let admin_port = faults.port("admin-server-port", admin_port);
         let admin_address = flags.admin.check(admin_port, &mut faults);
         let dial_timeout = faults.positive_duration("dial-timeout", flags.dial_timeout);
@@ -189,6 +192,10 @@ impl ProcessConfig for Config {
 
     fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    fn descriptors(&self) -> u64 {
+        u64::from(self.max_streams) + OTHER_DESCRIPTORS
     }
 }
 

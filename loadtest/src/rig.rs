@@ -155,7 +155,8 @@ impl Rig {
             backends: server.backends().clone(),
             metrics: server.metrics().clone(),
         };
-        let task = Task::spawn(|stop| server.run(stop));
+        let task =
+            Task::spawn(|stop| async { server.run(stop).await.expect("agents are accepted") });
         Ok((running, task))
     }
 }

@@ -27,7 +27,7 @@ impl Program for ServerProgram {
             health = %server.health_address(), admin = %server.admin_address(),
             "culvert-server runs",
         );
-        server.run(stop.cancelled_owned()).await;
+        server.run(stop.cancelled_owned()).await?;
         info!("culvert-server ends");
         Ok(())
     }

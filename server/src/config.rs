@@ -24,6 +24,9 @@ pub use flags::Flags;
 pub use frontend::{FrontendConfig, FrontendListen, Mode};
 pub use tls::{TlsConfig, TlsVersion};
 
+/// File descriptors besides those of frontends: listeners, tunnels over TCP, health and metrics.
+const OTHER_DESCRIPTORS: u64 = 512;
+
 /// Configuration of a server.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -120,6 +123,10 @@ impl ProcessConfig for Config {
 
     fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    fn descriptors(&self) -> u64 {
+        u64::from(self.frontend.max_connections) + OTHER_DESCRIPTORS
     }
 }
 

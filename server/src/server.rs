@@ -3,9 +3,10 @@
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use culvert_process::{
-    admin::{self, AdminServer, Routes},
+    admin::{AdminServer, Port, Routes},
     kubernetes::ClientError,
     metrics::{BuildError, Upkeep},
+    supervision::{propagate_panic, until_panic},
 };
 use culvert_wire::CloseCode;
 use tokio::time::timeout;
@@ -48,9 +49,6 @@ pub enum StartError {
     /// There is no client for kube-apiserver.
     #[error(transparent)]
     Kubernetes(#[from] ClientError),
-    /// The health or admin port cannot be bound.
-    #[error(transparent)]
-    Admin(#[from] admin::BindError),
     /// A metric is misdeclared; the fault is ours.
     #[error(transparent)]
     Metrics(#[from] BuildError),
@@ -70,14 +68,15 @@ pub struct Server {
     admin: AdminServer,
     leases: Option<LeaseController>,
     grace: Duration,
-    _upkeep: Upkeep,
+    upkeep: Upkeep,
 }
 
 impl Server {
-    /// Binds the ports for frontends, agents, health and administration. Needs a tokio runtime.
+    /// Binds the ports for frontends and agents, and serves health and administration as soon as
+    /// their ports are free. Needs a tokio runtime.
     ///
     /// # Errors
-    /// When one of them cannot be bound; those bound before it are released.
+    /// When the port for frontends or for agents cannot be bound.
     pub fn bind(config: &Config) -> Result<Self, StartError> {
         let metrics = Arc::new(ServerMetrics::new()?);
         let backends = Backends::new(&config.agents.strategies);
@@ -111,6 +110,9 @@ impl Server {
             tasks: TaskTracker::new(),
         });
         let upkeep = metrics.inner().spawn_upkeep();
+        let port = |listener, flag, address| Port { listener, flag, address };
+        let health_port = port("health", "health-port", config.health_address);
+        let admin_port = port("admin", "admin-port", config.admin_address);
         let routes = || {
             let (metrics, backends) = (metrics.clone(), backends.clone());
             Routes::new().metrics(move || metrics.render(&backends))
@@ -118,15 +120,15 @@ impl Server {
         let ready = backends.clone();
         let health_routes = routes().healthz().readyz(move |_| readiness(ready.is_ready()));
         Ok(Self {
-            health: AdminServer::bind("health-port", config.health_address, health_routes)?,
-            admin: AdminServer::bind("admin-port", config.admin_address, routes())?,
+            health: AdminServer::start(health_port, health_routes, metrics.inner()),
+            admin: AdminServer::start(admin_port, routes(), metrics.inner()),
             frontend,
             frontend_context,
             agents,
             agent_context,
             leases,
             grace: config.graceful_shutdown_timeout,
-            _upkeep: upkeep,
+            upkeep,
         })
     }
 
@@ -169,26 +171,31 @@ impl Server {
     /// Serves until `stop` completes, then drains for the configured time and closes everything:
     /// agents are sent a goodbye, frontends still open are cut off, the Unix socket is removed.
     ///
+    /// # Errors
+    /// When agents could no longer be accepted over QUIC; then everything was closed as well.
+    ///
     /// # Panics
-    /// When an accept loop has panicked: a server that accepts nothing must not look healthy.
-    pub async fn run(self, stop: impl Future<Output = ()>) {
+    /// When one of the server's own tasks has panicked: a server that does not accept, does not
+    /// answer or does not keep its Lease must not look healthy.
+    pub async fn run(mut self, stop: impl Future<Output = ()>) -> Result<(), ListenerError> {
         let FrontendContext { stopping, closing, tasks, .. } = &*self.frontend_context;
         let mut agents = self.agents.start(&self.agent_context);
         let stop_lease = CancellationToken::new();
-        let lease_task = self
+        let mut lease_task = self
             .leases
             .map(|leases| AbortOnDropHandle::new(tokio::spawn(leases.keep(stop_lease.clone()))));
         let mut frontend =
             AbortOnDropHandle::new(tokio::spawn(self.frontend.run(self.frontend_context.clone())));
-        tokio::select! {
-            () = stop => {}
-            () = agents.panicked() => {}
-            Err(error) = &mut frontend => std::panic::resume_unwind(error.into_panic()),
-        }
+        let supervised = [self.health.task(), self.admin.task(), &mut self.upkeep, &mut frontend];
+        let ended = tokio::select! {
+            () = stop => Ok(()),
+            error = agents.failed() => Err(error),
+            never = until_panic(supervised.into_iter().chain(&mut lease_task)) => match never {},
+        };
 
         // No new requests first; the frontend's task ends within a moment and removes its socket.
         stopping.cancel();
-        let _ = frontend.await;
+        propagate_panic(frontend.await);
         agents.refuse_new().await;
         self.agent_context.backends.close();
         self.agent_context.draining.cancel();
@@ -214,6 +221,7 @@ impl Server {
         }
         self.health.stop().await;
         self.admin.stop().await;
+        ended
     }
 }
 

@@ -153,7 +153,7 @@ pub struct Flags {
     #[arg(long, help = channel_flags::WARN_ON_CHANNEL_LIMIT, help_heading = "Agent")]
     pub warn_on_channel_limit: bool,
 
-    /// Port of /healthz, /readyz and /metrics [default: 8134, or 8093 when started as proxy-agent]
+    /// Port of /healthz, /readyz and /metrics [default: 8136, or 8093 when started as proxy-agent]
     #[arg(long, help_heading = "Health and administration", value_name = "PORT")]
     pub health_server_port: Option<i64>,
 
@@ -167,7 +167,7 @@ pub struct Flags {
     pub health_server_host: String,
 
     /// Port of the administration endpoint (/metrics, a redirect to the health port) [default:
-    /// 8133, or 8094 when started as proxy-agent]
+    /// 8135, or 8094 when started as proxy-agent]
     #[arg(long, help_heading = "Health and administration", value_name = "PORT")]
     pub admin_server_port: Option<i64>,
 

@@ -38,7 +38,7 @@ impl Files {
 fn default_ports_depend_on_the_name_of_the_program() {
     let files = Files::new();
     for (argv0, ports) in
-        [("/proxy-agent", [8091, 8093, 8094]), ("/culvert-agent", [8132, 8134, 8133])]
+        [("/proxy-agent", [8091, 8093, 8094]), ("/culvert-agent", [8132, 8136, 8135])]
     {
         let config = files.config_as(argv0, &["--ca-cert=@ca"]).unwrap();
         let found =

@@ -64,6 +64,8 @@ fn is_metric(name: &str) -> bool {
         "culvert_server_",
         "culvert_agent_",
         "culvert_build_info",
+        "culvert_log_",
+        "culvert_listener_",
     ];
     prefixes.iter().any(|prefix| name.starts_with(prefix))
         && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')

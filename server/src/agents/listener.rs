@@ -3,7 +3,7 @@
 use std::{fs, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use culvert_konnectivity::ALPN_H2;
-use culvert_process::{accept::Acceptor, listen};
+use culvert_process::{accept::Acceptor, listen, supervision::propagate_panic};
 use culvert_transport::{
     BufferSizes, ConnectError, Settings,
     quic::{self, ResetKey},
@@ -47,6 +47,9 @@ pub enum ListenerError {
         /// Why it cannot be read.
         source: io::Error,
     },
+    /// No agent can be accepted over QUIC any more.
+    #[error("--agent-port: the UDP socket has failed")]
+    Ended,
     /// The kernel does not report the bound address.
     #[error(transparent)]
     Address(#[from] io::Error),
@@ -151,18 +154,18 @@ pub(crate) struct AcceptingAgents {
 }
 
 impl AcceptingAgents {
-    /// Waits for the panic of an accept loop, and goes on with it.
+    /// Completes when agents can no longer be accepted over QUIC: the kernel has failed its socket.
+    ///
+    /// # Panics
+    /// With the panic of an accept loop.
     ///
     /// # Cancel safety
     /// Cancel safe: the loops go on.
-    pub(crate) async fn panicked(&mut self) {
-        while let Some(ended) = self.tasks.join_next().await {
-            if let Err(error) = ended
-                && error.is_panic()
-            {
-                std::panic::resume_unwind(error.into_panic());
-            }
+    pub(crate) async fn failed(&mut self) -> ListenerError {
+        if let Some(ended) = self.tasks.join_next().await {
+            propagate_panic(ended);
         }
+        ListenerError::Ended
     }
 
     /// Refuses agents that come from now on; those that have come are served on.

@@ -21,9 +21,11 @@ use tokio::{
     net::{TcpListener, TcpStream, UnixListener, UnixStream, unix},
     time::{Instant, sleep_until},
 };
-use tracing::warn;
 
-use crate::logging::RateLimit;
+use crate::{
+    descriptors::{Reserve, is_shortage},
+    rate_limited,
+};
 
 /// Pause after a failed accept. The usual cause is a lack of file descriptors, and the failed
 /// connection stays in the kernel's queue: without a pause the loop would spin.
@@ -64,14 +66,25 @@ pub struct Acceptor<L> {
     listener: L,
     name: &'static str,
     retry_at: Option<Instant>,
-    /// A limit of its own, so that one port's errors hide no other's.
-    log_limit: RateLimit,
+    /// Descriptors to accept with when the process has no others.
+    reserve: Option<Reserve>,
 }
 
 impl<L: Listener> Acceptor<L> {
     /// Accepts from `listener`, which log lines call `name`.
     pub fn new(name: &'static str, listener: L) -> Self {
-        Self { listener, name, retry_at: None, log_limit: RateLimit::new(LOG_INTERVAL) }
+        Self { listener, name, retry_at: None, reserve: None }
+    }
+
+    /// As [`Self::new`], and keeps a few descriptors, so that it can accept when the process has no
+    /// others. While [`Self::is_short`], its connections must be short.
+    pub fn with_reserve(name: &'static str, listener: L) -> Self {
+        Self { reserve: Some(Reserve::new()), ..Self::new(name, listener) }
+    }
+
+    /// Whether descriptors are missing from the reserve. Takes those that are free again.
+    pub fn is_short(&mut self) -> bool {
+        self.reserve.as_mut().is_some_and(|reserve| !reserve.refill())
     }
 
     /// The listener, for its address.
@@ -82,7 +95,8 @@ impl<L: Listener> Acceptor<L> {
     /// The next connection.
     ///
     /// An error that concerns one connection is skipped. After any other, the next attempt comes
-    /// 100 ms later, and at most one line in 10 s is logged.
+    /// 100 ms later, and at most one line in 10 s is logged for each listener. Without descriptors, one
+    /// of the reserve is used first.
     ///
     /// # Cancel safety
     /// Cancel safe: no accepted connection is lost, and the pause after an error is not shortened.
@@ -95,17 +109,22 @@ impl<L: Listener> Acceptor<L> {
             match poll_fn(|cx| self.listener.poll_accept(cx)).await {
                 Ok(connection) => return connection,
                 Err(error) if concerns_one_connection(&error) => {}
+                Err(error) if is_shortage(&error) && self.release() => {}
                 Err(error) => {
                     self.retry_at = Some(Instant::now() + RETRY_INTERVAL);
-                    if let Some(suppressed) = self.log_limit.admit(std::time::Instant::now()) {
-                        warn!(
-                            listener = self.name, %error, suppressed,
-                            "a connection was not accepted",
-                        );
-                    }
+                    rate_limited!(
+                        LOG_INTERVAL, per listener = self.name, WARN, %error,
+                        "a connection was not accepted"
+                    );
+                    self.is_short();
                 }
             }
         }
+    }
+
+    /// Frees a descriptor of the reserve; whether there was one.
+    fn release(&mut self) -> bool {
+        self.reserve.as_mut().is_some_and(Reserve::release)
     }
 }
 
@@ -151,6 +170,16 @@ mod tests {
         let pauses = 2 * RETRY_INTERVAL;
         let late = start.elapsed() - pauses;
         assert!(late < Duration::from_millis(5), "{late:?}"); // timers count whole milliseconds
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reserve_is_used_before_a_pause() {
+        let start = Instant::now();
+        let script = Scripted(RefCell::new([Err(Errno::EMFILE), Ok(1)].into()));
+        let mut acceptor = Acceptor::with_reserve("test", script);
+        assert_eq!(acceptor.accept().await, 1);
+        assert_eq!(start.elapsed(), Duration::ZERO);
+        assert!(!acceptor.is_short(), "it is full again");
     }
 
     #[tokio::test(start_paused = true)]

@@ -4,6 +4,8 @@
 //! process. So everything that a client can hold is bounded, and a new connection ends the oldest
 //! one when too many are open: a client that opens many cannot keep the kubelet out.
 
+mod rendering;
+
 use std::{
     collections::VecDeque, convert::Infallible, fmt, io, net::SocketAddr, sync::Arc, time::Duration,
 };
@@ -17,22 +19,31 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use metrics::Gauge;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::watch,
-    task::{AbortHandle, JoinHandle, JoinSet},
+    task::{AbortHandle, JoinSet},
+    time::{sleep, timeout},
 };
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{debug, info, warn};
 
-use crate::{accept::Acceptor, listen};
+use self::rendering::Rendering;
+use crate::{accept::Acceptor, listen, metrics::Metrics};
 
 /// Time for a client to send the head of a request, and between two requests; Konnectivity's value.
 const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(60);
+/// The same while the process has no descriptors to spare.
+const SHORT_HEADER_READ_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum size of a request's head, in bytes. Probes and scrapers send a few hundred.
 const MAX_HEADER_BYTES: usize = 64 << 10;
 /// Maximum number of open connections; one more ends the oldest.
 const MAX_CONNECTIONS: usize = 256;
 /// Time for unfinished responses when the server stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+/// First and last interval between attempts to listen on a port that is not available.
+const BIND_INTERVALS: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 
 /// A response.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,12 +55,12 @@ pub struct AdminResponse {
     /// Location of a redirect.
     pub location: Option<String>,
     /// Body.
-    pub body: String,
+    pub body: Bytes,
 }
 
 impl AdminResponse {
     /// A response of plain text.
-    pub fn text(status: StatusCode, body: impl Into<String>) -> Self {
+    pub fn text(status: StatusCode, body: impl Into<Bytes>) -> Self {
         let content_type = "text/plain; charset=utf-8";
         Self { status, content_type, location: None, body: body.into() }
     }
@@ -87,7 +98,12 @@ impl AdminRequest<'_> {
     }
 }
 
-type Handler = Box<dyn Fn(AdminRequest<'_>) -> AdminResponse + Send + Sync>;
+enum Handler {
+    /// Answers at once.
+    Answer(Box<dyn Fn(AdminRequest<'_>) -> AdminResponse + Send + Sync>),
+    /// Metrics, which cost time.
+    Metrics(Rendering),
+}
 
 /// Paths and their handlers; every other path is a 404.
 #[derive(Default)]
@@ -113,7 +129,7 @@ impl Routes {
         path: &'static str,
         handler: impl Fn(AdminRequest<'_>) -> AdminResponse + Send + Sync + 'static,
     ) -> Self {
-        self.table.push((path, Box::new(handler)));
+        self.table.push((path, Handler::Answer(Box::new(handler))));
         self
     }
 
@@ -132,12 +148,11 @@ impl Routes {
         self.on("/readyz", move |request| ready(request)).on("/ready", move |request| same(request))
     }
 
-    /// Adds `/metrics` with the text of `render`, in Prometheus' text format.
-    pub fn metrics(self, render: impl Fn() -> String + Send + Sync + 'static) -> Self {
-        self.on("/metrics", move |_| AdminResponse {
-            content_type: "text/plain; version=0.0.4; charset=utf-8",
-            ..AdminResponse::text(StatusCode::OK, render())
-        })
+    /// Adds `/metrics` with the text of `render`, in Prometheus' text format. It is called so seldom
+    /// that it takes a tenth of one thread at most: requests wait for it, and share its text.
+    pub fn metrics(mut self, render: impl Fn() -> String + Send + Sync + 'static) -> Self {
+        self.table.push(("/metrics", Handler::Metrics(Rendering::new(render))));
+        self
     }
 
     /// Adds `/metrics` as a redirect (301) to the same path on another port of the same host, as on
@@ -150,16 +165,24 @@ impl Routes {
         })
     }
 
-    fn answer<B>(&self, request: &Request<B>) -> AdminResponse {
+    async fn answer<B>(&self, request: Request<B>) -> Response<Full<Bytes>> {
         let path = request.uri().path();
-        let Some((_, handler)) = self.table.iter().find(|(known, _)| *known == path) else {
-            return AdminResponse::text(StatusCode::NOT_FOUND, "404 page not found\n");
-        };
-        let host = request.headers().get(HOST).and_then(|host| host.to_str().ok());
-        handler(AdminRequest {
-            query: request.uri().query().unwrap_or_default(),
-            host: host.unwrap_or_default(),
-        })
+        let handler = self.table.iter().find(|(known, _)| *known == path);
+        match handler.map(|(_, handler)| handler) {
+            Some(Handler::Answer(answer)) => {
+                let host = request.headers().get(HOST).and_then(|host| host.to_str().ok());
+                let query = request.uri().query().unwrap_or_default();
+                answer(AdminRequest { query, host: host.unwrap_or_default() }).into_response()
+            }
+            Some(Handler::Metrics(rendering)) => AdminResponse {
+                content_type: "text/plain; version=0.0.4; charset=utf-8",
+                ..AdminResponse::text(StatusCode::OK, rendering.text().await)
+            }
+            .into_response(),
+            None => {
+                AdminResponse::text(StatusCode::NOT_FOUND, "404 page not found\n").into_response()
+            }
+        }
     }
 }
 
@@ -183,36 +206,67 @@ pub struct BindError {
     pub source: io::Error,
 }
 
+/// Which of a process's admin ports a server is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// Name in log lines and metrics.
+    pub listener: &'static str,
+    /// The flag that chooses the port, without its hyphens.
+    pub flag: &'static str,
+    /// Address to listen on; port 0 is any free port.
+    pub address: SocketAddr,
+}
+
+impl Port {
+    /// # Errors
+    /// If the address cannot be bound. The error names the flag.
+    fn bind(self) -> Result<TcpListener, BindError> {
+        let Self { flag, address, .. } = self;
+        listen::tcp(address).map_err(|source| BindError { flag, address, source })
+    }
+}
+
 /// A running server. It owns its task and its connections; dropping it ends them.
 #[derive(Debug)]
 pub struct AdminServer {
     local_address: SocketAddr,
     stop: watch::Sender<bool>,
-    task: JoinHandle<()>,
+    task: AbortOnDropHandle<()>,
 }
 
 impl AdminServer {
-    /// Serves `routes` on `address`, where port 0 is any free port. Panics outside a tokio runtime.
-    ///
-    /// # Errors
-    /// If the address cannot be bound. The error names `flag`.
-    pub fn bind(
-        flag: &'static str,
-        address: SocketAddr,
-        routes: Routes,
-    ) -> Result<Self, BindError> {
-        let bind_error = |source| BindError { flag, address, source };
-        let listener = listen::tcp(address).map_err(bind_error)?;
-        let local_address = listener.local_addr().map_err(bind_error)?;
+    /// Serves `routes` on a port. While the port cannot be bound, because another process has it,
+    /// that is logged and part of `metrics`, and tried again. Panics outside a tokio runtime.
+    pub fn start(port: Port, routes: Routes, metrics: &Metrics) -> Self {
+        let unavailable = metrics.listener_unavailable(port.listener);
+        let bound = port.bind();
+        let bound = bound.and_then(|listener| match listener.local_addr() {
+            Ok(local_address) => Ok((listener, local_address)),
+            Err(source) => Err(BindError { flag: port.flag, address: port.address, source }),
+        });
+        let (listener, local_address) = match bound {
+            Ok((listener, local_address)) => (Some(listener), local_address),
+            Err(error) => {
+                let listener = port.listener;
+                warn!(listener, %error, "a port is not available, will try again");
+                unavailable.set(1.0);
+                (None, port.address)
+            }
+        };
         let (stop, stopping) = watch::channel(false);
-        let acceptor = Acceptor::new("admin", listener);
-        let task = tokio::spawn(run(acceptor, Arc::new(routes), stopping));
-        Ok(Self { local_address, stop, task })
+        let task = tokio::spawn(run(port, listener, unavailable, Arc::new(routes), stopping));
+        Self { local_address, stop, task: AbortOnDropHandle::new(task) }
     }
 
-    /// Address in use, with the port that the kernel chose for port 0.
+    /// Address in use, with the port that the kernel chose for port 0. The address of the
+    /// configuration if the port was not available at the start.
     pub fn local_address(&self) -> SocketAddr {
         self.local_address
+    }
+
+    /// The server's task, to be supervised.
+    pub fn task(&mut self) -> &mut AbortOnDropHandle<()> {
+        &mut self.task
     }
 
     /// Takes no new connections, waits at most 1 s for unfinished responses, and ends.
@@ -221,13 +275,7 @@ impl AdminServer {
     /// Dropping the future ends all connections at once.
     pub async fn stop(mut self) {
         self.stop.send_replace(true);
-        let _ = tokio::time::timeout(STOP_TIMEOUT, &mut self.task).await;
-    }
-}
-
-impl Drop for AdminServer {
-    fn drop(&mut self) {
-        self.task.abort(); // drops the set of connections with it
+        let _ = timeout(STOP_TIMEOUT, &mut self.task).await;
     }
 }
 
@@ -237,25 +285,58 @@ async fn stopping(stop: &mut watch::Receiver<bool>) {
 }
 
 async fn run(
-    mut acceptor: Acceptor<TcpListener>,
+    port: Port,
+    listener: Option<TcpListener>,
+    unavailable: Gauge,
     routes: Arc<Routes>,
     mut stop: watch::Receiver<bool>,
 ) {
+    let listener = match listener {
+        Some(listener) => listener,
+        None => tokio::select! {
+            listener = bind_again(port) => listener,
+            () = stopping(&mut stop) => return,
+        },
+    };
+    unavailable.set(0.0);
+    let mut acceptor = Acceptor::with_reserve(port.listener, listener);
     let mut connections = JoinSet::new();
     let mut by_age = VecDeque::new();
     loop {
         tokio::select! {
             (socket, _) = acceptor.accept() => {
                 make_room(&mut by_age);
-                let serving = serve(socket, Arc::clone(&routes), stop.clone());
+                let is_short = acceptor.is_short();
+                let serving = serve(socket, is_short, Arc::clone(&routes), stop.clone());
                 by_age.push_back(connections.spawn(serving));
             }
-            Some(_) = connections.join_next() => {}
+            Some(_) = connections.join_next() => {
+                // The descriptor that has become free.
+                acceptor.is_short();
+            }
             () = stopping(&mut stop) => break,
         }
     }
     drop(acceptor);
     while connections.join_next().await.is_some() {}
+}
+
+/// A listener on a port that was not available, once it is.
+async fn bind_again(port: Port) -> TcpListener {
+    let [mut interval, last] = BIND_INTERVALS;
+    loop {
+        sleep(interval).await;
+        match port.bind() {
+            Ok(bound) => {
+                info!(listener = port.listener, address = %port.address, "a port is available again");
+                return bound;
+            }
+            Err(error) => {
+                debug!(listener = port.listener, %error, "a port is still not available");
+                interval = last.min(interval * 2);
+            }
+        }
+    }
 }
 
 /// Removes connections that ended and, if there are still too many, ends the oldest.
@@ -271,14 +352,21 @@ fn make_room(by_age: &mut VecDeque<AbortHandle>) {
     }
 }
 
-async fn serve(stream: TcpStream, routes: Arc<Routes>, mut stop: watch::Receiver<bool>) {
+/// Serves one connection; one request if descriptors are short.
+async fn serve(
+    stream: TcpStream,
+    is_short: bool,
+    routes: Arc<Routes>,
+    mut stop: watch::Receiver<bool>,
+) {
     let service = service_fn(move |request| {
-        let response = routes.answer(&request).into_response();
-        async move { Ok::<_, Infallible>(response) }
+        let routes = Arc::clone(&routes);
+        async move { Ok::<_, Infallible>(routes.answer(request).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_READ_TIMEOUT)
+        .header_read_timeout(if is_short { SHORT_HEADER_READ_TIMEOUT } else { HEADER_READ_TIMEOUT })
+        .keep_alive(!is_short)
         .max_buf_size(MAX_HEADER_BYTES)
         .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
@@ -290,7 +378,7 @@ async fn serve(stream: TcpStream, routes: Arc<Routes>, mut stop: watch::Receiver
         }
     };
     if let Err(error) = ended {
-        tracing::debug!(%error, "admin connection ended");
+        debug!(%error, "admin connection ended");
     }
 }
 

@@ -1,6 +1,6 @@
 //! The course of a process: flags, log, runtime, work, stop signals, exit code.
 
-use std::{error::Error, ffi::OsString, fmt, process::ExitCode};
+use std::{error::Error, ffi::OsString, fmt, panic, process::ExitCode};
 
 use clap::Parser;
 use tokio::runtime::{Builder, Runtime};
@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{
+    descriptors,
     error::with_causes,
     faults::ConfigErrors,
     go_flags,
@@ -35,6 +36,9 @@ pub trait ProcessConfig: Sized {
 
     /// Warnings for the operator, to be logged at start.
     fn warnings(&self) -> &[String];
+
+    /// Number of file descriptors that the process needs to reach the limits of its connections.
+    fn descriptors(&self) -> u64;
 }
 
 /// A program that [`main`] runs.
@@ -64,7 +68,11 @@ pub trait Program {
 /// The first SIGTERM or SIGINT cancels the program's `stop` token, the second ends the process.
 /// `--help`, `--version` and `--completion` print their text and nothing runs. The exit code is 0,
 /// or 1 for unusable arguments and for a program that failed.
+///
+/// # Panics
+/// When the program panics, after the log was written.
 pub fn main<P: Program>(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let limit = descriptors::raise_limit();
     let args: Vec<_> = args.into_iter().collect();
     let invocation = Invocation::from_argv0(args.first().map(OsString::as_os_str));
     let flags = match go_flags::try_parse_from(args) {
@@ -78,16 +86,25 @@ pub fn main<P: Program>(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     if let Err(error) = logging::init(config.log()) {
         return fail::<P>(&error);
     }
+    scopeguard::defer!(logging::flush()); // after a panic too
     config.warnings().iter().for_each(|warning| warn!("{warning}"));
-    let result = P::runtime()
-        .enable_all()
-        .build()
-        .map_err(BoxError::from)
-        .and_then(|runtime: Runtime| runtime.block_on(run_until_signalled::<P>(config)));
+    descriptors::report(limit, config.descriptors());
+    let result =
+        runtime::<P>().and_then(|runtime| runtime.block_on(run_until_signalled::<P>(config)));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail::<P>(&with_causes(&*error)),
     }
+}
+
+/// The program's runtime.
+///
+/// # Errors
+/// When its threads cannot be started, for which tokio panics.
+fn runtime<P: Program>() -> Result<Runtime, BoxError> {
+    let built = panic::catch_unwind(|| P::runtime().enable_all().build());
+    let built = built.map_err(|panic| format!("cannot start: {}", logging::panic_text(&*panic)))?;
+    Ok(built.map_err(|error| format!("cannot start: {error}"))?)
 }
 
 async fn run_until_signalled<P: Program>(config: P::Config) -> Result<(), BoxError> {
@@ -106,6 +123,6 @@ async fn run_until_signalled<P: Program>(config: P::Config) -> Result<(), BoxErr
 }
 
 fn fail<P: Program>(error: &dyn fmt::Display) -> ExitCode {
-    eprintln!("{}: {error}", P::NAME);
+    logging::print(format_args!("{}: {error}\n", P::NAME));
     ExitCode::FAILURE
 }

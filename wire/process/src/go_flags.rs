@@ -9,6 +9,7 @@
 use std::{
     ffi::{OsStr, OsString},
     fmt,
+    io::{self, Write as _},
     process::ExitCode,
 };
 
@@ -56,11 +57,12 @@ pub fn command<F: Parser>() -> Command {
 impl Exit {
     /// Prints the text and returns the exit code.
     pub fn print(&self) -> ExitCode {
-        if self.code == 0 {
-            print!("{}", self.text);
+        // Nothing is left to be done where the text cannot be written.
+        let _ = if self.code == 0 {
+            io::stdout().write_all(self.text.as_bytes())
         } else {
-            eprint!("{}", self.text);
-        }
+            io::stderr().write_all(self.text.as_bytes())
+        };
         ExitCode::from(self.code)
     }
 }

@@ -4,7 +4,7 @@
 //!   [`go_duration`], [`byte_size`] and [`klog`] read flags as Konnectivity reads them, [`faults`]
 //!   collects what is wrong with them, [`tunnel_flags`], [`admin_flags`], [`kubernetes_flags`] and
 //!   [`channel_flags`] are those that both sides share, and [`invocation`] chooses default ports.
-//! - Operation: [`logging`], [`metrics`], [`admin`] and [`signals`].
+//! - Operation: [`logging`], [`metrics`], [`admin`], [`signals`] and [`supervision`].
 //! - Sockets: [`listen`] opens listeners as Go does, and [`accept`] is the one accept loop.
 //! - [`kubernetes`] sets up kube-apiserver's client.
 //!
@@ -16,6 +16,7 @@ pub mod admin_flags;
 pub mod byte_size;
 pub mod channel_flags;
 pub mod cli;
+mod descriptors;
 mod error;
 pub mod faults;
 pub mod go_duration;
@@ -28,4 +29,5 @@ pub mod listen;
 pub mod logging;
 pub mod metrics;
 pub mod signals;
+pub mod supervision;
 pub mod tunnel_flags;

@@ -1,19 +1,41 @@
 //! The log of a process: its format, its verbosity, and a rate limit for repeated events.
+//!
+//! To log never waits and never fails, whatever standard error is: lines go into a bounded queue, and
+//! a thread of its own writes them. Lines that do not fit, or that cannot be written, are counted.
+
+mod panics;
+mod queue;
+mod rate_limit;
+mod writer;
 
 use std::{
-    io::{self, IsTerminal},
-    time::{Duration, Instant},
+    fmt,
+    io::{self, IsTerminal, Write as _},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
 };
 
 use clap::ValueEnum;
-use parking_lot::Mutex;
+pub use panics::text as panic_text;
+#[doc(hidden)]
+pub use rate_limit::RateLimit;
 #[doc(hidden)]
 pub use tracing;
 use tracing::Subscriber;
 use tracing_subscriber::{EnvFilter, filter::ParseError, fmt::MakeWriter};
 
+use self::{queue::Queue, writer::Writer};
+
 /// Environment variable that takes precedence over `-v`, in tracing-subscriber's notation.
 const FILTER_VARIABLE: &str = "RUST_LOG";
+/// Maximum time that the end of the process waits for the log to be written.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The lines of this process that are not written yet.
+static QUEUE: Queue = Queue::new();
+/// Whether the thread that writes them runs.
+static WRITER_RUNS: AtomicBool = AtomicBool::new(false);
 
 /// Format of the log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -42,28 +64,106 @@ pub enum LogError {
     /// The process has a log already.
     #[error("the log was set up twice")]
     Twice(#[from] tracing::subscriber::SetGlobalDefaultError),
+    /// The thread that writes the log cannot be started.
+    #[error("the thread that writes the log cannot be started: {0}")]
+    Thread(#[source] io::Error),
 }
 
-/// Sends the log of the whole process to standard error.
+/// Sends the log of the whole process to standard error, panics included.
 ///
 /// # Errors
-/// If `RUST_LOG` cannot be parsed, or at the second call.
+/// If `RUST_LOG` cannot be parsed, if no thread can be started, or at the second call.
 pub fn init(config: LogConfig) -> Result<(), LogError> {
     let filter = std::env::var(FILTER_VARIABLE).ok();
-    let coloured = io::stderr().is_terminal();
-    let subscriber = subscriber(config, filter.as_deref(), io::stderr, coloured)?;
-    Ok(tracing::subscriber::set_global_default(subscriber)?)
+    let coloured = io::stderr().is_terminal() && config.format == LogFormat::Text;
+    let lines = move || Line { escaped: config.format == LogFormat::Text, coloured };
+    let subscriber = subscriber(config, filter.as_deref(), lines, coloured)?;
+    tracing::subscriber::set_global_default(subscriber)?;
+    let writer = Writer::new(&QUEUE, io::stderr(), config.format);
+    let thread = thread::Builder::new().name("log".to_owned());
+    thread.spawn(move || writer.run()).map_err(LogError::Thread)?;
+    WRITER_RUNS.store(true, Ordering::Relaxed);
+    panics::log_panics();
+    Ok(())
+}
+
+/// Number of log lines of this process that could not be written since its start: the queue was
+/// full, or the sink failed.
+pub fn dropped_lines() -> u64 {
+    QUEUE.dropped()
+}
+
+/// Writes text to standard error behind the log's lines, in any format of its own. For what a
+/// process that cannot go on reports; an error of the sink is ignored.
+pub fn print(text: fmt::Arguments<'_>) {
+    if WRITER_RUNS.load(Ordering::Relaxed) {
+        QUEUE.push(text.to_string().into_bytes());
+    } else {
+        let _ = io::stderr().write_fmt(text);
+    }
+}
+
+/// Waits until the log is written, at most 1 s. Blocks the thread: for the end of the process.
+pub fn flush() {
+    if WRITER_RUNS.load(Ordering::Relaxed) {
+        rate_limit::report_all();
+        QUEUE.flush(FLUSH_TIMEOUT);
+    }
+}
+
+/// Has the writer look at the limited events.
+fn wake_writer() {
+    QUEUE.wake();
+}
+
+/// Takes the line of one event, which tracing-subscriber writes at once.
+#[derive(Debug)]
+struct Line {
+    /// Whether control characters within the line are escaped; JSON has escaped them already.
+    escaped: bool,
+    coloured: bool,
+}
+
+impl io::Write for Line {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        QUEUE.push(if self.escaped { escape(line, self.coloured) } else { line.to_vec() });
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A line whose control characters, other than the end of the line and those of colours, cannot
+/// pretend to be another line or command a terminal.
+fn escape(line: &[u8], coloured: bool) -> Vec<u8> {
+    let (text, end) = match line {
+        [text @ .., b'\n'] => (text, &b"\n"[..]),
+        text => (text, &b""[..]),
+    };
+    let is_plain = |byte: u8| !byte.is_ascii_control() || (byte == b'\x1b' && coloured);
+    let mut escaped = Vec::with_capacity(line.len());
+    for byte in text {
+        match *byte {
+            byte if is_plain(byte) => escaped.push(byte),
+            byte => escaped.extend(byte.escape_ascii()),
+        }
+    }
+    escaped.extend_from_slice(end);
+    escaped
 }
 
 /// The filter for a verbosity.
 ///
 /// Kamaji starts every agent with `-v=8`, so debug must stay readable: libraries, which log each
-/// packet at debug, stay at info below 10. kube-apiserver's client is off, because Culvert logs its
-/// failures already.
+/// packet at debug, stay at warnings below 10. Below 5 they log errors alone, because Culvert logs
+/// their failures in its own terms. kube-apiserver's client is off for the same reason.
 fn filter_of(verbosity: i32) -> &'static str {
     match verbosity {
-        ..=4 => "info,kube_client=off,kube_runtime=off",
-        5..=9 => "info,kube_client=off,kube_runtime=off,culvert=debug", // a prefix: all our crates
+        // `culvert` is a prefix: all our crates.
+        ..=4 => "error,kube_client=off,kube_runtime=off,culvert=info",
+        5..=9 => "warn,kube_client=off,kube_runtime=off,culvert=debug",
         // At trace, kube-apiserver's client would log tokens.
         10.. => "trace,kube_client=off,kube_runtime=off",
     }
@@ -85,87 +185,19 @@ where
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(writer)
-        .with_ansi(coloured && config.format == LogFormat::Text);
+        .log_internal_errors(false)
+        .with_ansi(coloured);
     Ok(match config.format {
         LogFormat::Text => Box::new(lines.finish()),
         LogFormat::Json => Box::new(lines.json().flatten_event(true).finish()),
     })
 }
 
-/// Logs an event at most once per interval; for faults that can repeat with every packet or dial.
-///
-/// Takes the interval (a constant expression), the level in tracing's spelling, fields, and the
-/// message as a literal. Each place of use has a limit of its own. The line has one more field,
-/// `suppressed`: the number of events of this place that were left out since its last line.
-///
-/// ```
-/// use std::time::Duration;
-///
-/// let error = std::io::Error::other("too many open files");
-/// culvert_process::rate_limited!(
-///     Duration::from_secs(10), WARN, listener = "agents", %error, "a connection was not accepted"
-/// );
-/// ```
-#[macro_export]
-macro_rules! rate_limited {
-    ($interval:expr, $level:ident, $($event:tt)+) => {{
-        static LIMIT: $crate::logging::RateLimit = $crate::logging::RateLimit::new($interval);
-        if let Some(suppressed) = LIMIT.admit(::std::time::Instant::now()) {
-            $crate::rate_limited!(@event $level, suppressed, [] $($event)+);
-        }
-    }};
-    // Moves the fields into the brackets, so that `suppressed` can follow them.
-    (@event $level:ident, $suppressed:ident, [$($fields:tt)*] $message:literal) => {
-        $crate::logging::tracing::event!(
-            $crate::logging::tracing::Level::$level, $($fields)* $suppressed, $message
-        )
-    };
-    (@event $level:ident, $suppressed:ident, [$($fields:tt)*] $next:tt $($rest:tt)+) => {
-        $crate::rate_limited!(@event $level, $suppressed, [$($fields)* $next] $($rest)+)
-    };
-}
-
-/// The state behind one use of [`rate_limited!`](crate::rate_limited).
-#[doc(hidden)]
-#[derive(Debug)]
-pub struct RateLimit {
-    interval: Duration,
-    state: Mutex<LimitState>,
-}
-
-#[derive(Debug)]
-struct LimitState {
-    last_line: Option<Instant>,
-    suppressed: u64,
-}
-
-impl RateLimit {
-    /// At most one line per `interval`; the first event always gets one.
-    pub const fn new(interval: Duration) -> Self {
-        let state = LimitState { last_line: None, suppressed: 0 };
-        Self { interval, state: parking_lot::const_mutex(state) }
-    }
-
-    /// The number of events suppressed since the last line if an event at `now` gets a line;
-    /// `None` if it is suppressed.
-    pub fn admit(&self, now: Instant) -> Option<u64> {
-        let mut state = self.state.lock();
-        match state.last_line {
-            Some(last) if now.saturating_duration_since(last) < self.interval => {
-                state.suppressed += 1;
-                None
-            }
-            _ => {
-                state.last_line = Some(now);
-                Some(std::mem::take(&mut state.suppressed))
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+
+    use parking_lot::Mutex;
 
     use super::*;
 
@@ -201,7 +233,10 @@ mod tests {
         captured(format, verbosity, filter, || {
             tracing::info!(target: "culvert_agent", port = 8132, "ours at info");
             tracing::debug!(target: "culvert_agent", "ours at debug");
-            tracing::debug!(target: "quinn_proto", "theirs at debug");
+            tracing::error!(target: "quinn", "theirs at error");
+            tracing::warn!(target: "rustls", "theirs at warn");
+            tracing::warn!(target: "kube_client", "never");
+            tracing::info!(target: "h2", "theirs at info");
             tracing::trace!(target: "quinn_proto", "theirs at trace");
         })
     }
@@ -209,7 +244,7 @@ mod tests {
     #[test]
     fn verbosity_maps_to_levels_and_libraries_stay_quiet_at_debug() {
         for (verbosity, lines) in
-            [(-1, 1), (0, 1), (4, 1), (5, 2), (8, 2), (9, 2), (10, 4), (99, 4)]
+            [(-1, 2), (0, 2), (4, 2), (5, 4), (8, 4), (9, 4), (10, 6), (99, 6)]
         {
             let text = logged(LogFormat::Text, verbosity, None);
             assert_eq!(text.lines().count(), lines, "-v={verbosity}: {text}");
@@ -218,8 +253,8 @@ mod tests {
 
     #[test]
     fn the_environment_takes_precedence_over_verbosity() {
-        assert_eq!(logged(LogFormat::Text, 10, Some("warn")), "");
-        assert_eq!(logged(LogFormat::Text, 4, Some("")).lines().count(), 1);
+        assert_eq!(logged(LogFormat::Text, 10, Some("off")), "");
+        assert_eq!(logged(LogFormat::Text, 4, Some("")).lines().count(), 2);
         let config = LogConfig { format: LogFormat::Text, verbosity: 4 };
         let refused = subscriber(config, Some("a=b=c"), io::sink, false).map(drop).unwrap_err();
         assert!(refused.to_string().contains("RUST_LOG"), "{refused}");
@@ -234,36 +269,35 @@ mod tests {
     }
 
     #[test]
-    fn repeated_events_get_one_line_per_interval_with_the_number_of_the_others() {
-        let limit = RateLimit::new(Duration::from_secs(10));
-        let start = Instant::now();
-        for (seconds, admitted) in [
-            (0, Some(0)),
-            (1, None),
-            (9, None),
-            (10, Some(2)),
-            (11, None),
-            (60, Some(1)),
-            (70, Some(0)),
-        ] {
-            assert_eq!(limit.admit(start + Duration::from_secs(seconds)), admitted, "{seconds}");
-        }
-    }
-
-    #[test]
     fn a_rate_limited_event_has_its_fields_and_the_count_of_those_left_out() {
-        let text = captured(LogFormat::Text, 4, None, || {
+        let text = captured(LogFormat::Text, 5, None, || {
             for attempt in 0..3 {
                 crate::rate_limited!(
                     Duration::from_secs(3600), WARN, attempt, reason = %"full", "no room"
                 );
                 crate::rate_limited!(Duration::ZERO, INFO, "each time");
+                let reason = "keyed";
+                crate::rate_limited!(
+                    Duration::from_secs(3600), per number = attempt, DEBUG, reason, "apart"
+                );
             }
         });
         let lines: Vec<_> = text.lines().collect();
-        assert_eq!(lines.len(), 4, "{text}");
+        assert_eq!(lines.len(), 7, "{text}");
         assert!(lines[0].contains("WARN culvert_process::logging::tests: no room"), "{text}");
         assert!(lines[0].ends_with("attempt=0 reason=full suppressed=0"), "{text}");
         assert_eq!(text.matches("each time suppressed=0").count(), 3, "{text}");
+        for number in 0..3 {
+            let line = format!("apart number=\"{number}\" reason=\"keyed\" suppressed=0\n");
+            assert!(text.contains(&line), "{text}");
+        }
+    }
+
+    #[test]
+    fn text_within_a_line_can_neither_end_it_nor_command_a_terminal() {
+        let shown = |line: &str, coloured| String::from_utf8(escape(line.as_bytes(), coloured));
+        let forged = "é\n2026 INFO \x1b[2J\r\x07\n";
+        assert_eq!(shown(forged, false).unwrap(), "é\\n2026 INFO \\x1b[2J\\r\\x07\n");
+        assert_eq!(shown("\x1b[1m a", true).unwrap(), "\x1b[1m a");
     }
 }

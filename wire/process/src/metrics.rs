@@ -11,12 +11,16 @@ pub use metrics_exporter_prometheus::BuildError;
 use metrics_exporter_prometheus::{
     Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
+use tokio_util::task::AbortOnDropHandle;
 
 mod exposition;
 mod streams;
 
 pub use exposition::{Exposition, Kind, Labels, TunnelRow};
 pub use streams::{Counted, LiveCount, StreamEnds};
+
+/// Whether a port cannot be listened on, by the listener's name.
+const LISTENER_UNAVAILABLE: &str = "culvert_listener_unavailable";
 
 /// Interval at which samples of histograms are added to their buckets. Without it, and without
 /// scrapes, the samples would pile up in memory.
@@ -56,7 +60,14 @@ impl Metrics {
         let metrics = Self { handle: recorder.handle(), recorder: Arc::new(recorder) };
         metrics.describe_gauge("culvert_build_info", "Always 1; the label tells the version.");
         metrics.gauge("culvert_build_info", &[("version", version)]).set(1.0);
+        let help = "1 while the port of the listener cannot be listened on, else 0.";
+        metrics.describe_gauge(LISTENER_UNAVAILABLE, help);
         Ok(metrics)
+    }
+
+    /// The gauge that is 1 while this listener's port is not available.
+    pub(crate) fn listener_unavailable(&self, listener: &'static str) -> Gauge {
+        self.gauge(LISTENER_UNAVAILABLE, &[("listener", listener)])
     }
 
     /// Gives a counter its HELP text.
@@ -102,28 +113,18 @@ impl Metrics {
     /// runtime.
     pub fn spawn_upkeep(&self) -> Upkeep {
         let handle = self.handle.clone();
-        let task = tokio::spawn(async move {
+        AbortOnDropHandle::new(tokio::spawn(async move {
             let mut ticks = tokio::time::interval(UPKEEP_INTERVAL);
             loop {
                 ticks.tick().await;
                 handle.run_upkeep();
             }
-        });
-        Upkeep { task }
+        }))
     }
 }
 
 /// The upkeep task; dropping this ends it.
-#[derive(Debug)]
-pub struct Upkeep {
-    task: tokio::task::JoinHandle<()>,
-}
-
-impl Drop for Upkeep {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
+pub type Upkeep = AbortOnDropHandle<()>;
 
 fn key(name: &'static str, labels: &[(&'static str, &str)]) -> Key {
     let label = |&(name, value): &(&'static str, &str)| {

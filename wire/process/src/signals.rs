@@ -48,6 +48,7 @@ impl StopSignals {
     pub async fn exit_at_next(mut self) -> std::convert::Infallible {
         let name = self.next().await;
         tracing::warn!(signal = name, "stop requested again, exiting at once");
+        crate::logging::flush();
         std::process::exit(SECOND_SIGNAL_EXIT_CODE)
     }
 }

@@ -41,6 +41,10 @@ impl ProcessConfig for SampleConfig {
     fn warnings(&self) -> &[String] {
         &[]
     }
+
+    fn descriptors(&self) -> u64 {
+        0
+    }
 }
 
 impl Program for Sample {

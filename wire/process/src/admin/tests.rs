@@ -3,7 +3,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use super::*;
 
 fn serve_on_free_port(routes: Routes) -> AdminServer {
-    AdminServer::bind("health-port", "127.0.0.1:0".parse().unwrap(), routes).unwrap()
+    serve_on("127.0.0.1:0".parse().unwrap(), routes, &Metrics::new("1", &[]).unwrap())
+}
+
+fn serve_on(address: SocketAddr, routes: Routes, metrics: &Metrics) -> AdminServer {
+    let port = Port { listener: "health", flag: "health-port", address };
+    AdminServer::start(port, routes, metrics)
 }
 
 /// The whole answer to one request on a connection of its own.
@@ -102,14 +107,36 @@ async fn stopping_ends_idle_connections_and_frees_the_port() {
     let mut rest = String::new();
     idle.read_to_string(&mut rest).await.unwrap();
     assert!(rest.ends_with("ok"), "{rest}");
-    AdminServer::bind("health-port", address, Routes::new()).unwrap();
+    listen::tcp(address).unwrap();
 }
 
 #[tokio::test]
-async fn a_port_that_is_taken_names_its_flag() {
-    let server = serve_on_free_port(Routes::new());
-    let taken = server.local_address();
-    let error = AdminServer::bind("admin-port", taken, Routes::new()).unwrap_err();
+async fn a_port_that_is_taken_is_served_once_it_is_free() {
+    let taken = listen::tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+    let metrics = Metrics::new("1", &[]).unwrap();
+    let server = serve_on(taken.local_addr().unwrap(), Routes::new().healthz(), &metrics);
+    let unavailable = || {
+        let scrape = metrics.render(|_| {});
+        scrape.contains("\nculvert_listener_unavailable{listener=\"health\"} 1\n")
+    };
+    assert!(unavailable());
+    drop(taken);
+    // The socket above may have accepted by itself; the request after its end is answered.
+    tokio::time::pause(); // the next attempt comes at once
+    while unavailable() {
+        sleep(Duration::from_millis(10)).await;
+    }
+    tokio::time::resume();
+    assert_eq!(get(&server, "/healthz").await, (200, "ok".to_owned()));
+}
+
+#[test]
+fn the_fault_of_a_port_names_its_flag() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let _entered = runtime.enter();
+    let taken = listen::tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = taken.local_addr().unwrap();
+    let error = Port { listener: "admin", flag: "admin-port", address }.bind().unwrap_err();
     let text = error.to_string();
     assert!(text.starts_with("--admin-port: cannot listen on 127.0.0.1:"), "{text}");
 }

@@ -5,6 +5,8 @@ use std::fmt::{Display, Write as _};
 use culvert_transport::{Carrier, TunnelStats, splice::Meter};
 use metrics_process::collector;
 
+use crate::logging;
+
 /// Kind of a family's values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -134,8 +136,8 @@ impl Exposition {
         }
     }
 
-    /// Adds the `process_*` metrics that client_golang exports, with its HELP texts. A value that
-    /// the system does not give is left out.
+    /// Adds the `process_*` metrics that client_golang exports, with its HELP texts, and the number of
+    /// lost log lines. A value that the system does not give is left out.
     ///
     /// metrics-process only reads the values: registered as its own metrics, the seconds of
     /// processor time would lose their fractions.
@@ -167,6 +169,8 @@ impl Exposition {
             let help = "Total user and system CPU time spent in seconds.";
             self.counter("process_cpu_seconds_total", help, seconds);
         }
+        let help = "Log lines that were lost: the queue was full, or they could not be written.";
+        self.counter("culvert_log_lines_dropped_total", help, logging::dropped_lines());
     }
 }
 
