@@ -1,6 +1,7 @@
 //! A model of one path, and the congestion window that follows from it.
 //!
-//! Names and sections are those of draft-ietf-ccwg-bbr. This controller differs where it must:
+//! Names are those of draft-ietf-ccwg-bbr, and what stands in "…" is the title of a section there:
+//! its numbers change between revisions. This controller differs where it must:
 //! - quinn's pacer follows the window, so the window also does what BBR does by pacing gains. It is
 //!   the BDP and a few packets; BBR's gain of two would keep a queue of one BDP.
 //! - Loss below `loss::TOLERANCE` is not congestion by itself: wireless and intercontinental paths
@@ -36,7 +37,8 @@ use super::{
     sampler::{Sample, Sampler},
 };
 
-/// Length of the filter of the maximum bandwidth, in rounds: two cycles of probing (§5.5.5).
+/// Length of the filter of the maximum bandwidth, in rounds: two cycles of probing ("BBR.max_bw
+/// Max Filter").
 const BANDWIDTH_ROUNDS: u64 = 24;
 
 /// What the acknowledgements and losses of one round trip have shown.
@@ -63,7 +65,7 @@ struct Model {
     mtu: u64,
     sampler: Sampler,
 
-    /// Number of round trips so far (§5.5.1).
+    /// Number of round trips so far ("BBR.round_count").
     rounds: u64,
     /// The round ends when a packet is acknowledged that was sent after this many bytes were
     /// delivered.
@@ -75,18 +77,19 @@ struct Model {
     /// Delay by the queue in the last round.
     last_queue: Duration,
 
-    /// Maximum bandwidth (§5.5.5, max_bw).
+    /// Maximum bandwidth ("BBR.max_bw").
     bandwidth: MaxFilter,
-    /// Bandwidth while a queue stands (§5.5.10, bw_shortterm).
+    /// Bandwidth while a queue stands ("When not Probing for Bandwidth").
     bw_shortterm: Option<f64>,
-    /// Shortest round-trip time (§5.5.7).
+    /// Shortest round-trip time ("BBR.min_rtt").
     min_rtt: Option<Duration>,
     /// When a round-trip time near the shortest was last measured.
     min_rtt_at: Instant,
 
     /// Share of bytes that the path usually loses.
     usual_loss: f64,
-    /// Maximum number of bytes in flight, where more was too much (§5.5.10, inflight_longterm).
+    /// Maximum number of bytes in flight, where more was too much ("Probing for Bandwidth In
+    /// ProbeBW").
     inflight_longterm: Option<u64>,
     /// Number of cycles in a row whose queue stayed after this flow had drained its own.
     contended_cycles: u32,
@@ -124,7 +127,7 @@ impl Model {
         }
     }
 
-    /// Updates the model with an acknowledgement (§5.2.3).
+    /// Updates the model with an acknowledgement ("Per-ACK Steps").
     fn on_sample(&mut self, now: Instant, sample: Sample) {
         self.round.acked += sample.bytes;
         self.round.app_limited |= sample.app_limited;
@@ -149,7 +152,7 @@ impl Model {
     }
 
     /// Takes a delivery rate; one that the application limited only when it is the largest
-    /// (§5.5.5).
+    /// ("Updating the BBR.max_bw Max Filter").
     fn update_bandwidth(&mut self, rate: f64, app_limited: bool) {
         self.round.rate = self.round.rate.max(rate);
         if !app_limited || rate > self.bandwidth.max() {

@@ -1,4 +1,5 @@
-//! Samples of the delivery rate, from acknowledgements (draft-ietf-ccwg-bbr §4.1).
+//! Samples of the delivery rate, from acknowledgements (draft-ietf-ccwg-bbr, "Delivery Rate
+//! Samples").
 //!
 //! quinn reports to a controller when packets are sent, and when the acknowledged ones were. So the
 //! sampler keeps, for each moment of sending, what had been delivered by then.
@@ -129,7 +130,7 @@ impl Sampler {
         let acked_for = now.saturating_duration_since(flight.delivered_at);
         let sent_for = newest.saturating_duration_since(flight.first_sent);
         let interval = acked_for.max(sent_for);
-        // Over less than a round trip, acknowledgements were compressed (§4.1.2.4).
+        // Over less than a round trip, acknowledgements were compressed ("Upon receiving an ACK").
         let rate = (interval >= min_rtt && !interval.is_zero())
             .then(|| (self.delivered - flight.delivered) as f64 / interval.as_secs_f64());
         Some(Sample {

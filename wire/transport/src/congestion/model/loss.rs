@@ -1,4 +1,5 @@
-//! Loss: what the path loses by chance, and what is congestion (§5.5.10).
+//! Loss: what the path loses by chance, and what is congestion ("Updating the Model Upon Packet
+//! Loss").
 
 use super::{Model, phases::Phase};
 
@@ -6,12 +7,13 @@ use super::{Model, phases::Phase};
 pub(super) const TOLERANCE: f64 = 0.08;
 /// Share of bytes that a path may lose by chance before it is known.
 const UNKNOWN_LOSS: f64 = 0.05;
-/// Share of bytes beyond the usual loss that is congestion while a queue stands (§2.7, LossThresh).
+/// Share of bytes beyond the usual loss that is congestion while a queue stands ("Core Algorithm
+/// Design Parameters", LossThresh).
 const LOSS_THRESH: f64 = 0.02;
 /// Number of lost packets in a round below which there is no congestion.
 const MIN_LOST_PACKETS: u64 = 8;
-/// Factor of what is in flight after congestion. The draft's Beta is 0.7 (§2.7); this cuts less,
-/// because the BDP of the model bounds the window as well.
+/// Factor of what is in flight after congestion. The draft's Beta is 0.7; this cuts less, because
+/// the BDP of the model bounds the window as well.
 const BETA: f64 = 0.85;
 
 impl Model {
@@ -29,7 +31,7 @@ impl Model {
         self.round.lost as f64 / (self.round.lost + self.round.acked).max(1) as f64
     }
 
-    /// Whether this round lost more than chance explains (§5.5.10.2).
+    /// Whether this round lost more than chance explains ("Probing for Bandwidth In ProbeBW").
     pub(super) fn is_congested(&self, queue_stands: bool) -> bool {
         if self.round.congested || self.round.lost < MIN_LOST_PACKETS * self.mtu {
             return false;

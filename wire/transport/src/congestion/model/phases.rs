@@ -1,4 +1,5 @@
-//! The phases of a flow (§5.3): it finds the bandwidth, and then probes for more in cycles.
+//! The phases of a flow ("State Machine Operation"): it finds the bandwidth, and then probes for
+//! more in cycles.
 //!
 //! ```text
 //!  Startup ──▶ Down ──▶ Cruise ──▶ Up ──┐      ProbeRtt: from Down, Cruise or Up when the shortest
@@ -10,17 +11,18 @@ use std::time::{Duration, Instant};
 
 use super::Model;
 
-/// Time after which the shortest round-trip time is measured again (§5.5.7, which has 10 s for how
-/// long it is believed and 5 s between two measurements).
+/// Time after which the shortest round-trip time is measured again ("BBR.min_rtt Min Filter",
+/// MinRTTFilterLen).
 const MIN_RTT_LIFETIME: Duration = Duration::from_secs(10);
-/// Time for which the window is lowered to measure it (§5.3.4.3, ProbeRTTDuration).
+/// Time for which the window is lowered to measure it ("ProbeRTT Logic", ProbeRTTDuration).
 const PROBE_RTT_DURATION: Duration = Duration::from_millis(200);
-/// Growth of the bandwidth in a round of Startup that shows that there is more (§5.3.1.2).
+/// Growth of the bandwidth in a round of Startup that shows that there is more ("Exiting
+/// Acceleration Based on Bandwidth Plateau").
 const FULL_BW_GROWTH: f64 = 1.25;
-/// Number of rounds without such growth that end Startup (§5.3.1.2).
+/// Number of rounds without such growth that end Startup (the same section).
 const FULL_BW_ROUNDS: u32 = 3;
 /// Number of rounds between two probes for bandwidth, and how much it varies, so that flows do not
-/// probe in step (§5.3.3.5).
+/// probe in step ("Time Scale for Bandwidth Probing", which has seconds instead).
 const CRUISE_ROUNDS: u64 = 8;
 const CRUISE_SPREAD: u64 = 3;
 /// Inverse of the share by which inflight_longterm grows in a round of Cruise on a contended path.
@@ -29,31 +31,31 @@ const CONTENDED_GROWTH: u64 = 32;
 /// What the flow does.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Phase {
-    /// Doubles what it sends until the path is full (§5.3.1).
+    /// Doubles what it sends until the path is full ("Startup").
     Startup {
         /// Bandwidth when it last grew well.
         full_bw: f64,
         /// Number of rounds since.
         full_bw_count: u32,
     },
-    /// Drains its queue (§5.3.2, §5.3.3.1).
+    /// Drains its queue ("Drain", "ProbeBW_DOWN").
     Down {
         /// Number of rounds so far.
         rounds: u64,
     },
-    /// Sends at the estimated bandwidth (§5.3.3.2).
+    /// Sends at the estimated bandwidth ("ProbeBW_CRUISE").
     Cruise {
         /// Number of rounds so far.
         rounds: u64,
     },
-    /// Probes for more bandwidth (§5.3.3.4).
+    /// Probes for more bandwidth ("ProbeBW_UP").
     Up {
         /// Number of rounds so far, up to 1.
         rounds: u64,
         /// Bandwidth before the probe.
         from: f64,
     },
-    /// Measures the shortest round-trip time (§5.3.4).
+    /// Measures the shortest round-trip time ("ProbeRTT").
     ProbeRtt {
         /// When it ends.
         until: Instant,

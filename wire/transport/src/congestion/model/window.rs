@@ -1,14 +1,15 @@
-//! The congestion window in each phase (§5.6), and the sizes that it is made of.
+//! The congestion window in each phase ("Congestion Window"), and the sizes that it is made of.
 
 use std::time::Duration;
 
 use super::{Model, phases::Phase};
 
-/// Window while probing for bandwidth, in BDPs (§5.3.3.4).
+/// Window while probing for bandwidth, in BDPs ("ProbeBW_UP").
 const UP_GAIN: f64 = 1.25;
-/// Window while draining, in what is left when the queue is drained (§5.3.3.1).
+/// Window while draining, in what is left when the queue is drained ("ProbeBW_DOWN").
 const DOWN_GAIN: f64 = 0.85;
-/// Window while measuring the shortest round-trip time, in BDPs (§5.3.4.3, ProbeRTTCwndGain).
+/// Window while measuring the shortest round-trip time, in BDPs ("ProbeRTT Logic",
+/// ProbeRTTCwndGain).
 const PROBE_RTT_GAIN: f64 = 0.5;
 /// Minimum window on a contended path, in BDPs. BBR's window is never less.
 const CONTENDED_GAIN: f64 = 2.0;
@@ -19,7 +20,7 @@ const CONTENDED_CYCLES: u32 = 2;
 /// is contended still.
 const DRAINED_CYCLES: u32 = 3;
 /// Number of packets beyond the BDP, so that delayed acknowledgements do not stop the flow
-/// (§5.5.9).
+/// ("BBR.extra_acked").
 const EXTRA_PACKETS: u64 = 10;
 /// Time's worth of bytes beyond the BDP.
 const EXTRA_TIME: Duration = Duration::from_millis(1);
@@ -28,8 +29,8 @@ const MIN_BDP_RTT: Duration = Duration::from_millis(4);
 /// Delay below which there is no queue; nor is there one below an eighth of the shortest round-trip
 /// time.
 const MIN_QUEUE: Duration = Duration::from_millis(4);
-/// Minimum window, in packets: fewer cannot repair a loss without a time-out (§2.7,
-/// MinPipeCwnd).
+/// Minimum window, in packets: fewer cannot repair a loss without a time-out ("Minimum cwnd for
+/// Pipelining", MinPipeCwnd).
 const MIN_WINDOW_PACKETS: u64 = 4;
 
 impl Model {
