@@ -4,12 +4,12 @@ use std::{fmt, str::FromStr};
 
 /// A number of bytes: plain (`2097152`) or with `Ki`, `Mi`, `Gi`, each with or without a `B`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ByteSize(pub u64);
+pub(crate) struct ByteSize(pub(crate) u64);
 
 /// A text is not a size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a size; write bytes as a whole number, or with Ki, Mi or Gi, such as 2Mi")]
-pub struct ParseSizeError;
+pub(crate) struct ParseSizeError;
 
 const SUFFIXES: [(&str, u64); 3] = [("Gi", 1 << 30), ("Mi", 1 << 20), ("Ki", 1 << 10)];
 

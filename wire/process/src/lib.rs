@@ -1,7 +1,7 @@
 //! The parts of a process around its tunnels, shared by server and agent.
 //!
 //! - Command line: [`cli`] runs a program from its arguments to its exit code. [`go_flags`],
-//!   [`go_duration`], [`byte_size`] and [`klog`] read flags as Konnectivity reads them, [`faults`]
+//!   [`go_duration`], `byte_size` and `klog` read flags as Konnectivity reads them, [`faults`]
 //!   collects what is wrong with them, [`tunnel_flags`], [`admin_flags`], [`kubernetes_flags`] and
 //!   [`channel_flags`] are those that both sides share, and [`invocation`] chooses default ports.
 //! - Operation: [`logging`], [`metrics`], [`admin`], [`signals`] and [`supervision`].
@@ -13,7 +13,7 @@
 pub mod accept;
 pub mod admin;
 pub mod admin_flags;
-pub mod byte_size;
+mod byte_size;
 pub mod channel_flags;
 pub mod cli;
 mod descriptors;
@@ -22,7 +22,7 @@ pub mod faults;
 pub mod go_duration;
 pub mod go_flags;
 pub mod invocation;
-pub mod klog;
+mod klog;
 pub mod kubernetes;
 pub mod kubernetes_flags;
 pub mod listen;

@@ -31,12 +31,12 @@ pub struct TunnelFlags {
     /// Maximum number of bytes of one stream that wait in this process for a slow reader, 16Ki to
     /// 1Gi. Limits memory per stream, and the speed of a stream to this size per round trip
     #[arg(long, value_name = "SIZE", default_value_t = default_stream_receive_window())]
-    pub stream_receive_window: ByteSize,
+    pub(crate) stream_receive_window: ByteSize,
 
     /// Kernel buffer to request for each UDP socket and direction, up to 1Gi. The kernel caps it at
     /// net.core.rmem_max and net.core.wmem_max
     #[arg(long, value_name = "SIZE", default_value_t = default_udp_buffer_size())]
-    pub udp_buffer_size: ByteSize,
+    pub(crate) udp_buffer_size: ByteSize,
 
     /// Largest UDP payload that path MTU discovery tries, 1200 to 65527 bytes; the MTU of the local
     /// interface limits it too
@@ -53,7 +53,7 @@ pub struct TunnelFlags {
     /// sends none. They are sent while the path loses packets, so that short writes do not wait for
     /// retransmissions
     #[arg(long, value_name = "SIZE", default_value_t = ByteSize(DEFAULT_HEDGE_RATE.into()))]
-    pub hedge_rate: ByteSize,
+    pub(crate) hedge_rate: ByteSize,
 
     /// Key exchange of the tunnels' TLS
     #[arg(long, value_name = "KIND", value_enum, default_value_t)]
@@ -71,7 +71,7 @@ pub struct TunnelFlags {
 
     /// Flags of klog.
     #[command(flatten)]
-    pub klog: KlogFlags,
+    pub(crate) klog: KlogFlags,
 }
 
 /// [`KeyExchange`] as a flag.
