@@ -88,7 +88,7 @@ impl SendHalf {
     ///
     /// # Cancel safety
     /// Not cancel safe: an unknown part of the chunk may have been queued. Reset the half then.
-    pub async fn write_chunk(&mut self, chunk: Bytes) -> Result<(), WriteError> {
+    pub async fn write_chunk(&mut self, mut chunk: Bytes) -> Result<(), WriteError> {
         if let Some(attained) = &mut self.attained {
             let class = attained.on_write(now(), chunk.len() as u64);
             if class != self.class {
@@ -100,8 +100,11 @@ impl SendHalf {
         let interactive = self.attained.is_some() && self.class == Class::Interactive;
         let written = match &mut self.stream {
             SendStream::Quic(stream) => stream.write_chunk(chunk, interactive).await,
-            // Boxed, so that an idle stream over QUIC has no room for it.
-            SendStream::Qmux(stream) => Box::pin(stream.write_chunk(chunk)).await,
+            SendStream::Qmux(stream) => match stream.try_write_chunk(&mut chunk) {
+                Some(written) => written,
+                // Boxed, so that an idle stream over QUIC has no room for it.
+                None => Box::pin(stream.write_chunk(chunk)).await,
+            },
         };
         if let Some(attained) = &mut self.attained {
             attained.on_written(now());
@@ -257,7 +260,10 @@ impl RecvHalf {
         }
         let read = match &mut self.stream {
             RecvStream::Quic(stream) => stream.read_chunks(chunks).await,
-            RecvStream::Qmux(stream) => Box::pin(stream.read_chunks(chunks)).await,
+            RecvStream::Qmux(stream) => match stream.try_read_chunks(chunks) {
+                Some(read) => read,
+                None => Box::pin(stream.read_chunks(chunks)).await,
+            },
         };
         match &read {
             Ok(Some(_)) => {}

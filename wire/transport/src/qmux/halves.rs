@@ -52,25 +52,30 @@ impl SendStream {
     }
 
     pub(crate) async fn write_chunk(&self, mut chunk: Bytes) -> Result<(), WriteError> {
-        let Handle { id, wakers, .. } = &self.0;
         loop {
-            if let Some(lost) = self.0.shared().lost.get() {
-                return Err(WriteError::Lost(lost.clone()));
+            if let Some(written) = self.try_write_chunk(&mut chunk) {
+                return written;
             }
-            match self.0.change(|mux| mux.write(*id, &mut chunk)) {
-                Room::Taken => return Ok(()),
-                Room::Stopped(code) => return Err(WriteError::Stopped(code)),
-                Room::Ended => {
-                    return Err(match wakers.end.get() {
-                        Some(Some(code)) => WriteError::Stopped(*code),
-                        _ => WriteError::Ended,
-                    });
-                }
-                Room::None => select! {
-                    () = wakers.room.notified() => {}
-                    _ = self.0.shared().lost.wait() => {}
-                },
+            select! {
+                () = self.0.wakers.room.notified() => {}
+                _ = self.0.shared().lost.wait() => {}
             }
+        }
+    }
+
+    /// Takes the chunk whole, if that needs no wait for room.
+    pub(crate) fn try_write_chunk(&self, chunk: &mut Bytes) -> Option<Result<(), WriteError>> {
+        if let Some(lost) = self.0.shared().lost.get() {
+            return Some(Err(WriteError::Lost(lost.clone())));
+        }
+        match self.0.change(|mux| mux.write(self.0.id, chunk)) {
+            Room::Taken => Some(Ok(())),
+            Room::Stopped(code) => Some(Err(WriteError::Stopped(code))),
+            Room::Ended => Some(Err(match self.0.wakers.end.get() {
+                Some(Some(code)) => WriteError::Stopped(*code),
+                _ => WriteError::Ended,
+            })),
+            Room::None => None,
         }
     }
 
@@ -112,19 +117,29 @@ impl RecvStream {
         &self,
         chunks: &mut [Bytes],
     ) -> Result<Option<usize>, ReadError> {
-        let Handle { id, wakers, .. } = &self.0;
         loop {
-            match self.0.change(|mux| mux.read(*id, chunks)) {
-                Found::Chunks(count) => return Ok(Some(count)),
-                Found::End => return Ok(None),
-                Found::Reset(code) => return Err(ReadError::Reset(code)),
-                Found::Stopped => return Err(ReadError::Ended),
-                Found::Nothing => select! {
-                    biased;
-                    () = wakers.arrived.notified() => {}
-                    lost = self.0.shared().closed() => return Err(ReadError::Lost(lost)),
-                },
+            if let Some(read) = self.try_read_chunks(chunks) {
+                return read;
             }
+            select! {
+                biased;
+                () = self.0.wakers.arrived.notified() => {}
+                lost = self.0.shared().closed() => return Err(ReadError::Lost(lost)),
+            }
+        }
+    }
+
+    /// Reads what has arrived, or the end, if that needs no wait.
+    pub(crate) fn try_read_chunks(
+        &self,
+        chunks: &mut [Bytes],
+    ) -> Option<Result<Option<usize>, ReadError>> {
+        match self.0.change(|mux| mux.read(self.0.id, chunks)) {
+            Found::Chunks(count) => Some(Ok(Some(count))),
+            Found::End => Some(Ok(None)),
+            Found::Reset(code) => Some(Err(ReadError::Reset(code))),
+            Found::Stopped => Some(Err(ReadError::Ended)),
+            Found::Nothing => None,
         }
     }
 
