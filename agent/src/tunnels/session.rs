@@ -74,7 +74,7 @@ pub(crate) enum JoinError {
     Lost(#[from] TunnelLost),
     /// The control stream failed.
     #[error(transparent)]
-    Control(#[from] ControlError),
+    Control(ControlError),
     /// The agent's token cannot be read.
     #[error("--service-account-token-path: {0}")]
     Token(#[from] io::Error),
@@ -83,7 +83,26 @@ pub(crate) enum JoinError {
     NotWelcome,
 }
 
+impl From<ControlError> for JoinError {
+    fn from(error: ControlError) -> Self {
+        // The control stream may notice first that the tunnel is lost, and knows why.
+        match error.lost() {
+            Some(lost) => Self::Lost(lost.clone()),
+            None => Self::Control(error),
+        }
+    }
+}
+
 impl JoinError {
+    /// The code with which this side closes the tunnel after the error.
+    fn close_code(&self) -> CloseCode {
+        match self {
+            Self::Control(error) => error.close_code(),
+            Self::NotWelcome => CloseCode::PROTOCOL_VIOLATION,
+            Self::Lost(_) | Self::Token(_) => CloseCode::ABANDONED,
+        }
+    }
+
     /// Whether the server refused this agent, or the agent cannot introduce itself: the path
     /// between them is not the cause.
     pub(crate) fn is_refusal(&self) -> bool {
@@ -101,8 +120,22 @@ pub(crate) struct Joined {
     pub(crate) welcome: Welcome,
     /// Sizes of the UDP socket's kernel buffers; `None` over TCP.
     pub(crate) buffers: Option<BufferSizes>,
+    session: Session,
+}
+
+/// A tunnel and its control stream. Dropping it closes the tunnel first: a server takes the end of
+/// the control stream alone for a broken protocol.
+#[derive(Debug)]
+struct Session {
     tunnel: Tunnel,
     control: ControlStream,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Without effect when the tunnel is closed already.
+        self.tunnel.close(CloseCode::ABANDONED, "");
+    }
 }
 
 /// Says hello on a new tunnel and waits for the welcome, without a limit of its own.
@@ -118,24 +151,27 @@ pub(crate) async fn join(
     context: &SessionContext,
 ) -> Result<Joined, JoinError> {
     let Connected { tunnel, buffers } = connected;
-    match introduce(&tunnel, context).await {
-        Ok((welcome, control)) => Ok(Joined { welcome, buffers, tunnel, control }),
-        Err(error) => {
-            tunnel.close(CloseCode::PROTOCOL_VIOLATION, &error.to_string());
-            Err(error)
-        }
-    }
+    let closer = tunnel.clone();
+    let refuse = |error: JoinError| {
+        closer.close(error.close_code(), &error.to_string());
+        error
+    };
+    let token = match &context.token_file {
+        Some(path) => Some(read_token(path).await.map_err(|error| refuse(error.into()))?),
+        None => None,
+    };
+    let control = ControlStream::new(tunnel.clone(), tunnel.open().await?);
+    let mut session = Session { tunnel, control };
+    let welcome = introduce(&mut session, token, context).await.map_err(refuse)?;
+    Ok(Joined { welcome, buffers, session })
 }
 
 async fn introduce(
-    tunnel: &Tunnel,
+    session: &mut Session,
+    token: Option<Secret>,
     context: &SessionContext,
-) -> Result<(Welcome, ControlStream), JoinError> {
-    let token = match &context.token_file {
-        Some(path) => Some(read_token(path).await?),
-        None => None,
-    };
-    let mut control = ControlStream::new(tunnel.clone(), tunnel.open().await?);
+) -> Result<Welcome, JoinError> {
+    let Session { tunnel, control } = session;
     let hello = Hello {
         revision: REVISION,
         features: Features::supported(),
@@ -152,7 +188,7 @@ async fn introduce(
             if welcome.features.contains(Features::HEDGE) {
                 tunnel.hedge(context.hedge_rate);
             }
-            Ok((*welcome, control))
+            Ok(*welcome)
         }
         Ok(_) => Err(JoinError::NotWelcome),
         // A server that refuses an agent closes the tunnel. The end of the control stream may
@@ -167,13 +203,6 @@ async fn read_token(path: &Path) -> io::Result<Secret> {
     Secret::new(token.trim()).map_err(io::Error::other)
 }
 
-impl Drop for Joined {
-    fn drop(&mut self) {
-        // Without effect when the tunnel is closed already.
-        self.tunnel.close(CloseCode::ABANDONED, "");
-    }
-}
-
 /// Why [`Joined::serve`] stopped accepting dials.
 #[derive(Clone, Copy, Debug)]
 enum DrainReason {
@@ -184,7 +213,7 @@ enum DrainReason {
 impl Joined {
     /// The tunnel itself.
     pub(crate) fn tunnel(&self) -> &Tunnel {
-        &self.tunnel
+        &self.session.tunnel
     }
 
     /// Serves the server's streams until the tunnel is lost, or until it has drained because the
@@ -198,11 +227,11 @@ impl Joined {
         let streams = TaskTracker::new();
         let result = tokio::select! {
             biased;
-            lost = self.tunnel.closed() => return lost,
-            result = watch_control(&mut self.control, entry, tunnels, &streams) => match result {
+            lost = self.session.tunnel.closed() => return lost,
+            result = watch_control(&mut self.session.control, entry, tunnels, &streams) => match result {
                 Err(error) => Err(error),
             },
-            lost = accept(&self.tunnel, &context, &streams) => return lost,
+            lost = accept(&self.session.tunnel, &context, &streams) => return lost,
             () = context.draining.cancelled() => Ok(DrainReason::AgentDrains),
             () = entry.retired() => Ok(DrainReason::Retired),
         };
@@ -216,13 +245,13 @@ impl Joined {
                 return lost.clone();
             }
             let code = error.close_code();
-            self.tunnel.close(code, &error.to_string());
+            self.session.tunnel.close(code, &error.to_string());
             // A peer that does not answer does not receive the close either.
             if code != CloseCode::UNRESPONSIVE {
-                self.tunnel.flushed(FLUSH_TIMEOUT).await;
+                self.session.tunnel.flushed(FLUSH_TIMEOUT).await;
             }
         }
-        self.tunnel.closed().await
+        self.session.tunnel.closed().await
     }
 
     /// Asks the server for no new dials, waits for the streams to end, and closes the tunnel.
@@ -245,9 +274,9 @@ impl Joined {
         };
         let deadline_millis = u32::try_from(announced.as_millis()).unwrap_or(u32::MAX);
         info!(server_id = %entry.server_id, streams = streams.len(), "draining");
-        self.control.send(&ControlMessage::Drain(Drain { deadline_millis })).await?;
+        self.session.control.send(&ControlMessage::Drain(Drain { deadline_millis })).await?;
         streams.close();
-        let linger = DRAIN_LINGER + self.tunnel.stats().rtt * 2;
+        let linger = DRAIN_LINGER + self.session.tunnel.stats().rtt * 2;
         let timed_out = async {
             context.draining.cancelled().await;
             sleep(limit).await;
@@ -259,17 +288,17 @@ impl Joined {
         let (code, reason) = tokio::select! {
             () = all_ended => drained,
             () = timed_out => (CloseCode::SHUTDOWN, "the agent's time to drain is over"),
-            result = watch_control(&mut self.control, entry, tunnels, streams) => match result {
+            result = watch_control(&mut self.session.control, entry, tunnels, streams) => match result {
                 Err(error) => return Err(error),
             },
             // A dial that the server sent before it received the drain is still served.
-            _ = accept(&self.tunnel, context, streams) => return Ok(()),
+            _ = accept(&self.session.tunnel, context, streams) => return Ok(()),
         };
         info!(server_id = %entry.server_id, cut = streams.len(), reason, "leaving");
         let goodbye = Goodbye { code: code.as_u32(), reason: Text::truncated(reason.into()) };
-        let sent = self.control.send(&ControlMessage::Goodbye(goodbye)).await;
-        self.tunnel.close(code, reason);
-        self.tunnel.flushed(FLUSH_TIMEOUT).await;
+        let sent = self.session.control.send(&ControlMessage::Goodbye(goodbye)).await;
+        self.session.tunnel.close(code, reason);
+        self.session.tunnel.flushed(FLUSH_TIMEOUT).await;
         sent
     }
 }

@@ -278,3 +278,47 @@ async fn an_agent_that_restarts_replaces_its_old_tunnel(#[values(Quic, Tcp)] car
     })
     .await;
 }
+
+/// Agents stop in order while their servers read and write the control streams: during the
+/// handshake, the hello and the welcome, and once they have joined.
+#[rstest]
+#[case::at_its_drain_timeout("0s", "shutdown")]
+#[case::once_it_has_drained("5s", "done")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn an_agent_that_stops_in_order_breaks_no_protocol_whenever_it_stops(
+    #[case] drain_timeout: &str,
+    #[case] reason: &str,
+) {
+    const AGENTS: usize = 4;
+    within(async {
+        let seed = fastrand::u64(..);
+        println!("seed {seed}");
+        let mut random = fastrand::Rng::with_seed(seed);
+        let rig = rig(ConnectUnix, Quic).agents(0);
+        let mut rig =
+            rig.agent_flag(format!("--drain-timeout={drain_timeout}")).start().await.unwrap();
+        for round in 0..12 {
+            for agent in 0..AGENTS {
+                rig.add_agent(&format!("agent-{round}-{agent}")).unwrap();
+            }
+            if round % 3 == 0 {
+                rig.until_joined(AGENTS).await.unwrap();
+            } else {
+                for _ in 0..random.u32(..2000) {
+                    tokio::task::yield_now().await;
+                }
+            }
+            for _ in 0..AGENTS {
+                rig.drain_agent(0).await.unwrap();
+            }
+            rig.until_joined(0).await.unwrap();
+        }
+        let scrape = rig.server.scrape();
+        let lines = scrape.lines().filter(|line| line.contains("protocol_violation"));
+        let violations: Vec<_> = lines.filter(|line| !line.ends_with(" 0")).collect();
+        assert!(violations.is_empty(), "{violations:?}");
+        let expected = format!("reason=\"{reason}\"");
+        assert!(tunnels_lost(&rig).contains(&expected), "{}", tunnels_lost(&rig));
+    })
+    .await;
+}

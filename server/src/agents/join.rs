@@ -33,13 +33,23 @@ pub(super) enum JoinError {
     #[error("tunnel lost before the hello: {0}")]
     Lost(#[from] TunnelLost),
     #[error(transparent)]
-    Control(#[from] ControlError),
+    Control(ControlError),
     #[error("began with another message than hello")]
     NotHello,
     #[error(transparent)]
     Incompatible(#[from] UnknownExtension),
     #[error(transparent)]
     Refused(#[from] Refusal),
+}
+
+impl From<ControlError> for JoinError {
+    fn from(error: ControlError) -> Self {
+        // The control stream may notice first that the tunnel is lost, and knows why.
+        match error.lost() {
+            Some(lost) => Self::Lost(lost.clone()),
+            None => Self::Control(error),
+        }
+    }
 }
 
 impl JoinError {

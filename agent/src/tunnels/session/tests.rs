@@ -1,3 +1,5 @@
+use std::pin::pin;
+
 use bytes::Bytes;
 use culvert_transport::{Carrier, ReadError, RecvHalf, SendHalf, test_util::Side};
 use culvert_wire::{dial::DialRequest, frame::Message as _};
@@ -129,9 +131,12 @@ async fn another_answer_than_welcome_closes_the_tunnel() {
 async fn a_missing_token_file_is_reported_with_its_flag() {
     let folder = tempfile::tempdir().unwrap();
     let context = context(Some(folder.path().join("absent")));
-    let (joined, _) = join_with(&context, async |end: ServerEnd| end.tunnel.closed().await).await;
+    let (joined, lost) =
+        join_with(&context, async |end: ServerEnd| end.tunnel.closed().await).await;
     let error = joined.unwrap_err();
     assert!(error.is_refusal());
+    let reason = error.to_string();
+    assert_eq!(lost, TunnelLost::ClosedByPeer { code: CloseCode::ABANDONED, reason });
     assert!(error.to_string().starts_with("--service-account-token-path: "), "{error}");
 }
 
@@ -159,6 +164,38 @@ async fn a_tunnel_that_is_lost_before_the_welcome_is_no_refusal() {
     })
     .await;
     assert!(!joined.unwrap_err().is_refusal());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_gives_up_its_join_breaks_no_protocol() {
+    let (connected, end) = connect(Carrier::Quic).await;
+    let context = context(None);
+    let mut control = {
+        let joining = pin!(join(connected, &context));
+        tokio::select! {
+            joined = joining => panic!("{joined:?}"),
+            (control, _) = end.hello() => control,
+        }
+    };
+    let lost = TunnelLost::ClosedByPeer { code: CloseCode::ABANDONED, reason: String::new() };
+    assert_eq!(control.event().await.unwrap_err().lost(), Some(&lost));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_that_is_lost_while_the_hello_is_sent_is_no_refusal() {
+    let (connected, end) = connect(Carrier::Quic).await;
+    let context = context(None);
+    end.line.silence(Side::Agent);
+    // The control stream opens, and then there is no tunnel to send the hello on.
+    let opened = connected.tunnel.open().await.unwrap();
+    let mut session = Session {
+        control: ControlStream::new(connected.tunnel.clone(), opened),
+        tunnel: connected.tunnel,
+    };
+    end.line.cut();
+    session.tunnel.closed().await;
+    let error = introduce(&mut session, None, &context).await.unwrap_err();
+    assert!(matches!(error, JoinError::Lost(_)) && !error.is_refusal(), "{error}");
 }
 
 #[tokio::test(start_paused = true)]

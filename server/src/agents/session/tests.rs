@@ -212,6 +212,21 @@ async fn an_agent_that_leaves_before_its_hello_is_counted() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_agent_that_leaves_in_the_midst_of_its_hello_breaks_no_protocol() {
+    let served = Served::new(context()).await;
+    let (mut send, _recv) = served.open().await;
+    let hello = ControlMessage::Hello(Box::new(hello("a", &[]))).encode().unwrap();
+    send.write_chunk(hello.slice(..hello.len() - 1)).await.unwrap();
+    // The server waits for the last byte.
+    sleep(JOIN_TIMEOUT / 2).await;
+    served.tunnel.close(CloseCode::DONE, "");
+    served.context.tasks.close();
+    served.context.tasks.wait().await;
+    assert_eq!(served.join_failures("protocol_violation"), 0.0);
+    assert_eq!(served.join_failures("lost"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_agent_that_drains_or_says_goodbye_gets_no_new_dials_and_keeps_its_tunnel() {
     let goodbye = Goodbye { code: 0, reason: Text::truncated("for now".into()) };
     let drain = Drain { deadline_millis: 1 };
