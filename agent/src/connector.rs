@@ -170,6 +170,7 @@ impl<C: Connect> Connector<C> {
         context: &Arc<SessionContext>,
     ) -> Gain {
         let (server_id, count) = (joined.welcome.server_id.clone(), joined.welcome.server_count);
+        let revision = joined.welcome.revision;
         let (tunnel, buffers) = (joined.tunnel().clone(), joined.buffers);
         let (address, carrier) = (tunnel.remote_address(), tunnel.carrier());
         let new = NewTunnel {
@@ -191,7 +192,9 @@ impl<C: Connect> Connector<C> {
         self.tunnels.set_reported_count(count);
         let from = retired.as_ref().map_or("none", |retired| retired.tunnel.carrier().name());
         self.metrics.transport_switched(from, carrier.name(), reason);
-        info!(%server_id, %address, transport = %carrier, from, reason, "server connected");
+        info!(
+            %server_id, %address, transport = %carrier, from, reason, revision, "server connected",
+        );
         if let Some(buffers) = buffers.filter(|buffers| buffers.is_small()) {
             warn!(
                 receive = buffers.receive,

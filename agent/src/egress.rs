@@ -16,7 +16,7 @@ use culvert_wire::{
     frame::{self, Message},
 };
 use tokio::time::{Instant, timeout};
-use tracing::debug;
+use tracing::{debug, field::display};
 
 use self::network::{HostNetwork, LocalOf, TargetNetwork};
 use crate::metrics::AgentMetrics;
@@ -58,7 +58,8 @@ impl<N: TargetNetwork> Egress<N> {
             dialed = self.dial(&request, &mut timing) => dialed,
             // The server gave up, so nothing is left to reply to.
             () = abandoned(&send, &mut recv) => {
-                return debug!(dial = %request.id, target = %request.target, "dial abandoned");
+                let trace = request.trace.as_ref().map(display);
+                return debug!(dial = %request.id, target = %request.target, trace, "dial abandoned");
             }
         };
         let (outcome, target) = match dialed {
@@ -67,7 +68,8 @@ impl<N: TargetNetwork> Egress<N> {
         };
         if let Err(failure) = &outcome {
             self.metrics.dial_failed(failure.kind);
-            debug!(dial = %request.id, target = %request.target, %failure, "dial failed");
+            let trace = request.trace.as_ref().map(display);
+            debug!(dial = %request.id, target = %request.target, trace, %failure, "dial failed");
         }
         let reply = DialReply { outcome, timing, extensions: Extensions::default() };
         let Ok(reply) = frame::encode(&reply) else {
@@ -114,9 +116,12 @@ impl<N: TargetNetwork> Egress<N> {
         let (dial, target, kind) = (request.id, &request.target, request.kind);
         let (up, down) = (outcome.to_tunnel, outcome.from_tunnel);
         let seconds = started.elapsed().as_secs_f64();
+        let trace = request.trace.as_ref().map(display);
         match outcome.end {
-            Ok((to, from)) => debug!(%dial, %target, ?kind, up, down, seconds, ?to, ?from, "ended"),
-            Err(cut) => debug!(%dial, %target, ?kind, up, down, seconds, %cut, "cut off"),
+            Ok((to, from)) => {
+                debug!(%dial, %target, ?kind, trace, up, down, seconds, ?to, ?from, "ended");
+            }
+            Err(cut) => debug!(%dial, %target, ?kind, trace, up, down, seconds, %cut, "cut off"),
         }
     }
 }

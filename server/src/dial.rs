@@ -46,6 +46,8 @@ pub(crate) struct DialParameters {
 pub(crate) struct Dialed {
     /// Identifies the dial in the logs of both sides.
     pub(crate) id: DialId,
+    /// Position of the request in a trace, if it names one.
+    pub(crate) trace: Option<TraceContext>,
     /// The stream; the target's bytes follow the reply.
     pub(crate) stream: (SendHalf, RecvHalf),
     /// Permit that the stream uses.

@@ -92,6 +92,19 @@ pub struct TraceContext {
     pub tracestate: Text<512>,
 }
 
+/// The `traceparent`, and the `tracestate` behind a space if there is one, for logs. Control
+/// characters are escaped.
+impl fmt::Display for TraceContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { traceparent, tracestate } = self;
+        write!(f, "{}", traceparent.escape_debug())?;
+        if tracestate.is_empty() {
+            return Ok(());
+        }
+        write!(f, " {}", tracestate.escape_debug())
+    }
+}
+
 /// Asks the agent to connect to a target.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DialRequest {

@@ -4,11 +4,21 @@ use std::{net::SocketAddr, process::Stdio};
 
 use crate::support::{
     Carrier::{self, Quic, Tcp},
-    agent, eventually, rig, within,
+    LOG_AS_JSON, agent,
+    deployment::{Deployment, Implementation},
+    eventually, rig, within,
 };
-use culvert_loadtest::{frontend::FrontendKind::ConnectUnix, http, targets};
+use culvert_loadtest::{
+    frontend::{FrontendKind::ConnectUnix, Protocol, connect::ESTABLISHED},
+    http, targets,
+};
+use culvert_wire::version::REVISION;
 use rstest::rstest;
-use tokio::process::Command;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::UnixStream,
+    process::Command,
+};
 
 /// Status and body of a GET.
 async fn get(address: SocketAddr, path: &str) -> (u16, String) {
@@ -93,6 +103,40 @@ async fn an_agents_series_go_with_it(#[values(Quic, Tcp)] carrier: Carrier) {
         rig.until_joined(0).await.unwrap();
         eventually("no series names it", async || !rig.server.scrape().contains("short-lived"))
             .await;
+    })
+    .await;
+}
+
+/// An operator follows one dial through both logs, and sees which versions talk to each other.
+#[tokio::test]
+async fn both_logs_name_a_dials_trace_and_the_peers_revision() {
+    const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    within(async {
+        let mut deployment =
+            Deployment::start(Implementation::Culvert, Protocol::Connect, &LOG_AS_JSON).await;
+        let mut agent =
+            deployment.start_agent(Implementation::Culvert, "agent", &LOG_AS_JSON).await;
+        let joined = deployment.server().until_logged("agent connected").await.unwrap();
+        assert_eq!(joined["software"], format!("culvert-agent {}", env!("CARGO_PKG_VERSION")));
+        assert_eq!(joined["revision"], REVISION);
+        let joined = agent.until_logged("server connected").await.unwrap();
+        assert_eq!(joined["revision"], REVISION);
+
+        let echo = targets::echo().await.unwrap();
+        let mut socket = UnixStream::connect(deployment.socket()).await.unwrap();
+        let head = format!(
+            "CONNECT {} HTTP/1.1\r\nHost: a\r\ntraceparent: {PARENT}\r\n\r\n",
+            echo.address()
+        );
+        socket.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = [0; ESTABLISHED.len()];
+        socket.read_exact(&mut answer).await.unwrap();
+        assert_eq!(answer, ESTABLISHED.as_bytes());
+        let spliced = deployment.server().until_logged("spliced").await.unwrap();
+        socket.shutdown().await.unwrap();
+        let ended = agent.until_logged("ended").await.unwrap();
+        assert_eq!((&spliced["trace"], &ended["trace"]), (&PARENT.into(), &PARENT.into()));
+        assert_eq!(spliced["dial"], ended["dial"]);
     })
     .await;
 }

@@ -41,7 +41,8 @@ pub(super) async fn serve(
     let registration = context.backends.register(backend.clone());
     info!(
         agent_id = %agent_id, %remote, transport = %backend.tunnel.carrier(),
-        instance = ?backend.instance(), "agent connected",
+        instance = ?backend.instance(), software = %backend.software().escape_debug(),
+        revision = backend.revision(), "agent connected",
     );
     let lost = drive(&backend, control, &context).await;
     drop(registration);

@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use culvert_transport::Tunnel;
-use culvert_wire::{AgentId, InstanceId, control::Hello, identifiers::Identifiers};
+use culvert_wire::{AgentId, InstanceId, bounded::Text, control::Hello, identifiers::Identifiers};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::{recently_reached::RecentlyReached, registry::Candidate};
@@ -21,6 +21,8 @@ pub struct Backend {
     pub(crate) recently_reached: RecentlyReached,
     agent_id: AgentId,
     instance: InstanceId,
+    revision: u16,
+    software: Text<64>,
     identifiers: Identifiers,
     permits: Arc<Semaphore>,
     open_streams: AtomicUsize,
@@ -37,6 +39,8 @@ impl Backend {
             recently_reached: RecentlyReached::default(),
             agent_id: hello.agent_id,
             instance: hello.instance,
+            revision: hello.revision,
+            software: hello.software,
             identifiers: hello.identifiers,
             permits: Arc::new(Semaphore::new(max_streams as usize)),
             open_streams: AtomicUsize::new(0),
@@ -48,6 +52,16 @@ impl Backend {
     /// The agent process, which differs after each restart of the same agent.
     pub(crate) fn instance(&self) -> InstanceId {
         self.instance
+    }
+
+    /// The agent's revision of the protocol.
+    pub(crate) fn revision(&self) -> u16 {
+        self.revision
+    }
+
+    /// Name and version of the agent's software, as the agent calls itself.
+    pub(crate) fn software(&self) -> &str {
+        &self.software
     }
 
     /// A permit for one more stream; `None` while the agent carries as many as it may.

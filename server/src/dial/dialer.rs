@@ -160,7 +160,7 @@ impl Dialer {
         };
         let exchanged: Result<_, DialError> = suspecting(backend, exchange).await;
         let (stream, reply) = exchanged?;
-        Ok(Dialed { id: request.id, stream, permit, reply })
+        Ok(Dialed { id: request.id, trace: request.trace, stream, permit, reply })
     }
 
     /// Asks the agent and takes its positive reply for granted.
@@ -177,7 +177,7 @@ impl Dialer {
             _pending: self.metrics.dial_pending(),
         };
         let (stream, reply) = (pending.into_stream(), Reply::Expected(Box::new(expected)));
-        Ok(Dialed { id: request.id, stream, permit, reply })
+        Ok(Dialed { id: request.id, trace: request.trace, stream, permit, reply })
     }
 
     fn request(&self, parameters: &DialParameters) -> DialRequest {

@@ -7,7 +7,7 @@ use std::{
 
 use culvert_transport::splice::{self, Abort, Cut, HalfEnd, Local, LocalRead, LocalWrite};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::debug;
+use tracing::{debug, field::display};
 
 use crate::{
     backends::registry::Candidate,
@@ -47,10 +47,11 @@ impl FrontendContext {
         local: Local<R, W, A>,
         dialed: Dialed,
     ) -> Result<(HalfEnd, HalfEnd), Cut> {
-        let Dialed { id, stream, permit, reply } = dialed;
+        let Dialed { id, trace, stream, permit, reply } = dialed;
         let started = Instant::now();
         let agent_id = permit.backend().agent_id().as_str();
-        debug!(dial = %id, agent_id, timing = ?reply.timing(), "spliced");
+        let trace = trace.as_ref().map(display);
+        debug!(dial = %id, agent_id, timing = ?reply.timing(), trace, "spliced");
         let open = self.metrics.stream_open();
         let splice = Box::pin(splice::splice_after(reply, local, stream, &self.metrics.meter));
         let outcome = splice.await;
