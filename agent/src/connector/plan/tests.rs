@@ -140,6 +140,30 @@ fn a_silent_tunnel_is_replaced_first_and_with_small_packets() {
 }
 
 #[test]
+fn packets_stay_large_unless_small_ones_replaced_a_silent_tunnel() {
+    for (goal, rank) in [(Goal::Replace, Rank::Quic), (Goal::Find, Rank::SmallQuic)] {
+        let (mut plan, now) = plan(Transport::Auto);
+        let success = Success { quic: QuicOutcome::Worked, rank, gain: Gain::Server };
+        plan.on_success(goal, success, now, 0.5);
+        assert!(plan.options(Goal::Find, &snapshot(2, &[]), now, 0.5).large_packets);
+    }
+}
+
+#[test]
+fn a_tunnel_that_was_not_replaced_is_tried_again_a_little_later() {
+    for (goal, gain, later) in [
+        (Goal::Replace, Gain::Nothing, REPLACE_INTERVAL),
+        (Goal::Replace, Gain::Server, Duration::ZERO),
+        (Goal::Find, Gain::Nothing, Duration::ZERO),
+    ] {
+        let (mut plan, now) = plan(Transport::Auto);
+        plan.on_success(goal, success(QuicOutcome::Worked, gain), now, 0.5);
+        let silent = snapshot(1, &[(Rank::Quic, true, now)]);
+        assert_eq!(plan.next(&silent, None, now), Some((Goal::Replace, now + later)), "{goal:?}");
+    }
+}
+
+#[test]
 fn a_young_tunnel_that_falls_silent_is_replaced_over_tcp_first() {
     let (mut plan, now) = plan(Transport::Auto);
     let silent = snapshot(1, &[(Rank::Quic, true, now)]);
@@ -218,6 +242,21 @@ fn a_probe_that_shows_nothing_about_quic_is_repeated_with_growing_delays() {
         plan.on_failure(goal, QuicOutcome::Unknown, now, 1.0);
     }
     assert_eq!(delays, [0, 10, 20, 40, 80, 160, 320, 600, 600]);
+}
+
+#[test]
+fn probes_that_fail_do_not_delay_those_after_a_probe_that_shows_nothing() {
+    let (mut plan, mut now) = plan(Transport::Auto);
+    let refused = QuicOutcome::Failed(QuicFailure::Refused);
+    plan.on_success(Goal::Find, success(refused, Gain::Server), now, 1.0);
+    let over_tcp = snapshot(1, &[(Rank::Tcp, false, now)]);
+    for _ in 0..5 {
+        now = plan.next(&over_tcp, None, now).unwrap().1;
+        plan.on_failure(Goal::Probe, refused, now, 1.0);
+    }
+    now = plan.next(&over_tcp, None, now).unwrap().1;
+    plan.on_failure(Goal::Probe, QuicOutcome::Unknown, now, 1.0);
+    assert_eq!(plan.next(&over_tcp, None, now), Some((Goal::Probe, now + 10 * SECOND)));
 }
 
 #[test]
