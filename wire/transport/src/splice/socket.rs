@@ -277,19 +277,25 @@ impl<S: SpliceSocket> LocalWrite for SocketWrite<S> {
     }
 
     async fn flushed(&mut self) {
-        let mut progress = (usize::MAX, Instant::now());
-        let mut pause = FLUSH_PAUSE;
-        loop {
-            // Most often nothing is left, and then there is no pause at all.
-            match outq::unacknowledged(&*self.socket) {
-                Ok(0) | Err(_) => return,
-                Ok(left) if left < progress.0 => progress = (left, Instant::now()),
-                Ok(_) if progress.1.elapsed() > FLUSH_LIMIT => return,
-                Ok(_) => {}
-            }
-            sleep(pause).await;
-            pause = (pause * 2).min(FLUSH_PAUSE_MAX);
+        until_acknowledged(|| outq::unacknowledged(&*self.socket)).await;
+    }
+}
+
+/// Completes once nothing is `left` that the peer has not acknowledged, or once that has not become
+/// less for [`FLUSH_LIMIT`]: then the rest is lost.
+async fn until_acknowledged(mut left: impl FnMut() -> io::Result<usize>) {
+    let mut progress = (usize::MAX, Instant::now());
+    let mut pause = FLUSH_PAUSE;
+    loop {
+        // Most often nothing is left, and then there is no pause at all.
+        match left() {
+            Ok(0) | Err(_) => return,
+            Ok(left) if left < progress.0 => progress = (left, Instant::now()),
+            Ok(_) if progress.1.elapsed() > FLUSH_LIMIT => return,
+            Ok(_) => {}
         }
+        sleep(pause).await;
+        pause = (pause * 2).min(FLUSH_PAUSE_MAX);
     }
 }
 

@@ -1,5 +1,5 @@
 use std::{
-    io::{Cursor, Read as _},
+    io::Cursor,
     pin::Pin,
     task::{Context, Poll},
 };
@@ -153,37 +153,22 @@ async fn a_tcp_socket_is_flushed_once_its_peer_has_everything() {
     assert_eq!((left, read.unwrap()), (0, length));
 }
 
-/// A TCP socket whose peer reads nothing more, and that peer.
-async fn stalled() -> (SocketWrite<TcpStream>, std::net::TcpStream) {
-    let (socket, peer) = tcp().await;
-    fill(&socket);
-    let peer = peer.into_std().unwrap();
-    peer.set_nonblocking(false).unwrap();
-    (halves(socket).1, peer)
+/// How long, in milliseconds, a socket is waited for of which so much is left after each time.
+async fn waited(left: impl Fn(Duration) -> io::Result<usize>) -> u128 {
+    let started = Instant::now();
+    timeout(HOUR, until_acknowledged(|| left(started.elapsed()))).await.unwrap();
+    started.elapsed().as_millis()
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_closing_tcp_socket_without_progress_is_given_up_after_half_a_minute() {
-    let (mut writer, _peer) = stalled().await;
-    let started = Instant::now();
-    timeout(HOUR, writer.flushed()).await.unwrap();
-    let took = started.elapsed().as_millis();
-    assert!((30_000..31_000).contains(&took), "{took} ms");
-}
-
-#[tokio::test(start_paused = true)]
-async fn progress_gives_a_closing_tcp_socket_another_half_minute() {
-    let (mut writer, mut peer) = stalled().await;
-    let started = Instant::now();
-    let reads_some = async {
-        sleep(Duration::from_secs(20)).await;
-        peer.read_exact(&mut [0; KERNEL_BUFFER]).unwrap();
-        peer
-    };
-    let (flushed, _peer) = join!(timeout(HOUR, writer.flushed()), reads_some);
-    flushed.unwrap();
-    let took = started.elapsed().as_millis();
-    assert!((50_000..51_000).contains(&took), "{took} ms");
+async fn a_closing_tcp_socket_is_waited_for_while_it_makes_progress() {
+    const PROGRESS: Duration = Duration::from_secs(20);
+    assert_eq!(waited(|_| Ok(0)).await, 0);
+    assert_eq!(waited(|_| Err(io::ErrorKind::NotConnected.into())).await, 0);
+    // Pauses of 1, 2, 4, 8 and then of 10 ms.
+    assert_eq!(waited(|elapsed| Ok(usize::from(elapsed.as_millis() < 40))).await, 45);
+    assert_eq!(waited(|_| Ok(7)).await, 30_005, "the first check behind half a minute");
+    assert_eq!(waited(|elapsed| Ok(if elapsed < PROGRESS { 7 } else { 6 })).await, 50_015);
 }
 
 #[tokio::test]
