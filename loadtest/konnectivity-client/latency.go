@@ -68,7 +68,9 @@ func setupPing(fs *flag.FlagSet) func(*dialer) error {
 }
 
 // sendPings writes the pings and gives the time each one counts from.
-func sendPings(w io.Writer, sent chan<- time.Time, count int, interval time.Duration, size int) error {
+func sendPings(
+	w io.Writer, sent chan<- time.Time, count int, interval time.Duration, size int,
+) error {
 	start := time.Now()
 	ping := make([]byte, size)
 	for i := range count {

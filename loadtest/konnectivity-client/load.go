@@ -184,7 +184,12 @@ func (p *plan) carryOut(w io.Writer, dialTo func(target string) (link, error)) e
 	if err != nil {
 		return err
 	}
-	r := &loadRun{dialTo: dialTo, out: out, over: make(chan struct{}), waiting: map[*unanswered]struct{}{}}
+	r := &loadRun{
+		dialTo:  dialTo,
+		out:     out,
+		over:    make(chan struct{}),
+		waiting: map[*unanswered]struct{}{},
+	}
 	end := time.NewTimer(time.Duration(p.Seconds * float64(time.Second)))
 	defer end.Stop()
 	r.begin(p)

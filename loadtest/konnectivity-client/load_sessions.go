@@ -190,7 +190,9 @@ func (s *session) begin(from time.Time) time.Time {
 
 // openLoop sends on the session's schedule while read takes the answers, until
 // one of them fails.
-func (s *session) openLoop(c link, message func(k uint64) []byte, read func(*unanswered) error) error {
+func (s *session) openLoop(
+	c link, message func(k uint64) []byte, read func(*unanswered) error,
+) error {
 	begin := s.begin(time.Now())
 	u := s.awaitAll(begin)
 	stop := make(chan struct{})

@@ -54,7 +54,8 @@ func TestPlans(t *testing.T) {
 		bad(`{"name":"a","kind":"request","interval_ms":1}`):       "size of request must be at least 1",
 		bad(`{"name":"a","kind":"echo","size":1,"interval_ms":0}`): "echo needs an interval",
 	} {
-		if _, err := readPlan(strings.NewReader(plan)); err == nil || !strings.Contains(err.Error(), want) {
+		_, err := readPlan(strings.NewReader(plan))
+		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", plan, err, want)
 		}
 	}
@@ -97,7 +98,10 @@ func TestEveryKind(t *testing.T) {
 		{"paced fetch", `"kind":"fetch","size":50001,"interval_ms":100`, 10, 1, 10 * 50_001, 10, 0},
 		{"send", `"kind":"send","size":150000,"interval_ms":7`, 143, 1, 0, 143, 0},
 		{"write-close", `"kind":"write-close","size":150000,"interval_ms":7`, 143, 0, 0, 143, 0},
-		{"abandon", `"kind":"abandon","size":150000,"interval_ms":7`, 142, 3, 142*150_000 + 50_001, 143, 1},
+		{
+			"abandon", `"kind":"abandon","size":150000,"interval_ms":7`,
+			142, 3, 142*150_000 + 50_001, 143, 1,
+		},
 		{"request", `"kind":"request","size":150000,"interval_ms":100`, 10, 3, 10 * 150_000, 1, 0},
 		{"tail", `"kind":"tail","size":100,"interval_ms":20`, 50, 1, 50 * 100, 1, 0},
 		{"dial", `"kind":"dial","interval_ms":10`, 100, 0, 0, 100, 0},
@@ -304,7 +308,8 @@ func TestEveryStayingSessionDialsAnew(t *testing.T) {
 		g := &target{serve: func(c net.Conn) { _ = discard(c, 1) }}
 		h := g.carry(t, 0.25, `{"name":"a",`+workload+`}`)
 		ended := errEnded.Error()
-		if !slices.Equal(h.errors, []failure{{0, 0, ended}, {0, 100, ended}, {0, 200, ended}}) || g.dials != 3 {
+		want := []failure{{0, 0, ended}, {0, 100, ended}, {0, 200, ended}}
+		if !slices.Equal(h.errors, want) || g.dials != 3 {
 			t.Errorf("%s: %d dials, errors %v", workload, g.dials, h.errors)
 		}
 	}

@@ -32,16 +32,31 @@ type command struct {
 }
 
 var commands = []command{
-	{name: "echo", brief: "send bytes to an echo server and compare what comes back", setup: setupEcho},
-	{name: "upload", brief: "send bytes and close at once, or after a one-line answer", setup: setupUpload},
-	{name: "download", brief: "read a number of bytes, or until the end of the stream", setup: setupDownload},
+	{
+		name: "echo", setup: setupEcho,
+		brief: "send bytes to an echo server and compare what comes back",
+	},
+	{
+		name: "upload", setup: setupUpload,
+		brief: "send bytes and close at once, or after a one-line answer",
+	},
+	{
+		name: "download", setup: setupDownload,
+		brief: "read a number of bytes, or until the end of the stream",
+	},
 	{name: "ping", brief: "echo latency at a fixed rate on one connection", setup: setupPing},
 	{name: "dials", brief: "open and close many connections", setup: setupDials},
-	{name: "banner", brief: "read the first line of a server that speaks first", setup: setupBanner},
+	{
+		name: "banner", setup: setupBanner,
+		brief: "read the first line of a server that speaks first",
+	},
 	{name: "slow-close", brief: "close in the middle of an endless stream", setup: setupSlowClose},
 	{name: "cut", brief: "show how the end of a connection looks", setup: setupCut},
 	{name: "hold", brief: "keep connections open until stdin is closed", setup: setupHold},
-	{name: "load", brief: "carry out a plan of workloads from stdin", setup: setupLoad, findsTarget: true},
+	{
+		name: "load", setup: setupLoad, findsTarget: true,
+		brief: "carry out a plan of workloads from stdin",
+	},
 }
 
 // errQuietFailure ends the program with exit status 1 when the JSON line has
@@ -128,7 +143,8 @@ func (c command) checkTarget(target string) error {
 }
 
 func usage(w io.Writer) {
-	fmt.Fprintln(w, "usage: konnectivity-client COMMAND --uds PATH --target HOST:PORT [--timeout 60s] [--verbose] [flags]")
+	fmt.Fprintln(w, "usage: konnectivity-client COMMAND --uds PATH --target HOST:PORT "+
+		"[--timeout 60s] [--verbose] [flags]")
 	fmt.Fprintln(w)
 	for _, c := range commands {
 		fmt.Fprintf(w, "  %-11s %s\n", c.name, c.brief)

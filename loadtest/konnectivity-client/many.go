@@ -16,7 +16,8 @@ func setupDials(fs *flag.FlagSet) func(*dialer) error {
 	concurrency := fs.Int("concurrency", 1, "connections at the same time")
 	touch := fs.Bool("touch", false, "send one byte on each connection and read it back")
 	return func(d *dialer) error {
-		if err := errors.Join(atLeast("count", *count, 1), atLeast("concurrency", *concurrency, 1)); err != nil {
+		err := errors.Join(atLeast("count", *count, 1), atLeast("concurrency", *concurrency, 1))
+		if err != nil {
 			return err
 		}
 		var (

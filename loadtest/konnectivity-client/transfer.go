@@ -12,15 +12,8 @@ import (
 )
 
 func setupEcho(fs *flag.FlagSet) func(*dialer) error {
-	total, chunk, seed := sendFlags(fs)
-	return func(d *dialer) error {
-		if err := checkSend(*total, *chunk); err != nil {
-			return err
-		}
-		c, err := d.dial()
-		if err != nil {
-			return err
-		}
+	up := sendFlags(fs)
+	return onConn(up.check, func(c *conn) error {
 		start := time.Now()
 		type sent struct {
 			sum string
@@ -28,10 +21,10 @@ func setupEcho(fs *flag.FlagSet) func(*dialer) error {
 		}
 		done := make(chan sent, 1)
 		go func() {
-			sum, err := send(c, *total, *chunk, *seed)
+			sum, err := up.send(c)
 			done <- sent{sum, err}
 		}()
-		n, received, readErr := receive(c, *total)
+		n, received, readErr := receive(c, *up.total)
 		if readErr != nil {
 			// Nothing will drain the echo any more; the writer must not wait for it.
 			c.cut()
@@ -41,7 +34,7 @@ func setupEcho(fs *flag.FlagSet) func(*dialer) error {
 		closed := c.timedClose()
 		if readErr != nil || s.err != nil {
 			return fmt.Errorf("echo: %d of %d bytes came back: read error %q, write error %q",
-				n, *total, errorText(readErr), errorText(s.err))
+				n, *up.total, errorText(readErr), errorText(s.err))
 		}
 		printJSON(struct {
 			Sent     string  `json:"sent_sha256"`
@@ -54,22 +47,15 @@ func setupEcho(fs *flag.FlagSet) func(*dialer) error {
 			return errors.New("what came back is not what was sent")
 		}
 		return nil
-	}
+	})
 }
 
 func setupUpload(fs *flag.FlagSet) func(*dialer) error {
-	total, chunk, seed := sendFlags(fs)
+	up := sendFlags(fs)
 	readAnswer := fs.Bool("read-answer", false, "read one line before closing")
-	return func(d *dialer) error {
-		if err := checkSend(*total, *chunk); err != nil {
-			return err
-		}
-		c, err := d.dial()
-		if err != nil {
-			return err
-		}
+	return onConn(up.check, func(c *conn) error {
 		start := time.Now()
-		sum, err := send(c, *total, *chunk, *seed)
+		sum, err := up.send(c)
 		if err != nil {
 			return fmt.Errorf("write: %w", err)
 		}
@@ -79,86 +65,52 @@ func setupUpload(fs *flag.FlagSet) func(*dialer) error {
 				return fmt.Errorf("answer: %w (after %q)", err, answer)
 			}
 		}
-		seconds := time.Since(start).Seconds()
+		done := transferredSince(start, *up.total, sum)
 		closed := c.timedClose()
 		printJSON(struct {
-			Sum     string  `json:"sha256"`
-			Bytes   int64   `json:"bytes"`
-			Seconds float64 `json:"seconds"`
-			Mbit    float64 `json:"mbit"`
-			Answer  string  `json:"answer,omitempty"`
+			transferred
+			Answer string `json:"answer,omitempty"`
 			closing
-		}{sum, *total, seconds, mbit(*total, seconds), answer, closed})
+		}{done, answer, closed})
 		return nil
-	}
+	})
 }
 
 func setupDownload(fs *flag.FlagSet) func(*dialer) error {
 	total := fs.Int64("bytes", 0, "`number` of bytes to read; 0 reads to the end")
-	request := requestFlag(fs)
-	return func(d *dialer) error {
-		if err := atLeast("bytes", *total, 0); err != nil {
-			return err
-		}
-		c, err := d.dial()
-		if err != nil {
-			return err
-		}
-		start := time.Now()
-		if err := c.request(*request); err != nil {
-			return err
-		}
+	check := func() error { return atLeast("bytes", *total, 0) }
+	return onRequest(fs, check, func(c *conn, start time.Time) error {
 		n, sum, err := receive(c, *total)
-		seconds := time.Since(start).Seconds()
+		done := transferredSince(start, n, sum)
 		eof := errors.Is(err, io.EOF)
 		if err != nil && !eof {
 			return fmt.Errorf("after %d bytes: %w", n, err)
 		}
 		closed := c.timedClose()
 		printJSON(struct {
-			Sum     string  `json:"sha256"`
-			Bytes   int64   `json:"bytes"`
-			Seconds float64 `json:"seconds"`
-			Mbit    float64 `json:"mbit"`
-			EOF     bool    `json:"eof"`
+			transferred
+			EOF bool `json:"eof"`
 			closing
-		}{sum, n, seconds, mbit(n, seconds), eof, closed})
+		}{done, eof, closed})
 		return nil
-	}
+	})
 }
 
 func setupSlowClose(fs *flag.FlagSet) func(*dialer) error {
 	total := fs.Int64("bytes", 1, "`number` of bytes to read before closing")
-	request := requestFlag(fs)
-	return func(d *dialer) error {
-		if err := atLeast("bytes", *total, 1); err != nil {
-			return err
-		}
-		c, err := d.dial()
-		if err != nil {
-			return err
-		}
-		if err := c.request(*request); err != nil {
-			return err
-		}
+	check := func() error { return atLeast("bytes", *total, 1) }
+	return onRequest(fs, check, func(c *conn, _ time.Time) error {
 		if n, _, err := receive(c, *total); err != nil {
 			return fmt.Errorf("after %d bytes: %w", n, err)
 		}
 		printJSON(c.timedClose())
 		return nil
-	}
+	})
 }
 
 func setupCut(fs *flag.FlagSet) func(*dialer) error {
-	request := requestFlag(fs)
-	return func(d *dialer) error {
-		c, err := d.dial()
-		if err != nil {
-			return err
-		}
-		if err := c.request(*request); err != nil {
-			return err
-		}
+	check := func() error { return nil }
+	return onRequest(fs, check, func(c *conn, _ time.Time) error {
 		fmt.Fprintln(os.Stderr, "connected")
 		n, _, readErr := receive(c, 0)
 		closed := c.timedClose()
@@ -168,22 +120,73 @@ func setupCut(fs *flag.FlagSet) func(*dialer) error {
 			closing
 		}{n, errorText(readErr), closed})
 		return nil
+	})
+}
+
+// onConn checks the flags, dials the target, and runs a command on the connection.
+func onConn(check func() error, run func(*conn) error) func(*dialer) error {
+	return func(d *dialer) error {
+		if err := check(); err != nil {
+			return err
+		}
+		c, err := d.dial()
+		if err != nil {
+			return err
+		}
+		return run(c)
 	}
 }
 
-func sendFlags(fs *flag.FlagSet) (total *int64, chunk *int, seed *uint64) {
-	total = fs.Int64("bytes", 1<<20, "`number` of bytes to send")
-	chunk = fs.Int("chunk", 32<<10, "bytes per write")
-	seed = fs.Uint64("seed", 1, "seed of the pseudo-random bytes")
-	return total, chunk, seed
+// onRequest is onConn for a command that sends the line of --request first. The
+// command also gets the time before that.
+func onRequest(
+	fs *flag.FlagSet, check func() error, run func(*conn, time.Time) error,
+) func(*dialer) error {
+	request := fs.String("request", "", "`text` to send first, as a line")
+	return onConn(check, func(c *conn) error {
+		start := time.Now()
+		if err := c.request(*request); err != nil {
+			return err
+		}
+		return run(c, start)
+	})
 }
 
-func checkSend(total int64, chunk int) error {
-	return errors.Join(atLeast("bytes", total, 1), atLeast("chunk", chunk, 1))
+// sending holds the flags of a command that sends pseudo-random bytes.
+type sending struct {
+	total *int64
+	chunk *int
+	seed  *uint64
 }
 
-func requestFlag(fs *flag.FlagSet) *string {
-	return fs.String("request", "", "`text` to send first, as a line")
+func sendFlags(fs *flag.FlagSet) sending {
+	return sending{
+		total: fs.Int64("bytes", 1<<20, "`number` of bytes to send"),
+		chunk: fs.Int("chunk", 32<<10, "bytes per write"),
+		seed:  fs.Uint64("seed", 1, "seed of the pseudo-random bytes"),
+	}
+}
+
+func (s sending) check() error {
+	return errors.Join(atLeast("bytes", *s.total, 1), atLeast("chunk", *s.chunk, 1))
+}
+
+// send writes the bytes and returns their checksum.
+func (s sending) send(w io.Writer) (string, error) {
+	return send(w, *s.total, *s.chunk, *s.seed)
+}
+
+// transferred is the part of a result about bytes in one direction.
+type transferred struct {
+	Sum     string  `json:"sha256"`
+	Bytes   int64   `json:"bytes"`
+	Seconds float64 `json:"seconds"`
+	Mbit    float64 `json:"mbit"`
+}
+
+func transferredSince(start time.Time, bytes int64, sum string) transferred {
+	seconds := time.Since(start).Seconds()
+	return transferred{sum, bytes, seconds, mbit(bytes, seconds)}
 }
 
 // readLine reads up to the first newline and returns the line without its end.

@@ -101,7 +101,8 @@ func (c *conn) Write(p []byte) (int, error) {
 // Close closes the connection and frees what belongs to it.
 func (c *conn) Close() error {
 	defer c.cut()
-	_, err := c.limited("close", client.CloseTimeout+closeGrace, func() (int, error) { return 0, c.inner.Close() })
+	op := func() (int, error) { return 0, c.inner.Close() }
+	_, err := c.limited("close", client.CloseTimeout+closeGrace, op)
 	return err
 }
 
