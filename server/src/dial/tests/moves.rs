@@ -1,0 +1,175 @@
+//! Dials that wait for an agent, and dials that move to another tunnel.
+
+use super::*;
+
+#[tokio::test(start_paused = true)]
+async fn without_an_agent_a_dial_fails_at_once() {
+    let dialing = Dialing::new();
+    let (result, took) = dialing.timed().await;
+    assert!(matches!(result, Err(DialError::NoAgent)), "{result:?}");
+    assert_eq!(took, Duration::ZERO);
+    assert_eq!(dialing.failures("no_agent"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_waits_for_an_agent_that_has_just_left_and_gives_up() {
+    let dialing = Dialing::new();
+    drop(dialing.agent("a").await);
+    let (result, took) = dialing.timed().await;
+    assert!(matches!(result, Err(DialError::NoAgent)), "{result:?}");
+    assert_eq!(took, RETURN_LIMIT);
+    assert_eq!(dialing.metric("culvert_server_dials_waited_total{result=\"failed\"}"), 1.0);
+    assert_eq!(dialing.timed().await.1, Duration::ZERO, "a later dial does not wait");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_goes_to_an_agent_that_comes_back_in_time() {
+    let dialing = Dialing::new();
+    drop(dialing.agent("a").await);
+    let returning = async {
+        sleep(RETURN_LIMIT - Duration::from_millis(1)).await;
+        assert_eq!(dialing.pending(), 1.0);
+        let agent = dialing.agent("a").await;
+        (accepting(&agent).await, agent)
+    };
+    let (dialed, _kept) = join!(dialing.dial(), returning);
+    dialed.unwrap();
+    assert_eq!(dialing.metric("culvert_server_dials_waited_total{result=\"came\"}"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_waits_for_an_agent_no_longer_than_its_own_limit() {
+    let limit = RETURN_LIMIT / 3;
+    let dialing = Dialing::with(Some(limit), false);
+    drop(dialing.agent("a").await);
+    let (result, took) = dialing.timed().await;
+    assert!(matches!(result, Err(DialError::NoAgent)), "{result:?}");
+    assert_eq!(took, limit);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_does_not_wait_for_an_agent_once_the_server_stops() {
+    let dialing = Dialing::new();
+    drop(dialing.agent("a").await);
+    let stopping = async {
+        sleep(RETURN_LIMIT / 2).await;
+        dialing.backends.close();
+    };
+    let ((result, took), ()) = join!(dialing.timed(), stopping);
+    assert!(matches!(result, Err(DialError::NoAgent)), "{result:?}");
+    assert_eq!(took, RETURN_LIMIT / 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_moves_to_another_agent_when_its_tunnel_is_lost() {
+    let dialing = Dialing::new();
+    let (a, b) = (dialing.agent("a").await, dialing.agent("b").await);
+    let agents = async {
+        let (_asked, lost, other) = tokio::select! {
+            asked = a.asked() => (asked, &a, &b),
+            asked = b.asked() => (asked, &b, &a),
+        };
+        lost.tunnel.close(CloseCode::DONE, "");
+        (accepting(other).await, other.backend.clone())
+    };
+    let (dialed, (_asked, other)) = join!(dialing.dial(), agents);
+    assert!(Arc::ptr_eq(dialed.unwrap().permit.backend(), &other));
+    assert_eq!(dialing.metric("culvert_server_dials_moved_total"), 1.0);
+    assert_eq!(dialing.failures("backend_close"), 0.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_that_was_refused_is_not_asked_again() {
+    let dialing = Dialing::new();
+    let (a, b) = (dialing.agent("a").await, dialing.agent("b").await);
+    let agents = async {
+        let (mut asked, other) = tokio::select! {
+            asked = a.asked() => (asked, &b),
+            asked = b.asked() => (asked, &a),
+        };
+        asked.reply(Err(refusal())).await;
+        assert!(timeout(LIMIT * 2, other.tunnel.accept()).await.is_err());
+    };
+    let (result, ()) = join!(dialing.dial(), agents);
+    assert!(matches!(result, Err(DialError::Failed(_))), "{result:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_moves_only_so_often() {
+    let dialing = Dialing::new();
+    let mut agents = Vec::new();
+    for number in 0..2 * MAX_MOVES {
+        agents.push(dialing.agent(&format!("agent-{number}")).await);
+    }
+    let asked: Vec<_> = agents
+        .into_iter()
+        .map(|agent| {
+            tokio::spawn(async move {
+                let asked = timeout(LIMIT, agent.asked()).await;
+                agent.tunnel.close(CloseCode::DONE, "");
+                // Registered until all have been asked.
+                sleep(LIMIT).await;
+                asked.is_ok()
+            })
+        })
+        .collect();
+    let result = dialing.dial().await;
+    assert!(matches!(result, Err(DialError::Lost { .. })), "{result:?}");
+    let mut count = 0;
+    for asked in asked {
+        count += usize::from(asked.await.unwrap());
+    }
+    assert_eq!(count, 1 + MAX_MOVES);
+    assert_eq!(dialing.metric("culvert_server_dials_moved_total"), MAX_MOVES as f64);
+    assert_eq!(dialing.failures("backend_close"), 1.0, "one dial has failed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_young_dial_waits_for_the_agent_whose_tunnel_was_lost() {
+    let dialing = Dialing::new();
+    let first = dialing.agent("a").await;
+    let agent = async {
+        let _asked = first.asked().await;
+        first.tunnel.close(CloseCode::DONE, "");
+        sleep(RETURN_LIMIT / 2).await;
+        let second = dialing.agent("a").await;
+        (accepting(&second).await, second)
+    };
+    let (dialed, _kept) = join!(dialing.dial(), agent);
+    dialed.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_old_dial_fails_with_its_tunnel() {
+    let dialing = Dialing::new();
+    let agent = dialing.agent("a").await;
+    let losing = async {
+        let _asked = agent.asked().await;
+        sleep(RETURN_LIMIT).await;
+        agent.tunnel.close(CloseCode::DONE, "");
+    };
+    let ((result, took), ()) = join!(dialing.timed(), losing);
+    assert!(matches!(result, Err(DialError::Lost { .. })), "{result:?}");
+    assert_eq!(took, RETURN_LIMIT);
+    assert_eq!(dialing.metric("culvert_server_dials_waited_total{result=\"failed\"}"), 0.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_limit_holds_for_all_moves_of_a_dial() {
+    let dialing = Dialing::new();
+    let (a, b) = (dialing.agent("a").await, dialing.agent("b").await);
+    let agents = async {
+        let (asked, lost, other) = tokio::select! {
+            asked = a.asked() => (asked, &a, &b),
+            asked = b.asked() => (asked, &b, &a),
+        };
+        sleep(LIMIT * 6 / 10).await;
+        lost.tunnel.close(CloseCode::DONE, "");
+        drop(asked);
+        let mut asked = other.asked().await;
+        ended(&mut asked).await
+    };
+    let ((result, took), code) = join!(dialing.timed(), agents);
+    assert!(matches!(result, Err(DialError::TimedOut)), "{result:?}");
+    assert_eq!((took, code), (LIMIT, StreamCode::DIAL_TIMEOUT));
+}

@@ -1,0 +1,94 @@
+//! A local peer that takes no bytes.
+
+use super::{
+    bench::{Aborts, Read},
+    *,
+};
+
+#[tokio::test(start_paused = true)]
+async fn a_stuck_peer_is_cut_off_exactly_after_the_timeout() {
+    let mut bench = Bench::with_room(3).await;
+    bench.send_remote(b"0123456789").await;
+    sleep(HOUR).await;
+    assert!(!bench.task.is_finished(), "a slow peer is cut only after the other side has closed");
+    let closed = Instant::now();
+    bench.recv.stop(StreamCode::CLOSED);
+    let cut = bench.outcome().await.end.unwrap_err();
+    assert!(matches!(cut, Cut::Stuck), "{cut:?}");
+    assert_eq!(closed.elapsed(), STUCK_TIMEOUT);
+    assert_eq!(bench.send.stopped().await, Ok(Some(StreamCode::IO_ERROR)));
+    assert_eq!((bench.received(), bench.aborts()), ("012".into(), 1));
+}
+
+/// A writer with nothing but what a writer must have.
+struct Plain;
+
+impl LocalWrite for Plain {
+    async fn write(&mut self, _chunks: &mut [Bytes]) -> Result<(), LocalFault> {
+        Ok(())
+    }
+
+    async fn finish(&mut self) -> Result<(), LocalFault> {
+        Ok(())
+    }
+}
+
+#[test]
+fn without_settings_a_stuck_peer_has_a_minute_and_its_writer_counts_nothing() {
+    let shared = Arc::<Shared>::default();
+    let local = Local::new(Read(mpsc::channel(1).1, shared.clone()), Plain, Aborts(shared));
+    assert_eq!(local.stuck_timeout, Duration::from_secs(60));
+    assert!(local.writer.progress().is_none(), "a counter that nothing raises looks stuck");
+}
+
+/// Lets the peer take a byte a little more often than the time-out demands; all must arrive.
+async fn takes_slowly(mut bench: Bench, bytes: &str) {
+    for _ in bytes.bytes() {
+        sleep(STUCK_TIMEOUT - Duration::from_secs(2)).await;
+        bench.peer.room.as_ref().unwrap().add_permits(1);
+    }
+    bench.peer.flushed.set(()).unwrap();
+    let end = bench.outcome().await.end.unwrap();
+    assert_eq!(end, (HalfEnd::Stopped(StreamCode::CLOSED), HalfEnd::Finished));
+    assert_eq!((bench.received(), bench.aborts()), (bytes.to_owned().into(), 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_takes_part_of_a_batch_is_not_stuck() {
+    let progress = Some(Arc::default());
+    let room = Some(Semaphore::new(0));
+    let mut bench = Bench::with((), Shared { room, progress, ..Shared::default() }).await;
+    bench.send_remote(b"abcde").await;
+    bench.send.finish();
+    // The write has begun before the other side closes.
+    sleep(HOUR).await;
+    bench.recv.stop(StreamCode::CLOSED);
+    takes_slowly(bench, "abcde").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_takes_chunk_after_chunk_is_not_stuck() {
+    let mut bench = Bench::with_room(0).await;
+    bench.recv.stop(StreamCode::CLOSED);
+    sleep(Duration::from_secs(1)).await;
+    for chunk in [b"a", b"b", b"c", b"d", b"e"] {
+        bench.send_remote(chunk).await;
+    }
+    bench.send.finish();
+    takes_slowly(bench, "abcde").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_is_still_there_may_wait_for_the_local_peer() {
+    let mut bench = Bench::with_room(0).await;
+    bench.send_remote(b"taken late").await;
+    bench.recv.stop(StreamCode::BROKEN_PIPE);
+    sleep(HOUR).await;
+    assert!(!bench.task.is_finished());
+    bench.peer.room.as_ref().unwrap().add_permits(100);
+    bench.peer.flushed.set(()).unwrap();
+    bench.send.finish();
+    let (to, from) = bench.outcome().await.end.unwrap();
+    assert_eq!((to, from), (HalfEnd::Stopped(StreamCode::BROKEN_PIPE), HalfEnd::Finished));
+    assert_eq!((bench.received(), bench.aborts()), ("taken late".into(), 1));
+}
