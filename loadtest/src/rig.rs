@@ -108,9 +108,15 @@ impl Rig {
     /// When a part cannot start, or an agent does not join in time.
     pub async fn start(self) -> anyhow::Result<Running> {
         let certificates = Arc::new(Certificates::generate()?);
-        let (server, server_task) = self.start_server(&certificates)?;
-        let mut running =
-            Running { server, server_task, agents: Vec::new(), certificates, rig: self };
+        let (server, server_task) = self.start_server(&certificates, "server-0")?;
+        let mut running = Running {
+            server,
+            server_task,
+            other_servers: Vec::new(),
+            agents: Vec::new(),
+            certificates,
+            rig: self,
+        };
         for index in 0..running.rig.agents {
             running.add_agent(&format!("agent-{index}"))?;
         }
@@ -119,14 +125,18 @@ impl Rig {
     }
 
     /// Configuration of the server, on free ports.
-    fn server_config(&self, certificates: &Certificates) -> anyhow::Result<culvert_server::Config> {
+    fn server_config(
+        &self,
+        certificates: &Certificates,
+        id: &str,
+    ) -> anyhow::Result<culvert_server::Config> {
         let flags = ServerFlags {
             certificates,
-            socket: &certificates.folder().join("frontend.sock"),
+            socket: &certificates.folder().join(format!("{id}.sock")),
             frontend: self.frontend.protocol(),
             address: Ipv4Addr::LOCALHOST.into(),
             ports: Ports::DEFAULT,
-            id: "server-0",
+            id,
             count: 1,
         };
         let args = flags.args().into_iter().chain(self.server_flags.clone());
@@ -145,8 +155,12 @@ impl Rig {
         Ok(config)
     }
 
-    fn start_server(&self, certificates: &Certificates) -> anyhow::Result<(RunningServer, Task)> {
-        let server = Server::bind(&self.server_config(certificates)?)?;
+    fn start_server(
+        &self,
+        certificates: &Certificates,
+        id: &str,
+    ) -> anyhow::Result<(RunningServer, Task)> {
+        let server = Server::bind(&self.server_config(certificates, id)?)?;
         let running = RunningServer {
             frontend: server.frontend_address()?,
             tunnel: server.tunnel_address()?,
@@ -167,6 +181,7 @@ pub struct Running {
     /// The server.
     pub server: RunningServer,
     server_task: Task,
+    other_servers: Vec<Task>,
     agents: Vec<RunningAgent>,
     certificates: Arc<Certificates>,
     rig: Rig,
@@ -256,6 +271,17 @@ impl RunningAgent {
 }
 
 impl Running {
+    /// Starts one more server with the same certificates and flags, on ports of its own. No agent
+    /// is sent to it.
+    ///
+    /// # Errors
+    /// When it cannot start.
+    pub fn add_server(&mut self, id: &str) -> anyhow::Result<RunningServer> {
+        let (server, task) = self.rig.start_server(&self.certificates, id)?;
+        self.other_servers.push(task);
+        Ok(server)
+    }
+
     /// The certificates of the CA that every part trusts.
     pub fn certificates(&self) -> &Certificates {
         &self.certificates

@@ -21,6 +21,7 @@ mod malformed;
 mod matrix;
 mod operable;
 mod optimistic;
+mod replicas;
 mod reset;
 mod server_first;
 mod server_lifecycle;

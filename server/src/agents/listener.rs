@@ -14,7 +14,7 @@ use rustls::ServerConfig;
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 use tracing::warn;
 
-use super::{AgentContext, unadmitted::Unadmitted};
+use super::{AgentContext, reset_key::reset_key, unadmitted::Unadmitted};
 use crate::config::Config;
 
 /// Maximum number of TCP handshakes in progress; further connections are dropped, as with QUIC.
@@ -86,9 +86,9 @@ impl AgentListener {
             Some(path) => {
                 let secret = fs::read(path)
                     .map_err(|source| ListenerError::ResetKey { path: path.clone(), source })?;
-                ResetKey::derive(&secret)
+                reset_key(&secret)
             }
-            None => ResetKey::derive(identity.key.secret_der()),
+            None => reset_key(identity.key.secret_der()),
         };
         let client_ca = match &agents.client_ca {
             Some(path) => Some(tls::authorities(&tls::certificates(path)?)?),
@@ -98,7 +98,7 @@ impl AgentListener {
         let tls = Arc::new(tls);
         // Agents open the control stream and nothing else.
         let settings = config.tunnel.settings(1);
-        let (quic, tcp) = bind_both(agents.address, &tls, &settings, &reset_key)?;
+        let (quic, tcp) = bind_both(agents.address, &tls, &settings, reset_key.as_ref())?;
         let mut tls = (*tls).clone();
         tls.alpn_protocols.push(ALPN_H2.to_vec());
         let sizes = quic.buffer_sizes();
@@ -203,12 +203,12 @@ fn bind_both(
     address: SocketAddr,
     tls: &Arc<ServerConfig>,
     settings: &Settings,
-    reset_key: &ResetKey,
+    reset_key: Option<&ResetKey>,
 ) -> Result<(quic::Listener, TcpListener), ListenerError> {
     let mut attempts = if address.port() == 0 { MAX_ATTEMPTS } else { 1 };
     loop {
         attempts -= 1;
-        let quic = quic::Listener::bind(address, tls.clone(), settings, Some(reset_key))?;
+        let quic = quic::Listener::bind(address, tls.clone(), settings, reset_key)?;
         let bound = SocketAddr::new(address.ip(), quic.local_addr()?.port());
         match listen::tcp(bound) {
             Ok(tcp) => return Ok((quic, tcp)),

@@ -195,8 +195,9 @@ pub struct Flags {
     #[arg(long, help_heading = "Server set", value_name = "DURATION", default_value = "0")]
     pub graceful_shutdown_timeout: GoDuration,
 
-    /// File with the secret of stateless-reset tokens, by which agents notice at once that a server
-    /// restarted; the secret must be the same before and after. Empty derives it from --cluster-key
+    /// File with the secret of this server's stateless-reset tokens, by which agents notice at once
+    /// that it restarted; the tokens also depend on its host, network namespace and port. Empty
+    /// uses the key of --cluster-key
     #[arg(long, help_heading = "Tunnel", value_name = "FILE", default_value = "")]
     pub reset_key_file: String,
 

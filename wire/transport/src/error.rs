@@ -114,8 +114,9 @@ pub enum TunnelLost {
     /// Nothing arrived for the whole idle time-out.
     #[error("nothing came within the idle time-out")]
     TimedOut,
-    /// The peer does not know the tunnel any more: its process was restarted.
-    #[error("the peer has restarted and forgot the tunnel")]
+    /// The peer does not know the tunnel any more (RFC 9000 §10.3): its process was restarted, or it
+    /// gave the tunnel up while this side could not be reached.
+    #[error("the peer no longer knows the tunnel: it was restarted, or gave the tunnel up")]
     PeerRestarted,
     /// The carrier failed below the tunnel.
     #[error(transparent)]

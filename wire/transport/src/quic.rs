@@ -62,7 +62,8 @@ pub struct Listener {
 impl Listener {
     /// Binds the UDP port and starts to answer on it.
     ///
-    /// An unspecified IPv6 address takes IPv4 as well. Without a reset key a random one is used.
+    /// An unspecified IPv6 address takes IPv4 as well. The reset key is used as the one
+    /// of the bound address; without one a random one is used.
     ///
     /// # Errors
     /// When the port cannot be bound or the TLS configuration has no cipher suite for QUIC.
@@ -74,13 +75,16 @@ impl Listener {
     ) -> Result<Self, ConnectError> {
         let bound = udp::bind(address, settings.udp_buffer_size, settings.mtu_cap)?;
         let config = server_config(tls)?;
+        let bind_error = |error| BindError::new(address, error);
+        let local_address = bound.socket.local_addr().map_err(bind_error)?;
+        let reset_key = reset_key.map(|key| key.at(local_address));
         let endpoint = quinn::Endpoint::new_with_abstract_socket(
-            settings.endpoint(reset_key),
+            settings.endpoint(reset_key.as_ref()),
             Some(config.clone()),
             bound.socket,
             Arc::new(TokioRuntime),
         )
-        .map_err(|error| BindError::new(address, error))?;
+        .map_err(bind_error)?;
         let icmp_router = Arc::new(IcmpRouter::default());
         icmp_router.listen(bound.errors);
         Ok(Self {

@@ -97,7 +97,7 @@ impl Pair {
         let address = "127.0.0.1:0".parse().unwrap();
         match carrier {
             Carrier::Quic => {
-                let key = ResetKey::derive(b"secret");
+                let key = ResetKey::derive(b"secret", "server");
                 let tls = server_tls.into();
                 let listener = Listener::bind(address, tls, settings, Some(&key)).unwrap();
                 let remote = listener.local_addr().unwrap();
