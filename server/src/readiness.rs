@@ -12,6 +12,11 @@ pub(crate) fn readiness(has_backend: bool) -> AdminResponse {
     }
 }
 
+/// The answer to `/readyz` from the first signal to stop until the end: 500.
+pub(crate) fn draining() -> AdminResponse {
+    AdminResponse::text(StatusCode::INTERNAL_SERVER_ERROR, "the server drains")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -31,7 +31,7 @@ use crate::{
     },
     leases::LeaseController,
     metrics::ServerMetrics,
-    readiness::readiness,
+    readiness::{self, readiness},
 };
 
 /// Time for the last packets of closed tunnels, and for tasks to end.
@@ -117,8 +117,11 @@ impl Server {
             let (metrics, backends) = (metrics.clone(), backends.clone());
             Routes::new().metrics(move || metrics.render(&backends))
         };
-        let ready = backends.clone();
-        let health_routes = routes().healthz().readyz(move |_| readiness(ready.is_ready()));
+        let (ready, stopping) = (backends.clone(), frontend_context.stopping.clone());
+        let health_routes = routes().healthz().readyz(move |_| match stopping.is_cancelled() {
+            true => readiness::draining(),
+            false => readiness(ready.is_ready()),
+        });
         Ok(Self {
             health: AdminServer::start(health_port, health_routes, metrics.inner()),
             admin: AdminServer::start(admin_port, routes(), metrics.inner()),
@@ -169,7 +172,8 @@ impl Server {
     }
 
     /// Serves until `stop` completes, then drains for the configured time and closes everything:
-    /// agents are sent a goodbye, frontends still open are cut off, the Unix socket is removed.
+    /// the server is no longer ready, it takes no new tunnels and no new requests, agents are sent
+    /// a goodbye, frontends still open are cut off, the Unix socket is removed.
     ///
     /// # Errors
     /// When agents could no longer be accepted over QUIC; then everything was closed as well.
@@ -193,10 +197,10 @@ impl Server {
             never = until_panic(supervised.into_iter().chain(&mut lease_task)) => match never {},
         };
 
-        // No new requests first; the frontend's task ends within a moment and removes its socket.
+        // Not ready from here on. The frontend's task ends within a moment and removes its socket.
         stopping.cancel();
-        propagate_panic(frontend.await);
         agents.refuse_new().await;
+        propagate_panic(frontend.await);
         self.agent_context.backends.close();
         self.agent_context.draining.cancel();
         tasks.close();

@@ -1,6 +1,9 @@
 //! Servers that are killed, restart or drain, with an agent as a process.
 
-use std::time::{Duration, Instant};
+use std::{
+    io::ErrorKind,
+    time::{Duration, Instant},
+};
 
 use culvert_loadtest::{
     carrier::Serving,
@@ -8,7 +11,10 @@ use culvert_loadtest::{
     process::{Process, Signal},
 };
 use rstest::rstest;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 
 use crate::support::{
     Carrier::{self, Quic, Tcp},
@@ -124,6 +130,14 @@ async fn a_server_drains_after_sigterm_within_its_grace(#[values(Quic, Tcp)] car
         deployment.server().signal(Signal::Terminate).await.unwrap();
         agent.until_logged("the server drains").await.unwrap();
         assert!(!deployment.socket().exists(), "the frontend is still open");
+        let readiness = deployment.server().get("/readyz").await.unwrap();
+        assert_eq!((readiness.status, &*readiness.body), (500, "the server drains"));
+        assert_eq!(deployment.server().get("/healthz").await.unwrap().status, 200);
+        let refused = TcpStream::connect(deployment.tunnel()).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "over TCP");
+        let flags = LOG_AS_JSON.map(str::to_owned);
+        let mut late = deployment.spawn_agent(Culvert, "late", true, flags).await;
+        late.until_logged("no tunnel to the server, will try again").await.unwrap();
         echo(&mut frontend, b"old streams go on").await.unwrap();
         frontend.close().await.unwrap();
         assert_eq!(deployment.server().ended().await.unwrap().code(), Some(0));

@@ -2,7 +2,7 @@
 //! that occurs while a cluster is upgraded.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -199,7 +199,8 @@ impl Deployment {
         self.spawn_agent(implementation, name, false, more).await
     }
 
-    async fn spawn_agent(
+    /// Starts an agent and does not wait until it has joined.
+    pub(crate) async fn spawn_agent(
         &self,
         implementation: Implementation,
         name: &str,
@@ -211,7 +212,7 @@ impl Deployment {
             certificates: &self.certificates,
             shows_certificate,
             id: Some(name),
-            server: SocketAddr::from((Ipv4Addr::LOCALHOST, self.tunnel_port)),
+            server: self.tunnel(),
             admin_port: free_port().unwrap(),
             health_port,
         };
@@ -235,6 +236,11 @@ impl Deployment {
         let program = if side == "server" { &programs.server } else { &programs.agent };
         let (program, args, namespace) = (program.clone(), args.collect(), None);
         Process::start(Launch { program, args, log, health_port, namespace }).unwrap()
+    }
+
+    /// Address for agents.
+    pub(crate) fn tunnel(&self) -> SocketAddr {
+        SocketAddr::from((Ipv4Addr::LOCALHOST, self.tunnel_port))
     }
 
     /// Path of the frontend's socket.
@@ -265,9 +271,8 @@ impl Deployment {
         let roots = authorities(&certificates(&self.certificates.ca()).unwrap()).unwrap();
         let mut tls = tunnel_client(roots, Some(identity), KeyExchange::Hybrid).unwrap();
         tls.alpn_protocols = vec![ALPN_H2.to_vec()];
-        let address = (Ipv4Addr::LOCALHOST, self.tunnel_port);
-        let socket = TcpStream::connect(address).await.unwrap();
-        let name = IpAddr::from(address.0).into();
+        let socket = TcpStream::connect(self.tunnel()).await.unwrap();
+        let name = self.tunnel().ip().into();
         TlsConnector::from(Arc::new(tls)).connect(name, socket).await.unwrap()
     }
 

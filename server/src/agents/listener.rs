@@ -219,3 +219,31 @@ fn bind_both(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::context;
+
+    fn listening() -> AcceptingAgents {
+        let pair = rcgen::generate_simple_self_signed(["localhost".into()]).unwrap();
+        let key = rustls::pki_types::PrivateKeyDer::try_from(pair.signing_key.serialize_der());
+        let identity = Identity { chain: vec![pair.cert.into()], key: key.unwrap() };
+        let tls = tls::tunnel_server(identity, None, tls::KeyExchange::default()).unwrap();
+        let (tls, settings) = (Arc::new(tls), Settings::default());
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let (quic, tcp) = bind_both(address, &tls, &settings, None).unwrap();
+        let handshakes = Arc::new(Semaphore::new(1));
+        let tcp = TcpAccept { acceptor: Acceptor::new("agents", tcp), tls, settings, handshakes };
+        AgentListener { quic, tcp, settings }.start(&context())
+    }
+
+    #[tokio::test]
+    async fn a_udp_socket_that_fails_is_a_failure_of_the_listener() {
+        let mut agents = listening();
+        assert!(tokio::time::timeout(Duration::ZERO, agents.failed()).await.is_err());
+        // As when its socket has failed: the endpoint accepts nothing any more.
+        agents.quic.close(CloseCode::SHUTDOWN, "", Duration::ZERO).await;
+        agents.failed().await;
+    }
+}
