@@ -12,12 +12,17 @@ use std::{pin::pin, time::Duration};
 use culvert_transport::{
     Carrier, ConnectError, Settings, TransportFault, Tunnel,
     memory::{self, Ends},
+    qmux::Peer,
     tcp::Connected,
 };
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::timeout,
+};
 use tokio_util::task::TaskTracker;
+use tracing::debug;
 
 /// Flow-control window of the gRPC stream, in bytes. What is in flight delays all that follows, so
 /// this is no larger than 100 Mbit/s need at 80 ms.
@@ -35,7 +40,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// All tasks of the connection run in `bridges` and end within seconds of the tunnel.
 ///
 /// # Errors
-/// When the server does not speak HTTP/2.
+/// When the connection fails at once. That the server does not speak HTTP/2 is found out by the
+/// call, which closes the tunnel.
 ///
 /// # Cancel safety
 /// Cancel safe: dropping the future closes the connection.
@@ -46,6 +52,20 @@ pub(crate) async fn connect(
     bridges: &TaskTracker,
 ) -> Result<Tunnel, ConnectError> {
     let (stream, peer) = connected.into_parts(Carrier::Grpc);
+    bridge(stream, peer, keep_alive_interval, settings, bridges).await
+}
+
+/// Makes the tunnel on the byte stream to `peer`.
+async fn bridge<IO>(
+    stream: IO,
+    peer: Peer,
+    keep_alive_interval: Duration,
+    settings: &Settings,
+    bridges: &TaskTracker,
+) -> Result<Tunnel, ConnectError>
+where
+    IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let keep_alive = (!keep_alive_interval.is_zero())
         .then(|| keep_alive_interval.max(LEAST_KEEP_ALIVE_INTERVAL));
     let (requests, connection) = http2::Builder::new(Spawner(bridges.clone()))
@@ -60,9 +80,10 @@ pub(crate) async fn connect(
         .map_err(|error| TransportFault::Protocol(error.to_string()))?;
     // The agent opens the control stream; only the server opens others.
     let control_only = Settings { max_streams: 1, ..*settings };
+    let remote = peer.address;
     let Ends { agent, server } = memory::connect(peer, settings, &control_only).await?;
     bridges.spawn(async move {
-        let mut connection = pin!(connection);
+        let mut connection = Box::pin(connection);
         let mut bridge = pin!(bridge::run(server, requests));
         tokio::select! {
             () = &mut bridge => {
@@ -70,8 +91,15 @@ pub(crate) async fn connect(
                 // itself.
                 let _ = timeout(CLOSE_TIMEOUT, connection).await;
             }
-            // The bridge finds out by the gRPC stream.
-            _ = &mut connection => bridge.await,
+            ended = &mut connection => {
+                if let Err(error) = ended {
+                    debug!(%remote, ?error, "a Konnectivity server's connection failed");
+                }
+                // A call that waits for the connection fails only now. A call that was sent has
+                // failed already.
+                drop(connection);
+                bridge.await;
+            }
         }
     });
     Ok(agent)
@@ -86,3 +114,6 @@ impl<F: Future<Output: Send> + Send + 'static> hyper::rt::Executor<F> for Spawne
         self.0.spawn(task);
     }
 }
+
+#[cfg(test)]
+mod tests;
