@@ -258,6 +258,16 @@ mod tests {
     }
 
     #[test]
+    fn a_trace_is_shown_with_its_control_characters_escaped() {
+        let trace = |parent: &str, state: &str| TraceContext {
+            traceparent: parent.try_into().unwrap(),
+            tracestate: state.try_into().unwrap(),
+        };
+        assert_eq!(trace("00-1", "").to_string(), "00-1");
+        assert_eq!(trace("00-1\n", "a=\u{1b}[1m").to_string(), "00-1\\n a=\\u{1b}[1m");
+    }
+
+    #[test]
     fn stream_kinds_are_found_by_their_names() {
         for kind in [StreamKind::UNKNOWN, StreamKind::EXEC, StreamKind::WEBHOOK] {
             assert_eq!(StreamKind::from_name(kind.name()), kind);
