@@ -1,42 +1,6 @@
 //! The carrier of an agent's tunnels, as its readiness page reports it.
 
-use std::{fmt, str::FromStr};
-
-use serde::{Deserialize, Serialize};
-
-/// Carrier of a tunnel, in scenarios and reports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Carrier {
-    /// QUIC over UDP.
-    Quic,
-    /// QMux over TLS over TCP.
-    Tcp,
-    /// gRPC, to a Konnectivity server.
-    Grpc,
-}
-
-impl Carrier {
-    const ALL: [Self; 3] = [Self::Quic, Self::Tcp, Self::Grpc];
-}
-
-impl fmt::Display for Carrier {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Quic => "quic",
-            Self::Tcp => "tcp",
-            Self::Grpc => "grpc",
-        })
-    }
-}
-
-impl FromStr for Carrier {
-    type Err = ();
-
-    fn from_str(name: &str) -> Result<Self, ()> {
-        Self::ALL.into_iter().find(|carrier| carrier.to_string() == name).ok_or(())
-    }
-}
+pub use culvert_transport::Carrier;
 
 /// The carrier of an agent's newest tunnel: the one that takes new dials.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,9 +1,12 @@
 //! The name of what carries a tunnel.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
 
 /// What carries a tunnel's streams between the two processes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Carrier {
     /// QUIC over UDP: streams are independent of each other.
     Quic,
@@ -25,8 +28,35 @@ impl Carrier {
     }
 }
 
+/// A text is not the name of a carrier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a carrier; write quic, tcp or grpc")]
+pub struct ParseCarrierError;
+
+impl FromStr for Carrier {
+    type Err = ParseCarrierError;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        let all = [Self::Quic, Self::Tcp, Self::Grpc];
+        all.into_iter().find(|carrier| carrier.name() == name).ok_or(ParseCarrierError)
+    }
+}
+
 impl fmt::Display for Carrier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_is_read_back() {
+        for carrier in [Carrier::Quic, Carrier::Tcp, Carrier::Grpc] {
+            assert_eq!(carrier.to_string().parse(), Ok(carrier));
+        }
+        assert_eq!("QUIC".parse::<Carrier>(), Err(ParseCarrierError));
     }
 }

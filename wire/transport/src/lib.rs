@@ -40,7 +40,7 @@ pub mod test_util;
 pub mod tls;
 mod tunnel;
 
-pub use carrier::Carrier;
+pub use carrier::{Carrier, ParseCarrierError};
 pub use error::{
     ConnectError, IoFault, ProxyFault, ReadError, ReadFrameError, TransportFault, TunnelLost,
     WriteError,
