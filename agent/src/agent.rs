@@ -4,11 +4,11 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use culvert_process::{
     admin::{AdminServer, Port, Routes},
-    kubernetes::ClientError,
+    faults::ConfigErrors,
     metrics::{BuildError, Upkeep},
+    reload::Reloads,
     supervision::{propagate_panic, until_panic},
 };
-use culvert_transport::tls::TlsError;
 use culvert_wire::InstanceId;
 use tokio::time::{Instant, timeout};
 use tokio_util::{
@@ -18,8 +18,9 @@ use tokio_util::{
 
 use crate::{
     config::Config,
-    connector::{Connect as _, Connector, NetworkConnect, Plan},
+    connector::{Connector, NetworkConnect, Plan},
     egress::Egress,
+    files::AgentFiles,
     leases::LeaseCount,
     metrics::AgentMetrics,
     readiness,
@@ -35,12 +36,9 @@ const BRIDGE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Why an agent could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// Certificate, key or CA cannot be used.
-    #[error("--ca-cert, --agent-cert, --agent-key: {0}")]
-    Tls(#[from] TlsError),
-    /// There is no client for kube-apiserver, which Leases are read from.
+    /// A file cannot be used.
     #[error(transparent)]
-    Kubernetes(#[from] ClientError),
+    Files(#[from] ConfigErrors),
     /// A metric is misdeclared; the fault is ours.
     #[error(transparent)]
     Metrics(#[from] BuildError),
@@ -57,12 +55,13 @@ pub struct Agent {
     admin: AdminServer,
     metrics: Arc<AgentMetrics>,
     leases: Option<LeaseCount>,
+    reloads: Reloads,
     upkeep: Upkeep,
 }
 
 impl Agent {
-    /// Checks the files, and serves health and administration as soon as their ports are free.
-    /// Needs a tokio runtime.
+    /// Reads the files, and serves health and administration as soon as their ports are free. It
+    /// blocks for the files. Needs a tokio runtime.
     ///
     /// On the host's network another process may have the ports, and the tunnel matters more.
     ///
@@ -71,17 +70,18 @@ impl Agent {
     pub fn bind(config: &Config) -> Result<Self, StartError> {
         let metrics = Arc::new(AgentMetrics::new()?);
         let bridges = TaskTracker::new();
+        let mut files = AgentFiles::read(config, metrics.inner())?;
+        let (token, reloads) = (files.token.clone(), files.reloads.clone());
+        let leases = config.sync.leases.as_ref().zip(files.leases.take());
+        let leases = leases.map(|(config, client)| LeaseCount::new(config, client));
         let connect = NetworkConnect {
             servers: config.servers.clone(),
             settings: config.tunnel.settings(FIRST_STREAM_LIMIT.min(config.max_streams)),
             key_exchange: config.tunnel.key_exchange,
-            proxies: config.proxies.clone(),
+            files,
             bridges: bridges.clone(),
         };
-        // A fault in a file shows at start.
-        connect.read_tls()?;
         let tunnels = Arc::new(ServerTunnels::new(config.sync.count_source));
-        let leases = config.sync.leases.as_ref().map(LeaseCount::new).transpose()?;
         let connector = Connector {
             connect: Arc::new(connect),
             plan: Plan::new(config, Instant::now()),
@@ -93,7 +93,7 @@ impl Agent {
             agent_id: config.agent_id.clone(),
             instance: InstanceId(std::array::from_fn(|_| fastrand::u8(..))),
             identifiers: config.identifiers.clone(),
-            token_file: config.servers.token_file.clone(),
+            token,
             max_streams: config.max_streams,
             hedge_rate: config.tunnel.hedge_rate,
             drain_timeout: config.drain_timeout,
@@ -105,12 +105,28 @@ impl Agent {
         let (listener, flag) = ("admin", "admin-server-port");
         let port = Port { listener, flag, address: config.admin_address };
         let admin = AdminServer::start(port, routes, metrics.inner());
-        Ok(Self { connector, context, bridges, tunnels, health, admin, metrics, leases, upkeep })
+        Ok(Self {
+            connector,
+            context,
+            bridges,
+            tunnels,
+            health,
+            admin,
+            metrics,
+            leases,
+            reloads,
+            upkeep,
+        })
     }
 
     /// The address of health, readiness and metrics.
     pub fn health_address(&self) -> SocketAddr {
         self.health.local_address()
+    }
+
+    /// The files that the agent reads, which it reads again while it runs.
+    pub fn files(&self) -> &Reloads {
+        &self.reloads
     }
 
     /// The tunnels to servers.
@@ -132,9 +148,12 @@ impl Agent {
             let keep = leases.keep(self.tunnels.clone(), self.metrics.clone());
             AbortOnDropHandle::new(tokio::spawn(keep))
         });
+        let reloads = self.reloads;
+        let keep = async move { reloads.keep().await };
+        let mut reloading = AbortOnDropHandle::new(tokio::spawn(keep));
         let mut connecting =
             AbortOnDropHandle::new(tokio::spawn(self.connector.run(self.context.clone())));
-        let supervised = [self.health.task(), self.admin.task(), &mut self.upkeep];
+        let supervised = [self.health.task(), self.admin.task(), &mut self.upkeep, &mut reloading];
         tokio::select! {
             () = stop => {}
             ended = &mut connecting => propagate_panic(ended),

@@ -2,7 +2,10 @@
 
 use std::{ffi::OsString, process::ExitCode};
 
-use culvert_process::cli::{self, BoxError, Program};
+use culvert_process::{
+    cli::{self, BoxError, Program},
+    signals::ReloadSignal,
+};
 use tokio::runtime::Builder;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
@@ -26,14 +29,22 @@ impl Program for AgentProgram {
         Builder::new_current_thread()
     }
 
-    async fn run(config: Config, stop: CancellationToken) -> Result<(), BoxError> {
+    async fn run(
+        config: Config,
+        stop: CancellationToken,
+        reload: ReloadSignal,
+    ) -> Result<(), BoxError> {
         let agent = Agent::bind(&config)?;
         info!(
             version = env!("CARGO_PKG_VERSION"), agent_id = %config.agent_id,
             server = %config.servers.host, port = config.servers.port,
             health = %agent.health_address(), "culvert-agent runs",
         );
-        agent.run(stop.cancelled_owned()).await;
+        let files = agent.files().clone();
+        tokio::select! {
+            () = agent.run(stop.cancelled_owned()) => {}
+            never = reload.serve(files) => match never {},
+        }
         info!("culvert-agent ends");
         Ok(())
     }

@@ -210,11 +210,11 @@ fn servers(flags: &Flags, invocation: Invocation, faults: &mut Faults) -> Option
     } else {
         server_name("server-name", &flags.server_name, faults)
     };
-    let ca = faults.file("ca-cert", &flags.ca_cert);
+    let ca = faults.authorities("ca-cert", &flags.ca_cert);
     faults.require(ca.is_some(), "ca-cert", "must be given: it alone identifies servers");
     let certificate =
         faults.pair(("agent-cert", &flags.agent_cert), ("agent-key", &flags.agent_key));
-    let token_file = faults.file("service-account-token-path", &flags.service_account_token_path);
+    let token_file = faults.token("service-account-token-path", &flags.service_account_token_path);
     let extra_alpn = go_flags::parse_list(&flags.alpn_proto);
     faults.require(
         extra_alpn.iter().all(|name| name.len() <= MAX_ALPN_BYTES),
@@ -260,7 +260,8 @@ fn sync(flags: &Flags, faults: &mut Faults) -> SyncConfig {
             CountSource::Leases
         }
     };
-    let kubeconfig = faults.file("kubeconfig", &flags.kubernetes.kubeconfig);
+    let (path, is_used) = (&flags.kubernetes.kubeconfig, flags.count_server_leases);
+    let kubeconfig = faults.kubeconfig("kubeconfig", path, is_used);
     let leases = flags.count_server_leases.then(|| {
         let selector = flags.lease_label_selector.clone();
         let reason = "must be given along with --count-server-leases";

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
 
 use culvert_process::{
-    kubernetes::{self, ClientError, Timestamp, lease_expiry},
+    kubernetes::{self, CurrentClient, Timestamp, lease_expiry},
     rate_limited,
 };
 use k8s_openapi::api::coordination::v1::Lease;
@@ -25,36 +25,45 @@ const FAILURE_LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// Counts the servers' Leases.
 #[derive(Debug)]
 pub(crate) struct LeaseCount {
-    api: Api<Lease>,
+    client: CurrentClient,
+    namespace: String,
     selector: String,
 }
 
 impl LeaseCount {
-    /// Counts nothing yet. Needs a tokio runtime.
-    ///
-    /// # Errors
-    /// When there is no client for kube-apiserver.
-    pub(crate) fn new(config: &LeaseConfig) -> Result<Self, ClientError> {
-        let api = Api::namespaced(config.kubernetes.client()?, &config.namespace);
-        Ok(Self { api, selector: config.selector.clone() })
+    /// Counts nothing yet.
+    pub(crate) fn new(config: &LeaseConfig, client: CurrentClient) -> Self {
+        let (namespace, selector) = (config.namespace.clone(), config.selector.clone());
+        Self { client, namespace, selector }
     }
 
     /// Counts for as long as it is polled. Until the Leases were listed once, the number that
     /// servers report applies; while kube-apiserver does not answer, the last count.
-    pub(crate) async fn keep(self, servers: Arc<ServerTunnels>, metrics: Arc<AgentMetrics>) {
+    pub(crate) async fn keep(mut self, servers: Arc<ServerTunnels>, metrics: Arc<AgentMetrics>) {
         // Thousands of agents may list at once, so from kube-apiserver's memory and not from etcd.
         let selected = watcher::Config::default().labels(&self.selector).any_semantic();
-        let events = pin!(watcher(self.api, selected).default_backoff());
-        count(events, &servers, &metrics).await;
+        let mut leases = Leases::default();
+        loop {
+            let client = self.client.clone();
+            let api = Api::namespaced(client.get(), &self.namespace);
+            let events = pin!(watcher(api, selected.clone()).default_backoff());
+            let counting = count(events, &mut leases, &servers, &metrics, || client.failed());
+            tokio::select! {
+                () = counting => return,
+                // The Leases are listed anew with the new client; until then the last count stays.
+                () = self.client.replaced() => {}
+            }
+        }
     }
 }
 
 async fn count(
     mut events: impl Stream<Item = Result<Event<Lease>, watcher::Error>> + Unpin,
+    leases: &mut Leases,
     servers: &ServerTunnels,
     metrics: &AgentMetrics,
+    failed: impl Fn(),
 ) {
-    let mut leases = Leases::default();
     let mut list_begun = Instant::now();
     while let Some(event) = events.next().await {
         match event {
@@ -69,6 +78,7 @@ async fn count(
                 }
             }
             Err(error) => {
+                failed();
                 metrics.leases_failed(&error);
                 let error = reason(&error);
                 rate_limited!(

@@ -13,6 +13,7 @@ pub mod cli;
 pub mod config;
 mod connector;
 mod egress;
+mod files;
 mod konnectivity;
 mod leases;
 mod metrics;

@@ -2,7 +2,6 @@
 
 use std::{
     net::SocketAddr,
-    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -18,17 +17,18 @@ use culvert_transport::{
     qmux::Peer,
     tcp::Route,
     test_util::{Line, Pair},
-    tls::TlsError,
+    tls::{Current, TlsError},
 };
 use culvert_wire::{
     InstanceId,
     bounded::List,
-    control::{ControlMessage, Hello, Welcome},
+    control::{ControlMessage, Hello, Secret, Welcome},
     extension::Extensions,
     identifiers::Identifiers,
     version::{Features, REVISION},
 };
 use parking_lot::Mutex;
+use rcgen::{CertificateParams, KeyPair};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep},
@@ -43,23 +43,25 @@ use crate::{
     tunnels::session::SessionContext,
 };
 
-/// The configuration of `args`, with a CA file that exists.
+/// The configuration of `args`, with a CA file that could be used when it was checked.
 pub(crate) fn config(args: &[&str]) -> Config {
     let file = tempfile::NamedTempFile::new().unwrap();
+    let ca = CertificateParams::default().self_signed(&KeyPair::generate().unwrap()).unwrap();
+    std::fs::write(&file, ca.pem()).unwrap();
     let ca = format!("--ca-cert={}", file.path().display());
     let args = ["culvert-agent", &ca].into_iter().chain(args.iter().copied());
     Config::from_flags(Flags::try_parse_from(args).unwrap(), Invocation::from_argv0(None)).unwrap()
 }
 
-/// The context of an agent called `node-1`, which drains for 20 s.
-pub(crate) fn context(token_file: Option<PathBuf>) -> SessionContext {
+/// The context of an agent called `node-1`, which drains for 20 s and has this token.
+pub(crate) fn context(token: Option<&str>) -> SessionContext {
     let metrics = Arc::new(AgentMetrics::new().unwrap());
     SessionContext {
         egress: Egress::new(Duration::from_secs(5), metrics),
         agent_id: "node-1".parse().unwrap(),
         instance: InstanceId([7; 16]),
         identifiers: Identifiers::default(),
-        token_file,
+        token: token.map(|token| Current::fixed(Secret::new(token).unwrap())),
         max_streams: 1000,
         hedge_rate: 0,
         drain_timeout: Duration::from_secs(20),
@@ -206,7 +208,7 @@ impl Scripted {
 impl Connect for Scripted {
     type Tls = ();
 
-    fn read_tls(&self) -> Result<(), TlsError> {
+    async fn read_tls(&self) -> Result<(), TlsError> {
         Ok(())
     }
 

@@ -15,7 +15,7 @@ mod context;
 mod join;
 mod konnectivity;
 pub(crate) mod listener;
-mod reset_key;
+pub(crate) mod reset_key;
 mod session;
 mod unadmitted;
 

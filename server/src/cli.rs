@@ -2,7 +2,10 @@
 
 use std::{ffi::OsString, process::ExitCode};
 
-use culvert_process::cli::{self, BoxError, Program};
+use culvert_process::{
+    cli::{self, BoxError, Program},
+    signals::ReloadSignal,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -19,7 +22,11 @@ impl Program for ServerProgram {
     const NAME: &'static str = "culvert-server";
     type Config = Config;
 
-    async fn run(config: Config, stop: CancellationToken) -> Result<(), BoxError> {
+    async fn run(
+        config: Config,
+        stop: CancellationToken,
+        reload: ReloadSignal,
+    ) -> Result<(), BoxError> {
         let server = Server::bind(&config)?;
         info!(
             version = env!("CARGO_PKG_VERSION"), server_id = %config.server_id,
@@ -27,7 +34,11 @@ impl Program for ServerProgram {
             health = %server.health_address(), admin = %server.admin_address(),
             "culvert-server runs",
         );
-        server.run(stop.cancelled_owned()).await?;
+        let files = server.files().clone();
+        tokio::select! {
+            ended = server.run(stop.cancelled_owned()) => ended?,
+            never = reload.serve(files) => match never {},
+        }
         info!("culvert-server ends");
         Ok(())
     }

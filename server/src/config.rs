@@ -147,8 +147,9 @@ fn kubernetes(flags: &Flags, faults: &mut Faults) -> KubernetesConfig {
         faults.warn("kubeconfig-burst", "has no effect without --kubeconfig-qps");
     }
     let burst = faults.count("kubeconfig-burst", burst, 0);
+    let is_used = flags.enable_lease_controller || !flags.agent_service_account.is_empty();
     KubernetesConfig {
-        kubeconfig: faults.file("kubeconfig", &flags.kubernetes.kubeconfig),
+        kubeconfig: faults.kubeconfig("kubeconfig", &flags.kubernetes.kubeconfig, is_used),
         qps: (is_rate && qps > 0.0).then_some(qps),
         burst: (burst > 0).then_some(burst),
     }

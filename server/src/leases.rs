@@ -10,7 +10,7 @@ use std::{
 };
 
 use culvert_process::{
-    kubernetes::{self, Client, Timestamp, lease_expiry},
+    kubernetes::{self, CurrentClient, Timestamp, lease_expiry},
     rate_limited,
 };
 use culvert_wire::ServerId;
@@ -45,7 +45,8 @@ const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// Keeps the Lease of one server, and removes expired ones of others.
 #[derive(Debug)]
 pub(crate) struct LeaseController {
-    api: Api<Lease>,
+    client: CurrentClient,
+    namespace: String,
     name: String,
     server_id: String,
     labels: BTreeMap<String, String>,
@@ -55,13 +56,14 @@ pub(crate) struct LeaseController {
 impl LeaseController {
     /// The controller of this server's Lease. Nothing is published yet.
     pub(crate) fn new(
-        client: Client,
+        client: CurrentClient,
         config: &LeaseConfig,
         server_id: &ServerId,
         metrics: Arc<ServerMetrics>,
     ) -> Self {
         Self {
-            api: Api::namespaced(client, &config.namespace),
+            client,
+            namespace: config.namespace.clone(),
             name: format!("konnectivity-proxy-server-{server_id}"),
             server_id: server_id.to_string(),
             labels: config.labels.iter().cloned().collect(),
@@ -74,13 +76,17 @@ impl LeaseController {
     pub(crate) async fn keep(self, stop: CancellationToken) {
         // A request in progress does not delay the stop.
         while stop.run_until_cancelled(self.round()).await.is_some() {}
-        match answered(self.api.delete(&self.name, &DeleteParams::default())).await {
+        match answered(self.api().delete(&self.name, &DeleteParams::default())).await {
             Ok(_) => debug!(lease = self.name, "the server's Lease is taken back"),
             Err(error) => {
                 let error = error.to_string();
                 info!(error, "the server's Lease stays until it expires");
             }
         }
+    }
+
+    fn api(&self) -> Api<Lease> {
+        Api::namespaced(self.client.get(), &self.namespace)
     }
 
     /// Renews the Lease, removes expired ones, and pauses until the next renewal.
@@ -93,6 +99,7 @@ impl LeaseController {
             Err(_) => RETRY_INTERVAL.mul_f64(0.5 + fastrand::f64()),
         };
         if let Err(error) = renewed {
+            self.client.failed();
             rate_limited!(
                 LOG_INTERVAL,
                 WARN,
@@ -113,14 +120,14 @@ impl LeaseController {
     async fn renew(&self, now: Timestamp) -> Result<(), String> {
         let params = PostParams::default();
         let text = |error: Unanswered| error.to_string();
-        match answered(self.api.get_opt(&self.name)).await.map_err(text)? {
+        match answered(self.api().get_opt(&self.name)).await.map_err(text)? {
             Some(lease) => {
                 let lease = self.renewed(lease, now);
-                answered(self.api.replace(&self.name, &params, &lease)).await.map_err(text)?
+                answered(self.api().replace(&self.name, &params, &lease)).await.map_err(text)?
             }
             None => {
                 let lease = self.renewed(Lease::default(), now);
-                answered(self.api.create(&params, &lease)).await.map_err(text)?
+                answered(self.api().create(&params, &lease)).await.map_err(text)?
             }
         };
         Ok(())
@@ -149,7 +156,7 @@ impl LeaseController {
             self.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
         let begun = Instant::now();
         let listed =
-            answered(self.api.list(&ListParams::default().labels(&labels.join(",")))).await;
+            answered(self.api().list(&ListParams::default().labels(&labels.join(",")))).await;
         self.count(LeaseRequest::List, begun, listed.as_ref().err());
         for lease in listed.map_err(|error| error.to_string())?.items {
             let expiry = lease.spec.as_ref().and_then(lease_expiry);
@@ -158,7 +165,7 @@ impl LeaseController {
             let params = DeleteParams::default()
                 .preconditions(Preconditions { resource_version, uid: lease.metadata.uid });
             let begun = Instant::now();
-            let deleted = answered(self.api.delete(&name, &params)).await;
+            let deleted = answered(self.api().delete(&name, &params)).await;
             self.count(LeaseRequest::Delete, begun, deleted.as_ref().err());
             match deleted {
                 Ok(_) => {

@@ -13,6 +13,7 @@ pub mod backends;
 pub mod cli;
 pub mod config;
 mod dial;
+mod files;
 pub mod frontend;
 mod http2_frames;
 mod leases;

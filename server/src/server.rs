@@ -4,8 +4,9 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use culvert_process::{
     admin::{AdminServer, Port, Routes},
-    kubernetes::ClientError,
+    faults::ConfigErrors,
     metrics::{BuildError, Upkeep},
+    reload::Reloads,
     supervision::{propagate_panic, until_panic},
 };
 use culvert_wire::CloseCode;
@@ -25,6 +26,7 @@ use crate::{
     backends::Backends,
     config::Config,
     dial::Dialer,
+    files::ServerFiles,
     frontend::{
         FrontendContext,
         listen::{FrontendAddress, FrontendListener, ListenError},
@@ -46,9 +48,9 @@ pub enum StartError {
     /// The agents' listener cannot be bound.
     #[error(transparent)]
     AgentListener(#[from] ListenerError),
-    /// There is no client for kube-apiserver.
+    /// A file cannot be used.
     #[error(transparent)]
-    Kubernetes(#[from] ClientError),
+    Files(#[from] ConfigErrors),
     /// A metric is misdeclared; the fault is ours.
     #[error(transparent)]
     Metrics(#[from] BuildError),
@@ -67,22 +69,26 @@ pub struct Server {
     health: AdminServer,
     admin: AdminServer,
     leases: Option<LeaseController>,
+    reloads: Reloads,
     grace: Duration,
     upkeep: Upkeep,
 }
 
 impl Server {
-    /// Binds the ports for frontends and agents, and serves health and administration as soon as
-    /// their ports are free. Needs a tokio runtime.
+    /// Reads the files, binds the ports for frontends and agents, and serves health and
+    /// administration as soon as their ports are free. It blocks for the files. Needs a tokio
+    /// runtime.
     ///
     /// # Errors
-    /// When the port for frontends or for agents cannot be bound.
+    /// When a file cannot be used, or the port for frontends or for agents cannot be bound.
     pub fn bind(config: &Config) -> Result<Self, StartError> {
         let metrics = Arc::new(ServerMetrics::new()?);
         let backends = Backends::new(&config.agents.strategies);
-        let agents = AgentListener::bind(config)?;
+        let mut files = ServerFiles::read(config, metrics.inner())?;
+        let agents = AgentListener::bind(config, &files)?;
         metrics.set_udp_buffers(agents.buffer_sizes());
-        let frontend = FrontendListener::bind(&config.frontend, &config.tls)?;
+        let credentials = files.frontend.take();
+        let frontend = FrontendListener::bind(&config.frontend, &config.tls, credentials)?;
         let frontend_context = Arc::new(FrontendContext {
             dialer: Dialer::new(backends.clone(), config.agents.dial, metrics.clone()),
             metrics: metrics.clone(),
@@ -93,7 +99,16 @@ impl Server {
             closing: CancellationToken::new(),
             tasks: TaskTracker::new(),
         });
-        let (authenticator, leases) = kubernetes(config, &metrics)?;
+        let authenticator = match &config.agents.token {
+            Some(expected) => {
+                let client = files.reviews.expect("what reviews tokens was read");
+                Authenticator::by_token(client, expected.clone())
+            }
+            None => Authenticator::open(),
+        };
+        let leases = config.leases.as_ref().zip(files.leases).map(|(leases, client)| {
+            LeaseController::new(client, leases, &config.server_id, metrics.clone())
+        });
         let agent_context = Arc::new(AgentContext {
             backends: backends.clone(),
             authenticator,
@@ -130,6 +145,7 @@ impl Server {
             agents,
             agent_context,
             leases,
+            reloads: files.reloads,
             grace: config.graceful_shutdown_timeout,
             upkeep,
         })
@@ -161,6 +177,11 @@ impl Server {
         &self.agent_context.metrics
     }
 
+    /// The files that the server reads, which it reads again while it runs.
+    pub fn files(&self) -> &Reloads {
+        &self.reloads
+    }
+
     /// The address of health, readiness and metrics.
     pub fn health_address(&self) -> SocketAddr {
         self.health.local_address()
@@ -188,9 +209,13 @@ impl Server {
         let mut lease_task = self
             .leases
             .map(|leases| AbortOnDropHandle::new(tokio::spawn(leases.keep(stop_lease.clone()))));
+        let reloads = self.reloads;
+        let mut reloading =
+            AbortOnDropHandle::new(tokio::spawn(async move { reloads.keep().await }));
         let mut frontend =
             AbortOnDropHandle::new(tokio::spawn(self.frontend.run(self.frontend_context.clone())));
-        let supervised = [self.health.task(), self.admin.task(), &mut self.upkeep, &mut frontend];
+        let (health, admin) = (self.health.task(), self.admin.task());
+        let supervised = [health, admin, &mut self.upkeep, &mut frontend, &mut reloading];
         let ended = tokio::select! {
             () = stop => Ok(()),
             error = agents.failed() => Err(error),
@@ -227,24 +252,4 @@ impl Server {
         self.admin.stop().await;
         ended
     }
-}
-
-/// The parts that ask kube-apiserver: whether agents are authentic, and for Leases.
-fn kubernetes(
-    config: &Config,
-    metrics: &Arc<ServerMetrics>,
-) -> Result<(Authenticator, Option<LeaseController>), ClientError> {
-    let authenticator = match &config.agents.token {
-        Some(expected) => Authenticator::by_token(&config.kubernetes, expected.clone())?,
-        None => Authenticator::open(),
-    };
-    // With a client of its own: a Lease is renewed in time, however many reviews wait.
-    let leases = match &config.leases {
-        Some(leases) => {
-            let client = config.kubernetes.client()?;
-            Some(LeaseController::new(client, leases, &config.server_id, metrics.clone()))
-        }
-        None => None,
-    };
-    Ok((authenticator, leases))
 }

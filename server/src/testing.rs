@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use culvert_process::kubernetes::KubernetesConfig;
+use culvert_process::kubernetes::CurrentClient;
 use culvert_transport::{
     Carrier, RecvHalf, SendHalf, Settings, Tunnel, qmux::Peer, test_util::Pair,
 };
@@ -90,6 +90,16 @@ pub(crate) fn authenticator<F>(
 where
     F: Future<Output = Result<TokenReviewStatus, StatusCode>> + Send + 'static,
 {
+    Authenticator::by_token(client(review), account())
+}
+
+/// A client whose reviews are answered by `review`, after any time it takes.
+pub(crate) fn client<F>(
+    review: impl Fn(TokenReviewSpec) -> F + Clone + Send + 'static,
+) -> CurrentClient
+where
+    F: Future<Output = Result<TokenReviewStatus, StatusCode>> + Send + 'static,
+{
     let service = service_fn(move |request: Request<Body>| {
         let review = review.clone();
         async move {
@@ -106,8 +116,7 @@ where
             Ok::<_, Box<dyn std::error::Error + Send + Sync>>(answer)
         }
     });
-    let client = kube::Client::new(service, "default");
-    Authenticator::with_client(client, KubernetesConfig::default(), account())
+    CurrentClient::fixed(kube::Client::new(service, "default"))
 }
 
 /// The account that agents' tokens must belong to.

@@ -1,8 +1,27 @@
-use std::ffi::OsString;
+use std::{ffi::OsString, sync::LazyLock};
 
 use culvert_wire::identifiers::Identifier;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 
 use super::*;
+
+/// A kubeconfig that can be used.
+const KUBECONFIG: &str = r#"
+apiVersion: v1
+kind: Config
+clusters: [{name: c, cluster: {server: "https://127.0.0.1:1"}}]
+users: [{name: u, user: {token: t}}]
+contexts: [{name: x, context: {cluster: c, user: u}}]
+current-context: x
+"#;
+
+/// A certificate, which is its own CA, and its key.
+static PAIR: LazyLock<[String; 2]> = LazyLock::new(|| {
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let key = KeyPair::generate().unwrap();
+    [params.self_signed(&key).unwrap().pem(), key.serialize_pem()]
+});
 
 /// A directory with the files that flags may name.
 struct Files {
@@ -12,8 +31,15 @@ struct Files {
 impl Files {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["crt", "key", "ca", "kubeconfig", "token"] {
-            std::fs::write(dir.path().join(name), "").unwrap();
+        let [certificate, key] = &*PAIR;
+        for (name, contents) in [
+            ("crt", certificate.as_str()),
+            ("key", key),
+            ("ca", certificate),
+            ("kubeconfig", KUBECONFIG),
+            ("token", "secret"),
+        ] {
+            std::fs::write(dir.path().join(name), contents).unwrap();
         }
         Self { dir }
     }
@@ -261,4 +287,24 @@ fn help_describes_every_flag() {
             "{name} belongs under a heading"
         );
     }
+}
+
+#[test]
+fn files_that_cannot_be_used_are_reported_with_all_other_faults() {
+    let files = Files::new();
+    let folder = files.dir.path().to_owned();
+    for name in ["crt", "ca", "token"] {
+        std::fs::write(folder.join(name), " ").unwrap();
+    }
+    let flags = ["--agent-cert=@crt", "--agent-key=@key", "--service-account-token-path=@token"];
+    let text = files.config(&[&flags[..], &["--proxy-server-port=0"]].concat()).unwrap_err();
+    for (flag, name, reason) in [
+        ("agent-cert", "crt", "holds no certificate"),
+        ("ca-cert", "ca", "holds no certificate"),
+        ("service-account-token-path", "token", "holds no token"),
+    ] {
+        let fault = format!("--{flag}: {}: {reason}", folder.join(name).display());
+        assert!(text.contains(&fault), "{fault} in {text}");
+    }
+    assert!(text.contains("--proxy-server-port: "), "{text}");
 }

@@ -51,7 +51,7 @@ pub(crate) async fn attempt<C: Connect>(
     first: Option<SocketAddr>,
     context: &SessionContext,
 ) -> Attempted {
-    let tls = match connect.read_tls() {
+    let tls = match connect.read_tls().await {
         Ok(tls) => tls,
         Err(error) => return Attempted::failed(error),
     };

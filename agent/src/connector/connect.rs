@@ -4,8 +4,7 @@ use std::{fmt, net::SocketAddr};
 
 use culvert_konnectivity::ALPN_H2;
 use culvert_transport::{
-    BufferSizes, Carrier, Settings, Tunnel, quic,
-    tcp::{self, Proxies},
+    BufferSizes, Carrier, Settings, Tunnel, quic, tcp,
     tls::{KeyExchange, TlsError},
 };
 use tokio_util::task::TaskTracker;
@@ -18,6 +17,7 @@ use crate::{
         resolve::{ServerAddress, resolve},
         tls::ClientTls,
     },
+    files::AgentFiles,
     konnectivity,
 };
 
@@ -38,11 +38,14 @@ pub(crate) trait Connect: fmt::Debug + Send + Sync + 'static {
     /// What [`Connect::read_tls`] reads.
     type Tls: Send + Sync;
 
-    /// Reads certificate, key and CA, so that a rotated file needs no restart.
+    /// Looks at the files, and makes TLS of the certificate, key and CA as they are now.
     ///
     /// # Errors
     /// When one of them cannot be used.
-    fn read_tls(&self) -> Result<Self::Tls, TlsError>;
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    fn read_tls(&self) -> impl Future<Output = Result<Self::Tls, TlsError>> + Send;
 
     /// Resolves the servers' name, in random order but `first` at the front, so that a server that
     /// has moved needs no restart.
@@ -78,14 +81,14 @@ pub(crate) trait Connect: fmt::Debug + Send + Sync + 'static {
 /// Connects over the network.
 #[derive(Debug)]
 pub(crate) struct NetworkConnect {
-    /// The servers' name, certificates and keys.
+    /// The servers' name and address.
     pub(crate) servers: ServersConfig,
+    /// Certificates, keys and CAs.
+    pub(crate) files: AgentFiles,
     /// Settings of every tunnel.
     pub(crate) settings: Settings,
     /// Key exchanges that are offered.
     pub(crate) key_exchange: KeyExchange,
-    /// Proxies for TCP.
-    pub(crate) proxies: Proxies,
     /// Owner of the tasks that bridge Konnectivity servers. Each ends with its tunnel.
     pub(crate) bridges: TaskTracker,
 }
@@ -93,8 +96,11 @@ pub(crate) struct NetworkConnect {
 impl Connect for NetworkConnect {
     type Tls = ClientTls;
 
-    fn read_tls(&self) -> Result<ClientTls, TlsError> {
-        ClientTls::from_files(&self.servers, self.key_exchange)
+    async fn read_tls(&self) -> Result<ClientTls, TlsError> {
+        let files = &self.files;
+        files.reloads.look().await;
+        let identity = files.identity.as_ref().map(|identity| (*identity.get()).clone());
+        ClientTls::new(files.ca.get(), identity, self.key_exchange, &self.servers.extra_alpn)
     }
 
     async fn resolve(
@@ -102,7 +108,7 @@ impl Connect for NetworkConnect {
         order: CarrierOrder,
         first: Option<SocketAddr>,
     ) -> Result<Vec<(ServerAddress, CarrierOrder)>, ResolveError> {
-        resolve(&self.servers.host, self.servers.port, &self.proxies, order, first).await
+        resolve(&self.servers.host, self.servers.port, &self.files.proxies, order, first).await
     }
 
     async fn connect(

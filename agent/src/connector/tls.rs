@@ -1,11 +1,10 @@
-//! The agent's TLS, from the files as they are now.
+//! The agent's TLS, from its files as they are now.
 
-use std::{path::Path, sync::Arc};
+use std::sync::Arc;
 
 use culvert_konnectivity::ALPN_H2;
 use culvert_transport::tls::{self, Identity, KeyExchange, TlsError};
-
-use crate::config::ServersConfig;
+use rustls::RootCertStore;
 
 /// TLS for each carrier. Over TCP, Konnectivity's ALPN is offered as well.
 #[derive(Debug)]
@@ -17,22 +16,20 @@ pub(crate) struct ClientTls {
 }
 
 impl ClientTls {
-    /// Reads certificate, key and CA.
+    /// Trusts this CA, and presents this certificate. `extra_alpn` is offered over TCP before
+    /// Konnectivity's.
     ///
     /// # Errors
-    /// When one of them cannot be used.
-    pub(crate) fn from_files(
-        servers: &ServersConfig,
+    /// When the certificate cannot be used.
+    pub(crate) fn new(
+        ca: Arc<RootCertStore>,
+        identity: Option<Identity>,
         key_exchange: KeyExchange,
+        extra_alpn: &[String],
     ) -> Result<Self, TlsError> {
-        let identity = match &servers.certificate {
-            Some(pair) => Some(Identity::from_pem_files(&pair.certificate, &pair.key)?),
-            None => None,
-        };
-        let roots = tls::authorities(&tls::certificates(Path::new(&servers.ca))?)?;
-        let quic = tls::tunnel_client(roots, identity, key_exchange)?;
+        let quic = tls::tunnel_client(ca, identity, key_exchange)?;
         let mut tcp = quic.clone();
-        let extra = servers.extra_alpn.iter().map(|name| name.clone().into_bytes());
+        let extra = extra_alpn.iter().map(|name| name.clone().into_bytes());
         tcp.alpn_protocols.extend(extra.chain([ALPN_H2.to_vec()]));
         Ok(Self { quic: Arc::new(quic), tcp: Arc::new(tcp) })
     }

@@ -1,16 +1,11 @@
 //! One tunnel to a server, from hello to its end.
 
-use std::{
-    convert::Infallible,
-    io,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use culvert_transport::{
     BufferSizes, Tunnel, TunnelLost,
     control::{ControlError, ControlStream, Event},
+    tls::Current,
 };
 use culvert_wire::{
     AgentId, CloseCode, InstanceId, StreamCode,
@@ -53,9 +48,8 @@ pub(crate) struct SessionContext {
     pub(crate) instance: InstanceId,
     /// The identifiers that the agent announces.
     pub(crate) identifiers: Identifiers,
-    /// File with the agent's token, if it has one. Read for each tunnel, because tokens are
-    /// rotated.
-    pub(crate) token_file: Option<PathBuf>,
+    /// The agent's token, if it has one.
+    pub(crate) token: Option<Current<Secret>>,
     /// Maximum number of streams that a server may have open on one tunnel.
     pub(crate) max_streams: u32,
     /// Bytes per second that one tunnel may send a second time.
@@ -75,9 +69,6 @@ pub(crate) enum JoinError {
     /// The control stream failed.
     #[error(transparent)]
     Control(ControlError),
-    /// The agent's token cannot be read.
-    #[error("--service-account-token-path: {0}")]
-    Token(#[from] io::Error),
     /// The server answered hello with another message.
     #[error("the server answered with another message than welcome")]
     NotWelcome,
@@ -99,7 +90,7 @@ impl JoinError {
         match self {
             Self::Control(error) => error.close_code(),
             Self::NotWelcome => CloseCode::PROTOCOL_VIOLATION,
-            Self::Lost(_) | Self::Token(_) => CloseCode::ABANDONED,
+            Self::Lost(_) => CloseCode::ABANDONED,
         }
     }
 
@@ -108,7 +99,7 @@ impl JoinError {
     pub(crate) fn is_refusal(&self) -> bool {
         match self {
             Self::Lost(lost) => matches!(lost, TunnelLost::ClosedByPeer { .. }),
-            Self::Control(_) | Self::Token(_) | Self::NotWelcome => true,
+            Self::Control(_) | Self::NotWelcome => true,
         }
     }
 }
@@ -141,8 +132,7 @@ impl Drop for Session {
 /// Says hello on a new tunnel and waits for the welcome, without a limit of its own.
 ///
 /// # Errors
-/// When the server does not answer with a welcome, or the token cannot be read. The tunnel is
-/// closed then.
+/// When the server does not answer with a welcome. The tunnel is closed then.
 ///
 /// # Cancel safety
 /// Cancel safe: dropping the future closes the tunnel.
@@ -156,22 +146,15 @@ pub(crate) async fn join(
         closer.close(error.close_code(), &error.to_string());
         error
     };
-    let token = match &context.token_file {
-        Some(path) => Some(read_token(path).await.map_err(|error| refuse(error.into()))?),
-        None => None,
-    };
     let control = ControlStream::new(tunnel.clone(), tunnel.open().await?);
     let mut session = Session { tunnel, control };
-    let welcome = introduce(&mut session, token, context).await.map_err(refuse)?;
+    let welcome = introduce(&mut session, context).await.map_err(refuse)?;
     Ok(Joined { welcome, buffers, session })
 }
 
-async fn introduce(
-    session: &mut Session,
-    token: Option<Secret>,
-    context: &SessionContext,
-) -> Result<Welcome, JoinError> {
+async fn introduce(session: &mut Session, context: &SessionContext) -> Result<Welcome, JoinError> {
     let Session { tunnel, control } = session;
+    let token = context.token.as_ref().map(|token| (*token.get()).clone());
     let hello = Hello {
         revision: REVISION,
         features: Features::supported(),
@@ -196,11 +179,6 @@ async fn introduce(
         Err(ControlError::Read(_) | ControlError::Ended) => Err(tunnel.closed().await.into()),
         Err(error) => Err(error.into()),
     }
-}
-
-async fn read_token(path: &Path) -> io::Result<Secret> {
-    let token = tokio::fs::read_to_string(path).await?;
-    Secret::new(token.trim()).map_err(io::Error::other)
 }
 
 /// Why [`Joined::serve`] stopped accepting dials.

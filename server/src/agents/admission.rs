@@ -8,7 +8,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use aws_lc_rs::digest::{SHA256, SHA256_OUTPUT_LEN, digest};
-use culvert_process::kubernetes::{self, Client, ClientError, KubernetesConfig};
+use culvert_process::kubernetes::{self, CurrentClient};
 use culvert_wire::control::Secret;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
 use kube::{Api, api::PostParams};
@@ -17,7 +17,6 @@ use tokio::{
     sync::Semaphore,
     time::{Instant, timeout},
 };
-use tracing::warn;
 
 use crate::config::TokenConfig;
 
@@ -34,8 +33,6 @@ const REVIEW_TIMEOUT: Duration = Duration::from_secs(5);
 const CACHE_LIFE: Duration = Duration::from_secs(10);
 /// Maximum number of tokens that are remembered as accepted.
 const MAX_CACHED_TOKENS: usize = 16 * 1024;
-/// Minimum time between two clients that are made because reviews fail.
-const RENEW_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Authenticates the agents of one server.
 #[derive(Debug)]
@@ -95,24 +92,9 @@ impl Authenticator {
     }
 
     /// Admits agents with a token of this account, which kube-apiserver reviews.
-    ///
-    /// # Errors
-    /// When there is no client for kube-apiserver.
-    pub(crate) fn by_token(
-        kubernetes: &KubernetesConfig,
-        expected: TokenConfig,
-    ) -> Result<Self, ClientError> {
-        Ok(Self::with_client(kubernetes.client()?, kubernetes.clone(), expected))
-    }
-
-    pub(crate) fn with_client(
-        client: Client,
-        kubernetes: KubernetesConfig,
-        expected: TokenConfig,
-    ) -> Self {
+    pub(crate) fn by_token(client: CurrentClient, expected: TokenConfig) -> Self {
         Self(Some(Reviewer {
-            kubernetes,
-            api: Mutex::new((Api::all(client), Instant::now())),
+            client,
             expected,
             permits: Semaphore::new(MAX_REVIEWS),
             accepted: Mutex::default(),
@@ -141,9 +123,7 @@ impl Authenticator {
 
 #[derive(Debug)]
 struct Reviewer {
-    kubernetes: KubernetesConfig,
-    /// The client, and when it was made.
-    api: Mutex<(Api<TokenReview>, Instant)>,
+    client: CurrentClient,
     expected: TokenConfig,
     permits: Semaphore,
     accepted: Mutex<TokenCache>,
@@ -174,28 +154,14 @@ impl Reviewer {
             },
             ..TokenReview::default()
         };
-        let (params, api) = (PostParams::default(), self.api.lock().0.clone());
-        match timeout(REVIEW_TIMEOUT, api.create(&params, &review)).await {
-            Ok(Ok(review)) => Ok(review.status.unwrap_or_default()),
-            Ok(Err(error)) => {
-                self.renew(Instant::now());
-                Err(Refusal::NotReviewed(kubernetes::reason(&error)))
-            }
-            Err(_) => Err(Refusal::NotReviewed(format!("no answer within {REVIEW_TIMEOUT:?}"))),
-        }
-    }
-
-    /// Reads the kubeconfig again, because a certificate in it may have been replaced.
-    fn renew(&self, now: Instant) {
-        let mut api = self.api.lock();
-        if now.saturating_duration_since(api.1) < RENEW_INTERVAL {
-            return;
-        }
-        api.1 = now;
-        match self.kubernetes.client() {
-            Ok(client) => api.0 = Api::all(client),
-            Err(error) => warn!(%error, "the kubeconfig cannot be read again"),
-        }
+        let (params, api) = (PostParams::default(), Api::all(self.client.get()));
+        let failure = match timeout(REVIEW_TIMEOUT, api.create(&params, &review)).await {
+            Ok(Ok(review)) => return Ok(review.status.unwrap_or_default()),
+            Ok(Err(error)) => kubernetes::reason(&error),
+            Err(_) => format!("no answer within {REVIEW_TIMEOUT:?}"),
+        };
+        self.client.failed();
+        Err(Refusal::NotReviewed(failure))
     }
 }
 
@@ -262,12 +228,17 @@ fn check_status(status: TokenReviewStatus, expected: &TokenConfig) -> Result<(),
 mod tests {
     use std::sync::Arc;
 
+    use culvert_process::{
+        metrics::Metrics,
+        reload::{Files, ReloadMetrics, Reloads},
+    };
     use http::StatusCode;
     use k8s_openapi::api::authentication::v1::UserInfo;
     use tokio::{task::JoinSet, time::sleep};
+    use tokio_util::task::AbortOnDropHandle;
 
     use super::*;
-    use crate::testing::{accepted, account, authenticator};
+    use crate::testing::{accepted, account, authenticator, client};
 
     const AUDIENCE: &str = "system:konnectivity-server";
 
@@ -367,17 +338,38 @@ mod tests {
         }
     }
 
+    /// The files are looked at within a second after a failure, and otherwise ten seconds after the
+    /// last look.
     #[tokio::test(start_paused = true)]
-    async fn the_client_is_made_anew_at_most_once_a_minute() {
-        let (authenticator, _) = reviewing(Err(StatusCode::UNAUTHORIZED), Duration::ZERO);
-        let made_at = || authenticator.0.as_ref().unwrap().api.lock().1;
-        let first = made_at();
-        sleep(RENEW_INTERVAL - Duration::from_millis(1)).await;
-        refused(&authenticator, "good").await;
-        assert_eq!(made_at(), first);
-        sleep(Duration::from_millis(1)).await;
-        refused(&authenticator, "good").await;
-        assert_eq!(made_at(), first + RENEW_INTERVAL);
+    async fn the_files_are_looked_at_after_a_review_that_failed_or_was_not_answered() {
+        for (answer, after) in [
+            (Err(StatusCode::UNAUTHORIZED), Duration::ZERO),
+            (Ok(accepted()), REVIEW_TIMEOUT + Duration::from_secs(1)),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let file = folder.path().join("kubeconfig");
+            std::fs::write(&file, "old").unwrap();
+            let names = ReloadMetrics { reloads: "reloads", expiry: "expiry" };
+            let reloads = Reloads::new(&Metrics::new("1", &[]).unwrap(), names);
+            let watched = file.clone();
+            let mut contents =
+                reloads.add(&file, move |files: &mut Files| files.read(&watched)).unwrap();
+            let client = client(move |_| {
+                let answer = answer.clone();
+                async move {
+                    sleep(after).await;
+                    answer
+                }
+            });
+            let authenticator =
+                Authenticator::by_token(client.with_files(reloads.clone()), account());
+            let _keep = AbortOnDropHandle::new(tokio::spawn(async move { reloads.keep().await }));
+            std::fs::write(&file, "new").unwrap();
+            refused(&authenticator, "good").await;
+            let refused_at = Instant::now();
+            contents.replaced().await;
+            assert!(refused_at.elapsed() <= Duration::from_secs(1), "{:?}", refused_at.elapsed());
+        }
     }
 
     fn checked(change: impl FnOnce(&mut TokenReviewStatus)) -> Result<(), String> {

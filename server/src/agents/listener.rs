@@ -1,21 +1,21 @@
 //! The listener for agents: one port number, over UDP and over TCP.
 
-use std::{fs, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use culvert_konnectivity::ALPN_H2;
 use culvert_process::{accept::Acceptor, listen, supervision::propagate_panic};
 use culvert_transport::{
     BufferSizes, ConnectError, Settings,
     quic::{self, ResetKey},
-    tls::{self, Identity, TlsError},
+    tls::{self, Current, TlsError},
 };
 use culvert_wire::CloseCode;
 use rustls::ServerConfig;
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 use tracing::warn;
 
-use super::{AgentContext, reset_key::reset_key, unadmitted::Unadmitted};
-use crate::config::Config;
+use super::{AgentContext, unadmitted::Unadmitted};
+use crate::{config::Config, files::ServerFiles};
 
 /// Maximum number of TCP handshakes in progress; further connections are dropped, as with QUIC.
 const MAX_HANDSHAKES: usize = 1024;
@@ -36,17 +36,9 @@ pub enum ListenerError {
         /// The kernel's reason.
         source: io::Error,
     },
-    /// Certificate, key or CA cannot be used.
-    #[error("--cluster-cert, --cluster-key, --cluster-ca-cert: {0}")]
+    /// TLS cannot be configured; the fault is ours.
+    #[error(transparent)]
     Tls(#[from] TlsError),
-    /// The secret of stateless resets cannot be read.
-    #[error("--reset-key-file: cannot read {path}: {source}")]
-    ResetKey {
-        /// Path of the file.
-        path: PathBuf,
-        /// Why it cannot be read.
-        source: io::Error,
-    },
     /// No agent can be accepted over QUIC any more.
     #[error("--agent-port: the UDP socket has failed")]
     Ended,
@@ -73,32 +65,18 @@ struct TcpAccept {
 }
 
 impl AgentListener {
-    /// Binds the port, with the certificates and the secret that the configuration names.
+    /// Binds the port, with the certificates and the secret of the files.
     ///
     /// # Errors
-    /// When a file cannot be used, or the port cannot be bound over UDP or TCP.
-    pub(crate) fn bind(config: &Config) -> Result<Self, ListenerError> {
-        let agents = &config.agents;
-        let identity =
-            Identity::from_pem_files(&agents.certificate.certificate, &agents.certificate.key)?;
-        // By default a restart keeps the secret for as long as it keeps the private key.
-        let reset_key = match &agents.reset_key_file {
-            Some(path) => {
-                let secret = fs::read(path)
-                    .map_err(|source| ListenerError::ResetKey { path: path.clone(), source })?;
-                reset_key(&secret)
-            }
-            None => reset_key(identity.key.secret_der()),
-        };
-        let client_ca = match &agents.client_ca {
-            Some(path) => Some(tls::authorities(&tls::certificates(path)?)?),
-            None => None,
-        };
-        let tls = tls::tunnel_server(identity, client_ca, config.tunnel.key_exchange)?;
+    /// When the port cannot be bound over UDP or TCP.
+    pub(crate) fn bind(config: &Config, files: &ServerFiles) -> Result<Self, ListenerError> {
+        let key_exchange = config.tunnel.key_exchange;
+        let tls = tls::tunnel_server_with(files.agents.clone(), key_exchange)?;
         let tls = Arc::new(tls);
         // Agents open the control stream and nothing else.
         let settings = config.tunnel.settings(1);
-        let (quic, tcp) = bind_both(agents.address, &tls, &settings, reset_key.as_ref())?;
+        let address = config.agents.address;
+        let (quic, tcp) = bind_both(address, &tls, &settings, files.reset_key.as_ref())?;
         let mut tls = (*tls).clone();
         tls.alpn_protocols.push(ALPN_H2.to_vec());
         let sizes = quic.buffer_sizes();
@@ -203,12 +181,12 @@ fn bind_both(
     address: SocketAddr,
     tls: &Arc<ServerConfig>,
     settings: &Settings,
-    reset_key: Option<&ResetKey>,
+    reset_key: Option<&Current<ResetKey>>,
 ) -> Result<(quic::Listener, TcpListener), ListenerError> {
     let mut attempts = if address.port() == 0 { MAX_ATTEMPTS } else { 1 };
     loop {
         attempts -= 1;
-        let quic = quic::Listener::bind(address, tls.clone(), settings, reset_key)?;
+        let quic = quic::Listener::bind(address, tls.clone(), settings, reset_key.cloned())?;
         let bound = SocketAddr::new(address.ip(), quic.local_addr()?.port());
         match listen::tcp(bound) {
             Ok(tcp) => return Ok((quic, tcp)),
@@ -228,7 +206,7 @@ mod tests {
     fn listening() -> AcceptingAgents {
         let pair = rcgen::generate_simple_self_signed(["localhost".into()]).unwrap();
         let key = rustls::pki_types::PrivateKeyDer::try_from(pair.signing_key.serialize_der());
-        let identity = Identity { chain: vec![pair.cert.into()], key: key.unwrap() };
+        let identity = tls::Identity { chain: vec![pair.cert.into()], key: key.unwrap() };
         let tls = tls::tunnel_server(identity, None, tls::KeyExchange::default()).unwrap();
         let (tls, settings) = (Arc::new(tls), Settings::default());
         let address = SocketAddr::from(([127, 0, 0, 1], 0));

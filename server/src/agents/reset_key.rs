@@ -1,8 +1,7 @@
-//! The stateless-reset key of this server, which no other server may share.
+//! What makes the stateless-reset key of this server differ from that of every other one.
 
 use std::{fs, io, os::unix::fs::MetadataExt};
 
-use culvert_transport::quic::ResetKey;
 use tracing::warn;
 
 /// Differs from boot to boot and from host to host; containers see their host's.
@@ -10,14 +9,14 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Its inode distinguishes the network namespaces of one host.
 const NETWORK_NAMESPACE: &str = "/proc/self/ns/net";
 
-/// The key that `secret` yields for this server; `None` where this server cannot be distinguished
+/// The owner that the reset key is derived for; `None` where this server cannot be distinguished
 /// from others that hold the secret, so that a random key has to do.
 ///
-/// Replicas share the secret when they share a TLS key. The key stays the same when the process is
-/// started again on the same host in the same network namespace, as a container of a pod is.
-pub(super) fn reset_key(secret: &[u8]) -> Option<ResetKey> {
+/// Replicas share the secret when they share a TLS key. The owner stays the same when the process
+/// is started again on the same host in the same network namespace, as a container of a pod is.
+pub(crate) fn reset_key_owner() -> Option<String> {
     match owner() {
-        Ok(owner) => Some(ResetKey::derive(secret, &owner)),
+        Ok(owner) => Some(owner),
         Err(error) => {
             warn!(%error, "no reset key of its own: agents notice a restart of this server late");
             None

@@ -72,7 +72,7 @@ pub(super) fn check(
     if flags.cluster_cert.is_empty() && flags.cluster_key.is_empty() {
         faults.add("cluster-cert", "must be given: agents need something to know the server by");
     }
-    let client_ca = faults.file("cluster-ca-cert", &flags.cluster_ca_cert);
+    let client_ca = faults.authorities("cluster-ca-cert", &flags.cluster_ca_cert);
     let token = token(flags, faults);
     authentication(flags, client_ca.is_some(), token.is_some(), faults);
     let limit = match flags.backend_dial_timeout {
@@ -86,7 +86,7 @@ pub(super) fn check(
     let strategies = strategies(&flags.proxy_strategies, faults);
     let keep_alive_interval = faults.duration("keepalive-time", flags.keepalive_time);
     let max_streams = faults.count("max-streams-per-agent", flags.max_streams_per_agent, 1);
-    let reset_key_file = faults.file("reset-key-file", &flags.reset_key_file);
+    let reset_key_file = faults.secret("reset-key-file", &flags.reset_key_file);
     Some(AgentsConfig {
         address,
         certificate: certificate?,

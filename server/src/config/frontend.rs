@@ -108,7 +108,7 @@ fn frontend_on_tcp(flags: &Flags, faults: &mut Faults) -> Option<FrontendListen>
     if flags.server_cert.is_empty() && flags.server_key.is_empty() {
         faults.add("server-cert", "must be given unless --uds-name is");
     }
-    let client_ca = faults.file("server-ca-cert", &flags.server_ca_cert);
+    let client_ca = faults.authorities("server-ca-cert", &flags.server_ca_cert);
     faults.require(
         client_ca.is_some(),
         "server-ca-cert",

@@ -1,8 +1,27 @@
-use std::{ffi::OsString, path::PathBuf};
+use std::{ffi::OsString, path::PathBuf, sync::LazyLock};
 
 use culvert_process::go_flags;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 
 use super::*;
+
+/// A kubeconfig that can be used.
+const KUBECONFIG: &str = r#"
+apiVersion: v1
+kind: Config
+clusters: [{name: c, cluster: {server: "https://127.0.0.1:1"}}]
+users: [{name: u, user: {token: t}}]
+contexts: [{name: x, context: {cluster: c, user: u}}]
+current-context: x
+"#;
+
+/// A certificate, which is its own CA, and its key.
+static PAIR: LazyLock<[String; 2]> = LazyLock::new(|| {
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let key = KeyPair::generate().unwrap();
+    [params.self_signed(&key).unwrap().pem(), key.serialize_pem()]
+});
 
 /// A directory with the files that flags may name.
 struct Files {
@@ -12,8 +31,15 @@ struct Files {
 impl Files {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["crt", "key", "ca", "kubeconfig", "reset"] {
-            std::fs::write(dir.path().join(name), "").unwrap();
+        let [certificate, key] = &*PAIR;
+        for (name, contents) in [
+            ("crt", certificate.as_str()),
+            ("key", key),
+            ("ca", certificate),
+            ("kubeconfig", KUBECONFIG),
+            ("reset", "secret"),
+        ] {
+            std::fs::write(dir.path().join(name), contents).unwrap();
         }
         Self { dir }
     }
@@ -379,4 +405,29 @@ fn help_mentions_every_flag_with_words_of_its_own() {
             "{name} belongs under a heading"
         );
     }
+}
+
+#[test]
+fn files_that_cannot_be_used_are_reported_with_all_other_faults() {
+    let files = Files::new();
+    for name in ["crt", "ca", "kubeconfig", "reset"] {
+        std::fs::write(files.dir.path().join(name), " ").unwrap();
+    }
+    let flags =
+        ["--reset-key-file=@reset", "--kubeconfig=@kubeconfig", "--enable-lease-controller"];
+    let text = files.config(&[&flags[..], &["--admin-port=1"]].concat()).unwrap_err();
+    for fault in [
+        "--cluster-cert: @crt: holds no certificate",
+        "--cluster-ca-cert: @ca: holds no certificate",
+        "--reset-key-file: @reset: holds no secret",
+        "--kubeconfig: ",
+        "--admin-port: ",
+    ] {
+        let fault = &files.expand(&[fault])[0];
+        assert!(text.contains(fault), "{fault} in {text}");
+    }
+    // One that nothing is asked with may be anything.
+    let other = Files::new();
+    std::fs::write(other.dir.path().join("kubeconfig"), "").unwrap();
+    other.config(&["--kubeconfig=@kubeconfig"]).unwrap();
 }

@@ -11,7 +11,7 @@ use std::{
 use culvert_process::{accept::Acceptor, listen};
 use culvert_transport::{
     splice,
-    tls::{Identity, TlsError},
+    tls::{ServerCredentials, TlsError},
 };
 use rustls::ServerConfig;
 use tokio::{
@@ -58,8 +58,8 @@ pub enum ListenError {
         /// The kernel's reason.
         source: io::Error,
     },
-    /// Certificate, key or CA cannot be used.
-    #[error("--server-cert, --server-key, --server-ca-cert: {0}")]
+    /// TLS cannot be configured; the fault is ours.
+    #[error(transparent)]
     Tls(#[from] TlsError),
 }
 
@@ -93,21 +93,24 @@ struct SocketFile {
 }
 
 impl FrontendListener {
-    /// Binds the address of the configuration.
+    /// Binds the address of the configuration. Over TCP `credentials` are needed.
     ///
     /// # Errors
-    /// When the address cannot be bound, or the certificates cannot be used.
-    pub(crate) fn bind(config: &FrontendConfig, tls: &TlsConfig) -> Result<Self, ListenError> {
+    /// When the address cannot be bound.
+    pub(crate) fn bind(
+        config: &FrontendConfig,
+        tls: &TlsConfig,
+        credentials: Option<ServerCredentials>,
+    ) -> Result<Self, ListenError> {
         let listener = match &config.listen {
             FrontendListen::Unix { path, delete_existing } => {
                 let (listener, file) = bind_unix(path, *delete_existing)
                     .map_err(|source| ListenError::Unix { path: path.clone(), source })?;
                 Listener::Unix(Acceptor::new(NAME, listener), file)
             }
-            FrontendListen::Tcp { address, certificate, client_ca } => {
-                let identity =
-                    Identity::from_pem_files(&certificate.certificate, &certificate.key)?;
-                let tls = server_tls(identity, client_ca, config.mode, tls.min_version)?;
+            FrontendListen::Tcp { address, .. } => {
+                let credentials = credentials.expect("the files of a frontend over TCP were read");
+                let tls = server_tls(credentials, config.mode, tls.min_version)?;
                 let listener = listen::tcp(*address)
                     .map_err(|source| ListenError::Tcp { address: *address, source })?;
                 Listener::Tcp(Acceptor::new(NAME, listener), Arc::new(tls))

@@ -1,12 +1,10 @@
 //! TLS of the frontend over TCP.
 
-use std::path::Path;
-
 use bytes::Bytes;
 use culvert_konnectivity::ALPN_H2;
 use culvert_transport::{
     splice::{BufferedRead, BufferedWrite, Local, SocketAbort, buffered},
-    tls::{self, Identity, KeyExchange, TlsError},
+    tls::{self, KeyExchange, ServerCredentials, TlsError},
 };
 use rustls::{
     ServerConfig,
@@ -21,10 +19,9 @@ use tokio_rustls::server::TlsStream;
 use super::socket::{FrontendSocket, SharedTcp};
 use crate::config::{Mode, TlsVersion};
 
-/// Configuration of TLS with kube-apiserver, which must present a certificate of `client_ca`.
+/// Configuration of TLS with kube-apiserver, which must present a certificate of the CA.
 pub(super) fn server_tls(
-    identity: Identity,
-    client_ca: &Path,
+    credentials: ServerCredentials,
     mode: Mode,
     min_version: TlsVersion,
 ) -> Result<ServerConfig, TlsError> {
@@ -32,8 +29,7 @@ pub(super) fn server_tls(
         TlsVersion::Tls13 => &[&TLS13],
         TlsVersion::Tls12 => &[&TLS13, &TLS12],
     };
-    let roots = tls::authorities(&tls::certificates(client_ca)?)?;
-    let mut config = tls::server(identity, Some(roots), KeyExchange::Hybrid, versions)?;
+    let mut config = tls::server(credentials, KeyExchange::Hybrid, versions)?;
     config.alpn_protocols = match mode {
         Mode::Grpc => vec![ALPN_H2.to_vec()],
         Mode::HttpConnect => vec![b"http/1.1".to_vec()],

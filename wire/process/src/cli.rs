@@ -14,7 +14,7 @@ use crate::{
     go_flags,
     invocation::Invocation,
     logging::{self, LogConfig},
-    signals::StopSignals,
+    signals::{ReloadSignal, StopSignals},
 };
 
 /// Any error that ends a process.
@@ -53,19 +53,22 @@ pub trait Program {
         Builder::new_multi_thread()
     }
 
-    /// Does the program's work. After `stop` is cancelled it winds down and completes.
+    /// Does the program's work. After `stop` is cancelled it winds down and completes. At `reload`
+    /// it reads its files again.
     ///
     /// # Errors
     /// With what keeps the program from working.
     fn run(
         config: Self::Config,
         stop: CancellationToken,
+        reload: ReloadSignal,
     ) -> impl Future<Output = Result<(), BoxError>>;
 }
 
 /// Runs a program with these arguments, the program's own path first.
 ///
 /// The first SIGTERM or SIGINT cancels the program's `stop` token, the second ends the process.
+/// SIGHUP has the program read its files again.
 /// `--help`, `--version` and `--completion` print their text and nothing runs. The exit code is 0,
 /// or 1 for unusable arguments and for a program that failed.
 ///
@@ -108,6 +111,7 @@ fn runtime<P: Program>() -> Result<Runtime, BoxError> {
 }
 
 async fn run_until_signalled<P: Program>(config: P::Config) -> Result<(), BoxError> {
+    let reload = ReloadSignal::catch()?;
     let mut signals = StopSignals::catch()?;
     let stop = CancellationToken::new();
     let signalled = async {
@@ -117,7 +121,7 @@ async fn run_until_signalled<P: Program>(config: P::Config) -> Result<(), BoxErr
         signals.exit_at_next().await
     };
     tokio::select! {
-        result = P::run(config, stop.clone()) => result,
+        result = P::run(config, stop.clone(), reload) => result,
         never = signalled => match never {},
     }
 }

@@ -7,7 +7,7 @@
 use std::{
     fmt, io,
     net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs},
-    path::PathBuf,
+    path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
 };
@@ -15,7 +15,11 @@ use std::{
 use culvert_wire::ids::InvalidId;
 use uuid::Uuid;
 
-use crate::go_duration::GoDuration;
+use crate::{
+    go_duration::GoDuration,
+    kubernetes::KubernetesConfig,
+    reload::{Files, LoadError},
+};
 
 /// Largest port that is not ephemeral (RFC 6335 §6); a Konnectivity server refuses higher ones.
 const LAST_REGISTERED_PORT: i64 = 49151;
@@ -121,7 +125,54 @@ impl Faults {
         Some(path)
     }
 
-    /// A certificate and its key: both or neither.
+    /// What `read` makes of the file or files of a flag. A file that cannot be used is a fault; one
+    /// that does not exist is left to [`Self::file`].
+    pub fn contents<T>(
+        &mut self,
+        flag: &'static str,
+        path: &Path,
+        read: impl FnOnce(&mut Files) -> Result<T, LoadError>,
+    ) {
+        if path.exists()
+            && let Err(error) = read(&mut Files::default())
+        {
+            self.add(flag, error.to_string());
+        }
+    }
+
+    /// A file with CA certificates; `None` if it is empty.
+    pub fn authorities(&mut self, flag: &'static str, path: &str) -> Option<PathBuf> {
+        let path = self.file(flag, path)?;
+        self.contents(flag, &path, |files| files.authorities(&path));
+        Some(path)
+    }
+
+    /// A file with a token; `None` if it is empty.
+    pub fn token(&mut self, flag: &'static str, path: &str) -> Option<PathBuf> {
+        let path = self.file(flag, path)?;
+        self.contents(flag, &path, |files| files.token(&path));
+        Some(path)
+    }
+
+    /// A file with a secret; `None` if it is empty.
+    pub fn secret(&mut self, flag: &'static str, path: &str) -> Option<PathBuf> {
+        let path = self.file(flag, path)?;
+        self.contents(flag, &path, |files| files.secret(&path));
+        Some(path)
+    }
+
+    /// A kubeconfig; `None` if it is empty. Unless it is used, only its absence is a fault.
+    pub fn kubeconfig(&mut self, flag: &'static str, path: &str, is_used: bool) -> Option<PathBuf> {
+        let path = self.file(flag, path)?;
+        if is_used {
+            let kubeconfig = Some(path.clone());
+            let config = KubernetesConfig { kubeconfig, ..KubernetesConfig::default() };
+            self.contents(flag, &path, |files| config.config(files));
+        }
+        Some(path)
+    }
+
+    /// A certificate and its key, which must belong together: both or neither.
     pub fn pair(
         &mut self,
         (certificate_flag, certificate): (&'static str, &str),
@@ -130,7 +181,14 @@ impl Faults {
         let certificate = self.file(certificate_flag, certificate);
         let key = self.file(key_flag, key);
         match (certificate, key) {
-            (Some(certificate), Some(key)) => Some(CertificatePair { certificate, key }),
+            (Some(certificate), Some(key)) => {
+                let pair = CertificatePair { certificate, key };
+                if pair.key.exists() {
+                    let read = |files: &mut Files| files.identity(&pair);
+                    self.contents(certificate_flag, &pair.certificate, read);
+                }
+                Some(pair)
+            }
             (None, None) => None,
             (Some(_), None) => {
                 self.add(key_flag, format!("must be given along with --{certificate_flag}"));
@@ -324,6 +382,9 @@ mod tests {
     fn files_must_exist_and_pairs_must_be_complete() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let path = file.path().to_str().unwrap();
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate = rcgen::CertificateParams::default().self_signed(&key).unwrap();
+        std::fs::write(path, certificate.pem() + &key.serialize_pem()).unwrap();
         let mut faults = Faults::new();
         assert_eq!(faults.file("ca", ""), None);
         assert_eq!(faults.file("ca", path), Some(path.into()));

@@ -3,16 +3,26 @@
 //! HTTPS_PROXY does not apply: both sides reach kube-apiserver directly, and the variable is meant
 //! for the path between agent and server.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use crate::error::with_causes;
+use base64::{Engine as _, prelude::BASE64_STANDARD as BASE64};
+use culvert_transport::tls::Current;
+
+use crate::{
+    error::with_causes,
+    reload::{Files, LoadError, Reloads},
+};
 pub use k8s_openapi::jiff::Timestamp;
 use k8s_openapi::{api::coordination::v1::LeaseSpec, jiff::SignedDuration};
 pub use kube::Client;
 use kube::{
     Config,
     client::ClientBuilder,
-    config::{InClusterError, Kubeconfig, KubeconfigError},
+    config::{Cluster, InClusterError, Kubeconfig, KubeconfigError},
 };
 use tower::{limit::RateLimitLayer, util::option_layer};
 
@@ -49,25 +59,86 @@ pub enum ClientError {
     Client(#[from] kube::Error),
 }
 
+impl From<ClientError> for LoadError {
+    fn from(error: ClientError) -> Self {
+        Self::new(error.to_string())
+    }
+}
+
+/// A client of kube-apiserver, made anew when the files that it was made of have changed.
+#[derive(Clone)]
+pub struct CurrentClient {
+    clients: Current<Vec<Client>>,
+    index: usize,
+    reloads: Option<Reloads>,
+}
+
+impl fmt::Debug for CurrentClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CurrentClient").field("index", &self.index).finish_non_exhaustive()
+    }
+}
+
+impl CurrentClient {
+    /// A client that is never made anew.
+    pub fn fixed(client: Client) -> Self {
+        Self { clients: Current::fixed(vec![client]), index: 0, reloads: None }
+    }
+
+    /// Has these files looked at when a request fails.
+    #[must_use]
+    pub fn with_files(self, reloads: Reloads) -> Self {
+        Self { reloads: Some(reloads), ..self }
+    }
+
+    /// The client as it is now.
+    pub fn get(&self) -> Client {
+        self.clients.get()[self.index].clone()
+    }
+
+    /// Completes when the client was made anew since the last call.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn replaced(&mut self) {
+        self.clients.replaced().await;
+    }
+
+    /// Records that a request failed, or was not answered in time: the files are looked at soon,
+    /// for they may name another kube-apiserver or hold another certificate.
+    pub fn failed(&self) {
+        if let Some(reloads) = &self.reloads {
+            reloads.ask();
+        }
+    }
+}
+
+/// CA of kube-apiserver in a pod.
+const POD_CA: &str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
+
 impl KubernetesConfig {
-    /// A client. It sends no request yet, so kube-apiserver may start later. Panics outside a tokio
-    /// runtime.
+    /// Clients, each with a rate limit of its own, which are kept up to date with the files. They
+    /// send no request yet, so kube-apiserver may start later. Panics outside a tokio runtime.
     ///
     /// # Errors
     /// If the kubeconfig, or the pod's service account, cannot be used.
-    pub fn client(&self) -> Result<Client, ClientError> {
-        let mut config = match &self.kubeconfig {
-            Some(path) => {
-                let kubeconfig = Kubeconfig::read_from(path)?;
-                let proxied = is_proxied(&kubeconfig);
-                let mut config = Config::try_from(kubeconfig)?;
-                if !proxied {
-                    config.proxy_url = None;
-                }
-                config
-            }
-            None => Config::incluster()?,
-        };
+    pub fn clients<const N: usize>(
+        &self,
+        reloads: &Reloads,
+    ) -> Result<[CurrentClient; N], LoadError> {
+        let config = self.clone();
+        let file = self.kubeconfig.as_deref().unwrap_or(Path::new(POD_CA));
+        let make = move |files: &mut Files| (0..N).map(|_| config.client(files)).collect();
+        let clients = reloads.add(file, make)?;
+        Ok(std::array::from_fn(|index| {
+            let (clients, reloads) = (clients.clone(), Some(reloads.clone()));
+            CurrentClient { clients, index, reloads }
+        }))
+    }
+
+    /// A client, made of the files as they are now.
+    fn client(&self, files: &mut Files) -> Result<Client, LoadError> {
+        let mut config = self.config(files)?;
         config.connect_timeout = Some(CONNECT_TIMEOUT);
         config.read_timeout = Some(READ_TIMEOUT);
         config.reset_reader_on_write = true;
@@ -80,7 +151,52 @@ impl KubernetesConfig {
                 Duration::from_secs_f64(f64::from(burst) / f64::from(qps)),
             )
         });
-        Ok(ClientBuilder::try_from(config)?.with_layer(&option_layer(rate)).build())
+        let builder = ClientBuilder::try_from(config).map_err(ClientError::from)?;
+        Ok(builder.with_layer(&option_layer(rate)).build())
+    }
+
+    /// Reads the kubeconfig and the certificates that it names, or those of the pod. Tokens in
+    /// files are read again by the client itself.
+    ///
+    /// # Errors
+    /// If they cannot be used.
+    pub(crate) fn config(&self, files: &mut Files) -> Result<Config, LoadError> {
+        let Some(path) = &self.kubeconfig else {
+            let config = Config::incluster().map_err(ClientError::from)?;
+            let ca = files.read(Path::new(POD_CA))?;
+            files.record_certificates(Path::new(POD_CA), &ca);
+            return Ok(config);
+        };
+        // Bounded, and what later looks compare with. What is parsed below may be newer; the next
+        // look finds that out.
+        files.read(path)?;
+        let kubeconfig = Kubeconfig::read_from(path).map_err(ClientError::from)?;
+        let cluster = current_cluster(&kubeconfig);
+        let proxied = cluster.is_some_and(|cluster| cluster.proxy_url.is_some());
+        if let Some(ca) = cluster.and_then(|cluster| cluster.certificate_authority.as_ref()) {
+            let contents = files.read(Path::new(ca))?;
+            files.record_certificates(Path::new(ca), &contents);
+        }
+        let mut config = Config::try_from(kubeconfig).map_err(ClientError::from)?;
+        let user = &config.auth_info;
+        match (&user.client_certificate_data, &user.client_certificate) {
+            (Some(data), _) => {
+                let pem = BASE64.decode(data).unwrap_or_default();
+                files.record_certificates(path, &pem);
+            }
+            (None, Some(file)) => {
+                let contents = files.read(Path::new(file))?;
+                files.record_certificates(Path::new(file), &contents);
+            }
+            (None, None) => {}
+        }
+        if let Some(key) = &user.client_key {
+            files.read(Path::new(key))?;
+        }
+        if !proxied {
+            config.proxy_url = None;
+        }
+        Ok(config)
     }
 }
 
@@ -92,14 +208,13 @@ pub fn reason(error: &kube::Error) -> String {
     }
 }
 
-/// Whether the kubeconfig names a proxy for its current cluster.
-fn is_proxied(kubeconfig: &Kubeconfig) -> bool {
-    let current = kubeconfig.current_context.as_deref();
-    let context = kubeconfig.contexts.iter().find(|context| Some(&*context.name) == current);
-    let cluster =
-        context.and_then(|context| context.context.as_ref()).map(|context| &context.cluster);
-    let mut clusters = kubeconfig.clusters.iter().filter(|named| Some(&named.name) == cluster);
-    clusters.any(|named| named.cluster.as_ref().is_some_and(|cluster| cluster.proxy_url.is_some()))
+/// The cluster of the kubeconfig's current context.
+fn current_cluster(kubeconfig: &Kubeconfig) -> Option<&Cluster> {
+    let current = kubeconfig.current_context.as_deref()?;
+    let context = kubeconfig.contexts.iter().find(|context| context.name == current)?;
+    let name = &context.context.as_ref()?.cluster;
+    let named = kubeconfig.clusters.iter().find(|named| named.name == *name)?;
+    named.cluster.as_ref()
 }
 
 /// End of a Lease: its duration after its renewal or, without a renewal, after its acquisition

@@ -6,6 +6,7 @@
 //!   [`channel_flags`] are those that both sides share, and [`invocation`] chooses default ports.
 //! - Operation: [`logging`], [`metrics`], [`admin`], [`signals`] and [`supervision`].
 //! - Sockets: [`listen`] opens listeners as Go does, and [`accept`] is the one accept loop.
+//! - Files: [`reload`] reads certificates, keys, tokens and kubeconfigs, and reads them again.
 //! - [`kubernetes`] sets up kube-apiserver's client.
 //!
 //! Start with [`cli::main`], with which each process begins.
@@ -28,6 +29,7 @@ pub mod kubernetes_flags;
 pub mod listen;
 pub mod logging;
 pub mod metrics;
+pub mod reload;
 pub mod signals;
 pub mod supervision;
 pub mod tunnel_flags;

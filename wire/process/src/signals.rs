@@ -1,8 +1,11 @@
-//! SIGTERM and SIGINT: the first asks for a graceful stop, the second for the end.
+//! SIGTERM and SIGINT: the first asks for a graceful stop, the second for the end. SIGHUP has the
+//! files read again.
 
 use std::io;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::reload::Reloads;
 
 /// Exit code after a second stop signal; Konnectivity's.
 const SECOND_SIGNAL_EXIT_CODE: i32 = 1;
@@ -50,6 +53,35 @@ impl StopSignals {
         tracing::warn!(signal = name, "stop requested again, exiting at once");
         crate::logging::flush();
         std::process::exit(SECOND_SIGNAL_EXIT_CODE)
+    }
+}
+
+/// SIGHUP, caught from the moment this value exists: it ends the process no more, not even after
+/// the value is dropped.
+#[derive(Debug)]
+pub struct ReloadSignal(Signal);
+
+impl ReloadSignal {
+    /// Catches the signal. Panics outside a tokio runtime.
+    ///
+    /// # Errors
+    /// If the kernel refuses the handler.
+    pub fn catch() -> io::Result<Self> {
+        Ok(Self(signal(SignalKind::hangup())?))
+    }
+
+    /// Looks at the files at each signal; never returns.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: a look that has begun is completed.
+    pub async fn serve(mut self, reloads: Reloads) -> std::convert::Infallible {
+        loop {
+            match self.0.recv().await {
+                Some(()) => reloads.look_on_request().await,
+                // Only when the runtime ends.
+                None => std::future::pending().await,
+            }
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use culvert_process::{
     faults::{ConfigErrors, Faults},
     invocation::Invocation,
     logging::{LogConfig, LogFormat},
+    signals::ReloadSignal,
 };
 use tokio::runtime::Builder;
 use tokio_util::sync::CancellationToken;
@@ -58,6 +59,7 @@ impl Program for Sample {
     async fn run(
         SampleConfig(code): SampleConfig,
         stop: CancellationToken,
+        _reload: ReloadSignal,
     ) -> Result<(), BoxError> {
         let pid = std::process::id().to_string();
         let sent = tokio::process::Command::new("kill").args(["-TERM", &pid]).status();

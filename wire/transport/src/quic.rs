@@ -7,6 +7,7 @@ mod close_reason;
 mod connection;
 mod hedge;
 pub(crate) mod icmp;
+mod reset_key;
 mod settings;
 pub(crate) mod udp;
 
@@ -28,13 +29,15 @@ use quinn::{
 
 pub use self::connection::Connection;
 pub(crate) use self::connection::{RecvStream, SendStream};
-pub use self::settings::ResetKey;
+pub use self::reset_key::ResetKey;
 use self::{
     close_reason::lost,
     icmp::IcmpRouter,
+    reset_key::ListenerKey,
     udp::{BindError, BufferSizes},
 };
 use super::{ConnectError, Settings, TransportFault, canonical};
+use crate::tls::Current;
 
 /// Number of handshakes in progress from which a client must first prove its address (RFC 9000
 /// §8.1.2).
@@ -62,8 +65,9 @@ pub struct Listener {
 impl Listener {
     /// Binds the UDP port and starts to answer on it.
     ///
-    /// An unspecified IPv6 address takes IPv4 as well. The reset key is used as the one
-    /// of the bound address; without one a random one is used.
+    /// An unspecified IPv6 address takes IPv4 as well. The reset key is used as the one of the bound
+    /// address; without one a random one is used. One that is replaced holds for the connection ids
+    /// that are given later.
     ///
     /// # Errors
     /// When the port cannot be bound or the TLS configuration has no cipher suite for QUIC.
@@ -71,15 +75,15 @@ impl Listener {
         address: SocketAddr,
         tls: Arc<rustls::ServerConfig>,
         settings: &Settings,
-        reset_key: Option<&ResetKey>,
+        reset_key: Option<Current<ResetKey>>,
     ) -> Result<Self, ConnectError> {
         let bound = udp::bind(address, settings.udp_buffer_size, settings.mtu_cap)?;
         let config = server_config(tls)?;
         let bind_error = |error| BindError::new(address, error);
         let local_address = bound.socket.local_addr().map_err(bind_error)?;
-        let reset_key = reset_key.map(|key| key.at(local_address));
+        let reset_key = reset_key.map(|key| ListenerKey::new(key, local_address));
         let endpoint = quinn::Endpoint::new_with_abstract_socket(
-            settings.endpoint(reset_key.as_ref()),
+            settings.endpoint(reset_key),
             Some(config.clone()),
             bound.socket,
             Arc::new(TokioRuntime),

@@ -3,20 +3,25 @@
 //! Tickets are off because a resumed handshake would take the client's certificate from the ticket
 //! without checking it again. Early data is off because it can be replayed.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+mod current;
+mod pem;
+mod serving;
+
+use std::{io, path::PathBuf, sync::Arc};
 
 use culvert_wire::version::ALPN;
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion,
     crypto::{CryptoProvider, aws_lc_rs},
-    server::{NoServerSessionStorage, WebPkiClientVerifier},
+    server::NoServerSessionStorage,
     version::TLS13,
 };
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+
+pub use self::{
+    current::{Current, Replace},
+    pem::{Authorities, Identity, authorities, certificates, read_file, system_authorities},
+    serving::{ClientVerifier, ServerCredentials},
+};
 
 /// A certificate, key or CA file cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -43,68 +48,6 @@ pub enum TlsError {
     /// No certificate of the CA file can be trusted.
     #[error("unusable CA: {0}")]
     Authority(String),
-}
-
-/// A certificate chain, leaf first, and its private key.
-#[derive(Debug)]
-pub struct Identity {
-    /// The chain.
-    pub chain: Vec<CertificateDer<'static>>,
-    /// The leaf's key, in PKCS#1, SEC1 or PKCS#8.
-    pub key: PrivateKeyDer<'static>,
-}
-
-impl Identity {
-    /// Reads a chain and a key from two PEM files.
-    ///
-    /// # Errors
-    /// When either cannot be read or holds no such thing.
-    pub fn from_pem_files(chain: &Path, key: &Path) -> Result<Self, TlsError> {
-        let key_pem = read(key)?;
-        let parsed = PrivateKeyDer::from_pem_slice(&key_pem)
-            .map_err(|error| TlsError::Pem { path: key.into(), reason: error.to_string() })?;
-        Ok(Self { chain: certificates(chain)?, key: parsed })
-    }
-}
-
-impl Clone for Identity {
-    fn clone(&self) -> Self {
-        Self { chain: self.chain.clone(), key: self.key.clone_key() }
-    }
-}
-
-/// Reads every certificate of a PEM file.
-///
-/// # Errors
-/// When the file cannot be read, has a malformed block, or holds no certificate.
-pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let malformed = |reason: String| TlsError::Pem { path: path.into(), reason };
-    let pem = read(path)?;
-    let chain = CertificateDer::pem_slice_iter(&pem)
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| malformed(error.to_string()))?;
-    if chain.is_empty() {
-        return Err(malformed("holds no certificate".into()));
-    }
-    Ok(chain)
-}
-
-/// The trust store of these CA certificates.
-///
-/// # Errors
-/// When one of them cannot be a trust anchor.
-pub fn authorities(
-    certificates: &[CertificateDer<'static>],
-) -> Result<Arc<RootCertStore>, TlsError> {
-    let mut roots = RootCertStore::empty();
-    for certificate in certificates {
-        roots.add(certificate.clone()).map_err(|error| TlsError::Authority(error.to_string()))?;
-    }
-    Ok(Arc::new(roots))
-}
-
-fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
-    fs::read(path).map_err(|source| TlsError::Read { path: path.into(), source })
 }
 
 /// The key exchanges that are offered.
@@ -141,35 +84,45 @@ pub fn tunnel_server(
     client_ca: Option<Arc<RootCertStore>>,
     key_exchange: KeyExchange,
 ) -> Result<ServerConfig, TlsError> {
-    let mut config = server(identity, client_ca, key_exchange, &[&TLS13])?;
+    let credentials = ServerCredentials::fixed(&identity, client_ca, key_exchange)?;
+    tunnel_server_with(credentials, key_exchange)
+}
+
+/// The server's side of a tunnel's TLS, with credentials that may be replaced.
+///
+/// # Errors
+/// When TLS 1.3 is not supported; the fault is ours.
+pub fn tunnel_server_with(
+    credentials: ServerCredentials,
+    key_exchange: KeyExchange,
+) -> Result<ServerConfig, TlsError> {
+    let mut config = server(credentials, key_exchange, &[&TLS13])?;
     config.alpn_protocols = vec![ALPN.to_vec()];
     Ok(config)
 }
 
-/// A server's TLS of these versions, without tickets and early data, and without ALPN. With
-/// `client_ca`, clients must present a certificate of it.
+/// A server's TLS of these versions, without tickets and early data, and without ALPN. Each
+/// handshake uses the credentials that are current when it begins.
 ///
 /// # Errors
-/// When certificate and key do not fit, or the CA cannot be used.
+/// When the versions are not supported; the fault is ours.
 pub fn server(
-    identity: Identity,
-    client_ca: Option<Arc<RootCertStore>>,
+    credentials: ServerCredentials,
     key_exchange: KeyExchange,
     versions: &[&'static SupportedProtocolVersion],
 ) -> Result<ServerConfig, TlsError> {
     let provider = key_exchange.provider();
     let builder =
         ServerConfig::builder_with_provider(provider.clone()).with_protocol_versions(versions)?;
+    let ServerCredentials { identity, client_ca } = credentials;
     let builder = match client_ca {
-        Some(roots) => {
-            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider)
-                .build()
-                .map_err(|error| TlsError::Authority(error.to_string()))?;
-            builder.with_client_cert_verifier(verifier)
+        Some(client_ca) => {
+            let verifier = serving::CurrentVerifier::new(client_ca, provider);
+            builder.with_client_cert_verifier(Arc::new(verifier))
         }
         None => builder.with_no_client_auth(),
     };
-    let mut config = builder.with_single_cert(identity.chain, identity.key)?;
+    let mut config = builder.with_cert_resolver(Arc::new(serving::CurrentIdentity(identity)));
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.max_early_data_size = 0;

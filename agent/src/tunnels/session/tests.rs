@@ -96,9 +96,7 @@ fn secs(seconds: u64) -> Duration {
 
 #[tokio::test(start_paused = true)]
 async fn hello_carries_the_agents_name_process_and_token() {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(&file, "secret\n").unwrap();
-    let context = context(Some(file.path().to_owned()));
+    let context = context(Some("secret"));
     let (joined, (_end, _control, hello)) = join_with(&context, async |end: ServerEnd| {
         let (mut control, hello) = end.hello().await;
         control.send(&welcome("server-0", 3)).await.unwrap();
@@ -125,19 +123,6 @@ async fn another_answer_than_welcome_closes_the_tunnel() {
     assert!(matches!(error, JoinError::NotWelcome) && error.is_refusal(), "{error}");
     let reason = error.to_string();
     assert_eq!(lost, TunnelLost::ClosedByPeer { code: CloseCode::PROTOCOL_VIOLATION, reason });
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_missing_token_file_is_reported_with_its_flag() {
-    let folder = tempfile::tempdir().unwrap();
-    let context = context(Some(folder.path().join("absent")));
-    let (joined, lost) =
-        join_with(&context, async |end: ServerEnd| end.tunnel.closed().await).await;
-    let error = joined.unwrap_err();
-    assert!(error.is_refusal());
-    let reason = error.to_string();
-    assert_eq!(lost, TunnelLost::ClosedByPeer { code: CloseCode::ABANDONED, reason });
-    assert!(error.to_string().starts_with("--service-account-token-path: "), "{error}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -194,7 +179,7 @@ async fn a_tunnel_that_is_lost_while_the_hello_is_sent_is_no_refusal() {
     };
     end.line.cut();
     session.tunnel.closed().await;
-    let error = introduce(&mut session, None, &context).await.unwrap_err();
+    let error = introduce(&mut session, &context).await.unwrap_err();
     assert!(matches!(error, JoinError::Lost(_)) && !error.is_refusal(), "{error}");
 }
 

@@ -9,8 +9,10 @@ use std::{net::IpAddr, path::PathBuf, sync::Arc};
 
 use culvert_wire::target::split_host_port;
 use ipnet::IpNet;
+use rustls::RootCertStore;
 
 use super::proxy::{InvalidProxy, Proxy};
+use crate::tls::Current;
 
 /// The proxy of a process, and the servers that it is not used for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -55,6 +57,20 @@ impl Proxies {
         let exempt = first(&["NO_PROXY", "no_proxy"]).map_or_else(String::new, |(_, list)| list);
         let exempt = exempt.split(',').filter_map(Exempt::parse).collect();
         Ok(Self { proxy: Some(Arc::new(proxy)), exempt })
+    }
+
+    /// The PEM file with the CA certificates for the proxy, if it is reached over TLS and there is
+    /// one.
+    pub fn authorities(&self) -> Option<PathBuf> {
+        self.proxy.as_ref()?.authorities()
+    }
+
+    /// Uses these CA certificates for the proxy, which the caller keeps up to date, instead of
+    /// reading their file for each handshake.
+    #[must_use]
+    pub fn with_kept_authorities(self, kept: Current<RootCertStore>) -> Self {
+        let with = |proxy: Arc<Proxy>| Arc::new((*proxy).clone().with_kept_authorities(kept));
+        Self { proxy: self.proxy.map(with), ..self }
     }
 
     /// The proxy for a server; `None` when the server is reached directly, as this host always is.

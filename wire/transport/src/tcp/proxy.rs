@@ -11,6 +11,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr};
 use base64::{Engine as _, prelude::BASE64_STANDARD as BASE64};
 use culvert_wire::target::{SplitFault, split_host_port};
 use percent_encoding::percent_decode_str;
+use rustls::RootCertStore;
 use tokio::{
     io::BufReader,
     net::TcpStream,
@@ -19,8 +20,9 @@ use tokio::{
 use tokio_rustls::client::TlsStream;
 use tokio_util::either::Either;
 
+use self::trust::ProxyAuthorities;
 use super::{Settings, prepare};
-use crate::ProxyFault;
+use crate::{ProxyFault, tls::Current};
 
 /// A connection through a proxy, whose bytes are the server's.
 pub type ProxiedStream = BufReader<Either<TcpStream, TlsStream<TcpStream>>>;
@@ -34,8 +36,7 @@ pub struct Proxy {
     host: String,
     port: u16,
     credentials: Option<Credentials>,
-    /// PEM file with the CA certificates for the proxy; without one, the system's are used.
-    authorities: Option<PathBuf>,
+    authorities: ProxyAuthorities,
 }
 
 /// Protocol of the CONNECT request.
@@ -77,7 +78,21 @@ impl Proxy {
     /// Sets the PEM file with the CA certificates for the proxy, instead of the system's.
     #[must_use]
     pub fn with_authorities(self, file: PathBuf) -> Self {
-        Self { authorities: Some(file), ..self }
+        Self { authorities: ProxyAuthorities { file: Some(file), kept: None }, ..self }
+    }
+
+    /// The PEM file with the CA certificates for the proxy, if it is reached over TLS and there is
+    /// one.
+    pub fn authorities(&self) -> Option<PathBuf> {
+        (self.scheme == Scheme::Https).then(|| self.authorities.path()).flatten()
+    }
+
+    /// Uses these CA certificates, which the caller keeps up to date, instead of reading their file
+    /// for each handshake.
+    #[must_use]
+    pub fn with_kept_authorities(mut self, kept: Current<RootCertStore>) -> Self {
+        self.authorities.kept = Some(kept);
+        self
     }
 
     /// Connects to the proxy and asks it to connect to the server; the connection, and the proxy's
@@ -112,8 +127,7 @@ impl Proxy {
         let stream = match self.scheme {
             Scheme::Http => Either::Left(socket),
             Scheme::Https => {
-                let file = self.authorities.as_deref();
-                Either::Right(trust::handshake(socket, &self.host, file).await?)
+                Either::Right(trust::handshake(socket, &self.host, &self.authorities).await?)
             }
         };
         Ok((stream, address))
@@ -147,7 +161,7 @@ impl FromStr for Proxy {
             host: host.to_owned(),
             port: port.unwrap_or_else(|| scheme.default_port()),
             credentials: user.map(Credentials::from_user_info).transpose()?,
-            authorities: None,
+            authorities: ProxyAuthorities::default(),
         })
     }
 }

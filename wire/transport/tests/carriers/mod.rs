@@ -7,7 +7,7 @@ use culvert_transport::{
     Carrier, Settings, Tunnel,
     quic::{self, Listener, ResetKey},
     tcp::{self, Route},
-    tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
+    tls::{Current, Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
 };
 use rcgen::{CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::RootCertStore;
@@ -97,9 +97,9 @@ impl Pair {
         let address = "127.0.0.1:0".parse().unwrap();
         match carrier {
             Carrier::Quic => {
-                let key = ResetKey::derive(b"secret", "server");
+                let key = Current::fixed(ResetKey::derive(b"secret", "server"));
                 let tls = server_tls.into();
-                let listener = Listener::bind(address, tls, settings, Some(&key)).unwrap();
+                let listener = Listener::bind(address, tls, settings, Some(key)).unwrap();
                 let remote = listener.local_addr().unwrap();
                 let accept = async { listener.accept().await.unwrap().complete().await.unwrap() };
                 let connect = quic::connect(remote, "127.0.0.1", client_tls.into(), settings);

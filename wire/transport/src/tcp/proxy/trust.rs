@@ -2,55 +2,68 @@
 //! servers. They are looked for where Go looks, so a proxy that other agents of a node can use
 //! works for this one too.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{path::PathBuf, sync::Arc};
 
 use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, task::spawn_blocking};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::{
     ProxyFault,
-    tls::{KeyExchange, certificates},
+    tls::{Authorities, Current, KeyExchange, system_authorities},
 };
 
-/// Files in which distributions keep the CA certificates (Go's `crypto/x509`).
-const SYSTEM: [&str; 6] = [
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/ca-bundle.pem",
-    "/etc/pki/tls/cacert.pem",
-    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
-    "/etc/ssl/cert.pem",
-];
+/// CA certificates for proxies.
+#[derive(Clone, Debug, Default)]
+pub(super) struct ProxyAuthorities {
+    /// Their PEM file; without one, the system's is used.
+    pub(super) file: Option<PathBuf>,
+    /// The certificates, where they are kept up to date; otherwise each handshake reads the file.
+    pub(super) kept: Option<Current<RootCertStore>>,
+}
 
-/// Does the handshake and checks the proxy's certificate. The CA certificates are read again each
-/// time, as other files are.
+/// What is kept up to date has come from the file.
+impl PartialEq for ProxyAuthorities {
+    fn eq(&self, other: &Self) -> bool {
+        self.file == other.file
+    }
+}
+
+impl Eq for ProxyAuthorities {}
+
+impl ProxyAuthorities {
+    /// The file, or the first of the system's files that exists.
+    pub(super) fn path(&self) -> Option<PathBuf> {
+        self.file.clone().or_else(system_authorities)
+    }
+
+    async fn roots(&self) -> Result<Arc<RootCertStore>, ProxyFault> {
+        if let Some(kept) = &self.kept {
+            return Ok(kept.get());
+        }
+        let path = self.path();
+        let path = path.ok_or_else(|| fault("the system has no CA certificates"))?;
+        let read = spawn_blocking(move || Authorities::from_pem_file(&path)).await;
+        Ok(Arc::new(read.map_err(fault)?.map_err(fault)?.roots))
+    }
+}
+
+/// Does the handshake and checks the proxy's certificate.
 pub(super) async fn handshake(
     socket: TcpStream,
     host: &str,
-    authorities: Option<&Path>,
+    authorities: &ProxyAuthorities,
 ) -> Result<TlsStream<TcpStream>, ProxyFault> {
-    let fault = |error: String| ProxyFault::Tls(error);
-    let name = ServerName::try_from(host.to_owned()).map_err(|error| fault(error.to_string()))?;
-    let file = authorities.map_or_else(system, |file| Ok(file.to_owned()))?;
-    let trusted = certificates(&file).map_err(|error| fault(error.to_string()))?;
-    let mut roots = RootCertStore::empty();
-    roots.add_parsable_certificates(trusted);
+    let name = ServerName::try_from(host.to_owned()).map_err(fault)?;
     let tls = ClientConfig::builder_with_provider(KeyExchange::default().provider())
         // Some proxies speak TLS 1.2 only.
         .with_safe_default_protocol_versions()
-        .map_err(|error| fault(error.to_string()))?
-        .with_root_certificates(roots)
+        .map_err(fault)?
+        .with_root_certificates(authorities.roots().await?)
         .with_no_client_auth();
-    let handshake = TlsConnector::from(Arc::new(tls)).connect(name, socket).await;
-    handshake.map_err(|error| fault(error.to_string()))
+    TlsConnector::from(Arc::new(tls)).connect(name, socket).await.map_err(fault)
 }
 
-/// The first of the system's files that exists.
-fn system() -> Result<PathBuf, ProxyFault> {
-    let found = SYSTEM.iter().map(PathBuf::from).find(|file| file.exists());
-    found.ok_or_else(|| ProxyFault::Tls("the system has no CA certificates".into()))
+fn fault(error: impl ToString) -> ProxyFault {
+    ProxyFault::Tls(error.to_string())
 }

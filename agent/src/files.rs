@@ -1,0 +1,141 @@
+//! The files that the agent reads, and reads again: all in one place.
+
+use std::path::PathBuf;
+
+use culvert_process::{
+    faults::{ConfigErrors, Faults},
+    kubernetes::CurrentClient,
+    metrics::Metrics,
+    reload::{Files, LoadError, ReloadMetrics, Reloads},
+};
+use culvert_transport::{
+    tcp::Proxies,
+    tls::{Current, Identity},
+};
+use culvert_wire::control::Secret;
+use rustls::RootCertStore;
+use tracing::warn;
+
+use crate::config::Config;
+
+/// Names of the metrics.
+const METRICS: ReloadMetrics = ReloadMetrics {
+    reloads: "culvert_agent_reload_total",
+    expiry: "culvert_agent_certificate_expiry_seconds",
+};
+
+/// What the agent's files hold, kept up to date.
+#[derive(Debug)]
+pub(crate) struct AgentFiles {
+    /// Keeps all others up to date.
+    pub(crate) reloads: Reloads,
+    /// CA of the servers' certificates.
+    pub(crate) ca: Current<RootCertStore>,
+    /// The agent's certificate, if it has one.
+    pub(crate) identity: Option<Current<Identity>>,
+    /// The agent's token, if it has one.
+    pub(crate) token: Option<Current<Secret>>,
+    /// The proxies, with the CA of the one that is reached over TLS.
+    pub(crate) proxies: Proxies,
+    /// For Leases; `None` when the agent counts none.
+    pub(crate) leases: Option<CurrentClient>,
+}
+
+impl AgentFiles {
+    /// Reads all files for the first time. It blocks. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// With every file that cannot be used.
+    pub(crate) fn read(config: &Config, metrics: &Metrics) -> Result<Self, ConfigErrors> {
+        let reloads = Reloads::new(metrics, METRICS);
+        let mut faults = Faults::new();
+        let servers = &config.servers;
+        let ca_file = servers.ca.clone();
+        let ca = reloads.add(&servers.ca, move |files: &mut Files| files.authorities(&ca_file));
+        let ca = checked(&mut faults, "ca-cert", ca);
+        let identity = servers.certificate.clone().map(|pair| {
+            let file = pair.certificate.clone();
+            reloads.add(file, move |files: &mut Files| Ok(files.identity(&pair)?.0))
+        });
+        let identity = identity.map(|result| checked(&mut faults, "agent-cert", result));
+        let token = servers.token_file.clone().map(|file| add_token(&reloads, file));
+        let token = token.map(|result| checked(&mut faults, "service-account-token-path", result));
+        let leases = config.sync.leases.as_ref().map(|leases| leases.kubernetes.clients(&reloads));
+        let leases = leases.map(|result| checked(&mut faults, "kubeconfig", result));
+        let proxies = with_authorities(&reloads, config.proxies.clone());
+        // Warnings were logged.
+        faults.finish()?;
+        let read = "what cannot be read is a fault";
+        Ok(Self {
+            reloads,
+            ca: ca.expect(read),
+            identity: identity.map(|identity| identity.expect(read)),
+            token: token.map(|token| token.expect(read)),
+            proxies,
+            leases: leases.map(|leases| {
+                let [client] = leases.expect(read);
+                client
+            }),
+        })
+    }
+}
+
+/// The value, or `None` along with a fault of the flag.
+fn checked<T>(faults: &mut Faults, flag: &'static str, result: Result<T, LoadError>) -> Option<T> {
+    result.map_err(|error| faults.add(flag, error.to_string())).ok()
+}
+
+fn add_token(reloads: &Reloads, file: PathBuf) -> Result<Current<Secret>, LoadError> {
+    reloads.add(file.clone(), move |files: &mut Files| files.token(&file))
+}
+
+/// The proxies with their CA. A file that cannot be used is no reason not to start: the agent may
+/// not need the proxy.
+fn with_authorities(reloads: &Reloads, proxies: Proxies) -> Proxies {
+    let Some(file) = proxies.authorities() else { return proxies };
+    let watched = file.clone();
+    match reloads.add(file, move |files: &mut Files| files.authorities(&watched)) {
+        Ok(kept) => proxies.with_kept_authorities(kept),
+        Err(error) => {
+            warn!(%error, "the CA of the proxy cannot be used");
+            proxies
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use culvert_process::{faults::CertificatePair, kubernetes::KubernetesConfig};
+
+    use super::*;
+    use crate::{config::LeaseConfig, metrics::AgentMetrics, test_support};
+
+    #[tokio::test]
+    async fn every_file_that_cannot_be_used_is_reported_with_its_flag() {
+        let folder = tempfile::tempdir().unwrap();
+        let absent = |name: &str| folder.path().join(name);
+        let mut config = test_support::config(&[]);
+        config.servers.ca = absent("ca");
+        let (certificate, key) = (absent("crt"), absent("key"));
+        config.servers.certificate = Some(CertificatePair { certificate, key });
+        config.servers.token_file = Some(absent("token"));
+        let kubeconfig = Some(absent("kubeconfig"));
+        config.sync.leases = Some(LeaseConfig {
+            namespace: "n".into(),
+            selector: "s".into(),
+            kubernetes: KubernetesConfig { kubeconfig, ..KubernetesConfig::default() },
+        });
+        let metrics = AgentMetrics::new().unwrap();
+        let faults = AgentFiles::read(&config, metrics.inner()).unwrap_err().to_string();
+        let flags = [
+            ("ca-cert", "ca"),
+            ("agent-cert", "crt"),
+            ("service-account-token-path", "token"),
+            ("kubeconfig", "kubeconfig"),
+        ];
+        for (flag, name) in flags {
+            let fault = format!("--{flag}: cannot read {}", absent(name).display());
+            assert!(faults.contains(&fault), "{fault} in {faults}");
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! The files that the server reads, and reads again: all in one place.
+
+use culvert_process::{
+    faults::{CertificatePair, ConfigErrors, Faults},
+    kubernetes::CurrentClient,
+    metrics::Metrics,
+    reload::{Files, LoadError, ReloadMetrics, Reloads},
+};
+use culvert_transport::{
+    quic::ResetKey,
+    tls::{ClientVerifier, Current, ServerCredentials},
+};
+use std::path::Path;
+
+use crate::{
+    agents::reset_key::reset_key_owner,
+    config::{Config, FrontendListen},
+};
+
+/// Names of the metrics.
+const METRICS: ReloadMetrics = ReloadMetrics {
+    reloads: "culvert_server_reload_total",
+    expiry: "culvert_server_certificate_expiry_seconds",
+};
+
+/// What the server's files hold, kept up to date.
+#[derive(Debug)]
+pub(crate) struct ServerFiles {
+    /// Keeps all others up to date.
+    pub(crate) reloads: Reloads,
+    /// For agents.
+    pub(crate) agents: ServerCredentials,
+    /// For frontends over TCP; `None` for a Unix socket.
+    pub(crate) frontend: Option<ServerCredentials>,
+    /// The secret of stateless resets; `None` for a random one.
+    pub(crate) reset_key: Option<Current<ResetKey>>,
+    /// For kube-apiserver's reviews of tokens; `None` when agents need none.
+    pub(crate) reviews: Option<CurrentClient>,
+    /// For Leases; `None` when the server keeps none. With a client of its own, a Lease is renewed
+    /// in time, however many reviews wait.
+    pub(crate) leases: Option<CurrentClient>,
+}
+
+impl ServerFiles {
+    /// Reads all files for the first time. It blocks. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// With every file that cannot be used.
+    pub(crate) fn read(config: &Config, metrics: &Metrics) -> Result<Self, ConfigErrors> {
+        let reloads = Reloads::new(metrics, METRICS);
+        let mut faults = Faults::new();
+        let agents = &config.agents;
+        let flags = ["cluster-cert", "cluster-ca-cert"];
+        let ca = agents.client_ca.as_deref();
+        let for_agents = credentials(&reloads, flags, &agents.certificate, ca, &mut faults);
+        let for_frontends = match &config.frontend.listen {
+            FrontendListen::Unix { .. } => Some(None),
+            FrontendListen::Tcp { certificate, client_ca, .. } => {
+                let flags = ["server-cert", "server-ca-cert"];
+                let ca = Some(client_ca.as_path());
+                credentials(&reloads, flags, certificate, ca, &mut faults).map(Some)
+            }
+        };
+        let reset_key =
+            reset_key_owner().map(|owner| reset_key(&reloads, config, owner, &mut faults));
+        let (mut reviews, mut leases) = (None, None);
+        if agents.token.is_some() || config.leases.is_some() {
+            if let Some([first, second]) =
+                checked(&mut faults, "kubeconfig", config.kubernetes.clients(&reloads))
+            {
+                reviews = agents.token.is_some().then_some(first);
+                leases = config.leases.is_some().then_some(second);
+            }
+        }
+        // Warnings were logged.
+        faults.finish()?;
+        let read = "what cannot be read is a fault";
+        Ok(Self {
+            reloads,
+            agents: for_agents.expect(read),
+            frontend: for_frontends.expect(read),
+            reset_key: reset_key.map(|key| key.expect(read)),
+            reviews,
+            leases,
+        })
+    }
+}
+
+/// The value, or `None` along with a fault of the flag.
+fn checked<T>(faults: &mut Faults, flag: &'static str, result: Result<T, LoadError>) -> Option<T> {
+    result.map_err(|error| faults.add(flag, error.to_string())).ok()
+}
+
+/// A certificate and the CA of the clients' certificates; `None` along with a fault.
+fn credentials(
+    reloads: &Reloads,
+    [certificate_flag, ca_flag]: [&'static str; 2],
+    pair: &CertificatePair,
+    client_ca: Option<&Path>,
+    faults: &mut Faults,
+) -> Option<ServerCredentials> {
+    let watched = pair.clone();
+    let load = move |files: &mut Files| Ok(files.identity(&watched)?.1);
+    let identity = checked(faults, certificate_flag, reloads.add(&pair.certificate, load));
+    let client_ca = match client_ca {
+        None => Some(None),
+        Some(path) => {
+            let watched = path.to_owned();
+            let load = move |files: &mut Files| {
+                Ok(ClientVerifier::new(files.authorities(&watched)?.into())?)
+            };
+            checked(faults, ca_flag, reloads.add(path, load)).map(Some)
+        }
+    };
+    Some(ServerCredentials { identity: identity?, client_ca: client_ca? })
+}
+
+/// The secret of stateless resets; `None` along with a fault.
+fn reset_key(
+    reloads: &Reloads,
+    config: &Config,
+    owner: String,
+    faults: &mut Faults,
+) -> Option<Current<ResetKey>> {
+    match config.agents.reset_key_file.clone() {
+        Some(file) => {
+            let load = {
+                let file = file.clone();
+                move |files: &mut Files| Ok(ResetKey::derive(&files.secret(&file)?, &owner))
+            };
+            checked(faults, "reset-key-file", reloads.add(file, load))
+        }
+        None => {
+            // By default a restart keeps the secret for as long as it keeps the private key.
+            let pair = config.agents.certificate.clone();
+            let key_file = pair.key.clone();
+            let load = move |files: &mut Files| {
+                let (identity, _) = files.identity(&pair)?;
+                Ok(ResetKey::derive(identity.key.secret_der(), &owner))
+            };
+            checked(faults, "cluster-key", reloads.add(key_file, load))
+        }
+    }
+}

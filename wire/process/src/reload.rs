@@ -1,0 +1,204 @@
+//! Files that are read again while the process runs: certificates, keys, CAs, tokens, kubeconfigs.
+//!
+//! [`Reloads::add`] reads a set of files that belong together, such as a certificate and its key,
+//! and makes a value of them. From then on the files are looked at every ten seconds, on SIGHUP, and
+//! whenever a part of the process asks for it. Contents are compared, because a Secret volume is
+//! updated by a swap of symbolic links, and times of files say little. When contents have changed,
+//! a new value replaces the current one; when they cannot be used, the current one stays.
+//!
+//! A changed set that cannot be used is looked at again after a second and reported only if its
+//! contents are still the same: it may be half written, or a key may follow its certificate.
+
+mod certificates;
+mod expiry;
+mod files;
+mod set;
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use culvert_transport::tls::Current;
+use metrics::Gauge;
+use parking_lot::Mutex as SyncMutex;
+use tokio::{
+    sync::{Mutex, Notify},
+    task::spawn_blocking,
+    time::{Instant, sleep, timeout},
+};
+use tracing::{error, info};
+
+pub use self::files::{Files, LoadError};
+use self::{expiry::Expiries, set::Set};
+use crate::metrics::Metrics;
+
+/// Time between two looks at the files. kubelet takes a minute to update a Secret volume, and a
+/// look reads a few small files.
+const INTERVAL: Duration = Duration::from_secs(10);
+/// Time after which a changed set that cannot be used is looked at again, and minimum time between
+/// looks that parts of the process ask for.
+const SETTLE_TIME: Duration = Duration::from_secs(1);
+/// Maximum time that a caller of [`Reloads::look`] waits for the file system.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Names of the metrics about files.
+#[derive(Clone, Copy, Debug)]
+pub struct ReloadMetrics {
+    /// Counter of reloads, by `file` and `result`.
+    pub reloads: &'static str,
+    /// Gauge of the time until a certificate expires, by `file`.
+    pub expiry: &'static str,
+}
+
+/// The files that a process reads, and reads again. Clones share them.
+#[derive(Clone, Debug)]
+pub struct Reloads {
+    sets: Arc<Mutex<Vec<Set>>>,
+    /// Not behind the lock of `sets`, which is held while files are read.
+    expiries: Arc<SyncMutex<Vec<(Expiries, Gauge)>>>,
+    asked: Arc<Notify>,
+    metrics: Metrics,
+    names: ReloadMetrics,
+    clock: Clock,
+}
+
+/// The wall clock, in seconds since 1970.
+type Clock = fn() -> i64;
+
+impl Reloads {
+    /// No files yet.
+    pub fn new(metrics: &Metrics, names: ReloadMetrics) -> Self {
+        Self::with_clock(metrics, names, wall_clock)
+    }
+
+    fn with_clock(metrics: &Metrics, names: ReloadMetrics, clock: Clock) -> Self {
+        metrics.describe_counter(
+            names.reloads,
+            "Files that had changed and were read again, by file and result.",
+        );
+        metrics.describe_gauge(
+            names.expiry,
+            "Time until the certificate in the file expires, in seconds; negative afterwards.",
+        );
+        Self {
+            sets: Arc::default(),
+            expiries: Arc::default(),
+            asked: Arc::default(),
+            metrics: metrics.clone(),
+            names,
+            clock,
+        }
+    }
+
+    /// Reads files, and keeps the value that `load` makes of them up to date. `file` names the set
+    /// in metrics and logs. `load` is called from the caller now, which it may block, and from a
+    /// thread for blocking work later. Panics while files are being looked at.
+    ///
+    /// # Errors
+    /// When the files cannot be used now.
+    pub fn add<T: Send + Sync + 'static>(
+        &self,
+        file: impl Into<PathBuf>,
+        load: impl Fn(&mut Files) -> Result<T, LoadError> + Send + 'static,
+    ) -> Result<Current<T>, LoadError> {
+        let file = file.into();
+        let name = file.display().to_string();
+        let count = |result| {
+            let labels = [("file", name.as_str()), ("result", result)];
+            let counter = self.metrics.counter(self.names.reloads, &labels);
+            // A counter is part of a scrape from its first use on.
+            counter.increment(0);
+            counter
+        };
+        let now = (self.clock)();
+        let (set, current) = Set::load(file, load, (count("ok"), count("failed")), now)?;
+        let expiries = set.expiries();
+        if expiries.next(now).is_some() {
+            let gauge = self.metrics.gauge(self.names.expiry, &[("file", &name)]);
+            self.expiries.lock().push((expiries, gauge));
+        }
+        let mut sets = self.sets.try_lock().expect("no file is looked at before all are known");
+        sets.push(set);
+        drop(sets);
+        self.check_expiries();
+        Ok(current)
+    }
+
+    /// Looks at the files for as long as it is polled.
+    pub async fn keep(&self) {
+        let mut settled = true;
+        loop {
+            sleep(SETTLE_TIME).await;
+            if settled {
+                let _ = timeout(INTERVAL - SETTLE_TIME, self.asked.notified()).await;
+            }
+            self.check_expiries();
+            settled = self.look_at_all(false).await;
+        }
+    }
+
+    /// Has the files looked at soon, because what they hold may be out of date.
+    pub fn ask(&self) {
+        self.asked.notify_one();
+    }
+
+    /// Looks at the files now, and waits for that for at most a second.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: a look that has begun is completed.
+    pub async fn look(&self) {
+        let _ = timeout(LOOK_TIMEOUT, self.look_at_all(false)).await;
+    }
+
+    /// Looks at the files now because an operator asked for it: what cannot be used is reported
+    /// although it was reported before.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: a look that has begun is completed.
+    pub async fn look_on_request(&self) {
+        let begun = Instant::now();
+        self.look_at_all(true).await;
+        info!(duration = ?begun.elapsed(), "the files were looked at on request");
+    }
+
+    /// Looks at all files; whether no set is to be looked at again soon.
+    async fn look_at_all(&self, on_request: bool) -> bool {
+        // One look at a time: a file system that hangs holds one thread.
+        let mut sets = self.sets.clone().lock_owned().await;
+        let now = (self.clock)();
+        let look = move || {
+            let mut settled = true;
+            for set in &mut *sets {
+                settled &= set.look(now, on_request);
+            }
+            settled
+        };
+        match spawn_blocking(look).await {
+            Ok(settled) => {
+                self.check_expiries();
+                settled
+            }
+            Err(panic) => {
+                error!(%panic, "internal error: the look at the files panicked");
+                true
+            }
+        }
+    }
+
+    /// Updates the gauges, and warns of certificates that expire soon.
+    fn check_expiries(&self) {
+        let now = (self.clock)();
+        for (expiries, gauge) in &*self.expiries.lock() {
+            expiries.warn(now);
+            if let Some(expiry) = expiries.next(now) {
+                #[expect(clippy::cast_precision_loss, reason = "no date is 2^52 seconds away")]
+                gauge.set((expiry - now) as f64);
+            }
+        }
+    }
+}
+
+fn wall_clock() -> i64 {
+    k8s_openapi::jiff::Timestamp::now().as_second()
+}
+
+#[cfg(test)]
+mod tests;

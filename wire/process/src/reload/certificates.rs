@@ -1,0 +1,126 @@
+//! Certificates, keys and CAs as sets of files.
+
+use std::{fmt, path::Path};
+
+use culvert_transport::tls::{Authorities, Identity, KeyExchange};
+use k8s_openapi::jiff::Timestamp;
+use rustls::{RootCertStore, pki_types::CertificateDer, sign::CertifiedKey};
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+use super::{Files, LoadError};
+use crate::faults::CertificatePair;
+
+/// When a certificate is valid, in seconds since 1970.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Validity {
+    /// The file.
+    pub(super) file: String,
+    /// The certificate's subject.
+    pub(super) subject: String,
+    /// The first second.
+    pub(super) not_before: i64,
+    /// The last second.
+    pub(super) not_after: i64,
+}
+
+impl Validity {
+    fn of(file: &Path, certificate: &CertificateDer<'_>) -> Result<Self, LoadError> {
+        let unreadable = |error: String| {
+            LoadError::new(format!("{}: a certificate cannot be parsed: {error}", file.display()))
+        };
+        let (_, parsed) = X509Certificate::from_der(certificate)
+            .map_err(|error| unreadable(error.to_string()))?;
+        let validity = parsed.validity();
+        Ok(Self {
+            file: file.display().to_string(),
+            subject: parsed.subject().to_string(),
+            not_before: validity.not_before.timestamp(),
+            not_after: validity.not_after.timestamp(),
+        })
+    }
+
+    /// Why the certificate is not valid now; `None` when it is.
+    pub(super) fn fault(&self, now: i64) -> Option<String> {
+        let state = match now {
+            now if now > self.not_after => "has expired",
+            now if now < self.not_before => "is not valid yet",
+            _ => return None,
+        };
+        Some(format!("{}: the certificate {self} {state}", self.file))
+    }
+}
+
+/// The subject and the dates.
+impl fmt::Display for Validity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (from, to) = (date(self.not_before), date(self.not_after));
+        // The subject is the operator's, but a line break would still be one.
+        write!(f, "{:?} (valid from {from} to {to})", self.subject)
+    }
+}
+
+/// A time in RFC 3339.
+pub(super) fn date(seconds: i64) -> String {
+    Timestamp::from_second(seconds).map_or_else(|_| seconds.to_string(), |at| at.to_string())
+}
+
+impl Files {
+    /// Reads a certificate chain and its key, which this process presents.
+    ///
+    /// # Errors
+    /// When either cannot be read or parsed, or the key is not the certificate's.
+    pub fn identity(
+        &mut self,
+        pair: &CertificatePair,
+    ) -> Result<(Identity, CertifiedKey), LoadError> {
+        let (file, key_file) = (pair.certificate.as_path(), pair.key.as_path());
+        // Both are read, so that a change of either is noticed.
+        let (chain, key) = (self.read(file), self.read(key_file));
+        let identity = Identity::from_pem((file, &chain?), (key_file, &key?))?;
+        let validities: Vec<_> = identity
+            .chain
+            .iter()
+            .map(|certificate| Validity::of(file, certificate))
+            .collect::<Result<_, _>>()?;
+        let leaf = validities[0].clone();
+        // The algorithms of keys do not depend on the key exchange.
+        let certified = identity.certified(&KeyExchange::Hybrid.provider()).map_err(|error| {
+            let (key, file) = (key_file.display(), file.display());
+            let mismatch = matches!(error, rustls::Error::InconsistentKeys(_));
+            LoadError::new(match mismatch {
+                true => format!("{key}: the key is not that of the certificate {leaf} in {file}"),
+                false => format!("{key}: the key cannot be used with {file}: {error}"),
+            })
+        })?;
+        validities.into_iter().for_each(|validity| self.record(validity));
+        self.record_presented(leaf);
+        Ok((identity, certified))
+    }
+
+    /// Reads a CA file. A block that cannot be used is left out, with a warning.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or no block of it can be used.
+    pub fn authorities(&mut self, file: &Path) -> Result<RootCertStore, LoadError> {
+        let found = Authorities::from_pem(file, &self.read(file)?)?;
+        for left_out in found.left_out {
+            self.warn(format!("{}: {left_out}", file.display()));
+        }
+        for certificate in &found.certificates {
+            // TLS takes a CA whose dates are odd, so this is no reason to refuse it.
+            match Validity::of(file, certificate) {
+                Ok(validity) => self.record(validity),
+                Err(error) => self.warn(error.to_string()),
+            }
+        }
+        Ok(found.roots)
+    }
+
+    /// Records the certificates in a PEM text of a file, if it holds any: for expiry alone.
+    pub(crate) fn record_certificates(&mut self, file: &Path, pem: &[u8]) {
+        if let Ok(found) = Authorities::from_pem(file, pem) {
+            let validities = found.certificates.iter().map(|found| Validity::of(file, found));
+            validities.flatten().for_each(|validity| self.record(validity));
+        }
+    }
+}

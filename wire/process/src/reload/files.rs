@@ -1,0 +1,148 @@
+//! What a set of files holds, and which files it was made of.
+
+use std::path::{Path, PathBuf};
+
+use culvert_transport::tls::{TlsError, read_file};
+use culvert_wire::control::Secret;
+
+use super::{certificates::Validity, expiry::Expiries};
+
+/// Why a set of files cannot be used, with the name of the file.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct LoadError(String);
+
+impl LoadError {
+    /// An error with this text, which names the file.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+}
+
+impl From<TlsError> for LoadError {
+    fn from(error: TlsError) -> Self {
+        Self(error.to_string())
+    }
+}
+
+/// Reads the files of a set, and remembers what it was made of.
+#[derive(Debug, Default)]
+pub struct Files {
+    seen: Vec<Seen>,
+    warnings: Vec<String>,
+    certificates: Vec<Validity>,
+    /// When the certificate that this process presents is valid.
+    presented: Option<Validity>,
+}
+
+/// A file, and what was found there.
+#[derive(Debug, PartialEq, Eq)]
+struct Seen {
+    path: PathBuf,
+    found: Found,
+}
+
+/// What was found at a path.
+#[derive(Debug, PartialEq, Eq)]
+enum Found {
+    /// SHA-256 of the contents, so that keys are not kept.
+    Contents(Vec<u8>),
+    Error(String),
+}
+
+impl Files {
+    /// Reads a file of at most 4 MiB. It blocks.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn read(&mut self, path: &Path) -> Result<Vec<u8>, LoadError> {
+        let (found, contents) = look_at(path);
+        self.seen.push(Seen { path: path.into(), found });
+        contents.map_err(|error| LoadError(format!("cannot read {}: {error}", path.display())))
+    }
+
+    /// Reads a token, without the white space around it.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or holds no token.
+    pub fn token(&mut self, path: &Path) -> Result<Secret, LoadError> {
+        let fault = |reason: String| LoadError(format!("{}: {reason}", path.display()));
+        let contents = self.read(path)?;
+        let text = str::from_utf8(&contents).map_err(|_| fault("holds no text".into()))?.trim();
+        if text.is_empty() {
+            return Err(fault("holds no token".into()));
+        }
+        Secret::new(text).map_err(|error| fault(error.to_string()))
+    }
+
+    /// Reads a secret of any form.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or is empty.
+    pub fn secret(&mut self, path: &Path) -> Result<Vec<u8>, LoadError> {
+        let contents = self.read(path)?;
+        match contents.trim_ascii().is_empty() {
+            true => Err(LoadError(format!("{}: holds no secret", path.display()))),
+            false => Ok(contents),
+        }
+    }
+
+    /// Records a fault that does not keep the set from being used.
+    pub fn warn(&mut self, text: impl Into<String>) {
+        self.warnings.push(text.into());
+    }
+
+    /// Records until when a certificate of the set is valid.
+    pub(super) fn record(&mut self, validity: Validity) {
+        self.certificates.push(validity);
+    }
+
+    /// Records the certificate that this process presents.
+    pub(super) fn record_presented(&mut self, validity: Validity) {
+        self.presented = Some(validity);
+    }
+
+    /// Whether every file is as it was when it was read.
+    pub(super) fn are_unchanged(&self) -> bool {
+        self.seen.iter().all(|seen| look_at(&seen.path).0 == seen.found)
+    }
+
+    /// Whether the same was found in the same files.
+    pub(super) fn found_the_same(&self, other: &Self) -> bool {
+        self.seen == other.seen
+    }
+
+    /// The faults that do not keep the set from being used.
+    pub(super) fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// The certificate that this process presents, if the set has one.
+    pub(super) fn presented(&self) -> Option<&Validity> {
+        self.presented.as_ref()
+    }
+
+    /// The certificates of the set.
+    pub(super) fn expiries(&self) -> Expiries {
+        Expiries::new(self.certificates.clone())
+    }
+
+    /// Whether the set has a certificate.
+    pub(super) fn certificates(&self) -> &[Validity] {
+        &self.certificates
+    }
+}
+
+fn look_at(path: &Path) -> (Found, std::io::Result<Vec<u8>>) {
+    let read = read_file(path);
+    let found = match &read {
+        Ok(contents) => Found::Contents(digest(contents)),
+        Err(error) => Found::Error(error.to_string()),
+    };
+    (found, read)
+}
+
+fn digest(contents: &[u8]) -> Vec<u8> {
+    use aws_lc_rs::digest::{SHA256, digest};
+    digest(&SHA256, contents).as_ref().to_vec()
+}

@@ -1,0 +1,136 @@
+//! One set of files that belong together, and the value that was made of them.
+
+use std::{fmt, path::PathBuf};
+
+use culvert_transport::tls::Current;
+use metrics::Counter;
+use tracing::{info, warn};
+
+use super::{Files, LoadError, certificates::date, expiry::Expiries};
+
+/// Loads a set anew; the result replaces the current value when it is called.
+type Load = Box<dyn Fn(&mut Files) -> Result<Box<dyn FnOnce()>, LoadError> + Send>;
+
+/// A set of files, and what became of the last look at them.
+pub(super) struct Set {
+    file: PathBuf,
+    load: Load,
+    /// What the current value was made of.
+    current: Files,
+    /// What the last attempt that failed was made of.
+    failed: Option<Failed>,
+    expiries: Expiries,
+    ok: Counter,
+    failures: Counter,
+}
+
+/// A changed set that cannot be used.
+struct Failed {
+    files: Files,
+    is_reported: bool,
+}
+
+impl fmt::Debug for Set {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Set").field("file", &self.file).finish_non_exhaustive()
+    }
+}
+
+impl Set {
+    /// Reads the files for the first time, and makes a value of them.
+    pub(super) fn load<T: Send + Sync + 'static>(
+        file: PathBuf,
+        load: impl Fn(&mut Files) -> Result<T, LoadError> + Send + 'static,
+        (ok, failures): (Counter, Counter),
+        now: i64,
+    ) -> Result<(Self, Current<T>), LoadError> {
+        let mut files = Files::default();
+        let (replace, value) = Current::replaceable(load(&mut files)?);
+        let replace = std::sync::Arc::new(replace);
+        let load: Load = Box::new(move |files| {
+            let (value, replace) = (load(files)?, replace.clone());
+            Ok(Box::new(move || replace.with(value)))
+        });
+        // One that has expired is reported with those that expire soon.
+        if let Some(early) = files.presented().filter(|validity| now < validity.not_before) {
+            let fault = early.fault(now);
+            warn!(fault, "a certificate is not valid yet");
+        }
+        let expiries = files.expiries();
+        let set = Self { file, load, current: files, failed: None, expiries, ok, failures };
+        set.log_warnings();
+        Ok((set, value))
+    }
+
+    pub(super) fn expiries(&self) -> Expiries {
+        self.expiries.clone()
+    }
+
+    /// Takes the files over if they have changed and can be used; whether they need no other look
+    /// soon. With `on_request` a failure is reported at once, and again.
+    pub(super) fn look(&mut self, now: i64, on_request: bool) -> bool {
+        if self.current.are_unchanged() {
+            // Also after a failure: what was bad is gone, and the value in use is that of the files.
+            self.failed = None;
+            return true;
+        }
+        let mut files = Files::default();
+        match (self.load)(&mut files).and_then(|replace| self.accept(&files, now).map(|()| replace))
+        {
+            Ok(replace) => {
+                replace();
+                self.expiries.replace(files.certificates());
+                (self.current, self.failed) = (files, None);
+                self.ok.increment(1);
+                self.log_reload();
+                true
+            }
+            Err(error) => self.fail(files, &error, on_request),
+        }
+    }
+
+    /// Refuses a certificate outside its dates while the one in use is within its own.
+    fn accept(&self, files: &Files, now: i64) -> Result<(), LoadError> {
+        let in_use_is_valid =
+            self.current.presented().is_some_and(|in_use| in_use.fault(now).is_none());
+        match files.presented().and_then(|presented| presented.fault(now)) {
+            Some(fault) if in_use_is_valid => Err(LoadError::new(fault)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Records a failure, and reports it once for each contents that stay.
+    fn fail(&mut self, files: Files, error: &LoadError, on_request: bool) -> bool {
+        let before = self.failed.take().filter(|failed| failed.files.found_the_same(&files));
+        let was_reported = before.as_ref().is_some_and(|failed| failed.is_reported);
+        let report = on_request || (before.is_some() && !was_reported);
+        if report {
+            let file = self.file.display();
+            warn!(%file, %error, "a changed file cannot be used, the last good one stays in use");
+            if !was_reported {
+                self.failures.increment(1);
+            }
+        }
+        let is_reported = was_reported || report;
+        self.failed = Some(Failed { files, is_reported });
+        is_reported
+    }
+
+    fn log_reload(&self) {
+        let file = self.file.display();
+        match self.current.presented() {
+            Some(presented) => {
+                let (subject, not_after) = (&presented.subject, date(presented.not_after));
+                info!(%file, subject, not_after, "a changed file was read again");
+            }
+            None => info!(%file, "a changed file was read again"),
+        }
+        self.log_warnings();
+    }
+
+    fn log_warnings(&self) {
+        for fault in self.current.warnings() {
+            warn!(fault, "a part of a file is left out");
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! Certificates and keys from PEM files.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Read as _},
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use rustls::{RootCertStore, crypto::CryptoProvider, sign::CertifiedKey};
+use rustls_pki_types::{
+    CertificateDer, PrivateKeyDer,
+    pem::{PemObject, SectionKind},
+};
+
+use super::TlsError;
+
+/// Maximum size of a file with certificates, a key or a token, in bytes. The CA bundles of
+/// distributions have a tenth of it.
+const MAX_FILE_BYTES: u64 = 4 * 1024 * 1024;
+
+/// Reads a whole regular file of at most 4 MiB. It blocks, but never waits for another process, as
+/// a named pipe would.
+///
+/// # Errors
+/// When the file cannot be read, is not a regular file, or is larger.
+pub fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    let nonblocking = nix::fcntl::OFlag::O_NONBLOCK.bits();
+    let file: File = OpenOptions::new().read(true).custom_flags(nonblocking).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    let mut contents = Vec::new();
+    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut contents)?;
+    if contents.len() as u64 > MAX_FILE_BYTES {
+        let limit = MAX_FILE_BYTES / 1024 / 1024;
+        return Err(io::Error::other(format!("it is larger than {limit} MiB")));
+    }
+    Ok(contents)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
+    read_file(path).map_err(|source| TlsError::Read { path: path.into(), source })
+}
+
+/// A certificate chain, leaf first, and its private key.
+#[derive(Debug)]
+pub struct Identity {
+    /// The chain.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// The leaf's key, in PKCS#1, SEC1 or PKCS#8.
+    pub key: PrivateKeyDer<'static>,
+}
+
+impl Identity {
+    /// Reads a chain and a key from two PEM files.
+    ///
+    /// # Errors
+    /// When either cannot be read or holds no such thing.
+    pub fn from_pem_files(chain: &Path, key: &Path) -> Result<Self, TlsError> {
+        let key_pem = read(key)?;
+        Self::from_pem((chain, &read(chain)?), (key, &key_pem))
+    }
+
+    /// Parses a chain and a key; the paths are named in errors.
+    ///
+    /// # Errors
+    /// When either is malformed or holds no such thing.
+    pub fn from_pem(chain: (&Path, &[u8]), key: (&Path, &[u8])) -> Result<Self, TlsError> {
+        let (key_path, key_pem) = key;
+        let key = PrivateKeyDer::from_pem_slice(key_pem).map_err(|error| {
+            let reason = match error {
+                rustls_pki_types::pem::Error::NoItemsFound => "holds no private key".into(),
+                error => error.to_string(),
+            };
+            TlsError::Pem { path: key_path.into(), reason }
+        })?;
+        Ok(Self { chain: parse_chain(chain.0, chain.1)?, key })
+    }
+
+    /// The chain with its key, ready to sign.
+    ///
+    /// # Errors
+    /// When the key is not the leaf's, or its algorithm is not supported.
+    pub fn certified(&self, provider: &CryptoProvider) -> Result<CertifiedKey, rustls::Error> {
+        CertifiedKey::from_der(self.chain.clone(), self.key.clone_key(), provider)
+    }
+}
+
+impl Clone for Identity {
+    fn clone(&self) -> Self {
+        Self { chain: self.chain.clone(), key: self.key.clone_key() }
+    }
+}
+
+/// Reads every certificate of a PEM file.
+///
+/// # Errors
+/// When the file cannot be read, has a malformed block, or holds no certificate.
+pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    parse_chain(path, &read(path)?)
+}
+
+fn parse_chain(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let malformed = |reason: String| TlsError::Pem { path: path.into(), reason };
+    let chain = CertificateDer::pem_slice_iter(pem)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| malformed(error.to_string()))?;
+    if chain.is_empty() {
+        return Err(malformed("holds no certificate".into()));
+    }
+    Ok(chain)
+}
+
+/// The trust store of these CA certificates.
+///
+/// # Errors
+/// When one of them cannot be a trust anchor.
+pub fn authorities(
+    certificates: &[CertificateDer<'static>],
+) -> Result<Arc<RootCertStore>, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates {
+        roots.add(certificate.clone()).map_err(|error| TlsError::Authority(error.to_string()))?;
+    }
+    Ok(Arc::new(roots))
+}
+
+/// The CA certificates of a PEM file, without the blocks that cannot be used.
+#[derive(Debug)]
+pub struct Authorities {
+    /// The trust store; never empty.
+    pub roots: RootCertStore,
+    /// The certificates in the trust store.
+    pub certificates: Vec<CertificateDer<'static>>,
+    /// A line for each block that was left out.
+    pub left_out: Vec<String>,
+}
+
+impl Authorities {
+    /// Parses a CA file; the path is named in errors.
+    ///
+    /// # Errors
+    /// When no block of it is a CA certificate that can be used.
+    pub fn from_pem(path: &Path, pem: &[u8]) -> Result<Self, TlsError> {
+        let mut roots = RootCertStore::empty();
+        let (mut certificates, mut left_out) = (Vec::new(), Vec::new());
+        let blocks = <(SectionKind, Vec<u8>)>::pem_slice_iter(pem);
+        for (number, block) in (1..).zip(blocks) {
+            let added = match block {
+                Ok((SectionKind::Certificate, der)) => {
+                    let certificate = CertificateDer::from(der);
+                    let added = roots.add(certificate.clone()).map_err(|error| error.to_string());
+                    added.map(|()| certificates.push(certificate))
+                }
+                // As in Go, other blocks are no fault.
+                Ok(_) => Ok(()),
+                Err(error) => Err(error.to_string()),
+            };
+            if let Err(reason) = added {
+                left_out.push(format!("block {number}: {reason}"));
+            }
+        }
+        if certificates.is_empty() {
+            let reason = match left_out.first() {
+                None => "holds no certificate".into(),
+                Some(first) => format!("holds no certificate that can be used; {first}"),
+            };
+            return Err(TlsError::Pem { path: path.into(), reason });
+        }
+        Ok(Self { roots, certificates, left_out })
+    }
+
+    /// Reads a CA file.
+    ///
+    /// # Errors
+    /// When it cannot be read, or no block of it is a CA certificate that can be used.
+    pub fn from_pem_file(path: &Path) -> Result<Self, TlsError> {
+        Self::from_pem(path, &read(path)?)
+    }
+}
+
+/// The first of the files in which distributions keep the CA certificates (Go's `crypto/x509`).
+pub fn system_authorities() -> Option<PathBuf> {
+    const FILES: [&str; 6] = [
+        "/etc/ssl/certs/ca-certificates.crt",
+        "/etc/pki/tls/certs/ca-bundle.crt",
+        "/etc/ssl/ca-bundle.pem",
+        "/etc/pki/tls/cacert.pem",
+        "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+        "/etc/ssl/cert.pem",
+    ];
+    FILES.iter().map(PathBuf::from).find(|file| file.exists())
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+
+    use super::*;
+
+    fn authority() -> String {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.self_signed(&KeyPair::generate().unwrap()).unwrap().pem()
+    }
+
+    #[test]
+    fn a_block_of_a_ca_file_that_cannot_be_used_is_left_out() {
+        let not_base64 = "-----BEGIN CERTIFICATE-----\n!!!!\n-----END CERTIFICATE-----\n";
+        let not_der = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+        let key = KeyPair::generate().unwrap().serialize_pem();
+        let pem = [&authority(), not_base64, &key, not_der, &authority()].concat();
+        let path = Path::new("ca.crt");
+        let found = Authorities::from_pem(path, pem.as_bytes()).unwrap();
+        assert_eq!((found.roots.len(), found.certificates.len()), (2, 2));
+        assert_eq!(found.left_out.len(), 2, "{:?}", found.left_out);
+        assert!(found.left_out[0].starts_with("block 2: "), "{:?}", found.left_out);
+        assert!(found.left_out[1].starts_with("block 4: "), "{:?}", found.left_out);
+        for (pem, reason) in [
+            (key, "ca.crt: holds no certificate"),
+            (not_der.into(), "ca.crt: holds no certificate that can be used; block 1: "),
+            (String::new(), "ca.crt: holds no certificate"),
+        ] {
+            let error = Authorities::from_pem(path, pem.as_bytes()).unwrap_err().to_string();
+            assert!(error.starts_with(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_file_is_read_only_if_it_is_regular_and_not_too_large() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let file = File::create(&path).unwrap();
+        file.set_len(MAX_FILE_BYTES).unwrap();
+        assert_eq!(read_file(&path).unwrap().len() as u64, MAX_FILE_BYTES);
+        file.set_len(MAX_FILE_BYTES + 1).unwrap();
+        assert!(read_file(&path).unwrap_err().to_string().contains("larger than 4 MiB"));
+        let pipe = folder.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for path in [&pipe, folder.path()] {
+            let error = read_file(path).unwrap_err().to_string();
+            assert!(error.contains("not a regular file"), "{error}");
+        }
+    }
+}
