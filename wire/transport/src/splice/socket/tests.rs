@@ -142,6 +142,8 @@ async fn a_socket_is_closed_with_a_reset_only_if_it_is_aborted() {
 async fn a_tcp_socket_is_flushed_once_its_peer_has_everything() {
     let (socket, mut peer) = tcp().await;
     let length = fill(&socket);
+    let left = outq::unacknowledged(&socket).unwrap();
+    assert!((1..=length).contains(&left), "{left} of {length} bytes");
     let (_reader, mut writer, _abort) = halves(socket);
     let socket = writer.socket.clone();
     let flushed = async {
