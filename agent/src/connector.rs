@@ -44,7 +44,7 @@ use crate::{
         plan::{Gain, Goal, LossCause, Snapshot, Success, TunnelState},
         quic_outcome::QuicOutcome,
     },
-    metrics::AgentMetrics,
+    metrics::{AgentMetrics, PANICKED},
     tunnels::{
         AddOutcome, NewTunnel, Rank, ServerTunnel, ServerTunnels,
         session::{Joined, SessionContext},
@@ -125,7 +125,9 @@ impl<C: Connect> Connector<C> {
 
     fn begin(&mut self, goal: Goal, context: Arc<SessionContext>) -> Pending {
         let options = self.plan.options(goal, &self.snapshot(), Instant::now(), fastrand::f64());
-        debug!(?goal, ?options, "an attempt to get a tunnel");
+        let AttemptOptions { order, large_packets, at_once } = options;
+        let (goal_name, order) = (goal.name(), order.name());
+        debug!(goal = goal_name, order, large_packets, at_once, "an attempt to get a tunnel");
         let connect = self.connect.clone();
         let suspect = self.tunnels.in_use().into_iter().find(|tunnel| tunnel.is_suspect());
         let first = suspect.map(|suspect| suspect.tunnel.remote_address());
@@ -228,7 +230,7 @@ impl<C: Connect> Connector<C> {
             Err(error) => {
                 let panic = panic_text(error);
                 error!(panic, "internal error: the task of a tunnel panicked");
-                self.metrics.tunnel_lost("panicked");
+                self.metrics.tunnel_lost(PANICKED);
                 // With a delay, so that a panic that repeats does not become a busy loop.
                 self.plan.on_lost(LossCause::Server, Instant::now(), fastrand::f64());
                 return;

@@ -59,7 +59,9 @@ impl<N: TargetNetwork> Egress<N> {
             // The server gave up, so nothing is left to reply to.
             () = abandoned(&send, &mut recv) => {
                 let trace = request.trace.as_ref().map(display);
-                return debug!(dial = %request.id, target = %request.target, trace, "dial abandoned");
+                return debug!(
+                    dial = %request.id, dial_target = %request.target, trace, "dial abandoned",
+                );
             }
         };
         let (outcome, target) = match dialed {
@@ -69,7 +71,9 @@ impl<N: TargetNetwork> Egress<N> {
         if let Err(failure) = &outcome {
             self.metrics.dial_failed(failure.kind);
             let trace = request.trace.as_ref().map(display);
-            debug!(dial = %request.id, target = %request.target, trace, %failure, "dial failed");
+            debug!(
+                dial = %request.id, dial_target = %request.target, trace, %failure, "dial failed",
+            );
         }
         let reply = DialReply { outcome, timing, extensions: Extensions::default() };
         let Ok(reply) = frame::encode(&reply) else {
@@ -113,15 +117,19 @@ impl<N: TargetNetwork> Egress<N> {
         let outcome = splice::splice(local, stream, &self.metrics.meter).await;
         drop(open);
         self.metrics.stream_ended(&outcome);
-        let (dial, target, kind) = (request.id, &request.target, request.kind);
+        let (dial, kind) = (request.id, request.kind.name());
         let (up, down) = (outcome.to_tunnel, outcome.from_tunnel);
         let seconds = started.elapsed().as_secs_f64();
         let trace = request.trace.as_ref().map(display);
         match outcome.end {
-            Ok((to, from)) => {
-                debug!(%dial, %target, ?kind, trace, up, down, seconds, ?to, ?from, "ended");
-            }
-            Err(cut) => debug!(%dial, %target, ?kind, trace, up, down, seconds, %cut, "cut off"),
+            Ok((to, from)) => debug!(
+                %dial, dial_target = %request.target, kind, trace, up, down, seconds, %to, %from,
+                "ended",
+            ),
+            Err(cut) => debug!(
+                %dial, dial_target = %request.target, kind, trace, up, down, seconds, %cut,
+                "cut off",
+            ),
         }
     }
 }

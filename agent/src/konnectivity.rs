@@ -93,7 +93,7 @@ where
             }
             ended = &mut connection => {
                 if let Err(error) = ended {
-                    debug!(%remote, ?error, "a Konnectivity server's connection failed");
+                    debug!(%remote, %error, "a Konnectivity server's connection failed");
                 }
                 // A call that waits for the connection fails only now. A call that was sent has
                 // failed already.

@@ -14,7 +14,7 @@ use culvert_process::{
     metrics::{BuildError, Counted, Exposition, Kind, LiveCount, Metrics, StreamEnds},
 };
 use culvert_transport::{
-    BufferSizes,
+    BufferSizes, TunnelLost,
     splice::{Meter, Outcome},
 };
 use culvert_wire::dial::DialErrorKind;
@@ -44,6 +44,12 @@ const SWITCHES: &str = "culvert_agent_transport_switches_total";
 const TRANSPORT_SINCE: &str = "culvert_agent_tunnel_since_seconds";
 const RETIRED: &str = "culvert_agent_tunnels_retired";
 const UDP_BUFFER: &str = "culvert_agent_udp_buffer_bytes";
+
+/// Every result of an attempt to get a tunnel.
+const CONNECT_RESULTS: [&str; 6] =
+    ["ok", "unresolvable", "tls_files", "connect_failed", "join_failed", PANICKED];
+/// Result of an attempt, and reason of a lost tunnel, whose task panicked.
+pub(crate) const PANICKED: &str = "panicked";
 
 /// Bounds of dial durations: Konnectivity's, with the range of a node's own network made finer.
 const DIAL_BUCKETS: &[f64] =
@@ -95,6 +101,11 @@ impl AgentMetrics {
         );
         metrics
             .describe_histogram(LEASE_LIST_LATENCY, "Latency of server lease listing in seconds");
+        metrics.register_counters(DIAL_FAILURES, "reason", ["timeout", "unknown"]);
+        metrics.register_counters(DIAL_FAILURE_KINDS, "kind", DialErrorKind::NAMES);
+        metrics.register_counters(CONNECT_ATTEMPTS, "result", CONNECT_RESULTS);
+        let lost = TunnelLost::labels().chain([PANICKED]);
+        metrics.register_counters(TUNNELS_LOST, "reason", lost);
         Ok(Self {
             dial_duration: metrics.histogram(DIAL_DURATION, &[]),
             meter: Meter::default(),
@@ -125,6 +136,7 @@ impl AgentMetrics {
 
     /// Counts an attempt to get a tunnel.
     pub(crate) fn connect_attempt(&self, result: &'static str) {
+        debug_assert!(CONNECT_RESULTS.contains(&result), "{result}");
         self.metrics.counter(CONNECT_ATTEMPTS, &[("result", result)]).increment(1);
     }
 

@@ -20,3 +20,4 @@ mod session;
 mod unadmitted;
 
 pub(crate) use context::AgentContext;
+pub(crate) use join::JOIN_FAILURE_REASONS;

@@ -30,7 +30,7 @@ impl Program for ServerProgram {
         let server = Server::bind(&config)?;
         info!(
             version = env!("CARGO_PKG_VERSION"), server_id = %config.server_id,
-            frontend = ?server.frontend_address()?, tunnels = %server.tunnel_address()?,
+            frontend = %server.frontend_address()?, tunnels = %server.tunnel_address()?,
             health = %server.health_address(), admin = %server.admin_address(),
             "culvert-server runs",
         );

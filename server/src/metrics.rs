@@ -17,13 +17,20 @@ use culvert_process::metrics::{
     BuildError, Counted, Exposition, Kind, Labels, LiveCount, Metrics, StreamEnds,
 };
 use culvert_transport::{
-    BufferSizes,
+    BufferSizes, TunnelLost,
     splice::{Meter, Outcome},
 };
 use culvert_wire::AgentId;
 use metrics::Histogram;
 
-use crate::backends::{Backend, Backends, registry::Candidate};
+use crate::{
+    agents::JOIN_FAILURE_REASONS,
+    backends::{Backend, Backends, registry::Candidate},
+    dial::DialError,
+};
+
+/// Reason of a dial that its frontend gave up.
+pub(crate) const FRONTEND_CLOSE: &str = "frontend_close";
 
 /// A family of metrics: its name and its HELP text.
 struct Family {
@@ -211,6 +218,7 @@ impl ServerMetrics {
             metrics.describe_histogram(name, help);
         }
         metrics.describe_gauge(UDP_BUFFER.name, UDP_BUFFER.help);
+        register_counters(&metrics);
         Ok(Self {
             dial_duration: metrics.histogram(DIAL_DURATION.name, &[]),
             connection_duration: metrics.histogram(CONNECTION_DURATION.name, &[]),
@@ -242,6 +250,7 @@ impl ServerMetrics {
 
     /// Counts a dial that failed.
     pub(crate) fn dial_failed(&self, reason: &'static str) {
+        debug_assert!(DialError::REASONS.contains(&reason) || reason == FRONTEND_CLOSE);
         self.metrics.counter(DIAL_FAILURES.name, &[("reason", reason)]).increment(1);
     }
 
@@ -289,6 +298,7 @@ impl ServerMetrics {
 
     /// Counts an agent that did not become a backend.
     pub(crate) fn join_failed(&self, reason: &'static str) {
+        debug_assert!(JOIN_FAILURE_REASONS.contains(&reason));
         self.metrics.counter(JOIN_FAILURES.name, &[("reason", reason)]).increment(1);
     }
 
@@ -344,6 +354,24 @@ impl ServerMetrics {
         let rows = [(proxy, self.grpc_connections.get())];
         exposition.family(GRPC_CONNECTIONS.name, Kind::Gauge, GRPC_CONNECTIONS.help, rows);
         exposition.gauge(HTTP_CONNECTIONS.name, HTTP_CONNECTIONS.help, self.http_connections.get());
+    }
+}
+
+/// Begins every counter whose labels are known at 0, so that the first event is a rise.
+fn register_counters(metrics: &Metrics) {
+    let families = [
+        (DIAL_FAILURES, "reason", [&DialError::REASONS[..], &[FRONTEND_CLOSE]].concat()),
+        (JOIN_FAILURES, "reason", JOIN_FAILURE_REASONS.to_vec()),
+        (TUNNELS_LOST, "reason", TunnelLost::labels().collect()),
+        (OPTIMISTIC_DIALS, "result", vec!["kept", "broken"]),
+        (DIALS_WAITED, "result", vec!["came", "failed"]),
+        (LEASE_RENEWALS, "result", vec!["ok", "failed"]),
+    ];
+    for (family, label, values) in families {
+        metrics.register_counters(family.name, label, values);
+    }
+    for family in [DIALS_MOVED, CULLED_LEASES] {
+        let _ = metrics.counter(family.name, &[]);
     }
 }
 

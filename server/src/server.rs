@@ -230,7 +230,7 @@ impl Server {
         self.agent_context.draining.cancel();
         tasks.close();
         if !self.grace.is_zero() && !tasks.is_empty() {
-            info!(open = tasks.len(), grace = ?self.grace, "draining");
+            info!(open = tasks.len(), grace_seconds = self.grace.as_secs_f64(), "draining");
             let _ = timeout(self.grace, tasks.wait()).await;
         }
         let cut = tasks.len();

@@ -1,6 +1,10 @@
 //! Texts and lists with a hard limit, so that no message can carry more than it should.
 
-use std::{fmt, marker::PhantomData, ops::Deref};
+use std::{
+    fmt::{self, Write as _},
+    marker::PhantomData,
+    ops::Deref,
+};
 
 use serde::{Deserialize, Deserializer, Serialize, de};
 
@@ -14,7 +18,10 @@ pub struct TooLong {
     pub limit: usize,
 }
 
-/// UTF-8 text of at most `MAX` bytes.
+/// UTF-8 text of at most `MAX` bytes, which a peer may have written.
+///
+/// `Display` escapes what could pretend to be another line or command a terminal, and shows at most
+/// `MAX` characters. [`Self::as_str`] is the text itself.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Text<const MAX: usize>(String);
@@ -67,8 +74,47 @@ impl<const MAX: usize> Deref for Text<MAX> {
 
 impl<const MAX: usize> fmt::Display for Text<MAX> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        escape(&self.0, MAX, f)
     }
+}
+
+/// Text of a peer for people: `Display` escapes control characters, and those that change the
+/// direction of the text around them.
+#[derive(Clone, Copy, Debug)]
+pub struct Escaped<'a>(pub &'a str);
+
+impl fmt::Display for Escaped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        escape(self.0, usize::MAX, f)
+    }
+}
+
+/// Writes the text escaped, and an ellipsis for what exceeds `limit` characters.
+fn escape(text: &str, limit: usize, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    if !text.contains(misleads) && text.len() <= limit {
+        return f.write_str(text);
+    }
+    let mut left = limit;
+    for c in text.chars() {
+        let escaped = misleads(c).then(|| c.escape_debug());
+        match left.checked_sub(escaped.as_ref().map_or(1, ExactSizeIterator::len)) {
+            Some(rest) => left = rest,
+            None => return f.write_char('…'),
+        }
+        match escaped {
+            Some(escaped) => write!(f, "{escaped}")?,
+            None => f.write_char(c)?,
+        }
+    }
+    Ok(())
+}
+
+/// Whether a character changes how the text around it is shown: a control character, a separator of
+/// lines, or a mark of direction (UAX #9).
+fn misleads(c: char) -> bool {
+    let is_mark =
+        matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}');
+    c.is_control() || is_mark
 }
 
 impl<const MAX: usize> fmt::Debug for Text<MAX> {
@@ -162,9 +208,18 @@ mod tests {
     }
 
     #[test]
-    fn text_is_shown_as_it_is() {
-        let text = Text::<8>::try_from("a\nb").unwrap();
-        assert_eq!((&*text.to_string(), &*format!("{text:?}")), ("a\nb", "\"a\\nb\""));
+    fn text_is_shown_escaped_and_cut() {
+        for (text, shown) in [
+            ("é: a \"b\"", "é: a \"b\""),
+            ("a\r\nINFO", "a\\r\\nINFO"),
+            ("\u{1b}[2J", "\\u{1b}[2J"),
+            ("\u{202e}abc", "\\u{202e}abc"),
+            ("\n\n\n\n\n\n\n", "\\n\\n\\n\\n\\n\\n…"),
+        ] {
+            assert_eq!(Text::<12>::try_from(text).unwrap().to_string(), shown);
+        }
+        assert_eq!(Escaped("\n\n\n\n\n\n\n").to_string(), "\\n".repeat(7));
+        assert_eq!(format!("{:?}", Text::<8>::try_from("a\nb").unwrap()), "\"a\\nb\"");
     }
 
     #[test]

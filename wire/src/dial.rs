@@ -136,7 +136,7 @@ pub struct DialErrorKind(u8);
 
 impl DialErrorKind {
     /// The names of the reasons, at the position of their number.
-    const NAMES: [&str; 10] = [
+    pub const NAMES: [&str; 10] = [
         "other",
         "refused",
         "timeout",

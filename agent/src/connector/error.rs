@@ -4,7 +4,7 @@ use std::{fmt, time::Duration};
 
 use culvert_transport::{Carrier, ConnectError, tls::TlsError};
 
-use crate::tunnels::session::JoinError;
+use crate::{metrics::PANICKED, tunnels::session::JoinError};
 
 /// Why an attempt to get a tunnel failed.
 #[derive(Debug, thiserror::Error)]
@@ -36,7 +36,7 @@ impl AttemptError {
             Self::Tls(_) => "tls_files",
             Self::Carriers { failures, .. } if failures.is_join() => "join_failed",
             Self::Carriers { .. } => "connect_failed",
-            Self::Panicked(_) => "panicked",
+            Self::Panicked(_) => PANICKED,
         }
     }
 }

@@ -13,6 +13,18 @@ pub(crate) enum CarrierOrder {
     TcpFirst,
 }
 
+impl CarrierOrder {
+    /// Name in log lines.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Quic => "quic",
+            Self::Tcp => "tcp",
+            Self::QuicFirst => "quic_first",
+            Self::TcpFirst => "tcp_first",
+        }
+    }
+}
+
 /// How an attempt is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct AttemptOptions {

@@ -42,6 +42,17 @@ pub(crate) enum Goal {
     Replace,
 }
 
+impl Goal {
+    /// Name in log lines.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Probe => "probe",
+            Self::Find => "find",
+            Self::Replace => "replace",
+        }
+    }
+}
+
 /// The state of one tunnel in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TunnelState {

@@ -2,13 +2,16 @@
 
 use std::{fmt, net::SocketAddr, time::Duration};
 
+use culvert_process::look_up::LookUps;
 use culvert_transport::tcp::{Proxies, Route};
-use tokio::{net::lookup_host, time::timeout};
+use tokio::time::timeout;
 
 use crate::connector::{error::ResolveError, options::CarrierOrder};
 
 /// Time for the resolver to answer.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
+/// Look-ups of servers. One that hangs must not stop the next attempts.
+static LOOK_UPS: LookUps = LookUps::new(8);
 
 /// Where one server may be, for each carrier.
 #[derive(Clone, Debug)]
@@ -49,8 +52,8 @@ pub(crate) async fn resolve(
         host: host.to_owned(),
         port,
     });
-    let found = match timeout(LOOKUP_TIMEOUT, lookup_host((host, port))).await {
-        Ok(Ok(addresses)) => Ok(addresses.collect()),
+    let found = match timeout(LOOKUP_TIMEOUT, LOOK_UPS.look_up(host, port)).await {
+        Ok(Ok(addresses)) => Ok(addresses),
         Ok(Err(error)) => Err(error.to_string()),
         Err(_) => Err(format!("no answer within {LOOKUP_TIMEOUT:?}")),
     };

@@ -2,10 +2,14 @@
 
 use std::{io, net::SocketAddr};
 
+use culvert_process::look_up::LookUps;
 use culvert_transport::splice::{
     self, Abort, Local, LocalRead, LocalWrite, SocketAbort, SocketRead, SocketWrite,
 };
-use tokio::net::{TcpStream, lookup_host};
+use tokio::net::TcpStream;
+
+/// Look-ups of targets. Dials beyond wait, at most for their time.
+static LOOK_UPS: LookUps = LookUps::new(64);
 
 /// A connection to a target on the network `N`.
 pub(crate) type LocalOf<N> =
@@ -58,7 +62,7 @@ impl TargetNetwork for HostNetwork {
     type Abort = SocketAbort<TcpStream>;
 
     async fn look_up(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
-        Ok(lookup_host((host, port)).await?.collect())
+        LOOK_UPS.look_up(host, port).await
     }
 
     async fn connect(&self, address: SocketAddr) -> io::Result<LocalOf<Self>> {

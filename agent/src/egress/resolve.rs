@@ -56,7 +56,9 @@ pub(super) async fn resolve<N: TargetNetwork>(
 /// A failed lookup in Go's words. The system's resolver reports the cause only in its message.
 fn lookup_failure(family: Network, host: &str, error: &io::Error) -> DialFailure {
     let reason = match error.to_string() {
-        text if text.contains("Temporary failure") => "server misbehaving",
+        text if text.contains("Temporary failure") || text.contains("temporarily") => {
+            "server misbehaving"
+        }
         text if text.contains("Too many open files") => "too many open files",
         _ => "no such host",
     };

@@ -244,7 +244,12 @@ impl Shared {
         let (outbound, meter) = (self.outbound.clone(), Meter::default());
         let carried =
             carry(connection, Side::Server, stream, outbound, &self.connections, &meter).await;
-        debug!(id, end = ?carried.end, "a Konnectivity server's connection ended");
+        match carried.end {
+            Ok((to, from)) => {
+                debug!(id, %to, %from, "a Konnectivity server's connection ended");
+            }
+            Err(cut) => debug!(id, %cut, "a Konnectivity server's connection ended"),
+        }
     }
 
     /// Opens a stream to the target. The error is the text that a Konnectivity agent would send.

@@ -132,6 +132,101 @@ fn uncommented(source: &str) -> String {
     lines.flat_map(|line| [line, "\n"]).collect()
 }
 
+/// The arguments of every call of an event's macro in a source.
+fn event_calls(source: &str) -> Vec<&str> {
+    let mut calls = Vec::new();
+    for level in ["trace!(", "debug!(", "info!(", "warn!(", "error!(", "rate_limited!("] {
+        for (start, _) in source.match_indices(level) {
+            let rest = &source[start + level.len()..];
+            let mut depth = 1;
+            let end = rest.find(|c| {
+                depth += i32::from(c == '(') - i32::from(c == ')');
+                depth == 0
+            });
+            calls.push(&rest[..end.unwrap()]);
+        }
+    }
+    calls
+}
+
+/// A collector of JSON lines gets numbers and texts, and keys once: the line itself has a target.
+#[test]
+fn no_event_logs_the_debug_form_of_a_value_or_takes_the_name_of_a_lines_own_field() {
+    let mut calls = 0;
+    for (path, source) in sources(&SOURCES) {
+        let source = uncommented(&source);
+        for call in event_calls(&source) {
+            calls += 1;
+            for field in call.split(',').map(str::trim) {
+                let (name, value) = field.split_once(" = ").unwrap_or((field, field));
+                let is_debug = value.starts_with('?');
+                assert!(!is_debug, "{field:?} of {}", path.display());
+                let name = name.trim_start_matches("per ").trim_start_matches('%');
+                let is_taken = ["target", "level", "timestamp", "message"].contains(&name);
+                assert!(!is_taken, "{field:?} of {}", path.display());
+            }
+        }
+    }
+    assert!(calls > 60, "only {calls} events found");
+}
+
+/// The words in backticks of the row that begins with this metric.
+fn words_of_row<'a>(document: &'a str, metric: &str) -> Vec<&'a str> {
+    let row = document.lines().find(|line| line.starts_with(&format!("| `{metric}`")));
+    let meaning = row.unwrap_or_else(|| panic!("no row of {metric}")).split(" | ").nth(1).unwrap();
+    meaning.split('`').skip(1).step_by(2).filter(|word| !word.starts_with('-')).collect()
+}
+
+/// The names in the second column of the table below a heading of the protocol.
+fn codes_of_table<'a>(document: &'a str, heading: &str) -> Vec<&'a str> {
+    let section = document.split(heading).nth(1).unwrap().split("\n## ").next().unwrap();
+    let rows = section.lines().filter(|line| line.starts_with("| 0x"));
+    rows.map(|row| row.split(" | ").nth(1).unwrap()).collect()
+}
+
+/// The reasons in the second column of the table of failed dials.
+fn reasons_of_dials(document: &str) -> BTreeSet<&str> {
+    let section = document.split("\n## 7. Failed dials").nth(1).unwrap();
+    let rows = section.split("\n## ").next().unwrap().lines().filter(|row| row.starts_with("| `"));
+    let rows = rows.chain(section.lines().filter(|row| row.starts_with("| – |")));
+    let cells = rows.map(|row| row.rsplit(" | ").nth(1).unwrap());
+    cells.filter_map(|cell| cell.strip_prefix('`')?.strip_suffix('`')).collect()
+}
+
+/// An alert on a rate sees no first event of a counter that did not exist before.
+#[tokio::test]
+async fn every_counter_with_documented_labels_exists_from_the_start() {
+    let rig = Rig::new().agents(0).start().await.unwrap();
+    let agent = culvert_agent::Agent::bind(&rig.agent_config("fresh").unwrap()).unwrap();
+    let scrape = rig.server.scrape() + &agent.metrics().render(agent.servers());
+    let (operations, protocol) = (read("docs/operations.md"), read("docs/protocol.md"));
+    let closes = codes_of_table(&protocol, "## 8. Close codes");
+    let mut expected = Vec::new();
+    for (metric, label) in [
+        ("culvert_server_dials_waited_total", "result"),
+        ("culvert_server_optimistic_dials_total", "result"),
+        ("culvert_server_join_failures_total", "reason"),
+        ("culvert_server_lease_renewals_total", "result"),
+        ("culvert_agent_connect_attempts_total", "result"),
+        ("culvert_agent_dial_failures_total", "kind"),
+        ("konnectivity_network_proxy_agent_endpoint_dial_failure_total", "reason"),
+    ] {
+        let words = words_of_row(&operations, metric);
+        expected.extend(words.into_iter().map(|word| (metric, label, word)));
+    }
+    let dials = "konnectivity_network_proxy_server_dial_failure_count";
+    expected.extend(reasons_of_dials(&operations).into_iter().map(|word| (dials, "reason", word)));
+    for metric in ["culvert_server_tunnels_lost_total", "culvert_agent_tunnels_lost_total"] {
+        let others = ["timed_out", "peer_restarted", "transport"];
+        expected.extend(closes.iter().chain(&others).map(|word| (metric, "reason", *word)));
+    }
+    assert!(expected.len() > 60, "only {expected:?}");
+    for (metric, label, value) in expected {
+        let line = format!("\n{metric}{{{label}=\"{value}\"}} 0\n");
+        assert!(scrape.contains(&line), "{metric} {label}={value} is not in\n{scrape}");
+    }
+}
+
 /// The text of an event is the last literal of its call without a placeholder.
 #[test]
 fn every_log_event_is_in_the_operators_table() {

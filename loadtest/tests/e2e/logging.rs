@@ -1,153 +1,22 @@
 //! Processes whose standard error is full, slow or gone: they serve, and lose log lines alone.
 
-use std::{
-    fs::File,
-    io::{PipeReader, Read as _, pipe},
-    net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
-    process::Stdio,
-    time::{Duration, Instant},
-};
+use std::{fs::File, io::pipe, net::Ipv4Addr, process::Stdio, time::Instant};
 
-use culvert_loadtest::{
-    certificates::Certificates,
-    flags::{AgentFlags, Ports, SYNC_OFTEN, ServerFlags},
-    frontend::Protocol,
-    http,
-    process::free_port,
-    targets,
-};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use culvert_loadtest::http;
 use socket2::SockRef;
-use tokio::{
-    process::{Child, Command},
-    time::timeout,
+use tokio::net::TcpListener;
+
+use crate::support::{
+    sides::{ANSWER_TIMEOUT, Sides, answers, events, stop},
+    within,
 };
 
-use crate::support::{at_once, deployment::touch, eventually, within};
-
-/// Time for a process to answer, however busy the machine is.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Counter of the lines that a process lost.
 const DROPPED: &str = "culvert_log_lines_dropped_total";
-
-/// A server and an agent at fixed ports.
-struct Sides {
-    certificates: Certificates,
-    ports: Ports,
-    agent_health: u16,
-}
-
-impl Sides {
-    fn new() -> Self {
-        let port = || free_port().unwrap();
-        Self {
-            certificates: Certificates::generate().unwrap(),
-            ports: Ports { tunnel: port(), admin: port(), health: port() },
-            agent_health: port(),
-        }
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.certificates.folder().join("frontend.sock")
-    }
-
-    /// Starts a server that logs there, and waits until it answers.
-    async fn server(&self, stderr: impl Into<Stdio>) -> Child {
-        let args = ServerFlags {
-            certificates: &self.certificates,
-            socket: &self.socket(),
-            frontend: Protocol::Connect,
-            address: Ipv4Addr::LOCALHOST.into(),
-            ports: self.ports,
-            id: "the-server",
-            count: 1,
-        };
-        let child = start("server", args.args(), stderr);
-        eventually("the server answers", async || answers(self.ports.health).await).await;
-        child
-    }
-
-    /// Starts an agent that logs there.
-    fn agent(&self, stderr: impl Into<Stdio>) -> Child {
-        let args = AgentFlags {
-            certificates: &self.certificates,
-            shows_certificate: true,
-            id: Some("the-agent"),
-            server: SocketAddr::from((Ipv4Addr::LOCALHOST, self.ports.tunnel)),
-            admin_port: free_port().unwrap(),
-            health_port: self.agent_health,
-        };
-        start("agent", args.args().into_iter().chain(SYNC_OFTEN.map(str::to_owned)), stderr)
-    }
-
-    /// Waits until a dial works.
-    async fn until_joined(&self) {
-        let echo = targets::echo().await.unwrap();
-        let dials = async || touch(Protocol::Connect, &self.socket(), echo.address()).await.is_ok();
-        eventually("a dial works", dials).await;
-    }
-
-    /// Uses this many connections, some at the same time; all must work.
-    async fn dial(&self, count: usize) {
-        const AT_ONCE: usize = 20;
-        let echo = targets::echo().await.unwrap();
-        let (socket, target) = (self.socket(), echo.address());
-        at_once(AT_ONCE, || {
-            let socket = socket.clone();
-            async move {
-                for _ in 0..count / AT_ONCE {
-                    touch(Protocol::Connect, &socket, target).await.unwrap();
-                }
-            }
-        })
-        .await;
-    }
-}
-
-fn start(side: &str, args: impl IntoIterator<Item = String>, stderr: impl Into<Stdio>) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_culvert-loadtest"))
-        .arg(side)
-        .args(args)
-        .args(["--log-format=json", "-v=8"])
-        .env_remove("RUST_LOG")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(stderr)
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap()
-}
-
-async fn answers(health_port: u16) -> bool {
-    let get = http::get((Ipv4Addr::LOCALHOST, health_port), "/healthz");
-    timeout(ANSWER_TIMEOUT, get).await.is_ok_and(|got| got.is_ok_and(|got| got.status == 200))
-}
 
 async fn dropped(health_port: u16) -> f64 {
     let scrape = http::get((Ipv4Addr::LOCALHOST, health_port), "/metrics").await.unwrap().body;
     http::metric(&scrape, DROPPED).expect("the counter exists")
-}
-
-/// Ends a process with SIGTERM; it ends in order and soon.
-async fn stop(child: &mut Child) {
-    kill(Pid::from_raw(child.id().unwrap().cast_signed()), Signal::SIGTERM).unwrap();
-    let ended = timeout(ANSWER_TIMEOUT, child.wait()).await.expect("it ends").unwrap();
-    assert_eq!(ended.code(), Some(0));
-}
-
-/// The events in a pipe whose writer has ended; every line is whole.
-async fn events(mut pipe: PipeReader) -> Vec<serde_json::Value> {
-    let read = move || {
-        let mut text = String::new();
-        pipe.read_to_string(&mut text).unwrap();
-        text
-    };
-    let text = tokio::task::spawn_blocking(read).await.unwrap();
-    text.lines().map(|line| serde_json::from_str(line).expect(line)).collect()
 }
 
 fn count(events: &[serde_json::Value], message: &str) -> usize {
@@ -232,6 +101,51 @@ async fn a_pipe_in_non_blocking_mode_that_is_full_for_a_while_loses_nothing() {
         let events = reading.await.unwrap();
         assert!(count(&events, "ended") >= DIALS, "{}", events.len());
         assert_eq!(count(&events, "culvert-agent ends"), 1);
+    })
+    .await;
+}
+
+/// Lines of a server in JSON about dials that fail at once, and one that fails three times more.
+#[tokio::test]
+async fn each_target_has_its_lines_about_failed_dials_and_their_fields_are_values() {
+    within(async {
+        let sides = Sides::new();
+        let (log, write) = pipe().unwrap();
+        let mut server = sides.server(write).await;
+        let mut agent = sides.agent(Stdio::null());
+        sides.until_joined().await;
+        let mut refusing = Vec::new();
+        for _ in 0..5 {
+            let bound = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            refusing.push(bound.local_addr().unwrap().to_string());
+        }
+        for target in refusing.iter().chain([&refusing[0]; 3]) {
+            sides.connect(target).await.unwrap_err();
+        }
+        stop(&mut server).await;
+        stop(&mut agent).await;
+        let events = events(log).await;
+        for (index, target) in refusing.iter().enumerate() {
+            let lines = events.iter().filter(|event| {
+                event["message"] == "dial failed" && event["dial_target"] == **target
+            });
+            let lines: Vec<_> = lines.collect();
+            let first = lines[0];
+            assert_eq!(first["agent_id"], "the-agent", "{first}");
+            assert_eq!(first["reason"], "error_response", "{first}");
+            assert_eq!(first["target"], "culvert_server::dial::dialer", "{first}");
+            let (failed, reported) = (if index == 0 { 4 } else { 1 }, lines.len() as u64);
+            let suppressed: u64 =
+                lines.iter().map(|line| line["suppressed"].as_u64().unwrap()).sum();
+            // A line that reports suppressed events alone has no reason.
+            let events = lines.iter().filter(|line| line["reason"].is_string()).count() as u64;
+            assert_eq!(events + suppressed, failed, "{reported} lines: {lines:?}");
+        }
+        let texts = events.iter().flat_map(|event| event.as_object().unwrap().values());
+        for text in texts.filter_map(|value| value.as_str()) {
+            let is_debug = text.starts_with('"') || text.contains("Some(") || text.contains(" { ");
+            assert!(!is_debug, "{text}");
+        }
     })
     .await;
 }

@@ -16,6 +16,7 @@ mod interop;
 mod keepalive;
 mod konnectivity_agent;
 mod leases;
+mod limits;
 mod logging;
 mod malformed;
 mod matrix;

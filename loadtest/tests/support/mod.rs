@@ -8,6 +8,7 @@ pub(crate) mod kube_api;
 pub(crate) mod network;
 pub(crate) mod server;
 pub(crate) mod shaped_path;
+pub(crate) mod sides;
 pub(crate) mod silent_target;
 
 use std::{

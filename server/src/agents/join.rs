@@ -23,6 +23,17 @@ use super::{
 };
 use crate::backends::Backend;
 
+/// Every reason for which an agent does not become a backend, as a metric label.
+pub(crate) const JOIN_FAILURE_REASONS: [&str; 7] = [
+    "handshake",
+    "timed_out",
+    "lost",
+    "protocol_violation",
+    "incompatible",
+    "unauthenticated",
+    "token_not_reviewed",
+];
+
 /// Why an agent did not become a backend.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum JoinError {

@@ -41,7 +41,7 @@ pub(super) async fn serve(
     let registration = context.backends.register(backend.clone());
     info!(
         agent_id = %agent_id, %remote, transport = %backend.tunnel.carrier(),
-        instance = ?backend.instance(), software = %backend.software().escape_debug(),
+        instance = %backend.instance(), software = %backend.software().escape_debug(),
         revision = backend.revision(), "agent connected",
     );
     let lost = drive(&backend, control, &context).await;

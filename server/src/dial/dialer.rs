@@ -130,7 +130,7 @@ impl Dialer {
             }
             let Some(other) = self.other(&backend, dial).await else { return (backend, result) };
             self.metrics.dial_moved();
-            debug!(target = %dial.target(), agent_id = %other.agent_id(), "dial moved");
+            debug!(dial_target = %dial.target(), agent_id = %other.agent_id(), "dial moved");
             backend = other;
         }
         let result = self.ask(&backend, dial).await;
@@ -215,9 +215,10 @@ impl Dialer {
                 if let Some(reached) = reached {
                     reached.forget(target);
                 }
+                let agent_id = backend.map(|backend| backend.agent_id().as_str());
                 rate_limited!(
-                    Duration::from_secs(1), INFO, %target, reason = error.reason(), %error,
-                    "dial failed"
+                    Duration::from_secs(1), per dial_target = target, INFO, agent_id,
+                    reason = error.reason(), %error, "dial failed"
                 );
             }
         }

@@ -82,6 +82,18 @@ pub(crate) enum RequestError {
 }
 
 impl DialError {
+    /// Every value of the label.
+    pub(crate) const REASONS: [&str; 8] = [
+        "no_agent",
+        "error_response",
+        "backend_dial_timeout",
+        "backend_close",
+        "overloaded",
+        "refused",
+        "unrecognized_response",
+        "send_rsp",
+    ];
+
     /// The value of the `reason` label of Konnectivity's `dial_failure_count` metric, or one of our
     /// own where Konnectivity has none.
     pub(crate) fn reason(&self) -> &'static str {

@@ -50,8 +50,12 @@ impl FrontendContext {
         let Dialed { id, trace, stream, permit, reply } = dialed;
         let started = Instant::now();
         let agent_id = permit.backend().agent_id().as_str();
-        let trace = trace.as_ref().map(display);
-        debug!(dial = %id, agent_id, timing = ?reply.timing(), trace, "spliced");
+        let (trace, timing) = (trace.as_ref().map(display), reply.timing());
+        debug!(
+            dial = %id, agent_id, header_micros = timing.map(|timing| timing.header_micros),
+            resolve_micros = timing.map(|timing| timing.resolve_micros),
+            connect_micros = timing.map(|timing| timing.connect_micros), trace, "spliced",
+        );
         let open = self.metrics.stream_open();
         let splice = Box::pin(splice::splice_after(reply, local, stream, &self.metrics.meter));
         let outcome = splice.await;
@@ -60,7 +64,7 @@ impl FrontendContext {
         let (up, down) = (outcome.to_tunnel, outcome.from_tunnel);
         let seconds = started.elapsed().as_secs_f64();
         match &outcome.end {
-            Ok((to, from)) => debug!(dial = %id, agent_id, up, down, seconds, ?to, ?from, "ended"),
+            Ok((to, from)) => debug!(dial = %id, agent_id, up, down, seconds, %to, %from, "ended"),
             Err(cut) => debug!(dial = %id, agent_id, up, down, seconds, %cut, "cut off"),
         }
         outcome.end

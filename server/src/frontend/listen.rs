@@ -1,7 +1,7 @@
 //! The frontend's listener: a Unix socket, or TCP with mutual TLS.
 
 use std::{
-    fs, io,
+    fmt, fs, io,
     net::SocketAddr,
     os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
@@ -70,6 +70,15 @@ pub enum FrontendAddress {
     Unix(PathBuf),
     /// A TCP port.
     Tcp(SocketAddr),
+}
+
+impl fmt::Display for FrontendAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => path.display().fmt(f),
+            Self::Tcp(address) => address.fmt(f),
+        }
+    }
 }
 
 /// A listening frontend. Dropping it removes its Unix socket.

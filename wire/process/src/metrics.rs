@@ -30,8 +30,8 @@ const METADATA: Metadata<'static> = Metadata::new("culvert", Level::INFO, None);
 
 /// The metrics of one server or agent. Clones share them.
 ///
-/// A metric is part of a scrape from its first use on: Konnectivity's tests compare whole
-/// families and expect only what was observed. Call `describe_*` once per name, before the first
+/// A metric is part of a scrape from its first use on. Counters whose labels are known begin at 0,
+/// because a rate sees no first event otherwise. Call `describe_*` once per name, before the first
 /// use, so that the scrape has the HELP text.
 #[derive(Clone)]
 pub struct Metrics {
@@ -88,6 +88,18 @@ impl Metrics {
     /// The counter of this name and these labels.
     pub fn counter(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Counter {
         self.recorder.register_counter(&key(name, labels), &METADATA)
+    }
+
+    /// Begins the counters of this name, one for each value of the label, at 0.
+    pub fn register_counters(
+        &self,
+        name: &'static str,
+        label: &'static str,
+        values: impl IntoIterator<Item = &'static str>,
+    ) {
+        for value in values {
+            let _ = self.counter(name, &[(label, value)]);
+        }
     }
 
     /// The gauge of this name and these labels.

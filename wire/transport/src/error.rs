@@ -6,6 +6,7 @@
 use std::{io, net::SocketAddr};
 
 use culvert_wire::{
+    bounded::Escaped,
     code::{CloseCode, StreamCode},
     frame::FrameError,
     version::ALPN,
@@ -96,7 +97,7 @@ pub enum ProxyFault {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TunnelLost {
     /// The peer closed it and said why.
-    #[error("closed by the peer: {code}{}{reason}", if reason.is_empty() { "" } else { ": " })]
+    #[error("closed by the peer: {code}{}{}", if reason.is_empty() { "" } else { ": " }, Escaped(reason))]
     ClosedByPeer {
         /// The peer's code.
         code: CloseCode,
@@ -124,6 +125,12 @@ pub enum TunnelLost {
 }
 
 impl TunnelLost {
+    /// Every cause as a metric label.
+    pub fn labels() -> impl Iterator<Item = &'static str> {
+        let codes = CloseCode::ALL.iter().map(|code| code.name());
+        codes.chain(["unknown", "timed_out", "peer_restarted", "transport"])
+    }
+
     /// The cause as a metric label.
     pub fn label(&self) -> &'static str {
         match self {
@@ -161,10 +168,10 @@ pub enum TransportFault {
         reason: String,
     },
     /// The peer broke the carrier's protocol.
-    #[error("the peer broke the protocol: {0}")]
+    #[error("the peer broke the protocol: {}", Escaped(.0))]
     Protocol(String),
     /// The peer's carrier closed the connection, with a code of the carrier's own protocol.
-    #[error("{reason}")]
+    #[error("{}", Escaped(reason))]
     Aborted {
         /// The code (RFC 9000 §20.1).
         code: u64,
@@ -318,10 +325,16 @@ mod tests {
         let closed = TunnelLost::ClosedByPeer { code, reason: "newer".into() };
         assert_eq!(closed.label(), "superseded");
         assert_eq!(closed.to_string(), "closed by the peer: superseded: newer");
+        let forging = TunnelLost::ClosedByPeer { code, reason: "\nINFO".into() };
+        assert_eq!(forging.to_string(), "closed by the peer: superseded: \\nINFO");
         let closed = TunnelLost::ClosedHere { code, reason: String::new() };
         assert_eq!(closed.to_string(), "closed by this side: superseded");
         assert_eq!(TunnelLost::TimedOut.label(), "timed_out");
         assert_eq!(TunnelLost::PeerRestarted.label(), "peer_restarted");
         assert_eq!(TunnelLost::from(TransportFault::Ended).label(), "transport");
+        let labels: Vec<_> = TunnelLost::labels().collect();
+        for lost in [closed, TunnelLost::TimedOut, TunnelLost::PeerRestarted] {
+            assert!(labels.contains(&lost.label()), "{lost}");
+        }
     }
 }

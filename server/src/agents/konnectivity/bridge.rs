@@ -258,7 +258,7 @@ impl Connected {
         let Ok(reply) = frame::encode(&reply) else { return };
         if send.write_chunk(reply).await.is_err() {
             // The splice below finds the same, and closes the agent's connection.
-            debug!(target = %request.target, "a Konnectivity agent's answer came too late");
+            debug!(dial_target = %request.target, "a Konnectivity agent's answer came too late");
         }
         match answer {
             Ok(connection) => {
@@ -323,11 +323,16 @@ fn log_end(request: &DialRequest, end: &Result<(HalfEnd, HalfEnd), Cut>) {
     match end {
         Err(Cut::Local(fault)) if fault.code == StreamCode::OVERLOADED => {
             rate_limited!(
-                Duration::from_secs(1), WARN, %target, %fault,
+                Duration::from_secs(1), per dial_target = target, WARN, %fault,
                 "a Konnectivity agent's connection was cut off"
             );
         }
-        end => debug!(%target, ?end, "a Konnectivity agent's connection ended"),
+        Err(cut) => {
+            debug!(dial_target = %target, %cut, "a Konnectivity agent's connection ended");
+        }
+        Ok((to, from)) => {
+            debug!(dial_target = %target, %to, %from, "a Konnectivity agent's connection ended");
+        }
     }
 }
 

@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{
     dial::{DialError, DialParameters, Dialed},
-    metrics::FrontendKind,
+    metrics::{FRONTEND_CLOSE, FrontendKind},
 };
 
 /// Id of the next connection of this process, from 1; 0 stands for no connection on the wire.
@@ -116,12 +116,12 @@ async fn dial(
             packet = inbound.message() => packet,
         };
         let Ok(Some(packet)) = packet else {
-            context.metrics.dial_failed("frontend_close");
+            context.metrics.dial_failed(FRONTEND_CLOSE);
             return Dialing::Left;
         };
         let refusal = match packet.into() {
             PacketMessage::CancelDial(random) if random == request.random => {
-                context.metrics.dial_failed("frontend_close");
+                context.metrics.dial_failed(FRONTEND_CLOSE);
                 return Dialing::Cancelled;
             }
             PacketMessage::Dial(second) => second_dial_refused(second.random),

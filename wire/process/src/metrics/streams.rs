@@ -6,6 +6,8 @@ use std::sync::{
 };
 
 use culvert_transport::splice::{HalfEnd, Outcome};
+use culvert_wire::StreamCode;
+use metrics::Counter;
 
 use super::Metrics;
 
@@ -49,7 +51,19 @@ impl StreamEnds {
     /// The counter `name`; `directions` label the half to the tunnel and the half from it.
     pub fn new(metrics: &Metrics, name: &'static str, directions: [&'static str; 2]) -> Self {
         metrics.describe_counter(name, "Ends of spliced streams by direction, manner and code.");
-        Self { metrics: metrics.clone(), name, directions }
+        let ends = Self { metrics: metrics.clone(), name, directions };
+        ends.begin();
+        ends
+    }
+
+    /// Begins the counters at 0.
+    fn begin(&self) {
+        let codes = || StreamCode::ALL.iter().map(|code| code.name()).chain(["unknown"]);
+        for direction in self.directions {
+            drop(self.counter(direction, "finished", "none"));
+            codes().for_each(|code| drop(self.counter(direction, "stopped", code)));
+        }
+        codes().for_each(|code| drop(self.counter("both", "reset", code)));
     }
 
     /// Counts the end of a splice: each half by itself, or one reset of both.
@@ -72,15 +86,23 @@ impl StreamEnds {
     }
 
     fn count(&self, direction: &'static str, manner: &'static str, code: &'static str) {
+        self.counter(direction, manner, code).increment(1);
+    }
+
+    fn counter(
+        &self,
+        direction: &'static str,
+        manner: &'static str,
+        code: &'static str,
+    ) -> Counter {
         let labels = [("direction", direction), ("manner", manner), ("code", code)];
-        self.metrics.counter(self.name, &labels).increment(1);
+        self.metrics.counter(self.name, &labels)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use culvert_transport::splice::Cut;
-    use culvert_wire::code::StreamCode;
 
     use super::*;
 

@@ -175,10 +175,16 @@ impl Model {
     /// Ends a round trip.
     fn on_round(&mut self, now: Instant) {
         trace!(
-            phase = ?self.phase, window = self.window, inflight = self.inflight,
-            bandwidth = self.bandwidth.max() as u64, min_rtt = ?self.min_rtt, queue = ?self.queue(),
-            lost = self.loss_share(), usual_loss = self.usual_loss,
-            inflight_longterm = self.inflight_longterm, contended = self.contended_cycles,
+            phase = self.phase.name(),
+            window = self.window,
+            inflight = self.inflight,
+            bandwidth = self.bandwidth.max() as u64,
+            min_rtt_seconds = self.min_rtt.map(|rtt| rtt.as_secs_f64()),
+            queue_seconds = self.queue().as_secs_f64(),
+            lost = self.loss_share(),
+            usual_loss = self.usual_loss,
+            inflight_longterm = self.inflight_longterm,
+            contended = self.contended_cycles,
             "a round trip of the path's model",
         );
         self.last_queue = self.queue();

@@ -2,6 +2,7 @@
 
 use std::{
     error::Error,
+    fmt,
     sync::atomic::{AtomicU64, Ordering},
 };
 
@@ -68,6 +69,15 @@ pub enum HalfEnd {
     Finished,
     /// The reader closed first; the rest was not delivered.
     Stopped(StreamCode),
+}
+
+impl fmt::Display for HalfEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Finished => f.write_str("finished"),
+            Self::Stopped(code) => write!(f, "stopped: {code}"),
+        }
+    }
 }
 
 /// Why a splice was cut off.

@@ -63,6 +63,19 @@ pub(super) enum Phase {
 }
 
 impl Phase {
+    /// Name in log lines.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Startup { .. } => "startup",
+            Self::Down { .. } => "down",
+            Self::Cruise { .. } => "cruise",
+            Self::Up { .. } => "up",
+            Self::ProbeRtt { .. } => "probe_rtt",
+        }
+    }
+}
+
+impl Phase {
     /// The phase of a new path.
     pub(super) const START: Self = Self::Startup { full_bw: 0.0, full_bw_count: 0 };
 }
