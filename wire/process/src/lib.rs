@@ -34,4 +34,5 @@ pub mod metrics;
 pub mod reload;
 pub mod signals;
 pub mod supervision;
+mod threads;
 pub mod tunnel_flags;

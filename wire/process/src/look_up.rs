@@ -1,15 +1,13 @@
 //! Look-ups of names by the system's resolver, which blocks its thread.
-//!
-//! Each look-up has a thread for as long as it takes. tokio's pool panics where no thread can be
-//! started, as at the limit of a container's processes; here that is an error like any other.
 
 use std::{
     io,
     net::{IpAddr, SocketAddr, ToSocketAddrs},
-    thread,
 };
 
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::Semaphore;
+
+use crate::threads::on_thread;
 
 /// Look-ups for one purpose. Those of different purposes do not wait for one another.
 #[derive(Debug)]
@@ -35,14 +33,12 @@ impl LookUps {
             return Ok(vec![SocketAddr::new(address, port)]);
         }
         let permit = self.permits.acquire().await.map_err(io::Error::other)?;
-        let (sender, found) = oneshot::channel();
         let host = host.to_owned();
-        thread::Builder::new().name("look-up".to_owned()).spawn(move || {
-            let found = (host, port).to_socket_addrs().map(Iterator::collect);
-            drop(permit);
-            let _ = sender.send(found); // without effect when the caller has gone
-        })?;
-        found.await.map_err(io::Error::other)?
+        on_thread("look-up", move || {
+            let _permit = permit;
+            Ok((host, port).to_socket_addrs()?.collect())
+        })
+        .await?
     }
 }
 

@@ -21,14 +21,13 @@ use metrics::Gauge;
 use parking_lot::Mutex as SyncMutex;
 use tokio::{
     sync::{Mutex, Notify},
-    task::spawn_blocking,
     time::{Instant, sleep, timeout},
 };
 use tracing::{error, info};
 
 pub use self::files::{Files, LoadError};
 use self::{expiry::Expiries, set::Set};
-use crate::metrics::Metrics;
+use crate::{metrics::Metrics, threads::on_thread};
 
 /// Time between two looks at the files. kubelet takes a minute to update a Secret volume, and a
 /// look reads a few small files.
@@ -156,7 +155,8 @@ impl Reloads {
     pub async fn look_on_request(&self) {
         let begun = Instant::now();
         self.look_at_all(true).await;
-        info!(duration = ?begun.elapsed(), "the files were looked at on request");
+        let seconds = begun.elapsed().as_secs_f64();
+        info!(seconds, "the files were looked at on request");
     }
 
     /// Looks at all files; whether no set is to be looked at again soon.
@@ -171,13 +171,13 @@ impl Reloads {
             }
             settled
         };
-        match spawn_blocking(look).await {
+        match on_thread("files", look).await {
             Ok(settled) => {
                 self.check_expiries();
                 settled
             }
-            Err(panic) => {
-                error!(%panic, "internal error: the look at the files panicked");
+            Err(error) => {
+                error!(%error, "the files could not be looked at");
                 true
             }
         }
