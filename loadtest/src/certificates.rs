@@ -1,7 +1,7 @@
 //! Certificates for one run: a CA, and one each for server, agent and frontend.
 
 use std::{
-    fs, io,
+    fmt, fs, io,
     path::{Path, PathBuf},
 };
 
@@ -13,10 +13,19 @@ use rcgen::{
 
 use crate::link;
 
+/// Names of the certificates.
+const LEAVES: [&str; 3] = ["server", "agent", "frontend"];
+
 /// Certificates in a folder that is removed with this value.
-#[derive(Debug)]
 pub struct Certificates {
     folder: tempfile::TempDir,
+    ca: CertifiedIssuer<'static, KeyPair>,
+}
+
+impl fmt::Debug for Certificates {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Certificates").field("folder", &self.folder).finish_non_exhaustive()
+    }
 }
 
 impl Certificates {
@@ -34,12 +43,37 @@ impl Certificates {
         let key = KeyPair::generate().map_err(io::Error::other)?;
         let ca = CertifiedIssuer::self_signed(params, key).map_err(io::Error::other)?;
         fs::write(folder.path().join("ca.crt"), ca.pem())?;
-        for name in ["server", "agent", "frontend"] {
-            let (certificate, key) = leaf(name, &ca)?;
-            fs::write(folder.path().join(format!("{name}.crt")), certificate)?;
-            fs::write(folder.path().join(format!("{name}.key")), key)?;
+        let certificates = Self { folder, ca };
+        for name in LEAVES {
+            certificates.renew(name)?;
         }
-        Ok(Self { folder })
+        Ok(certificates)
+    }
+
+    /// Replaces a certificate and its key by new ones of the same CA; the name is `server`, `agent`
+    /// or `frontend`.
+    ///
+    /// # Errors
+    /// When the files cannot be written.
+    pub fn renew(&self, name: &str) -> io::Result<()> {
+        let (certificate, key) = leaf(name, &self.ca)?;
+        let pair = self.pair(name);
+        fs::write(pair.certificate, certificate)?;
+        fs::write(pair.key, key)
+    }
+
+    /// Replaces the CA and all certificates by those of `others`.
+    ///
+    /// # Errors
+    /// When the files cannot be copied.
+    pub fn replace_by(&self, others: &Self) -> io::Result<()> {
+        fs::copy(others.ca(), self.ca())?;
+        for name in LEAVES {
+            let (ours, theirs) = (self.pair(name), others.pair(name));
+            fs::copy(theirs.certificate, ours.certificate)?;
+            fs::copy(theirs.key, ours.key)?;
+        }
+        Ok(())
     }
 
     /// The folder, which takes sockets and logs too.

@@ -48,6 +48,8 @@ pub enum Signal {
     Freeze,
     /// SIGCONT.
     Thaw,
+    /// SIGHUP: the process reads its files again.
+    Reload,
     /// Kills the process, if it still runs, and starts it again with the same arguments.
     Start,
 }
@@ -131,6 +133,7 @@ impl Process {
             Signal::Terminate => signal::SIGTERM,
             Signal::Freeze => signal::SIGSTOP,
             Signal::Thaw => signal::SIGCONT,
+            Signal::Reload => signal::SIGHUP,
             Signal::Start => return self.restart().await,
         };
         Ok(kill(self.id()?, signal)?)

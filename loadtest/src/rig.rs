@@ -16,6 +16,7 @@ use std::{
 
 use anyhow::Context as _;
 use culvert_agent::{Agent, AgentMetrics, ServerTunnels, config::Transport};
+use culvert_process::reload::Reloads;
 use culvert_server::{
     Server, backends::Backends, config::FrontendListen, frontend::listen::FrontendAddress,
     metrics::ServerMetrics,
@@ -168,6 +169,7 @@ impl Rig {
             admin: server.admin_address(),
             backends: server.backends().clone(),
             metrics: server.metrics().clone(),
+            files: server.files().clone(),
         };
         let task =
             Task::spawn(|stop| async { server.run(stop).await.expect("agents are accepted") });
@@ -202,6 +204,8 @@ pub struct RunningServer {
     pub backends: Backends,
     /// Metrics.
     pub metrics: Arc<ServerMetrics>,
+    /// The files that it reads.
+    pub files: Reloads,
 }
 
 impl RunningServer {

@@ -24,6 +24,7 @@ mod operable;
 mod optimistic;
 mod replicas;
 mod reset;
+mod rotation;
 mod server_first;
 mod server_lifecycle;
 #[path = "../support/mod.rs"]
