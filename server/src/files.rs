@@ -1,5 +1,7 @@
 //! The files that the server reads, and reads again: all in one place.
 
+use std::path::Path;
+
 use culvert_process::{
     faults::{CertificatePair, ConfigErrors, Faults},
     kubernetes::CurrentClient,
@@ -10,7 +12,6 @@ use culvert_transport::{
     quic::ResetKey,
     tls::{ClientVerifier, Current, ServerCredentials},
 };
-use std::path::Path;
 
 use crate::{
     agents::reset_key::reset_key_owner,
@@ -63,15 +64,7 @@ impl ServerFiles {
         };
         let reset_key =
             reset_key_owner().map(|owner| reset_key(&reloads, config, owner, &mut faults));
-        let (mut reviews, mut leases) = (None, None);
-        if agents.token.is_some() || config.leases.is_some() {
-            if let Some([first, second]) =
-                checked(&mut faults, "kubeconfig", config.kubernetes.clients(&reloads))
-            {
-                reviews = agents.token.is_some().then_some(first);
-                leases = config.leases.is_some().then_some(second);
-            }
-        }
+        let (reviews, leases) = kubernetes(&reloads, config, &mut faults);
         // Warnings were logged.
         faults.finish()?;
         let read = "what cannot be read is a fault";
@@ -113,6 +106,21 @@ fn credentials(
         }
     };
     Some(ServerCredentials { identity: identity?, client_ca: client_ca? })
+}
+
+/// Clients for reviews of tokens and for Leases, where they are needed and without a fault.
+fn kubernetes(
+    reloads: &Reloads,
+    config: &Config,
+    faults: &mut Faults,
+) -> (Option<CurrentClient>, Option<CurrentClient>) {
+    let (needs_reviews, needs_leases) = (config.agents.token.is_some(), config.leases.is_some());
+    if !needs_reviews && !needs_leases {
+        return (None, None);
+    }
+    let clients = checked(faults, "kubeconfig", config.kubernetes.clients(reloads));
+    let Some([reviews, leases]) = clients else { return (None, None) };
+    (needs_reviews.then_some(reviews), needs_leases.then_some(leases))
 }
 
 /// The secret of stateless resets; `None` along with a fault.

@@ -127,7 +127,7 @@ impl KubernetesConfig {
         reloads: &Reloads,
     ) -> Result<[CurrentClient; N], LoadError> {
         let config = self.clone();
-        let file = self.kubeconfig.as_deref().unwrap_or(Path::new(POD_CA));
+        let file = self.kubeconfig.as_deref().unwrap_or_else(|| Path::new(POD_CA));
         let make = move |files: &mut Files| (0..N).map(|_| config.client(files)).collect();
         let clients = reloads.add(file, make)?;
         Ok(std::array::from_fn(|index| {

@@ -47,7 +47,7 @@ impl Rig {
 
     fn try_add(&self, name: &str) -> Result<Current<String>, LoadError> {
         let path = self.path(name);
-        self.reloads.add(&path.clone(), move |files: &mut Files| {
+        self.reloads.add(path.clone(), move |files: &mut Files| {
             let text = String::from_utf8(files.read(&path)?).unwrap();
             if text == "bad" { Err(LoadError::new("it is bad")) } else { Ok(text) }
         })
@@ -201,9 +201,11 @@ async fn a_request_reports_bad_contents_at_once_and_counts_them_once() {
 #[tokio::test(start_paused = true)]
 async fn a_bad_set_does_not_keep_others_from_being_taken() {
     let rig = Rig::new();
-    (rig.write("a", "old"), rig.write("b", "old"));
+    rig.write("a", "old");
+    rig.write("b", "old");
     let (first, second) = (rig.add("a"), rig.add("b"));
-    (rig.write("a", "bad"), rig.write("b", "new"));
+    rig.write("a", "bad");
+    rig.write("b", "new");
     rig.reloads.look().await;
     assert_eq!((first.get().as_str(), second.get().as_str()), ("old", "new"));
 }
@@ -259,7 +261,8 @@ fn rig_with_pair((certificate, key): &(String, String), clock: Clock) -> (Rig, C
 }
 
 fn write_pair(rig: &Rig, certificate: &str, key: &str) {
-    (rig.write("crt", certificate), rig.write("key", key));
+    rig.write("crt", certificate);
+    rig.write("key", key);
 }
 
 #[tokio::test(start_paused = true)]
