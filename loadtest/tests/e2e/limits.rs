@@ -3,7 +3,7 @@
 use std::{
     ffi::OsString,
     fs::{self, Permissions},
-    io::pipe,
+    io::{Read as _, pipe},
     net::Ipv4Addr,
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::Path,
@@ -26,6 +26,18 @@ const IDLE_FRONTEND: Duration = Duration::from_secs(10);
 /// Soft and hard limit of descriptors for processes.
 fn descriptors(soft: u32, hard: u32) -> Vec<OsString> {
     vec!["prlimit".into(), format!("--nofile={soft}:{hard}").into()]
+}
+
+/// The beginning of a command that runs `prlimit` as a user with no other process; `None` where the
+/// test may not change the user.
+fn other_user() -> Option<Vec<OsString>> {
+    if fs::metadata("/proc/self").unwrap().uid() != 0 {
+        eprintln!("SKIPPED: only root can change the user of a process");
+        return None;
+    }
+    let user = fastrand::u32(100_000_000..200_000_000).to_string();
+    let command = ["setpriv", "--clear-groups", "--reuid", &user, "--regid", &user, "prlimit"];
+    Some(command.map(OsString::from).to_vec())
 }
 
 /// Lets every user read the files of a folder.
@@ -174,18 +186,12 @@ async fn a_server_and_an_agent_with_the_same_ports_for_probes_both_serve() {
 /// writes the log; look-ups of names get none.
 #[tokio::test]
 async fn an_agent_that_can_start_no_thread_waits_and_logs_the_reason() {
-    if fs::metadata("/proc/self").unwrap().uid() != 0 {
-        return eprintln!("SKIPPED: only root can change the user of a process");
-    }
+    let Some(user) = other_user() else { return };
     within(async {
         let mut sides = Sides::new();
         sides.host = Some("localhost");
-        let user = fastrand::u32(100_000_000..200_000_000);
         make_readable(sides.certificates.folder());
-        let user = user.to_string();
-        let as_user = ["setpriv", "--clear-groups", "--reuid", &user, "--regid", &user, "prlimit"];
-        let limited = as_user.iter().chain(&["--nproc=2:100"]);
-        sides.wrapper = limited.map(OsString::from).collect();
+        sides.wrapper = [user.clone(), vec!["--nproc=2:100".into()]].concat();
         let (log, write) = pipe().unwrap();
         let mut agent = sides.agent(write);
         eventually("the agent answers", async || answers(sides.agent_health).await).await;
@@ -199,8 +205,8 @@ async fn an_agent_that_can_start_no_thread_waits_and_logs_the_reason() {
         );
         let pid = agent.id().unwrap().to_string();
         // Its own user may raise the soft limit.
-        let mut raise = Command::new(as_user[0]);
-        raise.args(&as_user[1..]).args(["--pid", &pid, "--nproc=100:100"]);
+        let mut raise = Command::new(&user[0]);
+        raise.args(&user[1..]).args(["--pid", &pid, "--nproc=100:100"]);
         assert!(raise.status().await.unwrap().success());
         sides.wrapper.clear();
         let mut server = sides.server(Stdio::null()).await;
@@ -212,6 +218,31 @@ async fn an_agent_that_can_start_no_thread_waits_and_logs_the_reason() {
         let failure = events.iter().find(|event| event["message"] == message).unwrap();
         let error = failure["error"].as_str().unwrap();
         assert!(error.contains("cannot resolve localhost: "), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_server_that_can_start_no_thread_ends_with_the_reason() {
+    let Some(user) = other_user() else { return };
+    within(async {
+        let mut sides = Sides::new();
+        make_readable(sides.certificates.folder());
+        for (threads, reason) in [
+            (1, "the thread that writes the log cannot be started: "),
+            (2, "cannot start: OS can't spawn worker thread: "),
+        ] {
+            let limit = format!("--nproc={threads}:{threads}");
+            sides.wrapper = [user.clone(), vec![limit.into()]].concat();
+            let (mut log, write) = pipe().unwrap();
+            let ended = sides.start_server(write).wait().await.unwrap();
+            assert_eq!(ended.code(), Some(1));
+            let mut text = String::new();
+            log.read_to_string(&mut text).unwrap();
+            let expected = format!("culvert-server: {reason}");
+            let last = text.lines().last().unwrap_or_default();
+            assert!(last.starts_with(&expected), "{text}");
+        }
     })
     .await;
 }
