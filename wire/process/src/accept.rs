@@ -95,8 +95,8 @@ impl<L: Listener> Acceptor<L> {
     /// The next connection.
     ///
     /// An error that concerns one connection is skipped. After any other, the next attempt comes
-    /// 100 ms later, and at most one line in 10 s is logged for each listener. Without descriptors, one
-    /// of the reserve is used first.
+    /// 100 ms later, and at most one line in 10 s is logged for each listener. Without descriptors,
+    /// one of the reserve is used first.
     ///
     /// # Cancel safety
     /// Cancel safe: no accepted connection is lost, and the pause after an error is not shortened.

@@ -148,8 +148,9 @@ impl Routes {
         self.on("/readyz", move |request| ready(request)).on("/ready", move |request| same(request))
     }
 
-    /// Adds `/metrics` with the text of `render`, in Prometheus' text format. It is called so seldom
-    /// that it takes a tenth of one thread at most: requests wait for it, and share its text.
+    /// Adds `/metrics` with the text of `render`, in Prometheus' text format. It is called so
+    /// seldom that it takes a tenth of one thread at most: requests wait for it, and share its
+    /// text.
     pub fn metrics(mut self, render: impl Fn() -> String + Send + Sync + 'static) -> Self {
         self.table.push(("/metrics", Handler::Metrics(Rendering::new(render))));
         self
@@ -328,7 +329,8 @@ async fn bind_again(port: Port) -> TcpListener {
         sleep(interval).await;
         match port.bind() {
             Ok(bound) => {
-                info!(listener = port.listener, address = %port.address, "a port is available again");
+                let Port { listener, address, .. } = port;
+                info!(listener, %address, "a port is available again");
                 return bound;
             }
             Err(error) => {

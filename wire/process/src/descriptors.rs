@@ -9,7 +9,7 @@ use nix::{
 };
 use tracing::{info, warn};
 
-/// Number of descriptors that an [`Reserve`] holds. A connection that is accepted with one of them
+/// Number of descriptors that a [`Reserve`] holds. A connection that is accepted with one of them
 /// ends after its answer.
 const RESERVE: usize = 4;
 

@@ -8,8 +8,8 @@ pub enum Invocation {
     /// Konnectivity's ports, for a process that was started as `proxy-server` or `proxy-agent` by
     /// Konnectivity's manifests.
     Konnectivity,
-    /// The ports of Kubernetes' manifests for the server (8132, 8133, 8134), and others for the agent
-    /// (8135, 8136), so that both run on one host; for any other name.
+    /// For any other name: the ports of Kubernetes' manifests for the server (8132, 8133, 8134), and
+    /// others for the agent (8135, 8136), so that both run on one host.
     Culvert,
 }
 

@@ -1,7 +1,8 @@
 //! The log of a process: its format, its verbosity, and a rate limit for repeated events.
 //!
-//! To log never waits and never fails, whatever standard error is: lines go into a bounded queue, and
-//! a thread of its own writes them. Lines that do not fit, or that cannot be written, are counted.
+//! To log never waits and never fails, whatever standard error is: lines go into a bounded queue,
+//! and a thread of its own writes them. Lines that do not fit, or that cannot be written, are
+//! counted.
 
 mod panics;
 mod queue;

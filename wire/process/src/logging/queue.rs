@@ -1,5 +1,5 @@
-//! The lines between the threads that log and the one that writes: bounded, so that no sink, however
-//! slow, delays the process or takes its memory.
+//! The lines between the threads that log and the one that writes: bounded, so that no sink,
+//! however slow, delays the process or takes its memory.
 
 use std::{
     collections::VecDeque,

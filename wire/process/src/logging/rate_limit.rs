@@ -21,7 +21,8 @@ static UNREPORTED: Mutex<Vec<&'static RateLimit>> = parking_lot::const_mutex(Vec
 /// message as a literal. Each place of use has a limit of its own; with `per key = value` after the
 /// interval it has one for each value, which is also a field of the line. The line has one more
 /// field, `suppressed`: the number of events that were left out since its last line. If events were
-/// left out and no other follows, a line with the message, the key and their number ends the interval.
+/// left out and no other follows, a line with the message, the key and their number ends the
+/// interval.
 ///
 /// ```
 /// use std::time::Duration;
@@ -31,7 +32,8 @@ static UNREPORTED: Mutex<Vec<&'static RateLimit>> = parking_lot::const_mutex(Vec
 ///     Duration::from_secs(10), WARN, %error, "a connection was not accepted"
 /// );
 /// culvert_process::rate_limited!(
-///     Duration::from_secs(1), per listener = "agents", WARN, %error, "a connection was not accepted"
+///     Duration::from_secs(1), per listener = "agents", WARN, %error,
+///     "a connection was not accepted"
 /// );
 /// ```
 #[macro_export]
@@ -129,8 +131,8 @@ impl RateLimit {
         is_new
     }
 
-    /// Removes the keys whose interval is over at `now`, or all; the events of each that no line has
-    /// reported. Whether keys are left.
+    /// Removes the keys whose interval is over at `now`, or all. Returns the number of events of
+    /// each that no line has reported, and whether keys are left.
     fn take_due(&self, now: Instant, all: bool) -> (Vec<(String, u64)>, bool) {
         let mut keys = self.keys.lock();
         let interval = self.interval;

@@ -136,8 +136,8 @@ impl Exposition {
         }
     }
 
-    /// Adds the `process_*` metrics that client_golang exports, with its HELP texts, and the number of
-    /// lost log lines. A value that the system does not give is left out.
+    /// Adds the `process_*` metrics that client_golang exports, with its HELP texts, and the number
+    /// of lost log lines. A value that the system does not give is left out.
     ///
     /// metrics-process only reads the values: registered as its own metrics, the seconds of
     /// processor time would lose their fractions.
