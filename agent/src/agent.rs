@@ -79,6 +79,7 @@ impl Agent {
             settings: config.tunnel.settings(FIRST_STREAM_LIMIT.min(config.max_streams)),
             key_exchange: config.tunnel.key_exchange,
             files,
+            udp_health: metrics.udp_health.clone(),
             bridges: bridges.clone(),
         };
         let tunnels = Arc::new(ServerTunnels::new(config.sync.count_source));

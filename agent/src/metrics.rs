@@ -14,7 +14,7 @@ use culvert_process::{
     metrics::{BuildError, Counted, Exposition, Kind, LiveCount, Metrics, StreamEnds},
 };
 use culvert_transport::{
-    BufferSizes, TunnelLost,
+    BufferSizes, TunnelLost, UdpHealth,
     splice::{Meter, Outcome},
 };
 use culvert_wire::dial::DialErrorKind;
@@ -66,6 +66,8 @@ pub struct AgentMetrics {
     open_targets: LiveCount,
     streams: AtomicU64,
     stream_ends: StreamEnds,
+    /// State of the UDP sockets, of which each attempt over QUIC has one.
+    pub(crate) udp_health: Arc<UdpHealth>,
 }
 
 impl AgentMetrics {
@@ -111,6 +113,7 @@ impl AgentMetrics {
             meter: Meter::default(),
             open_targets: LiveCount::default(),
             streams: AtomicU64::new(0),
+            udp_health: Arc::default(),
             stream_ends: StreamEnds::new(&metrics, STREAM_ENDS, DIRECTIONS),
             metrics,
         })
@@ -200,6 +203,7 @@ impl AgentMetrics {
             let streams = self.streams.load(Ordering::Relaxed);
             exposition.counter(STREAMS, "Streams that were spliced.", streams);
             exposition.meter(STREAM_BYTES, &self.meter, DIRECTIONS);
+            exposition.udp("culvert_agent_udp", &self.udp_health.stats());
             let help = "Tunnels that others have replaced and that still have streams.";
             exposition.gauge(RETIRED, help, servers.retired());
             collect_tunnels(&servers.in_use(), exposition);

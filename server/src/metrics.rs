@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Instant,
@@ -17,7 +17,7 @@ use culvert_process::metrics::{
     BuildError, Counted, Exposition, Kind, Labels, LiveCount, Metrics, StreamEnds,
 };
 use culvert_transport::{
-    BufferSizes, TunnelLost,
+    BufferSizes, TunnelLost, UdpHealth,
     splice::{Meter, Outcome},
 };
 use culvert_wire::AgentId;
@@ -199,6 +199,7 @@ pub struct ServerMetrics {
     http_connections: LiveCount,
     streams: AtomicU64,
     stream_ends: StreamEnds,
+    udp_health: OnceLock<Arc<UdpHealth>>,
     /// Bytes spliced in either direction.
     pub meter: Meter,
 }
@@ -227,14 +228,18 @@ impl ServerMetrics {
             grpc_connections: LiveCount::default(),
             http_connections: LiveCount::default(),
             streams: AtomicU64::new(0),
+            udp_health: OnceLock::new(),
             stream_ends: StreamEnds::new(&metrics, STREAM_ENDS, DIRECTIONS),
             meter: Meter::default(),
             metrics,
         })
     }
 
-    /// Sets the sizes of the kernel's UDP buffers, which do not change while the server runs.
-    pub(crate) fn set_udp_buffers(&self, sizes: BufferSizes) {
+    /// Sets the sizes of the kernel's UDP buffers, which do not change while the server runs, and
+    /// adds the state of the socket.
+    pub(crate) fn set_udp(&self, sizes: BufferSizes, health: &Arc<UdpHealth>) {
+        // There is one socket.
+        let _ = self.udp_health.set(health.clone());
         let set = |direction, size| {
             #[expect(clippy::cast_precision_loss, reason = "buffers are far below 2^52 bytes")]
             self.metrics.gauge(UDP_BUFFER.name, &[("direction", direction)]).set(size as f64);
@@ -344,6 +349,9 @@ impl ServerMetrics {
             let streams = self.streams.load(Ordering::Relaxed);
             exposition.counter(STREAMS.name, STREAMS.help, streams);
             exposition.meter(STREAM_BYTES, &self.meter, DIRECTIONS);
+            if let Some(health) = self.udp_health.get() {
+                exposition.udp("culvert_server_udp", &health.stats());
+            }
         })
     }
 

@@ -86,7 +86,7 @@ impl Server {
         let backends = Backends::new(&config.agents.strategies);
         let mut files = ServerFiles::read(config, metrics.inner())?;
         let agents = AgentListener::bind(config, &files)?;
-        metrics.set_udp_buffers(agents.buffer_sizes());
+        metrics.set_udp(agents.buffer_sizes(), agents.udp_health());
         let credentials = files.frontend.take();
         let frontend = FrontendListener::bind(&config.frontend, &config.tls, credentials)?;
         let frontend_context = Arc::new(FrontendContext {

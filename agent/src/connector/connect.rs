@@ -1,10 +1,10 @@
 //! The steps of an attempt that touch files and the network. Tests script them through [`Connect`].
 
-use std::{fmt, net::SocketAddr};
+use std::{fmt, net::SocketAddr, sync::Arc};
 
 use culvert_konnectivity::ALPN_H2;
 use culvert_transport::{
-    BufferSizes, Carrier, Settings, Tunnel, quic, tcp,
+    BufferSizes, Carrier, Settings, Tunnel, UdpHealth, quic, tcp,
     tls::{KeyExchange, TlsError},
 };
 use tokio_util::task::TaskTracker;
@@ -89,6 +89,8 @@ pub(crate) struct NetworkConnect {
     pub(crate) settings: Settings,
     /// Key exchanges that are offered.
     pub(crate) key_exchange: KeyExchange,
+    /// What the UDP sockets have found out about the kernel and about paths.
+    pub(crate) udp_health: Arc<UdpHealth>,
     /// Owner of the tasks that bridge Konnectivity servers. Each ends with its tunnel.
     pub(crate) bridges: TaskTracker,
 }
@@ -127,7 +129,8 @@ impl Connect for NetworkConnect {
             Carrier::Quic => {
                 let remote = address.quic.ok_or(CarrierError::UnknownAddress)?;
                 let tls = tls.quic.clone();
-                let (connection, buffers) = quic::connect(remote, &name, tls, &settings).await?;
+                let (connection, buffers) =
+                    quic::connect(remote, &name, tls, &settings, &self.udp_health).await?;
                 Ok(Connected { tunnel: connection.into(), buffers: Some(buffers) })
             }
             Carrier::Tcp | Carrier::Grpc => {

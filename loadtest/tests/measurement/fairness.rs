@@ -86,7 +86,8 @@ fn neither_flow_starves_the_other(#[case] buffer_ms: f64, #[case] shares: Range<
     node.spawn(async move {
         let name = SERVER.to_string();
         let settings = Settings::default();
-        let (connection, _) = connect(address, &name, tls, &settings).await.unwrap();
+        let (connection, _) =
+            connect(address, &name, tls, &settings, &Arc::default()).await.unwrap();
         let tunnel = Tunnel::from(connection);
         let (mut send, _recv) = tunnel.open().await.unwrap();
         while send.write_chunk(Bytes::from_static(&[7; 65_536])).await.is_ok() {}

@@ -29,7 +29,7 @@ pub(crate) async fn tunnel(rig: &Running) -> Tunnel {
     let (name, settings) = (address.ip().to_string(), Settings::default());
     match rig.carrier() {
         None | Some(Carrier::Quic) => {
-            quic::connect(address, &name, tls, &settings).await.unwrap().0.into()
+            quic::connect(address, &name, tls, &settings, &Arc::default()).await.unwrap().0.into()
         }
         Some(Carrier::Tcp | Carrier::Grpc) => {
             tcp::connect(&Route::Direct(address), &name, tls, &settings).await.unwrap().into()

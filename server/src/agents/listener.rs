@@ -5,7 +5,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use culvert_konnectivity::ALPN_H2;
 use culvert_process::{accept::Acceptor, listen, supervision::propagate_panic};
 use culvert_transport::{
-    BufferSizes, ConnectError, Settings,
+    BufferSizes, ConnectError, Settings, UdpHealth,
     quic::{self, ResetKey},
     tls::{self, Current, TlsError},
 };
@@ -112,6 +112,11 @@ impl AgentListener {
     /// Kernel buffers granted to the UDP socket.
     pub(crate) fn buffer_sizes(&self) -> BufferSizes {
         self.quic.buffer_sizes()
+    }
+
+    /// What the UDP socket has found out about the kernel and about paths.
+    pub(crate) fn udp_health(&self) -> &Arc<UdpHealth> {
+        self.quic.udp_health()
     }
 
     /// Accepts and serves agents from now on, over QUIC and over TCP in a task each.

@@ -43,6 +43,11 @@ pub struct TunnelFlags {
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().mtu_cap.into())]
     pub mtu_cap: i64,
 
+    /// Whether packets are handed to the kernel in batches, which it segments (GSO): auto (yes, except
+    /// for peers that batches do not reach), or off (costs CPU time)
+    #[arg(long, value_name = "KIND", value_enum, default_value_t)]
+    pub gso: GsoFlag,
+
     /// Congestion control: model (follows the path's bandwidth and shortest round trip, and does
     /// not take random loss for congestion), cubic (RFC 9438), or auto (the one with the best
     /// measurements, currently model)
@@ -82,6 +87,16 @@ pub enum KeyExchangeFlag {
     Hybrid,
     /// Elliptic curves only: smaller first packets, for paths that drop large ones
     Classic,
+}
+
+/// Whether packets are handed to the kernel in batches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum GsoFlag {
+    /// Batches, except for peers that they do not reach
+    #[default]
+    Auto,
+    /// No batches
+    Off,
 }
 
 impl From<KeyExchangeFlag> for KeyExchange {
@@ -175,6 +190,7 @@ impl TunnelFlags {
             keep_alive_interval,
             stream_receive_window,
             mtu_cap: u16::try_from(self.mtu_cap).unwrap_or_default(),
+            gso: self.gso == GsoFlag::Auto,
             udp_buffer_size,
             congestion: self.congestion,
             ..Settings::default()
@@ -258,6 +274,7 @@ mod tests {
             "--stream-receive-window=512Ki",
             "--udp-buffer-size=0",
             "--mtu-cap=1200",
+            "--gso=off",
             "--congestion=cubic",
             "--hedge-rate=1Mi",
             "--tls-kx=classic",
@@ -271,6 +288,7 @@ mod tests {
             stream_receive_window: 512 << 10,
             udp_buffer_size: 0,
             mtu_cap: 1200,
+            gso: false,
             congestion: Congestion::Cubic,
             ..Settings::default()
         };
@@ -292,6 +310,7 @@ mod tests {
             "--udp-buffer-size=2Gi",
             "--mtu-cap=1199",
             "--mtu-cap=65528",
+            "--gso=on",
             "--congestion=reno",
             "--hedge-rate=2Gi",
             "--tls-kx=none",

@@ -47,7 +47,7 @@ pub use error::{
 };
 pub use quic::{
     icmp::Unreachable,
-    udp::{BindError, BufferSizes},
+    udp::{BindError, BufferSizes, UdpHealth, UdpStats},
 };
 pub use settings::Settings;
 pub use stream::{RecvHalf, SendHalf};

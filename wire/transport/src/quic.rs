@@ -34,7 +34,7 @@ use self::{
     close_reason::lost,
     icmp::IcmpRouter,
     reset_key::ListenerKey,
-    udp::{BindError, BufferSizes},
+    udp::{BindError, BufferSizes, UdpHealth, Watching, WhenBroken},
 };
 use super::{ConnectError, Settings, TransportFault, canonical};
 use crate::tls::Current;
@@ -60,6 +60,7 @@ pub struct Listener {
     icmp_router: Arc<IcmpRouter>,
     handshakes: Arc<AtomicUsize>,
     buffer_sizes: BufferSizes,
+    health: Arc<UdpHealth>,
 }
 
 impl Listener {
@@ -77,7 +78,8 @@ impl Listener {
         settings: &Settings,
         reset_key: Option<Current<ResetKey>>,
     ) -> Result<Self, ConnectError> {
-        let bound = udp::bind(address, settings.udp_buffer_size, settings.mtu_cap)?;
+        let health = Arc::new(UdpHealth::default());
+        let bound = udp::bind(address, settings, &health, WhenBroken::Stay)?;
         let config = server_config(tls)?;
         let bind_error = |error| BindError::new(address, error);
         let local_address = bound.socket.local_addr().map_err(bind_error)?;
@@ -98,6 +100,7 @@ impl Listener {
             icmp_router,
             handshakes: Arc::default(),
             buffer_sizes: bound.buffer_sizes,
+            health,
         })
     }
 
@@ -112,6 +115,11 @@ impl Listener {
     /// The buffers that the kernel granted to the socket.
     pub fn buffer_sizes(&self) -> BufferSizes {
         self.buffer_sizes
+    }
+
+    /// What the socket has found out about the kernel and about paths.
+    pub fn udp_health(&self) -> &Arc<UdpHealth> {
+        &self.health
     }
 
     /// The next handshake of an agent; `None` once the listener is closed.
@@ -144,9 +152,9 @@ impl Listener {
 
     /// The configuration for one path, whose first link is known by now.
     fn config_for(&self, incoming: &quinn::Incoming) -> quinn::ServerConfig {
-        let link = udp::link_payload(canonical(incoming.remote_address()));
+        let remote = canonical(incoming.remote_address());
         let mut config = self.config.clone();
-        config.transport_config(Arc::new(self.settings.transport(link)));
+        config.transport_config(Arc::new(path_config(&self.settings, remote, &self.health)));
         config
     }
 
@@ -222,7 +230,8 @@ impl Drop for Pending {
 
 /// Connects to a server, on a UDP socket of its own.
 ///
-/// A shared socket would reach the same replica behind a load balancer every time.
+/// A shared socket would reach the same replica behind a load balancer every time. What the socket
+/// finds out goes to `udp_health`, which is meant for all sockets of a process.
 ///
 /// # Errors
 /// When the socket cannot be opened, no process listens at the address, or the handshake fails; it
@@ -235,13 +244,14 @@ pub async fn connect(
     server_name: &str,
     tls: Arc<rustls::ClientConfig>,
     settings: &Settings,
+    udp_health: &Arc<UdpHealth>,
 ) -> Result<(Connection, BufferSizes), ConnectError> {
     let any = match remote.ip() {
         IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
     let local = SocketAddr::new(any, 0);
-    let bound = udp::bind(local, settings.udp_buffer_size, settings.mtu_cap)?;
+    let bound = udp::bind(local, settings, udp_health, WhenBroken::End)?;
     let endpoint = quinn::Endpoint::new_with_abstract_socket(
         settings.endpoint(None),
         None,
@@ -253,7 +263,7 @@ pub async fn connect(
 
     let crypto = QuicClientConfig::try_from(tls).map_err(|_| ConnectError::CipherSuites)?;
     let mut client = quinn::ClientConfig::new(Arc::new(crypto));
-    client.transport_config(Arc::new(settings.transport(udp::link_payload(remote))));
+    client.transport_config(Arc::new(path_config(settings, remote, udp_health)));
     let connecting = endpoint.connect_with(client, remote, server_name).map_err(not_begun)?;
     let connection = tokio::select! {
         connected = connecting => connected.map_err(|error| ConnectError::Handshake(lost(error)))?,
@@ -276,6 +286,21 @@ pub(crate) fn adopt(
     endpoint: quinn::Endpoint,
 ) -> Result<Connection, ConnectError> {
     Connection::established(connection, endpoint, Arc::default()).ok_or(ConnectError::Protocol)
+}
+
+/// The configuration for the path to `remote`, whose batches are watched.
+fn path_config(
+    settings: &Settings,
+    remote: SocketAddr,
+    health: &Arc<UdpHealth>,
+) -> quinn::TransportConfig {
+    let mut config = settings.transport(udp::link_payload(remote));
+    if settings.gso {
+        let (inner, peer) = (settings.congestion.factory(), remote.ip());
+        let watching = Watching { inner, peer, health: health.clone() };
+        config.congestion_controller_factory(Arc::new(watching));
+    }
+    config
 }
 
 /// Completes when a packet of the handshake could not be delivered. The socket has one peer, so

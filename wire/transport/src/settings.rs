@@ -24,6 +24,9 @@ pub struct Settings {
     /// Largest UDP payload that path MTU discovery tries, from 1200 to 65527 bytes. Above 6550 the
     /// kernel takes fewer than ten packets in one batch.
     pub mtu_cap: u16,
+    /// Whether packets are handed to the kernel in batches, which it segments (GSO); peers that
+    /// batches do not reach are sent packets one by one in any case.
+    pub gso: bool,
     /// Kernel buffer requested for each direction of the UDP socket, in bytes.
     pub udp_buffer_size: usize,
     /// The congestion controller of the tunnel; QUIC only.
@@ -39,6 +42,7 @@ impl Default for Settings {
             stream_receive_window: 2 * 1024 * 1024,
             max_streams: 256,
             mtu_cap: 6500,
+            gso: true,
             udp_buffer_size: 8 * 1024 * 1024,
             congestion: Congestion::Auto,
         }

@@ -185,7 +185,7 @@ async fn an_agent_without_a_certificate_or_with_a_strangers_is_refused() {
             let accept = async { listener.accept().await.unwrap().complete().await };
             let connect = async {
                 // The client is done a round trip before the server has looked at its certificate.
-                match connect(remote, "127.0.0.1", tls.into(), &settings).await {
+                match connect(remote, "127.0.0.1", tls.into(), &settings, &Arc::default()).await {
                     Ok((connection, _)) => Tunnel::from(connection).closed().await,
                     Err(ConnectError::Handshake(lost)) => lost,
                     Err(error) => panic!("{error}"),
@@ -222,7 +222,7 @@ async fn a_server_of_another_name_or_ca_is_refused() {
             for (name, roots) in [("localhost", authority.roots()), ("127.0.0.1", stranger.roots())]
             {
                 let tls = tunnel_client(roots, None, kx).unwrap();
-                let attempt = connect(remote, name, tls.into(), &settings).await;
+                let attempt = connect(remote, name, tls.into(), &settings, &Arc::default()).await;
                 assert!(matches!(attempt, Err(ConnectError::Handshake(_))), "{name}");
             }
         };
@@ -240,7 +240,8 @@ async fn an_attempt_at_a_port_without_a_listener_fails_at_once() {
         let gone = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let authority = Authority::new();
         let tls = tunnel_client(authority.roots(), None, KeyExchange::Hybrid).unwrap();
-        let attempt = connect(gone, "127.0.0.1", tls.into(), &Settings::default()).await;
+        let attempt =
+            connect(gone, "127.0.0.1", tls.into(), &Settings::default(), &Arc::default()).await;
         assert!(matches!(attempt, Err(ConnectError::Refused)));
     })
     .await;
@@ -294,8 +295,9 @@ async fn a_peer_whose_port_is_closed_is_reported_and_found_gone_at_once() {
         let (path, relay) = relay(listener.local_addr().unwrap()).await;
         let tls = tunnel_client(authority.roots(), None, kx).unwrap();
         let accept = async { listener.accept().await.unwrap().complete().await.unwrap() };
+        let health = Arc::default();
         let (server, agent) =
-            tokio::join!(accept, connect(path, "127.0.0.1", tls.into(), &settings));
+            tokio::join!(accept, connect(path, "127.0.0.1", tls.into(), &settings, &health));
         let (server, agent) = (Tunnel::from(server), Tunnel::from(agent.unwrap().0));
         let (mut control, _agent) = controls(&server, &agent).await;
         drop(relay);

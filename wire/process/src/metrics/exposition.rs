@@ -2,7 +2,7 @@
 
 use std::fmt::{Display, Write as _};
 
-use culvert_transport::{Carrier, TunnelStats, splice::Meter};
+use culvert_transport::{Carrier, TunnelStats, UdpStats, splice::Meter};
 use metrics_process::collector;
 
 use crate::logging;
@@ -92,6 +92,27 @@ impl Exposition {
             .zip(bytes)
             .map(|(direction, bytes)| (vec![("direction", direction.to_owned())], bytes));
         self.family(name, Kind::Counter, "Bytes spliced, by direction.", rows);
+    }
+
+    /// Adds the state of the process's UDP sockets, in families whose names begin with `prefix`.
+    pub fn udp(&mut self, prefix: &str, stats: &UdpStats) {
+        let name = |name| format!("{prefix}_{name}");
+        let help = "Whether UDP packets are sent in batches that the kernel segments.";
+        self.gauge(&name("gso"), help, u8::from(stats.gso));
+        let help = "Peers that are sent packets one by one, because batches do not reach them.";
+        self.gauge(&name("gso_disabled_peers"), help, stats.unsegmented_peers);
+        let help = "UDP sockets on which no packet can be received.";
+        self.gauge(&name("broken"), help, stats.broken);
+        let fallbacks = [
+            ("recvmmsg_refused", stats.recvmmsg_refused),
+            ("gso_refused", stats.gso_refused),
+            ("gso_lost", stats.gso_lost),
+        ];
+        let rows = fallbacks.map(|(reason, count)| (vec![("reason", reason.to_owned())], count));
+        let help = "Times that a faster system call was given up for a slower one, by reason.";
+        self.family(&name("fallbacks_total"), Kind::Counter, help, rows);
+        let help = "UDP packets that the kernel refused to send.";
+        self.counter(&name("send_errors_total"), help, stats.send_errors);
     }
 
     /// Adds the paths of tunnels, in families whose names begin with `prefix`.

@@ -31,6 +31,7 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
+use super::udp::socket_address;
 use crate::canonical;
 
 /// What the network reports of a peer to which it does not deliver packets (RFC 792, RFC 4443).
@@ -102,10 +103,7 @@ fn take_error(fd: i32) -> nix::Result<Option<(SocketAddr, Unreachable)>> {
         Some(Errno::ECONNREFUSED) => Unreachable::Port,
         _ => Unreachable::Host,
     };
-    let peer = message.address.and_then(|address| {
-        let v4 = address.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));
-        v4.or_else(|| address.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into())))
-    });
+    let peer = message.address.as_ref().and_then(socket_address);
     Ok(peer.map(|peer| (peer, why)))
 }
 
@@ -184,9 +182,15 @@ mod tests {
     };
 
     use super::*;
-    use crate::quic::udp::bind;
+    use crate::{
+        Settings,
+        quic::udp::{Bound, WhenBroken, bind},
+    };
 
-    const SIZE: usize = 1024 * 1024;
+    fn bind_to(address: &str) -> Bound {
+        let (settings, health) = (Settings::default(), Arc::default());
+        bind(address.parse().unwrap(), &settings, &health, WhenBroken::Stay).unwrap()
+    }
 
     async fn send(socket: &Arc<dyn AsyncUdpSocket>, destination: SocketAddr) {
         let transmit = Transmit {
@@ -204,7 +208,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_socket_is_closed_with_the_router() {
-        let bound = bind("127.0.0.1:0".parse().unwrap(), SIZE, 1452).unwrap();
+        let bound = bind_to("127.0.0.1:0");
         let address = bound.socket.local_addr().unwrap();
         let router = Arc::new(IcmpRouter::default());
         router.listen(bound.errors);
@@ -221,7 +225,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_closed_port_is_reported_with_its_address() {
-        let bound = bind("127.0.0.1:0".parse().unwrap(), SIZE, 1452).unwrap();
+        let bound = bind_to("127.0.0.1:0");
         let gone = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         send(&bound.socket, gone).await;
         assert_eq!(bound.errors.unwrap().next().await, Some((gone, Unreachable::Port)));
@@ -230,7 +234,7 @@ mod tests {
     #[tokio::test]
     async fn a_dual_stack_socket_reports_an_ipv4_peer() {
         // On a host without IPv6 this is an IPv4 socket, which has to report the peer as well.
-        let bound = bind("[::]:0".parse().unwrap(), SIZE, 1452).unwrap();
+        let bound = bind_to("[::]:0");
         let gone = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let destination = if bound.socket.local_addr().unwrap().is_ipv6() {
             format!("[::ffff:127.0.0.1]:{}", gone.port()).parse().unwrap()

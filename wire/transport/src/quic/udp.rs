@@ -1,22 +1,32 @@
 //! UDP sockets for tunnels: bound, with large buffers, and batches that the kernel accepts.
 
+mod calls;
+#[cfg(test)]
+mod download_tests;
+mod health;
+mod receiving;
+mod socket;
+mod unsegmented;
+mod vanishing;
+
 use std::{
-    io::{self, IoSliceMut},
+    io,
     net::{Ipv4Addr, SocketAddr, UdpSocket},
-    pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
 };
 
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
-use quinn::{
-    AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller,
-    udp::{RecvMeta, Transmit},
-};
+use quinn::AsyncUdpSocket;
 use socket2::{Domain, Protocol, Socket, Type};
 
+pub use self::health::{UdpHealth, UdpStats};
+use self::{
+    calls::KernelCalls,
+    socket::{Abilities, Socket as QuicSocket},
+};
+pub(super) use self::{calls::socket_address, socket::WhenBroken, vanishing::Watching};
 use super::icmp::ErrorQueue;
-use crate::socket::lacks_ipv6;
+use crate::{Settings, socket::lacks_ipv6};
 
 /// Maximum payload of a UDP datagram over IPv4, in bytes, and so of a batch that the kernel
 /// segments.
@@ -66,8 +76,9 @@ pub(super) struct Bound {
 /// on a host without IPv6.
 pub(super) fn bind(
     address: SocketAddr,
-    buffer_size: usize,
-    largest_payload: u16,
+    settings: &Settings,
+    health: &Arc<UdpHealth>,
+    when_broken: WhenBroken,
 ) -> Result<Bound, BindError> {
     let result = match open(address) {
         Err(error) if lacks_ipv6(&error) && address.is_ipv6() && address.ip().is_unspecified() => {
@@ -76,12 +87,19 @@ pub(super) fn bind(
         result => result,
     };
     let prepare = |socket: Socket| {
-        let buffer_sizes = set_buffers(&socket, buffer_size)?;
+        let buffer_sizes = set_buffers(&socket, settings.udp_buffer_size);
         // Without the error queue a dead peer shows only by the idle time-out: slower, not wrong.
         let errors = ErrorQueue::of(&socket).ok();
-        let inner = TokioRuntime.wrap_udp_socket(socket.into())?;
-        let batch = MAX_BATCH / usize::from(largest_payload.max(1200));
-        let socket = Arc::new(Batched { inner, batch });
+        let io = tokio::net::UdpSocket::from_std(socket.into())?;
+        let calls = KernelCalls::new(&io)?;
+        let (segments, joined) = calls.segments();
+        // The kernel refuses a larger batch.
+        let batch = segments.min(MAX_BATCH / usize::from(settings.mtu_cap.max(1200)));
+        let batch = if settings.gso { batch } else { 1 };
+        health.set_segments(batch > 1);
+        let may_fragment = calls.may_fragment();
+        let abilities = Abilities { batch, joined, may_fragment, when_broken };
+        let socket = Arc::new(QuicSocket::new(io, calls, abilities, health.clone()));
         Ok(Bound { socket, errors, buffer_sizes })
     };
     result.and_then(prepare).map_err(|source| BindError::new(address, source))
@@ -108,79 +126,54 @@ fn open(address: SocketAddr) -> io::Result<Socket> {
 }
 
 /// Sets the sizes of the buffers, beyond the system's limit where the process may; the sizes that
-/// the kernel granted. Linux reports twice the usable size, because it counts its own bookkeeping.
-fn set_buffers(socket: &Socket, size: usize) -> io::Result<BufferSizes> {
+/// the kernel granted, which are the system's where it refuses. Linux reports twice the usable size,
+/// because it counts its own bookkeeping.
+fn set_buffers(socket: &Socket, size: usize) -> BufferSizes {
     if setsockopt(socket, sockopt::RcvBufForce, &size).is_err() {
-        socket.set_recv_buffer_size(size)?;
+        let _ = socket.set_recv_buffer_size(size);
     }
     if setsockopt(socket, sockopt::SndBufForce, &size).is_err() {
-        socket.set_send_buffer_size(size)?;
+        let _ = socket.set_send_buffer_size(size);
     }
-    Ok(BufferSizes {
-        receive: socket.recv_buffer_size()? / 2,
-        send: socket.send_buffer_size()? / 2,
-    })
-}
-
-/// Limits the number of packets in one batch for the kernel.
-///
-/// A batch beyond [`MAX_BATCH`] fails as a whole, which QUIC would take for loss and lower the MTU.
-#[derive(Debug)]
-struct Batched {
-    inner: Arc<dyn AsyncUdpSocket>,
-    batch: usize,
-}
-
-impl AsyncUdpSocket for Batched {
-    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        self.inner.clone().create_io_poller()
-    }
-
-    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.inner.try_send(transmit)
-    }
-
-    fn poll_recv(
-        &self,
-        cx: &mut Context<'_>,
-        bufs: &mut [IoSliceMut<'_>],
-        meta: &mut [RecvMeta],
-    ) -> Poll<io::Result<usize>> {
-        self.inner.poll_recv(cx, bufs, meta)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.inner.local_addr()
-    }
-
-    fn max_transmit_segments(&self) -> usize {
-        self.inner.max_transmit_segments().min(self.batch)
-    }
-
-    fn max_receive_segments(&self) -> usize {
-        self.inner.max_receive_segments()
-    }
-
-    fn may_fragment(&self) -> bool {
-        self.inner.may_fragment()
+    BufferSizes {
+        receive: socket.recv_buffer_size().unwrap_or_default() / 2,
+        send: socket.send_buffer_size().unwrap_or_default() / 2,
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::IoSliceMut;
+
+    use quinn::udp::RecvMeta;
+
     use super::*;
 
-    const SIZE: usize = 1024 * 1024;
+    fn bind_with(address: &str, settings: &Settings) -> (Bound, Arc<UdpHealth>) {
+        let health = Arc::default();
+        let bound = bind(address.parse().unwrap(), settings, &health, WhenBroken::Stay);
+        (bound.unwrap(), health)
+    }
 
     #[tokio::test]
     async fn a_batch_of_large_packets_fits_the_largest_datagram() {
-        let bound = bind("127.0.0.1:0".parse().unwrap(), SIZE, 8952).unwrap();
+        let settings = Settings { mtu_cap: 8952, ..Settings::default() };
+        let (bound, health) = bind_with("127.0.0.1:0", &settings);
         assert!(bound.socket.max_transmit_segments() * 8952 <= MAX_BATCH);
+        assert!(health.stats().gso);
+    }
+
+    #[tokio::test]
+    async fn without_gso_quinn_makes_no_batches() {
+        let settings = Settings { gso: false, ..Settings::default() };
+        let (bound, health) = bind_with("127.0.0.1:0", &settings);
+        assert_eq!(bound.socket.max_transmit_segments(), 1);
+        assert!(!health.stats().gso);
     }
 
     #[tokio::test]
     async fn every_interface_means_both_address_families() {
-        let bound = bind("[::]:0".parse().unwrap(), SIZE, 1452).unwrap();
+        let (bound, _) = bind_with("[::]:0", &Settings::default());
         let port = bound.socket.local_addr().unwrap().port();
         let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
         sender.send_to(b"over IPv4", ("127.0.0.1", port)).unwrap();
@@ -194,7 +187,8 @@ mod tests {
 
     #[tokio::test]
     async fn granted_buffers_are_read_back() {
-        let bound = bind("127.0.0.1:0".parse().unwrap(), 65_536, 1452).unwrap();
+        let settings = Settings { udp_buffer_size: 65_536, ..Settings::default() };
+        let (bound, _) = bind_with("127.0.0.1:0", &settings);
         assert!(bound.buffer_sizes.receive >= 32_768, "{:?}", bound.buffer_sizes);
         assert!(bound.buffer_sizes.is_small());
     }

@@ -1,0 +1,306 @@
+//! A UDP socket for quinn that stays responsive where calls fail.
+//!
+//! quinn's own socket repeats a failing receive call without end, inside one poll, and stops to send
+//! batches to every peer after one error. This one falls back (see [`receiving`](super::receiving))
+//! and sends packets one by one to those peers alone that batches do not reach.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    io::{self, IoSliceMut},
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use nix::errno::Errno;
+use parking_lot::Mutex;
+use quinn::{
+    AsyncUdpSocket, UdpPoller,
+    udp::{RecvMeta, Transmit},
+};
+use tokio::{
+    io::Interest,
+    net::UdpSocket,
+    time::{Instant, Sleep, sleep},
+};
+use tokio_util::sync::ReusableBoxFuture;
+
+use super::{
+    calls::Calls,
+    health::UdpHealth,
+    receiving::{Call, Next, Receiving},
+};
+
+/// Number of packets from which they are sent as a batch. Fewer are sent one by one, loss probes
+/// and the flights of a handshake among them, so that a path that drops batches carries these.
+pub(super) const MIN_BATCH: usize = 4;
+/// Maximum number of calls that fail within one poll, before other tasks have their turn.
+const MAX_CALLS: usize = 16;
+/// Maximum number of batches that wait with a part of their packets sent.
+const MAX_PARTIAL: usize = 256;
+
+/// What follows when no packet can be received any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::quic) enum WhenBroken {
+    /// The endpoint ends, and so do its connections.
+    End,
+    /// The endpoint stays, and the call is tried again every second.
+    Stay,
+}
+
+/// What a socket may do.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Abilities {
+    /// Maximum number of packets in one batch; 1 sends none.
+    pub(super) batch: usize,
+    /// Maximum number of packets that the kernel joins to one.
+    pub(super) joined: usize,
+    /// Whether packets may be fragmented.
+    pub(super) may_fragment: bool,
+    /// What follows when no packet can be received any more.
+    pub(super) when_broken: WhenBroken,
+}
+
+/// A UDP socket for quinn that stays responsive where calls fail.
+#[derive(Debug)]
+pub(super) struct Socket<C> {
+    io: UdpSocket,
+    calls: C,
+    abilities: Abilities,
+    health: Arc<UdpHealth>,
+    receiver: Mutex<Receiver>,
+    partial: Mutex<HashMap<SocketAddr, Partial>>,
+}
+
+/// The state of receiving, and the pause that it makes.
+#[derive(Debug, Default)]
+struct Receiver {
+    receiving: Receiving,
+    pause: Option<Pin<Box<Sleep>>>,
+    broken: bool,
+}
+
+/// A batch whose packets are sent one by one, when the kernel's buffer was full. quinn hands the
+/// same batch in again.
+#[derive(Debug, PartialEq, Eq)]
+struct Partial {
+    contents: (usize, usize),
+    sent: usize,
+}
+
+impl<C: Calls> Socket<C> {
+    pub(super) fn new(
+        io: UdpSocket,
+        calls: C,
+        abilities: Abilities,
+        health: Arc<UdpHealth>,
+    ) -> Self {
+        let (receiver, partial) = Default::default();
+        Self { io, calls, abilities, health, receiver, partial }
+    }
+
+    fn call(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.io.try_io(Interest::WRITABLE, || self.calls.send(&self.io, transmit))
+    }
+
+    /// Sends a packet. One that the kernel does not take is lost, as on the path; `false` then.
+    fn send_packet(&self, transmit: &Transmit<'_>) -> io::Result<bool> {
+        let Err(error) = self.call(transmit) else { return Ok(true) };
+        if error.kind() == io::ErrorKind::WouldBlock {
+            return Err(error);
+        }
+        // Larger than the path carries: MTU discovery tries that.
+        if error.raw_os_error() != Some(Errno::EMSGSIZE as i32) {
+            self.health.send_failed();
+        }
+        Ok(false)
+    }
+
+    /// Sends the packets of a batch one by one; whether the kernel has taken all.
+    fn send_packets(&self, transmit: &Transmit<'_>, size: usize) -> io::Result<bool> {
+        let contents = (transmit.contents.as_ptr() as usize, transmit.contents.len());
+        let before = self.partial.lock().remove(&transmit.destination);
+        let mut sent = before.filter(|before| before.contents == contents).map_or(0, |p| p.sent);
+        let mut all = true;
+        for packet in transmit.contents[sent..].chunks(size) {
+            let packet = Transmit { contents: packet, segment_size: None, ..transmit.clone() };
+            match self.send_packet(&packet) {
+                Ok(taken) => all &= taken,
+                Err(error) => {
+                    let mut partial = self.partial.lock();
+                    if partial.len() < MAX_PARTIAL {
+                        partial.insert(transmit.destination, Partial { contents, sent });
+                    }
+                    return Err(error);
+                }
+            }
+            sent += packet.contents.len();
+        }
+        Ok(all)
+    }
+}
+
+impl<C: Calls> AsyncUdpSocket for Socket<C> {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        Box::pin(WritePoller::new(self))
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let size = match transmit.segment_size {
+            Some(size) if size < transmit.contents.len() => size,
+            _ => return self.send_packet(transmit).map(drop),
+        };
+        let peer = transmit.destination.ip();
+        let packets = transmit.contents.len().div_ceil(size);
+        if packets < MIN_BATCH || self.health.is_unsegmented(peer) {
+            return self.send_packets(transmit, size).map(drop);
+        }
+        match self.call(transmit) {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                // Not if the packets are refused as well: then it is not for being a batch.
+                if self.send_packets(transmit, size)? {
+                    self.health.batches_refused(peer, &error);
+                }
+                Ok(())
+            }
+            sent => sent,
+        }
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        let mut receiver = self.receiver.lock();
+        for _ in 0..MAX_CALLS {
+            if let Some(pause) = &mut receiver.pause {
+                ready!(pause.as_mut().poll(cx));
+                receiver.pause = None;
+            }
+            ready!(self.io.poll_recv_ready(cx))?;
+            let call = receiver.receiving.call(Instant::now());
+            let received = self.io.try_io(Interest::READABLE, || match call {
+                Call::Many => self.calls.receive_many(&self.io, bufs, meta),
+                Call::One => self.calls.receive_one(&self.io, bufs, &mut meta[0]).map(|()| 1),
+            });
+            match received {
+                Ok(count) => {
+                    self.receive_worked(&mut receiver, call);
+                    return Poll::Ready(Ok(count));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.receive_worked(&mut receiver, call);
+                }
+                Err(error) => self.receive_failed(&mut receiver, call, error)?,
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.io.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.abilities.batch
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.abilities.joined
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.abilities.may_fragment
+    }
+}
+
+impl<C: Calls> Socket<C> {
+    fn receive_worked(&self, receiver: &mut Receiver, call: Call) {
+        let recovered = receiver.receiving.worked(call);
+        if recovered.many {
+            self.health.recvmmsg_works();
+        }
+        if recovered.broken {
+            receiver.broken = false;
+            self.health.receive_ended(true);
+        }
+    }
+
+    /// Falls back, or begins a pause.
+    ///
+    /// # Errors
+    /// With the error, when the endpoint has to end.
+    fn receive_failed(
+        &self,
+        receiver: &mut Receiver,
+        call: Call,
+        error: io::Error,
+    ) -> io::Result<()> {
+        let pause = match receiver.receiving.failed(call, Instant::now(), &error) {
+            Next::Again => return Ok(()),
+            Next::OneByOne => {
+                self.health.recvmmsg_refused(&error);
+                return Ok(());
+            }
+            Next::Pause(pause) => pause,
+            Next::Broken(pause) => {
+                self.health.receive_broken(&error);
+                receiver.broken = true;
+                if self.abilities.when_broken == WhenBroken::End {
+                    return Err(error);
+                }
+                pause
+            }
+        };
+        receiver.pause = Some(Box::pin(sleep(pause)));
+        Ok(())
+    }
+}
+
+impl<C> Drop for Socket<C> {
+    fn drop(&mut self) {
+        if self.receiver.get_mut().broken {
+            self.health.receive_ended(false);
+        }
+    }
+}
+
+/// Waits until packets can be sent, for one connection.
+struct WritePoller<C> {
+    socket: Arc<Socket<C>>,
+    writable: ReusableBoxFuture<'static, io::Result<()>>,
+}
+
+impl<C: Calls> WritePoller<C> {
+    fn new(socket: Arc<Socket<C>>) -> Self {
+        let writable = ReusableBoxFuture::new(writable(socket.clone()));
+        Self { socket, writable }
+    }
+}
+
+async fn writable<C: Calls>(socket: Arc<Socket<C>>) -> io::Result<()> {
+    socket.io.writable().await
+}
+
+impl<C: Calls> UdpPoller for WritePoller<C> {
+    fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let result = ready!(self.writable.poll(cx));
+        let next = writable(self.socket.clone());
+        self.writable.set(next);
+        Poll::Ready(result)
+    }
+}
+
+impl<C> fmt::Debug for WritePoller<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WritePoller").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;
