@@ -283,16 +283,22 @@ async fn a_kubeconfig_with_another_address_is_used_when_the_old_one_does_not_ans
     .await;
 }
 
+/// At the start of both, and over each side's own CA file.
 #[tokio::test]
 async fn a_ca_file_with_a_bad_block_is_used_without_it() {
     within(async {
-        let mut rig = Rig::new().agents(0).start().await.unwrap();
+        let mut deployment = Deployment::without_server(Protocol::Connect);
         let bad = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
-        let ca = fs::read_to_string(rig.certificates().ca()).unwrap();
-        fs::write(rig.certificates().ca(), bad.to_owned() + &ca).unwrap();
-        rig.server.files.look().await;
-        rig.add_agent("agent").unwrap();
-        rig.until_joined(1).await.unwrap();
+        let ca = fs::read_to_string(deployment.certificates.ca()).unwrap();
+        fs::write(deployment.certificates.ca(), bad.to_owned() + &ca).unwrap();
+        deployment.start_server(Culvert, &LOG_AS_JSON).await;
+        let mut agent = deployment.start_agent(Culvert, "agent", &LOG_AS_JSON).await;
+        for process in [deployment.server(), &mut agent] {
+            let warning = process.until_logged("a part of a file is left out").await.unwrap();
+            let fault = warning["fault"].as_str().unwrap();
+            assert!(fault.contains("ca.crt: block 1: "), "{fault}");
+        }
+        deployment.open_echo().await;
     })
     .await;
 }

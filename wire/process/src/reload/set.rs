@@ -78,11 +78,12 @@ impl Set {
         match (self.load)(&mut files).and_then(|replace| self.accept(&files, now).map(|()| replace))
         {
             Ok(replace) => {
-                replace();
                 self.expiries.replace(files.certificates());
                 (self.current, self.failed) = (files, None);
                 self.ok.increment(1);
                 self.log_reload();
+                // Last, so that those who wait for it find it counted.
+                replace();
                 true
             }
             Err(error) => self.fail(files, &error, on_request),
