@@ -1,7 +1,9 @@
 //! The control stream at work: messages in and out, pings answered, and a peer that does not answer
 //! found out.
 
-use std::time::Duration;
+mod writer;
+
+use std::{future::ready, time::Duration};
 
 use culvert_wire::{
     code::CloseCode,
@@ -14,6 +16,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
+use self::writer::Writer;
 use crate::{
     ReadError, ReadFrameError, RecvHalf, SendHalf, Tunnel, TunnelLost, Unreachable, WriteError,
 };
@@ -24,7 +27,10 @@ const REFUSED_LIMIT: Duration = Duration::from_millis(50);
 /// Time for the answer to a ping when the network reports that the peer cannot be reached: routes
 /// have time to change.
 const UNREACHABLE_LIMIT: Duration = Duration::from_millis(1500);
-/// Number of times that a ping's deadline is renewed because the peer was heard meanwhile, or
+/// Time for the peer to take a message of this side. A peer that reads its control stream grants
+/// credit for thousands of messages ahead.
+const WRITE_LIMIT: Duration = Duration::from_millis(1500);
+/// Number of times that a deadline is renewed because the peer was heard meanwhile, or
 /// because this process did not run. A busy node answers late, and only silence means that it is
 /// gone; a peer that is heard and never answers is broken.
 const MAX_RENEWALS: u32 = 5;
@@ -59,6 +65,9 @@ pub enum ControlError {
     /// The peer did not answer a ping in time.
     #[error("no answer to a ping within {0:?}")]
     Unresponsive(Duration),
+    /// The peer grants no credit for the messages of this side.
+    #[error("no message was taken within {0:?}")]
+    NotReading(Duration),
 }
 
 impl From<ReadFrameError> for ControlError {
@@ -83,7 +92,7 @@ impl ControlError {
     /// The code with which this side closes the tunnel after the error.
     pub fn close_code(&self) -> CloseCode {
         match self {
-            Self::Unresponsive(_) => CloseCode::UNRESPONSIVE,
+            Self::Unresponsive(_) | Self::NotReading(_) => CloseCode::UNRESPONSIVE,
             Self::Encode(_) => CloseCode::ABANDONED,
             _ => CloseCode::PROTOCOL_VIOLATION,
         }
@@ -107,9 +116,11 @@ pub enum Event {
 #[derive(Debug)]
 pub struct ControlStream {
     tunnel: Tunnel,
-    send: SendHalf,
+    writer: Writer,
     recv: RecvHalf,
     question: Option<Question>,
+    /// How long the peer may still leave the messages of the writer untaken.
+    writing: Option<Patience>,
     next_echo: u64,
 }
 
@@ -117,31 +128,83 @@ pub struct ControlStream {
 #[derive(Debug)]
 struct Question {
     echo: u64,
-    /// Time from the ping, or from a renewal, to the deadline.
+    patience: Patience,
+}
+
+/// How long this side waits for the peer.
+#[derive(Debug)]
+struct Patience {
+    /// Time from the start, or from a renewal, to the deadline.
     limit: Duration,
     deadline: Instant,
-    /// Bytes that had arrived from the peer at the ping, or at the last renewal.
+    /// Bytes that had arrived from the peer at the start, or at the last renewal.
     heard: u64,
     renewals: u32,
+}
+
+impl Patience {
+    /// Waits for `limit` and three round trips from now on.
+    fn new(limit: Duration, tunnel: &Tunnel) -> Self {
+        let stats = tunnel.stats();
+        let limit = stats.rtt * 3 + limit;
+        let deadline = Instant::now() + limit;
+        Self { limit, deadline, heard: stats.received_bytes, renewals: 0 }
+    }
+
+    /// Sets another deadline after one that has passed, if the peer was heard since or this process
+    /// did not run. The error is the time that the peer has had.
+    fn renew(&mut self, tunnel: &Tunnel) -> Result<(), Duration> {
+        let (heard, now) = (tunnel.stats().received_bytes, Instant::now());
+        // A process that was suspended or starved cannot blame the peer for its silence.
+        let excused = heard != self.heard || now.saturating_duration_since(self.deadline) > LATE;
+        if !excused || self.renewals == MAX_RENEWALS {
+            return Err(self.limit * (self.renewals + 1));
+        }
+        self.renewals += 1;
+        self.heard = heard;
+        self.deadline = now + self.limit;
+        Ok(())
+    }
 }
 
 impl ControlStream {
     /// The control stream of `tunnel`, which consists of these halves.
     pub fn new(tunnel: Tunnel, (mut send, recv): (SendHalf, RecvHalf)) -> Self {
         send.set_priority(PRIORITY);
-        Self { tunnel, send, recv, question: None, next_echo: 0 }
+        let writer = Writer::new(send);
+        Self { tunnel, writer, recv, question: None, writing: None, next_echo: 0 }
     }
 
-    /// Sends a message.
+    /// Sends a message, and waits until the carrier has it.
     ///
     /// # Errors
-    /// When it does not fit its frame, or the stream is lost.
+    /// When it does not fit its frame, the stream is lost, or the peer takes no message in time:
+    /// 1.5 s and three round trips, or six times that from a peer that is heard.
     ///
     /// # Cancel safety
-    /// Not cancel safe: part of the message may be out. Close the tunnel then.
+    /// When the future is dropped, the message may still be sent, with the next one or during
+    /// [`event`](Self::event); messages before and after it stay whole.
     pub async fn send(&mut self, message: &ControlMessage) -> Result<(), ControlError> {
+        self.push(message)?;
+        while !self.writer.is_idle() {
+            select! {
+                biased;
+                flushed = self.writer.flush() => flushed?,
+                () = overdue(self.writing.as_ref()) => self.renew_writing()?,
+            }
+        }
+        self.writing = None;
+        Ok(())
+    }
+
+    /// Has a message sent while the caller waits for events.
+    fn push(&mut self, message: &ControlMessage) -> Result<(), ControlError> {
         let frame = message.encode()?;
-        Ok(self.send.write_chunk(frame).await?)
+        let writing = self.writing.get_or_insert_with(|| Patience::new(WRITE_LIMIT, &self.tunnel));
+        match self.writer.push(frame) {
+            true => Ok(()),
+            false => Err(ControlError::NotReading(writing.limit * (writing.renewals + 1))),
+        }
     }
 
     /// The next message for the caller, as [`event`](Self::event) returns it; other events are
@@ -172,8 +235,7 @@ impl ControlStream {
     /// tunnel with [`ControlError::close_code`] then.
     ///
     /// # Cancel safety
-    /// Cancel safe, except that a pong that is being written may be cut short. Writing one waits
-    /// only for a peer that has left megabytes of pongs unread.
+    /// Cancel safe.
     pub async fn event(&mut self) -> Result<Event, ControlError> {
         loop {
             let frame = select! {
@@ -186,14 +248,23 @@ impl ControlStream {
                     self.ask(limit).await?;
                     return Ok(Event::Unreachable(why));
                 }
-                () = overdue(self.question.as_ref()) => {
-                    self.renew()?;
+                flushed = self.writer.flush(), if self.writing.is_some() => {
+                    flushed?;
+                    self.writing = None;
+                    continue;
+                }
+                () = overdue(self.question.as_ref().map(|question| &question.patience)) => {
+                    self.renew_question()?;
+                    continue;
+                }
+                () = overdue(self.writing.as_ref()) => {
+                    self.renew_writing()?;
                     continue;
                 }
             };
             match ControlMessage::decode(&frame)? {
                 ControlMessage::Ping(Ping { echo }) => {
-                    self.send(&ControlMessage::Pong(Pong { echo })).await?;
+                    self.push(&ControlMessage::Pong(Pong { echo }))?;
                 }
                 ControlMessage::Pong(Pong { echo }) => {
                     if self.question.as_ref().is_some_and(|question| question.echo == echo) {
@@ -211,25 +282,21 @@ impl ControlStream {
     /// Sends a ping that the peer must answer. [`event`](Self::event) fails when no answer arrives
     /// within `limit` and three round trips, or six times that for a peer that is heard or while
     /// this process does not run. While a ping is unanswered no second one is sent; its deadline
-    /// only comes nearer.
+    /// only comes nearer. A ping that the peer does not take is unanswered as well.
     ///
     /// # Errors
-    /// When the stream is lost.
+    /// When the stream is lost, or the peer has taken no message for long.
     ///
     /// # Cancel safety
-    /// As [`send`](Self::send).
+    /// Cancel safe: it does not wait.
     pub async fn ask(&mut self, limit: Duration) -> Result<(), ControlError> {
-        let stats = self.tunnel.stats();
-        let limit = stats.rtt * 3 + limit;
-        let deadline = Instant::now() + limit;
-        if let Some(question) = &mut self.question {
-            question.limit = question.limit.min(limit);
-            question.deadline = question.deadline.min(deadline);
+        let patience = Patience::new(limit, &self.tunnel);
+        if let Some(Question { patience: pending, .. }) = &mut self.question {
+            pending.limit = pending.limit.min(patience.limit);
+            pending.deadline = pending.deadline.min(patience.deadline);
             return Ok(());
         }
-        let echo = self.next_echo;
-        let heard = stats.received_bytes;
-        self.question = Some(Question { echo, limit, deadline, heard, renewals: 0 });
+        self.question = Some(Question { echo: self.next_echo, patience });
         self.nudge().await
     }
 
@@ -237,38 +304,41 @@ impl ControlStream {
     /// received, for callers that watch [`Tunnel::stats`].
     ///
     /// # Errors
-    /// When the stream is lost.
+    /// As [`ask`](Self::ask).
     ///
     /// # Cancel safety
-    /// As [`send`](Self::send).
+    /// As [`ask`](Self::ask).
     pub async fn nudge(&mut self) -> Result<(), ControlError> {
         let echo = self.next_echo;
         self.next_echo += 1;
-        self.send(&ControlMessage::Ping(Ping { echo })).await
+        self.push(&ControlMessage::Ping(Ping { echo }))?;
+        // What is not taken at once is sent during `event`.
+        select! {
+            biased;
+            flushed = self.writer.flush() => {
+                flushed?;
+                self.writing = None;
+            }
+            () = ready(()) => {}
+        }
+        Ok(())
     }
 
-    /// Gives an unanswered ping whose deadline has passed another one, if the peer was heard since
-    /// or this process did not run.
-    fn renew(&mut self) -> Result<(), ControlError> {
-        let (heard, now) = (self.tunnel.stats().received_bytes, Instant::now());
-        let Some(question) = &mut self.question else { return Ok(()) };
-        // A process that was suspended or starved cannot blame the peer for its silence.
-        let excused =
-            heard != question.heard || now.saturating_duration_since(question.deadline) > LATE;
-        if !excused || question.renewals == MAX_RENEWALS {
-            return Err(ControlError::Unresponsive(question.limit * (question.renewals + 1)));
-        }
-        question.renewals += 1;
-        question.heard = heard;
-        question.deadline = now + question.limit;
-        Ok(())
+    fn renew_question(&mut self) -> Result<(), ControlError> {
+        let Some(Question { patience, .. }) = &mut self.question else { return Ok(()) };
+        patience.renew(&self.tunnel).map_err(ControlError::Unresponsive)
+    }
+
+    fn renew_writing(&mut self) -> Result<(), ControlError> {
+        let Some(patience) = &mut self.writing else { return Ok(()) };
+        patience.renew(&self.tunnel).map_err(ControlError::NotReading)
     }
 }
 
-/// Completes when the question's deadline has passed.
-async fn overdue(question: Option<&Question>) {
-    match question {
-        Some(question) => sleep_until(question.deadline).await,
+/// Completes when the deadline has passed.
+async fn overdue(patience: Option<&Patience>) {
+    match patience {
+        Some(patience) => sleep_until(patience.deadline).await,
         None => std::future::pending().await,
     }
 }

@@ -372,3 +372,76 @@ async fn a_message_that_does_not_fit_its_frame_is_not_sent() {
     server.send(&drain(3)).await.unwrap();
     assert_eq!(agent.receive().await, drain(3));
 }
+
+/// A server whose agent reads nothing of the control stream, after it granted credit for a few
+/// messages.
+async fn unread() -> (ControlStream, ScriptedAgent) {
+    let settings = Settings::default();
+    let agent = Settings { stream_receive_window: 16, ..settings };
+    let peer = Peer::local(Carrier::Tcp);
+    scripted_on(Pair::without_idle_timeout(peer, &agent, &settings).await.unwrap()).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_that_the_peer_does_not_take_fails_after_the_limit() {
+    let (mut server, _agent) = unread().await;
+    let begun = Instant::now();
+    let error = loop {
+        if let Err(error) = server.send(&drain(1)).await {
+            break error;
+        }
+        assert_eq!(begun.elapsed(), Duration::ZERO, "there is credit, or none");
+    };
+    assert_eq!(error, ControlError::NotReading(WRITE_LIMIT));
+    assert_eq!(error.close_code(), CloseCode::UNRESPONSIVE);
+    assert_eq!(begun.elapsed(), WRITE_LIMIT);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_takes_no_ping_is_unresponsive_within_the_pings_limit() {
+    let (mut server, _agent) = unread().await;
+    while timeout(Duration::ZERO, server.send(&drain(1))).await.is_ok() {}
+    let begun = Instant::now();
+    server.ask(WRITE_LIMIT / 3).await.unwrap();
+    assert_eq!(unresponsive(&mut server).await.1, WRITE_LIMIT / 3);
+    assert_eq!(begun.elapsed(), WRITE_LIMIT / 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_pings_and_takes_no_answer_is_given_up() {
+    let (mut server, mut agent) = unread().await;
+    let pinging = tokio::spawn(async move {
+        let mut echo = 0;
+        loop {
+            echo += 1;
+            agent.send(&ping(echo)).await;
+            tokio::task::yield_now().await;
+        }
+    });
+    let begun = Instant::now();
+    let error = timeout(LONG, server.next()).await.unwrap().unwrap_err();
+    assert!(matches!(error, ControlError::NotReading(_)), "{error:?}");
+    assert!(begun.elapsed() < WRITE_LIMIT * (1 + MAX_RENEWALS));
+    pinging.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn messages_stay_whole_when_their_senders_are_cancelled() {
+    let (mut server, mut agent) = unread().await;
+    let messages: Vec<_> = (0..40).map(|number| drain(number * 100_000)).collect();
+    for message in &messages {
+        // Soon there is no credit, and the sender does not wait for it.
+        let _ = timeout(Duration::ZERO, server.send(message)).await;
+    }
+    let reading = async {
+        let mut received = Vec::new();
+        for _ in &messages {
+            received.push(agent.receive().await);
+        }
+        received
+    };
+    select! {
+        received = reading => assert_eq!(received, messages),
+        event = server.event() => panic!("{event:?}"),
+    }
+}
