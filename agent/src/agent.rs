@@ -97,6 +97,7 @@ impl Agent {
             token,
             max_streams: config.max_streams,
             hedge_rate: config.tunnel.hedge_rate,
+            keep_alive_interval: config.tunnel.transport.keep_alive_interval,
             drain_timeout: config.drain_timeout,
             draining: CancellationToken::new(),
         });

@@ -64,6 +64,7 @@ pub(crate) fn context(token: Option<&str>) -> SessionContext {
         token: token.map(|token| Current::fixed(Secret::new(token).unwrap())),
         max_streams: 1000,
         hedge_rate: 0,
+        keep_alive_interval: None,
         drain_timeout: Duration::from_secs(20),
         draining: CancellationToken::new(),
     }
@@ -78,9 +79,13 @@ pub(crate) struct ServerEnd {
 
 /// The agent's and the server's end of a new tunnel.
 pub(crate) async fn connect(carrier: Carrier) -> (Connected, ServerEnd) {
-    let settings = Settings::default();
+    connect_to(carrier, &Settings::default()).await
+}
+
+/// The same with these settings of the server.
+pub(crate) async fn connect_to(carrier: Carrier, server: &Settings) -> (Connected, ServerEnd) {
     let peer = Peer::local(carrier);
-    let pair = Pair::without_idle_timeout(peer, &settings, &settings).await.unwrap();
+    let pair = Pair::without_idle_timeout(peer, &Settings::default(), server).await.unwrap();
     let Pair { agent, server, line } = pair;
     (Connected { tunnel: agent, buffers: None }, ServerEnd { tunnel: server, line })
 }

@@ -4,6 +4,9 @@
 //! QUIC itself waits for a silent peer for the whole idle time-out, because it has no other path.
 //! An agent has: TCP, or another QUIC connection. It tries them while the old tunnel stays, so a
 //! suspicion that proves wrong costs one handshake.
+//!
+//! An idle tunnel has nothing that could remain unacknowledged but its keep-alive, so the time until
+//! its silence is noticed is that interval, and at most two seconds more on short paths.
 
 use std::time::Duration;
 
@@ -12,8 +15,8 @@ use tokio::time::Instant;
 
 /// Interval of the checks while the tunnel carries streams.
 const BUSY_INTERVAL: Duration = Duration::from_millis(250);
-/// Interval of the checks otherwise.
-const IDLE_INTERVAL: Duration = Duration::from_secs(1);
+/// Interval of the checks of a tunnel without streams.
+const IDLE_INTERVAL: Duration = Duration::from_millis(500);
 /// Time for the peer to acknowledge something, and then again to answer a ping. Both together are
 /// 1.5 s, so that dials have another tunnel within 3 s. Long paths have [`ANSWER_ROUND_TRIPS`]
 /// instead.
@@ -53,6 +56,7 @@ pub(crate) struct Liveness {
     heard_at: Instant,
     asked_at: Option<Instant>,
     refused: Option<Refused>,
+    keep_alive_interval: Option<Duration>,
 }
 
 /// A report of the network that the peer cannot be reached.
@@ -63,10 +67,22 @@ struct Refused {
 }
 
 impl Liveness {
-    /// Watches a tunnel whose peer has just answered.
-    pub(crate) fn new(now: Instant, stats: &TunnelStats) -> Self {
+    /// Watches a tunnel whose peer has just answered. While it is idle its carrier pings the peer
+    /// at this interval, if there is one.
+    pub(crate) fn new(
+        now: Instant,
+        stats: &TunnelStats,
+        keep_alive_interval: Option<Duration>,
+    ) -> Self {
         let TunnelStats { received_bytes, eliciting_frames, .. } = *stats;
-        Self { received_bytes, eliciting_frames, heard_at: now, asked_at: None, refused: None }
+        Self {
+            received_bytes,
+            eliciting_frames,
+            heard_at: now,
+            asked_at: None,
+            refused: None,
+            keep_alive_interval,
+        }
     }
 
     /// Time until the next check of a tunnel that carries `streams` streams.
@@ -75,7 +91,7 @@ impl Liveness {
             (Some(Refused { rtt, .. }), _) => {
                 (rtt / REFUSED_CHECKS).clamp(REFUSED_INTERVAL_MIN, REFUSED_INTERVAL_MAX)
             }
-            (None, 0) => IDLE_INTERVAL,
+            (None, 0) if self.asked_at.is_none() => IDLE_INTERVAL,
             (None, _) => BUSY_INTERVAL,
         }
     }
@@ -97,7 +113,7 @@ impl Liveness {
             return Verdict::Refused;
         }
         if stats.received_bytes != self.received_bytes {
-            *self = Self::new(now, stats);
+            *self = Self::new(now, stats, self.keep_alive_interval);
             return Verdict::Fine;
         }
         if self.refused.is_some() {
@@ -110,7 +126,12 @@ impl Liveness {
         }
         let quiet = now.saturating_duration_since(self.heard_at);
         let unanswered = stats.eliciting_frames != self.eliciting_frames;
-        if (unanswered && quiet >= limit) || (streams > 0 && quiet >= QUIET_LIMIT.max(limit)) {
+        let quiet_limit = match streams {
+            // The peer was due to answer the keep-alive.
+            0 => self.keep_alive_interval.map(|interval| interval + limit),
+            _ => Some(QUIET_LIMIT.max(limit)),
+        };
+        if (unanswered && quiet >= limit) || quiet_limit.is_some_and(|limit| quiet >= limit) {
             self.asked_at = Some(now);
             return Verdict::Ask;
         }
@@ -121,6 +142,8 @@ impl Liveness {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
     /// A tunnel that is checked every quarter of a second.
     struct Watched {
@@ -134,7 +157,7 @@ mod tests {
             let mut stats = TunnelStats::default();
             stats.rtt = Duration::from_millis(rtt_millis);
             let now = Instant::now();
-            Self { liveness: Liveness::new(now, &stats), now, stats }
+            Self { liveness: Liveness::new(now, &stats, Some(KEEP_ALIVE)), now, stats }
         }
 
         /// The verdicts of `checks` checks other than `Fine`, each with the number of its check.
@@ -162,12 +185,35 @@ mod tests {
     }
 
     #[test]
-    fn a_tunnel_without_streams_is_not_pinged() {
+    fn an_idle_tunnel_whose_keep_alives_are_answered_is_not_pinged() {
         let mut tunnel = Watched::new(50);
-        assert_eq!(tunnel.check(1000, 0), []);
-        // Until its keep-alive is not acknowledged.
+        for _ in 0..100 {
+            assert_eq!(tunnel.check(20, 0), []);
+            tunnel.stats.eliciting_frames += 1;
+            tunnel.stats.received_bytes += 40;
+            assert_eq!(tunnel.check(1, 0), []);
+        }
+    }
+
+    #[test]
+    fn an_idle_tunnel_whose_keep_alive_is_not_acknowledged_is_silent_within_a_second() {
+        let mut tunnel = Watched::new(50);
+        assert_eq!(tunnel.check(20, 0), []);
+        assert_eq!(tunnel.liveness.interval(0), IDLE_INTERVAL);
         tunnel.stats.eliciting_frames += 1;
         assert_eq!(tunnel.check(1, 0), [(1, Verdict::Ask)]);
+        assert_eq!(tunnel.liveness.interval(0), BUSY_INTERVAL);
+        assert_eq!(tunnel.check(3, 0), [(3, Verdict::Silent)]);
+    }
+
+    #[test]
+    fn an_idle_tunnel_whose_peer_sends_no_keep_alive_either_is_pinged() {
+        // A carrier that does not count what it sends.
+        let mut tunnel = Watched::new(50);
+        assert_eq!(tunnel.check(26, 0), [(23, Verdict::Ask), (26, Verdict::Silent)]);
+        let mut tunnel = Watched::new(50);
+        tunnel.liveness.keep_alive_interval = None;
+        assert_eq!(tunnel.check(1000, 0), []);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use culvert_wire::{
     identifiers::Identifiers,
     version::{Features, REVISION},
 };
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::info;
 
@@ -54,6 +54,8 @@ pub(crate) struct SessionContext {
     pub(crate) max_streams: u32,
     /// Bytes per second that one tunnel may send a second time.
     pub(crate) hedge_rate: u32,
+    /// Interval at which the carrier pings the server of an idle tunnel, if it does.
+    pub(crate) keep_alive_interval: Option<Duration>,
     /// Time for streams to end once the agent drains.
     pub(crate) drain_timeout: Duration,
     /// Cancelled when the agent drains.
@@ -206,9 +208,11 @@ impl Joined {
         let result = tokio::select! {
             biased;
             lost = self.session.tunnel.closed() => return lost,
-            result = watch_control(&mut self.session.control, entry, tunnels, &streams) => match result {
-                Err(error) => Err(error),
-            },
+            result = watch_control(&mut self.session.control, entry, tunnels, &context, &streams) => {
+                match result {
+                    Err(error) => Err(error),
+                }
+            }
             lost = accept(&self.session.tunnel, &context, &streams) => return lost,
             () = context.draining.cancelled() => Ok(DrainReason::AgentDrains),
             () = entry.retired() => Ok(DrainReason::Retired),
@@ -252,32 +256,41 @@ impl Joined {
         };
         let deadline_millis = u32::try_from(announced.as_millis()).unwrap_or(u32::MAX);
         info!(server_id = %entry.server_id, streams = streams.len(), "draining");
-        self.session.control.send(&ControlMessage::Drain(Drain { deadline_millis })).await?;
-        streams.close();
-        let linger = DRAIN_LINGER + self.session.tunnel.stats().rtt * 2;
         let timed_out = async {
             context.draining.cancelled().await;
             sleep(limit).await;
         };
-        let all_ended = async {
-            sleep(linger).await;
-            streams.wait().await;
+        let ending = async {
+            let Session { tunnel, control } = &mut self.session;
+            control.send(&ControlMessage::Drain(Drain { deadline_millis })).await?;
+            streams.close();
+            let linger = DRAIN_LINGER + tunnel.stats().rtt * 2;
+            let all_ended = async {
+                sleep(linger).await;
+                streams.wait().await;
+            };
+            tokio::select! {
+                () = all_ended => Ok(Some(drained)),
+                result = watch_control(control, entry, tunnels, context, streams) => match result {
+                    Err(error) => Err(error),
+                },
+                // A dial that the server sent before it received the drain is still served.
+                _ = accept(tunnel, context, streams) => Ok(None),
+            }
         };
-        let (code, reason) = tokio::select! {
-            () = all_ended => drained,
-            () = timed_out => (CloseCode::SHUTDOWN, "the agent's time to drain is over"),
-            result = watch_control(&mut self.session.control, entry, tunnels, streams) => match result {
-                Err(error) => return Err(error),
-            },
-            // A dial that the server sent before it received the drain is still served.
-            _ = accept(&self.session.tunnel, context, streams) => return Ok(()),
+        let ended = tokio::select! {
+            ended = ending => ended?,
+            () = timed_out => Some((CloseCode::SHUTDOWN, "the agent's time to drain is over")),
         };
+        let Some((code, reason)) = ended else { return Ok(()) };
         info!(server_id = %entry.server_id, cut = streams.len(), reason, "leaving");
         let goodbye = Goodbye { code: code.as_u32(), reason: Text::truncated(reason.into()) };
-        let sent = self.session.control.send(&ControlMessage::Goodbye(goodbye)).await;
+        let goodbye = ControlMessage::Goodbye(goodbye);
+        let sent = timeout(FLUSH_TIMEOUT, self.session.control.send(&goodbye)).await;
         self.session.tunnel.close(code, reason);
         self.session.tunnel.flushed(FLUSH_TIMEOUT).await;
-        sent
+        // A server that does not take the goodbye reads the close.
+        sent.unwrap_or(Ok(()))
     }
 }
 
@@ -286,9 +299,11 @@ async fn watch_control(
     control: &mut ControlStream,
     entry: &ServerTunnel,
     tunnels: &ServerTunnels,
+    context: &SessionContext,
     streams: &TaskTracker,
 ) -> Result<Infallible, ControlError> {
-    let mut liveness = Liveness::new(Instant::now(), &entry.tunnel.stats());
+    let keep_alive = context.keep_alive_interval;
+    let mut liveness = Liveness::new(Instant::now(), &entry.tunnel.stats(), keep_alive);
     loop {
         tokio::select! {
             event = control.event() => match event? {

@@ -1,14 +1,14 @@
 use std::pin::pin;
 
 use bytes::Bytes;
-use culvert_transport::{Carrier, ReadError, RecvHalf, SendHalf, test_util::Side};
-use culvert_wire::{dial::DialRequest, frame::Message as _};
+use culvert_transport::{Carrier, ReadError, RecvHalf, SendHalf, Settings, test_util::Side};
+use culvert_wire::{control::Ping, dial::DialRequest, frame::Message as _};
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::*;
 use crate::{
-    test_support::{ServerEnd, connect, context, welcome},
+    test_support::{ServerEnd, connect, connect_to, context, welcome},
     tunnels::{AddOutcome, NewTunnel, Rank},
 };
 
@@ -17,7 +17,16 @@ async fn join_with<T>(
     context: &SessionContext,
     answer: impl AsyncFnOnce(ServerEnd) -> T,
 ) -> (Result<Joined, JoinError>, T) {
-    let (connected, end) = connect(Carrier::Quic).await;
+    join_to(&Settings::default(), context, answer).await
+}
+
+/// The same with these settings of the server.
+async fn join_to<T>(
+    server: &Settings,
+    context: &SessionContext,
+    answer: impl AsyncFnOnce(ServerEnd) -> T,
+) -> (Result<Joined, JoinError>, T) {
+    let (connected, end) = connect_to(Carrier::Quic, server).await;
     tokio::join!(join(connected, context), answer(end))
 }
 
@@ -32,7 +41,12 @@ struct Serving {
 }
 
 async fn serve(context: SessionContext) -> Serving {
-    let (joined, (end, control)) = join_with(&context, async |end: ServerEnd| {
+    serve_to(&Settings::default(), context).await
+}
+
+/// The same with these settings of the server.
+async fn serve_to(server: &Settings, context: SessionContext) -> Serving {
+    let (joined, (end, control)) = join_to(server, &context, async |end: ServerEnd| {
         let (mut control, _) = end.hello().await;
         control.send(&welcome("server-0", 1)).await.unwrap();
         (end, control)
@@ -332,4 +346,41 @@ async fn a_tunnel_over_tcp_is_never_suspect() {
     let serving = joined.serve(&entry, &tunnels, Arc::new(context(None)));
     assert!(timeout(secs(60), serving).await.is_err());
     assert!(!entry.is_suspect());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_silence_of_a_server_on_an_idle_tunnel_is_noticed_before_a_dial_has_failed() {
+    let keep_alive_interval = Some(secs(5));
+    let serving = serve(SessionContext { keep_alive_interval, ..context(None) }).await;
+    serving.end.line.silence(Side::Server);
+    let begun = Instant::now();
+    serving.tunnels.changed().await;
+    assert_eq!(serving.entry.suspicion(), Some(Suspicion::Silent));
+    let elapsed = begun.elapsed();
+    assert!((secs(5)..=secs(7)).contains(&elapsed), "{elapsed:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_takes_no_message_does_not_hold_up_the_drain() {
+    /// Number of answers to pings, of 12 bytes, that fill the carrier's buffer of 128 KiB and leave
+    /// some waiting in the control stream.
+    const ANSWERS: usize = 10_950;
+    // Credit for less than one message, unless the server reads.
+    let server = Settings { stream_receive_window: 4, ..Settings::default() };
+    for (drain_timeout, limit) in [(secs(1), secs(1)), (secs(20), secs(2))] {
+        let context = SessionContext { drain_timeout, ..context(None) };
+        let mut serving = serve_to(&server, context).await;
+        let ping = ControlMessage::Ping(Ping { echo: u64::MAX });
+        for _ in 0..ANSWERS {
+            serving.control.send(&ping).await.unwrap();
+        }
+        sleep(Duration::from_millis(10)).await;
+        let begun = Instant::now();
+        serving.context.draining.cancel();
+        let closed = timeout(secs(60), serving.closed()).await.unwrap();
+        assert!([CloseCode::SHUTDOWN, CloseCode::UNRESPONSIVE].contains(&closed), "{closed}");
+        // The goodbye has a second more.
+        let elapsed = begun.elapsed();
+        assert!((secs(1)..=limit + FLUSH_TIMEOUT).contains(&elapsed), "{elapsed:?}");
+    }
 }
