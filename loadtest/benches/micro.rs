@@ -9,6 +9,7 @@ use culvert_loadtest::{
     targets,
 };
 use culvert_server::{
+    backends::departure::Departure,
     backends::registry::{Candidate, Registry},
     config::Strategy,
 };
@@ -82,7 +83,7 @@ impl Candidate for Backend {
         &self.identifiers
     }
 
-    fn is_draining(&self) -> bool {
+    fn is_avoided(&self) -> bool {
         false
     }
 }
@@ -117,7 +118,7 @@ fn add_and_remove_a_backend(bencher: Bencher<'_, '_>, backends: usize) {
     let newcomer = backend(backends);
     bencher.bench_local(|| {
         registry.add(black_box(&newcomer));
-        registry.remove(&newcomer, tokio::time::Instant::now());
+        registry.remove(&newcomer, Departure::InOrder, tokio::time::Instant::now());
     });
 }
 

@@ -5,30 +5,34 @@
 //!  registry            who is connected, arranged by strategy; pure data
 //!  strategy            keys under which a strategy finds a backend
 //!  backend             one agent's live tunnel, its permits and its suspicions
+//!  departure           how a backend has left, and for how long it is expected back
+//!  silence             which agents are silent
 //!  recently_reached    targets that an agent reached in the last minutes
 //! ```
 
 mod backend;
+pub mod departure;
 mod recently_reached;
 pub mod registry;
+pub(crate) mod silence;
 mod strategy;
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
 };
 
+use culvert_transport::TunnelLost;
 use culvert_wire::{AgentId, Target};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::{sync::Notify, time::Instant};
+use tracing::debug;
 
 pub use backend::Backend;
-pub(crate) use backend::StreamPermit;
+pub(crate) use backend::{Process, StreamPermit};
 pub use strategy::Strategy;
 
+use departure::Departure;
 use registry::{Candidate, Registry};
 
 /// The connected backends. Clones share them.
@@ -67,10 +71,24 @@ impl Backends {
         Registration { backends: self.clone(), backend }
     }
 
+    /// Removes a backend whose tunnel was lost; one that is not there is no fault.
+    pub(crate) fn remove(&self, backend: &Arc<Backend>, lost: &TunnelLost) {
+        self.registry().remove(backend, Departure::of(lost), Instant::now());
+        self.0.changed.notify_waiters();
+    }
+
     /// Gives a backend no new dials while another one will do.
     pub(crate) fn drain(&self, backend: &Backend) {
         backend.drain();
         self.0.changed.notify_waiters();
+    }
+
+    /// Records whether a backend's agent is silent.
+    pub(crate) fn set_silent(&self, backend: &Backend, silent: bool) {
+        if backend.set_silent(silent) {
+            debug!(agent_id = %backend.agent_id(), silent, "an agent fell silent, or is heard again");
+            self.0.changed.notify_waiters();
+        }
     }
 
     /// Completes when every backend of this agent is gone or drains.
@@ -91,20 +109,19 @@ impl Backends {
         self.registry().choose(target, fastrand::usize(..))
     }
 
-    /// For how long a backend for a target is still expected back that has just left; `None` if
-    /// there was none.
-    pub(crate) fn expected_for(&self, target: &Target, now: Instant) -> Option<Duration> {
-        self.registry().expected_for(target, now)
+    /// Until when a backend for a target is expected back; `None` if none has left lately.
+    pub(crate) fn expected_until(&self, target: &Target, now: Instant) -> Option<Instant> {
+        self.registry().expected_until(target, now)
     }
 
-    /// Completes with a backend for a target once there is one that does not drain; `None` once
+    /// Completes with a backend for a target once there is one that is not avoided; `None` once
     /// the server stops.
     ///
     /// # Cancel safety
     /// Cancel safe: it changes nothing.
     pub(crate) async fn appears(&self, target: &Target) -> Option<Arc<Backend>> {
         self.until_some(|| {
-            let ready = self.choose(target).filter(|backend| !backend.is_draining());
+            let ready = self.choose(target).filter(|backend| !backend.is_avoided());
             let closed = self.0.closed.load(Ordering::Relaxed);
             (ready.is_some() || closed).then_some(ready)
         })
@@ -158,16 +175,24 @@ impl Backends {
     }
 }
 
-/// Keeps a backend registered for as long as it lives.
+/// Keeps a backend registered for as long as it lives. A backend whose registration is dropped
+/// without a reason counts as lost.
 #[derive(Debug)]
 pub(crate) struct Registration {
     backends: Backends,
     backend: Arc<Backend>,
 }
 
+impl Registration {
+    /// Removes the backend, whose tunnel has ended for this reason.
+    pub(crate) fn end(self, lost: &TunnelLost) {
+        self.backends.remove(&self.backend, lost);
+    }
+}
+
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.backends.registry().remove(&self.backend, Instant::now());
+        self.backends.registry().remove(&self.backend, Departure::Lost, Instant::now());
         self.backends.0.changed.notify_waiters();
     }
 }

@@ -23,7 +23,7 @@ use crate::{
         admission::Authenticator,
         listener::{AgentListener, ListenerError},
     },
-    backends::Backends,
+    backends::{Backends, silence},
     config::Config,
     dial::Dialer,
     files::ServerFiles,
@@ -214,12 +214,15 @@ impl Server {
             AbortOnDropHandle::new(tokio::spawn(async move { reloads.keep().await }));
         let mut frontend =
             AbortOnDropHandle::new(tokio::spawn(self.frontend.run(self.frontend_context.clone())));
-        let (health, admin) = (self.health.task(), self.admin.task());
-        let supervised = [health, admin, &mut self.upkeep, &mut frontend, &mut reloading];
+        let AgentContext { backends, settings, .. } = &*self.agent_context;
+        let watch = silence::watch(backends.clone(), settings.keep_alive_interval);
+        let mut watch = AbortOnDropHandle::new(tokio::spawn(watch));
+        let own = [&mut self.upkeep, &mut frontend, &mut reloading, &mut watch];
+        let supervised = [self.health.task(), self.admin.task()].into_iter().chain(own);
         let ended = tokio::select! {
             () = stop => Ok(()),
             error = agents.failed() => Err(error),
-            never = until_panic(supervised.into_iter().chain(&mut lease_task)) => match never {},
+            never = until_panic(supervised.chain(&mut lease_task)) => match never {},
         };
 
         // Not ready from here on. The frontend's task ends within a moment and removes its socket.

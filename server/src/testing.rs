@@ -154,9 +154,24 @@ impl TestAgent {
 
     /// An agent of this name that stands for these hosts.
     pub(crate) async fn join_for(backends: &Backends, name: &str, hosts: &[&str]) -> Self {
-        let Pair { agent: tunnel, server, .. } = pair().await;
+        Self::with(backends, hello(name, hosts), pair().await).await
+    }
+
+    /// An agent of this name on this tunnel.
+    pub(crate) async fn join_on(backends: &Backends, name: &str, pair: Pair) -> Self {
+        Self::with(backends, hello(name, &[]), pair).await
+    }
+
+    /// An agent of this name, in a process of its own.
+    pub(crate) async fn join_as(backends: &Backends, name: &str, instance: u8) -> Self {
+        let hello = Hello { instance: InstanceId([instance; 16]), ..hello(name, &[]) };
+        Self::with(backends, hello, pair().await).await
+    }
+
+    async fn with(backends: &Backends, hello: Hello, pair: Pair) -> Self {
+        let Pair { agent: tunnel, server, .. } = pair;
         let authenticated = Authenticator::open().admit(None).await.unwrap();
-        let backend = Arc::new(Backend::new(server, hello(name, hosts), authenticated, 10));
+        let backend = Arc::new(Backend::new(server, hello, authenticated, 10));
         let registration = backends.register(backend.clone());
         Self { tunnel, backend, _registration: registration }
     }

@@ -78,12 +78,13 @@ async fn an_agent_that_is_killed_while_streaming_ends_its_frontends_at_once(
 
 #[rstest]
 #[tokio::test]
-async fn an_agent_that_is_killed_while_it_dials_fails_the_dial_at_once(
+async fn a_dial_whose_agent_is_killed_and_does_not_return_fails_at_its_deadline(
     #[values(ConnectUnix, GrpcUnix)] frontend: FrontendKind,
     #[values(Quic, Tcp)] carrier: Carrier,
 ) {
     within(async {
-        let rig = rig(frontend, carrier).agents(0).start().await.unwrap();
+        let rig = rig(frontend, carrier).agents(0).server_flag("--backend-dial-timeout=3s");
+        let rig = rig.start().await.unwrap();
         let mut process = agent_process(&rig, &[]).await;
         rig.until_joined(1).await.unwrap();
         let target = SilentTarget::start();
@@ -96,6 +97,7 @@ async fn an_agent_that_is_killed_while_it_dials_fails_the_dial_at_once(
         let refused = dialed.unwrap_err().to_string();
         assert!(killed.elapsed() < AT_ONCE, "{:?}", killed.elapsed());
         assert!(refused.contains("agent process was lost while dialing"), "{refused}");
+        assert!(refused.contains("; no other tunnel within "), "{refused}");
         if frontend.protocol() == Protocol::Connect {
             assert!(refused.starts_with("HTTP/1.1 502 Bad Gateway\r\n"));
             assert!(refused.contains("Backend context error: "));
@@ -148,9 +150,12 @@ async fn a_dial_fails_when_no_agent_comes_back_and_later_dials_do_not_wait() {
 /// SIGSTOP: the process exists and sends nothing. Konnectivity dials it for ever.
 #[rstest]
 #[tokio::test]
-async fn a_frozen_agent_fails_its_dials_and_is_not_ready(#[values(Quic, Tcp)] carrier: Carrier) {
+async fn dials_of_a_frozen_agent_fail_at_their_deadline_and_it_is_not_ready(
+    #[values(Quic, Tcp)] carrier: Carrier,
+) {
     within(async {
-        let rig = rig(ConnectUnix, carrier).agents(0).start().await.unwrap();
+        let rig = rig(ConnectUnix, carrier).agents(0).server_flag("--backend-dial-timeout=4s");
+        let rig = rig.start().await.unwrap();
         let mut process = agent_process(&rig, &[]).await;
         rig.until_joined(1).await.unwrap();
         process.freeze().await.unwrap();

@@ -4,6 +4,7 @@
 
 mod compare;
 mod fairness;
+mod idle_udp_dropped;
 mod link;
 mod load;
 #[path = "../support/mod.rs"]

@@ -45,7 +45,7 @@ pub(super) async fn serve(
         revision = backend.revision(), "agent connected",
     );
     let lost = drive(&backend, control, &context).await;
-    drop(registration);
+    registration.end(&lost);
     context.metrics.tunnel_lost(lost.label());
     let cut = backend.open_streams();
     info!(agent_id = %agent_id, %remote, reason = %lost, cut, "agent gone");

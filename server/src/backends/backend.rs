@@ -9,8 +9,12 @@ use culvert_transport::Tunnel;
 use culvert_wire::{AgentId, InstanceId, bounded::Text, control::Hello, identifiers::Identifiers};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use super::{recently_reached::RecentlyReached, registry::Candidate};
+use super::{recently_reached::RecentlyReached, registry::Candidate, silence::Heard};
 use crate::agents::admission::Authenticated;
+
+/// One process of one agent: an agent that is started again is another one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Process(AgentId, InstanceId);
 
 /// One agent's live tunnel.
 #[derive(Debug)]
@@ -28,6 +32,8 @@ pub struct Backend {
     open_streams: AtomicUsize,
     draining: AtomicBool,
     suspicions: Notify,
+    pub(super) heard: Heard,
+    silent: AtomicBool,
 }
 
 impl Backend {
@@ -46,12 +52,19 @@ impl Backend {
             open_streams: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
             suspicions: Notify::new(),
+            heard: Heard::now(),
+            silent: AtomicBool::new(false),
         }
     }
 
     /// The agent process, which differs after each restart of the same agent.
     pub(crate) fn instance(&self) -> InstanceId {
         self.instance
+    }
+
+    /// The process that the tunnel leads to.
+    pub(crate) fn process(&self) -> Process {
+        Process(self.agent_id.clone(), self.instance)
     }
 
     /// The agent's revision of the protocol.
@@ -80,6 +93,21 @@ impl Backend {
         self.draining.store(true, Ordering::Relaxed);
     }
 
+    /// Whether the agent asked for no new dials.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Records whether the agent is silent. Returns whether that has changed.
+    pub(super) fn set_silent(&self, silent: bool) -> bool {
+        self.silent.swap(silent, Ordering::Relaxed) != silent
+    }
+
+    /// Whether nothing came from the agent for longer than a keep-alive takes.
+    pub(crate) fn is_silent(&self) -> bool {
+        self.silent.load(Ordering::Relaxed)
+    }
+
     /// Asks the task that drives the tunnel to find out whether the agent is alive.
     pub(crate) fn suspect(&self) {
         self.suspicions.notify_one();
@@ -103,8 +131,8 @@ impl Candidate for Backend {
         &self.identifiers
     }
 
-    fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Relaxed)
+    fn is_avoided(&self) -> bool {
+        self.is_draining() || self.is_silent()
     }
 }
 

@@ -1,21 +1,12 @@
 //! Which backends are connected, arranged by the keys of each strategy. Pure data: no tasks, no
 //! I/O, no clock.
 
-use std::{
-    collections::{HashMap, VecDeque},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc};
 
 use culvert_wire::{AgentId, Target, identifiers::Identifiers};
 use tokio::time::Instant;
 
-use super::strategy::Strategy;
-
-/// For how long a backend that has left is expected back: an agent whose UDP is suddenly rejected
-/// has another tunnel within a few round trips, and a process that crashed is started again within
-/// about a second. A dial that waits in vain has not waited long.
-pub const RETURN_LIMIT: Duration = Duration::from_millis(1500);
+use super::{departure::Departure, strategy::Strategy};
 
 /// What the registry must know of a backend.
 pub trait Candidate {
@@ -23,8 +14,9 @@ pub trait Candidate {
     fn agent_id(&self) -> &AgentId;
     /// Identifiers that the agent announced.
     fn identifiers(&self) -> &Identifiers;
-    /// Whether the backend is to get no new dials while another one will do.
-    fn is_draining(&self) -> bool;
+    /// Whether the backend is to get no new dials while another one will do: it drains, or its
+    /// agent is silent.
+    fn is_avoided(&self) -> bool;
 }
 
 /// The connected backends, in the order of arrival and once per configured strategy.
@@ -51,28 +43,23 @@ impl<B: Candidate> Registry<B> {
         }
     }
 
-    /// Removes a backend; one that is not there is no fault.
-    pub fn remove(&mut self, backend: &Arc<B>, now: Instant) {
+    /// Removes a backend that has left; one that is not there is no fault.
+    pub fn remove(&mut self, backend: &Arc<B>, departure: Departure, now: Instant) {
         self.all.retain(|other| !Arc::ptr_eq(other, backend));
         for (strategy, group) in &mut self.groups {
             for key in strategy.keys(&**backend) {
-                group.remove(key, backend, now);
+                group.remove(key, backend, departure, now);
             }
         }
     }
 
-    /// For how long a backend for a target is still expected back that has left less than
-    /// [`RETURN_LIMIT`] ago; `None` if there was none.
-    pub fn expected_for(&self, target: &Target, now: Instant) -> Option<Duration> {
-        let left = self.groups.iter().filter_map(|(strategy, group)| match strategy {
-            Strategy::Default | Strategy::DefaultRoute => group.left.back().map(|(at, _)| *at),
-            Strategy::DestHost => {
-                let of_host = |(_, key): &&(Instant, String)| key == target.host();
-                group.left.iter().rev().find(of_host).map(|(at, _)| *at)
-            }
+    /// Until when a backend for a target is expected back; `None` if none has left lately.
+    pub fn expected_until(&self, target: &Target, now: Instant) -> Option<Instant> {
+        let until = self.groups.iter().filter_map(|(strategy, group)| match strategy {
+            Strategy::Default | Strategy::DefaultRoute => group.left.values().max(),
+            Strategy::DestHost => group.left.get(target.host()),
         });
-        let gone_for = now.saturating_duration_since(left.max()?);
-        RETURN_LIMIT.checked_sub(gone_for).filter(|limit| !limit.is_zero())
+        until.max().filter(|until| **until > now).copied()
     }
 
     /// The backend for a target by the first strategy that finds one. `random` spreads the load
@@ -111,18 +98,19 @@ impl<B: Candidate> Registry<B> {
 struct Group<B> {
     keys: Vec<String>,
     backends: HashMap<String, Vec<Arc<B>>>,
-    /// Keys that lost their last backend less than [`RETURN_LIMIT`] ago, and when; oldest first.
-    left: VecDeque<(Instant, String)>,
+    /// Keys whose last backend has left, and until when it is expected back.
+    left: HashMap<String, Instant>,
 }
 
 impl<B> Default for Group<B> {
     fn default() -> Self {
-        Self { keys: Vec::new(), backends: HashMap::new(), left: VecDeque::new() }
+        Self { keys: Vec::new(), backends: HashMap::new(), left: HashMap::new() }
     }
 }
 
 impl<B: Candidate> Group<B> {
     fn add(&mut self, key: String, backend: &Arc<B>) {
+        self.left.remove(&key);
         let backends = self.backends.entry(key.clone()).or_insert_with(|| {
             self.keys.push(key);
             Vec::new()
@@ -130,57 +118,61 @@ impl<B: Candidate> Group<B> {
         backends.push(backend.clone());
     }
 
-    fn remove(&mut self, key: String, backend: &Arc<B>, now: Instant) {
+    fn remove(&mut self, key: String, backend: &Arc<B>, departure: Departure, now: Instant) {
         let Some(backends) = self.backends.get_mut(&key) else { return };
         backends.retain(|other| !Arc::ptr_eq(other, backend));
         if backends.is_empty() {
             self.backends.remove(&key);
             self.keys.retain(|other| *other != key);
-            let is_over = |(at, _): &(Instant, String)| now >= *at + RETURN_LIMIT;
-            while self.left.front().is_some_and(is_over) {
-                self.left.pop_front();
+            // Before the map grows, those that are expected no longer make room.
+            if self.left.len() == self.left.capacity() {
+                self.left.retain(|_, until| *until > now);
             }
-            self.left.push_back((now, key));
+            self.left.insert(key, now + departure.return_limit());
         }
     }
 
-    /// The newest backend of the key that is not draining, else the newest.
+    /// The newest backend of the key that is not avoided, else the newest.
     fn of(&self, key: &str) -> Option<Arc<B>> {
         let backends = self.backends.get(key)?;
-        let ready = backends.iter().rev().find(|backend| !backend.is_draining());
+        let ready = backends.iter().rev().find(|backend| !backend.is_avoided());
         ready.or_else(|| backends.last()).cloned()
     }
 
-    /// A backend of any key, from a random one onwards: the first that is not draining, else the
+    /// A backend of any key, from a random one onwards: the first that is not avoided, else the
     /// first.
     fn any(&self, random: usize) -> Option<Arc<B>> {
         let start = random.checked_rem(self.keys.len())?;
         let (before, after) = self.keys.split_at(start);
-        let mut draining = None;
+        let mut avoided = None;
         for key in after.iter().chain(before) {
             match self.of(key) {
-                Some(backend) if backend.is_draining() => {
-                    draining.get_or_insert(backend);
+                Some(backend) if backend.is_avoided() => {
+                    avoided.get_or_insert(backend);
                 }
                 found => return found,
             }
         }
-        draining
+        avoided
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::{
+        sync::atomic::{AtomicBool, Ordering},
+        time::Duration,
+    };
 
     use culvert_wire::identifiers::Identifier;
 
     use super::*;
+    use crate::backends::departure::{LOST_RETURN_LIMIT, RETURN_LIMIT};
 
     struct Fake {
         agent_id: AgentId,
         identifiers: Identifiers,
-        draining: AtomicBool,
+        avoided: AtomicBool,
     }
 
     impl Candidate for Fake {
@@ -192,8 +184,8 @@ mod tests {
             &self.identifiers
         }
 
-        fn is_draining(&self) -> bool {
-            self.draining.load(Ordering::Relaxed)
+        fn is_avoided(&self) -> bool {
+            self.avoided.load(Ordering::Relaxed)
         }
     }
 
@@ -203,7 +195,7 @@ mod tests {
         Arc::new(Fake {
             agent_id: name.parse().unwrap(),
             identifiers: identifiers.try_into().unwrap(),
-            draining: AtomicBool::new(false),
+            avoided: AtomicBool::new(false),
         })
     }
 
@@ -223,16 +215,16 @@ mod tests {
     }
 
     #[test]
-    fn default_reaches_every_agent_and_prefers_those_not_draining() {
+    fn default_reaches_every_agent_and_prefers_those_not_avoided() {
         let (a, b, c) = (fake("a", &[]), fake("b", &[]), fake("c", &[]));
         let registry = registry(&[Strategy::Default], &[&a, &b, &c]);
         for (random, expected) in [(0, &a), (1, &b), (2, &c), (3, &a)] {
             assert_chosen(registry.choose(&target("x:1"), random), expected);
         }
-        b.draining.store(true, Ordering::Relaxed);
+        b.avoided.store(true, Ordering::Relaxed);
         assert_chosen(registry.choose(&target("x:1"), 1), &c);
-        a.draining.store(true, Ordering::Relaxed);
-        c.draining.store(true, Ordering::Relaxed);
+        a.avoided.store(true, Ordering::Relaxed);
+        c.avoided.store(true, Ordering::Relaxed);
         assert_chosen(registry.choose(&target("x:1"), 1), &b);
     }
 
@@ -252,43 +244,48 @@ mod tests {
         assert_eq!(registry.of_agent(&old.agent_id).len(), 2);
         assert_chosen(registry.choose(&target("x:1"), 0), &new);
         let now = Instant::now();
-        registry.remove(&new, now);
+        registry.remove(&new, Departure::Lost, now);
         assert_chosen(registry.choose(&target("x:1"), 0), &old);
-        assert_eq!(registry.expected_for(&target("x:1"), now), None);
-        registry.remove(&old, now);
-        registry.remove(&old, now);
+        assert_eq!(registry.expected_until(&target("x:1"), now), None);
+        registry.remove(&old, Departure::InOrder, now);
+        // What is removed already says nothing new about the departure.
+        registry.remove(&old, Departure::Lost, now);
+        assert_eq!(registry.expected_until(&target("x:1"), now), Some(now + RETURN_LIMIT));
         assert!(!registry.is_ready());
     }
 
     #[test]
-    fn a_backend_that_has_left_is_expected_back_for_a_moment() {
+    fn a_backend_that_was_lost_is_expected_back_for_longer_than_one_that_left_in_order() {
         let (one, two) = (fake("one", &[("ipv4", "10.0.0.1")]), fake("two", &[("host", "node-2")]));
         let mut registry = registry(&[Strategy::DestHost], &[&one, &two]);
         let start = Instant::now();
-        let expected = |registry: &Registry<Fake>, address, millis| {
-            let now = start + Duration::from_millis(millis);
-            registry.expected_for(&target(address), now).map(|limit| limit.as_millis())
+        let moment = Duration::from_millis(1);
+        let expected = |registry: &Registry<Fake>, address, now| {
+            registry.expected_until(&target(address), now).map(|until| until - start)
         };
-        assert_eq!(expected(&registry, "10.0.0.1:80", 0), None);
-        registry.remove(&one, start);
-        registry.remove(&two, start + Duration::from_millis(100));
-        assert_eq!(expected(&registry, "10.0.0.1:80", 1400), Some(100));
-        assert_eq!(expected(&registry, "10.0.0.1:80", 1500), None);
-        assert_eq!(expected(&registry, "node-2:80", 1500), Some(100));
-        assert_eq!(expected(&registry, "10.0.0.9:80", 0), None, "no backend was ever there");
+        assert_eq!(expected(&registry, "10.0.0.1:80", start), None);
+        registry.remove(&one, Departure::InOrder, start);
+        registry.remove(&two, Departure::Lost, start);
+        for (address, limit) in [("10.0.0.1:80", RETURN_LIMIT), ("node-2:80", LOST_RETURN_LIMIT)] {
+            assert_eq!(expected(&registry, address, start + limit - moment), Some(limit));
+            assert_eq!(expected(&registry, address, start + limit), None);
+        }
+        assert_eq!(expected(&registry, "10.0.0.9:80", start), None, "no backend was ever there");
+        registry.add(&two);
+        assert_eq!(expected(&registry, "node-2:80", start), None, "it is back");
     }
 
     #[test]
     fn any_agent_that_has_left_is_expected_where_any_agent_will_do() {
-        let agents: Vec<_> = (0..10).map(|number| fake(&format!("a{number}"), &[])).collect();
+        let agents: Vec<_> = (0..1000).map(|number| fake(&format!("a{number}"), &[])).collect();
         let mut registry = registry(&[Strategy::Default], &agents.iter().collect::<Vec<_>>());
-        let start = Instant::now();
-        for (number, agent) in (0..).zip(&agents) {
-            registry.remove(agent, start + number * RETURN_LIMIT / 2);
+        let mut now = Instant::now();
+        for agent in &agents {
+            now += RETURN_LIMIT / 2;
+            registry.remove(agent, Departure::InOrder, now);
         }
-        let last = start + 9 * RETURN_LIMIT / 2;
-        assert_eq!(registry.expected_for(&target("x:1"), last), Some(RETURN_LIMIT));
-        assert_eq!(registry.groups[0].1.left.len(), 2, "those before are forgotten");
+        assert_eq!(registry.expected_until(&target("x:1"), now), Some(now + RETURN_LIMIT));
+        assert!(registry.groups[0].1.left.len() < 10, "those before are forgotten");
     }
 
     #[test]

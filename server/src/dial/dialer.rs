@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use culvert_process::rate_limited;
 use culvert_wire::{DialId, Target, dial::DialRequest, extension::Extensions};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
 use super::{
@@ -15,16 +15,14 @@ use super::{
     optimistic::ExpectedReply,
 };
 use crate::{
-    backends::{
-        Backend, Backends,
-        registry::{Candidate, RETURN_LIMIT},
-    },
+    backends::{Backend, Backends, Process, departure::LOST_RETURN_LIMIT, registry::Candidate},
     config::DialConfig,
     metrics::ServerMetrics,
 };
 
-/// Maximum number of times that one dial moves to another tunnel because its own was lost.
-pub(super) const MAX_MOVES: usize = 3;
+/// Maximum number of agent processes that one dial asks. A dial that brings down each process that
+/// it reaches must not bring down all; other tunnels of a process that was asked are no limit.
+pub(super) const MAX_PROCESSES: usize = 4;
 
 /// Dials targets through the connected backends. Clones dial through the same ones.
 #[derive(Clone, Debug)]
@@ -70,7 +68,8 @@ impl Dialer {
             self.record(dial.target(), None, started, &failed);
             return failed;
         };
-        if self.config.optimistic && backend.recently_reached.is_recent(dial.target(), started) {
+        let optimistic = self.config.optimistic && !backend.is_silent();
+        if optimistic && backend.recently_reached.is_recent(dial.target(), started) {
             match self.expect(&backend, &dial).await {
                 // The frontend has no answer yet, so the dial may still move.
                 Err(DialError::Lost { .. }) => {}
@@ -91,26 +90,23 @@ impl Dialer {
         result
     }
 
-    /// A backend for the target. When there is none, but was one a moment ago, waits for a moment.
+    /// A backend for the target. When there is none, but one is expected back, waits for it.
     async fn choose(&self, dial: &Dial) -> Option<Arc<Backend>> {
         if let Some(backend) = self.backends.choose(dial.target()) {
             return Some(backend);
         }
-        let limit = self.backends.expected_for(dial.target(), dial.started)?;
+        let until = self.backends.expected_until(dial.target(), dial.started)?;
         let _pending = self.metrics.dial_pending();
-        self.wait(dial, limit).await
+        self.wait(dial, until).await
     }
 
-    /// A backend that takes the dial within `limit` and before its deadline. For a dial that can go
-    /// to no other backend a short wait is better than a failure: the client would have to retry,
-    /// and does not know when.
-    async fn wait(&self, dial: &Dial, limit: Duration) -> Option<Arc<Backend>> {
-        if limit.is_zero() {
-            return None;
-        }
-        let appears = timeout(limit, self.backends.appears(dial.target()));
-        let appeared = until(dial.deadline, async { Ok(appears.await.ok().flatten()) }).await;
-        let backend = appeared.ok().flatten();
+    /// A backend that takes the dial before its deadline, and before `until`. A wait is better than
+    /// a failure for a dial that can go to no other backend: the client would have to retry, and
+    /// does not know when. The wait ends early when the server stops.
+    async fn wait(&self, dial: &Dial, until: Instant) -> Option<Arc<Backend>> {
+        let until = dial.deadline.map_or(until, |deadline| deadline.min(until));
+        let appears = timeout_at(until, self.backends.appears(dial.target()));
+        let backend = appears.await.ok().flatten();
         self.metrics.dial_waited(backend.is_some());
         backend
     }
@@ -123,29 +119,40 @@ impl Dialer {
         mut backend: Arc<Backend>,
         dial: &Dial,
     ) -> (Arc<Backend>, Result<Dialed, DialError>) {
-        for _ in 0..MAX_MOVES {
+        let mut processes = vec![backend.process()];
+        loop {
             let result = self.ask(&backend, dial).await;
-            if !matches!(result, Err(DialError::Lost { .. })) {
+            let Err(DialError::Lost { agent_id, source, .. }) = result else {
                 return (backend, result);
-            }
-            let Some(other) = self.other(&backend, dial).await else { return (backend, result) };
+            };
+            // Another dial may choose it until the task of its tunnel has noticed.
+            self.backends.remove(&backend, &source);
+            let lost_at = Instant::now();
+            let Some(other) = self.other(dial, &mut processes).await else {
+                let waited = lost_at.elapsed();
+                return (backend, Err(DialError::Lost { agent_id, source, waited }));
+            };
             self.metrics.dial_moved();
             debug!(dial_target = %dial.target(), agent_id = %other.agent_id(), "dial moved");
             backend = other;
         }
-        let result = self.ask(&backend, dial).await;
-        (backend, result)
     }
 
-    /// Another backend for a dial whose tunnel was lost. A young dial waits for one.
-    async fn other(&self, lost: &Arc<Backend>, dial: &Dial) -> Option<Arc<Backend>> {
-        // The lost one may still be registered.
-        self.backends.drain(lost);
-        let other = self.backends.choose(dial.target());
-        match other.filter(|other| !Arc::ptr_eq(other, lost)) {
-            Some(other) => Some(other),
-            None => self.wait(dial, RETURN_LIMIT.saturating_sub(dial.started.elapsed())).await,
+    /// Another backend for a dial whose tunnel was lost, now or before the deadline. It may be a
+    /// tunnel of a process that was asked before, or of one more process within the limit.
+    async fn other(&self, dial: &Dial, processes: &mut Vec<Process>) -> Option<Arc<Backend>> {
+        let other = match self.backends.choose(dial.target()) {
+            Some(other) => other,
+            None => self.wait(dial, Instant::now() + LOST_RETURN_LIMIT).await?,
+        };
+        let process = other.process();
+        if !processes.contains(&process) {
+            if processes.len() == MAX_PROCESSES {
+                return None;
+            }
+            processes.push(process);
         }
+        Some(other)
     }
 
     /// Asks the agent and waits for its reply.

@@ -1,5 +1,7 @@
 //! Why a dial failed.
 
+use std::{fmt, time::Duration};
+
 use culvert_transport::{ReadFrameError, TunnelLost, WriteError};
 use culvert_wire::{
     AgentId, StreamCode, codec::EncodeError, dial::DialFailure, extension::UnknownExtension,
@@ -24,13 +26,15 @@ pub(crate) enum DialError {
     /// The agent did not answer before the deadline.
     #[error("timed out waiting for backend dial")]
     TimedOut,
-    /// The tunnel was lost before the agent answered.
-    #[error("agent {agent_id} was lost while dialing: {source}")]
+    /// The tunnel was lost before the agent answered, and no other one took its place in time.
+    #[error("agent {agent_id} was lost while dialing: {source}{}", Waited(*waited))]
     Lost {
         /// Agent of the tunnel.
         agent_id: AgentId,
         /// Why the tunnel was lost.
         source: TunnelLost,
+        /// Time for which the dial then waited for another tunnel.
+        waited: Duration,
     },
     /// The agent carries as many streams as it may.
     #[error("agent {0} has too many open streams")]
@@ -79,6 +83,18 @@ pub(crate) enum RequestError {
     /// Its stream takes no bytes.
     #[error(transparent)]
     Stream(WriteError),
+}
+
+/// What a text adds about a wait for another tunnel.
+struct Waited(Duration);
+
+impl fmt::Display for Waited {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Duration::ZERO => Ok(()),
+            waited => write!(f, "; no other tunnel within {:.1}s", waited.as_secs_f64()),
+        }
+    }
 }
 
 impl DialError {

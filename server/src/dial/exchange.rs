@@ -128,7 +128,7 @@ pub(super) async fn read_reply(
 }
 
 fn lost(backend: &Backend, source: TunnelLost) -> DialError {
-    DialError::Lost { agent_id: backend.agent_id().clone(), source }
+    DialError::Lost { agent_id: backend.agent_id().clone(), source, waited: Duration::ZERO }
 }
 
 fn refused(backend: &Backend, code: StreamCode) -> DialError {
@@ -139,10 +139,11 @@ fn malformed(backend: &Backend, source: impl Into<MalformedReply>) -> DialError 
     DialError::Malformed { agent_id: backend.agent_id().clone(), source: source.into() }
 }
 
-/// Runs an exchange with an agent, which is suspected once that takes [`SUSPECT_AFTER`].
+/// Runs an exchange with an agent, which is suspected once that takes [`SUSPECT_AFTER`]; at once if
+/// the agent is silent.
 pub(super) async fn suspecting<T>(backend: &Backend, exchange: impl Future<Output = T>) -> T {
     let suspect = async {
-        sleep(SUSPECT_AFTER).await;
+        sleep(if backend.is_silent() { Duration::ZERO } else { SUSPECT_AFTER }).await;
         backend.suspect();
         std::future::pending::<Infallible>().await
     };

@@ -1,7 +1,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use culvert_transport::{ReadError, ReadFrameError};
+use culvert_transport::{ReadError, ReadFrameError, TunnelLost};
 use culvert_wire::{
     CloseCode, StreamCode,
     bounded::List,
@@ -14,9 +14,12 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::{dialer::MAX_MOVES, error::MalformedReply, exchange::SUSPECT_AFTER, *};
+use super::{dialer::MAX_PROCESSES, error::MalformedReply, exchange::SUSPECT_AFTER, *};
 use crate::{
-    backends::{Backends, Strategy, registry::RETURN_LIMIT},
+    backends::{
+        Backends, Strategy,
+        departure::{LOST_RETURN_LIMIT, RETURN_LIMIT},
+    },
     config::DialConfig,
     metrics::ServerMetrics,
     testing::{Asked, TestAgent, metric, target},

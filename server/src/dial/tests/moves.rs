@@ -11,15 +11,31 @@ async fn without_an_agent_a_dial_fails_at_once() {
     assert_eq!(dialing.failures("no_agent"), 1.0);
 }
 
+/// Why an agent is gone that left in order.
+fn stopped() -> TunnelLost {
+    TunnelLost::ClosedByPeer { code: CloseCode::SHUTDOWN, reason: String::new() }
+}
+
+impl Dialing {
+    /// Ends the tunnel of the only agent for this reason.
+    async fn lose(&self, name: &str, lost: &TunnelLost) {
+        let agent = self.agent(name).await;
+        self.backends.remove(&agent.backend, lost);
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_dial_waits_for_an_agent_that_has_just_left_and_gives_up() {
-    let dialing = Dialing::new();
-    drop(dialing.agent("a").await);
-    let (result, took) = dialing.timed().await;
-    assert!(matches!(result, Err(DialError::NoAgent)), "{result:?}");
-    assert_eq!(took, RETURN_LIMIT);
-    assert_eq!(dialing.metric("culvert_server_dials_waited_total{result=\"failed\"}"), 1.0);
-    assert_eq!(dialing.timed().await.1, Duration::ZERO, "a later dial does not wait");
+    for (lost, limit) in [(stopped(), RETURN_LIMIT), (TunnelLost::TimedOut, LOST_RETURN_LIMIT)] {
+        // No dial has a deadline that ends the wait.
+        let dialing = Dialing::with(None, false);
+        dialing.lose("a", &lost).await;
+        let (result, took) = dialing.timed().await;
+        assert!(matches!(result, Err(DialError::NoAgent)), "{result:?}");
+        assert_eq!(took, limit, "{lost}");
+        assert_eq!(dialing.metric("culvert_server_dials_waited_total{result=\"failed\"}"), 1.0);
+        assert_eq!(dialing.timed().await.1, Duration::ZERO, "a later dial does not wait");
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -27,7 +43,7 @@ async fn a_dial_goes_to_an_agent_that_comes_back_in_time() {
     let dialing = Dialing::new();
     drop(dialing.agent("a").await);
     let returning = async {
-        sleep(RETURN_LIMIT - Duration::from_millis(1)).await;
+        sleep(LIMIT - Duration::from_millis(1)).await;
         assert_eq!(dialing.pending(), 1.0);
         let agent = dialing.agent("a").await;
         (accepting(&agent).await, agent)
@@ -95,10 +111,10 @@ async fn a_dial_that_was_refused_is_not_asked_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_dial_moves_only_so_often() {
+async fn a_dial_that_ends_each_process_that_it_reaches_ends_only_so_many() {
     let dialing = Dialing::new();
     let mut agents = Vec::new();
-    for number in 0..2 * MAX_MOVES {
+    for number in 0..2 * MAX_PROCESSES {
         agents.push(dialing.agent(&format!("agent-{number}")).await);
     }
     let asked: Vec<_> = agents
@@ -119,39 +135,118 @@ async fn a_dial_moves_only_so_often() {
     for asked in asked {
         count += usize::from(asked.await.unwrap());
     }
-    assert_eq!(count, 1 + MAX_MOVES);
-    assert_eq!(dialing.metric("culvert_server_dials_moved_total"), MAX_MOVES as f64);
+    assert_eq!(count, MAX_PROCESSES);
+    let moved = dialing.metric("culvert_server_dials_moved_total");
+    assert_eq!(moved, (MAX_PROCESSES - 1) as f64);
     assert_eq!(dialing.failures("backend_close"), 1.0, "one dial has failed");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_young_dial_waits_for_the_agent_whose_tunnel_was_lost() {
+async fn a_dial_moves_to_each_next_tunnel_of_its_agents_process_until_its_deadline() {
+    const LOSSES: usize = 3 * MAX_PROCESSES;
+    let dialing = Dialing::new();
+    let joined = || TestAgent::join_as(&dialing.backends, "a", 1);
+    let losing = async {
+        for _ in 0..LOSSES {
+            let agent = joined().await;
+            let _asked = agent.asked().await;
+            sleep(LIMIT / 40).await;
+            agent.tunnel.close(CloseCode::ABANDONED, "");
+            dialing.backends.until(0).await;
+            sleep(LIMIT / 40).await;
+        }
+        let agent = joined().await;
+        (accepting(&agent).await, agent)
+    };
+    let dial = async {
+        dialing.backends.until(1).await;
+        dialing.dial().await
+    };
+    let (dialed, _kept) = join!(dial, losing);
+    dialed.unwrap();
+    assert_eq!(dialing.metric("culvert_server_dials_moved_total"), LOSSES as f64);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_whose_tunnel_is_lost_waits_for_the_next_one_until_its_deadline() {
     let dialing = Dialing::new();
     let first = dialing.agent("a").await;
     let agent = async {
         let _asked = first.asked().await;
+        sleep(LIMIT / 2).await;
         first.tunnel.close(CloseCode::DONE, "");
-        sleep(RETURN_LIMIT / 2).await;
+        sleep(LIMIT / 2 - Duration::from_millis(1)).await;
         let second = dialing.agent("a").await;
         (accepting(&second).await, second)
     };
     let (dialed, _kept) = join!(dialing.dial(), agent);
     dialed.unwrap();
+    assert_eq!(dialing.metric("culvert_server_dials_moved_total"), 1.0);
+    assert_eq!(dialing.metric("culvert_server_dials_waited_total{result=\"came\"}"), 1.0);
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_old_dial_fails_with_its_tunnel() {
+async fn a_dial_whose_tunnel_was_lost_fails_at_its_deadline_and_says_how_long_it_waited() {
     let dialing = Dialing::new();
     let agent = dialing.agent("a").await;
     let losing = async {
         let _asked = agent.asked().await;
-        sleep(RETURN_LIMIT).await;
+        sleep(LIMIT * 3 / 10).await;
+        agent.tunnel.close(CloseCode::ABANDONED, "the path failed");
+    };
+    let ((result, took), ()) = join!(dialing.timed(), losing);
+    let error = result.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "agent a was lost while dialing: closed by the peer: abandoned: the path failed; no other \
+         tunnel within 7.0s"
+    );
+    assert_eq!((took, error.reason()), (LIMIT, "backend_close"));
+    assert_eq!(dialing.metric("culvert_server_dials_waited_total{result=\"failed\"}"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_without_a_deadline_waits_for_the_next_tunnel_for_as_long_as_it_is_expected() {
+    let dialing = Dialing::with(None, false);
+    let agent = dialing.agent("a").await;
+    let losing = async {
+        let _asked = agent.asked().await;
+        sleep(LIMIT * 100).await;
         agent.tunnel.close(CloseCode::DONE, "");
     };
     let ((result, took), ()) = join!(dialing.timed(), losing);
     assert!(matches!(result, Err(DialError::Lost { .. })), "{result:?}");
-    assert_eq!(took, RETURN_LIMIT);
-    assert_eq!(dialing.metric("culvert_server_dials_waited_total{result=\"failed\"}"), 0.0);
+    assert_eq!(took, LIMIT * 100 + LOST_RETURN_LIMIT);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_whose_tunnel_was_lost_does_not_wait_once_the_server_stops() {
+    let dialing = Dialing::new();
+    let agent = dialing.agent("a").await;
+    let losing = async {
+        let _asked = agent.asked().await;
+        agent.tunnel.close(CloseCode::DONE, "");
+        sleep(LIMIT / 10).await;
+        dialing.backends.close();
+    };
+    let ((result, took), ()) = join!(dialing.timed(), losing);
+    assert!(matches!(result, Err(DialError::Lost { .. })), "{result:?}");
+    assert_eq!(took, LIMIT / 10);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_agent_is_suspected_as_soon_as_it_is_dialed() {
+    let dialing = Dialing::new();
+    let agent = dialing.agent("a").await;
+    dialing.backends.set_silent(&agent.backend, true);
+    let begun = Instant::now();
+    let suspected = async {
+        agent.backend.suspected().await;
+        begun.elapsed()
+    };
+    let dialed = timeout(LIMIT / 2, dialing.dial());
+    let (_dialed, after) = join!(dialed, suspected);
+    assert_eq!(after, Duration::ZERO);
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,0 +1,90 @@
+//! Dials on an idle tunnel whose UDP has stopped passing, in both directions and without a report
+//! of the network: no packet is in flight when it happens, so each side has to find out by itself.
+
+use std::time::{Duration, Instant};
+
+use culvert_loadtest::{
+    frontend::FrontendKind::{self, ConnectUnix, GrpcUnix},
+    rig::{Rig, Running},
+    targets::{self, Target},
+};
+use rstest::rstest;
+use tokio::time::sleep;
+
+use crate::support::{Carrier, echo, eventually, shaped_path::ShapedPath, within};
+
+/// Times of the dials, in milliseconds after the loss.
+const DIALED_AFTER: [u64; 5] = [50, 300, 1000, 2000, 4000];
+/// Time without a packet after which the tunnel is idle.
+const QUIET: Duration = Duration::from_millis(500);
+/// Time for such a dial: less than `--backend-dial-timeout`, which is 10 s.
+const LIMIT: Duration = Duration::from_secs(8);
+
+/// A rig whose one agent may choose its carrier and came by QUIC, and the path between both.
+async fn behind_path(frontend: FrontendKind) -> (Running, ShapedPath) {
+    let rig = Rig::new().frontend(frontend).agents(0).any_carrier();
+    let mut rig = rig.start().await.unwrap();
+    let path = ShapedPath::to(rig.server.tunnel, true).await;
+    let mut config = rig.agent_config("agent").unwrap();
+    config.servers.port = path.address.port();
+    rig.add_agent_with(&config).unwrap();
+    rig.until_joined(1).await.unwrap();
+    assert_eq!(rig.server.tunnels(Carrier::Quic), 1);
+    (rig, path)
+}
+
+async fn use_once(rig: &Running, target: &Target) {
+    let mut connection = rig.dial(target.address()).await.unwrap();
+    echo(&mut connection, b"hello").await.unwrap();
+    connection.close().await.unwrap();
+}
+
+/// Waits until neither side has sent a packet for a while: nothing waits for an acknowledgement, and
+/// the next keep-alive is most of its interval away.
+async fn until_idle(rig: &Running) {
+    let sent = || {
+        let backends = rig.server.backends.all();
+        let stats = backends.iter().map(|backend| backend.tunnel.stats());
+        stats.map(|stats| (stats.sent_packets, stats.received_bytes)).collect::<Vec<_>>()
+    };
+    let mut quiet = (sent(), Instant::now());
+    eventually("an idle tunnel", async || {
+        let now = sent();
+        if now != quiet.0 {
+            quiet = (now, Instant::now());
+        }
+        quiet.1.elapsed() >= QUIET
+    })
+    .await;
+}
+
+/// Whether a dial that begins this long after the loss succeeds in time.
+async fn dial_after_loss(frontend: FrontendKind, delay: Duration) -> bool {
+    let (rig, path) = behind_path(frontend).await;
+    let target = targets::echo().await.unwrap();
+    use_once(&rig, &target).await;
+    until_idle(&rig).await;
+    path.set_udp_passes(false);
+    sleep(delay).await;
+    let begun = Instant::now();
+    let dialed = rig.dial(target.address()).await;
+    let took = begun.elapsed();
+    println!("{frontend:?}, dialed {delay:?} after the loss: took {took:.1?}");
+    let Ok(mut connection) = dialed.inspect_err(|error| println!("{error}")) else { return false };
+    echo(&mut connection, b"hello again").await.unwrap();
+    took < LIMIT
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dial_on_an_idle_tunnel_succeeds_although_its_udp_is_dropped(
+    #[values(ConnectUnix, GrpcUnix)] frontend: FrontendKind,
+) {
+    within(async {
+        let dial = |millis| dial_after_loss(frontend, Duration::from_millis(millis));
+        let [a, b, c, d, e] = DIALED_AFTER.map(dial);
+        let in_time = tokio::join!(a, b, c, d, e);
+        assert_eq!(in_time, (true, true, true, true, true));
+    })
+    .await;
+}
