@@ -43,6 +43,7 @@ const TUNNELS_LOST: &str = "culvert_agent_tunnels_lost_total";
 const SWITCHES: &str = "culvert_agent_transport_switches_total";
 const TRANSPORT_SINCE: &str = "culvert_agent_tunnel_since_seconds";
 const RETIRED: &str = "culvert_agent_tunnels_retired";
+const TASKS: &str = "culvert_agent_tasks";
 const UDP_BUFFER: &str = "culvert_agent_udp_buffer_bytes";
 
 /// Every result of an attempt to get a tunnel.
@@ -194,6 +195,7 @@ impl AgentMetrics {
     /// All metrics in Prometheus' text format.
     pub fn render(&self, servers: &ServerTunnels) -> String {
         self.metrics.render(|exposition| {
+            exposition.tasks(TASKS);
             let help = "Current number of open server connections.";
             exposition.gauge(OPEN_SERVERS, help, servers.connected());
             let help = "Current number of open endpoint connections.";

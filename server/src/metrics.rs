@@ -32,6 +32,9 @@ use crate::{
 /// Reason of a dial that its frontend gave up.
 pub(crate) const FRONTEND_CLOSE: &str = "frontend_close";
 
+/// Number of live tasks.
+const TASKS: &str = "culvert_server_tasks";
+
 /// A family of metrics: its name and its HELP text.
 struct Family {
     name: &'static str,
@@ -343,6 +346,7 @@ impl ServerMetrics {
     /// All metrics in Prometheus' text format.
     pub fn render(&self, backends: &Backends) -> String {
         self.metrics.render(|exposition| {
+            exposition.tasks(TASKS);
             self.collect_connections(exposition);
             collect_backends(backends, exposition);
             collect_tunnels(&backends.all(), exposition);

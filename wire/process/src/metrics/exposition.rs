@@ -4,6 +4,7 @@ use std::fmt::{Display, Write as _};
 
 use culvert_transport::{Carrier, TunnelStats, UdpStats, splice::Meter};
 use metrics_process::collector;
+use tokio::runtime::Handle;
 
 use crate::logging;
 
@@ -82,6 +83,14 @@ impl Exposition {
     /// Adds a counter without labels.
     pub fn counter(&mut self, name: &str, help: &str, value: impl Display) {
         self.family(name, Kind::Counter, help, [(vec![], value)]);
+    }
+
+    /// Adds the number of live tasks of the calling thread's runtime; nothing outside a runtime.
+    pub fn tasks(&mut self, name: &str) {
+        if let Ok(runtime) = Handle::try_current() {
+            let help = "Tasks of the asynchronous runtime that have not ended.";
+            self.gauge(name, help, runtime.metrics().num_alive_tasks());
+        }
     }
 
     /// Adds the bytes of a meter; `directions` label the bytes to the tunnel and those from it.
