@@ -2,6 +2,7 @@
 //!
 //! - [`demo`] shows a tunnel at work with one command;
 //! - [`compare`] runs a [`scenario`] through Culvert, Konnectivity and plain TCP;
+//! - [`soak`] runs servers and agents for minutes, disturbs them, and looks for leaks;
 //! - [`rig`] runs a server and agents inside this process, [`process`] as processes, both with the
 //!   same [`flags`] and with [`certificates`] of their own;
 //! - [`targets`] are TCP servers to dial;
@@ -24,4 +25,5 @@ pub mod process;
 pub mod report;
 pub mod rig;
 pub mod scenario;
+pub mod soak;
 pub mod targets;

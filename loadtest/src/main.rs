@@ -11,6 +11,7 @@ use culvert_loadtest::{
     fleet, link,
     report::{Report, html::page, markdown::markdown, table::table},
     scenario::Scenario,
+    soak,
 };
 
 /// Culvert on one machine: a demo, and measurements beside Konnectivity and plain TCP.
@@ -31,6 +32,12 @@ enum Command {
     /// Requires root, or a user namespace: `unshare -Urn culvert-loadtest compare …`. Konnectivity
     /// and the gRPC frontend require Go.
     Compare(Compare),
+    /// Run servers and agents under a mixed load with disturbances, and look for leaks
+    ///
+    /// Exits with code 1 when descriptors, threads, tasks, memory, sockets or metric series of a
+    /// process grow, when a dial or a stream fails without a disturbance that explains it, or when
+    /// bytes differ. Requires root, or a user namespace: `unshare -Urn culvert-loadtest soak`.
+    Soak(soak::Options),
     /// Measure the emulated link on this machine, and compare the results with the link's settings
     Link,
     /// List the built-in scenarios
@@ -94,6 +101,7 @@ fn run(command: Command) -> ExitCode {
     let result = match command {
         Command::Demo(options) => run_demo(&options),
         Command::Compare(options) => run_compare(options),
+        Command::Soak(options) => run_soak(&options),
         Command::Link => {
             link::check::check().map(|table| println!("{table}")).map(|()| ExitCode::SUCCESS)
         }
@@ -110,6 +118,15 @@ fn run_demo(options: &demo::Options) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(demo::run(options))?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn run_soak(options: &soak::Options) -> anyhow::Result<ExitCode> {
+    let report = soak::run(options, std::env::current_exe()?)?;
+    println!("{report}");
+    if let Some(path) = &options.json {
+        write(path, &serde_json::to_string_pretty(&report)?)?;
+    }
+    Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn list_scenarios() -> anyhow::Result<ExitCode> {

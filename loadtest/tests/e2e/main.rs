@@ -27,6 +27,7 @@ mod reset;
 mod rotation;
 mod server_first;
 mod server_lifecycle;
+mod soak;
 #[path = "../support/mod.rs"]
 mod support;
 mod tokens;
