@@ -32,5 +32,6 @@ mod soak;
 mod support;
 mod tokens;
 mod transports;
+mod udp_sockets;
 mod upgrade;
 mod write_then_close;

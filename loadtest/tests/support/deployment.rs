@@ -19,7 +19,7 @@ use culvert_transport::tls::{Identity, KeyExchange, authorities, certificates, t
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use super::{echo, eventually, konnectivity::konnectivity, start_culvert, within};
+use super::{echo, eventually, konnectivity::konnectivity, start_culvert_under, within};
 
 /// Agents that a server can choose among.
 const READY_BACKENDS: &str =
@@ -143,6 +143,16 @@ impl Deployment {
 
     /// Starts a server at the ports of the deployment, and waits until it answers.
     pub(crate) async fn start_server(&mut self, implementation: Implementation, more: &[&str]) {
+        self.start_server_under(&[], implementation, more).await;
+    }
+
+    /// The same, by the command `tracer` where it is one of Culvert.
+    pub(crate) async fn start_server_under(
+        &mut self,
+        tracer: &[String],
+        implementation: Implementation,
+        more: &[&str],
+    ) {
         let health = free_port().unwrap();
         let flags = ServerFlags {
             certificates: &self.certificates,
@@ -154,7 +164,8 @@ impl Deployment {
             count: 1,
         };
         let args = flags.args().into_iter().chain(more.iter().map(|flag| (*flag).to_owned()));
-        let server = self.start_process(implementation, "server", args, "server", health).await;
+        let server =
+            self.start_process(tracer, implementation, "server", args, "server", health).await;
         server.until_ok("/healthz").await.unwrap();
         self.server = Some(server);
     }
@@ -207,6 +218,18 @@ impl Deployment {
         shows_certificate: bool,
         more: impl IntoIterator<Item = String>,
     ) -> Process {
+        self.spawn_agent_under(&[], implementation, name, shows_certificate, more).await
+    }
+
+    /// The same, by the command `tracer` where it is one of Culvert.
+    pub(crate) async fn spawn_agent_under(
+        &self,
+        tracer: &[String],
+        implementation: Implementation,
+        name: &str,
+        shows_certificate: bool,
+        more: impl IntoIterator<Item = String>,
+    ) -> Process {
         let health_port = free_port().unwrap();
         let flags = AgentFlags {
             certificates: &self.certificates,
@@ -217,11 +240,12 @@ impl Deployment {
             health_port,
         };
         let args = flags.args().into_iter().chain(SYNC_OFTEN.map(str::to_owned)).chain(more);
-        self.start_process(implementation, "agent", args, name, health_port).await
+        self.start_process(tracer, implementation, "agent", args, name, health_port).await
     }
 
     async fn start_process(
         &self,
+        tracer: &[String],
         implementation: Implementation,
         side: &str,
         args: impl Iterator<Item = String>,
@@ -230,7 +254,7 @@ impl Deployment {
     ) -> Process {
         let log = self.certificates.folder().join(format!("{name}.log"));
         if implementation == Implementation::Culvert {
-            return start_culvert(side, args, log, health_port);
+            return start_culvert_under(tracer, side, args, log, health_port);
         }
         let programs = &konnectivity().await.expect("can_run was true").programs;
         let program = if side == "server" { &programs.server } else { &programs.agent };

@@ -108,9 +108,32 @@ pub(crate) fn start_culvert(
     log: PathBuf,
     health_port: u16,
 ) -> Process {
-    let program = env!("CARGO_BIN_EXE_culvert-loadtest").into();
-    let args = std::iter::once(side.to_owned()).chain(args).collect();
+    start_culvert_under(&[], side, args, log, health_port)
+}
+
+/// The same, as the last arguments of the command `tracer`, which has to replace itself by it.
+pub(crate) fn start_culvert_under(
+    tracer: &[String],
+    side: &str,
+    args: impl IntoIterator<Item = String>,
+    log: PathBuf,
+    health_port: u16,
+) -> Process {
+    let culvert = [env!("CARGO_BIN_EXE_culvert-loadtest").to_owned(), side.to_owned()];
+    let mut words = tracer.iter().cloned().chain(culvert).chain(args);
+    let program = words.next().expect("there is a program").into();
+    let args = words.collect();
     Process::start(Launch { program, args, log, health_port, namespace: None }).unwrap()
+}
+
+/// Whether a program is installed. A test that needs it is skipped otherwise, and its name printed.
+pub(crate) fn has_program(name: &str) -> bool {
+    let found = std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(name).exists()));
+    if !found {
+        print_skipped(&format!("{name} is not installed"));
+    }
+    found
 }
 
 /// Whether the tests that need something are skipped, as this environment variable says. The name
@@ -118,10 +141,14 @@ pub(crate) fn start_culvert(
 pub(crate) fn skips(variable: &str) -> bool {
     let skips = std::env::var(variable).is_ok_and(|value| value == "1");
     if skips {
-        // libtest captures the output of `eprintln!` alone, and names a test's thread by the test.
-        let thread = std::thread::current();
-        let test = thread.name().unwrap_or("a test");
-        let _ = writeln!(io::stderr(), "skipped: {test} ({variable}=1)");
+        print_skipped(&format!("{variable}=1"));
     }
     skips
+}
+
+fn print_skipped(why: &str) {
+    // libtest captures the output of `eprintln!` alone, and names a test's thread by the test.
+    let thread = std::thread::current();
+    let test = thread.name().unwrap_or("a test");
+    let _ = writeln!(io::stderr(), "skipped: {test} ({why})");
 }

@@ -15,6 +15,11 @@ pub(crate) fn has_namespaces() -> bool {
     unless_skipped(Host::new).is_some()
 }
 
+/// A network namespace; `None` when tests with namespaces are skipped.
+pub(crate) fn namespace() -> Option<Host> {
+    unless_skipped(Host::new)
+}
+
 fn unless_skipped<T>(make: impl FnOnce() -> Result<T, LinkError>) -> Option<T> {
     if super::skips(WITHOUT_NETNS) {
         return None;
