@@ -19,10 +19,17 @@ use tokio::time::{Instant, timeout};
 use tracing::{debug, field::display};
 
 use self::network::{HostNetwork, LocalOf, TargetNetwork};
-use crate::metrics::AgentMetrics;
+use crate::{
+    lookups::{Limits, Lookups, SystemResolver},
+    metrics::AgentMetrics,
+};
 
 /// Time for the server to send a whole dial request; it does so in the stream's first packet.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Limits of the lookups of targets' names. A resolver that hangs holds a thread and a socket for
+/// each name, and is to leave threads for the names that it answers. Go's limit is 500.
+const LOOKUP_LIMITS: Limits = Limits { running: 256, waiting: 1024 };
 
 /// Dials targets for streams.
 #[derive(Debug)]
@@ -36,7 +43,8 @@ impl Egress {
     /// Dials targets on the host's network. `dial_timeout` is the time for the lookup and
     /// connection of a target; where the server's own limit is shorter, it applies.
     pub(crate) fn new(dial_timeout: Duration, metrics: Arc<AgentMetrics>) -> Self {
-        Self { network: HostNetwork, dial_timeout, metrics }
+        let lookups = Lookups::new(SystemResolver, LOOKUP_LIMITS, metrics.target_lookups.clone());
+        Self { network: HostNetwork { lookups }, dial_timeout, metrics }
     }
 }
 
@@ -151,6 +159,13 @@ fn refuse(mut send: SendHalf, mut recv: RecvHalf, code: StreamCode, reason: &str
     debug!(%code, reason, "a stream was refused");
     send.reset(code);
     recv.stop(code);
+}
+
+/// The host's network, for tests of its dials.
+#[cfg(test)]
+fn test_network() -> HostNetwork {
+    let metrics = AgentMetrics::new().unwrap().target_lookups;
+    HostNetwork { lookups: Lookups::new(SystemResolver, LOOKUP_LIMITS, metrics) }
 }
 
 #[cfg(test)]

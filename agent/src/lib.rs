@@ -16,7 +16,9 @@ mod egress;
 mod files;
 mod konnectivity;
 mod leases;
+mod lookups;
 mod metrics;
+mod race;
 mod readiness;
 #[cfg(test)]
 mod test_support;

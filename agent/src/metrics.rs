@@ -19,7 +19,7 @@ use culvert_transport::{
 };
 use culvert_wire::dial::DialErrorKind;
 use kube::runtime::watcher;
-use metrics::Histogram;
+use metrics::{Counter, Histogram};
 use tokio::time::Instant;
 
 use crate::tunnels::{ServerTunnel, ServerTunnels};
@@ -44,6 +44,8 @@ const SWITCHES: &str = "culvert_agent_transport_switches_total";
 const TRANSPORT_SINCE: &str = "culvert_agent_tunnel_since_seconds";
 const RETIRED: &str = "culvert_agent_tunnels_retired";
 const TASKS: &str = "culvert_agent_tasks";
+const LOOKUPS: &str = "culvert_agent_lookups_total";
+const LOOKUPS_PENDING: &str = "culvert_agent_lookups_pending";
 const UDP_BUFFER: &str = "culvert_agent_udp_buffer_bytes";
 
 /// Every result of an attempt to get a tunnel.
@@ -69,6 +71,10 @@ pub struct AgentMetrics {
     stream_ends: StreamEnds,
     /// State of the UDP sockets, of which each attempt over QUIC has one.
     pub(crate) udp_health: Arc<UdpHealth>,
+    /// Lookups of targets' names.
+    pub(crate) target_lookups: LookupMetrics,
+    /// Lookups of the servers' name.
+    pub(crate) server_lookups: LookupMetrics,
 }
 
 impl AgentMetrics {
@@ -109,7 +115,10 @@ impl AgentMetrics {
         metrics.register_counters(CONNECT_ATTEMPTS, "result", CONNECT_RESULTS);
         let lost = TunnelLost::labels().chain([PANICKED]);
         metrics.register_counters(TUNNELS_LOST, "reason", lost);
+        metrics.describe_counter(LOOKUPS, "Lookups of names, by purpose and result.");
         Ok(Self {
+            target_lookups: LookupMetrics::new(&metrics, "target"),
+            server_lookups: LookupMetrics::new(&metrics, "server"),
             dial_duration: metrics.histogram(DIAL_DURATION, &[]),
             meter: Meter::default(),
             open_targets: LiveCount::default(),
@@ -208,8 +217,53 @@ impl AgentMetrics {
             exposition.udp("culvert_agent_udp", &self.udp_health.stats());
             let help = "Tunnels that others have replaced and that still have streams.";
             exposition.gauge(RETIRED, help, servers.retired());
+            let pending = [&self.target_lookups, &self.server_lookups]
+                .map(|it| (vec![("purpose", it.purpose.to_owned())], it.pending.get()));
+            let help = "Lookups of names that have no answer yet.";
+            exposition.family(LOOKUPS_PENDING, Kind::Gauge, help, pending);
             collect_tunnels(&servers.in_use(), exposition);
         })
+    }
+}
+
+/// What is counted about lookups for one purpose. Clones share it.
+#[derive(Clone)]
+pub(crate) struct LookupMetrics {
+    purpose: &'static str,
+    found: Counter,
+    failed: Counter,
+    refused: Counter,
+    pending: LiveCount,
+}
+
+impl std::fmt::Debug for LookupMetrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LookupMetrics").field("purpose", &self.purpose).finish_non_exhaustive()
+    }
+}
+
+impl LookupMetrics {
+    fn new(metrics: &Metrics, purpose: &'static str) -> Self {
+        let counter =
+            |result| metrics.counter(LOOKUPS, &[("purpose", purpose), ("result", result)]);
+        let (found, failed, refused) = (counter("found"), counter("failed"), counter("refused"));
+        Self { purpose, found, failed, refused, pending: LiveCount::default() }
+    }
+
+    /// A lookup has begun, or waits; it is pending until the result is dropped.
+    pub(crate) fn pending(&self) -> Counted {
+        self.pending.enter()
+    }
+
+    /// Counts a lookup that has ended.
+    pub(crate) fn ended(&self, found: bool) {
+        let counter = if found { &self.found } else { &self.failed };
+        counter.increment(1);
+    }
+
+    /// Counts a lookup that did not begin.
+    pub(crate) fn refused(&self) {
+        self.refused.increment(1);
     }
 }
 

@@ -8,12 +8,16 @@ use culvert_wire::{
     dial::{DialErrorKind, DialFailure, DialTiming, Network},
 };
 use nix::errno::Errno;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{
     network::{LocalOf, TargetNetwork},
     resolve::resolve,
 };
+use crate::race::{ATTEMPT_DELAY, interleave, race};
+
+/// Minimum delay between the starts of two connections, RFC 8305's recommendation (§5).
+const MIN_ATTEMPT_DELAY: Duration = Duration::from_millis(100);
 
 /// Connects to a target within `limit`, which covers the lookup and all addresses.
 ///
@@ -23,8 +27,8 @@ use super::{
 /// The first address's failure, as Go reports it.
 ///
 /// # Cancel safety
-/// Cancel safe: dropping the future abandons the dial. A lookup that has begun goes on in its own
-/// thread.
+/// Cancel safe: dropping the future abandons the dial. A lookup that has begun goes on, see
+/// [`TargetNetwork::look_up`].
 pub(super) async fn dial<N: TargetNetwork>(
     network: &N,
     family: Network,
@@ -40,31 +44,53 @@ pub(super) async fn dial<N: TargetNetwork>(
         Err(DialFailure::new(DialErrorKind::TIMEOUT, text))
     })?;
     let connecting = Instant::now();
-    let connected = connect_any(network, family, &addresses, started + limit).await;
+    let connected = connect_any(network, family, addresses, started + limit).await;
     timing.connect_micros = DialTiming::micros(connecting.elapsed());
     connected
 }
 
-/// Tries the addresses one after the other, each with its share of the time that is left.
+/// Races the addresses.
 async fn connect_any<N: TargetNetwork>(
     network: &N,
     family: Network,
-    addresses: &[SocketAddr],
+    addresses: Vec<SocketAddr>,
     deadline: Instant,
 ) -> Result<LocalOf<N>, DialFailure> {
-    let mut first_failure = None;
-    for (index, address) in addresses.iter().enumerate() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let share = left / u32::try_from(addresses.len() - index).unwrap_or(u32::MAX);
-        let error = match timeout(share, network.connect(*address)).await {
-            Ok(Ok(connected)) => return Ok(connected),
-            Ok(Err(error)) => error,
-            Err(_) => io::ErrorKind::TimedOut.into(),
-        };
-        first_failure.get_or_insert_with(|| connect_failure(family, *address, &error));
+    let addresses = interleave(addresses);
+    let Some(&first) = addresses.first() else {
+        // The resolver gives an error in place of an empty list.
+        return Err(DialFailure::new(DialErrorKind::OTHER, "no address"));
+    };
+    let delay = attempt_delay(deadline.saturating_duration_since(Instant::now()), addresses.len());
+    let attempts = addresses.into_iter().map(|address| connect(network, address, deadline));
+    let raced = race(attempts, delay).await;
+    if let Some((_, connected)) = raced.winner {
+        return Ok(connected);
     }
-    // There was at least one address.
-    Err(first_failure.unwrap_or_else(|| DialFailure::new(DialErrorKind::OTHER, "no address")))
+    // An attempt without a failure gave way to others.
+    let error = raced.failures.into_iter().find(|(number, _)| *number == 0).map(|(_, error)| error);
+    Err(connect_failure(family, first, &error.unwrap_or_else(|| io::ErrorKind::TimedOut.into())))
+}
+
+/// Connects to one address before `deadline`.
+async fn connect<N: TargetNetwork>(
+    network: &N,
+    address: SocketAddr,
+    deadline: Instant,
+) -> io::Result<LocalOf<N>> {
+    // A time-out starts the next attempt, also when the time is over.
+    if Instant::now() >= deadline {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    let connected = timeout_at(deadline, network.connect(address)).await;
+    connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+/// The delay between the starts of two connections where there are `count` addresses: as usual,
+/// or shorter, so that the last address begins while half the time is left.
+fn attempt_delay(left: Duration, count: usize) -> Duration {
+    let starts = u32::try_from(count.saturating_sub(1)).unwrap_or(u32::MAX).max(1);
+    (left / 2 / starts).clamp(MIN_ATTEMPT_DELAY, ATTEMPT_DELAY)
 }
 
 /// A failed connection in Go's words.
@@ -104,8 +130,8 @@ mod tests {
 
     use super::*;
     use crate::egress::{
-        network::HostNetwork,
         scripted::{Scripted, Step},
+        test_network,
     };
 
     const LIMIT: Duration = Duration::from_secs(5);
@@ -174,18 +200,96 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_address_that_does_not_answer_leaves_time_for_the_others() {
-        let network = Scripted::resolving(&["10.0.0.1:80", "10.0.0.2:80"])
+    async fn an_address_that_does_not_answer_costs_one_delay() {
+        let network = Scripted::resolving(&["[fd00::1]:80", "10.0.0.2:80"])
             .connects(Step::after(60_000).connects())
             .connects(Step::after(10).connects());
+        let (result, elapsed, timing) = dialed(&network).await;
+        assert_eq!((result, elapsed), (Ok(()), Duration::from_millis(260)));
+        assert_eq!(timing.connect_micros, micros(260));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_one_address_of_five_that_answers_is_reached_in_time() {
+        let addresses = ["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80", "10.0.0.5:80"];
+        let mut network = Scripted::resolving(&addresses);
+        for _ in 0..4 {
+            network = network.connects(Step::after(60_000).connects());
+        }
+        let network = network.connects(Step::after(10).connects());
         let (result, elapsed, _) = dialed(&network).await;
-        assert_eq!(result, Ok(()));
-        assert_eq!(elapsed, LIMIT / 2 + Duration::from_millis(10));
+        assert_eq!((result, elapsed), (Ok(()), Duration::from_millis(1010)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refused_address_costs_nothing_and_families_take_turns() {
+        let addresses = ["[fd00::1]:80", "[fd00::2]:80", "10.0.0.1:80"];
+        let network = Scripted::resolving(&addresses)
+            .connects(Step::after(1).fails(Errno::ECONNREFUSED))
+            .connects(Step::after(1).fails(Errno::ECONNREFUSED))
+            .connects(Step::after(1).connects());
+        let (result, elapsed, _) = dialed(&network).await;
+        assert_eq!((result, elapsed), (Ok(()), Duration::from_millis(3)));
+        assert_eq!(network.tried(), ["[fd00::1]:80", "10.0.0.1:80", "[fd00::2]:80"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_failure_of_the_first_address_is_reported_whichever_ends_last() {
+        // Each connection takes 60 s or is refused after so many milliseconds.
+        for (steps, text, millis) in [
+            ([Some(10), None], "dial tcp 10.0.0.1:80: connect: connection refused", 5000),
+            ([None, Some(10)], "dial tcp 10.0.0.1:80: i/o timeout", 5000),
+            ([Some(400), Some(10)], "dial tcp 10.0.0.1:80: connect: connection refused", 400),
+        ] {
+            let mut network = Scripted::resolving(&["10.0.0.1:80", "10.0.0.2:80"]);
+            for refused_after in steps {
+                network = network.connects(match refused_after {
+                    Some(millis) => Step::after(millis).fails(Errno::ECONNREFUSED),
+                    None => Step::after(60_000).connects(),
+                });
+            }
+            let (result, elapsed, _) = dialed(&network).await;
+            assert_eq!(result.unwrap_err().text.as_str(), text);
+            assert_eq!(elapsed, Duration::from_millis(millis), "{text}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_connection_begins_when_the_time_is_over() {
+        let addresses: Vec<_> = (0..=255).map(|last| format!("10.0.0.{last}:80")).collect();
+        let addresses: Vec<_> = addresses.iter().map(String::as_str).collect();
+        let mut network = Scripted::resolving(&addresses);
+        for _ in &addresses {
+            network = network.connects(Step::after(60_000).connects());
+        }
+        let (result, elapsed, _) = dialed(&network).await;
+        assert_eq!(result.unwrap_err().text.as_str(), "dial tcp 10.0.0.0:80: i/o timeout");
+        assert_eq!((elapsed, network.tried().len()), (LIMIT, 50), "one in each tenth of a second");
+    }
+
+    #[test]
+    fn many_addresses_or_little_time_shorten_the_delay() {
+        for (left, count, delay) in [
+            (5000, 1, 250),
+            (5000, 2, 250),
+            (5000, 11, 250),
+            (5000, 21, 125),
+            (5000, 200, 100),
+            (1000, 5, 125),
+            (0, 2, 100),
+        ] {
+            let left = Duration::from_millis(left);
+            assert_eq!(
+                attempt_delay(left, count),
+                Duration::from_millis(delay),
+                "{left:?} {count}"
+            );
+        }
     }
 
     async fn failure_on_host(target: &str) -> DialFailure {
         let (target, mut timing) = (target.parse().unwrap(), DialTiming::default());
-        let result = dial(&HostNetwork, Network::Tcp, &target, LIMIT, &mut timing).await;
+        let result = dial(&test_network(), Network::Tcp, &target, LIMIT, &mut timing).await;
         result.map(drop).unwrap_err()
     }
 
@@ -202,7 +306,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let target = Target::new("", listener.local_addr().unwrap().port()).unwrap();
         let mut timing = DialTiming::default();
-        let _local = dial(&HostNetwork, Network::Tcp, &target, LIMIT, &mut timing).await.unwrap();
+        let _local =
+            dial(&test_network(), Network::Tcp, &target, LIMIT, &mut timing).await.unwrap();
         listener.accept().unwrap();
     }
 

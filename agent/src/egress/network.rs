@@ -2,14 +2,12 @@
 
 use std::{io, net::SocketAddr};
 
-use culvert_process::look_up::LookUps;
 use culvert_transport::splice::{
     self, Abort, Local, LocalRead, LocalWrite, SocketAbort, SocketRead, SocketWrite,
 };
 use tokio::net::TcpStream;
 
-/// Look-ups of targets. Dials beyond wait, at most for their time.
-static LOOK_UPS: LookUps = LookUps::new(64);
+use crate::lookups::{LookupError, Lookups};
 
 /// A connection to a target on the network `N`.
 pub(crate) type LocalOf<N> =
@@ -30,12 +28,12 @@ pub(crate) trait TargetNetwork: Send + Sync {
     /// The resolver's.
     ///
     /// # Cancel safety
-    /// Cancel safe. A lookup that has begun goes on in its own thread.
+    /// As [`Lookups::look_up`].
     fn look_up(
         &self,
         host: &str,
         port: u16,
-    ) -> impl Future<Output = io::Result<Vec<SocketAddr>>> + Send;
+    ) -> impl Future<Output = Result<Vec<SocketAddr>, LookupError>> + Send;
 
     /// Connects to one address.
     ///
@@ -53,16 +51,21 @@ pub(crate) trait TargetNetwork: Send + Sync {
 }
 
 /// The host's own network.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct HostNetwork;
+#[derive(Debug)]
+pub(crate) struct HostNetwork {
+    /// Lookups of targets' names.
+    pub(crate) lookups: Lookups,
+}
 
 impl TargetNetwork for HostNetwork {
     type Reader = SocketRead<TcpStream>;
     type Writer = SocketWrite<TcpStream>;
     type Abort = SocketAbort<TcpStream>;
 
-    async fn look_up(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
-        LOOK_UPS.look_up(host, port).await
+    async fn look_up(&self, host: &str, port: u16) -> Result<Vec<SocketAddr>, LookupError> {
+        let mut addresses = self.lookups.look_up(host).await?.to_vec();
+        addresses.iter_mut().for_each(|address| address.set_port(port));
+        Ok(addresses)
     }
 
     async fn connect(&self, address: SocketAddr) -> io::Result<LocalOf<Self>> {

@@ -1,9 +1,6 @@
 //! The addresses of a target, and a failed lookup in the words of Go's `net` package.
 
-use std::{
-    io,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
-};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use culvert_wire::{
     Target,
@@ -11,6 +8,7 @@ use culvert_wire::{
 };
 
 use super::network::TargetNetwork;
+use crate::lookups::LookupError;
 
 /// The addresses of a target in the order in which they are tried; at least one.
 ///
@@ -54,22 +52,26 @@ pub(super) async fn resolve<N: TargetNetwork>(
 }
 
 /// A failed lookup in Go's words. The system's resolver reports the cause only in its message.
-fn lookup_failure(family: Network, host: &str, error: &io::Error) -> DialFailure {
-    let reason = match error.to_string() {
-        text if text.contains("Temporary failure") || text.contains("temporarily") => {
-            "server misbehaving"
+fn lookup_failure(family: Network, host: &str, error: &LookupError) -> DialFailure {
+    let (kind, reason) = match error {
+        LookupError::Failed(text) if text.contains("Temporary failure") => {
+            (DialErrorKind::UNRESOLVABLE, "server misbehaving")
         }
-        text if text.contains("Too many open files") => "too many open files",
-        _ => "no such host",
+        LookupError::Failed(text) if text.contains("Too many open files") => {
+            (DialErrorKind::UNRESOLVABLE, "too many open files")
+        }
+        LookupError::Failed(_) => (DialErrorKind::UNRESOLVABLE, "no such host"),
+        // Go does not limit lookups, and ends without a thread.
+        LookupError::Busy => (DialErrorKind::OVERLOADED, "too many lookups"),
+        LookupError::NoThread(_) => (DialErrorKind::OVERLOADED, "resource temporarily unavailable"),
     };
-    let text = format!("dial {}: lookup {host}: {reason}", family.name());
-    DialFailure::new(DialErrorKind::UNRESOLVABLE, text)
+    DialFailure::new(kind, format!("dial {}: lookup {host}: {reason}", family.name()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::egress::{network::HostNetwork, scripted::Scripted};
+    use crate::egress::{scripted::Scripted, test_network};
 
     async fn text(network: &Scripted, family: Network, target: &str) -> String {
         let failure = resolve(network, family, &target.parse().unwrap()).await.unwrap_err();
@@ -118,6 +120,18 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_lookup_that_was_refused_is_an_overload_of_the_agent() {
+        for (error, reason) in [
+            (LookupError::Busy, "too many lookups"),
+            (LookupError::NoThread("EAGAIN".into()), "resource temporarily unavailable"),
+        ] {
+            let failure = lookup_failure(Network::Tcp, "node-1", &error);
+            assert_eq!(failure.kind, DialErrorKind::OVERLOADED);
+            assert_eq!(*failure.text, format!("dial tcp: lookup node-1: {reason}"));
+        }
+    }
+
     #[tokio::test]
     async fn a_target_without_an_address_of_the_family_is_reported_in_gos_words() {
         let network = Scripted::resolving(&["10.0.0.1:80"]);
@@ -134,7 +148,7 @@ mod tests {
     #[tokio::test]
     async fn the_systems_resolver_has_no_address_for_an_invalid_name() {
         let target = "no-such-host.invalid:80".parse().unwrap();
-        let failure = resolve(&HostNetwork, Network::Tcp, &target).await.unwrap_err();
+        let failure = resolve(&test_network(), Network::Tcp, &target).await.unwrap_err();
         assert_eq!(failure.kind, DialErrorKind::UNRESOLVABLE);
         // Where there is no resolver at all, its failure is temporary.
         let texts = ["no such host", "server misbehaving"]

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use tokio::{sync::mpsc, time::sleep};
 
 use super::network::{LocalOf, TargetNetwork};
+use crate::lookups::LookupError;
 
 /// One scripted connection.
 #[derive(Debug)]
@@ -38,6 +39,7 @@ pub(super) struct Scripted {
     lookup: Result<Vec<SocketAddr>, String>,
     lookup_delay: Duration,
     steps: Mutex<VecDeque<Step>>,
+    tried: Mutex<Vec<SocketAddr>>,
     /// Notified when a connection that was begun is abandoned.
     abandoned: mpsc::UnboundedSender<()>,
 }
@@ -48,6 +50,7 @@ impl Scripted {
             lookup,
             lookup_delay: Duration::ZERO,
             steps: Mutex::default(),
+            tried: Mutex::default(),
             abandoned: mpsc::unbounded_channel().0,
         }
     }
@@ -73,6 +76,11 @@ impl Scripted {
         self
     }
 
+    /// The addresses that were connected to, in order.
+    pub(super) fn tried(&self) -> Vec<String> {
+        self.tried.lock().iter().map(SocketAddr::to_string).collect()
+    }
+
     /// Reports connections that are abandoned while they are being made.
     pub(super) fn report_abandoned(&mut self) -> mpsc::UnboundedReceiver<()> {
         let (sender, receiver) = mpsc::unbounded_channel();
@@ -86,14 +94,15 @@ impl TargetNetwork for Scripted {
     type Writer = EchoWriter;
     type Abort = NoAbort;
 
-    async fn look_up(&self, _host: &str, _port: u16) -> io::Result<Vec<SocketAddr>> {
+    async fn look_up(&self, _host: &str, _port: u16) -> Result<Vec<SocketAddr>, LookupError> {
         sleep(self.lookup_delay).await;
-        self.lookup.clone().map_err(io::Error::other)
+        self.lookup.clone().map_err(LookupError::Failed)
     }
 
     async fn connect(&self, address: SocketAddr) -> io::Result<LocalOf<Self>> {
         let step = self.steps.lock().pop_front();
         let step = step.unwrap_or_else(|| panic!("no step for a connection to {address}"));
+        self.tried.lock().push(address);
         let report = scopeguard::guard(self.abandoned.clone(), |sender| {
             let _ = sender.send(());
         });

@@ -11,6 +11,7 @@ use super::{
     scripted::{Scripted, Step},
     *,
 };
+use crate::lookups::scripted::ScriptedResolver;
 
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -149,4 +150,36 @@ async fn a_stream_that_begins_with_something_else_is_refused_at_once() {
     let mut served = serve(network, Bytes::from_static(&[0x7f, 0, 1, 9])).await;
     assert_eq!(served.read().await, Err(ReadError::Reset(StreamCode::MALFORMED)));
     assert_eq!(started.elapsed(), Duration::ZERO);
+}
+
+#[tokio::test]
+async fn names_that_hang_leave_threads_for_a_name_that_does_not() {
+    const HUNG: usize = 200;
+    let metrics = AgentMetrics::new().unwrap();
+    let (resolver, mut begun) = ScriptedResolver::new(&["127.0.0.1:0"]);
+    let _release = scopeguard::guard(resolver.clone(), |resolver| resolver.release());
+    let lookups = Lookups::new(resolver, LOOKUP_LIMITS, metrics.target_lookups.clone());
+    let network = Arc::new(HostNetwork { lookups });
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let dial = |host: String| {
+        let network = network.clone();
+        let target = format!("{host}:{port}").parse().unwrap();
+        async move {
+            let mut timing = DialTiming::default();
+            // Longer than the test: nothing in it waits for time.
+            let limit = Duration::from_secs(600);
+            dial::dial(&*network, Network::Tcp, &target, limit, &mut timing).await
+        }
+    };
+    let mut hung = tokio::task::JoinSet::new();
+    for number in 0..HUNG {
+        hung.spawn(dial(format!("hang-{number}")));
+    }
+    for _ in 0..HUNG {
+        begun.recv().await.unwrap();
+    }
+    dial("healthy".to_owned()).await.unwrap();
+    assert_eq!(hung.len(), HUNG);
+    assert!(hung.try_join_next().is_none(), "the others still hang");
 }
