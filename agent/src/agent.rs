@@ -18,10 +18,11 @@ use tokio_util::{
 
 use crate::{
     config::Config,
-    connector::{Connector, NetworkConnect, Plan},
+    connector::{Connector, NetworkConnect, Plan, ServerName},
     egress::Egress,
     files::AgentFiles,
     leases::LeaseCount,
+    lookups::SystemResolver,
     metrics::AgentMetrics,
     readiness,
     tunnels::{
@@ -76,6 +77,11 @@ impl Agent {
         let leases = leases.map(|(config, client)| LeaseCount::new(config, client));
         let connect = NetworkConnect {
             servers: config.servers.clone(),
+            server_name: ServerName::new(
+                &config.servers,
+                SystemResolver,
+                metrics.server_lookups.clone(),
+            ),
             settings: config.tunnel.settings(FIRST_STREAM_LIMIT.min(config.max_streams)),
             key_exchange: config.tunnel.key_exchange,
             files,

@@ -9,7 +9,6 @@ mod options;
 mod plan;
 mod quic_health;
 mod quic_outcome;
-mod race;
 mod resolve;
 mod tls;
 
@@ -30,15 +29,16 @@ pub(crate) use self::options::CarrierOrder;
 pub(crate) use self::{
     connect::{Connect, Connected, NetworkConnect},
     plan::Plan,
+    resolve::ServerName,
 };
 #[cfg(test)]
 pub(crate) use self::{
     error::{CarrierError, ResolveError},
-    resolve::ServerAddress,
+    resolve::{Candidate, Preference, ServerAddress},
 };
 use crate::{
     connector::{
-        attempt::{Attempted, attempt},
+        attempt::{Attempted, Found, attempt},
         error::AttemptError,
         options::AttemptOptions,
         plan::{Gain, Goal, LossCause, Snapshot, Success, TunnelState},
@@ -128,10 +128,8 @@ impl<C: Connect> Connector<C> {
         let AttemptOptions { order, large_packets, at_once } = options;
         let (goal_name, order) = (goal.name(), order.name());
         debug!(goal = goal_name, order, large_packets, at_once, "an attempt to get a tunnel");
-        let connect = self.connect.clone();
-        let suspect = self.tunnels.in_use().into_iter().find(|tunnel| tunnel.is_suspect());
-        let first = suspect.map(|suspect| suspect.tunnel.remote_address());
-        let attempt = async move { attempt(&*connect, options, first, &context).await };
+        let (connect, tunnels) = (self.connect.clone(), self.tunnels.clone());
+        let attempt = async move { attempt(&*connect, options, &tunnels, &context).await };
         let task = tokio::spawn(Box::pin(attempt));
         Pending { goal, options, task: AbortOnDropHandle::new(task) }
     }
@@ -145,11 +143,15 @@ impl<C: Connect> Connector<C> {
         context: &Arc<SessionContext>,
     ) {
         match result {
-            Ok(joined) => {
+            Ok(found) => {
                 self.metrics.connect_attempt("ok");
-                let rank = Rank::of(joined.tunnel().carrier(), options.large_packets);
-                let reason = reason(goal, options.order, quic, rank);
-                let gain = self.add(joined, rank, reason, sessions, context);
+                let (rank, gain) = match found {
+                    Found::Server(joined, rank) => {
+                        let reason = reason(goal, options.order, quic, rank);
+                        (rank, self.add(*joined, rank, reason, sessions, context))
+                    }
+                    Found::Duplicate(rank) => (rank, Gain::Nothing),
+                };
                 let success = Success { quic, rank, gain };
                 self.plan.on_success(goal, success, Instant::now(), fastrand::f64());
             }

@@ -37,7 +37,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::{Config, Flags},
-    connector::{CarrierError, CarrierOrder, Connect, Connected, ResolveError, ServerAddress},
+    connector::{
+        Candidate, CarrierError, CarrierOrder, Connect, Connected, Preference, ResolveError,
+        ServerAddress,
+    },
     egress::Egress,
     metrics::AgentMetrics,
     tunnels::session::SessionContext,
@@ -84,7 +87,15 @@ pub(crate) async fn connect(carrier: Carrier) -> (Connected, ServerEnd) {
 
 /// The same with these settings of the server.
 pub(crate) async fn connect_to(carrier: Carrier, server: &Settings) -> (Connected, ServerEnd) {
-    let peer = Peer::local(carrier);
+    connect_peer(Peer::local(carrier), server).await
+}
+
+/// The same, where both ends have the other one at `address`.
+pub(crate) async fn connect_at(carrier: Carrier, address: SocketAddr) -> (Connected, ServerEnd) {
+    connect_peer(Peer { address, ..Peer::local(carrier) }, &Settings::default()).await
+}
+
+async fn connect_peer(peer: Peer, server: &Settings) -> (Connected, ServerEnd) {
     let pair = Pair::without_idle_timeout(peer, &Settings::default(), server).await.unwrap();
     let Pair { agent, server, line } = pair;
     (Connected { tunnel: agent, buffers: None }, ServerEnd { tunnel: server, line })
@@ -220,15 +231,17 @@ impl Connect for Scripted {
     async fn resolve(
         &self,
         order: CarrierOrder,
-        _first: Option<SocketAddr>,
-    ) -> Result<Vec<(ServerAddress, CarrierOrder)>, ResolveError> {
+        preference: &Preference,
+    ) -> Result<Vec<Candidate>, ResolveError> {
         if self.addresses.is_empty() {
             return Err(ResolveError { host: "servers".into(), reason: "no such host".into() });
         }
-        let address = |address: &SocketAddr| {
-            (ServerAddress { quic: Some(*address), tcp: Route::Direct(*address) }, order)
+        let candidate = |address: &SocketAddr| {
+            let is_last = preference.last.contains(address);
+            let address = ServerAddress { quic: Some(*address), tcp: Route::Direct(*address) };
+            Candidate { address, order, is_last }
         };
-        Ok(self.addresses.iter().map(address).collect())
+        Ok(self.addresses.iter().map(candidate).collect())
     }
 
     async fn connect(

@@ -10,6 +10,7 @@ use std::sync::{
     atomic::{AtomicU32, Ordering},
 };
 
+use culvert_wire::ServerId;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::{sync::Notify, time::Instant};
 
@@ -55,11 +56,8 @@ impl ServerTunnels {
     /// and answers. A tunnel that is replaced is retired.
     pub(crate) fn add(&self, new: NewTunnel, now: Instant) -> AddOutcome {
         let mut tunnels = self.lock();
-        let in_use = tunnels
-            .iter()
-            .find(|other| other.server_id == new.server_id && !other.is_retired())
-            .cloned();
-        if in_use.as_ref().is_some_and(|other| new.rank <= other.rank && !other.is_suspect()) {
+        let in_use = in_use_of(&tunnels, &new.server_id).cloned();
+        if in_use.as_ref().is_some_and(|other| other.is_as_good_as(new.rank)) {
             return AddOutcome::Duplicate;
         }
         let added = Arc::new(ServerTunnel::new(new, now));
@@ -72,6 +70,12 @@ impl ServerTunnels {
                 AddOutcome::Replaced { added, retired }
             }
         }
+    }
+
+    /// Whether the server has a tunnel that is as good as one of `rank`, and answers: another one
+    /// would be an [`AddOutcome::Duplicate`].
+    pub(crate) fn is_duplicate(&self, server_id: &ServerId, rank: Rank) -> bool {
+        in_use_of(&self.lock(), server_id).is_some_and(|other| other.is_as_good_as(rank))
     }
 
     /// Removes a tunnel that has ended.
@@ -146,6 +150,14 @@ impl ServerTunnels {
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<ServerTunnel>>> {
         self.tunnels.lock()
     }
+}
+
+/// The tunnel in use to one server.
+fn in_use_of<'a>(
+    tunnels: &'a [Arc<ServerTunnel>],
+    server_id: &ServerId,
+) -> Option<&'a Arc<ServerTunnel>> {
+    tunnels.iter().find(|tunnel| tunnel.server_id == *server_id && !tunnel.is_retired())
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The steps of an attempt that touch files and the network. Tests script them through [`Connect`].
 
-use std::{fmt, net::SocketAddr, sync::Arc};
+use std::{fmt, sync::Arc};
 
 use culvert_konnectivity::ALPN_H2;
 use culvert_transport::{
@@ -14,7 +14,7 @@ use crate::{
     connector::{
         error::{CarrierError, ResolveError},
         options::CarrierOrder,
-        resolve::{ServerAddress, resolve},
+        resolve::{Candidate, Preference, ServerAddress, ServerName},
         tls::ClientTls,
     },
     files::AgentFiles,
@@ -47,8 +47,8 @@ pub(crate) trait Connect: fmt::Debug + Send + Sync + 'static {
     /// Cancel safe.
     fn read_tls(&self) -> impl Future<Output = Result<Self::Tls, TlsError>> + Send;
 
-    /// Resolves the servers' name, in random order but `first` at the front, so that a server that
-    /// has moved needs no restart.
+    /// Resolves the servers' name, as [`ServerName::candidates`] does, so that a server that has
+    /// moved needs no restart.
     ///
     /// # Errors
     /// When there is no address.
@@ -58,8 +58,8 @@ pub(crate) trait Connect: fmt::Debug + Send + Sync + 'static {
     fn resolve(
         &self,
         order: CarrierOrder,
-        first: Option<SocketAddr>,
-    ) -> impl Future<Output = Result<Vec<(ServerAddress, CarrierOrder)>, ResolveError>> + Send;
+        preference: &Preference,
+    ) -> impl Future<Output = Result<Vec<Candidate>, ResolveError>> + Send;
 
     /// Makes a tunnel over one carrier. [`Carrier::Tcp`] leads to a tunnel over [`Carrier::Grpc`]
     /// where the server is Konnectivity's.
@@ -81,8 +81,10 @@ pub(crate) trait Connect: fmt::Debug + Send + Sync + 'static {
 /// Connects over the network.
 #[derive(Debug)]
 pub(crate) struct NetworkConnect {
-    /// The servers' name and address.
+    /// The servers' address and identity.
     pub(crate) servers: ServersConfig,
+    /// The servers' name, and where it leads.
+    pub(crate) server_name: ServerName,
     /// Certificates, keys and CAs.
     pub(crate) files: AgentFiles,
     /// Settings of every tunnel.
@@ -108,9 +110,9 @@ impl Connect for NetworkConnect {
     async fn resolve(
         &self,
         order: CarrierOrder,
-        first: Option<SocketAddr>,
-    ) -> Result<Vec<(ServerAddress, CarrierOrder)>, ResolveError> {
-        resolve(&self.servers.host, self.servers.port, &self.files.proxies, order, first).await
+        preference: &Preference,
+    ) -> Result<Vec<Candidate>, ResolveError> {
+        self.server_name.candidates(&self.files.proxies, order, preference).await
     }
 
     async fn connect(

@@ -1,17 +1,35 @@
 //! The addresses at which an attempt looks for servers.
 
-use std::{fmt, net::SocketAddr, time::Duration};
+use std::{
+    fmt, io,
+    net::{IpAddr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
-use culvert_process::look_up::LookUps;
 use culvert_transport::tcp::{Proxies, Route};
+use parking_lot::Mutex;
 use tokio::time::timeout;
+use tracing::{info, warn};
 
-use crate::connector::{error::ResolveError, options::CarrierOrder};
+use crate::{
+    config::ServersConfig,
+    connector::{error::ResolveError, options::CarrierOrder},
+    lookups::{Limits, Lookups, Resolve},
+    metrics::LookupMetrics,
+    race::interleave,
+};
 
 /// Time for the resolver to answer.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
-/// Look-ups of servers. One that hangs must not stop the next attempts.
-static LOOK_UPS: LookUps = LookUps::new(8);
+/// Time for the resolver to answer where earlier addresses can be used instead. Most lookups take
+/// less, and an attempt is to take less than a second.
+const LOOKUP_PATIENCE: Duration = Duration::from_millis(500);
+/// A thread for the servers' name, which no target's name can take.
+const LOOKUP_LIMITS: Limits = Limits { running: 1, waiting: 1 };
 
 /// Where one server may be, for each carrier.
 #[derive(Clone, Debug)]
@@ -32,125 +50,186 @@ impl fmt::Display for ServerAddress {
     }
 }
 
-/// The addresses of `host`, with the carriers that are worth trying at each: in random order, so
-/// that every server behind a name is found, but `first` at the front.
-///
-/// # Errors
-/// When `host` has no address, unless TCP may be tried through a proxy, which resolves it itself.
-///
-/// # Cancel safety
-/// Cancel safe. A lookup that has begun goes on in its own thread.
-pub(crate) async fn resolve(
-    host: &str,
-    port: u16,
-    proxies: &Proxies,
-    order: CarrierOrder,
-    first: Option<SocketAddr>,
-) -> Result<Vec<(ServerAddress, CarrierOrder)>, ResolveError> {
-    let proxied = proxies.proxy_for(host, port).map(|proxy| Route::Proxied {
-        proxy,
-        host: host.to_owned(),
-        port,
-    });
-    let found = match timeout(LOOKUP_TIMEOUT, LOOK_UPS.look_up(host, port)).await {
-        Ok(Ok(addresses)) => Ok(addresses),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!("no answer within {LOOKUP_TIMEOUT:?}")),
-    };
-    candidates(found, proxied, order, first)
-        .map_err(|reason| ResolveError { host: host.to_owned(), reason })
+/// Addresses that are tried earlier or later than others.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Preference {
+    /// The address that is tried first.
+    pub(crate) first: Option<SocketAddr>,
+    /// Addresses that are tried last, because the agent has a tunnel to a server there.
+    pub(crate) last: Vec<SocketAddr>,
 }
 
-/// The addresses to try, given the resolver's answer and the proxy for TCP, if there is one.
+/// One address to try.
+#[derive(Clone, Debug)]
+pub(crate) struct Candidate {
+    /// The address.
+    pub(crate) address: ServerAddress,
+    /// The carriers that are worth trying there.
+    pub(crate) order: CarrierOrder,
+    /// Whether it is one of [`Preference::last`].
+    pub(crate) is_last: bool,
+}
+
+/// The servers' name, and the addresses that it had last.
+#[derive(Debug)]
+pub(crate) struct ServerName {
+    host: String,
+    port: u16,
+    lookups: Lookups,
+    last_found: LastFound,
+    /// Whether the last lookup failed and earlier addresses were used.
+    uses_last_found: AtomicBool,
+}
+
+impl ServerName {
+    /// The name of `servers`, which `resolver` resolves.
+    pub(crate) fn new(
+        servers: &ServersConfig,
+        resolver: impl Resolve,
+        metrics: LookupMetrics,
+    ) -> Self {
+        let last_found = LastFound::default();
+        let resolver = Remembering { resolver, last_found: last_found.clone() };
+        Self {
+            host: servers.host.clone(),
+            port: servers.port,
+            lookups: Lookups::new(resolver, LOOKUP_LIMITS, metrics),
+            last_found,
+            uses_last_found: AtomicBool::new(false),
+        }
+    }
+
+    /// The addresses to try, in random order, so that every server behind a name is found, but in
+    /// turns of the two families, and by preference.
+    ///
+    /// When the lookup fails, the addresses that the last good one found are used.
+    ///
+    /// # Errors
+    /// When there is no address, unless TCP may be tried through a proxy, which resolves the name
+    /// itself.
+    ///
+    /// # Cancel safety
+    /// Cancel safe. A lookup that has begun goes on, and its answer is used by the next call.
+    pub(crate) async fn candidates(
+        &self,
+        proxies: &Proxies,
+        order: CarrierOrder,
+        preference: &Preference,
+    ) -> Result<Vec<Candidate>, ResolveError> {
+        let (host, port) = (&self.host, self.port);
+        let proxied = proxies.proxy_for(host, port).map(|proxy| Route::Proxied {
+            proxy,
+            host: host.to_owned(),
+            port,
+        });
+        let found = self.addresses().await;
+        candidates(found, proxied, order, preference)
+            .map_err(|reason| ResolveError { host: host.to_owned(), reason })
+    }
+
+    /// The addresses of the name as they are now, or were last; not empty.
+    async fn addresses(&self) -> Result<Vec<SocketAddr>, String> {
+        if let Ok(ip) = self.host.parse::<IpAddr>() {
+            return Ok(vec![SocketAddr::new(ip, self.port)]);
+        }
+        let known = self.last_found.get().is_some();
+        let limit = if known { LOOKUP_PATIENCE } else { LOOKUP_TIMEOUT };
+        let reason = match timeout(limit, self.lookups.look_up(&self.host)).await {
+            Ok(Ok(found)) if !found.is_empty() => {
+                if self.uses_last_found.swap(false, Ordering::Relaxed) {
+                    info!(host = %self.host, "the servers' name can be resolved again");
+                }
+                return Ok(self.with_port(&found));
+            }
+            Ok(Ok(_)) => "it has no address".to_owned(),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {limit:?}"),
+        };
+        let Some(last) = self.last_found.get() else { return Err(reason) };
+        if !self.uses_last_found.swap(true, Ordering::Relaxed) {
+            warn!(
+                host = %self.host, %reason, addresses = last.len(),
+                "the servers' name cannot be resolved, their last addresses are used",
+            );
+        }
+        Ok(self.with_port(&last))
+    }
+
+    fn with_port(&self, addresses: &[SocketAddr]) -> Vec<SocketAddr> {
+        let mut addresses = addresses.to_vec();
+        addresses.iter_mut().for_each(|address| address.set_port(self.port));
+        addresses
+    }
+}
+
+/// The addresses that the last good lookup found, if there was one. Clones share them.
+#[derive(Clone, Debug, Default)]
+struct LastFound(Arc<Mutex<Option<Vec<SocketAddr>>>>);
+
+impl LastFound {
+    fn get(&self) -> Option<Vec<SocketAddr>> {
+        self.0.lock().clone()
+    }
+}
+
+/// A resolver whose last good answer is kept, also if no caller waits for it any more.
+struct Remembering<R> {
+    resolver: R,
+    last_found: LastFound,
+}
+
+impl<R: Resolve> Resolve for Remembering<R> {
+    fn resolve(&self, host: &str) -> io::Result<Vec<SocketAddr>> {
+        let found = self.resolver.resolve(host)?;
+        if !found.is_empty() {
+            *self.last_found.0.lock() = Some(found.clone());
+        }
+        Ok(found)
+    }
+}
+
+/// The addresses to try, given those of the name and the proxy for TCP, if there is one.
 fn candidates(
     found: Result<Vec<SocketAddr>, String>,
     proxied: Option<Route>,
     order: CarrierOrder,
-    first: Option<SocketAddr>,
-) -> Result<Vec<(ServerAddress, CarrierOrder)>, String> {
+    preference: &Preference,
+) -> Result<Vec<Candidate>, String> {
     let found = match (found, &proxied) {
-        (Ok(addresses), _) if !addresses.is_empty() => addresses,
-        (_, Some(route)) if order != CarrierOrder::Quic => {
+        (Ok(addresses), _) => addresses,
+        (Err(_), Some(route)) if order != CarrierOrder::Quic => {
             let address = ServerAddress { quic: None, tcp: route.clone() };
-            return Ok(vec![(address, CarrierOrder::Tcp)]);
+            return Ok(vec![Candidate { address, order: CarrierOrder::Tcp, is_last: false }]);
         }
-        (found, _) => return Err(found.err().unwrap_or_else(|| "it has no address".into())),
+        (Err(reason), _) => return Err(reason),
     };
-    let mut addresses = found;
-    fastrand::shuffle(&mut addresses);
-    addresses.sort_by_key(|address| Some(*address) != first);
     let candidate = |address| {
         let tcp = proxied.clone().unwrap_or(Route::Direct(address));
-        (ServerAddress { quic: Some(address), tcp }, order)
+        let is_last = preference.last.contains(&address);
+        Candidate { address: ServerAddress { quic: Some(address), tcp }, order, is_last }
     };
-    Ok(addresses.into_iter().map(candidate).collect())
+    let mut candidates: Vec<_> = ordered(found, preference).into_iter().map(candidate).collect();
+    if proxied.is_some() {
+        // The proxy chooses the address, so it is asked once.
+        candidates.truncate(if order == CarrierOrder::Tcp { 1 } else { usize::MAX });
+        candidates.iter_mut().skip(1).for_each(|other| other.order = CarrierOrder::Quic);
+    }
+    Ok(candidates)
+}
+
+/// The addresses by preference, otherwise in turns of the two families, each in random order. The
+/// resolver's first address shows the family that it prefers.
+fn ordered(mut addresses: Vec<SocketAddr>, preference: &Preference) -> Vec<SocketAddr> {
+    let prefers_ipv4 = addresses.first().is_some_and(SocketAddr::is_ipv4);
+    fastrand::shuffle(&mut addresses);
+    addresses.sort_by_key(|address| address.is_ipv4() != prefers_ipv4);
+    let mut addresses = interleave(addresses);
+    addresses.sort_by_key(|address| {
+        let is_first = Some(*address) == preference.first;
+        (!is_first, preference.last.contains(address))
+    });
+    addresses
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn address(last: u8) -> SocketAddr {
-        SocketAddr::from(([10, 0, 0, last], 8132))
-    }
-
-    fn proxied() -> Option<Route> {
-        let variable = |name: &str| (name == "HTTPS_PROXY").then(|| "http://proxy:3128".to_owned());
-        let proxy = Proxies::from_env(variable).unwrap().proxy_for("servers", 8132)?;
-        Some(Route::Proxied { proxy, host: "servers".into(), port: 8132 })
-    }
-
-    fn shown(
-        found: Result<Vec<SocketAddr>, String>,
-        proxied: Option<Route>,
-        order: CarrierOrder,
-    ) -> Result<Vec<(String, Option<SocketAddr>, CarrierOrder)>, String> {
-        let candidates = candidates(found, proxied, order, None)?;
-        let shown =
-            |(address, order): (ServerAddress, _)| (address.to_string(), address.quic, order);
-        Ok(candidates.into_iter().map(shown).collect())
-    }
-
-    #[test]
-    fn addresses_come_in_any_order_but_the_wanted_one_is_first() {
-        let found: Vec<_> = (1..=4).map(address).collect();
-        let mut seconds = std::collections::HashSet::new();
-        for _ in 0..200 {
-            let order = CarrierOrder::QuicFirst;
-            let tried = candidates(Ok(found.clone()), None, order, Some(address(3))).unwrap();
-            let mut tried: Vec<_> =
-                tried.iter().map(|(address, _)| address.quic.unwrap()).collect();
-            assert_eq!(tried[0], address(3));
-            seconds.insert(tried[1]);
-            tried.sort();
-            assert_eq!(tried, found);
-        }
-        assert_eq!(seconds.len(), 3, "{seconds:?}");
-    }
-
-    #[test]
-    fn a_server_that_only_a_proxy_can_resolve_is_reached_over_tcp_alone() {
-        let through_proxy = Ok(vec![("servers port 8132".into(), None, CarrierOrder::Tcp)]);
-        for found in [Ok(vec![]), Err("no such host".into())] {
-            for order in [CarrierOrder::Tcp, CarrierOrder::TcpFirst, CarrierOrder::QuicFirst] {
-                assert_eq!(shown(found.clone(), proxied(), order), through_proxy, "{found:?}");
-            }
-        }
-        assert_eq!(
-            shown(Err("no such host".into()), proxied(), CarrierOrder::Quic),
-            Err("no such host".into())
-        );
-        // With an address, QUIC goes there directly.
-        assert_eq!(
-            shown(Ok(vec![address(1)]), proxied(), CarrierOrder::QuicFirst),
-            Ok(vec![("10.0.0.1:8132".into(), Some(address(1)), CarrierOrder::QuicFirst)])
-        );
-    }
-
-    #[test]
-    fn without_a_proxy_a_name_needs_an_address() {
-        let order = CarrierOrder::TcpFirst;
-        assert_eq!(shown(Err("no such host".into()), None, order), Err("no such host".into()));
-        assert_eq!(shown(Ok(vec![]), None, order), Err("it has no address".into()));
-    }
-}
+mod tests;

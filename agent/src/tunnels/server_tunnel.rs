@@ -137,6 +137,11 @@ impl ServerTunnel {
         self.suspicion().is_some()
     }
 
+    /// Whether the peer answers and a tunnel of `rank` would be no better.
+    pub(crate) fn is_as_good_as(&self, rank: Rank) -> bool {
+        rank <= self.rank && !self.is_suspect()
+    }
+
     /// Takes the tunnel out of use: it gets no new dials, and is closed once its streams have
     /// ended.
     pub(super) fn retire(&self) {

@@ -50,8 +50,11 @@ async fn a_server_has_one_tunnel_in_use_which_a_better_one_replaces() {
     let now = Instant::now();
     let first = added(tunnels.add(new("a", &pair, Rank::Tcp), now));
     for rank in [Rank::Grpc, Rank::Tcp] {
+        assert!(tunnels.is_duplicate(&first.server_id, rank));
         assert!(matches!(tunnels.add(new("a", &pair, rank), now), AddOutcome::Duplicate));
     }
+    assert!(!tunnels.is_duplicate(&first.server_id, Rank::Quic));
+    assert!(!tunnels.is_duplicate(&"b".parse().unwrap(), Rank::Tcp));
     assert!(matches!(tunnels.add(new("b", &pair, Rank::Tcp), now), AddOutcome::New(_)));
     let AddOutcome::Replaced { added, retired } = tunnels.add(new("a", &pair, Rank::Quic), now)
     else {

@@ -5,8 +5,7 @@
 //!   collects what is wrong with them, [`tunnel_flags`], [`admin_flags`], [`kubernetes_flags`] and
 //!   [`channel_flags`] are those that both sides share, and [`invocation`] chooses default ports.
 //! - Operation: [`logging`], [`metrics`], [`admin`], [`signals`] and [`supervision`].
-//! - Sockets: [`listen`] opens listeners as Go does, [`accept`] is the one accept loop, and
-//!   [`look_up`] resolves names.
+//! - Sockets: [`listen`] opens listeners as Go does, and [`accept`] is the one accept loop.
 //! - Files: [`reload`] reads certificates, keys, tokens and kubeconfigs, and reads them again.
 //! - [`kubernetes`] sets up kube-apiserver's client.
 //!
@@ -29,7 +28,6 @@ pub mod kubernetes;
 pub mod kubernetes_flags;
 pub mod listen;
 pub mod logging;
-pub mod look_up;
 pub mod metrics;
 pub mod reload;
 pub mod signals;

@@ -1,8 +1,14 @@
+use std::net::SocketAddr;
+
 use culvert_wire::CloseCode;
 use tokio::{sync::mpsc, time::Instant};
 
 use super::*;
-use crate::test_support::{Call, Scripted, ServerEnd, Step, context};
+use crate::{
+    connector::quic_outcome::QuicFailure,
+    test_support::{self, Call, Scripted, ServerEnd, Step, context},
+    tunnels::{AddOutcome, NewTunnel, Suspicion},
+};
 
 const A: &str = "10.0.0.1:8132";
 const B: &str = "10.0.0.2:8132";
@@ -28,15 +34,28 @@ async fn run(
     options: AttemptOptions,
     script: impl Fn(&Call) -> Step + Send + Sync + 'static,
 ) -> Run {
+    run_beside(&ServerTunnels::default(), addresses, options, script).await
+}
+
+/// The same, for an agent that has these tunnels.
+async fn run_beside(
+    tunnels: &ServerTunnels,
+    addresses: &[&str],
+    options: AttemptOptions,
+    script: impl Fn(&Call) -> Step + Send + Sync + 'static,
+) -> Run {
     let (scripted, ends) = Scripted::new(addresses, script);
     let begun = Instant::now();
-    let attempted = attempt(&*scripted, options, None, &context(None)).await;
+    let attempted = attempt(&*scripted, options, tunnels, &context(None)).await;
     Run { attempted, millis: begun.elapsed().as_millis(), calls: scripted.calls(), ends }
 }
 
 impl Run {
     fn carrier(&self) -> Carrier {
-        self.attempted.result.as_ref().unwrap().tunnel().carrier()
+        match self.attempted.result.as_ref().unwrap() {
+            Found::Server(joined, _) => joined.tunnel().carrier(),
+            Found::Duplicate(rank) => panic!("a duplicate of rank {rank:?}"),
+        }
     }
 
     fn error(&self) -> &AttemptError {
@@ -126,7 +145,8 @@ async fn the_size_of_packets_is_an_option() {
     for large_packets in [true, false] {
         let (scripted, _ends) = Scripted::new(&[A], |_| welcome(0, Carrier::Quic));
         let options = AttemptOptions { large_packets, ..options(CarrierOrder::Quic) };
-        attempt(&*scripted, options, None, &context(None)).await.result.unwrap();
+        let tunnels = ServerTunnels::default();
+        attempt(&*scripted, options, &tunnels, &context(None)).await.result.unwrap();
         assert_eq!(scripted.last_call().large_packets, large_packets);
     }
 }
@@ -139,8 +159,8 @@ async fn each_address_is_tried_and_the_last_ones_errors_are_reported() {
     })
     .await;
     let times: Vec<_> = run.calls.iter().map(|(millis, ..)| *millis).collect();
-    assert_eq!(times, [0, 300, 10_000, 10_300]);
-    assert_eq!(run.millis, 20_000, "each handshake has ten seconds");
+    assert_eq!(times, [0, 250, 300, 550]);
+    assert_eq!(run.millis, 10_250, "each handshake has ten seconds");
     assert_eq!(
         run.error().to_string(),
         format!("{B}: over quic: nothing within 10s; over tcp: connection refused")
@@ -161,6 +181,127 @@ async fn the_first_address_whose_server_welcomes_the_agent_is_used() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_dead_address_costs_one_delay() {
+    let run = run(&[A, B], options(CarrierOrder::QuicFirst), |call| match call.address.as_str() {
+        A => Step::Hang,
+        _ => welcome(5, Carrier::Quic),
+    })
+    .await;
+    assert_eq!((run.carrier(), run.millis), (Carrier::Quic, 255));
+    assert_eq!(run.attempted.quic, QuicOutcome::Worked);
+    let tried = [(0, Carrier::Quic, A.to_owned()), (250, Carrier::Quic, B.to_owned())];
+    assert_eq!(run.calls, tried);
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_udp_a_dead_address_costs_one_delay_and_the_head_start() {
+    let run = run(&[A, B], options(CarrierOrder::QuicFirst), |call| {
+        match (call.address.as_str(), call.carrier) {
+            (A, _) | (_, Carrier::Quic) => Step::Hang,
+            _ => welcome(5, Carrier::Tcp),
+        }
+    })
+    .await;
+    assert_eq!((run.carrier(), run.millis), (Carrier::Tcp, 555));
+    assert_eq!(run.attempted.quic, QuicOutcome::Failed(QuicFailure::Silent));
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_server_that_refuses_the_agent_the_other_addresses_are_tried() {
+    let script = |call: &Call| match call.address.as_str() {
+        A => Step::Connect { millis: 5, carrier: Carrier::Quic },
+        _ => welcome(5, Carrier::Quic),
+    };
+    // A is connected first, and B is the one that answers hello.
+    let reached = run(&[A, B], options(CarrierOrder::Quic), script).await;
+    assert_eq!((reached.carrier(), reached.millis), (Carrier::Quic, 10_010));
+    // A server that answered and gave no welcome is reported, whichever fails last.
+    let refused = run(&[A, B], options(CarrierOrder::Quic), |call| match call.address.as_str() {
+        A => Step::Connect { millis: 5, carrier: Carrier::Quic },
+        _ => Step::Refuse { millis: 5 },
+    })
+    .await;
+    assert_eq!(refused.error().to_string(), format!("{A}: over quic: nothing within 10s"));
+}
+
+/// The tunnels of an agent that is connected to `server` at an address over `carrier`.
+async fn connected_to(server: &str, address: &str, carrier: Carrier) -> (ServerTunnels, ServerEnd) {
+    let tunnels = ServerTunnels::default();
+    let (connected, end) = test_support::connect_at(carrier, address.parse().unwrap()).await;
+    let new = NewTunnel {
+        server_id: server.parse().unwrap(),
+        tunnel: connected.tunnel,
+        buffers: None,
+        rank: Rank::of(carrier, true),
+        reason: "first_choice",
+    };
+    assert!(matches!(tunnels.add(new, Instant::now()), AddOutcome::New(_)));
+    (tunnels, end)
+}
+
+fn welcome_of(server: &str, millis: u64, carrier: Carrier) -> Step {
+    Step::Welcome { millis, carrier, server: server.into(), count: 2 }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_distant_server_is_found_beside_one_that_is_connected() {
+    let (tunnels, _end) = connected_to("near", B, Carrier::Quic).await;
+    let script = |call: &Call| match call.address.as_str() {
+        A => welcome_of("far", 800, Carrier::Quic),
+        _ => welcome_of("near", 5, Carrier::Quic),
+    };
+    for addresses in [[A, B], [B, A]] {
+        let mut run = run_beside(&tunnels, &addresses, options(CarrierOrder::Quic), script).await;
+        let Ok(Found::Server(joined, _)) = &run.attempted.result else { panic!("a duplicate") };
+        assert_eq!(joined.welcome.server_id.as_str(), "far");
+        // The duplicate was closed before.
+        let near = run.ends.recv().await.unwrap();
+        let lost = near.tunnel.closed().await;
+        assert!(lost.to_string().contains("duplicate"), "{lost}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dead_address_delays_the_next_draw_by_two_seconds_at_most() {
+    let (tunnels, _end) = connected_to("near", "10.0.0.9:8132", Carrier::Quic).await;
+    let run = run_beside(&tunnels, &[A, B], options(CarrierOrder::Quic), |call| {
+        match call.address.as_str() {
+            A => welcome_of("near", 5, Carrier::Quic),
+            _ => Step::Hang,
+        }
+    })
+    .await;
+    assert!(matches!(run.attempted.result, Ok(Found::Duplicate(Rank::Quic))));
+    assert_eq!((run.millis, run.attempted.quic), (2005, QuicOutcome::Worked));
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_duplicate_no_other_address_with_a_tunnel_is_tried() {
+    let (tunnels, _end) = connected_to("near", B, Carrier::Quic).await;
+    let run = run_beside(&tunnels, &[A, B], options(CarrierOrder::Quic), |_| {
+        welcome_of("near", 5, Carrier::Quic)
+    })
+    .await;
+    assert!(matches!(run.attempted.result, Ok(Found::Duplicate(Rank::Quic))));
+    assert_eq!((run.millis, run.calls.len()), (5, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_suspect_tunnels_address_comes_first_and_those_with_a_good_one_last() {
+    let (tunnels, _end) = connected_to("near", A, Carrier::Tcp).await;
+    let address: SocketAddr = A.parse().unwrap();
+    let preference = |order| {
+        let Preference { first, last } = preference(&tunnels, options(order));
+        (first, last)
+    };
+    // A tunnel over TCP may be replaced by one over QUIC.
+    assert_eq!(preference(CarrierOrder::QuicFirst), (None, vec![]));
+    assert_eq!(preference(CarrierOrder::TcpFirst), (None, vec![address]));
+    tunnels.set_suspicion(&tunnels.in_use()[0], Some(Suspicion::Refused));
+    assert_eq!(preference(CarrierOrder::TcpFirst), (Some(address), vec![]));
+}
+
+#[tokio::test(start_paused = true)]
 async fn quic_alone_that_fails_has_failed() {
     let run = run(&[A], options(CarrierOrder::Quic), |_| Step::Refuse { millis: 5 }).await;
     assert_eq!(run.error().to_string(), format!("{A}: over quic: connection refused"));
@@ -178,8 +319,8 @@ async fn a_refused_agent_is_reported_and_not_asked_about_over_another_carrier() 
         end.tunnel.close(CloseCode::UNAUTHENTICATED, "no token");
         end.tunnel.closed().await;
     };
-    let context = context(None);
-    let attempt = attempt(&*scripted, options(CarrierOrder::QuicFirst), None, &context);
+    let (context, tunnels) = (context(None), ServerTunnels::default());
+    let attempt = attempt(&*scripted, options(CarrierOrder::QuicFirst), &tunnels, &context);
     let (attempted, ()) = tokio::join!(attempt, refuse);
     let error = attempted.result.unwrap_err();
     assert_eq!(error.label(), "join_failed");
