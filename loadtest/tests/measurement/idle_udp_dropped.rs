@@ -20,10 +20,9 @@ const QUIET: Duration = Duration::from_millis(500);
 /// Time for such a dial: less than `--backend-dial-timeout`, which is 10 s.
 const LIMIT: Duration = Duration::from_secs(8);
 
-/// A rig whose one agent may choose its carrier and came by QUIC, and the path between both.
-async fn behind_path(frontend: FrontendKind) -> (Running, ShapedPath) {
-    let rig = Rig::new().frontend(frontend).agents(0).any_carrier();
-    let mut rig = rig.start().await.unwrap();
+/// A rig whose one agent has come by QUIC, and the path between both.
+async fn behind_path(rig: Rig) -> (Running, ShapedPath) {
+    let mut rig = rig.agents(0).start().await.unwrap();
     let path = ShapedPath::to(rig.server.tunnel, true).await;
     let mut config = rig.agent_config("agent").unwrap();
     config.servers.port = path.address.port();
@@ -60,7 +59,7 @@ async fn until_idle(rig: &Running) {
 
 /// Whether a dial that begins this long after the loss succeeds in time.
 async fn dial_after_loss(frontend: FrontendKind, delay: Duration) -> bool {
-    let (rig, path) = behind_path(frontend).await;
+    let (rig, path) = behind_path(Rig::new().frontend(frontend).any_carrier()).await;
     let target = targets::echo().await.unwrap();
     use_once(&rig, &target).await;
     until_idle(&rig).await;
@@ -85,6 +84,28 @@ async fn a_dial_on_an_idle_tunnel_succeeds_although_its_udp_is_dropped(
         let [a, b, c, d, e] = DIALED_AFTER.map(dial);
         let in_time = tokio::join!(a, b, c, d, e);
         assert_eq!(in_time, (true, true, true, true, true));
+    })
+    .await;
+}
+
+/// The server gives the tunnel up because of a dial, and its close is dropped like all packets.
+/// The agent learns of it when its next packet passes, long before the idle time-out, and the dial
+/// has waited for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_learns_from_its_next_packet_that_the_server_gave_its_tunnel_up() {
+    within(async {
+        let (rig, path) = behind_path(Rig::new().carrier(Carrier::Quic)).await;
+        let target = targets::echo().await.unwrap();
+        until_idle(&rig).await;
+        path.set_udp_passes(false);
+        let returning = async {
+            eventually("the server gives up", async || rig.server.backends.all().is_empty()).await;
+            path.set_udp_passes(true);
+        };
+        let (dialed, ()) = tokio::join!(rig.dial(target.address()), returning);
+        echo(&mut dialed.unwrap(), b"hello").await.unwrap();
+        let lost = "culvert_agent_tunnels_lost_total{reason=\"peer_restarted\"}";
+        assert_eq!(rig.agents()[0].metric(lost), 1.0);
     })
     .await;
 }
