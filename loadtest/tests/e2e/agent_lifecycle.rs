@@ -83,7 +83,7 @@ async fn a_dial_whose_agent_is_killed_and_does_not_return_fails_at_its_deadline(
     #[values(Quic, Tcp)] carrier: Carrier,
 ) {
     within(async {
-        let rig = rig(frontend, carrier).agents(0).server_flag("--backend-dial-timeout=3s");
+        let rig = rig(frontend, carrier).agents(0).server_flag("--backend-dial-timeout=6s");
         let rig = rig.start().await.unwrap();
         let mut process = agent_process(&rig, &[]).await;
         rig.until_joined(1).await.unwrap();
@@ -154,8 +154,7 @@ async fn dials_of_a_frozen_agent_fail_at_their_deadline_and_it_is_not_ready(
     #[values(Quic, Tcp)] carrier: Carrier,
 ) {
     within(async {
-        let rig = rig(ConnectUnix, carrier).agents(0).server_flag("--backend-dial-timeout=4s");
-        let rig = rig.start().await.unwrap();
+        let rig = rig(ConnectUnix, carrier).agents(0).start().await.unwrap();
         let mut process = agent_process(&rig, &[]).await;
         rig.until_joined(1).await.unwrap();
         process.freeze().await.unwrap();
