@@ -8,7 +8,7 @@
 mod disturb;
 mod load;
 pub mod report;
-mod sample;
+pub mod sample;
 mod schedule;
 mod stage;
 mod target;

@@ -30,11 +30,14 @@ pub(super) const RESOURCES: [Resource; 7] = [
     resource("metric series", 30, 5),
 ];
 
-/// Amount of each of the [`RESOURCES`].
-pub(super) type Sample = [u64; RESOURCES.len()];
+/// Descriptors, threads, tasks, resident memory in KiB, UDP sockets, TCP sockets, metric series.
+pub type Sample = [u64; RESOURCES.len()];
 
 /// Reads what the process with this id holds; `scrape` is its metrics page.
-pub(super) fn read(pid: i32, scrape: &str) -> io::Result<Sample> {
+///
+/// # Errors
+/// When the process has ended, or the page has no number of tasks.
+pub fn read(pid: i32, scrape: &str) -> io::Result<Sample> {
     let folder = format!("/proc/{pid}");
     let links = fs::read_dir(format!("{folder}/fd"))?.filter_map(|entry| {
         // A descriptor may be closed meanwhile.
