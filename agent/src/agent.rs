@@ -11,10 +11,7 @@ use culvert_process::{
 };
 use culvert_wire::InstanceId;
 use tokio::time::{Instant, timeout};
-use tokio_util::{
-    sync::CancellationToken,
-    task::{AbortOnDropHandle, TaskTracker},
-};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     config::Config,
@@ -154,13 +151,13 @@ impl Agent {
     pub async fn run(mut self, stop: impl Future<Output = ()>) {
         let mut counting = self.leases.map(|leases| {
             let keep = leases.keep(self.tunnels.clone(), self.metrics.clone());
-            AbortOnDropHandle::new(tokio::spawn(keep))
+            culvert_transport::task::owned(keep)
         });
         let reloads = self.reloads;
         let keep = async move { reloads.keep().await };
-        let mut reloading = AbortOnDropHandle::new(tokio::spawn(keep));
+        let mut reloading = culvert_transport::task::owned(keep);
         let mut connecting =
-            AbortOnDropHandle::new(tokio::spawn(self.connector.run(self.context.clone())));
+            culvert_transport::task::owned(self.connector.run(self.context.clone()));
         let supervised = [self.health.task(), self.admin.task(), &mut self.upkeep, &mut reloading];
         tokio::select! {
             () = stop => {}

@@ -130,8 +130,8 @@ impl<C: Connect> Connector<C> {
         debug!(goal = goal_name, order, large_packets, at_once, "an attempt to get a tunnel");
         let (connect, tunnels) = (self.connect.clone(), self.tunnels.clone());
         let attempt = async move { attempt(&*connect, options, &tunnels, &context).await };
-        let task = tokio::spawn(Box::pin(attempt));
-        Pending { goal, options, task: AbortOnDropHandle::new(task) }
+        let task = culvert_transport::task::owned(Box::pin(attempt));
+        Pending { goal, options, task }
     }
 
     fn on_attempted(

@@ -210,7 +210,7 @@ impl Scripted {
         let (connected, end) = connect(carrier).await;
         if let Some((server, count)) = welcomed_by {
             let end = ServerEnd { tunnel: end.tunnel.clone(), line: end.line.clone() };
-            tokio::spawn(async move {
+            culvert_transport::test_util::detached(async move {
                 let (mut control, _) = end.hello().await;
                 control.send(&welcome(&server, count)).await.unwrap();
                 while control.next().await.is_ok() {}

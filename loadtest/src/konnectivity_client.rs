@@ -120,7 +120,8 @@ impl KonnectivityClient {
         let stdout = child.stdout.take().context("the Konnectivity client has no output")?;
         stdin.write_all(&serde_json::to_vec(plan)?).await?;
         drop(stdin);
-        tokio::spawn(async move {
+        #[expect(clippy::disallowed_methods, reason = "it ends with the receiver of its samples")]
+        drop(tokio::spawn(async move {
             let _child = child;
             let mut lines = BufReader::new(stdout).lines();
             while let Ok(Some(line)) = lines.next_line().await {
@@ -129,7 +130,7 @@ impl KonnectivityClient {
                     return;
                 }
             }
-        });
+        }));
         Ok(())
     }
 }

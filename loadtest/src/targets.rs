@@ -12,14 +12,14 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::mpsc,
-    task::JoinHandle,
 };
+use tokio_util::task::AbortOnDropHandle;
 
 /// A TCP server that treats each connection the same way.
 #[derive(Debug)]
 pub struct Target {
     address: SocketAddr,
-    task: JoinHandle<()>,
+    task: AbortOnDropHandle<()>,
 }
 
 impl Target {
@@ -34,7 +34,7 @@ impl Target {
     {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
-        let task = tokio::spawn(async move {
+        let task = culvert_transport::task::owned(async move {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((socket, _)) = listener.accept().await {
                 let _ = socket.set_nodelay(true);

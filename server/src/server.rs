@@ -11,10 +11,7 @@ use culvert_process::{
 };
 use culvert_wire::CloseCode;
 use tokio::time::timeout;
-use tokio_util::{
-    sync::CancellationToken,
-    task::{AbortOnDropHandle, TaskTracker},
-};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use crate::{
@@ -208,15 +205,14 @@ impl Server {
         let stop_lease = CancellationToken::new();
         let mut lease_task = self
             .leases
-            .map(|leases| AbortOnDropHandle::new(tokio::spawn(leases.keep(stop_lease.clone()))));
+            .map(|leases| culvert_transport::task::owned(leases.keep(stop_lease.clone())));
         let reloads = self.reloads;
-        let mut reloading =
-            AbortOnDropHandle::new(tokio::spawn(async move { reloads.keep().await }));
+        let mut reloading = culvert_transport::task::owned(async move { reloads.keep().await });
         let mut frontend =
-            AbortOnDropHandle::new(tokio::spawn(self.frontend.run(self.frontend_context.clone())));
+            culvert_transport::task::owned(self.frontend.run(self.frontend_context.clone()));
         let AgentContext { backends, settings, .. } = &*self.agent_context;
         let watch = silence::watch(backends.clone(), settings.keep_alive_interval);
-        let mut watch = AbortOnDropHandle::new(tokio::spawn(watch));
+        let mut watch = culvert_transport::task::owned(watch);
         let own = [&mut self.upkeep, &mut frontend, &mut reloading, &mut watch];
         let supervised = [self.health.task(), self.admin.task()].into_iter().chain(own);
         let ended = tokio::select! {

@@ -3,6 +3,7 @@ use std::collections::HashSet;
 use bytes::Bytes;
 use culvert_transport::{Carrier, test_util::Side};
 use tokio::{sync::mpsc, time::timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::*;
 use crate::{
@@ -33,7 +34,7 @@ fn run(script: impl Fn(&Call) -> Step + Send + Sync + 'static) -> Running {
         tunnels: tunnels.clone(),
         metrics: metrics.clone(),
     };
-    let task = AbortOnDropHandle::new(tokio::spawn(connector.run(context.clone())));
+    let task = culvert_transport::task::owned(connector.run(context.clone()));
     Running { scripted, ends, tunnels, metrics, context, task }
 }
 

@@ -34,8 +34,8 @@ async fn serve(network: Scripted, head: Bytes) -> Served {
     let stream = pair.agent.accept().await.unwrap();
     let metrics = Arc::new(AgentMetrics::new().unwrap());
     let egress = Egress { network, dial_timeout: DIAL_TIMEOUT, metrics: metrics.clone() };
-    let serving = tokio::spawn(async move { egress.serve(stream).await });
-    Served { send, recv, metrics, _serving: AbortOnDropHandle::new(serving), _pair: pair }
+    let serving = culvert_transport::task::owned(async move { egress.serve(stream).await });
+    Served { send, recv, metrics, _serving: serving, _pair: pair }
 }
 
 fn request() -> DialRequest {

@@ -125,11 +125,11 @@ async fn joined(keep_alive_interval: Duration) -> Joined {
     let (tunnel, far, bridges) = connected(keep_alive_interval).await;
     let (calls, mut called) = mpsc::unbounded_channel();
     let frozen = Arc::new(Notify::new());
-    let server = tokio::spawn(serve(far, Connect(calls), frozen.clone()));
+    let server = culvert_transport::task::owned(serve(far, Connect(calls), frozen.clone()));
     let mut control = hello(&tunnel).await;
     let ControlMessage::Welcome(welcome) = control.next().await.unwrap() else { panic!() };
     let call = called.recv().await.unwrap();
-    let (welcome, _server) = (*welcome, AbortOnDropHandle::new(server));
+    let (welcome, _server) = (*welcome, server);
     Joined { tunnel, _control: control, welcome, call, bridges, frozen, _server }
 }
 

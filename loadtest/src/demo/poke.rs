@@ -5,8 +5,8 @@ use std::{fmt, net::SocketAddr, path::PathBuf};
 use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, UnixStream},
-    task::JoinHandle,
 };
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     rig::Running,
@@ -20,7 +20,7 @@ pub(super) struct Poke {
     target: Target,
     server: SocketAddr,
     agents: Vec<(String, SocketAddr)>,
-    forwarder: JoinHandle<()>,
+    forwarder: AbortOnDropHandle<()>,
 }
 
 impl Poke {
@@ -28,7 +28,7 @@ impl Poke {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let (proxy, uds) = (listener.local_addr()?, rig.uds());
         Ok(Self {
-            forwarder: tokio::spawn(forward(listener, uds.clone())),
+            forwarder: culvert_transport::task::owned(forward(listener, uds.clone())),
             uds,
             proxy,
             target: targets::http(38).await?,

@@ -17,9 +17,9 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
     sync::mpsc,
-    task::JoinHandle,
     time::{MissedTickBehavior, interval},
 };
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     frontend::connect,
@@ -49,7 +49,7 @@ const PAGE_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The running sessions.
 pub(super) struct Sessions {
-    running: Vec<(Arc<Meter>, JoinHandle<anyhow::Result<()>>)>,
+    running: Vec<(Arc<Meter>, AbortOnDropHandle<anyhow::Result<()>>)>,
     stop: Arc<AtomicBool>,
     _targets: Vec<Target>,
 }
@@ -161,7 +161,8 @@ impl Sessions {
         let uds: PathBuf = uds.into();
         let socket = connect::dial(&uds, target.address()).await.context(name)?;
         let meter = Meter::new(name)?;
-        let task = tokio::spawn(session(socket, meter.clone(), Stop(self.stop.clone())));
+        let task =
+            culvert_transport::task::owned(session(socket, meter.clone(), Stop(self.stop.clone())));
         self.running.push((meter, task));
         Ok(())
     }

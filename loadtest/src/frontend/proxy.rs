@@ -10,9 +10,9 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::mpsc,
-    task::JoinHandle,
 };
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Streaming, body::Body, client::Grpc};
 use tonic_prost::ProstCodec;
 
@@ -26,7 +26,7 @@ pub struct Client {
 }
 
 #[derive(Debug)]
-struct AbortOnDrop(JoinHandle<()>);
+struct AbortOnDrop(AbortOnDropHandle<()>);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
@@ -49,7 +49,7 @@ impl Client {
             .handshake(TokioIo::new(socket))
             .await
             .map_err(io::Error::other)?;
-        let driver = tokio::spawn(async move { drop(driver.await) });
+        let driver = culvert_transport::task::owned(async move { drop(driver.await) });
         Ok(Self { requests, _driver: AbortOnDrop(driver) })
     }
 

@@ -3,13 +3,14 @@
 use std::{future::Future, pin::Pin, time::Duration};
 
 use anyhow::Context as _;
-use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
+use tokio::{sync::oneshot, time::timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 /// A part that runs until it is stopped, and is aborted when dropped.
 #[derive(Debug)]
 pub(super) struct Task {
     stop: Option<oneshot::Sender<()>>,
-    handle: JoinHandle<()>,
+    handle: AbortOnDropHandle<()>,
 }
 
 /// Completes when the part is to stop.
@@ -22,7 +23,7 @@ impl Task {
     {
         let (stop, stopped) = oneshot::channel::<()>();
         let stopped: StopFuture = Box::pin(async { drop(stopped.await) });
-        Self { stop: Some(stop), handle: tokio::spawn(run(stopped)) }
+        Self { stop: Some(stop), handle: culvert_transport::task::owned(run(stopped)) }
     }
 
     /// Stops the part; completes when it has ended.

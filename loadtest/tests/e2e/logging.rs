@@ -95,7 +95,7 @@ async fn a_pipe_in_non_blocking_mode_that_is_full_for_a_while_loses_nothing() {
         sides.until_joined().await;
         sides.dial(DIALS).await;
         assert_eq!(dropped(sides.agent_health).await, 0.0);
-        let reading = tokio::spawn(events(log));
+        let reading = culvert_transport::task::owned(events(log));
         stop(&mut agent).await;
         stop(&mut server).await;
         let events = reading.await.unwrap();

@@ -1,7 +1,7 @@
 //! Servers with one TLS key behind one address, whose UDP balancer misdirects packets.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     net::SocketAddr,
     sync::{
         Arc,
@@ -50,12 +50,12 @@ async fn forward(front: Arc<UdpSocket>, servers: [SocketAddr; 2], rules: Arc<Rul
     let mut datagram = vec![0; MAX_DATAGRAM];
     let mut number = 0;
     while let Ok((length, agent)) = front.recv_from(&mut datagram).await {
-        if !flows.contains_key(&agent) {
+        if let Entry::Vacant(flow) = flows.entry(agent) {
             let paths = [path(servers[0]).await, path(servers[1]).await];
             for path in paths.clone() {
                 answers.spawn(answer(path, front.clone(), agent));
             }
-            flows.insert(agent, paths);
+            flow.insert(paths);
         }
         number += 1;
         let every = rules.astray_every.load(Ordering::Relaxed);

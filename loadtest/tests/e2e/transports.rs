@@ -261,7 +261,7 @@ async fn a_tunnel_whose_udp_is_refused_later_is_replaced_by_one_over_tcp() {
 async fn proxy_to(server: SocketAddr) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
+    culvert_transport::test_util::detached(async move {
         while let Ok((mut near, _)) = listener.accept().await {
             let mut head = Vec::new();
             while !head.ends_with(b"\r\n\r\n") {
@@ -270,7 +270,9 @@ async fn proxy_to(server: SocketAddr) -> SocketAddr {
             assert!(head.starts_with(b"CONNECT server.test:8132 HTTP/1.1\r\n"));
             near.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
             let mut far = TcpStream::connect(server).await.unwrap();
-            tokio::spawn(async move { copy_bidirectional(&mut near, &mut far).await });
+            culvert_transport::test_util::detached(async move {
+                copy_bidirectional(&mut near, &mut far).await
+            });
         }
     });
     address

@@ -78,13 +78,13 @@ impl Dialer {
         let address = target.address();
         let tally = Arc::new(Mutex::new(Tally::default()));
         let counts = tally.clone();
-        let dialing = tokio::spawn(async move {
+        let dialing = culvert_transport::task::owned(async move {
             let mut ticks = interval(DIAL_INTERVAL);
             loop {
                 ticks.tick().await;
                 let began = counts.lock().era();
                 let (socket, counts) = (socket.clone(), counts.clone());
-                tokio::spawn(async move {
+                culvert_transport::test_util::detached(async move {
                     let dial = touch(Protocol::Connect, &socket, address);
                     let result = match timeout(DIAL_TIMEOUT, dial).await {
                         Ok(result) => result.map_err(|error| error.to_string()),
@@ -94,7 +94,7 @@ impl Dialer {
                 });
             }
         });
-        Self { tally, _dialing: AbortOnDropHandle::new(dialing), _target: target }
+        Self { tally, _dialing: dialing, _target: target }
     }
 
     /// Counts dials for this step from now on.

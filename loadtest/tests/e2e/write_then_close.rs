@@ -87,7 +87,7 @@ async fn from_the_target_to_the_frontend(
             let mut target = accepted.recv().await.unwrap();
             let sent = noise(size as u64, size);
             let expected = sent.clone();
-            let sending = tokio::spawn(async move {
+            let sending = culvert_transport::task::owned(async move {
                 target.write_all(&sent).await.unwrap();
                 drop(target);
             });

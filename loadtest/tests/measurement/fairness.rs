@@ -108,7 +108,7 @@ fn neither_flow_starves_the_other(#[case] buffer_ms: f64, #[case] shares: Range<
 async fn serve_tcp(arrived: Arrived) -> SocketAddr {
     let listener = TcpListener::bind((SERVER, 0)).await.unwrap();
     let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
+    culvert_transport::test_util::detached(async move {
         let (mut stream, from) = listener.accept().await.unwrap();
         assert_eq!(from.ip(), NODE);
         let mut buffer = vec![0; 65_536];

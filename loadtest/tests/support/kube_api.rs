@@ -80,9 +80,12 @@ impl KubeApi {
         let address = listener.local_addr().unwrap();
         std::fs::write(&kubeconfig, config_for(address, certificates)).unwrap();
         let state = Arc::new(Mutex::new(State::default()));
-        let serving =
-            tokio::spawn(serve(listener, TlsAcceptor::from(Arc::new(tls)), state.clone()));
-        Self { state, kubeconfig, _serving: AbortOnDropHandle::new(serving) }
+        let serving = culvert_transport::task::owned(serve(
+            listener,
+            TlsAcceptor::from(Arc::new(tls)),
+            state.clone(),
+        ));
+        Self { state, kubeconfig, _serving: serving }
     }
 
     /// The flag with the kubeconfig.
@@ -157,7 +160,7 @@ fn config_for(address: SocketAddr, certificates: &Certificates) -> String {
 async fn serve(listener: TcpListener, tls: TlsAcceptor, state: Arc<Mutex<State>>) {
     while let Ok((socket, _)) = listener.accept().await {
         let (tls, state) = (tls.clone(), state.clone());
-        tokio::spawn(async move {
+        culvert_transport::test_util::detached(async move {
             let Ok(stream) = tls.accept(socket).await else { return };
             let service = service_fn(move |request| answer(request, state.clone()));
             // A client may hang up.
@@ -258,7 +261,7 @@ impl State {
         let mut seen: usize = query.get("resourceVersion").map_or(0, |text| text.parse().unwrap());
         let (lines, body) = mpsc::unbounded_channel();
         let mut versions = self.version.subscribe();
-        tokio::spawn(async move {
+        culvert_transport::test_util::detached(async move {
             loop {
                 let events = shared.lock().events[seen..].to_vec();
                 seen += events.len();

@@ -49,7 +49,7 @@ impl FakeServer {
         config.servers.port = listener.port();
         configure(&mut config);
         let agent = culvert_agent::Agent::bind(&config).unwrap();
-        let agent = AbortOnDropHandle::new(tokio::spawn(agent.run(std::future::pending())));
+        let agent = culvert_transport::task::owned(agent.run(std::future::pending()));
         Self { listener, _agent: agent, _rig: rig }
     }
 

@@ -12,16 +12,16 @@ use std::{
 use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, TcpStream, UdpSocket},
-    task::JoinHandle,
 };
+use tokio_util::task::AbortOnDropHandle;
 
 /// The path. Dropping it takes it down.
 pub(crate) struct ShapedPath {
     /// Address at which agents enter the path.
     pub(crate) address: SocketAddr,
     passes: Arc<AtomicBool>,
-    tcp: JoinHandle<()>,
-    udp: JoinHandle<()>,
+    tcp: AbortOnDropHandle<()>,
+    udp: AbortOnDropHandle<()>,
 }
 
 impl ShapedPath {
@@ -36,8 +36,9 @@ impl ShapedPath {
         };
         let address = listener.local_addr().unwrap();
         let passes = Arc::new(AtomicBool::new(udp_passes));
-        let tcp = tokio::spawn(pass_tcp(listener, server));
-        let udp = tokio::spawn(pass_udp(Arc::new(socket), server, passes.clone()));
+        let tcp = culvert_transport::task::owned(pass_tcp(listener, server));
+        let udp =
+            culvert_transport::task::owned(pass_udp(Arc::new(socket), server, passes.clone()));
         Self { address, passes, tcp, udp }
     }
 
@@ -62,7 +63,9 @@ impl Drop for ShapedPath {
 async fn pass_tcp(listener: TcpListener, server: SocketAddr) {
     while let Ok((mut near, _)) = listener.accept().await {
         let mut far = TcpStream::connect(server).await.unwrap();
-        tokio::spawn(async move { copy_bidirectional(&mut near, &mut far).await });
+        culvert_transport::test_util::detached(async move {
+            copy_bidirectional(&mut near, &mut far).await
+        });
     }
 }
 
@@ -81,7 +84,7 @@ async fn pass_udp(near: Arc<UdpSocket>, server: SocketAddr, passes: Arc<AtomicBo
                 let far = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
                 far.connect(server).await.unwrap();
                 let back = pass_back(far.clone(), near.clone(), agent, passes.clone());
-                unknown.insert((far, Back(tokio::spawn(back))))
+                unknown.insert((far, Back(culvert_transport::task::owned(back))))
             }
         };
         let _ = far.send(&packet[..length]).await;
@@ -103,7 +106,7 @@ async fn pass_back(
     }
 }
 
-struct Back(JoinHandle<()>);
+struct Back(AbortOnDropHandle<()>);
 
 impl Drop for Back {
     fn drop(&mut self) {

@@ -235,7 +235,6 @@ mod tests {
     use http::StatusCode;
     use k8s_openapi::api::authentication::v1::UserInfo;
     use tokio::{task::JoinSet, time::sleep};
-    use tokio_util::task::AbortOnDropHandle;
 
     use super::*;
     use crate::testing::{accepted, account, authenticator, client};
@@ -363,7 +362,7 @@ mod tests {
             });
             let authenticator =
                 Authenticator::by_token(client.with_files(reloads.clone()), account());
-            let _keep = AbortOnDropHandle::new(tokio::spawn(async move { reloads.keep().await }));
+            let _keep = culvert_transport::task::owned(async move { reloads.keep().await });
             std::fs::write(&file, "new").unwrap();
             refused(&authenticator, "good").await;
             let refused_at = Instant::now();

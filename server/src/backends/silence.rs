@@ -119,7 +119,7 @@ mod tests {
         let pair = pair(Some(KEEP_ALIVE)).await;
         let line = pair.line.clone();
         let agent = TestAgent::join_on(&backends, "a", pair).await;
-        let _watch = tokio::spawn(watch(backends.clone(), Some(KEEP_ALIVE)));
+        let _watch = culvert_transport::task::owned(watch(backends.clone(), Some(KEEP_ALIVE)));
         line.silence(Side::Agent);
         let begun = Instant::now();
         backends.until_some(|| agent.backend.is_silent().then_some(())).await;

@@ -255,8 +255,14 @@ impl AdminServer {
             }
         };
         let (stop, stopping) = watch::channel(false);
-        let task = tokio::spawn(run(port, listener, unavailable, Arc::new(routes), stopping));
-        Self { local_address, stop, task: AbortOnDropHandle::new(task) }
+        let task = culvert_transport::task::owned(run(
+            port,
+            listener,
+            unavailable,
+            Arc::new(routes),
+            stopping,
+        ));
+        Self { local_address, stop, task }
     }
 
     /// Address in use, with the port that the kernel chose for port 0. The address of the

@@ -125,13 +125,13 @@ impl Metrics {
     /// runtime.
     pub fn spawn_upkeep(&self) -> Upkeep {
         let handle = self.handle.clone();
-        AbortOnDropHandle::new(tokio::spawn(async move {
+        culvert_transport::task::owned(async move {
             let mut ticks = tokio::time::interval(UPKEEP_INTERVAL);
             loop {
                 ticks.tick().await;
                 handle.run_upkeep();
             }
-        }))
+        })
     }
 }
 

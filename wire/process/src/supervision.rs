@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     fn task(work: impl Future<Output = ()> + Send + 'static) -> AbortOnDropHandle<()> {
-        AbortOnDropHandle::new(tokio::spawn(work))
+        culvert_transport::task::owned(work)
     }
 
     #[tokio::test(start_paused = true)]

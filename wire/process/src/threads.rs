@@ -53,7 +53,8 @@ mod tests {
     async fn work_has_a_named_thread_and_the_runtime_and_a_panic_is_an_error() {
         let name = on_thread("worker", || thread::current().name().map(str::to_owned)).await;
         assert_eq!(name.unwrap().as_deref(), Some("worker"));
-        let spawned = on_thread("worker", || tokio::spawn(async { 7 })).await.unwrap();
+        let spawned =
+            on_thread("worker", || culvert_transport::task::owned(async { 7 })).await.unwrap();
         assert_eq!(spawned.await.unwrap(), 7);
         let panicked = on_thread("worker", || panic!("scripted")).await;
         assert_eq!(panicked.unwrap_err().to_string(), "the thread panicked");

@@ -33,6 +33,7 @@ mod settings;
 pub mod socket;
 pub mod splice;
 mod stream;
+pub mod task;
 pub mod tcp;
 #[cfg(feature = "test-util")]
 #[doc(hidden)]

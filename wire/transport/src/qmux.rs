@@ -36,7 +36,7 @@ use tokio::{
 
 pub(crate) use self::halves::{RecvStream, SendStream};
 use self::{halves::Handle, mux::Mux, stream::Wakers};
-use super::{Carrier, ConnectError, Settings, TunnelLost, TunnelStats};
+use super::{Carrier, ConnectError, Settings, TransportFault, TunnelLost, TunnelStats};
 
 /// Which end of the byte stream this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,9 +87,7 @@ where
     let idle = u64::try_from(settings.idle_timeout.as_millis()).unwrap_or(u64::MAX >> 2);
     let mux = Mux::new(role, settings.stream_receive_window, settings.max_streams, idle);
     let shared = Arc::new(Shared::new(mux, peer));
-    let (reader, writer) = tokio::io::split(stream);
-    tokio::spawn(io::read(reader, shared.clone(), settings.idle_timeout));
-    tokio::spawn(io::write(writer, shared.clone(), settings.keep_alive_interval));
+    start(stream, &shared, settings);
     let connection = Connection { owner: Arc::new(Owner(shared.clone())) };
     loop {
         let opened = shared.opened.notified();
@@ -100,6 +98,38 @@ where
             () = opened => {}
             lost = shared.closed() => return Err(ConnectError::Handshake(lost)),
         }
+    }
+}
+
+/// Starts the tasks of a connection, which end it when one of them panics.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "they outlive the owner by the time that its close may take, and end by themselves"
+)]
+fn start<IO>(stream: IO, shared: &Arc<Shared>, settings: &Settings)
+where
+    IO: AsyncRead + AsyncWrite + Send + 'static,
+{
+    let (reader, writer) = tokio::io::split(stream);
+    let reading = io::read(reader, shared.clone(), settings.idle_timeout);
+    let writing = io::write(writer, shared.clone(), settings.keep_alive_interval);
+    let (read_end, write_end) = (EndOfTask(shared.clone()), EndOfTask(shared.clone()));
+    tokio::spawn(async move {
+        reading.await;
+        drop(read_end);
+    });
+    tokio::spawn(async move {
+        writing.await;
+        drop(write_end);
+    });
+}
+
+/// Ends the connection when a task of it ends, by a panic too.
+struct EndOfTask(Arc<Shared>);
+
+impl Drop for EndOfTask {
+    fn drop(&mut self) {
+        self.0.lose(TransportFault::Ended.into());
     }
 }
 

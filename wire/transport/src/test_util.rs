@@ -10,3 +10,9 @@ pub use self::{
     pair::Pair,
     simulated::{adopt, quic_transport},
 };
+
+/// Spawns a task that ends at the latest with the test's runtime.
+#[expect(clippy::disallowed_methods, reason = "the test's runtime owns the task")]
+pub fn detached<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) {
+    drop(tokio::spawn(work));
+}

@@ -16,9 +16,9 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy_bidirectional},
     net::{TcpListener, TcpStream},
     sync::mpsc,
-    task::JoinHandle,
 };
 use tokio_rustls::TlsAcceptor;
+use tokio_util::task::AbortOnDropHandle;
 
 use carriers::{Authority, accept_tcp, within};
 
@@ -37,7 +37,7 @@ enum Conduct {
 struct TestProxy {
     address: SocketAddr,
     requests: mpsc::UnboundedReceiver<String>,
-    task: JoinHandle<()>,
+    task: AbortOnDropHandle<()>,
 }
 
 impl TestProxy {
@@ -45,17 +45,25 @@ impl TestProxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (sender, requests) = mpsc::unbounded_channel();
-        let task = tokio::spawn(async move {
+        let task = culvert_transport::task::owned(async move {
             loop {
                 let (socket, _) = listener.accept().await.unwrap();
                 let conduct = conduct.clone();
                 match tls.clone().map(TlsAcceptor::from) {
                     Some(acceptor) => {
                         let Ok(stream) = acceptor.accept(socket).await else { continue };
-                        tokio::spawn(serve(stream, conduct, sender.clone()));
+                        culvert_transport::test_util::detached(serve(
+                            stream,
+                            conduct,
+                            sender.clone(),
+                        ));
                     }
                     None => {
-                        tokio::spawn(serve(socket, conduct, sender.clone()));
+                        culvert_transport::test_util::detached(serve(
+                            socket,
+                            conduct,
+                            sender.clone(),
+                        ));
                     }
                 }
             }
@@ -328,7 +336,7 @@ async fn a_proxy_that_impersonates_the_server_is_refused() {
     within(async {
         let (server, other) = (Server::new().await, Server::new().await);
         let proxy = TestProxy::with_conduct(other.reached(None)).await;
-        let accept = tokio::spawn(async move {
+        let accept = culvert_transport::task::owned(async move {
             let identity = other.authority.identity();
             let tls = tunnel_server(identity, None, KeyExchange::Hybrid).unwrap();
             let (socket, _) = other.listener.accept().await.unwrap();

@@ -4,7 +4,12 @@
 
 mod carriers;
 
-use std::time::Duration;
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use culvert_transport::{
@@ -40,7 +45,7 @@ async fn pair(settings: &Settings) -> (Tunnel, Tunnel) {
 
 async fn echo(tunnel: Tunnel) {
     while let Ok((mut send, mut recv)) = tunnel.accept().await {
-        tokio::spawn(async move {
+        culvert_transport::test_util::detached(async move {
             let mut chunks = [const { Bytes::new() }; 8];
             while let Ok(Some(count)) = recv.read_chunks(&mut chunks).await {
                 for chunk in &chunks[..count] {
@@ -80,7 +85,7 @@ async fn round_trip(tunnel: &Tunnel, length: usize, seed: u64) {
 async fn many_streams_share_a_pipe() {
     within(async {
         let (server, agent) = pair(&Settings::default()).await;
-        tokio::spawn(echo(agent));
+        culvert_transport::test_util::detached(echo(agent));
         let mut trips = JoinSet::new();
         for stream in 0..50 {
             let server = server.clone();
@@ -99,7 +104,7 @@ async fn many_streams_share_a_pipe() {
 async fn a_limit_of_two_streams_allows_ten_one_after_another() {
     within(async {
         let (server, agent) = pair(&Settings { max_streams: 2, ..Settings::default() }).await;
-        tokio::spawn(echo(agent));
+        culvert_transport::test_util::detached(echo(agent));
         for stream in 0..10 {
             round_trip(&server, 1, stream).await;
         }
@@ -121,7 +126,7 @@ async fn stalled_readers_do_not_delay_other_streams() {
             }
             stalled.push((send, recv, agent.accept().await.unwrap()));
         }
-        tokio::spawn(echo(agent.clone()));
+        culvert_transport::test_util::detached(echo(agent.clone()));
         for stream in 0..20 {
             round_trip(&server, 100_000, stream).await;
         }
@@ -187,7 +192,7 @@ mod frames {
 async fn loss_after(bytes: Vec<u8>) -> String {
     let (near, mut far) = duplex(PIPE);
     let settings = Settings { max_streams: 4, ..Settings::default() };
-    let near = tokio::spawn(async move {
+    let near = culvert_transport::task::owned(async move {
         match establish(near, Role::Server, peer(), &settings).await {
             Ok(connection) => Tunnel::from(connection).closed().await.to_string(),
             Err(ConnectError::Handshake(lost)) => lost.to_string(),
@@ -238,8 +243,9 @@ async fn a_connection_starts_with_these_bytes() {
             max_streams: 4,
             ..Settings::default()
         };
-        let _near =
-            tokio::spawn(async move { establish(near, Role::Client, peer(), &settings).await });
+        let _near = culvert_transport::task::owned(async move {
+            establish(near, Role::Client, peer(), &settings).await
+        });
         // Record, frame type, length; idle time-out 30 s, no limit of data, 4 MiB on each stream
         // of either side, 4 streams.
         let expected = [
@@ -278,7 +284,7 @@ async fn another_implementation_works_as_client() {
             Session::connect(transport(far), config()),
         );
         let client = client.unwrap();
-        tokio::spawn(echo(server.clone()));
+        culvert_transport::test_util::detached(echo(server.clone()));
         let (mut send, mut recv) = client.open_bi().await.unwrap();
         let bytes = vec![7; 1 << 20];
         let sending = async {
@@ -326,6 +332,43 @@ async fn another_implementation_works_as_server() {
         agent.close(CloseCode::DONE, "bye");
         let closed = server.closed().await;
         assert!(matches!(closed, qmux::Error::ConnectionClosed { reason, .. } if reason == "bye"));
+    })
+    .await;
+}
+
+/// A byte stream whose reads panic, as a defect of a carrier would.
+struct Defective;
+
+impl tokio::io::AsyncRead for Defective {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        _: &mut tokio::io::ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        panic!("scripted");
+    }
+}
+
+impl tokio::io::AsyncWrite for Defective {
+    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+        Poll::Pending
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[tokio::test]
+async fn a_panic_of_a_task_ends_its_connection() {
+    within(async {
+        let refused = establish(Defective, Role::Client, peer(), &Settings::default()).await;
+        let error = refused.map(drop).unwrap_err();
+        assert!(matches!(error, ConnectError::Handshake(TunnelLost::Transport(_))), "{error:?}");
     })
     .await;
 }

@@ -56,7 +56,10 @@ async fn a_dropped_splice_resets_both_sides() {
         let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _pair } =
             Bench::new(carrier).await;
         peer.write_all(b"half a sent").await.unwrap();
-        let task = tokio::spawn(async move { run(socket, stream, &Meter::default()).await });
+        let task =
+            culvert_transport::task::owned(
+                async move { run(socket, stream, &Meter::default()).await },
+            );
         let mut chunks = [Bytes::new()];
         assert_eq!(held.1.read_chunks(&mut chunks).await.unwrap(), Some(1));
         task.abort();
@@ -76,7 +79,8 @@ async fn both_directions_are_counted_and_their_ends_reported() {
             Bench::new(carrier).await;
         let meter = Arc::new(Meter::default());
         let counted = meter.clone();
-        let task = tokio::spawn(async move { run(socket, stream, &counted).await });
+        let task =
+            culvert_transport::task::owned(async move { run(socket, stream, &counted).await });
         peer.write_all(b"12345").await.unwrap();
         peer.shutdown().await.unwrap();
         held.0.write_chunk(Bytes::from_static(b"123")).await.unwrap();
@@ -101,7 +105,7 @@ async fn a_peer_that_reads_nothing_after_the_close_is_cut_off() {
         let Bench { spliced: (socket, stream), socket: mut peer, stream: mut held, _pair } =
             Bench::new(carrier).await;
         // The close, and more than all buffers on the path hold.
-        let flood = tokio::spawn(async move {
+        let flood = culvert_transport::task::owned(async move {
             held.1.stop(StreamCode::CLOSED);
             loop {
                 if let Err(error) = held.0.write_chunk(vec![0; 65_536].into()).await {
@@ -145,7 +149,10 @@ async fn bytes_written_before_a_unix_socket_was_closed_unread_arrive() {
     each(async |carrier| {
         let Bench { spliced: (_, stream), stream: mut held, _pair, .. } = Bench::new(carrier).await;
         let (socket, mut peer) = UnixStream::pair().unwrap();
-        let task = tokio::spawn(async move { run(socket, stream, &Meter::default()).await });
+        let task =
+            culvert_transport::task::owned(
+                async move { run(socket, stream, &Meter::default()).await },
+            );
         held.0.write_chunk(Bytes::from_static(b"an answer that is never read")).await.unwrap();
         peer.readable().await.unwrap();
         let mut written = 0;

@@ -57,9 +57,9 @@ async fn serve_to(server: &Settings, context: SessionContext) -> Serving {
     let entry = add(&tunnels, joined.tunnel(), Rank::Quic);
     let task = {
         let (entry, tunnels, context) = (entry.clone(), tunnels.clone(), context.clone());
-        tokio::spawn(async move { joined.serve(&entry, &tunnels, context).await })
+        culvert_transport::task::owned(async move { joined.serve(&entry, &tunnels, context).await })
     };
-    Serving { end, control, context, tunnels, entry, session: AbortOnDropHandle::new(task) }
+    Serving { end, control, context, tunnels, entry, session: task }
 }
 
 fn add(tunnels: &ServerTunnels, tunnel: &Tunnel, rank: Rank) -> Arc<ServerTunnel> {
@@ -323,7 +323,8 @@ async fn a_silent_server_becomes_suspect_and_is_not_once_it_answers() {
     assert!((secs(1)..=secs(3)).contains(&elapsed), "{elapsed:?}");
     serving.end.line.restore(Side::Server);
     let Serving { mut control, tunnels, entry, session: _session, end: _end, .. } = serving;
-    let answer = tokio::spawn(async move { while control.next().await.is_ok() {} });
+    let answer =
+        culvert_transport::task::owned(async move { while control.next().await.is_ok() {} });
     timeout(secs(1), tunnels.changed()).await.unwrap();
     assert_eq!(entry.suspicion(), None);
     answer.abort();

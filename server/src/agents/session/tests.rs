@@ -176,7 +176,7 @@ async fn with_token(review: Duration, hello_after: Duration) -> Served {
     let mut control = ControlStream::new(served.tunnel.clone(), served.open().await);
     let hello = Hello { token: Some(Secret::new("good").unwrap()), ..hello("a", &[]) };
     control.send(&ControlMessage::Hello(Box::new(hello))).await.unwrap();
-    tokio::spawn(async move { while control.next().await.is_ok() {} });
+    culvert_transport::test_util::detached(async move { while control.next().await.is_ok() {} });
     served
 }
 

@@ -120,7 +120,7 @@ async fn a_dial_that_ends_each_process_that_it_reaches_ends_only_so_many() {
     let asked: Vec<_> = agents
         .into_iter()
         .map(|agent| {
-            tokio::spawn(async move {
+            culvert_transport::task::owned(async move {
                 let asked = timeout(LIMIT, agent.asked()).await;
                 agent.tunnel.close(CloseCode::DONE, "");
                 // Registered until all have been asked.

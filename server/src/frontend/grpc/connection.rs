@@ -252,7 +252,7 @@ mod tests {
     /// A connection whose client has closed while the target's bytes wait for a slow frontend.
     struct Closed {
         packets: mpsc::Receiver<Result<Packet, Status>>,
-        outcome: tokio::task::JoinHandle<Outcome>,
+        outcome: tokio_util::task::AbortOnDropHandle<Outcome>,
         _target: SendHalf,
         _pair: Pair,
     }
@@ -269,10 +269,10 @@ mod tests {
         let inbound = Streaming::new_request(decoder, body, None, Some(MAX_PACKET_LEN));
         let (outbound, packets) = mpsc::channel(2);
         let (reader, writer, abort) = halves(ID, inbound, outbound, Registration::begin());
-        let outcome = tokio::spawn(async move {
+        let outcome = culvert_transport::task::owned(async move {
             splice(Local::new(reader, writer, abort), near, &Meter::default()).await
         });
-        let target = tokio::spawn(async move {
+        let target = culvert_transport::task::owned(async move {
             target.write_chunk(Bytes::from(vec![7; LENGTH])).await.unwrap();
             target.finish();
             target

@@ -22,7 +22,7 @@ struct Carried {
     connections: Connections,
     packets: Packets,
     far: (SendHalf, RecvHalf),
-    outcome: tokio::task::JoinHandle<Outcome>,
+    outcome: culvert_transport::task::Owned<Outcome>,
     _pair: Pair,
 }
 
@@ -38,7 +38,7 @@ async fn carried(side: Side) -> Carried {
     let (connections, (outbound, packets)) = (Connections::default(), outbound());
     let inbox = connections.insert(ID);
     let shared = connections.clone();
-    let outcome = tokio::spawn(async move {
+    let outcome = culvert_transport::task::owned(async move {
         carry((ID, inbox), side, near, outbound, &shared, &Meter::default()).await
     });
     Carried { connections, packets, far, outcome, _pair: pair }

@@ -55,7 +55,7 @@ impl Rig {
 
     fn keep(&self) -> AbortOnDropHandle<()> {
         let reloads = self.reloads.clone();
-        AbortOnDropHandle::new(tokio::spawn(async move { reloads.keep().await }))
+        culvert_transport::task::owned(async move { reloads.keep().await })
     }
 
     /// Reloads of this file that succeeded and that failed, as a scrape shows them.

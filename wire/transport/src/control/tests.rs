@@ -119,7 +119,7 @@ async fn a_ping_is_answered_with_its_own_echo() {
 #[tokio::test(start_paused = true)]
 async fn a_peer_that_answers_is_never_unresponsive() {
     let (mut server, mut agent, _pair) = both().await;
-    let answer = tokio::spawn(async move { agent.next().await });
+    let answer = crate::task::owned(async move { agent.next().await });
     for _ in 0..10 {
         server.ask(LIMIT).await.unwrap();
         // Ten limits and all their renewals pass without an event.
@@ -169,7 +169,7 @@ async fn a_distant_peer_gets_three_round_trips_more() {
 async fn a_peer_that_is_heard_and_does_not_answer_gets_every_renewal() {
     let (mut server, mut agent) = scripted().await;
     server.ask(LIMIT).await.unwrap();
-    let chatter = tokio::spawn(async move {
+    let chatter = crate::task::owned(async move {
         loop {
             agent.send_bytes(&[0x40, 0, 0]).await;
             sleep(LIMIT / 2).await;
@@ -410,7 +410,7 @@ async fn a_peer_that_takes_no_ping_is_unresponsive_within_the_pings_limit() {
 #[tokio::test(start_paused = true)]
 async fn a_peer_that_pings_and_takes_no_answer_is_given_up() {
     let (mut server, mut agent) = unread().await;
-    let pinging = tokio::spawn(async move {
+    let pinging = crate::task::owned(async move {
         let mut echo = 0;
         loop {
             echo += 1;

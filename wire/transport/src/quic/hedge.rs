@@ -83,7 +83,7 @@ impl Hedging {
             sent: AtomicU64::new(0),
             used: AtomicU64::new(0),
         });
-        let task = AbortOnDropHandle::new(tokio::spawn(run(shared.clone())));
+        let task = crate::task::owned(run(shared.clone()));
         Self { shared, _task: task }
     }
 

@@ -162,12 +162,12 @@ impl IcmpRouter {
         let Some(errors) = errors else { return };
         let icmp_router = Arc::downgrade(self);
         self.reader.get_or_init(|| {
-            AbortOnDropHandle::new(tokio::spawn(async move {
+            crate::task::owned(async move {
                 while let Some((address, why)) = errors.next().await {
                     let Some(icmp_router) = icmp_router.upgrade() else { return };
                     icmp_router.report(address, why);
                 }
-            }))
+            })
         });
     }
 }

@@ -14,7 +14,6 @@ use culvert_wire::StreamCode;
 use parking_lot::Mutex;
 use tokio::{
     sync::{Semaphore, SetOnce, mpsc},
-    task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
 

@@ -215,9 +215,11 @@ async fn overtaken(prepare: impl FnOnce(&mut SendHalf, &mut SendHalf)) -> usize 
     let ((near, near_relay), (far, far_relay)) = (duplex(1024), duplex(1024));
     let (mut from_server, mut to_server) = tokio::io::split(near_relay);
     let (mut from_agent, mut to_agent) = tokio::io::split(far_relay);
-    tokio::spawn(async move { tokio::io::copy(&mut from_agent, &mut to_server).await });
+    crate::test_util::detached(
+        async move { tokio::io::copy(&mut from_agent, &mut to_server).await },
+    );
     let (held, hold) = tokio::sync::watch::channel(false);
-    let relay = tokio::spawn(async move {
+    let relay = crate::task::owned(async move {
         let (mut sent, mut buf) = (Vec::new(), [0; 1024]);
         loop {
             hold.clone().wait_for(|held| !held).await.unwrap();
@@ -273,7 +275,9 @@ async fn a_stream_sinks_as_it_sends_and_rises_as_it_waits() {
     let peer = Peer::local(Carrier::Tcp);
     let pair = Pair::without_idle_timeout(peer, &settings, &settings).await.unwrap();
     let (mut send, mut recv, _other) = stream(&pair).await;
-    tokio::spawn(async move { while recv.read_chunks(&mut [Bytes::new()]).await.is_ok() {} });
+    crate::test_util::detached(async move {
+        while recv.read_chunks(&mut [Bytes::new()]).await.is_ok() {}
+    });
     assert_eq!(send.class, Class::Interactive);
     let mut classes = Vec::new();
     for _ in 0..16 {

@@ -194,21 +194,25 @@ impl Simulation {
             let (agent, server, endpoints) = tunnel(&network, number, flow).await;
             let bytes = Arc::new(AtomicU64::new(0));
             let answers = Arc::new(Mutex::new(Vec::new()));
-            tokio::spawn(receive_all(server.clone(), Arc::clone(&bytes), Arc::clone(&answers)));
+            test_util::detached(receive_all(
+                server.clone(),
+                Arc::clone(&bytes),
+                Arc::clone(&answers),
+            ));
             for _ in 0..flow.downloads {
-                tokio::spawn(download(agent.clone(), *flow));
+                test_util::detached(download(agent.clone(), *flow));
             }
             if number == 0 {
                 if flow.answers {
-                    tokio::spawn(answer(agent.clone(), *flow));
+                    test_util::detached(answer(agent.clone(), *flow));
                 }
-                tokio::spawn(echo(agent, *flow));
+                test_util::detached(echo(agent, *flow));
                 let (warmup, measured) = (self.warmup, self.measured);
                 let typists = (0..flow.typists).map(|number| {
                     let typing = keystrokes(server.clone(), *flow, warmup, measured);
                     // One after another, so that each keystroke is a packet of its own.
                     let begin = KEYSTROKE_INTERVAL.mul_f64(number as f64 / flow.typists as f64);
-                    tokio::spawn(async move {
+                    culvert_transport::task::owned(async move {
                         sleep(begin).await;
                         typing.await
                     })
@@ -326,7 +330,7 @@ async fn receive_all(server: Tunnel, bytes: Arc<AtomicU64>, answers: Arc<Mutex<V
     let start = Instant::now();
     while let Ok((_send, mut recv)) = server.accept().await {
         let (bytes, answers) = (Arc::clone(&bytes), Arc::clone(&answers));
-        tokio::spawn(async move {
+        test_util::detached(async move {
             let mut chunks = [const { Bytes::new() }; 32];
             let mut begun = None;
             while let Ok(Some(count)) = recv.read_chunks(&mut chunks).await {
@@ -344,7 +348,7 @@ async fn receive_all(server: Tunnel, bytes: Arc<AtomicU64>, answers: Arc<Mutex<V
 async fn echo(agent: Tunnel, flow: Flow) {
     while let Ok((mut send, mut recv)) = agent.accept().await {
         flow.mark(&mut send);
-        tokio::spawn(async move {
+        test_util::detached(async move {
             let mut chunks = [Bytes::new()];
             while let Ok(Some(_)) = recv.read_chunks(&mut chunks).await {
                 if send.write_chunk(std::mem::take(&mut chunks[0])).await.is_err() {
@@ -367,7 +371,7 @@ async fn keystrokes(
     flow.mark(&mut send);
     let start = Instant::now();
     let (due, mut answered) = tokio::sync::mpsc::unbounded_channel();
-    tokio::spawn(async move {
+    test_util::detached(async move {
         let mut ticks = interval(KEYSTROKE_INTERVAL);
         loop {
             due.send(ticks.tick().await).unwrap_or_default();

@@ -261,7 +261,9 @@ where
     let io = TokioIo::new(wrap(server));
     let service =
         service_fn(|_| async { Ok::<_, Infallible>(Response::new(Empty::<bytes::Bytes>::new())) });
-    tokio::spawn(http2::Builder::new(TokioExecutor::new()).serve_connection(io, service));
+    culvert_transport::test_util::detached(
+        http2::Builder::new(TokioExecutor::new()).serve_connection(io, service),
+    );
     let fields = grpc_go_fields(b"%2Frun%2Fauth.sock");
     let request =
         session(&[frame(0x4, 0, 0, &[]), frame(HEADERS, END_HEADERS | END_STREAM, 1, &fields)]);

@@ -1,6 +1,7 @@
 //! A splice whose local side and whose peer are the test's.
 
 use super::*;
+use tokio_util::task::AbortOnDropHandle;
 
 /// The local peer as the splice sees it, and what it has received.
 #[derive(Default)]
@@ -95,7 +96,7 @@ pub(super) struct Bench {
     pub(super) meter: Arc<Meter>,
     pub(super) send: SendHalf,
     pub(super) recv: RecvHalf,
-    pub(super) task: JoinHandle<Outcome>,
+    pub(super) task: AbortOnDropHandle<Outcome>,
     pub(super) pair: Pair,
 }
 
@@ -124,7 +125,9 @@ impl Bench {
         let meter = Arc::new(Meter::default());
         let counted = meter.clone();
         let task =
-            tokio::spawn(async move { splice_after(preamble, spliced, stream, &counted).await });
+            crate::task::owned(
+                async move { splice_after(preamble, spliced, stream, &counted).await },
+            );
         let (send, recv) = pair.agent.accept().await.unwrap();
         let mut bench = Self { local, peer, meter, send, recv, task, pair };
         assert_eq!(bench.read().await, Ok(Some("!".into())));

@@ -181,7 +181,7 @@ async fn a_socket_that_receives_nothing_ends_its_endpoint_after_seconds_and_few_
 async fn a_shared_socket_stays_is_tried_every_second_and_recovers() {
     let script = Script { many: Some(Errno::EPERM), one: Some(Errno::EPERM), ..Script::default() };
     let socket = Arc::new(socket("127.0.0.1:0", WhenBroken::Stay, script).await);
-    let receiving = tokio::spawn({
+    let receiving = crate::task::owned({
         let socket = socket.clone();
         async move { receive_one_of_two(&socket).await }
     });
