@@ -2,6 +2,7 @@
 //! build. Tests that count what their process holds, or measure time, have programs of their own.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod addresses;
 mod agent_lifecycle;
 mod backpressure;
 mod connect_bytes;
