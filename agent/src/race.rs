@@ -120,8 +120,9 @@ pub(crate) fn interleave(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Arc;
 
+    use parking_lot::Mutex;
     use tokio::time::sleep;
 
     use super::*;
@@ -145,13 +146,13 @@ mod tests {
         let attempt = |&(millis, result): &Attempt| {
             let starts = starts.clone();
             async move {
-                starts.lock().unwrap().push(begun.elapsed().as_millis());
+                starts.lock().push(begun.elapsed().as_millis());
                 sleep(Duration::from_millis(millis)).await;
                 result
             }
         };
         let raced = race(attempts.iter().map(attempt), ATTEMPT_DELAY).await;
-        let starts = starts.lock().unwrap().clone();
+        let starts = starts.lock().clone();
         Run { raced, millis: begun.elapsed().as_millis(), starts }
     }
 

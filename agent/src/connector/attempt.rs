@@ -148,11 +148,12 @@ impl<C: Connect> Attempt<'_, C> {
             }
             ended.push(number);
             let is_duplicate = report.duplicate.is_some();
-            let mut number = 0..;
-            left.retain(|candidate| {
-                let ended = number.next().is_some_and(|number| ended.contains(&number));
-                !ended && !(is_duplicate && candidate.is_last)
+            let numbered = left.into_iter().enumerate();
+            let wanted = numbered.filter(|(number, candidate)| {
+                let is_known = is_duplicate && candidate.is_last;
+                !is_known && !ended.contains(number)
             });
+            left = wanted.map(|(_, candidate)| candidate).collect();
         }
         report.done()
     }
