@@ -19,8 +19,9 @@ const SOURCES: [&str; 6] = [
     "agent/src",
 ];
 
-/// Prefixes of the metrics of a tunnel.
-const TUNNEL_PREFIXES: [&str; 2] = ["culvert_server_tunnel", "culvert_agent_tunnel"];
+/// Prefixes of the metrics of a tunnel, and of UDP sockets.
+const PREFIXES: [&str; 4] =
+    ["culvert_server_tunnel", "culvert_agent_tunnel", "culvert_server_udp", "culvert_agent_udp"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
@@ -84,7 +85,7 @@ fn documented(document: &str) -> BTreeSet<String> {
     for row in document.lines().filter_map(|line| line.strip_prefix("| `")) {
         let cell = row.split(" | ").next().unwrap();
         let quoted: Vec<_> = cell.split('`').step_by(2).collect();
-        let prefix = TUNNEL_PREFIXES.iter().find(|prefix| quoted[0].starts_with(**prefix));
+        let prefix = PREFIXES.iter().find(|prefix| quoted[0].starts_with(**prefix));
         for name in quoted.into_iter().filter(|name| !name.is_empty()) {
             if is_metric(name) {
                 names.insert(name.to_owned());
@@ -109,7 +110,7 @@ async fn the_operators_tables_have_every_metric_and_no_other() {
     assert!(names.contains("culvert_agent_tunnel_copies_used_total"), "{names:?}");
     for (_, source) in sources(&["server/src", "agent/src"]) {
         let literals = literals(&source).filter(|text| is_metric(text)).map(str::to_owned);
-        names.extend(literals.filter(|text| !TUNNEL_PREFIXES.contains(&text.as_str())));
+        names.extend(literals.filter(|text| !PREFIXES.contains(&text.as_str())));
     }
     let documented = documented(&read("docs/operations.md"));
     let missing: Vec<_> = names.difference(&documented).collect();

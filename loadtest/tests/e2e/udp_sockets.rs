@@ -37,6 +37,11 @@ struct Sandbox {
 impl Sandbox {
     /// Refuses these calls, such as `recvmmsg,recvmsg`, with this errno.
     fn new(deployment: &Deployment, calls: &str, errno: &str) -> Self {
+        Self::after(0, deployment, calls, errno)
+    }
+
+    /// Refuses them after this many that succeed, of each.
+    fn after(count: usize, deployment: &Deployment, calls: &str, errno: &str) -> Self {
         let record = deployment.certificates.folder().join("strace");
         let command = [
             "strace".into(),
@@ -45,7 +50,7 @@ impl Sandbox {
             "-f".into(),
             "--seccomp-bpf".into(),
             format!("--trace={calls}"),
-            format!("--inject={calls}:error={errno}"),
+            format!("--inject={calls}:error={errno}:when={}+", count + 1),
             "-o".into(),
             record.display().to_string(),
         ];
@@ -101,6 +106,32 @@ async fn an_agent_joins_within_seconds_where_receiving_is_refused(
             let series = "culvert_agent_udp_fallbacks_total{reason=\"recvmmsg_refused\"}";
             assert!(agent.metric(series).await.unwrap() >= 1.0);
         }
+    })
+    .await;
+}
+
+/// A sandbox that is closed while a tunnel lives.
+#[tokio::test]
+async fn an_agent_moves_to_tcp_when_receiving_is_refused_later() {
+    if !has_program("strace") {
+        return;
+    }
+    within(async {
+        let deployment = Deployment::start(Implementation::Culvert, Protocol::Connect, &[]).await;
+        let sandbox = Sandbox::after(60, &deployment, "recvmmsg,recvmsg", "EPERM");
+        let agent = deployment
+            .spawn_agent_under(&sandbox.command, Implementation::Culvert, "agent", true, [])
+            .await;
+        until_joined_over(&agent, Carrier::Quic).await;
+        let target = targets::echo().await.unwrap();
+        // Each dial takes packets, until they are no longer received.
+        eventually("a tunnel over TCP", async || {
+            let _ = deployment.touch(&target).await;
+            carrier(&agent).await == Some(Carrier::Tcp)
+        })
+        .await;
+        deployment.until_dials_work(&target).await;
+        assert!(sandbox.refused() < 200, "{} calls", sandbox.refused());
     })
     .await;
 }

@@ -181,6 +181,9 @@ pub enum TransportFault {
     /// The peers have no version of the carrier's protocol in common.
     #[error("the peers have no version of QUIC in common")]
     Version,
+    /// The UDP socket failed, or its endpoint.
+    #[error("the UDP socket has failed")]
+    Socket,
     /// This side cannot number another connection.
     #[error("no connection id is left")]
     Exhausted,

@@ -1,7 +1,7 @@
 //! The carrier QUIC, by quinn.
 //!
-//! This module makes connections, from either end; `settings` configures quinn for them, and
-//! `connection` is an established one.
+//! This module makes connections, from either end; `settings` configures quinn for them,
+//! `connection` is an established one, and `udp` has the sockets that their packets pass.
 
 mod close_reason;
 mod connection;

@@ -66,6 +66,12 @@ pub(super) fn lost(error: quinn::ConnectionError) -> TunnelLost {
 fn fault(error: quinn::ConnectionError) -> TransportFault {
     let reason = error.to_string();
     match error {
+        // quinn says this of connections whose endpoint has ended.
+        quinn::ConnectionError::TransportError(error)
+            if error.code == quinn::TransportErrorCode::INTERNAL_ERROR =>
+        {
+            TransportFault::Socket
+        }
         quinn::ConnectionError::TransportError(error) => match alert(error.code) {
             Some(alert) => TransportFault::TlsRefused { alert: Some(alert), reason },
             None => TransportFault::Protocol(reason),

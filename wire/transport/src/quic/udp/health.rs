@@ -98,7 +98,8 @@ impl UdpHealth {
         let Some((peer, period)) = self.add_unsegmented(peer) else { return };
         self.gso_refused.fetch_add(1, Ordering::Relaxed);
         if self.logs[0].admits(Instant::now()) {
-            warn!(%peer, %error, ?period, "batches of UDP packets are refused; GSO is off for the peer");
+            let seconds = period.as_secs();
+            warn!(%peer, %error, seconds, "batches of UDP packets are refused; GSO is off for the peer");
         }
     }
 
@@ -107,7 +108,8 @@ impl UdpHealth {
         let Some((peer, period)) = self.add_unsegmented(peer) else { return };
         self.gso_lost.fetch_add(1, Ordering::Relaxed);
         if self.logs[0].admits(Instant::now()) {
-            warn!(%peer, ?period, "batches of UDP packets are lost on the path; GSO is off for the peer");
+            let seconds = period.as_secs();
+            warn!(%peer, seconds, "batches of UDP packets are lost on the path; GSO is off for the peer");
         }
     }
 
