@@ -23,7 +23,7 @@ fn a_soak_reports_its_disturbances_and_what_every_process_holds() {
     let report: Value = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
     assert_eq!((&report["seed"], &report["failed"]), (&4.into(), &0.into()));
     let disturbances = report["disturbances"].as_array().unwrap();
-    assert!(disturbances.len() >= 2, "{report}");
+    assert!(!disturbances.is_empty(), "{report}");
     let operations = |phase: &Value| phase["ok"].as_u64().unwrap();
     let phases = report["phases"].as_object().unwrap();
     assert!(phases.values().map(operations).sum::<u64>() >= 50, "{report}");
