@@ -12,6 +12,7 @@
 
 pub(crate) mod admission;
 mod context;
+mod first_bytes;
 mod join;
 mod konnectivity;
 pub(crate) mod listener;

@@ -15,6 +15,7 @@ use culvert_wire::{
     version::{Features, REVISION},
 };
 use tokio::time::{Instant, timeout_at};
+use tracing::debug;
 
 use super::{
     AgentContext,
@@ -24,8 +25,10 @@ use super::{
 use crate::backends::Backend;
 
 /// Every reason for which an agent does not become a backend, as a metric label.
-pub(crate) const JOIN_FAILURE_REASONS: [&str; 7] = [
+pub(crate) const JOIN_FAILURE_REASONS: [&str; 9] = [
     "handshake",
+    "not_tls",
+    "closed",
     "timed_out",
     "lost",
     "protocol_violation",
@@ -39,6 +42,10 @@ pub(crate) const JOIN_FAILURE_REASONS: [&str; 7] = [
 pub(super) enum JoinError {
     #[error("handshake: {0}")]
     Handshake(#[from] ConnectError),
+    #[error("it sent {0}")]
+    NotTls(&'static str),
+    #[error("it closed the connection without a byte")]
+    Closed,
     #[error("no hello within {JOIN_TIMEOUT:?}")]
     TimedOut,
     #[error("tunnel lost before the hello: {0}")]
@@ -67,6 +74,8 @@ impl JoinError {
     fn label(&self) -> &'static str {
         match self {
             Self::Handshake(_) => "handshake",
+            Self::NotTls(_) => "not_tls",
+            Self::Closed => "closed",
             Self::TimedOut => "timed_out",
             Self::Lost(_) => "lost",
             Self::Control(_) | Self::NotHello => "protocol_violation",
@@ -81,15 +90,28 @@ impl JoinError {
             Self::Incompatible(_) => CloseCode::INCOMPATIBLE,
             Self::TimedOut => CloseCode::UNRESPONSIVE,
             Self::Refused(_) => CloseCode::UNAUTHENTICATED,
-            Self::Handshake(_) | Self::Lost(_) | Self::NotHello => CloseCode::PROTOCOL_VIOLATION,
+            Self::Handshake(_)
+            | Self::NotTls(_)
+            | Self::Closed
+            | Self::Lost(_)
+            | Self::NotHello => CloseCode::PROTOCOL_VIOLATION,
         }
     }
 }
 
-/// Counts and logs an agent that did not become a backend.
+/// Counts and logs an agent that did not become a backend. Each reason has a limit of its own, so
+/// that port scanners do not hide agents whose certificates have expired.
 pub(super) fn record_failure(remote: SocketAddr, error: &JoinError, context: &AgentContext) {
     context.metrics.join_failed(error.label());
-    rate_limited!(Duration::from_secs(1), WARN, %remote, %error, "an agent did not join");
+    if matches!(error, JoinError::Closed) {
+        // The checks of a load balancer, once a second from each of its nodes.
+        debug!(%remote, "a connection was closed without a byte");
+        return;
+    }
+    rate_limited!(
+        Duration::from_secs(1), per reason = error.label(), WARN, %remote, %error,
+        "an agent did not join"
+    );
 }
 
 /// Reads the hello, admits the agent and answers with the welcome, until the deadline. An agent

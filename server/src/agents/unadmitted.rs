@@ -14,6 +14,7 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{
     AgentContext,
+    first_bytes::FirstBytes,
     join::{self, JoinError},
     konnectivity, session,
 };
@@ -78,7 +79,7 @@ impl Unadmitted {
     pub(super) async fn serve(self, context: Arc<AgentContext>) {
         let Self { connection, remote, deadline } = self;
         let handshake = timeout_at(deadline, connection.handshake());
-        match handshake.await.map(|negotiated| negotiated.map_err(JoinError::from)) {
+        match handshake.await {
             Ok(Ok(Negotiated::Culvert(tunnel))) => {
                 session::serve(tunnel, None, deadline, context).await;
             }
@@ -93,12 +94,18 @@ impl Unadmitted {
 
 impl Connection {
     /// Completes the handshake: certificates are checked, the protocol is agreed on.
-    async fn handshake(self) -> Result<Negotiated, ConnectError> {
+    async fn handshake(self) -> Result<Negotiated, JoinError> {
         match self {
             Self::Quic(incoming) => Ok(Negotiated::Culvert(incoming.complete().await?.into())),
             Self::Tcp { socket, tls, settings, permit } => {
+                match FirstBytes::of(&socket).await {
+                    FirstBytes::Unknown => {}
+                    FirstBytes::Other(protocol) => return Err(JoinError::NotTls(protocol)),
+                    FirstBytes::Closed => return Err(JoinError::Closed),
+                }
                 let accepted = TlsAcceptor::from(tls).accept(socket).await;
-                let stream = accepted.map_err(TransportFault::from)?;
+                let failed = |error| ConnectError::from(TransportFault::from(error));
+                let stream = accepted.map_err(failed)?;
                 drop(permit);
                 if stream.get_ref().1.alpn_protocol() == Some(ALPN_H2) {
                     tcp::prepare(stream.get_ref().0, &settings);
@@ -154,7 +161,26 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_peer_that_speaks_no_tls_is_dropped_at_once() {
-        assert_eq!(serve(b"GET / HTTP/1.1\r\n\r\n", "handshake").await, (Duration::ZERO, 1.0, 1));
+    async fn a_peer_that_speaks_no_tls_is_dropped_at_once_and_counted_by_what_it_speaks() {
+        assert_eq!(serve(b"GET / HTTP/1.1\r\n\r\n", "not_tls").await, (Duration::ZERO, 1.0, 1));
+        assert_eq!(serve(b"SSH-2.0-OpenSSH\r\n", "handshake").await, (Duration::ZERO, 1.0, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_check_of_a_load_balancer_is_no_failed_handshake() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let accepted = listener.accept().await.unwrap();
+        drop(client);
+        let (context, handshakes) = (context(), Arc::new(Semaphore::new(1)));
+        let permit = handshakes.clone().try_acquire_owned().unwrap();
+        let peer = Unadmitted::over_tcp(accepted, tls(), Settings::default(), permit);
+        peer.serve(context.clone()).await;
+        let count = |reason: &str| {
+            let name = format!("{FAILURES}{{reason=\"{reason}\"}}");
+            metric(&context.metrics, &context.backends, &name)
+        };
+        assert_eq!((count("closed"), count("handshake")), (1.0, 0.0));
+        assert_eq!(handshakes.available_permits(), 1);
     }
 }
