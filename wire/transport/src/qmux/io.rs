@@ -92,17 +92,18 @@ pub(super) async fn write<IO: AsyncWrite>(
 ) {
     let mut output = BytesMut::new();
     let mut ping = None;
+    let mut keep_alive = KeepAlive::new(keep_alive);
     while !shared.lost.initialized() {
+        if keep_alive.is_due(shared.received.load(Ordering::Relaxed)) {
+            ping = Some((shared.lock().ping(), Instant::now()));
+        }
         output.clear();
         shared.lock().fill(&mut output);
         if output.is_empty() {
-            let quiet = keep_alive.map(|interval| Instant::now() + interval);
             select! {
                 () = shared.work.notified() => {}
                 _ = shared.lost.wait() => {}
-                () = until(quiet) => {
-                    ping = Some((shared.lock().ping(), Instant::now()));
-                }
+                () = until(keep_alive.ping_at) => {}
             }
         } else {
             let written = select! {
@@ -126,6 +127,39 @@ pub(super) async fn write<IO: AsyncWrite>(
     };
     let _ = timeout(CLOSE_TIMEOUT, close).await;
     let _ = shared.flushed.set(());
+}
+
+/// When to send the next ping: an interval after the peer was heard last. What this side sends does
+/// not count: the peer need not answer it, so that it keeps only the peer's reader alive.
+struct KeepAlive {
+    interval: Option<Duration>,
+    /// Number of bytes received when the peer was heard last.
+    heard: u64,
+    /// `None` without an interval.
+    ping_at: Option<Instant>,
+}
+
+impl KeepAlive {
+    fn new(interval: Option<Duration>) -> Self {
+        let mut keep_alive = Self { interval, heard: 0, ping_at: None };
+        keep_alive.restart();
+        keep_alive
+    }
+
+    fn restart(&mut self) {
+        self.ping_at = self.interval.and_then(|interval| Instant::now().checked_add(interval));
+    }
+
+    /// Whether a ping is to be sent now, with this many bytes received so far.
+    fn is_due(&mut self, received: u64) -> bool {
+        let was_heard = self.heard != received;
+        self.heard = received;
+        let is_due = !was_heard && self.ping_at.is_some_and(|ping_at| ping_at <= Instant::now());
+        if was_heard || is_due {
+            self.restart();
+        }
+        is_due
+    }
 }
 
 async fn put(io: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> std::io::Result<()> {

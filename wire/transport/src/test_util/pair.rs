@@ -122,6 +122,32 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_pair_with_traffic_in_one_direction_keeps_alive() {
+        for sender in [Side::Agent, Side::Server] {
+            let pair = pair().await;
+            let (from, to) = match sender {
+                Side::Agent => (&pair.agent, &pair.server),
+                Side::Server => (&pair.server, &pair.agent),
+            };
+            let (mut send, _recv) = from.open().await.unwrap();
+            send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
+            let (_send, mut recv) = to.accept().await.unwrap();
+            assert_eq!(read(&mut recv).await, "x");
+            let (mut heard, mut heard_at) = (from.stats().received_bytes, Instant::now());
+            for second in 0..60 {
+                sleep(Duration::from_secs(1)).await;
+                let sent = send.write_chunk(Bytes::from_static(b"x")).await;
+                assert!(sent.is_ok(), "{sender:?}, {second} s: {sent:?}");
+                assert_eq!(read(&mut recv).await, "x");
+                if from.stats().received_bytes != heard {
+                    (heard, heard_at) = (from.stats().received_bytes, Instant::now());
+                }
+                assert!(heard_at.elapsed() <= Duration::from_secs(6), "{sender:?}, {second} s");
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_pair_without_idle_timeout_sends_nothing_and_lives_on() {
         let settings = Settings::default();
         let peer = Peer::local(Carrier::Grpc);
