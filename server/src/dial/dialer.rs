@@ -15,14 +15,17 @@ use super::{
     optimistic::ExpectedReply,
 };
 use crate::{
-    backends::{Backend, Backends, Process, departure::LOST_RETURN_LIMIT, registry::Candidate},
+    backends::{Backend, Backends, Process, registry::Candidate},
     config::DialConfig,
     metrics::ServerMetrics,
 };
 
-/// Maximum number of agent processes that one dial asks. A dial that brings down each process that
-/// it reaches must not bring down all; other tunnels of a process that was asked are no limit.
+/// Maximum number of agent processes that one dial asks: a dial that makes each process that it
+/// reaches fail must not reach all of them. Another tunnel of the same process does not count.
 pub(super) const MAX_PROCESSES: usize = 4;
+/// Maximum number of times that one dial moves to another tunnel. Only a failing path or a failing
+/// agent loses so many tunnels within one dial.
+pub(super) const MAX_MOVES: usize = 16;
 
 /// Dials targets through the connected backends. Clones dial through the same ones.
 #[derive(Clone, Debug)]
@@ -119,7 +122,7 @@ impl Dialer {
         mut backend: Arc<Backend>,
         dial: &Dial,
     ) -> (Arc<Backend>, Result<Dialed, DialError>) {
-        let mut processes = vec![backend.process()];
+        let (mut processes, mut moves) = (vec![backend.process()], 0);
         loop {
             let result = self.ask(&backend, dial).await;
             let Err(DialError::Lost { agent_id, source, .. }) = result else {
@@ -127,32 +130,53 @@ impl Dialer {
             };
             // Another dial may choose it until the task of its tunnel has noticed.
             self.backends.remove(&backend, &source);
-            let lost_at = Instant::now();
-            let Some(other) = self.other(dial, &mut processes).await else {
-                let waited = lost_at.elapsed();
-                return (backend, Err(DialError::Lost { agent_id, source, waited }));
+            let other = match moves {
+                MAX_MOVES => Err(Duration::ZERO),
+                _ => self.other(dial, &mut processes).await,
             };
+            let other = match other {
+                Ok(other) => other,
+                Err(waited) => {
+                    return (backend, Err(DialError::Lost { agent_id, source, waited }));
+                }
+            };
+            moves += 1;
             self.metrics.dial_moved();
             debug!(dial_target = %dial.target(), agent_id = %other.agent_id(), "dial moved");
             backend = other;
         }
     }
 
-    /// Another backend for a dial whose tunnel was lost, now or before the deadline. It may be a
-    /// tunnel of a process that was asked before, or of one more process within the limit.
-    async fn other(&self, dial: &Dial, processes: &mut Vec<Process>) -> Option<Arc<Backend>> {
+    /// Another backend for a dial whose tunnel was lost: at once, or before the deadline for as long
+    /// as one is expected back. It may be a tunnel of a process that was asked before, or of one
+    /// more process within the limit.
+    ///
+    /// # Errors
+    /// The time for which a backend was waited for in vain; zero if none was waited for, or if one
+    /// appeared whose process is beyond the limit.
+    async fn other(
+        &self,
+        dial: &Dial,
+        processes: &mut Vec<Process>,
+    ) -> Result<Arc<Backend>, Duration> {
+        // Before the choice: an agent that has come back is expected no longer.
+        let now = Instant::now();
+        let until = self.backends.expected_until(dial.target(), now);
         let other = match self.backends.choose(dial.target()) {
             Some(other) => other,
-            None => self.wait(dial, Instant::now() + LOST_RETURN_LIMIT).await?,
+            None => {
+                let until = until.ok_or(Duration::ZERO)?;
+                self.wait(dial, until).await.ok_or_else(|| now.elapsed())?
+            }
         };
         let process = other.process();
         if !processes.contains(&process) {
             if processes.len() == MAX_PROCESSES {
-                return None;
+                return Err(Duration::ZERO);
             }
             processes.push(process);
         }
-        Some(other)
+        Ok(other)
     }
 
     /// Asks the agent and waits for its reply.
@@ -224,7 +248,7 @@ impl Dialer {
                 }
                 let agent_id = backend.map(|backend| backend.agent_id().as_str());
                 rate_limited!(
-                    Duration::from_secs(1), per dial_target = target, INFO, agent_id,
+                    Duration::from_secs(10), per dial_target = target, INFO, agent_id,
                     reason = error.reason(), %error, "dial failed"
                 );
             }

@@ -85,15 +85,19 @@ pub(crate) enum RequestError {
     Stream(WriteError),
 }
 
+/// Minimum time that a text names: a shorter one, as when the deadline was about to end, would read
+/// as no time at all.
+const NAMED_WAIT: Duration = Duration::from_millis(50);
+
 /// What a text adds about a wait for another tunnel.
 struct Waited(Duration);
 
 impl fmt::Display for Waited {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            Duration::ZERO => Ok(()),
-            waited => write!(f, "; no other tunnel within {:.1}s", waited.as_secs_f64()),
+        if self.0 < NAMED_WAIT {
+            return Ok(());
         }
+        write!(f, "; no other tunnel within {:.1}s", self.0.as_secs_f64())
     }
 }
 

@@ -14,7 +14,12 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::{dialer::MAX_PROCESSES, error::MalformedReply, exchange::SUSPECT_AFTER, *};
+use super::{
+    dialer::{MAX_MOVES, MAX_PROCESSES},
+    error::MalformedReply,
+    exchange::SUSPECT_AFTER,
+    *,
+};
 use crate::{
     backends::{
         Backends, Strategy,

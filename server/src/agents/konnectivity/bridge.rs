@@ -323,7 +323,7 @@ fn log_end(request: &DialRequest, end: &Result<(HalfEnd, HalfEnd), Cut>) {
     match end {
         Err(Cut::Local(fault)) if fault.code == StreamCode::OVERLOADED => {
             rate_limited!(
-                Duration::from_secs(1), per dial_target = target, WARN, %fault,
+                Duration::from_secs(10), per dial_target = target, WARN, %fault,
                 "a Konnectivity agent's connection was cut off"
             );
         }

@@ -174,7 +174,7 @@ async fn a_dial_whose_tunnel_is_lost_waits_for_the_next_one_until_its_deadline()
     let agent = async {
         let _asked = first.asked().await;
         sleep(LIMIT / 2).await;
-        first.tunnel.close(CloseCode::DONE, "");
+        first.tunnel.close(CloseCode::ABANDONED, "");
         sleep(LIMIT / 2 - Duration::from_millis(1)).await;
         let second = dialing.agent("a").await;
         (accepting(&second).await, second)
@@ -207,16 +207,62 @@ async fn a_dial_whose_tunnel_was_lost_fails_at_its_deadline_and_says_how_long_it
 
 #[tokio::test(start_paused = true)]
 async fn a_dial_without_a_deadline_waits_for_the_next_tunnel_for_as_long_as_it_is_expected() {
+    let limits = [(CloseCode::DONE, RETURN_LIMIT), (CloseCode::ABANDONED, LOST_RETURN_LIMIT)];
+    for (code, limit) in limits {
+        let dialing = Dialing::with(None, false);
+        let agent = dialing.agent("a").await;
+        let losing = async {
+            let _asked = agent.asked().await;
+            sleep(LIMIT * 100).await;
+            agent.tunnel.close(code, "");
+        };
+        let ((result, took), ()) = join!(dialing.timed(), losing);
+        assert!(matches!(result, Err(DialError::Lost { .. })), "{result:?}");
+        assert_eq!(took, LIMIT * 100 + limit, "{code}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_that_did_not_wait_for_another_tunnel_names_no_time() {
+    // At once, and shortly before the deadline.
+    for (lost_after, closes) in [(LIMIT / 2, true), (LIMIT - Duration::from_millis(49), false)] {
+        let dialing = Dialing::new();
+        let agent = dialing.agent("a").await;
+        let losing = async {
+            let _asked = agent.asked().await;
+            sleep(lost_after).await;
+            agent.tunnel.close(CloseCode::ABANDONED, "the path failed");
+            if closes {
+                dialing.backends.close();
+            }
+        };
+        let ((result, _took), ()) = join!(dialing.timed(), losing);
+        assert_eq!(
+            result.unwrap_err().to_string(),
+            "agent a was lost while dialing: closed by the peer: abandoned: the path failed"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_moves_only_so_many_times() {
     let dialing = Dialing::with(None, false);
-    let agent = dialing.agent("a").await;
     let losing = async {
-        let _asked = agent.asked().await;
-        sleep(LIMIT * 100).await;
-        agent.tunnel.close(CloseCode::DONE, "");
+        for _ in 0..=MAX_MOVES {
+            let agent = TestAgent::join_as(&dialing.backends, "a", 1).await;
+            let _asked = agent.asked().await;
+            agent.tunnel.close(CloseCode::ABANDONED, "");
+            dialing.backends.until(0).await;
+        }
     };
-    let ((result, took), ()) = join!(dialing.timed(), losing);
+    let dial = async {
+        dialing.backends.until(1).await;
+        dialing.timed().await
+    };
+    let ((result, took), ()) = join!(dial, losing);
     assert!(matches!(result, Err(DialError::Lost { .. })), "{result:?}");
-    assert_eq!(took, LIMIT * 100 + LOST_RETURN_LIMIT);
+    assert_eq!(took, Duration::ZERO);
+    assert_eq!(dialing.metric("culvert_server_dials_moved_total"), MAX_MOVES as f64);
 }
 
 #[tokio::test(start_paused = true)]
