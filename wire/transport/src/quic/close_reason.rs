@@ -62,13 +62,16 @@ pub(super) fn lost(error: quinn::ConnectionError) -> TunnelLost {
     }
 }
 
+/// What quinn says of connections whose endpoint has ended.
+const ENDPOINT_ENDED: &str = "endpoint driver future was dropped";
+
 /// The fault below the tunnel that ended the connection.
 fn fault(error: quinn::ConnectionError) -> TransportFault {
     let reason = error.to_string();
     match error {
-        // quinn says this of connections whose endpoint has ended.
         quinn::ConnectionError::TransportError(error)
-            if error.code == quinn::TransportErrorCode::INTERNAL_ERROR =>
+            if error.code == quinn::TransportErrorCode::INTERNAL_ERROR
+                && error.reason == ENDPOINT_ENDED =>
         {
             TransportFault::Socket
         }
@@ -90,5 +93,32 @@ fn alert(code: quinn::TransportErrorCode) -> Option<u8> {
     match u64::from(code) {
         code @ 0x100..0x200 => u8::try_from(code - 0x100).ok(),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quinn::{ConnectionError, TransportErrorCode};
+
+    use super::*;
+
+    /// The loss of a connection that ended with an internal error of quinn's.
+    fn lost_with(reason: &str) -> TunnelLost {
+        let mut error = ConnectionError::TransportError(TransportErrorCode::INTERNAL_ERROR.into());
+        if let ConnectionError::TransportError(error) = &mut error {
+            error.reason = reason.to_owned();
+        }
+        lost(error)
+    }
+
+    #[test]
+    fn only_an_endpoint_that_ended_is_a_failed_socket() {
+        let ended = lost_with(ENDPOINT_ENDED);
+        assert!(matches!(ended, TunnelLost::Transport(TransportFault::Socket)), "{ended:?}");
+        let other = lost_with("some defect");
+        let TunnelLost::Transport(TransportFault::Protocol(reason)) = &other else {
+            panic!("{other:?}")
+        };
+        assert!(reason.contains("some defect"), "{reason}");
     }
 }

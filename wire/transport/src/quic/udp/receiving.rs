@@ -89,13 +89,14 @@ impl Receiving {
         let refused = matches!(errno, Some(Errno::ENOSYS | Errno::EPERM));
         match (call, self.one_by_one) {
             // It was tried again, and is refused still.
-            (Call::Many, Some((_, period))) => {
+            (Call::Many, Some((_, period))) if refused || self.errors >= ERRORS_IN_ROW => {
+                self.errors = 0;
                 let period = (period * 2).min(PERIODS[1]);
                 self.one_by_one = Some((now + period, period));
                 Next::Again
             }
             _ if !refused && self.errors < ERRORS_IN_ROW => Next::Again,
-            (Call::Many, None) => {
+            (Call::Many, _) => {
                 self.one_by_one = Some((now + PERIODS[0], PERIODS[0]));
                 self.errors = 0;
                 Next::OneByOne
@@ -173,6 +174,17 @@ mod tests {
         let recovered = Recovered { many: true, broken: false };
         assert_eq!(receiving.worked(Call::Many), recovered);
         assert_eq!(receiving.call(now), Call::Many);
+    }
+
+    #[test]
+    fn an_error_between_packets_does_not_end_a_new_attempt() {
+        let (mut receiving, mut now) = (Receiving::default(), Instant::now());
+        receiving.failed(Call::Many, now, &error(Errno::ENOSYS));
+        receiving.worked(Call::One);
+        now += PERIODS[0];
+        assert_eq!(receiving.failed(Call::Many, now, &error(Errno::ECONNREFUSED)), Next::Again);
+        assert_eq!(receiving.call(now), Call::Many);
+        assert!(receiving.worked(Call::Many).many);
     }
 
     #[test]

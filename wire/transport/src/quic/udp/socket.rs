@@ -101,8 +101,14 @@ impl<C: Calls> Socket<C> {
         Self { io, calls, abilities, health, receiver, partial }
     }
 
+    /// Sends a packet or a batch. A call that fails for another peer's sake is repeated once; the
+    /// failed call has taken that error from the socket.
     fn call(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.io.try_io(Interest::WRITABLE, || self.calls.send(&self.io, transmit))
+        let call = || self.io.try_io(Interest::WRITABLE, || self.calls.send(&self.io, transmit));
+        match call() {
+            Err(error) if may_be_of_another_packet(&error) => call(),
+            sent => sent,
+        }
     }
 
     /// Sends a packet. One that the kernel does not take is lost, as on the path; `false` then.
@@ -120,7 +126,7 @@ impl<C: Calls> Socket<C> {
 
     /// Sends the packets of a batch one by one; whether the kernel has taken all.
     fn send_packets(&self, transmit: &Transmit<'_>, size: usize) -> io::Result<bool> {
-        let contents = (transmit.contents.as_ptr() as usize, transmit.contents.len());
+        let contents = contents(transmit);
         let before = self.partial.lock().remove(&transmit.destination);
         let mut sent = before.filter(|before| before.contents == contents).map_or(0, |p| p.sent);
         let mut all = true;
@@ -130,9 +136,11 @@ impl<C: Calls> Socket<C> {
                 Ok(taken) => all &= taken,
                 Err(error) => {
                     let mut partial = self.partial.lock();
-                    if partial.len() < MAX_PARTIAL {
-                        partial.insert(transmit.destination, Partial { contents, sent });
+                    if partial.len() >= MAX_PARTIAL {
+                        // Of connections that ended meanwhile, most of all.
+                        partial.clear();
                     }
+                    partial.insert(transmit.destination, Partial { contents, sent });
                     return Err(error);
                 }
             }
@@ -140,6 +148,44 @@ impl<C: Calls> Socket<C> {
         }
         Ok(all)
     }
+
+    /// Whether a part of this batch was sent before.
+    fn is_partly_sent(&self, transmit: &Transmit<'_>) -> bool {
+        let partial = self.partial.lock();
+        let before = partial.get(&transmit.destination);
+        before.is_some_and(|before| before.contents == contents(transmit))
+    }
+}
+
+/// What identifies a batch that is handed in again: address and length of its packets.
+fn contents(transmit: &Transmit<'_>) -> (usize, usize) {
+    (transmit.contents.as_ptr() as usize, transmit.contents.len())
+}
+
+/// Whether the error may concern a packet that was sent before, to any peer: the kernel reports an
+/// ICMP error to the next call on the socket. A full queue and a firewall's limit pass as well.
+fn may_be_of_another_packet(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error().map(Errno::from_raw),
+        Some(
+            Errno::ECONNREFUSED
+                | Errno::EHOSTUNREACH
+                | Errno::ENETUNREACH
+                | Errno::EPROTO
+                | Errno::EACCES
+                | Errno::ENOPROTOOPT
+                | Errno::ENOBUFS
+                | Errno::EPERM
+        )
+    )
+}
+
+/// Whether the error says that the kernel, the device or a sandbox cannot send a batch.
+fn refuses_batch(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error().map(Errno::from_raw),
+        Some(Errno::EIO | Errno::EINVAL | Errno::EOPNOTSUPP | Errno::ENOSYS)
+    )
 }
 
 impl<C: Calls> AsyncUdpSocket for Socket<C> {
@@ -154,13 +200,14 @@ impl<C: Calls> AsyncUdpSocket for Socket<C> {
         };
         let peer = transmit.destination.ip();
         let packets = transmit.contents.len().div_ceil(size);
-        if packets < MIN_BATCH || self.health.is_unsegmented(peer) {
+        if packets < MIN_BATCH || self.health.is_unsegmented(peer) || self.is_partly_sent(transmit)
+        {
             return self.send_packets(transmit, size).map(drop);
         }
         match self.call(transmit) {
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
                 // Not if the packets are refused as well: then it is not for being a batch.
-                if self.send_packets(transmit, size)? {
+                if self.send_packets(transmit, size)? && refuses_batch(&error) {
                     self.health.batches_refused(peer, &error);
                 }
                 Ok(())

@@ -21,6 +21,8 @@ struct Script {
     one: Option<Errno>,
     batch: Option<(Errno, Option<SocketAddr>)>,
     packet: Option<Errno>,
+    /// The error of the next call that sends, whatever it sends.
+    once: Option<Errno>,
     /// Number of packets that the kernel takes before its buffer is full.
     room: Option<usize>,
 }
@@ -32,6 +34,7 @@ fn fail(error: Option<Errno>) -> io::Result<()> {
 impl Calls for Scripted {
     fn send(&self, socket: &UdpSocket, transmit: &Transmit<'_>) -> io::Result<()> {
         let mut script = self.script.lock();
+        fail(script.once.take())?;
         match (transmit.segment_size, script.batch) {
             (None, _) => fail(script.packet)?,
             (_, Some((error, peer))) if peer.is_none_or(|peer| peer == transmit.destination) => {
@@ -227,7 +230,7 @@ async fn peer() -> (UdpSocket, SocketAddr) {
 
 #[tokio::test(start_paused = true)]
 async fn a_batch_that_is_refused_is_sent_as_packets_and_so_are_the_next() {
-    for errno in [Errno::EIO, Errno::EINVAL, Errno::EPERM, Errno::ENOSYS] {
+    for errno in [Errno::EIO, Errno::EINVAL, Errno::EOPNOTSUPP, Errno::ENOSYS] {
         let script = Script { batch: Some((errno, None)), ..Script::default() };
         let socket = socket("127.0.0.1:0", WhenBroken::End, script).await;
         let (peer, address) = peer().await;
@@ -274,6 +277,36 @@ async fn a_batch_is_not_to_blame_where_packets_are_refused_too() {
 }
 
 #[tokio::test]
+async fn an_error_of_another_peer_delays_no_packet_and_marks_no_peer() {
+    for once in [Errno::ECONNREFUSED, Errno::EHOSTUNREACH, Errno::EPERM, Errno::ENOBUFS] {
+        for size in [800, 4000] {
+            let script = Script { once: Some(once), ..Script::default() };
+            let socket = socket("127.0.0.1:0", WhenBroken::End, script).await;
+            let (_peer, address) = peer().await;
+            send(&socket, &transmit(address, &vec![1; size])).await;
+            assert_eq!(*socket.calls.sent.lock(), [(address, size)], "{once}");
+            let stats = socket.health.stats();
+            assert_eq!((stats.unsegmented_peers, stats.send_errors), (0, 0), "{once}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_batch_that_fails_for_another_reason_is_sent_as_packets_this_time_alone() {
+    for errno in [Errno::EPERM, Errno::ENOBUFS, Errno::EMSGSIZE, Errno::ENETUNREACH] {
+        let script = Script { batch: Some((errno, None)), ..Script::default() };
+        let socket = socket("127.0.0.1:0", WhenBroken::End, script).await;
+        let (_peer, address) = peer().await;
+        send(&socket, &transmit(address, &[1; 4000])).await;
+        assert_eq!(*socket.calls.sent.lock(), [(address, 1000); 4], "{errno}");
+        socket.calls.script.lock().batch = None;
+        send(&socket, &transmit(address, &[1; 4000])).await;
+        assert_eq!(socket.calls.sent.lock().last(), Some(&(address, 4000)), "{errno}");
+        assert_eq!(socket.health.stats().unsegmented_peers, 0, "{errno}");
+    }
+}
+
+#[tokio::test]
 async fn a_few_packets_are_no_batch() {
     let socket = socket("127.0.0.1:0", WhenBroken::End, Script::default()).await;
     let (_peer, address) = peer().await;
@@ -283,16 +316,21 @@ async fn a_few_packets_are_no_batch() {
 
 #[tokio::test]
 async fn a_full_buffer_repeats_no_packet() {
-    let script = Script { batch: Some((Errno::EIO, None)), room: Some(2), ..Script::default() };
-    let socket = socket("127.0.0.1:0", WhenBroken::End, script).await;
-    let (_peer, address) = peer().await;
-    let contents = [1; 4500];
-    socket.io.writable().await.unwrap();
-    let error = socket.try_send(&transmit(address, &contents)).unwrap_err();
-    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
-    socket.calls.script.lock().room = None;
-    send(&socket, &transmit(address, &contents)).await;
-    let sizes: Vec<_> = socket.calls.sent.lock().iter().map(|(_, size)| *size).collect();
-    assert_eq!(sizes, [1000, 1000, 1000, 1000, 500]);
-    assert!(socket.partial.lock().is_empty());
+    for errno in [Errno::EIO, Errno::EMSGSIZE] {
+        let script = Script { batch: Some((errno, None)), room: Some(2), ..Script::default() };
+        let socket = socket("127.0.0.1:0", WhenBroken::End, script).await;
+        let other = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        let stale = (1..=256).map(|port| (other(port), Partial { contents: (0, 0), sent: 0 }));
+        socket.partial.lock().extend(stale);
+        let (_peer, address) = peer().await;
+        let contents = [1; 4500];
+        socket.io.writable().await.unwrap();
+        let error = socket.try_send(&transmit(address, &contents)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        *socket.calls.script.lock() = Script::default(); // batches are taken again
+        send(&socket, &transmit(address, &contents)).await;
+        let sizes: Vec<_> = socket.calls.sent.lock().iter().map(|(_, size)| *size).collect();
+        assert_eq!(sizes, [1000, 1000, 1000, 1000, 500], "{errno}");
+        assert!(socket.partial.lock().is_empty());
+    }
 }
