@@ -10,8 +10,8 @@ use tokio::{
 
 /// Pause after a rendering, in times of its own duration: a tenth of one thread at most.
 const PAUSE: u32 = 9;
-/// Maximum pause.
-const MAX_PAUSE: Duration = Duration::from_secs(1);
+/// Maximum pause: well below the time after which clients give a request up.
+const MAX_PAUSE: Duration = Duration::from_millis(250);
 
 /// Renders a text of which every request gets one that is not older than itself. Requests that come
 /// while one is rendered share the next.
