@@ -2,7 +2,7 @@
 //! thread of tokio's, and holds no process back that ends.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     fmt, io,
     net::{SocketAddr, ToSocketAddrs as _},
     panic::{AssertUnwindSafe, catch_unwind},
@@ -19,7 +19,7 @@ use crate::metrics::LookupMetrics;
 /// Maximum number of addresses of one name that are used.
 const MAX_ADDRESSES: usize = 256;
 
-/// The addresses of a name, with port 0, in the resolver's order; shared by all that asked.
+/// The addresses of a name, each once, with port 0, in the resolver's order; shared by all that asked.
 pub(crate) type Answer = Result<Arc<[SocketAddr]>, LookupError>;
 
 /// Why a name has no addresses.
@@ -28,6 +28,9 @@ pub(crate) enum LookupError {
     /// The resolver failed, for this reason.
     #[error("{0}")]
     Failed(String),
+    /// A defect of this program.
+    #[error("internal error: {0}")]
+    Internal(&'static str),
     /// Too many lookups of other names wait already.
     #[error("too many lookups wait already")]
     Busy,
@@ -119,7 +122,7 @@ impl Lookups {
         match answer.wait_for(Option::is_some).await.as_deref() {
             Ok(Some(answer)) => answer.clone(),
             // Each lookup ends with an answer, so these do not happen.
-            Ok(None) | Err(_) => Err(LookupError::Failed("the lookup was given up".into())),
+            Ok(None) | Err(_) => Err(LookupError::Internal("the lookup was given up")),
         }
     }
 }
@@ -166,11 +169,14 @@ impl Shared {
             let found = catch_unwind(AssertUnwindSafe(|| self.resolver.resolve(&host)));
             let answer = match found {
                 Ok(Ok(mut addresses)) => {
+                    // A dead address that comes twice would delay its race twice.
+                    let mut seen = HashSet::new();
+                    addresses.retain(|address| seen.insert(*address));
                     addresses.truncate(MAX_ADDRESSES);
                     Ok(addresses.into())
                 }
                 Ok(Err(error)) => Err(LookupError::Failed(error.to_string())),
-                Err(_) => Err(LookupError::Failed("internal error: the lookup panicked".into())),
+                Err(_) => Err(LookupError::Internal("the lookup panicked")),
             };
             self.metrics.ended(answer.is_ok());
             let pending = self.state.lock().pending.remove(&host);

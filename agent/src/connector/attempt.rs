@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use culvert_process::rate_limited;
 use culvert_transport::Carrier;
 use culvert_wire::CloseCode;
 use tokio::time::{Instant, sleep_until, timeout};
@@ -23,7 +24,7 @@ use crate::{
     },
 };
 
-/// Head start of the first carrier. Most round trips are shorter, and a person does not notice it.
+/// Head start of the first carrier: longer than most round trips, and too short to be noticed.
 const HEAD_START: Duration = Duration::from_millis(300);
 /// Time for a handshake, and again for the welcome. A handshake whose first packets are lost twice
 /// takes three seconds, and a server may have to ask kube-apiserver before it welcomes an agent.
@@ -127,10 +128,16 @@ impl<C: Connect> Attempt<'_, C> {
             for (number, (failures, quic)) in raced.failures {
                 report.failed(&left[number], failures, quic);
             }
-            // What gave way to others has had its time.
+            // Handshakes that made way for others have had their time.
             let Some((number, (connected, quic))) = raced.winner else { break };
             let carrier = connected.tunnel.carrier();
-            match in_time(async { Ok(session::join(connected, self.context).await?) }).await {
+            let joining = in_time(async { Ok(session::join(connected, self.context).await?) });
+            let joined = tokio::select! {
+                biased;
+                joined = joining => joined,
+                () = report.until() => break,
+            };
+            match joined {
                 Ok(joined) => {
                     let rank = Rank::of(carrier, self.options.large_packets);
                     if !self.tunnels.is_duplicate(&joined.welcome.server_id, rank) {
@@ -263,6 +270,12 @@ impl Report {
 
     fn done(self) -> Attempted {
         if let Some((rank, quic)) = self.duplicate {
+            if let Some(error) = self.error.filter(|_| self.not_welcomed) {
+                rate_limited!(
+                    Duration::from_secs(60), WARN, %error,
+                    "another server did not welcome the agent"
+                );
+            }
             return Attempted { result: Ok(Found::Duplicate(rank)), quic };
         }
         // The resolver gives an error in place of an empty list.

@@ -61,6 +61,7 @@ fn lookup_failure(family: Network, host: &str, error: &LookupError) -> DialFailu
             (DialErrorKind::UNRESOLVABLE, "too many open files")
         }
         LookupError::Failed(_) => (DialErrorKind::UNRESOLVABLE, "no such host"),
+        LookupError::Internal(_) => (DialErrorKind::OTHER, "internal error"),
         // Go does not limit lookups, and ends without a thread.
         LookupError::Busy => (DialErrorKind::OVERLOADED, "too many lookups"),
         LookupError::NoThread(_) => (DialErrorKind::OVERLOADED, "resource temporarily unavailable"),
@@ -77,6 +78,14 @@ mod tests {
         let failure = resolve(network, family, &target.parse().unwrap()).await.unwrap_err();
         assert_eq!(failure.kind, DialErrorKind::UNRESOLVABLE);
         failure.text.as_str().to_owned()
+    }
+
+    #[test]
+    fn an_internal_error_of_a_lookup_does_not_mean_that_the_name_is_unknown() {
+        let error = LookupError::Internal("the lookup panicked");
+        let failure = lookup_failure(Network::Tcp, "host", &error);
+        assert_eq!(failure.kind, DialErrorKind::OTHER);
+        assert_eq!(failure.text.as_str(), "dial tcp: lookup host: internal error");
     }
 
     #[tokio::test]

@@ -21,7 +21,7 @@ const IDLE_INTERVAL: Duration = Duration::from_millis(500);
 /// 1.5 s, so that dials have another tunnel within 3 s. Long paths have [`ANSWER_ROUND_TRIPS`]
 /// instead.
 const ANSWER_LIMIT: Duration = Duration::from_millis(750);
-/// The same in round trips: time to repair a lost packet, twice.
+/// Minimum time for the answer, in round trips: a lost packet can be repaired twice within it.
 const ANSWER_ROUND_TRIPS: u32 = 6;
 /// Share of a round trip for which packets that arrive after a report of the network prove nothing:
 /// they were sent before. An answer takes a whole round trip.

@@ -1,6 +1,6 @@
 //! One tunnel to a server, from hello to its end.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, mem, sync::Arc, time::Duration};
 
 use culvert_transport::{
     BufferSizes, Tunnel, TunnelLost,
@@ -101,6 +101,8 @@ impl JoinError {
     pub(crate) fn is_refusal(&self) -> bool {
         match self {
             Self::Lost(lost) => matches!(lost, TunnelLost::ClosedByPeer { .. }),
+            // Silence, which the path may cause.
+            Self::Control(ControlError::Unresponsive(_) | ControlError::NotReading(_)) => false,
             Self::Control(_) | Self::NotWelcome => true,
         }
     }
@@ -304,14 +306,20 @@ async fn watch_control(
 ) -> Result<Infallible, ControlError> {
     let keep_alive = context.keep_alive_interval;
     let mut liveness = Liveness::new(Instant::now(), &entry.tunnel.stats(), keep_alive);
+    // The server may repeat both as often as it likes.
+    let (mut has_drained, mut has_left) = (false, false);
     loop {
         tokio::select! {
             event = control.event() => match event? {
                 Event::Message(ControlMessage::Drain(drain)) => {
-                    info!(deadline_millis = drain.deadline_millis, "the server drains");
+                    if !mem::replace(&mut has_drained, true) {
+                        info!(deadline_millis = drain.deadline_millis, "the server drains");
+                    }
                 }
                 Event::Message(ControlMessage::Goodbye(goodbye)) => {
-                    info!(reason = %goodbye.reason, "the server says goodbye");
+                    if !mem::replace(&mut has_left, true) {
+                        info!(reason = %goodbye.reason, "the server says goodbye");
+                    }
                 }
                 // A second welcome, or a hello from the wrong side.
                 Event::Message(_) => return Err(ControlError::Unexpected),

@@ -276,6 +276,20 @@ async fn a_dead_address_delays_the_next_draw_by_two_seconds_at_most() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_server_without_a_welcome_delays_the_next_draw_by_two_seconds_at_most() {
+    let (tunnels, _end) = connected_to("near", "10.0.0.9:8132", Carrier::Quic).await;
+    let run = run_beside(&tunnels, &[A, B], options(CarrierOrder::Quic), |call| {
+        match call.address.as_str() {
+            A => welcome_of("near", 5, Carrier::Quic),
+            _ => Step::Connect { millis: 300, carrier: Carrier::Quic },
+        }
+    })
+    .await;
+    assert!(matches!(run.attempted.result, Ok(Found::Duplicate(Rank::Quic))));
+    assert_eq!(run.millis, 2005);
+}
+
+#[tokio::test(start_paused = true)]
 async fn after_a_duplicate_no_other_address_with_a_tunnel_is_tried() {
     let (tunnels, _end) = connected_to("near", B, Carrier::Quic).await;
     let run = run_beside(&tunnels, &[A, B], options(CarrierOrder::Quic), |_| {
