@@ -103,10 +103,18 @@ impl JoinError {
 /// that port scanners do not hide agents whose certificates have expired.
 pub(super) fn record_failure(remote: SocketAddr, error: &JoinError, context: &AgentContext) {
     context.metrics.join_failed(error.label());
-    if matches!(error, JoinError::Closed) {
+    match error {
         // The checks of a load balancer, once a second from each of its nodes.
-        debug!(%remote, "a connection was closed without a byte");
-        return;
+        JoinError::Closed => {
+            debug!(%remote, "a connection was closed without a byte");
+            return;
+        }
+        // An agent races the server's addresses and drops all tunnels but one.
+        JoinError::Lost(_) => {
+            debug!(%remote, %error, "an agent did not join");
+            return;
+        }
+        _ => {}
     }
     rate_limited!(
         Duration::from_secs(1), per reason = error.label(), WARN, %remote, %error,

@@ -1,6 +1,6 @@
 //! One agent's tunnel as a backend, from its introduction to its loss.
 
-use std::{sync::Arc, time::Duration};
+use std::{mem, sync::Arc, time::Duration};
 
 use culvert_transport::{
     Tunnel, TunnelLost,
@@ -11,7 +11,7 @@ use culvert_wire::{
     bounded::Text,
     control::{ControlMessage, Drain, Goodbye},
 };
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tracing::info;
 
 use super::{AgentContext, admission::Authenticated, join};
@@ -82,16 +82,22 @@ async fn converse(
     context: &AgentContext,
 ) -> Result<(), ControlError> {
     let mut drain_sent = false;
+    // The agent may repeat both as often as it likes.
+    let (mut has_drained, mut has_left) = (false, false);
     loop {
         tokio::select! {
             message = control.next() => match message? {
                 ControlMessage::Drain(Drain { deadline_millis }) => {
-                    context.backends.drain(backend);
-                    info!(agent_id = %backend.agent_id(), deadline_millis, "agent drains");
+                    if !mem::replace(&mut has_drained, true) {
+                        context.backends.drain(backend);
+                        info!(agent_id = %backend.agent_id(), deadline_millis, "agent drains");
+                    }
                 }
                 ControlMessage::Goodbye(Goodbye { reason, .. }) => {
-                    context.backends.drain(backend);
-                    info!(agent_id = %backend.agent_id(), %reason, "agent says goodbye");
+                    if !mem::replace(&mut has_left, true) {
+                        context.backends.drain(backend);
+                        info!(agent_id = %backend.agent_id(), %reason, "agent says goodbye");
+                    }
                 }
                 // A second introduction, or a message that only servers send.
                 _ => return Err(ControlError::Unexpected),
@@ -111,10 +117,12 @@ async fn goodbye(control: &mut ControlStream, tunnel: &Tunnel) -> Result<(), Con
     let code = CloseCode::SHUTDOWN;
     let reason = "the server stops";
     let goodbye = Goodbye { code: code.as_u32(), reason: Text::truncated(reason.into()) };
-    let sent = control.send(&ControlMessage::Goodbye(goodbye)).await;
+    let goodbye = ControlMessage::Goodbye(goodbye);
+    let sent = timeout(FLUSH_TIMEOUT, control.send(&goodbye)).await;
     tunnel.close(code, reason);
     tunnel.flushed(FLUSH_TIMEOUT).await;
-    sent
+    // An agent that does not take the goodbye reads the close.
+    sent.unwrap_or(Ok(()))
 }
 
 #[cfg(test)]

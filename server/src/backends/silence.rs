@@ -17,9 +17,9 @@ use super::{Backend, Backends};
 
 /// Interval of the looks at all tunnels.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-/// Least time for the answer to a keep-alive: a lost one is sent again within it.
+/// Minimum time for the answer to a keep-alive: a lost one is sent again within it.
 const ANSWER_LIMIT: Duration = Duration::from_millis(1500);
-/// The same in round trips.
+/// Minimum time for the answer, in round trips.
 const ANSWER_ROUND_TRIPS: u32 = 6;
 /// Number of tunnels that are looked at before other tasks run.
 const BATCH: usize = 256;
@@ -32,23 +32,32 @@ pub(crate) async fn watch(backends: Backends, keep_alive_interval: Option<Durati
     };
     let mut looks = interval(LOOK_INTERVAL);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut last_look = Instant::now();
     loop {
         looks.tick().await;
+        let since_last = last_look.elapsed();
+        last_look = Instant::now();
+        // This process did not run meanwhile, and what agents sent is not read yet.
+        let has_paused = since_last > 2 * LOOK_INTERVAL;
         for batch in backends.all().chunks(BATCH) {
             for backend in batch {
-                look(&backends, backend, keep_alive_interval);
+                look(&backends, backend, keep_alive_interval, has_paused);
             }
             yield_now().await;
         }
     }
 }
 
-fn look(backends: &Backends, backend: &Backend, keep_alive_interval: Duration) {
+/// Records whether one agent is silent. After a pause its clock starts again, and its state stays.
+fn look(backends: &Backends, backend: &Backend, keep_alive_interval: Duration, has_paused: bool) {
     // A bridge to a Konnectivity agent lives in this process, and sends nothing while it is idle.
     if backend.tunnel.carrier() == Carrier::Grpc {
         return;
     }
     let stats = backend.tunnel.stats();
+    if has_paused {
+        return backend.heard.restart(&stats, Instant::now());
+    }
     let quiet_for = backend.heard.quiet_for(&stats, Instant::now());
     let limit = keep_alive_interval + ANSWER_LIMIT.max(stats.rtt * ANSWER_ROUND_TRIPS);
     backends.set_silent(backend, quiet_for > limit);
@@ -62,6 +71,11 @@ impl Heard {
     /// An agent that has just been heard.
     pub(super) fn now() -> Self {
         Self(parking_lot::Mutex::new((0, Instant::now())))
+    }
+
+    /// Counts from now on, as if the agent had just been heard.
+    fn restart(&self, stats: &TunnelStats, now: Instant) {
+        *self.0.lock() = (stats.received_bytes, now);
     }
 
     /// Time since the last look that found something new, or zero if this one does.
@@ -81,7 +95,7 @@ mod tests {
         qmux::Peer,
         test_util::{Pair, Side},
     };
-    use tokio::time::{sleep, timeout};
+    use tokio::time::{advance, sleep, timeout};
 
     use super::*;
     use crate::{
@@ -131,6 +145,20 @@ mod tests {
         line.restore(Side::Agent);
         backends.appears(&target("x:1")).await;
         assert!(!agent.backend.is_silent());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pause_of_the_process_makes_no_agent_silent() {
+        let backends = Backends::new(&[Strategy::Default]);
+        // Without keep-alives nothing is heard after the pause either.
+        let agent = TestAgent::join_on(&backends, "a", pair(None).await).await;
+        let _watch = culvert_transport::task::owned(watch(backends.clone(), Some(KEEP_ALIVE)));
+        sleep(LOOK_INTERVAL).await;
+        advance(KEEP_ALIVE * 3).await;
+        sleep(KEEP_ALIVE).await;
+        assert!(!agent.backend.is_silent());
+        sleep(KEEP_ALIVE).await;
+        assert!(agent.backend.is_silent());
     }
 
     #[tokio::test(start_paused = true)]
