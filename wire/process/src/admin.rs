@@ -36,6 +36,8 @@ use crate::{accept::Acceptor, listen, metrics::Metrics};
 const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// The same while the process has no descriptors to spare.
 const SHORT_HEADER_READ_TIMEOUT: Duration = Duration::from_secs(1);
+/// Maximum time of the one exchange of a connection while the process has no descriptors to spare.
+const SHORT_EXCHANGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum size of a request's head, in bytes. Probes and scrapers send a few hundred.
 const MAX_HEADER_BYTES: usize = 64 << 10;
 /// Maximum number of open connections; one more ends the oldest.
@@ -148,9 +150,9 @@ impl Routes {
         self.on("/readyz", move |request| ready(request)).on("/ready", move |request| same(request))
     }
 
-    /// Adds `/metrics` with the text of `render`, in Prometheus' text format. It is called so
-    /// seldom that it takes a tenth of one thread at most: requests wait for it, and share its
-    /// text.
+    /// Adds `/metrics` with the text of `render`, in Prometheus' text format. It takes
+    /// at most a tenth of one thread: a request waits for the text that is being rendered, and
+    /// requests that wait share it.
     pub fn metrics(mut self, render: impl Fn() -> String + Send + Sync + 'static) -> Self {
         self.table.push(("/metrics", Handler::Metrics(Rendering::new(render))));
         self
@@ -315,7 +317,12 @@ async fn run(
                 make_room(&mut by_age);
                 let is_short = acceptor.is_short();
                 let serving = serve(socket, is_short, Arc::clone(&routes), stop.clone());
-                by_age.push_back(connections.spawn(serving));
+                let limit = if is_short { SHORT_EXCHANGE_TIMEOUT } else { Duration::MAX };
+                by_age.push_back(connections.spawn(async move {
+                    if timeout(limit, serving).await.is_err() {
+                        debug!("admin connection cut off: descriptors are short");
+                    }
+                }));
             }
             Some(_) = connections.join_next() => {
                 // The descriptor that has become free.

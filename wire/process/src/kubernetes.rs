@@ -24,6 +24,7 @@ use kube::{
     client::ClientBuilder,
     config::{Cluster, InClusterError, Kubeconfig, KubeconfigError},
 };
+use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use tower::{limit::RateLimitLayer, util::option_layer};
 
 /// Time limit of a connection attempt.
@@ -162,9 +163,10 @@ impl KubernetesConfig {
     /// If they cannot be used.
     pub(crate) fn config(&self, files: &mut Files) -> Result<Config, LoadError> {
         let Some(path) = &self.kubeconfig else {
+            // Before the client reads it: if it changes meanwhile, the next look finds that out.
+            let ca = files.read(Path::new(POD_CA));
             let config = Config::incluster().map_err(ClientError::from)?;
-            let ca = files.read(Path::new(POD_CA))?;
-            files.record_certificates(Path::new(POD_CA), &ca);
+            record_authorities(files, Path::new(POD_CA), &ca?)?;
             return Ok(config);
         };
         // Bounded, and what later looks compare with. What is parsed below may be newer; the next
@@ -175,7 +177,7 @@ impl KubernetesConfig {
         let proxied = cluster.is_some_and(|cluster| cluster.proxy_url.is_some());
         if let Some(ca) = cluster.and_then(|cluster| cluster.certificate_authority.as_ref()) {
             let contents = files.read(Path::new(ca))?;
-            files.record_certificates(Path::new(ca), &contents);
+            record_authorities(files, Path::new(ca), &contents)?;
         }
         let mut config = Config::try_from(kubeconfig).map_err(ClientError::from)?;
         let user = &config.auth_info;
@@ -206,6 +208,18 @@ pub fn reason(error: &kube::Error) -> String {
         kube::Error::Api(status) => status.message.clone(),
         error => with_causes(error),
     }
+}
+
+/// Records the certificates of a CA file. One that is empty, or is being written, trusts no server.
+///
+/// # Errors
+/// When the file holds no certificate.
+fn record_authorities(files: &mut Files, path: &Path, pem: &[u8]) -> Result<(), LoadError> {
+    if CertificateDer::pem_slice_iter(pem).all(|certificate| certificate.is_err()) {
+        return Err(LoadError::new(format!("{}: holds no certificate", path.display())));
+    }
+    files.record_certificates(path, pem);
+    Ok(())
 }
 
 /// The cluster of the kubeconfig's current context.
@@ -239,6 +253,13 @@ mod tests {
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 
     use super::*;
+
+    #[test]
+    fn a_ca_file_without_a_certificate_is_refused() {
+        let error =
+            record_authorities(&mut Files::default(), Path::new("ca.crt"), b"").unwrap_err();
+        assert_eq!(error.to_string(), "ca.crt: holds no certificate");
+    }
 
     #[test]
     fn a_lease_ends_its_duration_after_its_last_renewal() {

@@ -108,7 +108,14 @@ pub fn print(text: fmt::Arguments<'_>) {
 pub fn flush() {
     if WRITER_RUNS.load(Ordering::Relaxed) {
         rate_limit::report_all();
-        QUEUE.flush(FLUSH_TIMEOUT);
+    }
+    flush_for(FLUSH_TIMEOUT);
+}
+
+/// Waits until the log is written, at most this long. Blocks the thread.
+fn flush_for(limit: Duration) {
+    if WRITER_RUNS.load(Ordering::Relaxed) {
+        QUEUE.flush(limit);
     }
 }
 

@@ -27,7 +27,7 @@ use tracing::{error, info};
 
 pub use self::files::{Files, LoadError};
 use self::{expiry::Expiries, set::Set};
-use crate::{metrics::Metrics, threads::on_thread};
+use crate::{metrics::Metrics, rate_limited, threads::on_thread};
 
 /// Time between two looks at the files. kubelet takes a minute to update a Secret volume, and a
 /// look reads a few small files.
@@ -37,6 +37,10 @@ const INTERVAL: Duration = Duration::from_secs(10);
 const SETTLE_TIME: Duration = Duration::from_secs(1);
 /// Maximum time that a caller of [`Reloads::look`] waits for the file system.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Time after which a look counts as hung, and minimum time between two warnings about it.
+const HUNG_AFTER: Duration = Duration::from_secs(10);
+const HUNG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Names of the metrics about files.
 #[derive(Clone, Copy, Debug)]
@@ -130,7 +134,14 @@ impl Reloads {
                 let _ = timeout(INTERVAL - SETTLE_TIME, self.asked.notified()).await;
             }
             self.check_expiries();
-            settled = self.look_at_all(false).await;
+            // A file system that hangs must not end the checks of dates.
+            settled = match timeout(HUNG_AFTER, self.look_at_all(false)).await {
+                Ok(settled) => settled,
+                Err(_) => {
+                    rate_limited!(HUNG_INTERVAL, WARN, "looking at the files takes too long");
+                    true
+                }
+            };
         }
     }
 

@@ -34,12 +34,14 @@ pub(super) struct Writer<S> {
     /// Number of dropped lines that a line has reported.
     reported: u64,
     last_report: Option<Instant>,
+    /// The last look at limited events.
+    last_look: Option<Instant>,
 }
 
 impl<S: AsFd> Writer<S> {
     pub(super) fn new(queue: &'static Queue, sink: S, format: LogFormat) -> Self {
         let sink = Sink { fd: sink, torn: false };
-        Self { queue, sink, format, reported: 0, last_report: None }
+        Self { queue, sink, format, reported: 0, last_report: None, last_look: None }
     }
 
     /// Writes for as long as the process lives.
@@ -59,16 +61,19 @@ impl<S: AsFd> Writer<S> {
         {
             self.queue.count_dropped();
         }
-        self.report_dropped(Instant::now());
-        rate_limit::report_due(Instant::now());
+        let now = Instant::now();
+        self.report_dropped(now);
+        if !is_early(self.last_look, now) {
+            self.last_look = Some(now);
+            rate_limit::report_due(now);
+        }
     }
 
     /// Reports the lines that were dropped since the last report. If that line cannot be written
     /// either, the next one has their number.
     fn report_dropped(&mut self, now: Instant) {
         let dropped = self.queue.dropped();
-        let is_early = |last| now.saturating_duration_since(last) < REPORT_INTERVAL;
-        if dropped == self.reported || self.last_report.is_some_and(is_early) {
+        if dropped == self.reported || is_early(self.last_report, now) {
             return;
         }
         self.last_report = Some(now);
@@ -77,6 +82,11 @@ impl<S: AsFd> Writer<S> {
             self.reported = dropped;
         }
     }
+}
+
+/// Whether less than the interval has passed since the last time.
+fn is_early(last: Option<Instant>, now: Instant) -> bool {
+    last.is_some_and(|last| now.saturating_duration_since(last) < REPORT_INTERVAL)
 }
 
 /// The line about dropped lines. It does not go through the queue, which may be full.

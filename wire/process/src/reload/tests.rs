@@ -339,6 +339,21 @@ async fn the_expiry_of_the_current_certificate_is_a_metric() {
     assert_eq!(rig.expiry("crt"), (364 + 365) * DAY);
 }
 
+/// The seconds by which the clock of the next test is ahead of [`NOW`].
+static HUNG_FOR: AtomicI64 = AtomicI64::new(0);
+
+#[tokio::test(start_paused = true)]
+async fn dates_are_checked_while_a_look_at_the_files_hangs() {
+    let (rig, _presented) =
+        rig_with_pair(&pair(2029, 2031), || NOW + HUNG_FOR.load(Ordering::Relaxed));
+    let _keep = rig.keep();
+    let _hung = rig.reloads.sets.clone().lock_owned().await; // as a look holds it
+    sleep(NOTICED).await;
+    HUNG_FOR.store(DAY, Ordering::Relaxed);
+    sleep(NOTICED * 2).await;
+    assert_eq!(rig.expiry("crt"), 363 * DAY);
+}
+
 #[test]
 fn a_key_of_another_certificate_is_reported_with_the_certificates_dates() {
     let (one, other) = (pair(2029, 2031), pair(2029, 2031));
