@@ -1,6 +1,6 @@
 //! The course of a process: flags, log, runtime, work, stop signals, exit code.
 
-use std::{error::Error, ffi::OsString, fmt, panic, process::ExitCode};
+use std::{error::Error, ffi::OsString, fmt, panic, process::ExitCode, time::Duration};
 
 use clap::Parser;
 use tokio::runtime::{Builder, Runtime};
@@ -14,8 +14,11 @@ use crate::{
     go_flags,
     invocation::Invocation,
     logging::{self, LogConfig},
-    signals::{ReloadSignal, StopSignals},
+    signals::{ReloadSignal, StopSignals, hold_reload_signal},
 };
+
+/// Maximum time that the end of the process waits for blocking work, such as a lookup of a name.
+const BLOCKING_WORK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Any error that ends a process.
 pub type BoxError = Box<dyn Error + Send + Sync>;
@@ -75,6 +78,7 @@ pub trait Program {
 /// # Panics
 /// When the program panics, after the log was written.
 pub fn main<P: Program>(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    hold_reload_signal(); // before any thread is started
     let limit = descriptors::raise_limit();
     let args: Vec<_> = args.into_iter().collect();
     let invocation = Invocation::from_argv0(args.first().map(OsString::as_os_str));
@@ -92,8 +96,13 @@ pub fn main<P: Program>(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     scopeguard::defer!(logging::flush()); // after a panic too
     config.warnings().iter().for_each(|warning| warn!("{warning}"));
     descriptors::report(limit, config.descriptors());
-    let result =
-        runtime::<P>().and_then(|runtime| runtime.block_on(run_until_signalled::<P>(config)));
+    let result = runtime::<P>().and_then(|runtime| {
+        // Dropped, it would wait for blocking work without a limit.
+        let runtime = scopeguard::guard(runtime, |runtime| {
+            runtime.shutdown_timeout(BLOCKING_WORK_TIMEOUT);
+        });
+        runtime.block_on(run_until_signalled::<P>(config))
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail::<P>(&with_causes(&*error)),

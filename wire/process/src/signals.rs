@@ -3,6 +3,7 @@
 
 use std::io;
 
+use nix::sys::signal::{SigSet, Signal as Number};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::reload::Reloads;
@@ -56,18 +57,30 @@ impl StopSignals {
     }
 }
 
+/// Has SIGHUP wait for [`ReloadSignal::catch`] in this thread; until then it would end the process.
+/// Threads that this one starts never get it.
+pub(crate) fn hold_reload_signal() {
+    only_hangup().thread_block().expect("the kernel knows how to block a signal");
+}
+
+fn only_hangup() -> SigSet {
+    SigSet::from_iter([Number::SIGHUP])
+}
+
 /// SIGHUP, caught from the moment this value exists: it ends the process no more, not even after
 /// the value is dropped.
 #[derive(Debug)]
 pub struct ReloadSignal(Signal);
 
 impl ReloadSignal {
-    /// Catches the signal. Panics outside a tokio runtime.
+    /// Catches the signal, and one that waited in this thread. Panics outside a tokio runtime.
     ///
     /// # Errors
     /// If the kernel refuses the handler.
     pub fn catch() -> io::Result<Self> {
-        Ok(Self(signal(SignalKind::hangup())?))
+        let signal = signal(SignalKind::hangup())?;
+        only_hangup().thread_unblock()?;
+        Ok(Self(signal))
     }
 
     /// Looks at the files at each signal; never returns.
@@ -88,6 +101,15 @@ impl ReloadSignal {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sighup_before_it_is_caught_is_not_lost_and_does_not_end_the_process() {
+        hold_reload_signal();
+        nix::sys::signal::raise(Number::SIGHUP).unwrap(); // to this thread
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let received = runtime.block_on(async { ReloadSignal::catch().unwrap().0.recv().await });
+        assert_eq!(received, Some(()));
+    }
 
     #[tokio::test]
     async fn a_signal_to_this_process_is_returned_by_name() {
