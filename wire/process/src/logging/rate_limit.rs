@@ -7,7 +7,7 @@ use std::{
 
 use parking_lot::Mutex;
 
-/// Maximum number of keys of one place of use. The events of further keys share one limit.
+/// Maximum number of keys of one use of the macro. The events of further keys share one limit.
 const MAX_KEYS: usize = 256;
 /// The key that these events share.
 const OTHERS: &str = "others";

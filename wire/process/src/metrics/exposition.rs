@@ -114,11 +114,13 @@ impl Exposition {
         self.gauge(&name("broken"), help, stats.broken);
         let fallbacks = [
             ("recvmmsg_refused", stats.recvmmsg_refused),
+            ("receive_refused", stats.receive_refused),
             ("gso_refused", stats.gso_refused),
             ("gso_lost", stats.gso_lost),
         ];
         let rows = fallbacks.map(|(reason, count)| (vec![("reason", reason.to_owned())], count));
-        let help = "Times that a faster system call was given up for a slower one, by reason.";
+        let help =
+            "Times that a system call was given up for a slower one, or UDP for TCP, by reason.";
         self.family(&name("fallbacks_total"), Kind::Counter, help, rows);
         let help = "UDP packets that the kernel refused to send.";
         self.counter(&name("send_errors_total"), help, stats.send_errors);

@@ -82,7 +82,7 @@ impl Set {
                 (self.current, self.failed) = (files, None);
                 self.ok.increment(1);
                 self.log_reload();
-                // Last, so that those who wait for it find it counted.
+                // Last, so that a task that waits for it finds it counted.
                 replace();
                 true
             }

@@ -48,7 +48,7 @@ impl<T> Clone for Current<T> {
 }
 
 impl<T> Replace<T> {
-    /// Replaces the value; those who hold the old one keep it.
+    /// Replaces the value. Callers that hold the old one keep it.
     pub fn with(&self, value: T) {
         self.0.send_replace(Arc::new(value));
     }

@@ -13,7 +13,7 @@ use tracing::{error, info, warn};
 
 use super::unsegmented::Unsegmented;
 
-/// Least time between two log lines about the same matter.
+/// Minimum time between two log lines of one kind.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What the UDP sockets of a process have found out about the kernel and about paths.
@@ -27,6 +27,7 @@ pub struct UdpHealth {
     segments: AtomicBool,
     broken: AtomicUsize,
     recvmmsg_refused: AtomicU64,
+    receive_refused: AtomicU64,
     gso_refused: AtomicU64,
     gso_lost: AtomicU64,
     send_errors: AtomicU64,
@@ -45,6 +46,8 @@ pub struct UdpStats {
     pub broken: usize,
     /// Number of times that `recvmmsg` was refused and `recvmsg` took its place.
     pub recvmmsg_refused: u64,
+    /// Number of times that every call that receives packets failed on a socket for seconds.
+    pub receive_refused: u64,
     /// Number of times that the kernel or a sandbox refused batches to a peer.
     pub gso_refused: u64,
     /// Number of times that batches to a peer were found to vanish.
@@ -53,7 +56,7 @@ pub struct UdpStats {
     pub send_errors: u64,
 }
 
-/// Limits the lines about one matter.
+/// Limits the lines of one kind.
 #[derive(Debug, Default)]
 struct LogLimit(Mutex<Option<Instant>>);
 
@@ -76,6 +79,7 @@ impl UdpHealth {
             unsegmented_peers: self.unsegmented.lock().count(Instant::now()),
             broken: self.broken.load(Ordering::Relaxed),
             recvmmsg_refused: self.recvmmsg_refused.load(Ordering::Relaxed),
+            receive_refused: self.receive_refused.load(Ordering::Relaxed),
             gso_refused: self.gso_refused.load(Ordering::Relaxed),
             gso_lost: self.gso_lost.load(Ordering::Relaxed),
             send_errors: self.send_errors.load(Ordering::Relaxed),
@@ -136,6 +140,7 @@ impl UdpHealth {
     /// Records that no packet can be received on a socket.
     pub(super) fn receive_broken(&self, error: &io::Error) {
         self.broken.fetch_add(1, Ordering::Relaxed);
+        self.receive_refused.fetch_add(1, Ordering::Relaxed);
         if self.logs[2].admits(Instant::now()) {
             error!(%error, "UDP is broken: packets cannot be received");
         }
@@ -174,7 +179,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_matter_is_logged_once_a_minute() {
+    async fn an_event_is_logged_once_a_minute() {
         let limit = LogLimit::default();
         assert!(limit.admits(Instant::now()));
         assert!(!limit.admits(Instant::now()));
