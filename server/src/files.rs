@@ -140,11 +140,12 @@ fn reset_key(
         }
         None => {
             // By default a restart keeps the secret for as long as it keeps the private key.
-            let pair = config.agents.certificate.clone();
-            let key_file = pair.key.clone();
-            let load = move |files: &mut Files| {
-                let (identity, _) = files.identity(&pair)?;
-                Ok(ResetKey::derive(identity.key.secret_der(), &owner))
+            let key_file = config.agents.certificate.key.clone();
+            let load = {
+                let key_file = key_file.clone();
+                move |files: &mut Files| {
+                    Ok(ResetKey::derive(files.private_key(&key_file)?.secret_der(), &owner))
+                }
             };
             checked(faults, "cluster-key", reloads.add(key_file, load))
         }

@@ -1,8 +1,8 @@
 //! The first bytes of a TCP connection, before TLS looks at them.
 //!
-//! Load balancers open connections to see whether the port answers, and close them. That is no
-//! failure of an agent. And a peer that speaks another protocol is easier to find by the name of
-//! that protocol than by the fault that TLS finds in its bytes.
+//! Load balancers open connections to check the port, and close them without a byte: no agent has
+//! failed. A peer that speaks another protocol is reported with the name of that protocol, which an
+//! operator understands better than the error of TLS.
 
 use std::io;
 

@@ -9,8 +9,8 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Its inode distinguishes the network namespaces of one host.
 const NETWORK_NAMESPACE: &str = "/proc/self/ns/net";
 
-/// The owner that the reset key is derived for; `None` where this server cannot be distinguished
-/// from others that hold the secret, so that a random key has to do.
+/// The owner for which the reset key is derived. `None` if this server cannot be distinguished from
+/// others with the same secret: then its key is random.
 ///
 /// Replicas share the secret when they share a TLS key. The owner stays the same when the process
 /// is started again on the same host in the same network namespace, as a container of a pod is.

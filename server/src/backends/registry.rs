@@ -124,7 +124,7 @@ impl<B: Candidate> Group<B> {
         if backends.is_empty() {
             self.backends.remove(&key);
             self.keys.retain(|other| *other != key);
-            // Before the map grows, those that are expected no longer make room.
+            // Before the map grows, it drops the keys whose time is over.
             if self.left.len() == self.left.capacity() {
                 self.left.retain(|_, until| *until > now);
             }

@@ -119,7 +119,7 @@ pub struct ControlStream {
     writer: Writer,
     recv: RecvHalf,
     question: Option<Question>,
-    /// How long the peer may still leave the messages of the writer untaken.
+    /// Time left for the peer to grant credit for the messages of the writer.
     writing: Option<Patience>,
     next_echo: u64,
 }

@@ -101,7 +101,7 @@ where
     }
 }
 
-/// Starts the tasks of a connection, which end it when one of them panics.
+/// Starts the tasks of a connection. When one of them ends or panics, the connection ends.
 #[expect(
     clippy::disallowed_methods,
     reason = "they outlive the owner by the time that its close may take, and end by themselves"
@@ -124,7 +124,7 @@ where
     });
 }
 
-/// Ends the connection when a task of it ends, by a panic too.
+/// Ends the connection when it is dropped: when a task has ended or panicked.
 struct EndOfTask(Arc<Shared>);
 
 impl Drop for EndOfTask {

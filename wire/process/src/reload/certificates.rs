@@ -4,7 +4,14 @@ use std::{fmt, path::Path};
 
 use culvert_transport::tls::{Authorities, Identity, KeyExchange};
 use k8s_openapi::jiff::Timestamp;
-use rustls::{RootCertStore, pki_types::CertificateDer, sign::CertifiedKey};
+use rustls::{
+    RootCertStore,
+    pki_types::{
+        CertificateDer, PrivateKeyDer,
+        pem::{self, PemObject as _},
+    },
+    sign::CertifiedKey,
+};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::{Files, LoadError};
@@ -95,6 +102,21 @@ impl Files {
         validities.into_iter().for_each(|validity| self.record(validity));
         self.record_presented(leaf);
         Ok((identity, certified))
+    }
+
+    /// Reads a private key alone, and records no certificate: for what is derived from a key whose
+    /// certificate is read by [`Files::identity`].
+    ///
+    /// # Errors
+    /// When the file cannot be read, or holds no private key.
+    pub fn private_key(&mut self, file: &Path) -> Result<PrivateKeyDer<'static>, LoadError> {
+        PrivateKeyDer::from_pem_slice(&self.read(file)?).map_err(|error| {
+            let file = file.display();
+            LoadError::new(match error {
+                pem::Error::NoItemsFound => format!("{file}: holds no private key"),
+                error => format!("{file}: {error}"),
+            })
+        })
     }
 
     /// Reads a CA file. A block that cannot be used is left out, with a warning.

@@ -355,6 +355,19 @@ async fn dates_are_checked_while_a_look_at_the_files_hangs() {
 }
 
 #[test]
+fn a_private_key_is_read_without_its_certificate() {
+    let rig = Rig::new();
+    let (certificate, key) = pair(2029, 2031);
+    write_pair(&rig, &certificate, &key);
+    let files = CertificatePair { certificate: rig.path("crt"), key: rig.path("key") };
+    let (identity, _) = Files::default().identity(&files).unwrap();
+    let alone = Files::default().private_key(&files.key).unwrap();
+    assert_eq!(alone.secret_der(), identity.key.secret_der());
+    let error = Files::default().private_key(&files.certificate).unwrap_err().to_string();
+    assert_eq!(error, format!("{}: holds no private key", files.certificate.display()));
+}
+
+#[test]
 fn a_key_of_another_certificate_is_reported_with_the_certificates_dates() {
     let (one, other) = (pair(2029, 2031), pair(2029, 2031));
     let rig = Rig::new();

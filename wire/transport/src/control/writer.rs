@@ -1,5 +1,5 @@
-//! The sending half of a control stream: messages that the peer takes no bytes of wait in a bounded
-//! queue, and a caller that is cancelled leaves no message half written.
+//! The sending half of a control stream. Messages wait in a bounded queue until the peer grants
+//! credit for them. A caller that is cancelled leaves no message half written.
 
 use std::{collections::VecDeque, fmt, pin::Pin};
 

@@ -281,8 +281,8 @@ impl<S: SpliceSocket> LocalWrite for SocketWrite<S> {
     }
 }
 
-/// Completes once nothing is `left` that the peer has not acknowledged, or once that has not become
-/// less for [`FLUSH_LIMIT`]: then the rest is lost.
+/// Completes once the peer has acknowledged everything. `left` returns the number of bytes that it
+/// has not acknowledged yet; if that does not fall for [`FLUSH_LIMIT`], they are lost.
 async fn until_acknowledged(mut left: impl FnMut() -> io::Result<usize>) {
     let mut progress = (usize::MAX, Instant::now());
     let mut pause = FLUSH_PAUSE;
