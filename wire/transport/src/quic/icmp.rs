@@ -11,10 +11,7 @@ use std::{
     fmt, io,
     net::SocketAddr,
     os::fd::{AsRawFd, OwnedFd},
-    sync::{
-        Arc, OnceLock, Weak,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, OnceLock, Weak},
 };
 
 use nix::{
@@ -34,8 +31,9 @@ use tokio_util::task::AbortOnDropHandle;
 use super::udp::socket_address;
 use crate::canonical;
 
-/// What the network reports of a peer to which it does not deliver packets (RFC 792, RFC 4443).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What the network reports of a peer to which it does not deliver packets (RFC 792, RFC 4443). The
+/// graver report is the greater.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Unreachable {
     /// There is no route to the peer's host now. Where routes change there may soon be one.
     Host,
@@ -110,24 +108,28 @@ fn take_error(fd: i32) -> nix::Result<Option<(SocketAddr, Unreachable)>> {
 /// What the network has reported of one tunnel's peer.
 #[derive(Debug, Default)]
 pub(super) struct Reachability {
+    /// The gravest report that the tunnel has not taken.
+    report: Mutex<Option<Unreachable>>,
     reported: Notify,
-    port_unreachable: AtomicBool,
 }
 
 impl Reachability {
     fn report(&self, why: Unreachable) {
-        if why == Unreachable::Port {
-            self.port_unreachable.store(true, Ordering::Relaxed);
-        }
+        let mut report = self.report.lock();
+        *report = (*report).max(Some(why));
         self.reported.notify_one();
     }
 
     /// Waits for a report; the gravest since the last time. For one waiter.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: no report is lost.
     pub(super) async fn unreachable(&self) -> Unreachable {
-        self.reported.notified().await;
-        match self.port_unreachable.swap(false, Ordering::Relaxed) {
-            true => Unreachable::Port,
-            false => Unreachable::Host,
+        loop {
+            if let Some(why) = self.report.lock().take() {
+                return why;
+            }
+            self.reported.notified().await;
         }
     }
 }
@@ -174,7 +176,11 @@ impl IcmpRouter {
 
 #[cfg(test)]
 mod tests {
-    use std::net::UdpSocket;
+    use std::{
+        net::UdpSocket,
+        pin::{Pin, pin},
+        task::Poll,
+    };
 
     use quinn::{
         AsyncUdpSocket,
@@ -204,6 +210,25 @@ mod tests {
         while socket.try_send(&transmit).is_err() {
             std::future::poll_fn(|cx| poller.as_mut().poll_writable(cx)).await.unwrap();
         }
+    }
+
+    /// Polls a future once.
+    async fn poll<T>(mut future: Pin<&mut impl Future<Output = T>>) -> Poll<T> {
+        std::future::poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await
+    }
+
+    #[tokio::test]
+    async fn reports_that_come_together_are_one_report() {
+        let reachability = Reachability::default();
+        let mut waiting = pin!(reachability.unreachable());
+        assert!(poll(waiting.as_mut()).await.is_pending());
+        // The first wakes the waiter; the second comes before it has run.
+        for why in [Unreachable::Port, Unreachable::Host] {
+            reachability.report(why);
+        }
+        assert_eq!(waiting.await, Unreachable::Port);
+        let nothing = pin!(reachability.unreachable());
+        assert!(poll(nothing).await.is_pending(), "there was nothing more to report");
     }
 
     #[tokio::test]
