@@ -52,16 +52,16 @@ impl AgentFiles {
         let servers = &config.servers;
         let ca_file = servers.ca.clone();
         let ca = reloads.add(&servers.ca, move |files: &mut Files| files.authorities(&ca_file));
-        let ca = checked(&mut faults, "ca-cert", ca);
+        let ca = faults.checked("ca-cert", ca);
         let identity = servers.certificate.clone().map(|pair| {
             let file = pair.certificate.clone();
             reloads.add(file, move |files: &mut Files| Ok(files.identity(&pair)?.0))
         });
-        let identity = identity.map(|result| checked(&mut faults, "agent-cert", result));
+        let identity = identity.map(|result| faults.checked("agent-cert", result));
         let token = servers.token_file.clone().map(|file| add_token(&reloads, file));
-        let token = token.map(|result| checked(&mut faults, "service-account-token-path", result));
+        let token = token.map(|result| faults.checked("service-account-token-path", result));
         let leases = config.sync.leases.as_ref().map(|leases| leases.kubernetes.clients(&reloads));
-        let leases = leases.map(|result| checked(&mut faults, "kubeconfig", result));
+        let leases = leases.map(|result| faults.checked("kubeconfig", result));
         let proxies = with_authorities(&reloads, config.proxies.clone());
         // Warnings were logged.
         faults.finish()?;
@@ -78,11 +78,6 @@ impl AgentFiles {
             }),
         })
     }
-}
-
-/// The value, or `None` along with a fault of the flag.
-fn checked<T>(faults: &mut Faults, flag: &'static str, result: Result<T, LoadError>) -> Option<T> {
-    result.map_err(|error| faults.add(flag, error.to_string())).ok()
 }
 
 fn add_token(reloads: &Reloads, file: PathBuf) -> Result<Current<Secret>, LoadError> {

@@ -31,8 +31,8 @@ use crate::{http, link::Host};
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Interval between two looks at a process: at its health port, log or state.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
-/// Time for a process to answer a request to its health port, on a machine that is busy.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time for a process to answer a request to its health port.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Last lines of a log that are shown with a failure.
 const SHOWN_LINES: usize = 20;
 

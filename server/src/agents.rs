@@ -16,7 +16,6 @@ mod first_bytes;
 mod join;
 mod konnectivity;
 pub(crate) mod listener;
-pub(crate) mod reset_key;
 mod session;
 mod unadmitted;
 

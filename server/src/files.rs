@@ -6,7 +6,7 @@ use culvert_process::{
     faults::{CertificatePair, ConfigErrors, Faults},
     kubernetes::CurrentClient,
     metrics::Metrics,
-    reload::{Files, LoadError, ReloadMetrics, Reloads},
+    reload::{Files, ReloadMetrics, Reloads},
 };
 use culvert_transport::{
     quic::ResetKey,
@@ -14,8 +14,8 @@ use culvert_transport::{
 };
 
 use crate::{
-    agents::reset_key::reset_key_owner,
     config::{Config, FrontendListen},
+    reset_key::reset_key_owner,
 };
 
 /// Names of the metrics.
@@ -79,11 +79,6 @@ impl ServerFiles {
     }
 }
 
-/// The value, or `None` along with a fault of the flag.
-fn checked<T>(faults: &mut Faults, flag: &'static str, result: Result<T, LoadError>) -> Option<T> {
-    result.map_err(|error| faults.add(flag, error.to_string())).ok()
-}
-
 /// A certificate and the CA of the clients' certificates; `None` along with a fault.
 fn credentials(
     reloads: &Reloads,
@@ -94,7 +89,7 @@ fn credentials(
 ) -> Option<ServerCredentials> {
     let watched = pair.clone();
     let load = move |files: &mut Files| Ok(files.identity(&watched)?.1);
-    let identity = checked(faults, certificate_flag, reloads.add(&pair.certificate, load));
+    let identity = faults.checked(certificate_flag, reloads.add(&pair.certificate, load));
     let client_ca = match client_ca {
         None => Some(None),
         Some(path) => {
@@ -102,7 +97,7 @@ fn credentials(
             let load = move |files: &mut Files| {
                 Ok(ClientVerifier::new(files.authorities(&watched)?.into())?)
             };
-            checked(faults, ca_flag, reloads.add(path, load)).map(Some)
+            faults.checked(ca_flag, reloads.add(path, load)).map(Some)
         }
     };
     Some(ServerCredentials { identity: identity?, client_ca: client_ca? })
@@ -118,7 +113,7 @@ fn kubernetes(
     if !needs_reviews && !needs_leases {
         return (None, None);
     }
-    let clients = checked(faults, "kubeconfig", config.kubernetes.clients(reloads));
+    let clients = faults.checked("kubeconfig", config.kubernetes.clients(reloads));
     let Some([reviews, leases]) = clients else { return (None, None) };
     (needs_reviews.then_some(reviews), needs_leases.then_some(leases))
 }
@@ -136,7 +131,7 @@ fn reset_key(
                 let file = file.clone();
                 move |files: &mut Files| Ok(ResetKey::derive(&files.secret(&file)?, &owner))
             };
-            checked(faults, "reset-key-file", reloads.add(file, load))
+            faults.checked("reset-key-file", reloads.add(file, load))
         }
         None => {
             // By default a restart keeps the secret for as long as it keeps the private key.
@@ -147,7 +142,7 @@ fn reset_key(
                     Ok(ResetKey::derive(files.private_key(&key_file)?.secret_der(), &owner))
                 }
             };
-            checked(faults, "cluster-key", reloads.add(key_file, load))
+            faults.checked("cluster-key", reloads.add(key_file, load))
         }
     }
 }

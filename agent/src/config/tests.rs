@@ -1,57 +1,19 @@
-use std::{ffi::OsString, sync::LazyLock};
-
+use culvert_process::{go_flags, test_util::FlagFiles};
 use culvert_wire::identifiers::Identifier;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 
 use super::*;
 
-/// A kubeconfig that can be used.
-const KUBECONFIG: &str = r#"
-apiVersion: v1
-kind: Config
-clusters: [{name: c, cluster: {server: "https://127.0.0.1:1"}}]
-users: [{name: u, user: {token: t}}]
-contexts: [{name: x, context: {cluster: c, user: u}}]
-current-context: x
-"#;
-
-/// A certificate, which is its own CA, and its key.
-static PAIR: LazyLock<[String; 2]> = LazyLock::new(|| {
-    let mut params = CertificateParams::default();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let key = KeyPair::generate().unwrap();
-    [params.self_signed(&key).unwrap().pem(), key.serialize_pem()]
-});
-
-/// A directory with the files that flags may name.
-struct Files {
-    dir: tempfile::TempDir,
-}
+/// The files that flags may name.
+struct Files(FlagFiles);
 
 impl Files {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let [certificate, key] = &*PAIR;
-        for (name, contents) in [
-            ("crt", certificate.as_str()),
-            ("key", key),
-            ("ca", certificate),
-            ("kubeconfig", KUBECONFIG),
-            ("token", "secret"),
-        ] {
-            std::fs::write(dir.path().join(name), contents).unwrap();
-        }
-        Self { dir }
+        Self(FlagFiles::new())
     }
 
     /// The configuration of `args`, with `@name` standing for the path of that file.
     fn config_as(&self, argv0: &str, args: &[&str]) -> Result<Config, String> {
-        let dir = format!("{}/", self.dir.path().display());
-        let args = args.iter().map(|arg| OsString::from(arg.replace('@', &dir)));
-        let args = [OsString::from(argv0)].into_iter().chain(args);
-        let flags: Flags = go_flags::try_parse_from(args).map_err(|exit| exit.text)?;
-        let invocation = Invocation::from_argv0(Some(argv0.as_ref()));
-        Config::from_flags(flags, invocation).map_err(|errors| errors.to_string())
+        self.0.config(argv0, args)
     }
 
     /// As a Culvert agent with a CA, unless `args` say otherwise.
@@ -292,7 +254,7 @@ fn help_describes_every_flag() {
 #[test]
 fn files_that_cannot_be_used_are_reported_with_all_other_faults() {
     let files = Files::new();
-    let folder = files.dir.path().to_owned();
+    let folder = files.0.path("");
     for name in ["crt", "ca", "token"] {
         std::fs::write(folder.join(name), " ").unwrap();
     }

@@ -1,61 +1,20 @@
-use std::{ffi::OsString, path::PathBuf, sync::LazyLock};
+use std::path::PathBuf;
 
-use culvert_process::go_flags;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+use culvert_process::{go_flags, test_util::FlagFiles};
 
 use super::*;
 
-/// A kubeconfig that can be used.
-const KUBECONFIG: &str = r#"
-apiVersion: v1
-kind: Config
-clusters: [{name: c, cluster: {server: "https://127.0.0.1:1"}}]
-users: [{name: u, user: {token: t}}]
-contexts: [{name: x, context: {cluster: c, user: u}}]
-current-context: x
-"#;
-
-/// A certificate, which is its own CA, and its key.
-static PAIR: LazyLock<[String; 2]> = LazyLock::new(|| {
-    let mut params = CertificateParams::default();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let key = KeyPair::generate().unwrap();
-    [params.self_signed(&key).unwrap().pem(), key.serialize_pem()]
-});
-
-/// A directory with the files that flags may name.
-struct Files {
-    dir: tempfile::TempDir,
-}
+/// The files that flags may name.
+struct Files(FlagFiles);
 
 impl Files {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let [certificate, key] = &*PAIR;
-        for (name, contents) in [
-            ("crt", certificate.as_str()),
-            ("key", key),
-            ("ca", certificate),
-            ("kubeconfig", KUBECONFIG),
-            ("reset", "secret"),
-        ] {
-            std::fs::write(dir.path().join(name), contents).unwrap();
-        }
-        Self { dir }
+        Self(FlagFiles::new())
     }
 
-    /// `args` with `@name` standing for the path of that file.
-    fn expand(&self, args: &[&str]) -> Vec<String> {
-        let dir = format!("{}/", self.dir.path().display());
-        args.iter().map(|arg| arg.replace('@', &dir)).collect()
-    }
-
+    /// The configuration of `args`, with `@name` standing for the path of that file.
     fn config_as(&self, argv0: &str, args: &[&str]) -> Result<Config, String> {
-        let args = self.expand(args);
-        let args = [argv0].into_iter().chain(args.iter().map(String::as_str)).map(OsString::from);
-        let flags: Flags = go_flags::try_parse_from(args).map_err(|exit| exit.text)?;
-        let invocation = Invocation::from_argv0(Some(argv0.as_ref()));
-        Config::from_flags(flags, invocation).map_err(|errors| errors.to_string())
+        self.0.config(argv0, args)
     }
 
     /// As a Culvert server with a Unix socket and certificates, unless `args` say otherwise.
@@ -411,7 +370,7 @@ fn help_mentions_every_flag_with_words_of_its_own() {
 fn files_that_cannot_be_used_are_reported_with_all_other_faults() {
     let files = Files::new();
     for name in ["crt", "ca", "kubeconfig", "reset"] {
-        std::fs::write(files.dir.path().join(name), " ").unwrap();
+        std::fs::write(files.0.path(name), " ").unwrap();
     }
     let flags =
         ["--reset-key-file=@reset", "--kubeconfig=@kubeconfig", "--enable-lease-controller"];
@@ -423,11 +382,11 @@ fn files_that_cannot_be_used_are_reported_with_all_other_faults() {
         "--kubeconfig: ",
         "--admin-port: ",
     ] {
-        let fault = &files.expand(&[fault])[0];
+        let fault = &files.0.expand(&[fault])[0];
         assert!(text.contains(fault), "{fault} in {text}");
     }
     // One that nothing is asked with may be anything.
     let other = Files::new();
-    std::fs::write(other.dir.path().join("kubeconfig"), "").unwrap();
+    std::fs::write(other.0.path("kubeconfig"), "").unwrap();
     other.config(&["--kubeconfig=@kubeconfig"]).unwrap();
 }

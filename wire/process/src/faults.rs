@@ -85,6 +85,15 @@ impl Faults {
         self.errors.push(ConfigError { flag, is_variable: false, reason: reason.into() });
     }
 
+    /// The value of `flag`, or `None` along with its fault.
+    pub fn checked<T>(
+        &mut self,
+        flag: &'static str,
+        result: Result<T, impl fmt::Display>,
+    ) -> Option<T> {
+        result.map_err(|error| self.add(flag, error.to_string())).ok()
+    }
+
     /// Records a fault of a variable of the environment.
     pub fn add_variable(&mut self, name: &'static str, reason: impl Into<String>) {
         self.errors.push(ConfigError { flag: name, is_variable: true, reason: reason.into() });

@@ -32,5 +32,8 @@ pub mod metrics;
 pub mod reload;
 pub mod signals;
 pub mod supervision;
+#[cfg(feature = "test-util")]
+#[doc(hidden)]
+pub mod test_util;
 mod threads;
 pub mod tunnel_flags;
