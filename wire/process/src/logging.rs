@@ -107,7 +107,7 @@ pub fn print(text: fmt::Arguments<'_>) {
 /// Waits until the log is written, at most 1 s. Blocks the thread: for the end of the process.
 pub fn flush() {
     if WRITER_RUNS.load(Ordering::Relaxed) {
-        rate_limit::report_all();
+        rate_limit::LIMITS.report_all();
     }
     flush_for(FLUSH_TIMEOUT);
 }

@@ -12,8 +12,8 @@ const MAX_KEYS: usize = 256;
 /// The key that these events share.
 const OTHERS: &str = "others";
 
-/// The limits with events that no line has reported yet.
-static UNREPORTED: Mutex<Vec<&'static RateLimit>> = parking_lot::const_mutex(Vec::new());
+/// The limits of this process.
+pub(super) static LIMITS: Limits = Limits::new();
 
 /// Logs an event at most once per interval, for events that can repeat with every packet or dial.
 ///
@@ -84,6 +84,7 @@ pub struct RateLimit {
     interval: Duration,
     /// Logs the number of events with this key that were left out.
     report: fn(&str, u64),
+    limits: &'static Limits,
     keys: Mutex<BTreeMap<String, Limited>>,
 }
 
@@ -97,7 +98,11 @@ impl RateLimit {
     /// At most one line per `interval` and key; the first event always gets one. `report` logs the
     /// number of those that were left out, once the interval is over.
     pub const fn new(interval: Duration, report: fn(&str, u64)) -> Self {
-        Self { interval, report, keys: parking_lot::const_mutex(BTreeMap::new()) }
+        Self::among(&LIMITS, interval, report)
+    }
+
+    const fn among(limits: &'static Limits, interval: Duration, report: fn(&str, u64)) -> Self {
+        Self { interval, report, limits, keys: parking_lot::const_mutex(BTreeMap::new()) }
     }
 
     /// The number of events with this key suppressed since their last line if the event at `now`
@@ -108,7 +113,7 @@ impl RateLimit {
         let Some(limited) = keys.get_mut(key) else {
             keys.insert(key.to_owned(), Limited { last_line: now, suppressed: 0 });
             drop(keys);
-            if self.watch() {
+            if self.limits.watch(self) {
                 super::wake_writer();
             }
             return Some(0);
@@ -119,16 +124,6 @@ impl RateLimit {
         }
         limited.last_line = now;
         Some(std::mem::take(&mut limited.suppressed))
-    }
-
-    /// Has the writer look at this limit from now on; whether it did not yet.
-    fn watch(&'static self) -> bool {
-        let mut unreported = UNREPORTED.lock();
-        let is_new = !unreported.iter().any(|limit| std::ptr::eq(*limit, self));
-        if is_new {
-            unreported.push(self);
-        }
-        is_new
     }
 
     /// Removes the keys whose interval is over at `now`, or all. Returns the number of events of
@@ -148,30 +143,50 @@ impl RateLimit {
     }
 }
 
-/// Whether a limit may have events that no line has reported.
-pub(super) fn has_unreported() -> bool {
-    !UNREPORTED.lock().is_empty()
-}
+/// The limits with events that no line has reported yet.
+#[derive(Debug)]
+pub(super) struct Limits(Mutex<Vec<&'static RateLimit>>);
 
-/// Reports the events that were left out in intervals that are over at `now`.
-pub(super) fn report_due(now: Instant) {
-    report(now, false);
-}
+impl Limits {
+    const fn new() -> Self {
+        Self(parking_lot::const_mutex(Vec::new()))
+    }
 
-/// Reports all events that were left out.
-pub(super) fn report_all() {
-    report(Instant::now(), true);
-}
+    /// Whether a limit may have events that no line has reported.
+    pub(super) fn has_unreported(&self) -> bool {
+        !self.0.lock().is_empty()
+    }
 
-fn report(now: Instant, all: bool) {
-    let limits = std::mem::take(&mut *UNREPORTED.lock());
-    for limit in limits {
-        let (due, is_left) = limit.take_due(now, all);
-        if is_left {
-            limit.watch();
+    /// Reports the events that were left out in intervals that are over at `now`.
+    pub(super) fn report_due(&self, now: Instant) {
+        self.report(now, false);
+    }
+
+    /// Reports all events that were left out.
+    pub(super) fn report_all(&self) {
+        self.report(Instant::now(), true);
+    }
+
+    /// Has the writer look at this limit from now on; whether it did not yet.
+    fn watch(&self, limit: &'static RateLimit) -> bool {
+        let mut unreported = self.0.lock();
+        let is_new = !unreported.iter().any(|known| std::ptr::eq(*known, limit));
+        if is_new {
+            unreported.push(limit);
         }
-        // Without a lock: the line may be limited itself.
-        due.iter().for_each(|(key, suppressed)| (limit.report)(key, *suppressed));
+        is_new
+    }
+
+    fn report(&self, now: Instant, all: bool) {
+        let limits = std::mem::take(&mut *self.0.lock());
+        for limit in limits {
+            let (due, is_left) = limit.take_due(now, all);
+            if is_left {
+                self.watch(limit);
+            }
+            // Without a lock: the line may be limited itself.
+            due.iter().for_each(|(key, suppressed)| (limit.report)(key, *suppressed));
+        }
     }
 }
 
@@ -182,11 +197,13 @@ mod tests {
     /// Reported keys and numbers of the limit under test.
     static REPORTED: Mutex<Vec<(String, u64)>> = parking_lot::const_mutex(Vec::new());
 
+    /// A limit among none but itself: another test's must not be reported with it.
     fn limit(seconds: u64) -> &'static RateLimit {
         fn report(key: &str, suppressed: u64) {
             REPORTED.lock().push((key.to_owned(), suppressed));
         }
-        Box::leak(Box::new(RateLimit::new(Duration::from_secs(seconds), report)))
+        let limits = Box::leak(Box::new(Limits::new()));
+        Box::leak(Box::new(RateLimit::among(limits, Duration::from_secs(seconds), report)))
     }
 
     #[test]
@@ -232,10 +249,10 @@ mod tests {
         assert_eq!(limit.admit("a", now), Some(0));
         assert_eq!(limit.admit("a", now), None);
         assert_eq!(limit.admit("b", now), Some(0));
-        report_due(now + Duration::from_secs(3599));
-        assert!(has_unreported());
+        limit.limits.report_due(now + Duration::from_secs(3599));
+        assert!(limit.limits.has_unreported());
         assert_eq!(*REPORTED.lock(), []);
-        report_due(now + Duration::from_secs(3600));
+        limit.limits.report_due(now + Duration::from_secs(3600));
         assert_eq!(*REPORTED.lock(), [("a".to_owned(), 1)]);
         assert_eq!(limit.admit("a", now + Duration::from_secs(3600)), Some(0));
     }

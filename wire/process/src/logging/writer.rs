@@ -47,7 +47,7 @@ impl<S: AsFd> Writer<S> {
     /// Writes for as long as the process lives.
     pub(super) fn run(mut self) -> ! {
         loop {
-            self.step(rate_limit::has_unreported());
+            self.step(rate_limit::LIMITS.has_unreported());
         }
     }
 
@@ -65,7 +65,7 @@ impl<S: AsFd> Writer<S> {
         self.report_dropped(now);
         if !is_early(self.last_look, now) {
             self.last_look = Some(now);
-            rate_limit::report_due(now);
+            rate_limit::LIMITS.report_due(now);
         }
     }
 
