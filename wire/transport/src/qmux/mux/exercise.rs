@@ -303,6 +303,14 @@ mod tests {
     /// Number of scripts that are tried.
     const SCRIPTS: u64 = 30_000;
 
+    /// A stream on which the peer has sent something, if there is one: a wrong end of it breaks more
+    /// rules than that of one that was never used.
+    fn used(rng: &mut fastrand::Rng, offsets: &HashMap<u64, u64>) -> Option<u64> {
+        let mut ids: Vec<_> = offsets.keys().copied().collect();
+        ids.sort_unstable();
+        rng.choice(ids)
+    }
+
     /// Frames of a peer that uses a few streams, and breaks the protocol with them if it is wild.
     fn frames(rng: &mut fastrand::Rng, offsets: &mut HashMap<u64, u64>, wild: bool) -> Bytes {
         let mut bytes = BytesMut::new();
@@ -317,8 +325,13 @@ mod tests {
                     let offset = std::mem::replace(next, *next + data.len() as u64);
                     Frame::Stream { id, offset, data, fin: false }
                 }
-                10 if wild => Frame::ResetStream { id, code, final_size: limit },
+                10 if wild => {
+                    let id = used(rng, offsets).unwrap_or(id);
+                    let final_size = if rng.bool() { limit } else { limit % 999 };
+                    Frame::ResetStream { id, code, final_size }
+                }
                 11 if wild => {
+                    let id = used(rng, offsets).unwrap_or(id);
                     Frame::Stream { id, offset: limit % 999, data: Bytes::new(), fin: true }
                 }
                 12 => Frame::StopSending { id, code },
