@@ -6,12 +6,13 @@
 
 mod support;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use crate::support::{
     Carrier::{self, Quic, Tcp},
-    agent, eventually, rig, within,
+    agent, echo, eventually, rig, within,
 };
+use culvert_konnectivity::ALPN_H2;
 use culvert_loadtest::{
     frontend::FrontendKind::{self, ConnectTls, ConnectUnix, GrpcTls, GrpcUnix},
     http,
@@ -19,13 +20,16 @@ use culvert_loadtest::{
     soak::sample::{self, Sample},
     targets,
 };
+use culvert_transport::tls::{Identity, KeyExchange};
 use rstest::rstest;
+use rustls::ServerConfig;
 use tokio::{
     io::AsyncWriteExt as _,
     net::{TcpStream, UdpSocket, UnixStream},
     sync::Mutex,
     time::timeout,
 };
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 /// Number of each thing that is made and dropped.
 const COUNT: usize = 100;
@@ -155,6 +159,94 @@ async fn attempts_over_quic_leave_nothing_behind() {
             rig.until_joined(2).await.unwrap();
             rig.abort_agent(1);
             rig.until_joined(1).await.unwrap();
+        })
+        .await;
+    })
+    .await;
+}
+
+/// What a probe of QUIC does within an agent whose tunnel is over TCP.
+#[tokio::test(flavor = "multi_thread")]
+async fn handshakes_over_quic_leave_nothing_behind() {
+    let _alone = ALONE.lock().await;
+    within(async {
+        let mut rig = Rig::new().start().await.unwrap();
+        let silent = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        leaves_nothing(&mut rig, async |rig, number| {
+            // A port that was free a moment ago answers with ICMP.
+            let closed = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+            let refused = agent::quic_handshake(rig, closed).await;
+            assert!(refused.is_err(), "{refused:?}");
+            let unanswered = agent::quic_handshake(rig, silent.local_addr().unwrap());
+            assert!(timeout(Duration::from_millis(5), unanswered).await.is_err());
+            let server = rig.server.tunnel;
+            match number % 2 {
+                0 => drop(agent::quic_handshake(rig, server).await.unwrap()),
+                // Abandoned somewhere within the handshake.
+                _ => drop(
+                    timeout(Duration::from_millis(1), agent::quic_handshake(rig, server)).await,
+                ),
+            }
+        })
+        .await;
+    })
+    .await;
+}
+
+/// A relay to the server that lets both sides speak gRPC alone: the server takes its agents for
+/// Konnectivity agents, and they take it for a Konnectivity server.
+async fn grpc_relay(rig: &Running) -> targets::Target {
+    let pair = rig.certificates().server();
+    let identity = Identity::from_pem_files(&pair.certificate, &pair.key).unwrap();
+    let mut tls = ServerConfig::builder_with_provider(KeyExchange::Classic.provider())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(identity.chain, identity.key)
+        .unwrap();
+    tls.alpn_protocols = vec![ALPN_H2.to_vec()];
+    let acceptor = TlsAcceptor::from(Arc::new(tls));
+    let mut tls = agent::tls(rig);
+    tls.alpn_protocols = vec![ALPN_H2.to_vec()];
+    let connector = TlsConnector::from(Arc::new(tls));
+    let server = rig.server.tunnel;
+    let relay = targets::Target::start(move |socket| {
+        let (acceptor, connector) = (acceptor.clone(), connector.clone());
+        async move {
+            let mut agent = acceptor.accept(socket).await?;
+            let socket = TcpStream::connect(server).await?;
+            let mut server = connector.connect(server.ip().into(), socket).await?;
+            tokio::io::copy_bidirectional(&mut agent, &mut server).await.map(drop)
+        }
+    });
+    relay.await.unwrap()
+}
+
+/// An agent's bridge to a Konnectivity server, and the server's bridge to a Konnectivity agent.
+#[tokio::test(flavor = "multi_thread")]
+async fn bridges_to_konnectivity_leave_nothing_behind() {
+    let _alone = ALONE.lock().await;
+    within(async {
+        let mut rig = rig(ConnectUnix, Tcp).agents(0).start().await.unwrap();
+        let relay = grpc_relay(&rig).await;
+        let target = targets::echo().await.unwrap();
+        leaves_nothing(&mut rig, async |rig, number| {
+            let mut config = rig.agent_config(&format!("agent-{number}")).unwrap();
+            config.servers.port = relay.address().port();
+            rig.add_agent_with(&config).unwrap();
+            rig.until_joined(1).await.unwrap();
+            assert_eq!(rig.server.tunnels(Carrier::Grpc), 1);
+            let mut closed = rig.dial(target.address()).await.unwrap();
+            echo(&mut closed, b"x").await.unwrap();
+            drop(closed.close().await);
+            // One that is open while its agent leaves or is lost.
+            let mut open = rig.dial(target.address()).await.unwrap();
+            echo(&mut open, b"x").await.unwrap();
+            match number % 2 {
+                0 => rig.abort_agent(0),
+                _ => rig.drain_agent(0).await.unwrap(),
+            }
+            rig.until_joined(0).await.unwrap();
         })
         .await;
     })

@@ -1,10 +1,10 @@
 //! An agent that the test drives message by message.
 
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 
 use culvert_loadtest::{carrier::Carrier, rig::Running};
 use culvert_transport::{
-    Settings, Tunnel,
+    ConnectError, Settings, Tunnel,
     control::ControlStream,
     quic,
     tcp::{self, Route},
@@ -18,20 +18,34 @@ use culvert_wire::{
     identifiers::Identifiers,
     version::{Features, REVISION},
 };
+use rustls::ClientConfig;
 
-/// A tunnel to the rig's server, over the rig's carrier, without a hello.
-pub(crate) async fn tunnel(rig: &Running) -> Tunnel {
+/// An agent's configuration of TLS, with the rig's certificates.
+pub(crate) fn tls(rig: &Running) -> ClientConfig {
     let pair = rig.certificates().agent();
     let identity = Identity::from_pem_files(&pair.certificate, &pair.key).unwrap();
     let roots = authorities(&certificates(&rig.certificates().ca()).unwrap()).unwrap();
-    let tls = Arc::new(tunnel_client(roots, Some(identity), KeyExchange::Hybrid).unwrap());
-    let address = rig.server.tunnel;
+    tunnel_client(roots, Some(identity), KeyExchange::Hybrid).unwrap()
+}
+
+/// A handshake over QUIC with this address, as an agent of the rig.
+pub(crate) async fn quic_handshake(
+    rig: &Running,
+    address: SocketAddr,
+) -> Result<Tunnel, ConnectError> {
     let (name, settings) = (address.ip().to_string(), Settings::default());
+    let tls = Arc::new(tls(rig));
+    Ok(quic::connect(address, &name, tls, &settings, &Arc::default()).await?.0.into())
+}
+
+/// A tunnel to the rig's server, over the rig's carrier, without a hello.
+pub(crate) async fn tunnel(rig: &Running) -> Tunnel {
+    let address = rig.server.tunnel;
     match rig.carrier() {
-        None | Some(Carrier::Quic) => {
-            quic::connect(address, &name, tls, &settings, &Arc::default()).await.unwrap().0.into()
-        }
+        None | Some(Carrier::Quic) => quic_handshake(rig, address).await.unwrap(),
         Some(Carrier::Tcp | Carrier::Grpc) => {
+            let (name, settings) = (address.ip().to_string(), Settings::default());
+            let tls = Arc::new(tls(rig));
             tcp::connect(&Route::Direct(address), &name, tls, &settings).await.unwrap().into()
         }
     }
