@@ -1,4 +1,5 @@
-//! Many agents in one process: `fleet COUNT FLAGS…`, with the agent's own flags.
+//! Many agents in one process: `fleet FIRST COUNT FLAGS…`, with the number of the first agent and
+//! the agent's own flags.
 //!
 //! Each has a tunnel, a socket and ports of its own; they share nothing but threads.
 
@@ -24,16 +25,15 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
 }
 
 fn run(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
-    let count = args.next().unwrap_or_default();
-    let count: usize =
-        count.to_str().and_then(|count| count.parse().ok()).context("say how many agents")?;
+    let first = number(&mut args).context("the number of the first agent is missing")?;
+    let count = number(&mut args).context("the number of agents is missing")?;
     let config: Config = flags::config(args)?;
     logging::init(config.log)?;
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     Runtime::new()?.block_on(async {
         let mut agents = JoinSet::new();
-        for number in 0..count {
+        for number in first..first.saturating_add(count) {
             let agent_id = format!("agent-{number}").parse()?;
             let any = (Ipv4Addr::LOCALHOST, 0).into();
             let config =
@@ -43,4 +43,8 @@ fn run(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
         agents.join_all().await;
         Ok(())
     })
+}
+
+fn number(args: &mut impl Iterator<Item = OsString>) -> Option<usize> {
+    args.next()?.to_str()?.parse().ok()
 }

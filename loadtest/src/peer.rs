@@ -131,11 +131,15 @@ impl Peer {
         Ok(server)
     }
 
-    /// Starts this many agents in one process. They look for their servers by themselves.
-    pub(crate) fn start_fleet(self, topology: &Topology, agents: u32) -> anyhow::Result<Process> {
+    /// Starts this many agents, many in each process. They look for their servers by themselves.
+    pub(crate) fn start_fleet(
+        self,
+        topology: &Topology,
+        agents: u32,
+    ) -> anyhow::Result<Vec<Process>> {
         match self {
             Self::Culvert(_) => culvert::start_fleet(topology, agents),
-            Self::Konnectivity(_) => konnectivity::start_fleet(topology, agents),
+            Self::Konnectivity(_) => Ok(vec![konnectivity::start_fleet(topology, agents)?]),
             Self::Direct => anyhow::bail!("direct has no agents"),
         }
     }

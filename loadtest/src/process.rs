@@ -168,6 +168,14 @@ impl Process {
         Ok(timeout(PATIENCE, self.child.wait()).await.context("the process does not end")??)
     }
 
+    /// How the process ended; `None` while it runs.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn has_ended(&mut self) -> io::Result<Option<ExitStatus>> {
+        self.child.try_wait()
+    }
+
     /// Waits until the process answers 200 on this path of its health port.
     ///
     /// # Errors

@@ -51,9 +51,14 @@ pub(super) async fn run(
     };
     let empty: u64 = memory(&servers)?;
     let start = Instant::now();
-    let _agents = peer.start_fleet(topology, fleet.agents)?;
+    let mut agents = peer.start_fleet(topology, fleet.agents)?;
     let wanted = fleet.agents * fleet.servers;
     let joined = until_joined(&ports, wanted, start).await;
+    for process in &mut agents {
+        if let Some(status) = process.has_ended()? {
+            anyhow::bail!("agents have ended ({status}); the log ends:\n{}", process.log_end());
+        }
+    }
     sleep(Duration::from_secs(2)).await;
     let grown = memory(&servers)?.saturating_sub(empty);
     let before = cpu_seconds(&servers)?;

@@ -21,11 +21,18 @@ pub(super) fn start_agent(topology: &Topology) -> anyhow::Result<Process> {
 }
 
 /// Starts this many agents in one process.
-pub(super) fn start_fleet(topology: &Topology, agents: u32) -> anyhow::Result<Process> {
-    let command = vec!["fleet".to_owned(), agents.to_string()];
-    let more = [vec!["-v=1".to_owned()], topology.agent_flags.clone()].concat();
-    let args = [command, topology.agent_args(), more, topology.programs.culvert_flags.clone()];
-    topology.on_node(topology.programs.loadtest.clone(), args.concat())
+/// Maximum number of agents in a process of a fleet, each of which takes about twelve descriptors.
+const AGENTS_PER_PROCESS: u32 = 1000;
+
+pub(super) fn start_fleet(topology: &Topology, agents: u32) -> anyhow::Result<Vec<Process>> {
+    let start = |first: u32| {
+        let count = AGENTS_PER_PROCESS.min(agents - first);
+        let command = vec!["fleet".to_owned(), first.to_string(), count.to_string()];
+        let more = [vec!["-v=1".to_owned()], topology.agent_flags.clone()].concat();
+        let args = [command, topology.agent_args(), more, topology.programs.culvert_flags.clone()];
+        topology.on_node(topology.programs.loadtest.clone(), args.concat())
+    };
+    (0..agents).step_by(AGENTS_PER_PROCESS as usize).map(start).collect()
 }
 
 /// The program of one side, and its arguments.
