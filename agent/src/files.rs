@@ -60,7 +60,8 @@ impl AgentFiles {
         let identity = identity.map(|result| faults.checked("agent-cert", result));
         let token = servers.token_file.clone().map(|file| add_token(&reloads, file));
         let token = token.map(|result| faults.checked("service-account-token-path", result));
-        let leases = config.sync.leases.as_ref().map(|leases| leases.kubernetes.clients(&reloads));
+        let leases = config.sync.leases.as_ref();
+        let leases = leases.map(|leases| leases.kubernetes.clients(&reloads, [true]));
         let leases = leases.map(|result| faults.checked("kubeconfig", result));
         let proxies = with_authorities(&reloads, config.proxies.clone());
         // Warnings were logged.

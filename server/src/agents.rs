@@ -7,12 +7,14 @@
 //!     │   session      its tunnel as a backend, until it is lost
 //!     └─ konnectivity  an agent of Konnectivity's, bridged to a tunnel within this process
 //!  admission           whether an agent is who it says it is
+//!  identity            who that is
 //!  context             what they share
 //! ```
 
 pub(crate) mod admission;
 mod context;
 mod first_bytes;
+pub(crate) mod identity;
 mod join;
 mod konnectivity;
 pub(crate) mod listener;

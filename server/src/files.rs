@@ -113,7 +113,9 @@ fn kubernetes(
     if !needs_reviews && !needs_leases {
         return (None, None);
     }
-    let clients = faults.checked("kubeconfig", config.kubernetes.clients(reloads));
+    // Reviews have a pace of their own.
+    let paced = [false, true];
+    let clients = faults.checked("kubeconfig", config.kubernetes.clients(reloads, paced));
     let Some([reviews, leases]) = clients else { return (None, None) };
     (needs_reviews.then_some(reviews), needs_leases.then_some(leases))
 }

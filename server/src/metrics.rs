@@ -24,7 +24,7 @@ use culvert_wire::AgentId;
 use metrics::Histogram;
 
 use crate::{
-    agents::JOIN_FAILURE_REASONS,
+    agents::{JOIN_FAILURE_REASONS, admission::REVIEW_RESULTS},
     backends::{Backend, Backends, registry::Candidate},
     dial::DialError,
 };
@@ -111,6 +111,10 @@ const JOIN_FAILURES: Family = Family::new(
     "culvert_server_join_failures_total",
     "Agents that connected and did not become a backend, by reason.",
 );
+const TOKEN_REVIEWS: Family = Family::new(
+    "culvert_server_token_reviews_total",
+    "Tokens that kube-apiserver was asked to review, by result.",
+);
 const CULLED_LEASES: Family = Family::new(
     "konnectivity_network_proxy_server_culled_leases_count",
     "Count of expired leases that the lease garbage collection controller has culled.",
@@ -141,13 +145,14 @@ const UDP_BUFFER: Family = Family::new(
 );
 
 /// Families that count events.
-const COUNTERS: [Family; 10] = [
+const COUNTERS: [Family; 11] = [
     DIAL_FAILURES,
     OPTIMISTIC_DIALS,
     DIALS_MOVED,
     DIALS_WAITED,
     TUNNELS_LOST,
     JOIN_FAILURES,
+    TOKEN_REVIEWS,
     CULLED_LEASES,
     LEASE_RENEWALS,
     LEASE_LISTS,
@@ -310,6 +315,12 @@ impl ServerMetrics {
         self.metrics.counter(JOIN_FAILURES.name, &[("reason", reason)]).increment(1);
     }
 
+    /// Counts a token that kube-apiserver has reviewed, or has not in time.
+    pub(crate) fn token_reviewed(&self, result: &'static str) {
+        debug_assert!(REVIEW_RESULTS.contains(&result));
+        self.metrics.counter(TOKEN_REVIEWS.name, &[("result", result)]).increment(1);
+    }
+
     /// Counts a renewal of the server's own Lease.
     pub(crate) fn lease_renewed(&self, done: bool) {
         let result = if done { "ok" } else { "failed" };
@@ -374,6 +385,7 @@ fn register_counters(metrics: &Metrics) {
     let families = [
         (DIAL_FAILURES, "reason", [&DialError::REASONS[..], &[FRONTEND_CLOSE]].concat()),
         (JOIN_FAILURES, "reason", JOIN_FAILURE_REASONS.to_vec()),
+        (TOKEN_REVIEWS, "result", REVIEW_RESULTS.to_vec()),
         (TUNNELS_LOST, "reason", TunnelLost::labels().collect()),
         (OPTIMISTIC_DIALS, "result", vec!["kept", "broken"]),
         (DIALS_WAITED, "result", vec!["came", "failed"]),

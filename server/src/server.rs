@@ -17,7 +17,7 @@ use tracing::{info, warn};
 use crate::{
     agents::{
         AgentContext,
-        admission::Authenticator,
+        admission::{Authenticator, ReviewPace},
         listener::{AgentListener, ListenerError},
     },
     backends::{Backends, silence},
@@ -99,7 +99,8 @@ impl Server {
         let authenticator = match &config.agents.token {
             Some(expected) => {
                 let client = files.reviews.expect("what reviews tokens was read");
-                Authenticator::by_token(client, expected.clone())
+                let pace = ReviewPace::from(&config.kubernetes);
+                Authenticator::by_token(client, expected.clone(), pace, metrics.clone())
             }
             None => Authenticator::open(),
         };
@@ -214,11 +215,13 @@ impl Server {
         let watch = silence::watch(backends.clone(), settings.keep_alive_interval);
         let mut watch = culvert_transport::task::owned(watch);
         let own = [&mut self.upkeep, &mut frontend, &mut reloading, &mut watch];
+        let mut reviews = self.agent_context.authenticator.take_task();
         let supervised = [self.health.task(), self.admin.task()].into_iter().chain(own);
+        let supervised = supervised.chain(&mut lease_task).chain(&mut reviews);
         let ended = tokio::select! {
             () = stop => Ok(()),
             error = agents.failed() => Err(error),
-            never = until_panic(supervised.chain(&mut lease_task)) => match never {},
+            never = until_panic(supervised) => match never {},
         };
 
         // Not ready from here on. The frontend's task ends within a moment and removes its socket.

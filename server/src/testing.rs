@@ -1,6 +1,12 @@
 //! Agents for tests: tunnels within this process, so that tests work in paused time.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    sync::Arc,
+    time::Duration,
+};
+
+use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 
 use culvert_process::kubernetes::CurrentClient;
 use culvert_transport::{
@@ -9,7 +15,7 @@ use culvert_transport::{
 use culvert_wire::{
     AgentId, InstanceId, Target,
     bounded::Text,
-    control::Hello,
+    control::{Hello, Secret},
     dial::{DialFailure, DialReply, DialRequest, DialTiming},
     extension::Extensions,
     frame::{self, Message},
@@ -27,7 +33,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::service_fn;
 
 use crate::{
-    agents::{AgentContext, admission::Authenticator},
+    agents::{
+        AgentContext,
+        admission::{Authenticator, ReviewPace},
+    },
     backends::{Backend, Backends, Registration, Strategy},
     config::TokenConfig,
     metrics::ServerMetrics,
@@ -90,8 +99,29 @@ pub(crate) fn authenticator<F>(
 where
     F: Future<Output = Result<TokenReviewStatus, StatusCode>> + Send + 'static,
 {
-    Authenticator::by_token(client(review), account())
+    by_token(client(review))
 }
+
+/// An authenticator that has this client review tokens.
+pub(crate) fn by_token(client: CurrentClient) -> Authenticator {
+    let metrics = Arc::new(ServerMetrics::new().unwrap());
+    Authenticator::by_token(client, account(), ReviewPace::default(), metrics)
+}
+
+/// A token with these claims, without a valid signature.
+pub(crate) fn jwt(claims: &serde_json::Value) -> Secret {
+    let encode = |text: &str| BASE64_URL_SAFE_NO_PAD.encode(text);
+    let (header, claims) = (encode(r#"{"alg":"RS256","kid":"key"}"#), encode(&claims.to_string()));
+    Secret::new(&format!("{header}.{claims}.{}", encode("signature"))).unwrap()
+}
+
+/// The token of an agent, different for each name.
+pub(crate) fn token(name: &str) -> Secret {
+    jwt(&serde_json::json!({ "sub": name }))
+}
+
+/// An address of an agent.
+pub(crate) const REMOTE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// A client whose reviews are answered by `review`, after any time it takes.
 pub(crate) fn client<F>(
@@ -170,7 +200,7 @@ impl TestAgent {
 
     async fn with(backends: &Backends, hello: Hello, pair: Pair) -> Self {
         let Pair { agent: tunnel, server, .. } = pair;
-        let authenticated = Authenticator::open().admit(None).await.unwrap();
+        let authenticated = Authenticator::open().admit(None, REMOTE).await.unwrap();
         let backend = Arc::new(Backend::new(server, hello, authenticated, 10));
         let registration = backends.register(backend.clone());
         Self { tunnel, backend, _registration: registration }

@@ -1,10 +1,21 @@
 //! Agents that authenticate with a service-account token, of Culvert and Konnectivity, and a
 //! kube-apiserver that reviews tokens.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
+use bytes::Bytes;
+use culvert_konnectivity::{CONNECT, header};
 use culvert_loadtest::{carrier::Serving, frontend::Protocol, process::Process, targets};
+use http::Request;
+use http_body_util::Empty;
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use rstest::rstest;
+use serde_json::json;
+use tokio::time::timeout;
 
 use crate::support::{
     Carrier,
@@ -14,13 +25,21 @@ use crate::support::{
         can_run,
     },
     echo, eventually,
-    kube_api::KubeApi,
+    kube_api::{KubeApi, jwt},
     within,
 };
 
 const AUDIENCE: &str = "system:konnectivity-server";
 /// User of the service account whose tokens are accepted.
 const ACCEPTED: &str = "system:serviceaccount:kube-system:konnectivity-agent";
+
+/// Maximum number of reviews at a time.
+const MAX_REVIEWS: u32 = 64;
+
+/// The token of this name.
+fn token(name: &str) -> String {
+    jwt(&json!({ "sub": name }))
+}
 
 /// A server that demands tokens, and the kube-apiserver that reviews them.
 struct Guarded {
@@ -45,12 +64,12 @@ impl Guarded {
         Self { deployment, api }
     }
 
-    /// Has the review of a token succeed.
-    fn accept(&self, token: &str, user: &str) {
-        self.api.accept(token, user, AUDIENCE);
+    /// Has the review of the token of this name succeed.
+    fn accept(&self, name: &str, user: &str) {
+        self.api.accept(&token(name), user, AUDIENCE);
     }
 
-    /// Starts an agent with this token; the file that it reads the token from.
+    /// Starts an agent with the token of this name; the file that it reads the token from.
     async fn start_agent(
         &self,
         implementation: Implementation,
@@ -58,7 +77,7 @@ impl Guarded {
         token: &str,
     ) -> (Process, PathBuf) {
         let file = self.deployment.certificates.folder().join(format!("{name}.token"));
-        std::fs::write(&file, token).unwrap();
+        std::fs::write(&file, self::token(token)).unwrap();
         let flag = format!("--service-account-token-path={}", file.display());
         let agent = self.deployment.spawn_agent_without_certificate(implementation, name, [flag]);
         (agent.await, file)
@@ -109,7 +128,7 @@ async fn an_agent_with_an_accepted_token_serves(
         let reviews = guarded.api.reviews();
         assert!(!reviews.is_empty());
         for review in reviews {
-            assert_eq!(review["token"], "good");
+            assert_eq!(review["token"], token("good"));
             assert_eq!(review["audiences"][0], AUDIENCE);
         }
     })
@@ -141,7 +160,7 @@ async fn an_agent_with_a_refused_token_logs_why_and_joins_once_it_has_an_accepte
         }
         let (process, file) = guarded.start_agent(agent, "agent", "bad").await;
         guarded.until_refused(agent, &process, reason).await;
-        std::fs::write(file, "good").unwrap();
+        std::fs::write(file, token("good")).unwrap();
         guarded.deployment.until_joined(1).await;
     })
     .await;
@@ -198,6 +217,63 @@ async fn a_slow_review_keeps_an_agent_on_quic_and_its_result_is_cached() {
         let _other = guarded.start_agent(Culvert, "other", "good").await;
         guarded.deployment.until_joined(2).await;
         assert_eq!(guarded.api.reviews().len(), 1);
+    })
+    .await;
+}
+
+/// A token that cannot be a service account's costs kube-apiserver nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_cannot_be_valid_is_refused_without_a_review() {
+    within(async {
+        let guarded = Guarded::start(Culvert).await;
+        let (agent, file) = guarded.start_agent(Culvert, "agent", "bad").await;
+        for (token, reason) in [
+            ("opaque".to_owned(), "it is no token of a service account"),
+            (jwt(&json!({ "exp": 1 })), "the token has expired"),
+            (jwt(&json!({ "aud": "other" })), "the token is not meant for"),
+        ] {
+            std::fs::write(&file, token).unwrap();
+            guarded.until_refused(Culvert, &agent, reason).await;
+        }
+        let reviews = guarded.api.reviews();
+        assert!(reviews.iter().all(|review| review["token"] == token("bad")), "{reviews:?}");
+    })
+    .await;
+}
+
+/// A stranger that begins calls and resets them, each with another token.
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_that_are_reset_cause_no_more_reviews_than_calls_that_wait() {
+    const ANSWER_TIME: Duration = Duration::from_secs(4);
+    within(async {
+        let guarded = Guarded::start(Culvert).await;
+        guarded.accept("good", ACCEPTED);
+        guarded.api.delay_answers(ANSWER_TIME);
+        let stream = guarded.deployment.connect_as_konnectivity_agent().await;
+        let io = TokioIo::new(stream);
+        let (mut calls, connection) =
+            http2::handshake::<_, _, Empty<Bytes>>(TokioExecutor::new(), io).await.unwrap();
+        let _driver = culvert_transport::task::owned(connection);
+        let begun = Instant::now();
+        for number in 0..1000 {
+            let call = Request::post(format!("https://server{CONNECT}"))
+                .header("content-type", "application/grpc")
+                .header(header::AGENT_ID, "stranger")
+                .header(header::AUTHORIZATION, format!("Bearer {}", token(&number.to_string())))
+                .body(Empty::new())
+                .unwrap();
+            calls.ready().await.unwrap();
+            let _ = timeout(Duration::from_millis(2), calls.send_request(call)).await;
+        }
+        let _agent = guarded.start_agent(Culvert, "agent", "good").await;
+        guarded.deployment.until_joined(1).await;
+        let rounds = begun.elapsed().as_secs_f64() / ANSWER_TIME.as_secs_f64();
+        let reviews = guarded.api.reviews().len();
+        println!("{reviews} reviews in {rounds} rounds");
+        let reviews = u32::try_from(reviews).unwrap();
+        let bound = f64::from(MAX_REVIEWS) * (rounds + 1.0);
+        assert!(f64::from(reviews) <= bound, "{reviews} reviews in {rounds} rounds");
+        assert!(reviews > 1, "the calls caused none");
     })
     .await;
 }

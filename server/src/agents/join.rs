@@ -187,7 +187,9 @@ async fn admit(
     deadline: Instant,
     context: &AgentContext,
 ) -> Result<Authenticated, JoinError> {
-    let admitted = timeout_at(deadline, context.authenticator.admit(hello.token.as_ref()));
+    let remote = tunnel.remote_address().ip();
+    let admitted = context.authenticator.admit(hello.token.as_ref(), remote);
+    let admitted = timeout_at(deadline, admitted);
     tokio::select! {
         admitted = admitted => Ok(admitted.unwrap_or_else(|_| Err(Refusal::too_late()))?),
         // The agent does not wait for the review any more.

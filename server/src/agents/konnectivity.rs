@@ -182,7 +182,7 @@ async fn admit(
             true => hello::token(metadata).map_err(Refusal::NotAToken)?,
             false => None,
         };
-        context.authenticator.admit(token.as_ref()).await
+        context.authenticator.admit(token.as_ref(), remote.ip()).await
     };
     authenticated.await.map_err(|refusal: Refusal| {
         let status = Status::unknown(refusal.konnectivity_message());

@@ -155,11 +155,13 @@ pub struct Flags {
     #[command(flatten)]
     pub kubernetes: KubernetesFlags,
 
-    /// Maximum rate of requests to kube-apiserver, per second; 0 is no limit
+    /// Maximum rate of requests to kube-apiserver, per second, for reviews of tokens and again for
+    /// Leases; 0 is 100 reviews and no limit for Leases
     #[arg(long, help_heading = "Kubernetes client", value_name = "RATE", default_value_t = 0.0)]
     pub kubeconfig_qps: f32,
 
-    /// Number of requests to kube-apiserver that may exceed --kubeconfig-qps at once; 0 means 10
+    /// Number of requests to kube-apiserver that may exceed --kubeconfig-qps at once; 0 means 10,
+    /// and 500 reviews without --kubeconfig-qps
     #[arg(long, help_heading = "Kubernetes client", value_name = "COUNT", default_value_t = 0)]
     pub kubeconfig_burst: i64,
 

@@ -118,18 +118,22 @@ impl CurrentClient {
 const POD_CA: &str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
 
 impl KubernetesConfig {
-    /// Clients, each with a rate limit of its own, which are kept up to date with the files. They
-    /// send no request yet, so kube-apiserver may start later. Panics outside a tokio runtime.
+    /// Clients, which are kept up to date with the files: those that are `paced` with a rate limit
+    /// of their own, the others with none. They send no request yet, so kube-apiserver may start
+    /// later. Panics outside a tokio runtime.
     ///
     /// # Errors
     /// If the kubeconfig, or the pod's service account, cannot be used.
     pub fn clients<const N: usize>(
         &self,
         reloads: &Reloads,
+        paced: [bool; N],
     ) -> Result<[CurrentClient; N], LoadError> {
         let config = self.clone();
         let file = self.kubeconfig.as_deref().unwrap_or_else(|| Path::new(POD_CA));
-        let make = move |files: &mut Files| (0..N).map(|_| config.client(files)).collect();
+        let make = move |files: &mut Files| {
+            paced.iter().map(|paced| config.client(files, *paced)).collect()
+        };
         let clients = reloads.add(file, make)?;
         Ok(std::array::from_fn(|index| {
             let (clients, reloads) = (clients.clone(), Some(reloads.clone()));
@@ -138,14 +142,14 @@ impl KubernetesConfig {
     }
 
     /// A client, made of the files as they are now.
-    fn client(&self, files: &mut Files) -> Result<Client, LoadError> {
+    fn client(&self, files: &mut Files, paced: bool) -> Result<Client, LoadError> {
         let mut config = self.config(files)?;
         config.connect_timeout = Some(CONNECT_TIMEOUT);
         config.read_timeout = Some(READ_TIMEOUT);
         config.reset_reader_on_write = true;
         // The callers retry with intervals of their own, and log the failures.
         config.default_retry = false;
-        let rate = self.qps.map(|qps| {
+        let rate = self.qps.filter(|_| paced).map(|qps| {
             let burst = self.burst.unwrap_or(DEFAULT_BURST);
             RateLimitLayer::new(
                 burst.into(),

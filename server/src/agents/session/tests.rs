@@ -6,14 +6,14 @@ use culvert_transport::{
 };
 use culvert_wire::{
     bounded::List,
-    control::{Hello, Secret, Welcome},
+    control::{Hello, Welcome},
     extension::{Extension, Extensions},
     version::Features,
 };
 use tokio::time::{sleep, timeout};
 
 use super::{super::unadmitted::JOIN_TIMEOUT, *};
-use crate::testing::{accepted, authenticator, context, context_with, hello, metric, pair};
+use crate::testing::{accepted, authenticator, context, context_with, hello, metric, pair, token};
 
 /// A server's side of one tunnel, and the agent's end of it.
 struct Served {
@@ -174,7 +174,7 @@ async fn with_token(review: Duration, hello_after: Duration) -> Served {
     let served = Served::new(context_with(authenticator)).await;
     sleep(hello_after).await;
     let mut control = ControlStream::new(served.tunnel.clone(), served.open().await);
-    let hello = Hello { token: Some(Secret::new("good").unwrap()), ..hello("a", &[]) };
+    let hello = Hello { token: Some(token("good")), ..hello("a", &[]) };
     control.send(&ControlMessage::Hello(Box::new(hello))).await.unwrap();
     culvert_transport::test_util::detached(async move { while control.next().await.is_ok() {} });
     served

@@ -1,0 +1,310 @@
+use std::{collections::HashSet, time::Duration};
+
+use culvert_process::{
+    metrics::Metrics,
+    reload::{Files, ReloadMetrics, Reloads},
+};
+use http::StatusCode;
+use k8s_openapi::api::authentication::v1::{TokenReviewSpec, TokenReviewStatus};
+use serde_json::json;
+use tokio::{
+    sync::Semaphore,
+    task::JoinSet,
+    time::{Instant, sleep, timeout},
+};
+
+use super::{
+    reviews::{BEGIN_TIMEOUT, MAX_REVIEWS, REVIEW_TIMEOUT},
+    verdicts::{ACCEPTED_LIFE, REFUSED_LIFE},
+    *,
+};
+use crate::testing::{REMOTE, accepted, account, authenticator, by_token, client, jwt, token};
+
+const MOMENT: Duration = Duration::from_millis(1);
+
+/// Tokens that were sent for review.
+type Reviewed = Arc<Mutex<Vec<String>>>;
+
+/// A client that answers each review with this status after this time.
+fn scripted(
+    status: Result<TokenReviewStatus, StatusCode>,
+    after: Duration,
+) -> (CurrentClient, Reviewed) {
+    let reviewed = Reviewed::default();
+    let record = reviewed.clone();
+    let client = client(move |spec: TokenReviewSpec| {
+        assert_eq!(spec.audiences, Some(vec![account().audience]));
+        record.lock().push(spec.token);
+        let status = status.clone();
+        async move {
+            sleep(after).await;
+            status
+        }
+    });
+    (client, reviewed)
+}
+
+/// An authenticator that answers each review with this status after this time.
+fn reviewing(
+    status: Result<TokenReviewStatus, StatusCode>,
+    after: Duration,
+) -> (Arc<Authenticator>, Reviewed) {
+    let (client, reviewed) = scripted(status, after);
+    (Arc::new(by_token(client)), reviewed)
+}
+
+/// The refusal of this token, and how long that took.
+async fn refused(authenticator: &Authenticator, token: &Secret) -> (Refusal, Duration) {
+    let begun = Instant::now();
+    let refusal = authenticator.admit(Some(token), REMOTE).await.unwrap_err();
+    (refusal, begun.elapsed())
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_accepted_token_is_reviewed_once_in_a_while() {
+    let (authenticator, reviewed) = reviewing(Ok(accepted()), Duration::from_secs(4));
+    let token = token("good");
+    let admit = async || authenticator.admit(Some(&token), REMOTE).await.unwrap();
+    admit().await;
+    sleep(ACCEPTED_LIFE - MOMENT).await;
+    admit().await;
+    assert_eq!(*reviewed.lock(), [token.expose()]);
+    sleep(MOMENT).await;
+    admit().await;
+    assert_eq!(reviewed.lock().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_token_is_reviewed_once_a_minute() {
+    let (authenticator, reviewed) = reviewing(Ok(TokenReviewStatus::default()), Duration::ZERO);
+    let (first, _) = refused(&authenticator, &token("bad")).await;
+    assert!(matches!(first, Refusal::Refused(_)), "{first:?}");
+    assert_eq!(first.label(), "unauthenticated");
+    sleep(REFUSED_LIFE - MOMENT).await;
+    assert_eq!(refused(&authenticator, &token("bad")).await.0, first);
+    assert_eq!(reviewed.lock().len(), 1);
+    sleep(MOMENT).await;
+    refused(&authenticator, &token("bad")).await;
+    assert_eq!(reviewed.lock().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_without_a_token_is_refused_without_a_review() {
+    let (authenticator, reviewed) = reviewing(Ok(accepted()), Duration::ZERO);
+    assert!(authenticator.needs_tokens());
+    assert_eq!(authenticator.admit(None, REMOTE).await.unwrap_err(), Refusal::NoToken);
+    assert_eq!(*reviewed.lock(), [""; 0]);
+    assert!(!Authenticator::open().needs_tokens());
+    Authenticator::open().admit(None, REMOTE).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_cannot_be_valid_is_refused_without_a_review() {
+    let (authenticator, reviewed) = reviewing(Ok(accepted()), Duration::ZERO);
+    for token in [
+        Secret::new("opaque").unwrap(),
+        jwt(&json!({ "exp": 1 })),
+        jwt(&json!({ "nbf": 1e12 })),
+        jwt(&json!({ "aud": ["https://kubernetes.default.svc"] })),
+    ] {
+        let (refusal, _) = refused(&authenticator, &token).await;
+        assert_eq!(refusal.label(), "unauthenticated");
+        let text = refusal.konnectivity_message();
+        assert!(text.contains("err:lookup failed: "), "{text}");
+    }
+    assert_eq!(*reviewed.lock(), [""; 0]);
+    // As those of Secrets are.
+    authenticator.admit(Some(&jwt(&json!({}))), REMOTE).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_review_that_takes_too_long_is_given_up() {
+    let (authenticator, _) = reviewing(Ok(accepted()), REVIEW_TIMEOUT * 2);
+    let (refusal, took) = refused(&authenticator, &token("good")).await;
+    assert_eq!(refusal, Refusal::NotReviewed("no answer within 5s".into()));
+    assert_eq!((refusal.label(), took), ("token_not_reviewed", REVIEW_TIMEOUT));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_review_that_fails_is_not_a_refusal_of_the_token() {
+    let (authenticator, reviewed) = reviewing(Err(StatusCode::FORBIDDEN), Duration::ZERO);
+    for _ in 0..2 {
+        let (refusal, _) = refused(&authenticator, &token("good")).await;
+        assert!(matches!(refusal, Refusal::NotReviewed(_)), "{refusal:?}");
+    }
+    assert_eq!(reviewed.lock().len(), 2, "it is not remembered");
+}
+
+#[tokio::test(start_paused = true)]
+async fn more_tokens_than_may_be_reviewed_at_once_wait_for_a_moment() {
+    let (authenticator, reviewed) = reviewing(Ok(accepted()), REVIEW_TIMEOUT * 2);
+    let mut reviews = JoinSet::new();
+    for number in 0..=MAX_REVIEWS {
+        let authenticator = authenticator.clone();
+        let token = token(&number.to_string());
+        reviews.spawn(async move { refused(&authenticator, &token).await });
+    }
+    let (first, took) = reviews.join_next().await.unwrap().unwrap();
+    let reason = "no turn within 3s, others are reviewed";
+    assert_eq!(first, Refusal::NotReviewed(reason.into()));
+    assert_eq!((took, reviewed.lock().len()), (BEGIN_TIMEOUT, MAX_REVIEWS));
+    while let Some(review) = reviews.join_next().await {
+        assert_eq!(review.unwrap().1, REVIEW_TIMEOUT);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn agents_with_the_same_token_share_its_review() {
+    let (authenticator, reviewed) = reviewing(Ok(accepted()), Duration::from_secs(1));
+    let mut joins = JoinSet::new();
+    for _ in 0..100 {
+        let authenticator = authenticator.clone();
+        joins.spawn(async move { authenticator.admit(Some(&token("good")), REMOTE).await });
+    }
+    while let Some(joined) = joins.join_next().await {
+        joined.unwrap().unwrap();
+    }
+    assert_eq!(reviewed.lock().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_review_goes_on_when_its_agent_leaves_and_keeps_its_permit() {
+    let life = REVIEW_TIMEOUT - MOMENT;
+    let (authenticator, reviewed) = reviewing(Ok(accepted()), life);
+    // Each peer leaves at once, again and again.
+    for number in 0..1000 {
+        let token = token(&number.to_string());
+        let left = timeout(MOMENT, authenticator.admit(Some(&token), REMOTE)).await;
+        left.unwrap_err();
+    }
+    assert_eq!(reviewed.lock().len(), MAX_REVIEWS);
+    let (refusal, _) = refused(&authenticator, &token("honest")).await;
+    assert_eq!(refusal.label(), "token_not_reviewed");
+    // Those that have left before their turn came are not reviewed.
+    sleep(life).await;
+    assert_eq!(reviewed.lock().len(), MAX_REVIEWS);
+    // The review of the first one was not in vain.
+    authenticator.admit(Some(&token("0")), REMOTE).await.unwrap();
+    assert_eq!(reviewed.lock().len(), MAX_REVIEWS);
+}
+
+#[tokio::test(start_paused = true)]
+async fn reviews_keep_their_pace() {
+    let (client, reviewed) = scripted(Ok(accepted()), Duration::ZERO);
+    let pace = ReviewPace { per_second: 10.0, burst: 5 };
+    let metrics = Arc::new(ServerMetrics::new().unwrap());
+    let authenticator = Arc::new(Authenticator::by_token(client, account(), pace, metrics));
+    let mut joins = JoinSet::new();
+    for number in 0..20 {
+        let authenticator = authenticator.clone();
+        let token = token(&number.to_string());
+        joins.spawn(async move { authenticator.admit(Some(&token), REMOTE).await });
+    }
+    sleep(MOMENT).await;
+    assert_eq!(reviewed.lock().len(), 5);
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(reviewed.lock().len(), 15);
+    while let Some(joined) = joins.join_next().await {
+        joined.unwrap().unwrap();
+    }
+}
+
+/// Answers reviews one by one, as the test permits.
+fn one_by_one() -> (Arc<Authenticator>, Reviewed, Arc<Semaphore>) {
+    let (reviewed, permits) = (Reviewed::default(), Arc::new(Semaphore::new(0)));
+    let (record, answers) = (reviewed.clone(), permits.clone());
+    let authenticator = authenticator(move |spec: TokenReviewSpec| {
+        record.lock().push(spec.token);
+        let answers = answers.clone();
+        async move {
+            answers.acquire().await.unwrap().forget();
+            Ok(accepted())
+        }
+    });
+    (Arc::new(authenticator), reviewed, permits)
+}
+
+/// Requests reviews that wait behind those that have begun; until all are known.
+async fn request(
+    authenticator: &Arc<Authenticator>,
+    joins: &mut JoinSet<Result<Authenticated, Refusal>>,
+    remote: IpAddr,
+    tokens: impl IntoIterator<Item = Secret>,
+) {
+    for token in tokens {
+        let authenticator = authenticator.clone();
+        joins.spawn(async move { authenticator.admit(Some(&token), remote).await });
+    }
+    sleep(MOMENT).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_address_with_many_tokens_does_not_delay_those_of_others() {
+    let (authenticator, reviewed, permits) = one_by_one();
+    let mut joins = JoinSet::new();
+    let many = (0..1000).map(|number| token(&number.to_string()));
+    request(&authenticator, &mut joins, REMOTE, many).await;
+    let other = "10.0.0.2".parse().unwrap();
+    request(&authenticator, &mut joins, other, [token("honest")]).await;
+    assert_eq!(reviewed.lock().len(), MAX_REVIEWS);
+    permits.add_permits(2);
+    sleep(MOMENT).await;
+    assert!(reviewed.lock()[MAX_REVIEWS..].contains(&token("honest").expose().into()));
+}
+
+/// kube-apiserver may have several issuers, so another one's tokens are reviewed too.
+#[tokio::test(start_paused = true)]
+async fn tokens_of_issuers_that_are_not_known_take_turns_with_all_addresses_together() {
+    let (authenticator, reviewed, permits) = one_by_one();
+    let mut joins = JoinSet::new();
+    permits.add_permits(1);
+    let of = |issuer: &str, name: usize| jwt(&json!({ "iss": issuer, "sub": name.to_string() }));
+    request(&authenticator, &mut joins, REMOTE, [of("known", 0)]).await;
+    joins.join_next().await.unwrap().unwrap().unwrap();
+    request(&authenticator, &mut joins, REMOTE, (1..=MAX_REVIEWS).map(|n| of("known", n))).await;
+    let begun = reviewed.lock().len();
+    for host in 1..=100 {
+        let remote = IpAddr::from([10, 0, 0, host]);
+        request(&authenticator, &mut joins, remote, [of("other", host.into())]).await;
+    }
+    let honest: Vec<_> = (1000..1010).map(|n| of("known", n)).collect();
+    request(&authenticator, &mut joins, REMOTE, honest.clone()).await;
+    permits.add_permits(20);
+    sleep(MOMENT).await;
+    let next: HashSet<_> = reviewed.lock()[begun..].iter().cloned().collect();
+    assert_eq!(next.len(), 20);
+    assert!(honest.iter().all(|token| next.contains(token.expose())));
+}
+
+/// The files are looked at within a second after a failure, and otherwise ten seconds after the
+/// last look.
+#[tokio::test(start_paused = true)]
+async fn the_files_are_looked_at_after_a_review_that_failed_or_was_not_answered() {
+    for (answer, after) in [
+        (Err(StatusCode::UNAUTHORIZED), Duration::ZERO),
+        (Ok(accepted()), REVIEW_TIMEOUT + Duration::from_secs(1)),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("kubeconfig");
+        std::fs::write(&file, "old").unwrap();
+        let names = ReloadMetrics { reloads: "reloads", expiry: "expiry" };
+        let reloads = Reloads::new(&Metrics::new("1", &[]).unwrap(), names);
+        let watched = file.clone();
+        let mut contents =
+            reloads.add(&file, move |files: &mut Files| files.read(&watched)).unwrap();
+        let client = client(move |_| {
+            let answer = answer.clone();
+            async move {
+                sleep(after).await;
+                answer
+            }
+        });
+        let authenticator = by_token(client.with_files(reloads.clone()));
+        let _keep = culvert_transport::task::owned(async move { reloads.keep().await });
+        std::fs::write(&file, "new").unwrap();
+        refused(&authenticator, &token("good")).await;
+        let refused_at = Instant::now();
+        contents.replaced().await;
+        assert!(refused_at.elapsed() <= Duration::from_secs(1), "{:?}", refused_at.elapsed());
+    }
+}
