@@ -207,6 +207,19 @@ impl ControlStream {
         }
     }
 
+    /// The first message of the peer, whatever it is. Nothing is answered: a peer that has not
+    /// introduced itself must not cause work.
+    ///
+    /// # Errors
+    /// When the first frame is no message of a control stream, or the stream is lost.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn first(&mut self) -> Result<ControlMessage, ControlError> {
+        let frame = self.recv.read_frame(MAX_BODY_LEN).await?;
+        Ok(ControlMessage::decode(&frame)?)
+    }
+
     /// The next message for the caller, as [`event`](Self::event) returns it; other events are
     /// skipped.
     ///

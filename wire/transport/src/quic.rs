@@ -14,10 +14,7 @@ pub(crate) mod udp;
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
@@ -39,11 +36,8 @@ use self::{
 use super::{ConnectError, Settings, TransportFault, canonical};
 use crate::tls::Current;
 
-/// Number of handshakes in progress from which a client must first prove its address (RFC 9000
-/// §8.1.2).
-const RETRY_ABOVE: usize = 128;
-/// Number of handshakes in progress from which further ones are dropped unanswered.
-const IGNORE_ABOVE: usize = 1024;
+/// Maximum number of handshakes that wait to be accepted; quinn refuses further ones.
+const MAX_QUEUED: usize = 1024;
 /// Bytes that may wait for one handshake that has not been accepted yet.
 const INCOMING_BUFFER: u64 = 64 * 1024;
 /// Bytes that may wait for all handshakes that have not been accepted yet.
@@ -58,7 +52,6 @@ pub struct Listener {
     config: quinn::ServerConfig,
     settings: Settings,
     icmp_router: Arc<IcmpRouter>,
-    handshakes: Arc<AtomicUsize>,
     buffer_sizes: BufferSizes,
     health: Arc<UdpHealth>,
 }
@@ -98,7 +91,6 @@ impl Listener {
             config,
             settings: *settings,
             icmp_router,
-            handshakes: Arc::default(),
             buffer_sizes: bound.buffer_sizes,
             health,
         })
@@ -124,38 +116,20 @@ impl Listener {
 
     /// The next handshake of an agent; `None` once the listener is closed.
     ///
-    /// It returns before any cryptography is done: spawn, then [`Incoming::complete`]. Under a
-    /// flood of handshakes it makes clients prove their address first, and then drops them.
+    /// It returns before any cryptography is done: spawn, then [`Incoming::complete`]. The caller
+    /// bounds the number of handshakes that are under way.
     ///
     /// # Cancel safety
     /// Cancel safe: no handshake is lost.
     pub async fn accept(&self) -> Option<Incoming> {
-        loop {
-            let incoming = self.endpoint.accept().await?;
-            let pending = self.handshakes.load(Ordering::Relaxed);
-            if pending >= IGNORE_ABOVE {
-                incoming.ignore();
-            } else if pending >= RETRY_ABOVE && incoming.may_retry() {
-                // Only fails when the address is validated already, which may_retry excludes.
-                let _ = incoming.retry();
-            } else {
-                return Some(Incoming {
-                    config: self.config_for(&incoming),
-                    incoming,
-                    pending: Pending::enter(&self.handshakes),
-                    icmp_router: self.icmp_router.clone(),
-                    endpoint: self.endpoint.clone(),
-                });
-            }
-        }
-    }
-
-    /// The configuration for one path, whose first link is known by now.
-    fn config_for(&self, incoming: &quinn::Incoming) -> quinn::ServerConfig {
-        let remote = canonical(incoming.remote_address());
-        let mut config = self.config.clone();
-        config.transport_config(Arc::new(path_config(&self.settings, remote, &self.health)));
-        config
+        Some(Incoming {
+            incoming: self.endpoint.accept().await?,
+            config: self.config.clone(),
+            settings: self.settings,
+            health: self.health.clone(),
+            icmp_router: self.icmp_router.clone(),
+            endpoint: self.endpoint.clone(),
+        })
     }
 
     /// Refuses further handshakes; live connections go on.
@@ -179,20 +153,39 @@ impl Drop for Listener {
     }
 }
 
-/// The begin of an agent's handshake.
+/// The begin of an agent's handshake. Dropping it refuses the agent.
 #[derive(Debug)]
 pub struct Incoming {
     incoming: quinn::Incoming,
     config: quinn::ServerConfig,
-    pending: Pending,
+    settings: Settings,
+    health: Arc<UdpHealth>,
     icmp_router: Arc<IcmpRouter>,
     endpoint: quinn::Endpoint,
 }
 
 impl Incoming {
-    /// The address that it comes from; not proven before the handshake is complete.
+    /// The address that it comes from; not proven before the handshake is complete, or
+    /// [validated](Self::is_address_validated) before.
     pub fn remote_address(&self) -> SocketAddr {
         canonical(self.incoming.remote_address())
+    }
+
+    /// Whether the client has proved that it receives at its address.
+    pub fn is_address_validated(&self) -> bool {
+        self.incoming.remote_address_validated()
+    }
+
+    /// Whether the client can be asked to prove its address: only once.
+    pub fn may_retry(&self) -> bool {
+        self.incoming.may_retry()
+    }
+
+    /// Has the client prove that it receives at its address, by a handshake of its own (RFC 9000
+    /// §8.1.2). Nothing is kept until then.
+    pub fn retry(self) {
+        // It only fails for a client that may not be asked, which is refused then.
+        let _ = self.incoming.retry();
     }
 
     /// Does the handshake: certificates are checked, the protocol is agreed on.
@@ -203,28 +196,14 @@ impl Incoming {
     /// # Cancel safety
     /// Cancel safe: dropping the future ends the handshake.
     pub async fn complete(self) -> Result<Connection, ConnectError> {
-        let handshake = async { self.incoming.accept_with(Arc::new(self.config))?.await };
+        let mut config = self.config;
+        // For one path, whose first link is known by now.
+        let remote = canonical(self.incoming.remote_address());
+        config.transport_config(Arc::new(path_config(&self.settings, remote, &self.health)));
+        let handshake = async { self.incoming.accept_with(Arc::new(config))?.await };
         let connection = handshake.await.map_err(|error| ConnectError::Handshake(lost(error)))?;
-        drop(self.pending);
         Connection::established(connection, self.endpoint, self.icmp_router)
             .ok_or(ConnectError::Protocol)
-    }
-}
-
-/// Counts one handshake in progress for as long as it lives.
-#[derive(Debug)]
-struct Pending(Arc<AtomicUsize>);
-
-impl Pending {
-    fn enter(count: &Arc<AtomicUsize>) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(count.clone())
-    }
-}
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -329,7 +308,7 @@ fn server_config(tls: Arc<rustls::ServerConfig>) -> Result<quinn::ServerConfig, 
     let crypto = QuicServerConfig::try_from(tls).map_err(|_| ConnectError::CipherSuites)?;
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
     server
-        .max_incoming(IGNORE_ABOVE)
+        .max_incoming(MAX_QUEUED)
         .incoming_buffer_size(INCOMING_BUFFER)
         .incoming_buffer_size_total(INCOMING_BUFFER_TOTAL);
     Ok(server)

@@ -18,6 +18,9 @@ pub struct Settings {
     /// Maximum number of bytes that the peer may send ahead of a stream's reader: a stalled stream
     /// costs at most this much memory, and a stream's rate is at most this per round trip.
     pub stream_receive_window: u32,
+    /// Maximum number of bytes that the peer may send ahead of the readers of its streams until
+    /// [`crate::Tunnel::admit`]; `None` does not bound them beyond the windows of streams.
+    pub unadmitted_window: Option<u32>,
     /// Maximum number of streams that the peer may have open at once. Slots are allocated ahead,
     /// about 1 KiB each; raise the number on a live tunnel with [`crate::Tunnel::set_max_streams`].
     pub max_streams: u32,
@@ -40,11 +43,20 @@ impl Default for Settings {
             idle_timeout: Duration::from_secs(25),
             keep_alive_interval: Some(Duration::from_secs(5)),
             stream_receive_window: 2 * 1024 * 1024,
+            unadmitted_window: None,
             max_streams: 256,
             mtu_cap: 6500,
             gso: true,
             udp_buffer_size: 8 * 1024 * 1024,
             congestion: Congestion::Auto,
         }
+    }
+}
+
+impl Settings {
+    /// These settings for tunnels whose peers have to be admitted.
+    #[must_use]
+    pub fn with_unadmitted_window(self, window: u32) -> Self {
+        Self { unadmitted_window: Some(window), ..self }
     }
 }

@@ -141,6 +141,24 @@ impl Tunnel {
         either!(Connection, &self.connection, connection => connection.set_max_streams(count));
     }
 
+    /// Completes when the peer has sent a datagram, which it may not before both sides have agreed on
+    /// hedging. The datagram is lost: do not call it after [`Self::hedge`].
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn unexpected_datagram(&self) {
+        match &self.connection {
+            Connection::Quic(connection) => connection.unexpected_datagram().await,
+            Connection::Qmux(_) => std::future::pending().await,
+        }
+    }
+
+    /// Lifts [`crate::Settings::unadmitted_window`]: the peer is admitted. It takes effect within a
+    /// round trip.
+    pub fn admit(&self) {
+        either!(Connection, &self.connection, connection => connection.admit());
+    }
+
     /// The address that the peer's packets come from; it changes when the peer moves.
     pub fn remote_address(&self) -> SocketAddr {
         either!(Connection, &self.connection, connection => connection.remote_address())

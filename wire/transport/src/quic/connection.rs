@@ -113,6 +113,16 @@ impl Connection {
         self.connection.set_max_concurrent_bi_streams(VarInt::from_u32(count));
     }
 
+    pub(crate) async fn unexpected_datagram(&self) {
+        if self.connection.read_datagram().await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    pub(crate) fn admit(&self) {
+        self.connection.set_receive_window(VarInt::MAX);
+    }
+
     pub(crate) fn remote_address(&self) -> SocketAddr {
         canonical(self.connection.remote_address())
     }

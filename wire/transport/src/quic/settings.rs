@@ -39,8 +39,9 @@ impl Settings {
             .max_concurrent_uni_streams(VarInt::from_u32(0))
             .stream_receive_window(VarInt::from_u32(self.stream_receive_window))
             // A finite one would let a few stalled streams freeze the tunnel; memory is bounded by
-            // streams times stream window instead.
-            .receive_window(VarInt::MAX)
+            // streams times stream window instead. It holds until the peer is admitted: quinn
+            // cannot raise the windows of streams.
+            .receive_window(self.unadmitted_window.map_or(VarInt::MAX, VarInt::from_u32))
             .send_window(SEND_WINDOW)
             .initial_rtt(INITIAL_RTT)
             .congestion_controller_factory(self.congestion.factory())
