@@ -35,6 +35,11 @@ pub(crate) fn raise_limit() -> Result<DescriptorLimit, Errno> {
     Ok(DescriptorLimit { found, soft, hard })
 }
 
+/// Number of descriptors that this process may have open; no limit if the kernel does not say.
+pub fn limit() -> u64 {
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft)
+}
+
 /// Logs the limit, and whether it is too low for the `needed` descriptors.
 pub(crate) fn report(limit: Result<DescriptorLimit, Errno>, needed: u64) {
     match limit {

@@ -17,7 +17,7 @@ pub mod admin_flags;
 mod byte_size;
 pub mod channel_flags;
 pub mod cli;
-mod descriptors;
+pub mod descriptors;
 mod error;
 pub mod faults;
 pub mod go_duration;
