@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  listener            one port number, over UDP and over TCP; an accept loop each
-//!  unadmitted          a peer between its accept and its admission: the handshake, the deadline
+//!  unadmitted          a peer between its accept and its admission: the one table of all of them,
+//!     │                the handshake, the deadline
 //!     ├─ join          the introduction of an agent of ours: hello, admission, welcome
 //!     │   session      its tunnel as a backend, until it is lost
 //!     └─ konnectivity  an agent of Konnectivity's, bridged to a tunnel within this process
@@ -23,3 +24,4 @@ mod unadmitted;
 
 pub(crate) use context::AgentContext;
 pub(crate) use join::JOIN_FAILURE_REASONS;
+pub(crate) use unadmitted::UnadmittedTable;

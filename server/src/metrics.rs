@@ -17,7 +17,7 @@ use culvert_process::metrics::{
     BuildError, Counted, Exposition, Kind, Labels, LiveCount, Metrics, StreamEnds,
 };
 use culvert_transport::{
-    BufferSizes, TunnelLost, UdpHealth,
+    BufferSizes, Carrier, TunnelLost, UdpHealth,
     splice::{Meter, Outcome},
 };
 use culvert_wire::AgentId;
@@ -115,6 +115,15 @@ const TOKEN_REVIEWS: Family = Family::new(
     "culvert_server_token_reviews_total",
     "Tokens that kube-apiserver was asked to review, by result.",
 );
+const UNADMITTED: Family = Family::new(
+    "culvert_server_unadmitted_connections",
+    "Connections of peers that are not admitted yet, by what carries them.",
+);
+const ADDRESS_VALIDATIONS: Family = Family::new(
+    "culvert_server_address_validations_total",
+    "QUIC clients that had to prove their address first, because many peers were not admitted \
+     yet.",
+);
 const CULLED_LEASES: Family = Family::new(
     "konnectivity_network_proxy_server_culled_leases_count",
     "Count of expired leases that the lease garbage collection controller has culled.",
@@ -145,7 +154,7 @@ const UDP_BUFFER: Family = Family::new(
 );
 
 /// Families that count events.
-const COUNTERS: [Family; 11] = [
+const COUNTERS: [Family; 12] = [
     DIAL_FAILURES,
     OPTIMISTIC_DIALS,
     DIALS_MOVED,
@@ -153,6 +162,7 @@ const COUNTERS: [Family; 11] = [
     TUNNELS_LOST,
     JOIN_FAILURES,
     TOKEN_REVIEWS,
+    ADDRESS_VALIDATIONS,
     CULLED_LEASES,
     LEASE_RENEWALS,
     LEASE_LISTS,
@@ -205,6 +215,7 @@ pub struct ServerMetrics {
     established: LiveCount,
     grpc_connections: LiveCount,
     http_connections: LiveCount,
+    unadmitted: [(Carrier, LiveCount); 3],
     streams: AtomicU64,
     stream_ends: StreamEnds,
     udp_health: OnceLock<Arc<UdpHealth>>,
@@ -235,6 +246,8 @@ impl ServerMetrics {
             established: LiveCount::default(),
             grpc_connections: LiveCount::default(),
             http_connections: LiveCount::default(),
+            unadmitted: [Carrier::Quic, Carrier::Tcp, Carrier::Grpc]
+                .map(|carrier| (carrier, LiveCount::default())),
             streams: AtomicU64::new(0),
             udp_health: OnceLock::new(),
             stream_ends: StreamEnds::new(&metrics, STREAM_ENDS, DIRECTIONS),
@@ -321,6 +334,17 @@ impl ServerMetrics {
         self.metrics.counter(TOKEN_REVIEWS.name, &[("result", result)]).increment(1);
     }
 
+    /// Counts a peer as not admitted until the guard is dropped.
+    pub(crate) fn unadmitted(&self, carrier: Carrier) -> Counted {
+        let count = self.unadmitted.iter().find(|(counted, _)| *counted == carrier);
+        count.map_or_else(LiveCount::default, |(_, count)| count.clone()).enter()
+    }
+
+    /// Counts a QUIC client that has to prove its address.
+    pub(crate) fn address_validated(&self) {
+        self.metrics.counter(ADDRESS_VALIDATIONS.name, &[]).increment(1);
+    }
+
     /// Counts a renewal of the server's own Lease.
     pub(crate) fn lease_renewed(&self, done: bool) {
         let result = if done { "ok" } else { "failed" };
@@ -377,6 +401,11 @@ impl ServerMetrics {
         let rows = [(proxy, self.grpc_connections.get())];
         exposition.family(GRPC_CONNECTIONS.name, Kind::Gauge, GRPC_CONNECTIONS.help, rows);
         exposition.gauge(HTTP_CONNECTIONS.name, HTTP_CONNECTIONS.help, self.http_connections.get());
+        let unadmitted = self
+            .unadmitted
+            .iter()
+            .map(|(carrier, count)| (vec![("transport", carrier.name().to_owned())], count.get()));
+        exposition.family(UNADMITTED.name, Kind::Gauge, UNADMITTED.help, unadmitted);
     }
 }
 
@@ -394,7 +423,7 @@ fn register_counters(metrics: &Metrics) {
     for (family, label, values) in families {
         metrics.register_counters(family.name, label, values);
     }
-    for family in [DIALS_MOVED, CULLED_LEASES] {
+    for family in [DIALS_MOVED, CULLED_LEASES, ADDRESS_VALIDATIONS] {
         let _ = metrics.counter(family.name, &[]);
     }
 }

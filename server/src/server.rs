@@ -4,6 +4,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use culvert_process::{
     admin::{AdminServer, Port, Routes},
+    descriptors,
     faults::ConfigErrors,
     metrics::{BuildError, Upkeep},
     reload::Reloads,
@@ -16,7 +17,7 @@ use tracing::{info, warn};
 
 use crate::{
     agents::{
-        AgentContext,
+        AgentContext, UnadmittedTable,
         admission::{Authenticator, ReviewPace},
         listener::{AgentListener, ListenerError},
     },
@@ -110,6 +111,7 @@ impl Server {
         let agent_context = Arc::new(AgentContext {
             backends: backends.clone(),
             authenticator,
+            unadmitted: Arc::new(UnadmittedTable::new(descriptors::limit(), metrics.clone())),
             metrics: metrics.clone(),
             server_id: config.server_id.clone(),
             server_count: config.server_count,

@@ -34,7 +34,7 @@ use tower::service_fn;
 
 use crate::{
     agents::{
-        AgentContext,
+        AgentContext, UnadmittedTable,
         admission::{Authenticator, ReviewPace},
     },
     backends::{Backend, Backends, Registration, Strategy},
@@ -75,10 +75,23 @@ pub(crate) fn context() -> Arc<AgentContext> {
 
 /// The same with this authenticator.
 pub(crate) fn context_with(authenticator: Authenticator) -> Arc<AgentContext> {
-    Arc::new(AgentContext {
+    Arc::new(new_context(authenticator))
+}
+
+/// The same with room for so many peers that are not admitted.
+pub(crate) fn context_with_room_for(peers: usize) -> Arc<AgentContext> {
+    let mut context = new_context(Authenticator::open());
+    context.unadmitted = Arc::new(UnadmittedTable::with_limit(peers, context.metrics.clone()));
+    Arc::new(context)
+}
+
+fn new_context(authenticator: Authenticator) -> AgentContext {
+    let metrics = Arc::new(ServerMetrics::new().unwrap());
+    AgentContext {
         backends: Backends::new(&[Strategy::Default]),
         authenticator,
-        metrics: Arc::new(ServerMetrics::new().unwrap()),
+        unadmitted: Arc::new(UnadmittedTable::new(u64::MAX, metrics.clone())),
+        metrics,
         server_id: "server".parse().unwrap(),
         server_count: 3,
         max_streams: 10,
@@ -89,7 +102,7 @@ pub(crate) fn context_with(authenticator: Authenticator) -> Arc<AgentContext> {
         settings: Settings::default(),
         konnectivity_keep_alive_interval: None,
         tasks: TaskTracker::new(),
-    })
+    }
 }
 
 /// An authenticator whose reviews are answered by `review`, after any time it takes.

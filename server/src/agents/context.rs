@@ -6,7 +6,7 @@ use culvert_transport::Settings;
 use culvert_wire::ServerId;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::admission::Authenticator;
+use super::{admission::Authenticator, unadmitted::UnadmittedTable};
 use crate::{backends::Backends, metrics::ServerMetrics};
 
 /// What the connections of all agents of one server share.
@@ -16,6 +16,8 @@ pub(crate) struct AgentContext {
     pub(crate) backends: Backends,
     /// Authenticates agents.
     pub(crate) authenticator: Authenticator,
+    /// Peers that are not admitted yet.
+    pub(crate) unadmitted: Arc<UnadmittedTable>,
     /// Metrics.
     pub(crate) metrics: Arc<ServerMetrics>,
     /// Name of this server, which agents are sent.

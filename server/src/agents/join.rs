@@ -14,21 +14,22 @@ use culvert_wire::{
     extension::{Extensions, UnknownExtension},
     version::{Features, REVISION},
 };
-use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
 use super::{
     AgentContext,
     admission::{Authenticated, Refusal},
-    unadmitted::JOIN_TIMEOUT,
+    unadmitted::{Attempt, FIRST_BYTES_TIMEOUT, JOIN_TIMEOUT, Source},
 };
 use crate::backends::Backend;
 
 /// Every reason for which an agent does not become a backend, as a metric label.
-pub(crate) const JOIN_FAILURE_REASONS: [&str; 9] = [
+pub(crate) const JOIN_FAILURE_REASONS: [&str; 11] = [
     "handshake",
     "not_tls",
     "closed",
+    "no_first_bytes",
+    "evicted",
     "timed_out",
     "lost",
     "protocol_violation",
@@ -46,8 +47,14 @@ pub(super) enum JoinError {
     NotTls(&'static str),
     #[error("it closed the connection without a byte")]
     Closed,
-    #[error("no hello within {JOIN_TIMEOUT:?}")]
+    #[error("no bytes within {FIRST_BYTES_TIMEOUT:?}")]
+    Silent,
+    #[error("it did not join within {JOIN_TIMEOUT:?}")]
     TimedOut,
+    #[error("it gave way to another connection: too many have not joined yet")]
+    Evicted,
+    #[error("it sent more than an introduction before it was admitted")]
+    Excess,
     #[error("tunnel lost before the hello: {0}")]
     Lost(#[from] TunnelLost),
     #[error(transparent)]
@@ -76,9 +83,11 @@ impl JoinError {
             Self::Handshake(_) => "handshake",
             Self::NotTls(_) => "not_tls",
             Self::Closed => "closed",
+            Self::Silent => "no_first_bytes",
             Self::TimedOut => "timed_out",
+            Self::Evicted => "evicted",
             Self::Lost(_) => "lost",
-            Self::Control(_) | Self::NotHello => "protocol_violation",
+            Self::Control(_) | Self::NotHello | Self::Excess => "protocol_violation",
             Self::Incompatible(_) => "incompatible",
             Self::Refused(refusal) => refusal.label(),
         }
@@ -88,19 +97,50 @@ impl JoinError {
         match self {
             Self::Control(error) => error.close_code(),
             Self::Incompatible(_) => CloseCode::INCOMPATIBLE,
-            Self::TimedOut => CloseCode::UNRESPONSIVE,
+            Self::TimedOut | Self::Silent => CloseCode::UNRESPONSIVE,
+            Self::Evicted => CloseCode::OVERLOADED,
             Self::Refused(_) => CloseCode::UNAUTHENTICATED,
             Self::Handshake(_)
             | Self::NotTls(_)
             | Self::Closed
             | Self::Lost(_)
+            | Self::Excess
             | Self::NotHello => CloseCode::PROTOCOL_VIOLATION,
+        }
+    }
+
+    /// The reason that the peer is sent. It is one of a few fixed sentences: what kube-apiserver
+    /// answered, names of accounts and addresses are for the server's log alone.
+    fn close_reason(&self) -> &'static str {
+        match self {
+            Self::TimedOut | Self::Silent => "not joined in time",
+            Self::Evicted => "too many connections have not joined yet",
+            Self::Incompatible(_) => "an extension that this server does not know is required",
+            Self::Refused(refusal) => refused(refusal),
+            Self::Handshake(_)
+            | Self::NotTls(_)
+            | Self::Closed
+            | Self::Lost(_)
+            | Self::Control(_)
+            | Self::Excess
+            | Self::NotHello => "the control stream must begin with hello and nothing else",
         }
     }
 }
 
-/// Counts and logs an agent that did not become a backend. Each reason has a limit of its own, so
-/// that port scanners do not hide agents whose certificates have expired.
+/// The reason that a refused agent is sent.
+fn refused(refusal: &Refusal) -> &'static str {
+    match refusal {
+        Refusal::NoToken => {
+            "no token, and this server asks for one: see the agent's --service-account-token-path"
+        }
+        Refusal::NotReviewed(_) => "the token could not be reviewed: see the server's log",
+        _ => "the token was refused: see the server's log",
+    }
+}
+
+/// Counts and logs an agent that did not become a backend. Each source has a limit of its own for
+/// each reason, so that port scanners do not hide agents whose certificates have expired.
 pub(super) fn record_failure(remote: SocketAddr, error: &JoinError, context: &AgentContext) {
     context.metrics.join_failed(error.label());
     match error {
@@ -116,14 +156,15 @@ pub(super) fn record_failure(remote: SocketAddr, error: &JoinError, context: &Ag
         }
         _ => {}
     }
+    let failure = format_args!("{}: {}", Source::of(remote.ip()), error.label());
     rate_limited!(
-        Duration::from_secs(1), per reason = error.label(), WARN, %remote, %error,
+        Duration::from_secs(1), per failure = failure, WARN, %remote, %error,
         "an agent did not join"
     );
 }
 
-/// Reads the hello, admits the agent and answers with the welcome, until the deadline. An agent
-/// that is `authenticated` already is not asked for its token.
+/// Reads the hello, admits the agent and answers with the welcome, within the attempt's time. An
+/// agent that is `authenticated` already is not asked for its token.
 ///
 /// # Errors
 /// When the agent is not admitted. The tunnel is closed then while the control stream still lives,
@@ -131,51 +172,64 @@ pub(super) fn record_failure(remote: SocketAddr, error: &JoinError, context: &Ag
 pub(super) async fn join(
     tunnel: Tunnel,
     authenticated: Option<Authenticated>,
-    deadline: Instant,
+    attempt: &Attempt,
     context: &AgentContext,
 ) -> Result<(Backend, ControlStream), JoinError> {
     let closer = tunnel.clone();
     let refuse = |error: JoinError| {
-        closer.close(error.close_code(), &error.to_string());
+        closer.close(error.close_code(), error.close_reason());
         error
     };
-    let opened = within(deadline, async { Ok(tunnel.accept().await?) });
+    let opened = attempt.within(async { Ok(tunnel.accept().await?) });
     let mut control = ControlStream::new(tunnel.clone(), opened.await.map_err(refuse)?);
-    let introduced = introduce(tunnel, authenticated, deadline, &mut control, context).await;
+    let introduced = introduce(tunnel, authenticated, attempt, &mut control, context).await;
     Ok((introduced.map_err(refuse)?, control))
 }
 
 async fn introduce(
     tunnel: Tunnel,
     authenticated: Option<Authenticated>,
-    deadline: Instant,
+    attempt: &Attempt,
     control: &mut ControlStream,
     context: &AgentContext,
 ) -> Result<Backend, JoinError> {
-    let hello = within(deadline, read_hello(control)).await?;
-    hello.extensions.require_known()?;
-    let authenticated = match authenticated {
-        Some(authenticated) => authenticated,
-        None => admit(&tunnel, &hello, deadline, context).await?,
+    let (hello, authenticated) = tokio::select! {
+        biased;
+        identified = identify(&tunnel, authenticated, attempt, control, context) => identified?,
+        () = tunnel.unexpected_datagram() => return Err(JoinError::Excess),
     };
+    attempt.admit();
+    tunnel.admit();
     let welcome = welcome(&hello, context);
     if welcome.features.contains(Features::HEDGE) {
         tunnel.hedge(context.hedge_rate);
     }
     let welcome = ControlMessage::Welcome(Box::new(welcome));
-    within(deadline, async { Ok(control.send(&welcome).await?) }).await?;
+    attempt.within(async { Ok(control.send(&welcome).await?) }).await?;
     Ok(Backend::new(tunnel, hello, authenticated, context.max_streams))
 }
 
-async fn within<T>(
-    deadline: Instant,
-    step: impl Future<Output = Result<T, JoinError>>,
-) -> Result<T, JoinError> {
-    timeout_at(deadline, step).await.unwrap_or(Err(JoinError::TimedOut))
+/// Reads the hello, and authenticates the agent unless that was done before.
+async fn identify(
+    tunnel: &Tunnel,
+    authenticated: Option<Authenticated>,
+    attempt: &Attempt,
+    control: &mut ControlStream,
+    context: &AgentContext,
+) -> Result<(Hello, Authenticated), JoinError> {
+    let hello = attempt.within(read_hello(control)).await?;
+    hello.extensions.require_known()?;
+    let authenticated = match authenticated {
+        Some(authenticated) => authenticated,
+        None => admit(tunnel, &hello, attempt, context).await?,
+    };
+    Ok((hello, authenticated))
 }
 
+/// Reads one frame, which must be the hello. Pings are not answered before it: a peer that proved
+/// nothing yet must not cause work that it need not pay for.
 async fn read_hello(control: &mut ControlStream) -> Result<Hello, JoinError> {
-    match control.next().await? {
+    match control.first().await? {
         ControlMessage::Hello(hello) => Ok(*hello),
         _ => Err(JoinError::NotHello),
     }
@@ -184,14 +238,17 @@ async fn read_hello(control: &mut ControlStream) -> Result<Hello, JoinError> {
 async fn admit(
     tunnel: &Tunnel,
     hello: &Hello,
-    deadline: Instant,
+    attempt: &Attempt,
     context: &AgentContext,
 ) -> Result<Authenticated, JoinError> {
     let remote = tunnel.remote_address().ip();
     let admitted = context.authenticator.admit(hello.token.as_ref(), remote);
-    let admitted = timeout_at(deadline, admitted);
+    let admitted = async { Ok(admitted.await?) };
     tokio::select! {
-        admitted = admitted => Ok(admitted.unwrap_or_else(|_| Err(Refusal::too_late()))?),
+        admitted = attempt.within(admitted) => match admitted {
+            Err(JoinError::TimedOut) => Err(Refusal::too_late().into()),
+            admitted => admitted,
+        },
         // The agent does not wait for the review any more.
         lost = tunnel.closed() => Err(lost.into()),
     }

@@ -4,11 +4,21 @@
 //! everything works as with an agent of ours. On the network the connections of such an agent
 //! still share one stream with one another.
 
+mod allowance;
 mod bridge;
 mod hello;
 mod keepalive;
 
-use std::{convert::Infallible, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use culvert_konnectivity::{
     self as konnectivity, CONNECT, Outbound, Packets,
@@ -22,10 +32,7 @@ use culvert_wire::control::Hello;
 use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::{
-    net::TcpStream,
-    time::{Instant, sleep, timeout_at},
-};
+use tokio::{net::TcpStream, time::sleep};
 use tokio_rustls::server::TlsStream;
 use tokio_stream::{StreamExt as _, adapters::Map};
 use tokio_util::sync::CancellationToken;
@@ -41,14 +48,17 @@ use super::{
     AgentContext,
     admission::{Authenticated, Refusal},
     join::{self, JoinError},
+    unadmitted::Attempt,
 };
+use allowance::Allowance;
 use bridge::Bridge;
 use keepalive::{MIN_PING_INTERVAL, PingLimit, TooManyPings};
 
 /// Maximum number of bytes that an agent may be ahead of what was read of its one stream. Bytes in
 /// flight delay all that follow, so this is no larger than 100 Mbit/s need at 80 ms.
 const WINDOW: u32 = 1024 * 1024;
-/// Maximum number of `Connect` calls on one connection: Konnectivity makes one.
+/// Maximum number of `Connect` calls on one connection at once, and in all before one was admitted:
+/// Konnectivity makes one.
 const MAX_CALLS: u32 = 4;
 
 /// Time for which an agent that is connected already waits when it connects again. One that looks
@@ -56,11 +66,11 @@ const MAX_CALLS: u32 = 4;
 const REJOIN_DELAY: Duration = Duration::from_secs(1);
 
 /// Serves one connection of a Konnectivity agent until it is closed or the server stops. The agent
-/// has to be admitted before the deadline.
+/// has to be admitted within the attempt's time.
 pub(super) async fn serve(
     stream: TlsStream<TcpStream>,
     remote: SocketAddr,
-    deadline: Instant,
+    attempt: Attempt,
     context: Arc<AgentContext>,
 ) {
     let certificates = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
@@ -74,38 +84,35 @@ pub(super) async fn serve(
         .keep_alive_interval(context.konnectivity_keep_alive_interval)
         .keep_alive_timeout(context.settings.idle_timeout);
     let closing = context.closing.clone();
-    let too_many_pings = CancellationToken::new();
+    let (excess, too_many_pings) = (CancellationToken::new(), CancellationToken::new());
+    let attempt = Arc::new(attempt);
+    let stream = Allowance::new(stream, attempt.clone(), excess.clone());
     let io = TokioIo::new(PingLimit::new(stream, MIN_PING_INTERVAL, too_many_pings.clone()));
-    let admitted = CancellationToken::new();
     let connect = Connect {
         peer,
         context: context.clone(),
-        admitted: admitted.clone(),
+        attempt: attempt.clone(),
+        calls: Arc::default(),
+        excess: excess.clone(),
         too_many_pings: too_many_pings.clone(),
     };
     let service = service_fn(move |request| answer(request, connect.clone()));
     let mut connection = std::pin::pin!(http.serve_connection(io, service));
     let ended = tokio::select! {
-        ended = &mut connection => ended,
-        () = overdue(deadline, &admitted) => {
-            return join::record_failure(remote, &JoinError::TimedOut, &context);
-        }
+        biased;
+        () = excess.cancelled() => Err(JoinError::Excess),
+        error = attempt.failed() => Err(error),
+        ended = &mut connection => Ok(ended),
         () = closing.cancelled() => {
             connection.as_mut().graceful_shutdown();
-            connection.await
+            Ok(connection.await)
         }
     };
-    if too_many_pings.is_cancelled() {
-        log_too_many_pings(remote);
-    } else if let Err(error) = ended {
-        debug!(%remote, %error, "a Konnectivity agent's connection ended");
-    }
-}
-
-/// Completes at the deadline, unless an agent was admitted before.
-async fn overdue(deadline: Instant, admitted: &CancellationToken) {
-    if timeout_at(deadline, admitted.cancelled()).await.is_ok() {
-        std::future::pending().await
+    match ended {
+        Err(error) => join::record_failure(remote, &error, &context),
+        Ok(_) if too_many_pings.is_cancelled() => log_too_many_pings(remote),
+        Ok(Err(error)) => debug!(%remote, %error, "a Konnectivity agent's connection ended"),
+        Ok(Ok(())) => {}
     }
 }
 
@@ -133,8 +140,11 @@ async fn answer(
 struct Connect {
     peer: Peer,
     context: Arc<AgentContext>,
-    /// Cancelled when an agent was admitted on the connection.
-    admitted: CancellationToken,
+    attempt: Arc<Attempt>,
+    /// Number of calls before one was admitted.
+    calls: Arc<AtomicU32>,
+    /// Cancelled when there were too many of them, which ends the connection.
+    excess: CancellationToken,
     /// Cancelled when the connection ends because of too many pings.
     too_many_pings: CancellationToken,
 }
@@ -148,12 +158,16 @@ impl StreamingService<Packet> for Connect {
         Pin<Box<dyn Future<Output = Result<tonic::Response<Self::ResponseStream>, Status>> + Send>>;
 
     fn call(&mut self, request: tonic::Request<Streaming<Packet>>) -> Self::Future {
-        let Self { peer, context, admitted, too_many_pings } = self.clone();
+        let Self { peer, context, attempt, calls, excess, too_many_pings } = self.clone();
         Box::pin(async move {
+            if !attempt.is_admitted() && calls.fetch_add(1, Ordering::Relaxed) >= MAX_CALLS {
+                excess.cancel();
+                return Err(Status::resource_exhausted("too many calls"));
+            }
             let (metadata, _, inbound) = request.into_parts();
             let hello = hello::read(&metadata).map_err(Status::unknown)?;
             let authenticated = admit(&metadata, peer.address, &context).await?;
-            admitted.cancel();
+            attempt.admit();
             // The headers are out before any packet: packets are polled from the response.
             let (outbound, packets) = konnectivity::outbound();
             let response = response(packets, &context)?;
@@ -185,10 +199,28 @@ async fn admit(
         context.authenticator.admit(token.as_ref(), remote.ip()).await
     };
     authenticated.await.map_err(|refusal: Refusal| {
-        let status = Status::unknown(refusal.konnectivity_message());
+        let status = Status::unknown(public_message(&refusal));
         join::record_failure(remote, &refusal.into(), context);
         status
     })
+}
+
+/// Konnectivity's text for this case, without what kube-apiserver answered and without the names of
+/// accounts: those are in this server's log alone.
+fn public_message(refusal: &Refusal) -> String {
+    const FIXED: [&str; 3] = [
+        "service account jwt not valid",
+        "unexpected username format",
+        "username returned is not a service account",
+    ];
+    const FAILED: &str = "Failed to validate authentication token, err:";
+    match refusal {
+        Refusal::NotReviewed(_) => format!("{FAILED}Failed to authenticate request"),
+        Refusal::Refused(reason) if !FIXED.contains(&reason.as_str()) => {
+            format!("{FAILED}lookup failed")
+        }
+        _ => refusal.konnectivity_message(),
+    }
 }
 
 /// Both directions of one agent's call.
@@ -240,14 +272,24 @@ async fn join_again(
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn a_connection_is_overdue_at_the_deadline_unless_an_agent_was_admitted() {
-        let (limit, admitted) = (Duration::from_secs(10), CancellationToken::new());
-        let begun = Instant::now();
-        overdue(begun + limit, &admitted).await;
-        assert_eq!(begun.elapsed(), limit);
-        admitted.cancel();
-        let overdue = overdue(Instant::now() + limit, &admitted);
-        assert!(tokio::time::timeout(limit * 10, overdue).await.is_err());
+    #[test]
+    fn a_refused_agent_is_sent_konnectivitys_words_and_nothing_of_kube_apiserver() {
+        let message = |refusal: Refusal| public_message(&refusal);
+        let failed = |end: &str| format!("Failed to validate authentication token, err:{end}");
+        let cases = [
+            (Refusal::NoToken, "Authentication context was not found in metadata".into()),
+            (
+                Refusal::Refused("service account jwt not valid".into()),
+                failed("lookup failed: service account jwt not valid"),
+            ),
+            (Refusal::Refused("incoming request from \"a\"".into()), failed("lookup failed")),
+            (
+                Refusal::NotReviewed("tokenreviews is forbidden".into()),
+                failed("Failed to authenticate request"),
+            ),
+        ];
+        for (refusal, expected) in cases {
+            assert_eq!(message(refusal), expected);
+        }
     }
 }

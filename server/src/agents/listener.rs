@@ -11,14 +11,15 @@ use culvert_transport::{
 };
 use culvert_wire::CloseCode;
 use rustls::ServerConfig;
-use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
+use tokio::{net::TcpListener, task::JoinSet};
 use tracing::warn;
 
 use super::{AgentContext, unadmitted::Unadmitted};
 use crate::{config::Config, files::ServerFiles};
 
-/// Maximum number of TCP handshakes in progress; further connections are dropped, as with QUIC.
-const MAX_HANDSHAKES: usize = 1024;
+/// Maximum number of bytes that a peer may send ahead of the reader before it is admitted: a hello
+/// and little else.
+const UNADMITTED_WINDOW: u32 = 16 * 1024;
 /// Maximum number of attempts to find a port number that is free for UDP and TCP.
 const MAX_ATTEMPTS: usize = 16;
 
@@ -61,7 +62,6 @@ struct TcpAccept {
     acceptor: Acceptor<TcpListener>,
     tls: Arc<ServerConfig>,
     settings: Settings,
-    handshakes: Arc<Semaphore>,
 }
 
 impl AgentListener {
@@ -74,7 +74,7 @@ impl AgentListener {
         let tls = tls::tunnel_server_with(files.agents.clone(), key_exchange)?;
         let tls = Arc::new(tls);
         // Agents open the control stream and nothing else.
-        let settings = config.tunnel.settings(1);
+        let settings = config.tunnel.settings(1).with_unadmitted_window(UNADMITTED_WINDOW);
         let address = config.agents.address;
         let (quic, tcp) = bind_both(address, &tls, &settings, files.reset_key.as_ref())?;
         let mut tls = (*tls).clone();
@@ -87,12 +87,8 @@ impl AgentListener {
                 "UDP buffers are small; raise net.core.rmem_max and net.core.wmem_max to 8 MiB",
             );
         }
-        let tcp = TcpAccept {
-            acceptor: Acceptor::new("agents", tcp),
-            tls: Arc::new(tls),
-            settings,
-            handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
-        };
+        let tcp =
+            TcpAccept { acceptor: Acceptor::new("agents", tcp), tls: Arc::new(tls), settings };
         Ok(Self { quic, tcp, settings })
     }
 
@@ -164,18 +160,25 @@ impl AcceptingAgents {
 }
 
 async fn accept_over_quic(quic: Arc<quic::Listener>, context: Arc<AgentContext>) {
+    let table = &context.unadmitted;
     while let Some(incoming) = quic.accept().await {
-        context.tasks.spawn(Unadmitted::over_quic(incoming).serve(context.clone()));
+        if table.is_crowded() && incoming.may_retry() {
+            context.metrics.address_validated();
+            incoming.retry();
+            continue;
+        }
+        let peer = Unadmitted::over_quic(incoming, table).await;
+        context.tasks.spawn(peer.serve(context.clone()));
     }
 }
 
 impl TcpAccept {
     async fn run(mut self, context: Arc<AgentContext>) {
+        let (tls, settings) = (self.tls, self.settings);
         loop {
             let accepted = self.acceptor.accept().await;
-            // Without a permit the connection is dropped, and the agent tries again.
-            let Ok(permit) = self.handshakes.clone().try_acquire_owned() else { continue };
-            let peer = Unadmitted::over_tcp(accepted, self.tls.clone(), self.settings, permit);
+            let table = &context.unadmitted;
+            let peer = Unadmitted::over_tcp(accepted, tls.clone(), settings, table).await;
             context.tasks.spawn(peer.serve(context.clone()));
         }
     }
@@ -216,8 +219,7 @@ mod tests {
         let (tls, settings) = (Arc::new(tls), Settings::default());
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
         let (quic, tcp) = bind_both(address, &tls, &settings, None).unwrap();
-        let handshakes = Arc::new(Semaphore::new(1));
-        let tcp = TcpAccept { acceptor: Acceptor::new("agents", tcp), tls, settings, handshakes };
+        let tcp = TcpAccept { acceptor: Acceptor::new("agents", tcp), tls, settings };
         AgentListener { quic, tcp, settings }.start(&context())
     }
 

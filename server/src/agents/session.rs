@@ -11,10 +11,10 @@ use culvert_wire::{
     bounded::Text,
     control::{ControlMessage, Drain, Goodbye},
 };
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use tracing::info;
 
-use super::{AgentContext, admission::Authenticated, join};
+use super::{AgentContext, admission::Authenticated, join, unadmitted::Attempt};
 use crate::backends::{Backend, registry::Candidate};
 
 /// Time for a suspected agent to prove that it is alive before its tunnel is closed: well above the
@@ -23,19 +23,20 @@ const SUSPECT_LIMIT: Duration = Duration::from_millis(1500);
 /// Time for the last packets of a closed tunnel.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Serves one agent until its tunnel is lost. It has to join before the deadline; one that is
+/// Serves one agent until its tunnel is lost. It has to join within the attempt's time; one that is
 /// `authenticated` already is not asked for its token.
 pub(super) async fn serve(
     tunnel: Tunnel,
     authenticated: Option<Authenticated>,
-    deadline: Instant,
+    attempt: Attempt,
     context: Arc<AgentContext>,
 ) {
     let remote = tunnel.remote_address();
-    let (backend, control) = match join::join(tunnel, authenticated, deadline, &context).await {
+    let (backend, control) = match join::join(tunnel, authenticated, &attempt, &context).await {
         Ok(joined) => joined,
         Err(error) => return join::record_failure(remote, &error, &context),
     };
+    drop(attempt);
     let backend = Arc::new(backend);
     let agent_id = backend.agent_id().clone();
     let registration = context.backends.register(backend.clone());
@@ -47,6 +48,7 @@ pub(super) async fn serve(
     let lost = drive(&backend, control, &context).await;
     registration.end(&lost);
     context.metrics.tunnel_lost(lost.label());
+    context.unadmitted.remember(backend.tunnel.remote_address().ip());
     let cut = backend.open_streams();
     info!(agent_id = %agent_id, %remote, reason = %lost, cut, "agent gone");
 }

@@ -1,17 +1,21 @@
 //! Peers between their accept and their admission.
 
+mod attempt;
+mod recent;
+mod source;
+mod table;
+
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use culvert_konnectivity::ALPN_H2;
-use culvert_transport::{ConnectError, Settings, TransportFault, Tunnel, quic, tcp};
+use culvert_transport::{Carrier, ConnectError, Settings, TransportFault, Tunnel, quic, tcp};
 use rustls::ServerConfig;
-use tokio::{
-    net::TcpStream,
-    sync::OwnedSemaphorePermit,
-    time::{Instant, timeout_at},
-};
+use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
+use self::table::Progress;
+pub(crate) use self::table::UnadmittedTable;
+pub(super) use self::{attempt::Attempt, source::Source};
 use super::{
     AgentContext,
     first_bytes::FirstBytes,
@@ -22,6 +26,9 @@ use super::{
 /// Time from the accept to the admission: for the handshake, for the hello, and for the review of
 /// the token, which has shorter limits of its own.
 pub(super) const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time from the accept of a TCP connection to its first bytes. An agent sends its ClientHello at
+/// once; one that is lost is repeated after 1 s.
+pub(super) const FIRST_BYTES_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A peer that was accepted and has proved nothing yet.
 #[derive(Debug)]
@@ -29,21 +36,14 @@ pub(super) struct Unadmitted {
     connection: Connection,
     /// Address of the peer; over QUIC not proven before the handshake is complete.
     remote: SocketAddr,
-    /// When the peer is dropped unless it is admitted.
-    deadline: Instant,
+    attempt: Attempt,
 }
 
 /// A connection before its handshake.
 #[derive(Debug)]
 enum Connection {
     Quic(Box<quic::Incoming>),
-    Tcp {
-        socket: TcpStream,
-        tls: Arc<ServerConfig>,
-        settings: Settings,
-        /// Permit for one handshake in progress.
-        permit: OwnedSemaphorePermit,
-    },
+    Tcp { socket: TcpStream, tls: Arc<ServerConfig>, settings: Settings },
 }
 
 /// A connection after its handshake, by the protocol that was agreed on.
@@ -55,58 +55,69 @@ enum Negotiated {
 }
 
 impl Unadmitted {
-    /// A peer that has just been accepted over QUIC.
-    pub(super) fn over_quic(incoming: quic::Incoming) -> Self {
+    /// Enters a peer that has just been accepted over QUIC into the table.
+    ///
+    /// # Cancel safety
+    /// Dropping the future drops the peer.
+    pub(super) async fn over_quic(incoming: quic::Incoming, table: &Arc<UnadmittedTable>) -> Self {
         let remote = incoming.remote_address();
-        Self::new(Connection::Quic(Box::new(incoming)), remote)
+        let progress = match incoming.is_address_validated() {
+            true => Progress::Heard,
+            false => Progress::Silent,
+        };
+        let place = table.enter(remote.ip(), Carrier::Quic, progress).await;
+        let connection = Connection::Quic(Box::new(incoming));
+        Self { connection, remote, attempt: Attempt::new(place) }
     }
 
-    /// A peer that has just been accepted over TCP. `permit` is given back after the handshake.
-    pub(super) fn over_tcp(
+    /// Enters a peer that has just been accepted over TCP into the table.
+    ///
+    /// # Cancel safety
+    /// Dropping the future drops the peer.
+    pub(super) async fn over_tcp(
         (socket, remote): (TcpStream, SocketAddr),
         tls: Arc<ServerConfig>,
         settings: Settings,
-        permit: OwnedSemaphorePermit,
+        table: &Arc<UnadmittedTable>,
     ) -> Self {
-        Self::new(Connection::Tcp { socket, tls, settings, permit }, remote)
-    }
-
-    fn new(connection: Connection, remote: SocketAddr) -> Self {
-        Self { connection, remote, deadline: Instant::now() + JOIN_TIMEOUT }
+        let place = table.enter(remote.ip(), Carrier::Tcp, Progress::Silent).await;
+        let connection = Connection::Tcp { socket, tls, settings };
+        Self { connection, remote, attempt: Attempt::new(place) }
     }
 
     /// Serves the peer until its connection is closed.
     pub(super) async fn serve(self, context: Arc<AgentContext>) {
-        let Self { connection, remote, deadline } = self;
-        let handshake = timeout_at(deadline, connection.handshake());
-        match handshake.await {
-            Ok(Ok(Negotiated::Culvert(tunnel))) => {
-                session::serve(tunnel, None, deadline, context).await;
+        let Self { connection, remote, attempt } = self;
+        match attempt.within(connection.handshake(&attempt)).await {
+            Ok(Negotiated::Culvert(tunnel)) => {
+                attempt.set_progress(Progress::Connected);
+                session::serve(tunnel, None, attempt, context).await;
             }
-            Ok(Ok(Negotiated::Konnectivity(stream))) => {
-                konnectivity::serve(*stream, remote, deadline, context).await;
+            Ok(Negotiated::Konnectivity(stream)) => {
+                attempt.set_progress(Progress::Connected);
+                attempt.set_carrier(Carrier::Grpc);
+                konnectivity::serve(*stream, remote, attempt, context).await;
             }
-            Ok(Err(error)) => join::record_failure(remote, &error, &context),
-            Err(_) => join::record_failure(remote, &JoinError::TimedOut, &context),
+            Err(error) => join::record_failure(remote, &error, &context),
         }
     }
 }
 
 impl Connection {
     /// Completes the handshake: certificates are checked, the protocol is agreed on.
-    async fn handshake(self) -> Result<Negotiated, JoinError> {
+    async fn handshake(self, attempt: &Attempt) -> Result<Negotiated, JoinError> {
         match self {
             Self::Quic(incoming) => Ok(Negotiated::Culvert(incoming.complete().await?.into())),
-            Self::Tcp { socket, tls, settings, permit } => {
-                match FirstBytes::of(&socket).await {
-                    FirstBytes::Unknown => {}
-                    FirstBytes::Other(protocol) => return Err(JoinError::NotTls(protocol)),
-                    FirstBytes::Closed => return Err(JoinError::Closed),
+            Self::Tcp { socket, tls, settings } => {
+                match timeout(FIRST_BYTES_TIMEOUT, FirstBytes::of(&socket)).await {
+                    Ok(FirstBytes::Unknown) => attempt.set_progress(Progress::Heard),
+                    Ok(FirstBytes::Other(protocol)) => return Err(JoinError::NotTls(protocol)),
+                    Ok(FirstBytes::Closed) => return Err(JoinError::Closed),
+                    Err(_) => return Err(JoinError::Silent),
                 }
                 let accepted = TlsAcceptor::from(tls).accept(socket).await;
                 let failed = |error| ConnectError::from(TransportFault::from(error));
                 let stream = accepted.map_err(failed)?;
-                drop(permit);
                 if stream.get_ref().1.alpn_protocol() == Some(ALPN_H2) {
                     tcp::prepare(stream.get_ref().0, &settings);
                     return Ok(Negotiated::Konnectivity(Box::new(stream)));
@@ -121,10 +132,15 @@ impl Connection {
 mod tests {
     use culvert_transport::tls::KeyExchange;
     use rustls::server::ResolvesServerCertUsingSni;
-    use tokio::{io::AsyncWriteExt, net::TcpListener, sync::Semaphore};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+        task::JoinSet,
+        time::Instant,
+    };
 
     use super::*;
-    use crate::testing::{context, metric};
+    use crate::testing::{context, context_with_room_for, metric};
 
     const FAILURES: &str = "culvert_server_join_failures_total";
 
@@ -138,49 +154,85 @@ mod tests {
         Arc::new(config)
     }
 
-    /// Serves a connection over TCP whose client sends these bytes. Returns how long that took, the
-    /// server's failures under this reason, and the permits that are left of one.
-    async fn serve(bytes: &[u8], reason: &str) -> (Duration, f64, usize) {
+    const STRANGERS: &str = "culvert_server_unadmitted_connections";
+
+    /// An accepted connection, with its client.
+    async fn accepted() -> ((TcpStream, SocketAddr), TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        client.write_all(bytes).await.unwrap();
-        let accepted = listener.accept().await.unwrap();
-        let (context, handshakes) = (context(), Arc::new(Semaphore::new(1)));
-        let permit = handshakes.clone().try_acquire_owned().unwrap();
-        let peer = Unadmitted::over_tcp(accepted, tls(), Settings::default(), permit);
-        let arrived = Instant::now();
-        peer.serve(context.clone()).await;
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        (listener.accept().await.unwrap(), client)
+    }
+
+    fn failures(context: &AgentContext, reason: &str) -> f64 {
         let name = format!("{FAILURES}{{reason=\"{reason}\"}}");
-        let failures = metric(&context.metrics, &context.backends, &name);
-        (arrived.elapsed(), failures, handshakes.available_permits())
+        metric(&context.metrics, &context.backends, &name)
+    }
+
+    fn strangers(context: &AgentContext) -> f64 {
+        let name = format!("{STRANGERS}{{transport=\"tcp\"}}");
+        metric(&context.metrics, &context.backends, &name)
+    }
+
+    /// Serves a connection over TCP whose client sends these bytes. Returns how long that took, the
+    /// server's failures under this reason, and the strangers before and after.
+    async fn serve(bytes: &[u8], reason: &str) -> (Duration, f64, [f64; 2]) {
+        let (accepted, mut client) = accepted().await;
+        client.write_all(bytes).await.unwrap();
+        let context = context();
+        let table = &context.unadmitted;
+        let peer = Unadmitted::over_tcp(accepted, tls(), Settings::default(), table).await;
+        let (arrived, before) = (Instant::now(), strangers(&context));
+        peer.serve(context.clone()).await;
+        (arrived.elapsed(), failures(&context, reason), [before, strangers(&context)])
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_peer_that_does_not_begin_its_handshake_is_dropped_at_the_deadline() {
-        assert_eq!(serve(b"", "timed_out").await, (JOIN_TIMEOUT, 1.0, 1));
+    async fn a_peer_that_sends_nothing_is_dropped_after_three_seconds() {
+        assert_eq!(serve(b"", "no_first_bytes").await, (FIRST_BYTES_TIMEOUT, 1.0, [1.0, 0.0]));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_does_not_complete_its_handshake_is_dropped_at_the_deadline() {
+        let begin_of_a_record = b"\x16\x03\x01\x02\x00\x01";
+        assert_eq!(serve(begin_of_a_record, "timed_out").await, (JOIN_TIMEOUT, 1.0, [1.0, 0.0]));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_gives_way_is_dropped_at_once() {
+        let context = context_with_room_for(1);
+        let (mut serving, mut clients) = (JoinSet::new(), Vec::new());
+        for _ in 0..2 {
+            let (accepted, client) = accepted().await;
+            let table = &context.unadmitted;
+            let peer = Unadmitted::over_tcp(accepted, tls(), Settings::default(), table).await;
+            serving.spawn(peer.serve(context.clone()));
+            clients.push(client);
+        }
+        let arrived = Instant::now();
+        serving.join_next().await.unwrap().unwrap();
+        assert_eq!(arrived.elapsed(), Duration::ZERO);
+        assert_eq!((failures(&context, "evicted"), strangers(&context)), (1.0, 1.0));
+        assert_eq!(clients[0].read(&mut [0]).await.unwrap(), 0, "the older one");
+        serving.join_next().await.unwrap().unwrap();
+        assert_eq!(arrived.elapsed(), FIRST_BYTES_TIMEOUT);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_speaks_no_tls_is_dropped_at_once_and_counted_by_what_it_speaks() {
-        assert_eq!(serve(b"GET / HTTP/1.1\r\n\r\n", "not_tls").await, (Duration::ZERO, 1.0, 1));
-        assert_eq!(serve(b"SSH-2.0-OpenSSH\r\n", "handshake").await, (Duration::ZERO, 1.0, 1));
+        let dropped = (Duration::ZERO, 1.0, [1.0, 0.0]);
+        assert_eq!(serve(b"GET / HTTP/1.1\r\n\r\n", "not_tls").await, dropped);
+        assert_eq!(serve(b"SSH-2.0-OpenSSH\r\n", "handshake").await, dropped);
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_check_of_a_load_balancer_is_no_failed_handshake() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let accepted = listener.accept().await.unwrap();
+        let (accepted, client) = accepted().await;
         drop(client);
-        let (context, handshakes) = (context(), Arc::new(Semaphore::new(1)));
-        let permit = handshakes.clone().try_acquire_owned().unwrap();
-        let peer = Unadmitted::over_tcp(accepted, tls(), Settings::default(), permit);
+        let context = context();
+        let table = &context.unadmitted;
+        let peer = Unadmitted::over_tcp(accepted, tls(), Settings::default(), table).await;
         peer.serve(context.clone()).await;
-        let count = |reason: &str| {
-            let name = format!("{FAILURES}{{reason=\"{reason}\"}}");
-            metric(&context.metrics, &context.backends, &name)
-        };
-        assert_eq!((count("closed"), count("handshake")), (1.0, 0.0));
-        assert_eq!(handshakes.available_permits(), 1);
+        assert_eq!((failures(&context, "closed"), failures(&context, "handshake")), (1.0, 0.0));
+        assert_eq!(strangers(&context), 0.0);
     }
 }

@@ -25,13 +25,13 @@ use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, oneshot},
     task::JoinSet,
-    time::{Instant, timeout_at},
+    time::timeout_at,
 };
 use tonic::Streaming;
 use tracing::debug;
 
 use super::{AgentStream, keepalive::TooManyPings};
-use crate::agents::{AgentContext, admission::Authenticated, session, unadmitted::JOIN_TIMEOUT};
+use crate::agents::{AgentContext, admission::Authenticated, session, unadmitted::Attempt};
 
 /// Why a Konnectivity agent could not be introduced on its tunnel.
 #[derive(Debug, thiserror::Error)]
@@ -90,8 +90,9 @@ impl Bridge {
         let settings = context.settings;
         let streams = culvert_transport::Settings { max_streams: context.max_streams, ..settings };
         let Ends { agent: tunnel, server } = memory::connect(peer, &streams, &settings).await?;
-        let deadline = Instant::now() + JOIN_TIMEOUT;
-        let serving = session::serve(server, Some(authenticated), deadline, context.clone());
+        let attempt = Attempt::of_admitted();
+        let deadline = attempt.deadline();
+        let serving = session::serve(server, Some(authenticated), attempt, context.clone());
         context.tasks.spawn(serving);
         let introduced = async {
             let mut control = ControlStream::new(tunnel.clone(), tunnel.open().await?);

@@ -6,14 +6,18 @@ use culvert_transport::{
 };
 use culvert_wire::{
     bounded::List,
-    control::{Hello, Welcome},
+    control::{Hello, Ping, Welcome},
     extension::{Extension, Extensions},
     version::Features,
 };
-use tokio::time::{sleep, timeout};
+use k8s_openapi::api::authentication::v1::TokenReviewStatus;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{super::unadmitted::JOIN_TIMEOUT, *};
-use crate::testing::{accepted, authenticator, context, context_with, hello, metric, pair, token};
+use crate::testing::{
+    accepted, authenticator, context, context_with, context_with_room_for, hello, metric, pair,
+    token,
+};
 
 /// A server's side of one tunnel, and the agent's end of it.
 struct Served {
@@ -28,7 +32,8 @@ impl Served {
     async fn new(context: Arc<AgentContext>) -> Self {
         let Pair { agent: tunnel, server, line } = pair().await;
         let arrived = Instant::now();
-        let serving = serve(server, None, arrived + JOIN_TIMEOUT, context.clone());
+        let attempt = Attempt::of_stranger(&context.unadmitted).await;
+        let serving = serve(server, None, attempt, context.clone());
         context.tasks.spawn(serving);
         Self { context, tunnel, line, arrived }
     }
@@ -145,6 +150,65 @@ async fn an_agent_that_begins_with_another_message_is_refused() {
     let (served, mut control) = Served::with_control().await;
     control.send(&ControlMessage::Drain(Drain { deadline_millis: 1 })).await.unwrap();
     served.assert_refused(CloseCode::PROTOCOL_VIOLATION, "protocol_violation").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_ping_before_the_hello_is_not_answered_and_ends_the_attempt() {
+    let served = Served::new(context()).await;
+    let (mut send, mut recv) = served.open().await;
+    let ping = ControlMessage::Ping(Ping { echo: 7 }).encode().unwrap();
+    let hello = ControlMessage::Hello(Box::new(hello("a", &[]))).encode().unwrap();
+    send.write_chunk([ping, hello].concat().into()).await.unwrap();
+    assert!(recv.read_chunks(&mut [Bytes::new()]).await.is_err(), "a pong");
+    served.assert_refused(CloseCode::PROTOCOL_VIOLATION, "protocol_violation").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_of_a_later_revision_before_the_hello_ends_the_attempt() {
+    let served = Served::new(context()).await;
+    let (mut send, _recv) = served.open().await;
+    send.write_chunk(Bytes::from_static(&[0x7f, 0, 0])).await.unwrap();
+    served.assert_refused(CloseCode::PROTOCOL_VIOLATION, "protocol_violation").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_kube_apiserver_says_is_not_sent_to_a_stranger() {
+    const SECRET: &str = "tokenreviews is forbidden: user \"server\"";
+    let authenticator = authenticator(|_| async {
+        Ok(TokenReviewStatus { error: Some(SECRET.into()), ..accepted() })
+    });
+    let served = Served::new(context_with(authenticator)).await;
+    let mut control = ControlStream::new(served.tunnel.clone(), served.open().await);
+    let hello = Hello { token: Some(token("a")), ..hello("a", &[]) };
+    control.send(&ControlMessage::Hello(Box::new(hello))).await.unwrap();
+    let lost = served.tunnel.closed().await;
+    let TunnelLost::ClosedByPeer { code, reason } = lost else { panic!("{lost:?}") };
+    assert_eq!(code, CloseCode::UNAUTHENTICATED);
+    assert_eq!(reason, "the token was refused: see the server's log");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_gives_way_to_another_is_sent_the_reason() {
+    let context = context_with_room_for(1);
+    let first = Served::new(context.clone()).await;
+    let second = Served::new(context).await;
+    assert_eq!(first.closed().await, CloseCode::OVERLOADED);
+    assert_eq!(first.join_failures("evicted"), 1.0);
+    let hello = ControlMessage::Hello(Box::new(hello("a", &[])));
+    let mut control = ControlStream::new(second.tunnel.clone(), second.open().await);
+    control.send(&hello).await.unwrap();
+    assert!(matches!(control.next().await.unwrap(), ControlMessage::Welcome(_)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_was_admitted_gives_way_to_none() {
+    let context = context_with_room_for(1);
+    let joined = Served::new(context.clone()).await;
+    let mut control = ControlStream::new(joined.tunnel.clone(), joined.open().await);
+    control.send(&ControlMessage::Hello(Box::new(hello("a", &[])))).await.unwrap();
+    control.next().await.unwrap();
+    let _other = (Served::new(context.clone()).await, Served::new(context).await);
+    assert!(timeout(JOIN_TIMEOUT * 2, joined.tunnel.closed()).await.is_err());
 }
 
 #[tokio::test(start_paused = true)]
