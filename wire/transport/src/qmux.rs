@@ -8,6 +8,7 @@
 
 //= docs/protocol.md#1-carrier
 
+mod arrived;
 mod fault;
 mod frame;
 mod halves;

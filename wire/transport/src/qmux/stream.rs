@@ -6,11 +6,7 @@ use bytes::Bytes;
 use culvert_wire::code::StreamCode;
 use tokio::sync::{Notify, SetOnce};
 
-use super::fault::Fault;
-
-/// Data shorter than this is copied out of its record, so that it does not keep the memory of the
-/// whole read alive.
-const COPY_BELOW: usize = 1024;
+use super::{arrived::Arrived, fault::Fault};
 
 /// The wakers and the end of one stream, shared with its handles.
 #[derive(Debug, Default)]
@@ -225,8 +221,7 @@ pub(super) enum RecvState {
 #[derive(Debug)]
 pub(super) struct Recv {
     state: RecvState,
-    /// Bytes that have arrived and have not been read.
-    queue: VecDeque<Bytes>,
+    arrived: Arrived,
     /// Number of bytes that have arrived.
     offset: u64,
     /// Number of bytes that have been read.
@@ -238,7 +233,7 @@ pub(super) struct Recv {
 impl Recv {
     /// An open half on which `limit` bytes may arrive.
     pub(super) fn new(limit: u64) -> Self {
-        Self { state: RecvState::Open, queue: VecDeque::new(), offset: 0, read: 0, limit }
+        Self { state: RecvState::Open, arrived: Arrived::default(), offset: 0, read: 0, limit }
     }
 
     /// Takes the contents of a STREAM frame.
@@ -258,12 +253,8 @@ impl Recv {
         if self.offset > self.limit {
             return Err(Fault::Limit);
         }
-        if self.state == RecvState::Open && !data.is_empty() {
-            let short = data.len() < COPY_BELOW;
-            self.queue.push_back(match short {
-                true => Bytes::copy_from_slice(data),
-                false => data.clone(),
-            });
+        if self.state == RecvState::Open {
+            self.arrived.push(data);
         }
         if fin {
             self.state = ended;
@@ -280,7 +271,7 @@ impl Recv {
         match self.state {
             RecvState::Open => {
                 self.state = RecvState::Reset(code);
-                self.queue.clear();
+                self.arrived.clear();
             }
             RecvState::Stopped => self.state = RecvState::Closed,
             RecvState::Finished | RecvState::Reset(_) | RecvState::Closed => {}
@@ -309,11 +300,9 @@ impl Recv {
     }
 
     fn take_chunks(&mut self, chunks: &mut [Bytes]) -> usize {
-        let count = chunks.len().min(self.queue.len());
-        for (chunk, arrived) in chunks.iter_mut().zip(self.queue.drain(..count)) {
-            self.read += arrived.len() as u64;
-            *chunk = arrived;
-        }
+        let waiting = self.arrived.len();
+        let count = self.arrived.take(chunks);
+        self.read += (waiting - self.arrived.len()) as u64;
         count
     }
 
@@ -336,7 +325,7 @@ impl Recv {
 
     /// Reads no more; whether the peer must be asked to stop (STOP_SENDING).
     pub(super) fn stop(&mut self) -> bool {
-        self.queue.clear();
+        self.arrived.clear();
         let stops = self.state == RecvState::Open;
         self.state = match self.state {
             RecvState::Open | RecvState::Stopped => RecvState::Stopped,
@@ -348,7 +337,7 @@ impl Recv {
     /// Number of bytes that have arrived and have not been read.
     #[cfg(any(test, fuzzing))]
     pub(super) fn waiting(&self) -> usize {
-        self.queue.iter().map(Bytes::len).sum()
+        self.arrived.len()
     }
 
     /// Checks what holds at any time.

@@ -195,7 +195,10 @@ impl Mux {
 mod tests {
     use std::cell::Cell;
 
-    use super::{super::Role, *};
+    use super::{
+        super::{Found, Role},
+        *,
+    };
 
     thread_local! {
         /// Number of times that all streams of a connection were looked at, in this test.
@@ -210,6 +213,21 @@ mod tests {
         let last = Frame::Stream { id: 4095 << 2, offset: 0, data: Bytes::new(), fin: false };
         mux.receive(last).unwrap();
         mux
+    }
+
+    /// A peer that is not admitted yet has the control stream alone, which is read frame by frame.
+    #[test]
+    fn frames_of_one_byte_are_joined_on_the_control_stream_and_on_others() {
+        let mut mux = mux_with_many_streams();
+        for id in [0, 4 << 2] {
+            for offset in 0..1000 {
+                let data = Bytes::from_static(b"x");
+                mux.receive(Frame::Stream { id, offset, data, fin: false }).unwrap();
+            }
+            let mut chunks = [const { Bytes::new() }; 32];
+            assert_eq!(mux.read(id, &mut chunks), Found::Chunks(1), "stream {id}");
+            assert_eq!(chunks[0].len(), 1000, "stream {id}");
+        }
     }
 
     #[test]

@@ -22,6 +22,8 @@ async fn local_bytes_go_out_before_the_preamble_is_here() {
     bench.send_local(b"early");
     assert_eq!(bench.read().await, Ok(Some("early".into())));
     bench.send_remote(&[1]).await;
+    // Sent at once, it would be one chunk with what follows.
+    sleep(Duration::from_secs(1)).await;
     bench.send_remote(b"then its bytes").await;
     bench.send.finish();
     bench.peer.ended.wait().await;
