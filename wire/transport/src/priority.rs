@@ -4,10 +4,16 @@
 //! send each other. But a stream that has sent little lately cannot delay the others, so it goes
 //! first. One that sends much sinks below it, and rises again while it has nothing to send. Time in
 //! which it waits for room does not count as idle: of forty downloads that share a path each is
-//! slow, and each sends as much as it can. At most three quarters of a tunnel's bytes go first, so
-//! that nothing starves however many streams there are.
+//! slow, and each sends as much as it can.
+//!
+//! The lowest class gets a quarter of the path, however slow the path is and however many streams
+//! there are: a quarter may go first in any case, and beyond it each byte of the lowest class pays
+//! for two that go first. A stream that has more to send than may go first sinks.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use parking_lot::Mutex;
 
@@ -20,10 +26,18 @@ const INTERACTIVE: u64 = 32 * 1024;
 const SHORT: u64 = 256 * 1024;
 /// Maximum number of bytes that count against a stream: after two idle seconds it is as if new.
 const MEMORY: u64 = 2 * ALLOWANCE;
-/// Bytes that may go first at once, beyond three of four.
+/// Bytes that may go first at once, beyond those that others pay for.
 const CREDIT: u64 = 256 * 1024;
-/// Rate at which bytes may go first however little else there is, in bytes per second.
+/// Bytes that may go first for each byte of the lowest class.
+const PAID: u64 = 2;
+/// Rate at which bytes may go first however little else there is, in bytes per second; at most a
+/// quarter of what the path carries.
 const FLOOR: u64 = 640 * 1024;
+/// Interval at which the rate of the path is measured.
+const MEASURED_EVERY: Duration = Duration::from_millis(250);
+/// How often a byte counts that should go first and may not, so that of the streams that go first
+/// those sink that send most. One that sends a few KiB per second is as before with its next write.
+const EXCESS: u64 = 8;
 
 /// The rank of a stream among its tunnel's others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -76,7 +90,16 @@ impl AttainedService {
         } else {
             Class::Bulk
         };
-        if self.tunnel.admits(now, bytes, class > Class::Bulk) { class } else { Class::Bulk }
+        if self.tunnel.admits(now, bytes, class > Class::Bulk) {
+            return class;
+        }
+        self.bytes = self.bytes.saturating_add((EXCESS - 1) * bytes).min(MEMORY);
+        Class::Bulk
+    }
+
+    /// The budget that the tunnel's streams share.
+    pub(crate) fn tunnel(&self) -> &PriorityBudget {
+        &self.tunnel
     }
 
     /// Records that the bytes were taken: the stream has nothing more to send for now.
@@ -95,27 +118,57 @@ struct Credit {
     bytes: u64,
     /// When they were last counted.
     at: Instant,
+    /// Rate at which they grow, in bytes per second.
+    floor: u64,
+    /// When the path is to be measured next.
+    measure_at: Instant,
 }
 
 impl PriorityBudget {
     /// The budget of a new tunnel.
     pub fn new(now: Instant) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Credit { bytes: CREDIT, at: now })))
+        let credit = Credit { bytes: CREDIT, at: now, floor: FLOOR, measure_at: now };
+        Arc::new(Self(Mutex::new(credit)))
     }
 
-    /// Counts bytes that are to go first or not, and returns whether they do. Each byte that does
-    /// not pays for three that do.
+    /// Takes the rate of the path from `measure`, in bytes per second, if it is time for that.
+    pub(crate) fn measure(&self, now: Instant, measure: impl FnOnce() -> Option<u64>) {
+        {
+            let mut credit = self.0.lock();
+            if now < credit.measure_at {
+                return;
+            }
+            credit.measure_at = now + MEASURED_EVERY;
+        }
+        if let Some(rate) = measure() {
+            self.set_path_rate(now, rate);
+        }
+    }
+
+    fn set_path_rate(&self, now: Instant, rate: u64) {
+        let mut credit = self.0.lock();
+        credit.refill(now);
+        credit.floor = FLOOR.min(rate / 4);
+    }
+
+    /// Counts bytes that are to go first or not, and returns whether they do.
     fn admits(&self, now: Instant, bytes: u64, first: bool) -> bool {
         let mut credit = self.0.lock();
-        let elapsed = now.saturating_duration_since(credit.at).as_secs_f64();
-        credit.bytes = (credit.bytes + (elapsed * FLOOR as f64) as u64).min(CREDIT);
-        credit.at = now;
+        credit.refill(now);
         let may = first && bytes <= credit.bytes;
         credit.bytes = match may {
             true => credit.bytes - bytes,
-            false => (credit.bytes + 3 * bytes).min(CREDIT),
+            false => (credit.bytes + PAID * bytes).min(CREDIT),
         };
         may
+    }
+}
+
+impl Credit {
+    fn refill(&mut self, now: Instant) {
+        let elapsed = now.saturating_duration_since(self.at).as_secs_f64();
+        self.bytes = (self.bytes + (elapsed * self.floor as f64) as u64).min(CREDIT);
+        self.at = self.at.max(now);
     }
 }
 
@@ -179,7 +232,8 @@ mod tests {
             prop_assert_eq!(stream.on_write(now, 64), Class::Bulk);
         }
 
-        /// However many streams there are and whatever they send, a quarter is left for the rest.
+        /// However many streams there are and whatever they send, a third is left for the rest while
+        /// no time passes.
         #[test]
         fn nothing_starves(writes in prop::collection::vec((0_usize..40, 1_u64..65_536), 1..2000)) {
             let now = Instant::now();
@@ -192,8 +246,106 @@ mod tests {
                 if streams[stream].on_write(now, bytes) > Class::Bulk {
                     first += bytes;
                 }
-                prop_assert!(first <= CREDIT + all / 4 * 3);
+                prop_assert!(first <= CREDIT + all / 3 * 2 + 2);
+            }
+        }
+
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        /// Log tails that keep to their allowance share a path that is slower than all of them with
+        /// a download. The lowest class gets a quarter of the path, and tails that sank take part
+        /// in it.
+        #[test]
+        fn bulk_gets_its_share_of_a_path_that_is_slower_than_what_goes_first(
+            path in 16_u64 * 1024..1024 * 1024,
+            tails in 1_usize..6,
+            write in 64_u64..16 * 1024,
+        ) {
+            let (bulk, sent) = share(path, tails, write);
+            let quarter = sent / 4 / (tails as u64 + 1);
+            prop_assert!(bulk + CREDIT / 4 >= quarter / 4 * 3, "{bulk} of {sent}");
+        }
+    }
+
+    /// One stream on a simulated path.
+    struct Sender {
+        service: AttainedService,
+        class: Class,
+        queued: u64,
+        /// Bytes that wait for room in the queue.
+        waiting: u64,
+    }
+
+    /// Bytes that a stream's queue takes.
+    const WINDOW: u64 = 256 * 1024;
+
+    impl Sender {
+        fn write(&mut self, now: Instant, bytes: u64) {
+            self.class = self.service.on_write(now, bytes);
+            self.waiting = bytes;
+            self.take(now);
+        }
+
+        /// Moves what waits into the queue, once there is room.
+        fn take(&mut self, now: Instant) {
+            if self.waiting > 0 && self.queued + self.waiting <= WINDOW {
+                self.queued += std::mem::take(&mut self.waiting);
+                self.service.on_written(now);
             }
         }
     }
+
+    /// Bytes of a download and of all streams that a path of this rate has carried in half a minute,
+    /// where each of the others writes `write` bytes at a time, at the rate of its allowance.
+    fn share(path: u64, tails: usize, write: u64) -> (u64, u64) {
+        let start = Instant::now();
+        let budget = PriorityBudget::new(start);
+        budget.set_path_rate(start, path);
+        let mut streams: Vec<_> = (0..=tails)
+            .map(|_| Sender {
+                service: AttainedService::new(budget.clone(), start),
+                class: Class::Interactive,
+                queued: 0,
+                waiting: 0,
+            })
+            .collect();
+        let (mut of_bulk, mut sent, mut turn) = (0, 0, 0);
+        let (mut due, mut room) = (vec![0; streams.len()], 0);
+        for tick in 1..=30_000 {
+            let now = start + millis(tick);
+            for (index, stream) in streams.iter_mut().enumerate() {
+                stream.take(now);
+                due[index] += ALLOWANCE / 1000;
+                if index == 0 {
+                    due[0] = 2 * WINDOW;
+                }
+                let write = if index == 0 { 16 * 1024 } else { write };
+                while stream.waiting == 0 && due[index] >= write {
+                    due[index] -= write;
+                    stream.write(now, write);
+                }
+            }
+            room += path / 1000;
+            while room >= PACKET {
+                // Streams of one class take turns.
+                turn += 1;
+                let in_turn = |index: &usize| (streams[*index].class, (index + turn) % (tails + 1));
+                let ready = (0..=tails).filter(|index| streams[*index].queued > 0);
+                let Some(next) = ready.max_by_key(in_turn) else { break };
+                let bytes = streams[next].queued.min(PACKET);
+                streams[next].queued -= bytes;
+                room -= bytes;
+                sent += bytes;
+                of_bulk += if next == 0 { bytes } else { 0 };
+            }
+            room = room.min(PACKET);
+        }
+        (of_bulk, sent)
+    }
+
+    /// Length of a packet, in bytes.
+    const PACKET: u64 = 1400;
 }

@@ -157,6 +157,10 @@ struct Shared {
     /// The code and the reason with which this side closed the tunnel.
     close_reason: OnceLock<(CloseCode, String)>,
     peer: Peer,
+    /// Microseconds for which the writer waited for the byte stream.
+    sending: AtomicU64,
+    /// `sent` and `sending` when the rate was measured last.
+    measured: Mutex<(u64, u64)>,
     /// Bytes written to and read from the byte stream.
     sent: AtomicU64,
     received: AtomicU64,
@@ -173,6 +177,8 @@ impl Shared {
             flushed: SetOnce::new(),
             close_reason: OnceLock::new(),
             peer,
+            sending: AtomicU64::new(0),
+            measured: Mutex::default(),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             rtt_micros: AtomicU64::new(0),
@@ -198,6 +204,15 @@ impl Shared {
 
     async fn closed(&self) -> TunnelLost {
         self.lost.wait().await.clone()
+    }
+
+    /// Bytes per second that the byte stream takes while it is written to, since the last call;
+    /// `None` if it was not.
+    fn sent_rate(&self) -> Option<u64> {
+        let now = [&self.sent, &self.sending].map(|count| count.load(Ordering::Relaxed));
+        let before = std::mem::replace(&mut *self.measured.lock(), now.into());
+        let (sent, micros) = (now[0] - before.0, now[1] - before.1);
+        (sent > 0).then(|| sent.saturating_mul(1_000_000) / micros.max(1))
     }
 
     fn set_rtt(&self, rtt: Duration) {

@@ -90,7 +90,11 @@ impl SendHalf {
     /// Not cancel safe: an unknown part of the chunk may have been queued. Reset the half then.
     pub async fn write_chunk(&mut self, mut chunk: Bytes) -> Result<(), WriteError> {
         if let Some(attained) = &mut self.attained {
-            let class = attained.on_write(now(), chunk.len() as u64);
+            let now = now();
+            attained
+                .tunnel()
+                .measure(now, || either!(SendStream, &self.stream, it => it.path_rate()));
+            let class = attained.on_write(now, chunk.len() as u64);
             if class != self.class {
                 self.class = class;
                 self.prioritize(class.priority());

@@ -100,6 +100,11 @@ impl SendStream {
         }
     }
 
+    /// Bytes per second that the byte stream has carried lately, while there was something to send.
+    pub(crate) fn path_rate(&self) -> Option<u64> {
+        self.0.shared().sent_rate()
+    }
+
     pub(crate) fn set_priority(&self, priority: i32) {
         self.0.change(|mux| mux.set_priority(self.0.id, priority));
     }

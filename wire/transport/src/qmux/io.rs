@@ -106,12 +106,15 @@ pub(super) async fn write<IO: AsyncWrite>(
                 () = until(keep_alive.ping_at) => {}
             }
         } else {
+            let begun = Instant::now();
             let written = select! {
                 written = put(&mut io, &output) => written,
                 _ = shared.lost.wait() => break,
             };
             match written {
                 Ok(()) => {
+                    let micros = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+                    shared.sending.fetch_add(micros, Ordering::Relaxed);
                     shared.sent.fetch_add(output.len() as u64, Ordering::Relaxed);
                 }
                 Err(error) => shared.lose(error.into()),

@@ -82,7 +82,8 @@ impl Connection {
         (send, recv): (quinn::SendStream, quinn::RecvStream),
     ) -> (SendStream, RecvStream) {
         let (close_reason, hedging) = (self.close_reason.clone(), self.hedging.clone());
-        let send = SendStream { stream: send, close_reason, hedging, written: 0 };
+        let connection = self.connection.clone();
+        let send = SendStream { stream: send, connection, close_reason, hedging, written: 0 };
         let (connection, close_reason) = (self.connection.clone(), self.close_reason.clone());
         let copies = self.hedging.get().map(|hedging| hedging.expect(number(recv.id())));
         (send, RecvStream { stream: recv, connection, close_reason, copies })
@@ -156,6 +157,7 @@ impl Connection {
 /// The half of a stream that this side writes.
 pub(crate) struct SendStream {
     stream: quinn::SendStream,
+    connection: quinn::Connection,
     close_reason: CloseReason,
     hedging: Arc<OnceLock<Hedging>>,
     /// Bytes written, which is the offset of the next one.
@@ -210,6 +212,14 @@ impl SendStream {
                 Err(quinn::StoppedError::ZeroRttRejected) => Ok(None),
             }
         }
+    }
+
+    /// Bytes per second that the path carries, as the congestion window says, which does not shrink
+    /// while there is little to send.
+    pub(crate) fn path_rate(&self) -> Option<u64> {
+        let path = self.connection.stats().path;
+        let micros = u64::try_from(path.rtt.as_micros()).ok().filter(|micros| *micros > 0)?;
+        Some(path.cwnd.saturating_mul(1_000_000) / micros)
     }
 
     pub(crate) fn set_priority(&self, priority: i32) {
