@@ -1,6 +1,7 @@
 //! The control stream at work: messages in and out, pings answered, and a peer that does not answer
 //! found out.
 
+mod ping_rate;
 mod writer;
 
 use std::{future::ready, time::Duration};
@@ -16,7 +17,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use self::writer::Writer;
+use self::{ping_rate::PingRate, writer::Writer};
 use crate::{
     ReadError, ReadFrameError, RecvHalf, SendHalf, Tunnel, TunnelLost, Unreachable, WriteError,
 };
@@ -65,6 +66,9 @@ pub enum ControlError {
     /// The peer did not answer a ping in time.
     #[error("no answer to a ping within {0:?}")]
     Unresponsive(Duration),
+    /// The peer pings more often than it may.
+    #[error("too many pings")]
+    TooManyPings,
     /// The peer grants no credit for the messages of this side.
     #[error("no message was taken within {0:?}")]
     NotReading(Duration),
@@ -93,6 +97,7 @@ impl ControlError {
     pub fn close_code(&self) -> CloseCode {
         match self {
             Self::Unresponsive(_) | Self::NotReading(_) => CloseCode::UNRESPONSIVE,
+            Self::TooManyPings => CloseCode::TOO_MANY_PINGS,
             Self::Encode(_) => CloseCode::ABANDONED,
             _ => CloseCode::PROTOCOL_VIOLATION,
         }
@@ -119,6 +124,9 @@ pub struct ControlStream {
     writer: Writer,
     recv: RecvHalf,
     question: Option<Question>,
+    pings: PingRate,
+    /// When the next report that the peer cannot be reached may cause a ping.
+    ask_from: Instant,
     /// Time left for the peer to grant credit for the messages of the writer.
     writing: Option<Patience>,
     next_echo: u64,
@@ -172,7 +180,16 @@ impl ControlStream {
     pub fn new(tunnel: Tunnel, (mut send, recv): (SendHalf, RecvHalf)) -> Self {
         send.set_priority(PRIORITY);
         let writer = Writer::new(send);
-        Self { tunnel, writer, recv, question: None, writing: None, next_echo: 0 }
+        Self {
+            tunnel,
+            writer,
+            recv,
+            question: None,
+            pings: PingRate::default(),
+            ask_from: Instant::now(),
+            writing: None,
+            next_echo: 0,
+        }
     }
 
     /// Sends a message, and waits until the carrier has it.
@@ -244,8 +261,8 @@ impl ControlStream {
     /// answer gets more time.
     ///
     /// # Errors
-    /// When the peer breaks the protocol, ends the stream or does not answer a ping. Close the
-    /// tunnel with [`ControlError::close_code`] then.
+    /// When the peer breaks the protocol, ends the stream, pings too often or does not answer a
+    /// ping. Close the tunnel with [`ControlError::close_code`] then.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -253,7 +270,8 @@ impl ControlStream {
         loop {
             let frame = select! {
                 frame = self.recv.read_frame(MAX_BODY_LEN) => frame?,
-                why = self.tunnel.unreachable() => {
+                why = unreachable(&self.tunnel, self.ask_from) => {
+                    self.ask_from = Instant::now() + ping_rate::INTERVAL;
                     let limit = match why {
                         Unreachable::Port => REFUSED_LIMIT,
                         Unreachable::Host => UNREACHABLE_LIMIT,
@@ -277,6 +295,9 @@ impl ControlStream {
             };
             match ControlMessage::decode(&frame)? {
                 ControlMessage::Ping(Ping { echo }) => {
+                    if !self.pings.admit(Instant::now()) {
+                        return Err(ControlError::TooManyPings);
+                    }
                     self.push(&ControlMessage::Pong(Pong { echo }))?;
                 }
                 ControlMessage::Pong(Pong { echo }) => {
@@ -346,6 +367,13 @@ impl ControlStream {
         let Some(patience) = &mut self.writing else { return Ok(()) };
         patience.renew(&self.tunnel).map_err(ControlError::NotReading)
     }
+}
+
+/// Completes with the network's next report that the peer cannot be reached, and not before `from`:
+/// reports can be forged, and a peer that is pinged too often closes the tunnel.
+async fn unreachable(tunnel: &Tunnel, from: Instant) -> Unreachable {
+    sleep_until(from).await;
+    tunnel.unreachable().await
 }
 
 /// Completes when the deadline has passed.
