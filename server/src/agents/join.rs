@@ -158,7 +158,7 @@ pub(super) fn record_failure(remote: SocketAddr, error: &JoinError, context: &Ag
     }
     let failure = format_args!("{}: {}", Source::of(remote.ip()), error.label());
     rate_limited!(
-        Duration::from_secs(1), per failure = failure, WARN, %remote, %error,
+        Duration::from_secs(1), per failure = failure, at most 32 in all, WARN, %remote, %error,
         "an agent did not join"
     );
 }

@@ -48,7 +48,7 @@ use super::{
     AgentContext,
     admission::{Authenticated, Refusal},
     join::{self, JoinError},
-    unadmitted::Attempt,
+    unadmitted::{Attempt, Source},
 };
 use allowance::Allowance;
 use bridge::Bridge;
@@ -118,7 +118,8 @@ pub(super) async fn serve(
 
 fn log_too_many_pings(remote: SocketAddr) {
     rate_limited!(
-        Duration::from_secs(1), WARN, %remote, reason = %TooManyPings,
+        Duration::from_secs(1), per source = Source::of(remote.ip()), at most 32 in all, WARN,
+        %remote, reason = %TooManyPings,
         "a Konnectivity agent was sent away"
     );
 }
