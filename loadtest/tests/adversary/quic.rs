@@ -1,0 +1,61 @@
+//! A peer over QUIC that sends what it is given, with limits of its own.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use quinn::{
+    ClientConfig, Connection, Endpoint, RecvStream, SendStream, TransportConfig, VarInt,
+    crypto::rustls::QuicClientConfig,
+};
+
+use crate::victim::Victim;
+
+/// What the peer grants the server.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Grants {
+    /// Bytes that the server may send on each stream.
+    pub(crate) stream_window: u64,
+    /// Streams that the server may open.
+    pub(crate) streams: u32,
+}
+
+/// Everything, as a peer does that wants to harm the server's memory.
+pub(crate) const EVERYTHING: Grants = Grants { stream_window: 1 << 50, streams: 10_000 };
+
+/// A peer whose handshake is complete, and its control stream.
+pub(crate) struct Peer {
+    pub(crate) connection: Connection,
+    pub(crate) send: SendStream,
+    _recv: RecvStream,
+    _endpoint: Endpoint,
+}
+
+impl Peer {
+    /// Connects and opens the control stream.
+    pub(crate) async fn connect(victim: &Victim, grants: Grants) -> Self {
+        let endpoint = Endpoint::client(([127, 0, 0, 1], 0).into()).unwrap();
+        let server = victim.deployment.tunnel();
+        let connecting = endpoint.connect_with(config(victim, grants), server, &name(server));
+        let connection = connecting.unwrap().await.unwrap();
+        let (send, recv) = connection.open_bi().await.unwrap();
+        Self { connection, send, _recv: recv, _endpoint: endpoint }
+    }
+}
+
+/// The name in the server's certificate.
+pub(crate) fn name(server: SocketAddr) -> String {
+    server.ip().to_string()
+}
+
+pub(crate) fn config(victim: &Victim, grants: Grants) -> ClientConfig {
+    let tls = QuicClientConfig::try_from(victim.tls(&[b"culvert/1"])).unwrap();
+    let mut config = ClientConfig::new(Arc::new(tls));
+    let mut transport = TransportConfig::default();
+    transport
+        .stream_receive_window(VarInt::from_u64(grants.stream_window).unwrap())
+        .receive_window(VarInt::MAX)
+        .max_concurrent_bidi_streams(grants.streams.into())
+        .send_window(1 << 30)
+        .max_idle_timeout(Some(Duration::from_secs(60).try_into().unwrap()));
+    config.transport_config(Arc::new(transport));
+    config
+}

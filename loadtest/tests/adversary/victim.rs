@@ -1,0 +1,176 @@
+//! The server that is attacked, what it holds, and an honest agent beside the attack.
+
+use std::{sync::Arc, time::Duration};
+
+use culvert_loadtest::{frontend::Protocol, process::Process};
+use culvert_transport::tls::{Identity, KeyExchange, authorities, certificates, tunnel_client};
+use rustls::ClientConfig;
+use tokio::{
+    sync::{Mutex, MutexGuard},
+    time::{Instant, timeout},
+};
+
+use crate::support::{
+    deployment::{Deployment, Implementation::Culvert, OPEN_SERVERS},
+    eventually,
+    kube_api::KubeApi,
+};
+
+pub(crate) const MIB: u64 = 1 << 20;
+/// Audience of the tokens.
+pub(crate) const AUDIENCE: &str = "system:konnectivity-server";
+/// User of the service account whose tokens are accepted.
+pub(crate) const ACCOUNT: &str = "system:serviceaccount:kube-system:konnectivity-agent";
+/// Number of the [`token`] of honest agents.
+const HONEST: u32 = 9999;
+
+/// Held by the one test that runs.
+static ALONE: Mutex<()> = Mutex::const_new(());
+
+/// How agents authenticate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Proof {
+    Certificate,
+    Token,
+}
+
+/// A server under attack.
+pub(crate) struct Victim {
+    pub(crate) deployment: Deployment,
+    pub(crate) api: KubeApi,
+    proof: Proof,
+    before: Held,
+    _alone: MutexGuard<'static, ()>,
+}
+
+/// What the server holds.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Held {
+    /// Highest resident memory so far, in bytes.
+    pub(crate) peak_memory: u64,
+    pub(crate) descriptors: usize,
+    /// Length of the log, in bytes.
+    pub(crate) log: usize,
+    /// Reviews of tokens that kube-apiserver was asked for.
+    pub(crate) reviews: usize,
+}
+
+impl Victim {
+    /// A server whose agents prove who they are in this way.
+    pub(crate) async fn start(proof: Proof) -> Self {
+        Self::start_with(proof, &[]).await
+    }
+
+    /// The same with more flags.
+    pub(crate) async fn start_with(proof: Proof, more: &[&str]) -> Self {
+        let alone = ALONE.lock().await;
+        let mut deployment = Deployment::without_server(Protocol::Connect);
+        let api = KubeApi::start(&deployment.certificates).await;
+        api.accept(&token(HONEST), ACCOUNT, AUDIENCE);
+        let kubeconfig = api.flag();
+        let mut flags = more.to_vec();
+        if proof == Proof::Token {
+            flags.extend([
+                "--cluster-ca-cert=",
+                "--agent-namespace=kube-system",
+                "--agent-service-account=konnectivity-agent",
+                "--authentication-audience=system:konnectivity-server",
+                "--kube-api-content-type=application/json",
+                &kubeconfig,
+            ]);
+        }
+        deployment.start_server(Culvert, &flags).await;
+        let mut victim = Self {
+            deployment,
+            api,
+            proof,
+            before: Held { peak_memory: 0, descriptors: 0, log: 0, reviews: 0 },
+            _alone: alone,
+        };
+        // What is made once is made before the attack.
+        drop(victim.honest_agent_joins("warm-up").await);
+        victim.deployment.until_joined(0).await;
+        victim.before = victim.held();
+        victim
+    }
+
+    /// What the server holds now.
+    pub(crate) fn held(&mut self) -> Held {
+        let reviews = self.api.reviews().len();
+        let log = self.deployment.server_log().len();
+        let server = self.deployment.server();
+        let folder = format!("/proc/{}/fd", server.id().unwrap());
+        Held {
+            peak_memory: server.peak_memory().unwrap(),
+            descriptors: std::fs::read_dir(folder).unwrap().count(),
+            log,
+            reviews,
+        }
+    }
+
+    /// What the server has held beyond what it held before the attack.
+    pub(crate) fn cost(&mut self) -> Held {
+        let (before, now) = (self.before, self.held());
+        let cost = Held {
+            peak_memory: now.peak_memory.saturating_sub(before.peak_memory),
+            descriptors: now.descriptors.saturating_sub(before.descriptors),
+            log: now.log.saturating_sub(before.log),
+            reviews: now.reviews.saturating_sub(before.reviews),
+        };
+        println!("the attack cost {cost:?}");
+        cost
+    }
+
+    /// Starts an honest agent; how long it takes to join.
+    pub(crate) async fn honest_agent_joins(&self, name: &str) -> (Process, Duration) {
+        self.honest_agent_joins_with(name, &[]).await
+    }
+
+    /// The same with more flags.
+    pub(crate) async fn honest_agent_joins_with(
+        &self,
+        name: &str,
+        more: &[&str],
+    ) -> (Process, Duration) {
+        let begun = Instant::now();
+        let mut flags: Vec<_> = more.iter().map(|flag| (*flag).to_owned()).collect();
+        if self.proof == Proof::Token {
+            let file = self.deployment.certificates.folder().join("honest.token");
+            std::fs::write(&file, token(HONEST)).unwrap();
+            flags.push(format!("--service-account-token-path={}", file.display()));
+        }
+        let certificate = self.proof == Proof::Certificate;
+        let agent = self.deployment.spawn_agent(Culvert, name, certificate, flags).await;
+        let joined = async || agent.metric(OPEN_SERVERS).await.is_ok_and(|open| open > 0.0);
+        timeout(Duration::from_secs(40), eventually("an honest agent has joined", joined))
+            .await
+            .expect("an honest agent does not join during the attack");
+        println!("an honest agent joined after {:?}", begun.elapsed());
+        (agent, begun.elapsed())
+    }
+
+    /// TLS of a peer that trusts the server's CA and speaks these protocols. It has a certificate
+    /// where agents need one.
+    pub(crate) fn tls(&self, protocols: &[&[u8]]) -> ClientConfig {
+        let files = &self.deployment.certificates;
+        let pair = files.agent();
+        let identity = (self.proof == Proof::Certificate)
+            .then(|| Identity::from_pem_files(&pair.certificate, &pair.key).unwrap());
+        let roots = authorities(&certificates(&files.ca()).unwrap()).unwrap();
+        let mut tls = tunnel_client(Arc::clone(&roots), identity, KeyExchange::Classic).unwrap();
+        tls.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+        tls
+    }
+}
+
+/// Header of a JWT.
+pub(crate) const HEADER: &str = "eyJhbGciOiJSUzI1NiIsImtpZCI6IngifQ";
+
+/// A token of a service account; kube-apiserver accepts none but [`HONEST`].
+pub(crate) fn token(number: u32) -> String {
+    const CLAIMS: &str = "eyJhdWQiOlsic3lzdGVtOmtvbm5lY3Rpdml0eS1zZXJ2ZXIiXSwiZXhwIjo0MDAwMDAwMD\
+        AwLCJpYXQiOjE3MDAwMDAwMDAsIm5iZiI6MTcwMDAwMDAwMCwiaXNzIjoiaHR0cHM6Ly9r\
+        dWJlcm5ldGVzLmRlZmF1bHQuc3ZjLmNsdXN0ZXIubG9jYWwiLCJzdWIiOiJzeXN0ZW06c2\
+        VydmljZWFjY291bnQ6a3ViZS1zeXN0ZW06a29ubmVjdGl2aXR5LWFnZW50In0";
+    format!("{HEADER}.{CLAIMS}.c2ln{number:04}")
+}
