@@ -86,6 +86,14 @@ impl Candidate for Backend {
     fn is_avoided(&self) -> bool {
         false
     }
+
+    fn has_left(&self) -> bool {
+        false
+    }
+
+    fn may_replace(&self, _: &Self) -> bool {
+        true
+    }
 }
 
 fn backend(number: usize) -> Arc<Backend> {
@@ -98,7 +106,9 @@ fn backend(number: usize) -> Arc<Backend> {
 
 fn registry(backends: usize) -> Registry<Backend> {
     let mut registry = Registry::new(&[Strategy::DestHost, Strategy::Default]);
-    (0..backends).for_each(|number| registry.add(&backend(number)));
+    for number in 0..backends {
+        registry.add(&backend(number));
+    }
     registry
 }
 

@@ -50,13 +50,26 @@ impl Certificates {
         Ok(certificates)
     }
 
+    /// Makes a certificate whose common name is exactly this. The pair with the same name is
+    /// replaced.
+    ///
+    /// # Errors
+    /// When the files cannot be written.
+    pub fn issue(&self, name: &str) -> io::Result<CertificatePair> {
+        let (certificate, key) = leaf(name, &self.ca)?;
+        let pair = self.pair(&format!("issued-{}", name.replace(':', "-")));
+        fs::write(&pair.certificate, certificate)?;
+        fs::write(&pair.key, key)?;
+        Ok(pair)
+    }
+
     /// Replaces a certificate and its key by new ones of the same CA; the name is `server`, `agent`
     /// or `frontend`.
     ///
     /// # Errors
     /// When the files cannot be written.
     pub fn renew(&self, name: &str) -> io::Result<()> {
-        let (certificate, key) = leaf(name, &self.ca)?;
+        let (certificate, key) = leaf(&format!("culvert loadtest {name}"), &self.ca)?;
         let pair = self.pair(name);
         fs::write(pair.certificate, certificate)?;
         fs::write(pair.key, key)
@@ -109,11 +122,11 @@ impl Certificates {
     }
 }
 
-fn leaf(name: &str, ca: &CertifiedIssuer<'_, KeyPair>) -> io::Result<(String, String)> {
+fn leaf(common_name: &str, ca: &CertifiedIssuer<'_, KeyPair>) -> io::Result<(String, String)> {
     let mut names = ["localhost", "127.0.0.1", "::1"].map(str::to_owned).to_vec();
     names.push(link::SERVER.to_string());
     let mut params = CertificateParams::new(names).map_err(io::Error::other)?;
-    params.distinguished_name.push(DnType::CommonName, format!("culvert loadtest {name}"));
+    params.distinguished_name.push(DnType::CommonName, common_name);
     params.extended_key_usages =
         vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     let key = KeyPair::generate().map_err(io::Error::other)?;

@@ -5,6 +5,7 @@
 //!  registry            who is connected, arranged by strategy; pure data
 //!  strategy            keys under which a strategy finds a backend
 //!  backend             one agent's live tunnel, its permits and its suspicions
+//!  dismissal           why this server ends a backend
 //!  departure           how a backend has left, and for how long it is expected back
 //!  silence             which agents are silent
 //!  recently_reached    targets that an agent reached in the last minutes
@@ -12,6 +13,7 @@
 
 mod backend;
 pub mod departure;
+mod dismissal;
 mod recently_reached;
 pub mod registry;
 pub(crate) mod silence;
@@ -30,10 +32,31 @@ use tracing::debug;
 
 pub use backend::Backend;
 pub(crate) use backend::{Process, StreamPermit};
+pub(crate) use dismissal::Dismissal;
 pub use strategy::Strategy;
 
 use departure::Departure;
 use registry::{Candidate, Registry};
+
+use crate::agents::identity::Claims;
+
+/// Maximum number of tunnels of one agent. One that moves between carriers leaves a tunnel behind
+/// for as long as that has streams; more than these are of an agent that fails again and again.
+const MAX_TUNNELS_PER_AGENT: usize = 32;
+
+/// Why a backend is not registered.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum RegisterError {
+    /// A live agent of another identity has the id.
+    #[error("the id is that of another agent: {holder}")]
+    IdHeld {
+        /// Who that is.
+        holder: String,
+    },
+    /// All agents together have as many tunnels as they may.
+    #[error("there are {0} tunnels of agents, see --max-agent-tunnels")]
+    TooManyTunnels(usize),
+}
 
 /// The connected backends. Clones share them.
 #[derive(Clone, Debug)]
@@ -42,33 +65,82 @@ pub struct Backends(Arc<State>);
 #[derive(Debug)]
 struct State {
     registry: Mutex<Registry<Backend>>,
+    max_tunnels: usize,
     changed: Notify,
     closed: AtomicBool,
 }
 
 impl Backends {
     /// No backends yet; these strategies will choose among them, in this order.
+    #[cfg(test)]
     pub(crate) fn new(strategies: &[Strategy]) -> Self {
+        Self::limited(strategies, usize::MAX)
+    }
+
+    /// The same, with at most this many backends.
+    pub(crate) fn limited(strategies: &[Strategy], max_tunnels: usize) -> Self {
         Self(Arc::new(State {
             registry: Mutex::new(Registry::new(strategies)),
+            max_tunnels,
             changed: Notify::new(),
             closed: AtomicBool::new(false),
         }))
     }
 
+    /// Whether a backend of an agent with these claims may be registered.
+    ///
+    /// # Errors
+    /// When it may not. Then the agent that has its id is suspected: it may be gone.
+    pub(crate) fn admit(&self, claims: &Claims) -> Result<(), RegisterError> {
+        self.check(&self.registry(), claims)
+    }
+
+    fn check(&self, registry: &Registry<Backend>, claims: &Claims) -> Result<(), RegisterError> {
+        let holders = registry.of_agent(&claims.agent_id).into_iter().filter(|holder| {
+            let holder_claims = &holder.claims;
+            !holder.is_draining() && !claims.identity.may_replace(&holder_claims.identity)
+        });
+        let mut held = None;
+        for holder in holders {
+            holder.suspect();
+            held = Some(holder.claims.identity.to_string());
+        }
+        match held {
+            Some(holder) => Err(RegisterError::IdHeld { holder }),
+            None if registry.all().len() >= self.0.max_tunnels => {
+                Err(RegisterError::TooManyTunnels(registry.all().len()))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Gives dials to this backend until the returned guard is dropped.
     ///
-    /// Older tunnels of the same agent are suspected: most often a restart left them behind.
-    pub(crate) fn register(&self, backend: Arc<Backend>) -> Registration {
-        let older = {
+    /// Older tunnels of the same agent are suspected: most often a restart left them behind. The
+    /// oldest is dismissed when there are too many.
+    ///
+    /// # Errors
+    /// As [`admit`](Self::admit).
+    pub(crate) fn register(&self, backend: Arc<Backend>) -> Result<Registration, RegisterError> {
+        let (older, held) = {
             let mut registry = self.registry();
+            self.check(&registry, &backend.claims)?;
             let older = registry.of_agent(backend.agent_id());
-            registry.add(&backend);
-            older
+            let held = registry.add(&backend);
+            (older, held)
         };
+        if older.len() >= MAX_TUNNELS_PER_AGENT {
+            older[0].dismiss(Dismissal::Crowded);
+        }
         older.iter().for_each(|backend| backend.suspect());
         self.0.changed.notify_waiters();
-        Registration { backends: self.clone(), backend }
+        Ok(Registration { backends: self.clone(), backend, held })
+    }
+
+    /// Identifiers for which a backend waits, because an agent of another identity has them.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the list of agents"))]
+    pub(crate) fn waits_for(&self, backend: &Arc<Backend>) -> Vec<String> {
+        self.registry().waits_for(backend)
     }
 
     /// Removes a backend whose tunnel was lost; one that is not there is no fault.
@@ -181,9 +253,15 @@ impl Backends {
 pub(crate) struct Registration {
     backends: Backends,
     backend: Arc<Backend>,
+    held: Vec<String>,
 }
 
 impl Registration {
+    /// Identifiers that agents of other identities had when the backend was registered.
+    pub(crate) fn held(&self) -> &[String] {
+        &self.held
+    }
+
     /// Removes the backend, whose tunnel has ended for this reason.
     pub(crate) fn end(self, lost: &TunnelLost) {
         self.backends.remove(&self.backend, lost);

@@ -24,7 +24,7 @@ use culvert_wire::AgentId;
 use metrics::Histogram;
 
 use crate::{
-    agents::{JOIN_FAILURE_REASONS, admission::REVIEW_RESULTS},
+    agents::{JOIN_FAILURE_REASONS, admission::REVIEW_RESULTS, identity::ClaimFault},
     backends::{Backend, Backends, registry::Candidate},
     dial::DialError,
 };
@@ -105,6 +105,10 @@ const OPEN_STREAMS: Family =
     Family::new("culvert_server_tunnel_open_streams", "Streams being dialed or spliced, by agent.");
 const TUNNELS: Family =
     Family::new("culvert_server_tunnels", "Tunnels of agents that have joined.");
+const IDENTITY_CONFLICTS: Family = Family::new(
+    "culvert_server_identity_conflicts_total",
+    "Ids and identifiers that agents announced and did not get, by reason.",
+);
 const TUNNELS_LOST: Family =
     Family::new("culvert_server_tunnels_lost_total", "Tunnels that ended, by reason.");
 const JOIN_FAILURES: Family = Family::new(
@@ -154,7 +158,7 @@ const UDP_BUFFER: Family = Family::new(
 );
 
 /// Families that count events.
-const COUNTERS: [Family; 12] = [
+const COUNTERS: [Family; 13] = [
     DIAL_FAILURES,
     OPTIMISTIC_DIALS,
     DIALS_MOVED,
@@ -163,6 +167,7 @@ const COUNTERS: [Family; 12] = [
     JOIN_FAILURES,
     TOKEN_REVIEWS,
     ADDRESS_VALIDATIONS,
+    IDENTITY_CONFLICTS,
     CULLED_LEASES,
     LEASE_RENEWALS,
     LEASE_LISTS,
@@ -328,6 +333,12 @@ impl ServerMetrics {
         self.metrics.counter(JOIN_FAILURES.name, &[("reason", reason)]).increment(1);
     }
 
+    /// Counts an id or an identifier that an agent announced and did not get.
+    pub(crate) fn identity_conflict(&self, reason: &'static str) {
+        debug_assert!(ClaimFault::LABELS.contains(&reason));
+        self.metrics.counter(IDENTITY_CONFLICTS.name, &[("reason", reason)]).increment(1);
+    }
+
     /// Counts a token that kube-apiserver has reviewed, or has not in time.
     pub(crate) fn token_reviewed(&self, result: &'static str) {
         debug_assert!(REVIEW_RESULTS.contains(&result));
@@ -414,6 +425,7 @@ fn register_counters(metrics: &Metrics) {
     let families = [
         (DIAL_FAILURES, "reason", [&DialError::REASONS[..], &[FRONTEND_CLOSE]].concat()),
         (JOIN_FAILURES, "reason", JOIN_FAILURE_REASONS.to_vec()),
+        (IDENTITY_CONFLICTS, "reason", ClaimFault::LABELS.to_vec()),
         (TOKEN_REVIEWS, "result", REVIEW_RESULTS.to_vec()),
         (TUNNELS_LOST, "reason", TunnelLost::labels().collect()),
         (OPTIMISTIC_DIALS, "result", vec!["kept", "broken"]),

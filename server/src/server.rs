@@ -81,7 +81,10 @@ impl Server {
     /// When a file cannot be used, or the port for frontends or for agents cannot be bound.
     pub fn bind(config: &Config) -> Result<Self, StartError> {
         let metrics = Arc::new(ServerMetrics::new()?);
-        let backends = Backends::new(&config.agents.strategies);
+        let backends = {
+            let agents = &config.agents;
+            Backends::limited(&agents.strategies, agents.max_tunnels as usize)
+        };
         let mut files = ServerFiles::read(config, metrics.inner())?;
         let agents = AgentListener::bind(config, &files)?;
         metrics.set_udp(agents.buffer_sizes(), agents.udp_health());
@@ -105,6 +108,7 @@ impl Server {
             }
             None => Authenticator::open(),
         };
+        let authenticator = authenticator.with_rule(config.agents.identity);
         let leases = config.leases.as_ref().zip(files.leases).map(|(leases, client)| {
             LeaseController::new(client, leases, &config.server_id, metrics.clone())
         });

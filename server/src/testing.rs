@@ -29,6 +29,7 @@ use k8s_openapi::api::authentication::v1::{
     TokenReview, TokenReviewSpec, TokenReviewStatus, UserInfo,
 };
 use kube::client::Body;
+use rustls::pki_types::CertificateDer;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::service_fn;
 
@@ -36,9 +37,10 @@ use crate::{
     agents::{
         AgentContext, UnadmittedTable,
         admission::{Authenticator, ReviewPace},
+        identity::{Certificate, Claims, Identity},
     },
     backends::{Backend, Backends, Registration, Strategy},
-    config::TokenConfig,
+    config::{AgentIdentity, TokenConfig},
     metrics::ServerMetrics,
 };
 
@@ -133,6 +135,23 @@ pub(crate) fn token(name: &str) -> Secret {
     jwt(&serde_json::json!({ "sub": name }))
 }
 
+/// A certificate with this common name, if it is not empty, and these alternative names.
+pub(crate) fn certificate(name: &str, names: &[&str]) -> CertificateDer<'static> {
+    let names = names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    let mut params = rcgen::CertificateParams::new(names).unwrap();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    if !name.is_empty() {
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+    }
+    params.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().into()
+}
+
+/// The identity of an agent with a certificate of this name.
+pub(crate) fn identity(name: &str) -> Identity {
+    let certificate = Certificate::of(&certificate(name, &[]));
+    Identity { certificate, ..Identity::default() }
+}
+
 /// An address of an agent.
 pub(crate) const REMOTE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
@@ -186,7 +205,7 @@ pub(crate) fn accepted() -> TokenReviewStatus {
 pub(crate) struct TestAgent {
     pub(crate) tunnel: Tunnel,
     pub(crate) backend: Arc<Backend>,
-    _registration: Registration,
+    pub(crate) registration: Registration,
 }
 
 impl TestAgent {
@@ -197,26 +216,37 @@ impl TestAgent {
 
     /// An agent of this name that stands for these hosts.
     pub(crate) async fn join_for(backends: &Backends, name: &str, hosts: &[&str]) -> Self {
-        Self::with(backends, hello(name, hosts), pair().await).await
+        Self::with(backends, hello(name, hosts), Identity::default(), pair().await).await
     }
 
     /// An agent of this name on this tunnel.
     pub(crate) async fn join_on(backends: &Backends, name: &str, pair: Pair) -> Self {
-        Self::with(backends, hello(name, &[]), pair).await
+        Self::with(backends, hello(name, &[]), Identity::default(), pair).await
     }
 
     /// An agent of this name, in a process of its own.
     pub(crate) async fn join_as(backends: &Backends, name: &str, instance: u8) -> Self {
         let hello = Hello { instance: InstanceId([instance; 16]), ..hello(name, &[]) };
-        Self::with(backends, hello, pair().await).await
+        Self::with(backends, hello, Identity::default(), pair().await).await
     }
 
-    async fn with(backends: &Backends, hello: Hello, pair: Pair) -> Self {
+    /// An agent of this identity that stands for these hosts.
+    pub(crate) async fn join_by(
+        backends: &Backends,
+        identity: Identity,
+        name: &str,
+        hosts: &[&str],
+    ) -> Self {
+        Self::with(backends, hello(name, hosts), identity, pair().await).await
+    }
+
+    async fn with(backends: &Backends, hello: Hello, identity: Identity, pair: Pair) -> Self {
         let Pair { agent: tunnel, server, .. } = pair;
-        let authenticated = Authenticator::open().admit(None, REMOTE).await.unwrap();
-        let backend = Arc::new(Backend::new(server, hello, authenticated, 10));
-        let registration = backends.register(backend.clone());
-        Self { tunnel, backend, _registration: registration }
+        let (rule, agent_id) = (AgentIdentity::Any, hello.agent_id.clone());
+        let claims = Claims::new(identity.into(), rule, agent_id, &hello.identifiers).unwrap();
+        let backend = Arc::new(Backend::new(server, hello, claims, 10));
+        let registration = backends.register(backend.clone()).unwrap();
+        Self { tunnel, backend, registration }
     }
 
     /// The next dial that the server asks this agent for.

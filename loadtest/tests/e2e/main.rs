@@ -13,6 +13,7 @@ mod docs;
 mod grpc_packets;
 mod half_close;
 mod hello;
+mod identity;
 mod interop;
 mod keepalive;
 mod konnectivity_agent;

@@ -278,6 +278,13 @@ impl Deployment {
         eventually(&format!("{agents} agents have joined"), joined).await;
     }
 
+    /// Waits until an agent announces a host, to a server that chooses by host alone.
+    pub(crate) async fn until_host_is_served(&self) {
+        let series = READY_BACKENDS.replace("default", "destHost");
+        let is_served = async || self.server_metric(&series).await >= 1.0;
+        eventually("a host is served", is_served).await;
+    }
+
     /// Agents that the server can choose among.
     pub(crate) async fn ready_backends(&self) -> f64 {
         self.server_metric(READY_BACKENDS).await

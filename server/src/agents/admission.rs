@@ -8,8 +8,8 @@
 //!  status     the verdict of kube-apiserver
 //! ```
 //!
-//! Certificates were checked before, by the handshake. A token is reviewed when its agent joins;
-//! that it expires later has no effect.
+//! Certificates were checked before, by the handshake. A token is reviewed when its agent joins.
+//! The result says who the agent is: [`Authenticated`].
 
 mod queue;
 mod reviews;
@@ -21,8 +21,9 @@ use std::{net::IpAddr, sync::Arc};
 
 use culvert_process::kubernetes::{CurrentClient, KubernetesConfig, Timestamp};
 use culvert_transport::task::Owned;
-use culvert_wire::control::Secret;
+use culvert_wire::{AgentId, control::Secret, identifiers::Identifiers};
 use parking_lot::Mutex;
+use rustls::pki_types::CertificateDer;
 use tokio::sync::{mpsc, oneshot};
 
 use self::{
@@ -31,8 +32,11 @@ use self::{
     token::{Claims, token_digest},
     verdicts::Verdict,
 };
-use super::identity::ServiceAccount;
-use crate::{config::TokenConfig, metrics::ServerMetrics};
+use super::identity::{Certificate, ClaimFault, Claims as AgentClaims, Identity, ServiceAccount};
+use crate::{
+    config::{AgentIdentity, TokenConfig},
+    metrics::ServerMetrics,
+};
 
 /// Maximum number of requests that the task of reviews has not seen yet.
 const MAX_UNSEEN: usize = 64;
@@ -71,11 +75,48 @@ impl From<&KubernetesConfig> for ReviewPace {
 
 /// Authenticates the agents of one server.
 #[derive(Debug)]
-pub(crate) struct Authenticator(Option<Reviewer>);
+pub(crate) struct Authenticator {
+    /// `None` where agents need no token.
+    reviewer: Option<Reviewer>,
+    rule: AgentIdentity,
+}
 
-/// Proof that an agent was authenticated. Only an [`Authenticator`] makes one.
+/// What a peer shows to prove who it is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Proof<'a> {
+    /// Its certificate chain, leaf first, which the handshake verified.
+    pub(crate) certificates: Option<&'a [CertificateDer<'static>]>,
+    /// Its token.
+    pub(crate) token: Option<&'a Secret>,
+    /// Its address.
+    pub(crate) remote: IpAddr,
+}
+
+/// Who an authenticated agent is. Only an [`Authenticator`] makes one.
 #[derive(Debug)]
-pub(crate) struct Authenticated(());
+pub(crate) struct Authenticated {
+    identity: Arc<Identity>,
+    rule: AgentIdentity,
+}
+
+impl Authenticated {
+    /// What the agent may say about itself.
+    ///
+    /// # Errors
+    /// When it may not have the id.
+    pub(crate) fn claims(
+        &self,
+        agent_id: AgentId,
+        announced: &Identifiers,
+    ) -> Result<AgentClaims, ClaimFault> {
+        AgentClaims::new(self.identity.clone(), self.rule, agent_id, announced)
+    }
+
+    /// Who the agent is.
+    pub(crate) fn identity(&self) -> &Arc<Identity> {
+        &self.identity
+    }
+}
 
 /// Why an agent was not authenticated.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -123,7 +164,13 @@ impl Refusal {
 impl Authenticator {
     /// Admits every agent: a certificate is all that it needs, if that.
     pub(crate) fn open() -> Self {
-        Self(None)
+        Self { reviewer: None, rule: AgentIdentity::Any }
+    }
+
+    /// Has the ids and identifiers of agents follow this rule.
+    #[must_use]
+    pub(crate) fn with_rule(self, rule: AgentIdentity) -> Self {
+        Self { rule, ..self }
     }
 
     /// Admits agents with a token of this account, which kube-apiserver reviews at this pace. Panics
@@ -138,36 +185,39 @@ impl Authenticator {
         let (requests, unseen) = mpsc::channel(MAX_UNSEEN);
         let reviews = Reviews::new(client, expected, pace, metrics);
         let task = Mutex::new(Some(culvert_transport::task::owned(reviews.run(unseen))));
-        Self(Some(Reviewer { audience, requests, task }))
+        let reviewer = Some(Reviewer { audience, requests, task });
+        Self { reviewer, rule: AgentIdentity::Any }
     }
 
     /// The task that reviews tokens, to be supervised; `None` when agents need no token, or the
     /// task was taken before.
     pub(crate) fn take_task(&self) -> Option<Owned<()>> {
-        self.0.as_ref()?.task.lock().take()
+        self.reviewer.as_ref()?.task.lock().take()
     }
 
     /// Whether agents need a token.
     pub(super) fn needs_tokens(&self) -> bool {
-        self.0.is_some()
+        self.reviewer.is_some()
     }
 
-    /// Admits the agent at `remote` with this token.
+    /// Admits the agent with this proof.
     ///
     /// # Errors
     /// When the token is refused, or not reviewed within 8 s.
     ///
     /// # Cancel safety
     /// Cancel safe: a review that has begun goes on, and its result is remembered.
-    pub(crate) async fn admit(
-        &self,
-        token: Option<&Secret>,
-        remote: IpAddr,
-    ) -> Result<Authenticated, Refusal> {
-        if let Some(reviewer) = &self.0 {
-            reviewer.check(token.ok_or(Refusal::NoToken)?, remote).await?;
-        }
-        Ok(Authenticated(()))
+    pub(crate) async fn admit(&self, proof: Proof<'_>) -> Result<Authenticated, Refusal> {
+        let account = match &self.reviewer {
+            None => None,
+            Some(reviewer) => {
+                let token = proof.token.ok_or(Refusal::NoToken)?;
+                Some(reviewer.check(token, proof.remote).await?)
+            }
+        };
+        let certificate = proof.certificates.and_then(|chain| Certificate::of(chain.first()?));
+        let identity = Arc::new(Identity { certificate, account });
+        Ok(Authenticated { identity, rule: self.rule })
     }
 }
 

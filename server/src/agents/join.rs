@@ -8,7 +8,7 @@ use culvert_transport::{
     control::{ControlError, ControlStream},
 };
 use culvert_wire::{
-    CloseCode,
+    AgentId, CloseCode,
     bounded::List,
     control::{ControlMessage, Hello, Welcome},
     extension::{Extensions, UnknownExtension},
@@ -18,13 +18,14 @@ use tracing::debug;
 
 use super::{
     AgentContext,
-    admission::{Authenticated, Refusal},
+    admission::{Authenticated, Proof, Refusal},
+    identity::{ClaimFault, Claims},
     unadmitted::{Attempt, FIRST_BYTES_TIMEOUT, JOIN_TIMEOUT, Source},
 };
-use crate::backends::Backend;
+use crate::backends::{Backend, RegisterError};
 
 /// Every reason for which an agent does not become a backend, as a metric label.
-pub(crate) const JOIN_FAILURE_REASONS: [&str; 11] = [
+pub(crate) const JOIN_FAILURE_REASONS: [&str; 14] = [
     "handshake",
     "not_tls",
     "closed",
@@ -36,6 +37,9 @@ pub(crate) const JOIN_FAILURE_REASONS: [&str; 11] = [
     "incompatible",
     "unauthenticated",
     "token_not_reviewed",
+    "id_not_proven",
+    "id_held",
+    "too_many_tunnels",
 ];
 
 /// Why an agent did not become a backend.
@@ -65,6 +69,10 @@ pub(super) enum JoinError {
     Incompatible(#[from] UnknownExtension),
     #[error(transparent)]
     Refused(#[from] Refusal),
+    #[error("agent {agent_id}, {identity}: {fault}")]
+    Claim { agent_id: AgentId, identity: String, fault: ClaimFault },
+    #[error("agent {agent_id}, {identity}: {error}")]
+    NotRegistered { agent_id: AgentId, identity: String, error: RegisterError },
 }
 
 impl From<ControlError> for JoinError {
@@ -90,16 +98,29 @@ impl JoinError {
             Self::Control(_) | Self::NotHello | Self::Excess => "protocol_violation",
             Self::Incompatible(_) => "incompatible",
             Self::Refused(refusal) => refusal.label(),
+            Self::Claim { fault, .. } => fault.label(),
+            Self::NotRegistered { error: RegisterError::IdHeld { .. }, .. } => {
+                ClaimFault::IdHeld.label()
+            }
+            Self::NotRegistered { error: RegisterError::TooManyTunnels(_), .. } => {
+                "too_many_tunnels"
+            }
         }
     }
 
-    fn close_code(&self) -> CloseCode {
+    pub(super) fn close_code(&self) -> CloseCode {
         match self {
             Self::Control(error) => error.close_code(),
             Self::Incompatible(_) => CloseCode::INCOMPATIBLE,
             Self::TimedOut | Self::Silent => CloseCode::UNRESPONSIVE,
-            Self::Evicted => CloseCode::OVERLOADED,
-            Self::Refused(_) => CloseCode::UNAUTHENTICATED,
+            Self::Evicted | Self::NotRegistered { error: RegisterError::TooManyTunnels(_), .. } => {
+                CloseCode::OVERLOADED
+            }
+            Self::Refused(_)
+            | Self::Claim { .. }
+            | Self::NotRegistered { error: RegisterError::IdHeld { .. }, .. } => {
+                CloseCode::UNAUTHENTICATED
+            }
             Self::Handshake(_)
             | Self::NotTls(_)
             | Self::Closed
@@ -111,12 +132,19 @@ impl JoinError {
 
     /// The reason that the peer is sent. It is one of a few fixed sentences: what kube-apiserver
     /// answered, names of accounts and addresses are for the server's log alone.
-    fn close_reason(&self) -> &'static str {
+    pub(super) fn close_reason(&self) -> &'static str {
         match self {
             Self::TimedOut | Self::Silent => "not joined in time",
             Self::Evicted => "too many connections have not joined yet",
             Self::Incompatible(_) => "an extension that this server does not know is required",
             Self::Refused(refusal) => refused(refusal),
+            Self::Claim { .. } => "the id is not what the agent has proved to be",
+            Self::NotRegistered { error: RegisterError::IdHeld { .. }, .. } => {
+                "an agent of another identity has the id"
+            }
+            Self::NotRegistered { error: RegisterError::TooManyTunnels(_), .. } => {
+                "too many tunnels of agents"
+            }
             Self::Handshake(_)
             | Self::NotTls(_)
             | Self::Closed
@@ -143,6 +171,9 @@ fn refused(refusal: &Refusal) -> &'static str {
 /// each reason, so that port scanners do not hide agents whose certificates have expired.
 pub(super) fn record_failure(remote: SocketAddr, error: &JoinError, context: &AgentContext) {
     context.metrics.join_failed(error.label());
+    if ClaimFault::LABELS.contains(&error.label()) {
+        context.metrics.identity_conflict(error.label());
+    }
     match error {
         // The checks of a load balancer, once a second from each of its nodes.
         JoinError::Closed => {
@@ -198,6 +229,8 @@ async fn introduce(
         identified = identify(&tunnel, authenticated, attempt, control, context) => identified?,
         () = tunnel.unexpected_datagram() => return Err(JoinError::Excess),
     };
+    let claims = claims(&authenticated, &hello)?;
+    context.backends.admit(&claims).map_err(|error| not_registered(&claims, error))?;
     attempt.admit();
     tunnel.admit();
     let welcome = welcome(&hello, context);
@@ -206,7 +239,23 @@ async fn introduce(
     }
     let welcome = ControlMessage::Welcome(Box::new(welcome));
     attempt.within(async { Ok(control.send(&welcome).await?) }).await?;
-    Ok(Backend::new(tunnel, hello, authenticated, context.max_streams))
+    Ok(Backend::new(tunnel, hello, claims, context.max_streams))
+}
+
+/// What the agent may say about itself.
+fn claims(authenticated: &Authenticated, hello: &Hello) -> Result<Claims, JoinError> {
+    let claims = authenticated.claims(hello.agent_id.clone(), &hello.identifiers);
+    claims.map_err(|fault| JoinError::Claim {
+        agent_id: hello.agent_id.clone(),
+        identity: authenticated.identity().to_string(),
+        fault,
+    })
+}
+
+/// The error of an agent with these claims that cannot be registered.
+pub(super) fn not_registered(claims: &Claims, error: RegisterError) -> JoinError {
+    let (agent_id, identity) = (claims.agent_id.clone(), claims.identity.to_string());
+    JoinError::NotRegistered { agent_id, identity, error }
 }
 
 /// Reads the hello, and authenticates the agent unless that was done before.
@@ -241,9 +290,13 @@ async fn admit(
     attempt: &Attempt,
     context: &AgentContext,
 ) -> Result<Authenticated, JoinError> {
-    let remote = tunnel.remote_address().ip();
-    let admitted = context.authenticator.admit(hello.token.as_ref(), remote);
-    let admitted = async { Ok(admitted.await?) };
+    let certificates = tunnel.peer_certificates();
+    let proof = Proof {
+        certificates: certificates.as_deref(),
+        token: hello.token.as_ref(),
+        remote: tunnel.remote_address().ip(),
+    };
+    let admitted = async { Ok(context.authenticator.admit(proof).await?) };
     tokio::select! {
         admitted = attempt.within(admitted) => match admitted {
             Err(JoinError::TimedOut) => Err(Refusal::too_late().into()),

@@ -46,7 +46,7 @@ use tracing::debug;
 
 use super::{
     AgentContext,
-    admission::{Authenticated, Refusal},
+    admission::{Authenticated, Proof, Refusal},
     join::{self, JoinError},
     unadmitted::{Attempt, Source},
 };
@@ -167,7 +167,7 @@ impl StreamingService<Packet> for Connect {
             }
             let (metadata, _, inbound) = request.into_parts();
             let hello = hello::read(&metadata).map_err(Status::unknown)?;
-            let authenticated = admit(&metadata, peer.address, &context).await?;
+            let authenticated = admit(&metadata, &peer, &context).await?;
             attempt.admit();
             // The headers are out before any packet: packets are polled from the response.
             let (outbound, packets) = konnectivity::outbound();
@@ -189,7 +189,7 @@ impl StreamingService<Packet> for Connect {
 /// Checks the agent's token, where one is required, before any packet is sent.
 async fn admit(
     metadata: &MetadataMap,
-    remote: SocketAddr,
+    peer: &Peer,
     context: &AgentContext,
 ) -> Result<Authenticated, Status> {
     let authenticated = async {
@@ -197,11 +197,16 @@ async fn admit(
             true => hello::token(metadata).map_err(Refusal::NotAToken)?,
             false => None,
         };
-        context.authenticator.admit(token.as_ref(), remote.ip()).await
+        let proof = Proof {
+            certificates: peer.certificates.as_deref(),
+            token: token.as_ref(),
+            remote: peer.address.ip(),
+        };
+        context.authenticator.admit(proof).await
     };
     authenticated.await.map_err(|refusal: Refusal| {
         let status = Status::unknown(public_message(&refusal));
-        join::record_failure(remote, &refusal.into(), context);
+        join::record_failure(peer.address, &refusal.into(), context);
         status
     })
 }

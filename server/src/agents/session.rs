@@ -2,6 +2,7 @@
 
 use std::{mem, sync::Arc, time::Duration};
 
+use culvert_process::rate_limited;
 use culvert_transport::{
     Tunnel, TunnelLost,
     control::{ControlError, ControlStream},
@@ -11,11 +12,13 @@ use culvert_wire::{
     bounded::Text,
     control::{ControlMessage, Drain, Goodbye},
 };
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::info;
 
-use super::{AgentContext, admission::Authenticated, join, unadmitted::Attempt};
-use crate::backends::{Backend, registry::Candidate};
+use super::{
+    AgentContext, admission::Authenticated, identity::ClaimFault, join, unadmitted::Attempt,
+};
+use crate::backends::{Backend, Dismissal, registry::Candidate};
 
 /// Time for a suspected agent to prove that it is alive before its tunnel is closed: well above the
 /// pause of a busy node, well below what a person waits for.
@@ -39,18 +42,46 @@ pub(super) async fn serve(
     drop(attempt);
     let backend = Arc::new(backend);
     let agent_id = backend.agent_id().clone();
-    let registration = context.backends.register(backend.clone());
+    let registration = match context.backends.register(backend.clone()) {
+        Ok(registration) => registration,
+        Err(error) => {
+            let error = join::not_registered(&backend.claims, error);
+            backend.tunnel.close(error.close_code(), error.close_reason());
+            return join::record_failure(remote, &error, &context);
+        }
+    };
     info!(
         agent_id = %agent_id, %remote, transport = %backend.tunnel.carrier(),
         instance = %backend.instance(), software = %backend.software().escape_debug(),
-        revision = backend.revision(), "agent connected",
+        revision = backend.revision(), identity = %backend.claims.identity,
+        expires = %backend.claims.identity.expiry().map_or("never".into(), |at| at.to_string()),
+        "agent connected",
     );
+    record_conflicts(&backend, registration.held(), &context);
     let lost = drive(&backend, control, &context).await;
     registration.end(&lost);
     context.metrics.tunnel_lost(lost.label());
     context.unadmitted.remember(backend.tunnel.remote_address().ip());
     let cut = backend.open_streams();
     info!(agent_id = %agent_id, %remote, reason = %lost, cut, "agent gone");
+}
+
+/// Counts and logs the identifiers that the agent announces and does not get.
+fn record_conflicts(backend: &Backend, held: &[String], context: &AgentContext) {
+    let not_proven = backend
+        .claims
+        .not_proven
+        .iter()
+        .map(|identifier| (ClaimFault::IdentifierNotProven, identifier.value.as_str()));
+    let held = held.iter().map(|value| (ClaimFault::IdentifierHeld, value.as_str()));
+    for (fault, identifier) in not_proven.chain(held) {
+        context.metrics.identity_conflict(fault.label());
+        rate_limited!(
+            Duration::from_secs(10), per agent_id = backend.agent_id(), WARN,
+            identity = %backend.claims.identity, %identifier, reason = %fault,
+            "an agent does not get an identifier"
+        );
+    }
 }
 
 /// Runs the control stream until the tunnel is lost; why it was.
@@ -63,8 +94,16 @@ async fn drive(
     let result = tokio::select! {
         biased;
         lost = tunnel.closed() => return lost,
-        () = context.closing.cancelled() => goodbye(&mut control, tunnel).await,
-        result = converse(backend, &mut control, context) => result,
+        () = context.closing.cancelled() => {
+            goodbye(&mut control, tunnel, CloseCode::SHUTDOWN, "the server stops").await
+        }
+        result = converse(backend, &mut control, context) => match result {
+            Ok(dismissal) => {
+                let (code, reason) = (dismissal.close_code(), dismissal.reason());
+                goodbye(&mut control, tunnel, code, reason).await
+            }
+            Err(error) => Err(error),
+        },
     };
     if let Err(error) = result {
         // The control stream may notice first that the tunnel is lost, and knows why.
@@ -77,15 +116,16 @@ async fn drive(
 }
 
 /// Answers the agent's messages, asks a suspected agent whether it is alive, and sends the server's
-/// drain; ends only with an error.
+/// drain. Ends with an error, or when the backend was dismissed and its streams have ended.
 async fn converse(
     backend: &Backend,
     control: &mut ControlStream,
     context: &AgentContext,
-) -> Result<(), ControlError> {
+) -> Result<Dismissal, ControlError> {
     let mut drain_sent = false;
     // The agent may repeat both as often as it likes.
     let (mut has_drained, mut has_left) = (false, false);
+    let mut leaving: Option<(Dismissal, Instant)> = None;
     loop {
         tokio::select! {
             message = control.next() => match message? {
@@ -107,17 +147,44 @@ async fn converse(
             () = backend.suspected() => control.ask(SUSPECT_LIMIT).await?,
             () = context.draining.cancelled(), if !drain_sent => {
                 drain_sent = true;
-                let deadline_millis =
-                    u32::try_from(context.drain_timeout.as_millis()).unwrap_or(u32::MAX);
-                control.send(&ControlMessage::Drain(Drain { deadline_millis })).await?;
+                control.send(&drain(context.drain_timeout)).await?;
             }
+            dismissal = backend.dismissed(), if leaving.is_none() => {
+                let limit = if dismissal.drains() { context.drain_timeout } else { Duration::ZERO };
+                context.backends.drain(backend);
+                leaving = Some((dismissal, Instant::now() + limit));
+                if !limit.is_zero() && !mem::replace(&mut drain_sent, true) {
+                    control.send(&drain(limit)).await?;
+                }
+            }
+            dismissal = emptied(backend, leaving) => return Ok(dismissal),
         }
     }
 }
 
-async fn goodbye(control: &mut ControlStream, tunnel: &Tunnel) -> Result<(), ControlError> {
-    let code = CloseCode::SHUTDOWN;
-    let reason = "the server stops";
+fn drain(limit: Duration) -> ControlMessage {
+    let deadline_millis = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+    ControlMessage::Drain(Drain { deadline_millis })
+}
+
+/// Completes when the streams of a backend that leaves have ended, or had their time; never for
+/// one that stays.
+async fn emptied(backend: &Backend, leaving: Option<(Dismissal, Instant)>) -> Dismissal {
+    match leaving {
+        Some((dismissal, deadline)) => {
+            let _ = timeout_at(deadline, backend.emptied()).await;
+            dismissal
+        }
+        None => std::future::pending().await,
+    }
+}
+
+async fn goodbye(
+    control: &mut ControlStream,
+    tunnel: &Tunnel,
+    code: CloseCode,
+    reason: &str,
+) -> Result<(), ControlError> {
     let goodbye = Goodbye { code: code.as_u32(), reason: Text::truncated(reason.into()) };
     let goodbye = ControlMessage::Goodbye(goodbye);
     let sent = timeout(FLUSH_TIMEOUT, control.send(&goodbye)).await;

@@ -9,8 +9,13 @@ use culvert_transport::Tunnel;
 use culvert_wire::{AgentId, InstanceId, bounded::Text, control::Hello, identifiers::Identifiers};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use super::{recently_reached::RecentlyReached, registry::Candidate, silence::Heard};
-use crate::agents::admission::Authenticated;
+use super::{
+    dismissal::{Dismissal, Dismissed},
+    recently_reached::RecentlyReached,
+    registry::Candidate,
+    silence::Heard,
+};
+use crate::agents::identity::Claims;
 
 /// One process of one agent: an agent that is started again is another one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,37 +28,41 @@ pub struct Backend {
     pub tunnel: Tunnel,
     /// Targets that the agent reached recently.
     pub(crate) recently_reached: RecentlyReached,
-    agent_id: AgentId,
+    /// Whose tunnel it is, by its own account and by its proof.
+    pub(crate) claims: Claims,
     instance: InstanceId,
     revision: u16,
     software: Text<64>,
-    identifiers: Identifiers,
     permits: Arc<Semaphore>,
     open_streams: AtomicUsize,
     draining: AtomicBool,
     suspicions: Notify,
     pub(super) heard: Heard,
     silent: AtomicBool,
+    dismissed: Dismissed,
+    /// Notified when the last open stream has ended.
+    emptied: Notify,
 }
 
 impl Backend {
-    /// The backend that an authenticated agent introduced itself as on this tunnel. It carries at
-    /// most `max_streams` streams at once.
-    pub(crate) fn new(tunnel: Tunnel, hello: Hello, _: Authenticated, max_streams: u32) -> Self {
+    /// The backend that the agent with these claims introduced itself as on this tunnel. It carries
+    /// at most `max_streams` streams at once.
+    pub(crate) fn new(tunnel: Tunnel, hello: Hello, claims: Claims, max_streams: u32) -> Self {
         Self {
             tunnel,
             recently_reached: RecentlyReached::default(),
-            agent_id: hello.agent_id,
+            claims,
             instance: hello.instance,
             revision: hello.revision,
             software: hello.software,
-            identifiers: hello.identifiers,
             permits: Arc::new(Semaphore::new(max_streams as usize)),
             open_streams: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
             suspicions: Notify::new(),
             heard: Heard::now(),
             silent: AtomicBool::new(false),
+            dismissed: Dismissed::default(),
+            emptied: Notify::new(),
         }
     }
 
@@ -64,7 +73,7 @@ impl Backend {
 
     /// The process that the tunnel leads to.
     pub(crate) fn process(&self) -> Process {
-        Process(self.agent_id.clone(), self.instance)
+        Process(self.claims.agent_id.clone(), self.instance)
     }
 
     /// The agent's revision of the protocol.
@@ -108,6 +117,33 @@ impl Backend {
         self.silent.load(Ordering::Relaxed)
     }
 
+    /// Asks the task that drives the tunnel to end it.
+    pub(crate) fn dismiss(&self, dismissal: Dismissal) {
+        self.dismissed.set(dismissal);
+    }
+
+    /// Completes when the backend was dismissed.
+    ///
+    /// # Cancel safety
+    /// Cancel safe, and any number of callers may wait.
+    pub(crate) async fn dismissed(&self) -> Dismissal {
+        self.dismissed.get().await
+    }
+
+    /// Completes when no stream is open.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(crate) async fn emptied(&self) {
+        loop {
+            let emptied = self.emptied.notified();
+            if self.open_streams() == 0 {
+                return;
+            }
+            emptied.await;
+        }
+    }
+
     /// Asks the task that drives the tunnel to find out whether the agent is alive.
     pub(crate) fn suspect(&self) {
         self.suspicions.notify_one();
@@ -124,15 +160,23 @@ impl Backend {
 
 impl Candidate for Backend {
     fn agent_id(&self) -> &AgentId {
-        &self.agent_id
+        &self.claims.agent_id
     }
 
     fn identifiers(&self) -> &Identifiers {
-        &self.identifiers
+        &self.claims.identifiers
     }
 
     fn is_avoided(&self) -> bool {
         self.is_draining() || self.is_silent()
+    }
+
+    fn has_left(&self) -> bool {
+        self.is_draining()
+    }
+
+    fn may_replace(&self, other: &Self) -> bool {
+        self.claims.identity.may_replace(&other.claims.identity)
     }
 }
 
@@ -152,6 +196,8 @@ impl StreamPermit {
 
 impl Drop for StreamPermit {
     fn drop(&mut self) {
-        self.backend.open_streams.fetch_sub(1, Ordering::Relaxed);
+        if self.backend.open_streams.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.backend.emptied.notify_waiters();
+        }
     }
 }

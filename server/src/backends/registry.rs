@@ -17,6 +17,11 @@ pub trait Candidate {
     /// Whether the backend is to get no new dials while another one will do: it drains, or its
     /// agent is silent.
     fn is_avoided(&self) -> bool;
+    /// Whether the agent asked for no new dials.
+    fn has_left(&self) -> bool;
+    /// Whether the agent may have what the other one's has: it is the same one, as far as both have
+    /// proved who they are.
+    fn may_replace(&self, other: &Self) -> bool;
 }
 
 /// The connected backends, in the order of arrival and once per configured strategy.
@@ -33,14 +38,31 @@ impl<B: Candidate> Registry<B> {
         Self { all: Vec::new(), groups }
     }
 
-    /// Adds a backend under every key that a strategy would find it by.
-    pub fn add(&mut self, backend: &Arc<B>) {
+    /// Adds a backend under every key that a strategy would find it by. Returns the keys for which
+    /// it has to wait, because a live backend of another identity has them.
+    pub fn add(&mut self, backend: &Arc<B>) -> Vec<String> {
         self.all.push(backend.clone());
+        let mut held = Vec::new();
         for (strategy, group) in &mut self.groups {
             for key in strategy.keys(&**backend) {
-                group.add(key, backend);
+                if !group.add(key.clone(), backend) {
+                    held.push(key);
+                }
             }
         }
+        held
+    }
+
+    /// The keys for which a backend waits, because another identity has them.
+    pub fn waits_for(&self, backend: &Arc<B>) -> Vec<String> {
+        let mut keys = Vec::new();
+        for (strategy, group) in &self.groups {
+            keys.extend(strategy.keys(&**backend).into_iter().filter(|key| {
+                let bearers = group.backends.get(key);
+                bearers.is_some_and(|bearers| contains(&bearers.waiting, backend))
+            }));
+        }
+        keys
     }
 
     /// Removes a backend that has left; one that is not there is no fault.
@@ -92,12 +114,11 @@ impl<B: Candidate> Registry<B> {
     }
 }
 
-/// Backends by key. Several under one key are tunnels of one agent, or agents that announce the
-/// same host; the newest is preferred, because an older one may be what a crash left behind.
+/// Backends by key.
 #[derive(Debug)]
 struct Group<B> {
     keys: Vec<String>,
-    backends: HashMap<String, Vec<Arc<B>>>,
+    backends: HashMap<String, Bearers<B>>,
     /// Keys whose last backend has left, and until when it is expected back.
     left: HashMap<String, Instant>,
 }
@@ -108,20 +129,76 @@ impl<B> Default for Group<B> {
     }
 }
 
+/// The backends of one key, each in the order of arrival.
+#[derive(Debug)]
+struct Bearers<B> {
+    /// Tunnels of one agent, or of agents of one identity that announce the same host. The newest is
+    /// preferred, because an older one may be what a crash left behind.
+    holders: Vec<Arc<B>>,
+    /// Tunnels of other identities, which get the key once its holders are gone.
+    waiting: Vec<Arc<B>>,
+}
+
+impl<B> Default for Bearers<B> {
+    fn default() -> Self {
+        Self { holders: Vec::new(), waiting: Vec::new() }
+    }
+}
+
+fn contains<B>(backends: &[Arc<B>], backend: &Arc<B>) -> bool {
+    backends.iter().any(|other| Arc::ptr_eq(other, backend))
+}
+
+impl<B: Candidate> Bearers<B> {
+    /// Adds a backend. Returns whether the key is its own, or was left by its holders.
+    fn add(&mut self, backend: &Arc<B>) -> bool {
+        let may_hold = self.holders.iter().all(|holder| backend.may_replace(holder));
+        let list = if may_hold { &mut self.holders } else { &mut self.waiting };
+        list.push(backend.clone());
+        may_hold || self.holders.iter().all(|holder| holder.has_left())
+    }
+
+    /// Removes a backend. When the last holder has left, the oldest that waits is the next one, and
+    /// with it those of its identity.
+    fn remove(&mut self, backend: &Arc<B>) {
+        for list in [&mut self.holders, &mut self.waiting] {
+            list.retain(|other| !Arc::ptr_eq(other, backend));
+        }
+        if self.holders.is_empty() {
+            for waiting in std::mem::take(&mut self.waiting) {
+                self.add(&waiting);
+            }
+        }
+    }
+
+    /// The newest holder that is not avoided; if all of them have left, the oldest that waits; else
+    /// the newest holder.
+    fn best(&self) -> Option<&Arc<B>> {
+        let ready = self.holders.iter().rev().find(|backend| !backend.is_avoided());
+        ready
+            .or_else(|| {
+                let have_left = self.holders.iter().all(|holder| holder.has_left());
+                let mut waiting = self.waiting.iter().filter(|backend| !backend.is_avoided());
+                waiting.next().filter(|_| have_left)
+            })
+            .or_else(|| self.holders.last())
+    }
+}
+
 impl<B: Candidate> Group<B> {
-    fn add(&mut self, key: String, backend: &Arc<B>) {
+    fn add(&mut self, key: String, backend: &Arc<B>) -> bool {
         self.left.remove(&key);
-        let backends = self.backends.entry(key.clone()).or_insert_with(|| {
+        let bearers = self.backends.entry(key.clone()).or_insert_with(|| {
             self.keys.push(key);
-            Vec::new()
+            Bearers::default()
         });
-        backends.push(backend.clone());
+        bearers.add(backend)
     }
 
     fn remove(&mut self, key: String, backend: &Arc<B>, departure: Departure, now: Instant) {
-        let Some(backends) = self.backends.get_mut(&key) else { return };
-        backends.retain(|other| !Arc::ptr_eq(other, backend));
-        if backends.is_empty() {
+        let Some(bearers) = self.backends.get_mut(&key) else { return };
+        bearers.remove(backend);
+        if bearers.holders.is_empty() {
             self.backends.remove(&key);
             self.keys.retain(|other| *other != key);
             // Before the map grows, it drops the keys whose time is over.
@@ -132,11 +209,9 @@ impl<B: Candidate> Group<B> {
         }
     }
 
-    /// The newest backend of the key that is not avoided, else the newest.
+    /// The best backend of the key.
     fn of(&self, key: &str) -> Option<Arc<B>> {
-        let backends = self.backends.get(key)?;
-        let ready = backends.iter().rev().find(|backend| !backend.is_avoided());
-        ready.or_else(|| backends.last()).cloned()
+        self.backends.get(key)?.best().cloned()
     }
 
     /// A backend of any key, from a random one onwards: the first that is not avoided, else the
@@ -172,7 +247,10 @@ mod tests {
     struct Fake {
         agent_id: AgentId,
         identifiers: Identifiers,
+        /// Identities that are equal may replace one another.
+        identity: &'static str,
         avoided: AtomicBool,
+        left: AtomicBool,
     }
 
     impl Candidate for Fake {
@@ -185,23 +263,39 @@ mod tests {
         }
 
         fn is_avoided(&self) -> bool {
-            self.avoided.load(Ordering::Relaxed)
+            self.avoided.load(Ordering::Relaxed) || self.has_left()
+        }
+
+        fn has_left(&self) -> bool {
+            self.left.load(Ordering::Relaxed)
+        }
+
+        fn may_replace(&self, other: &Self) -> bool {
+            self.identity == other.identity
         }
     }
 
     fn fake(name: &str, identifiers: &[(&str, &str)]) -> Arc<Fake> {
+        fake_of("", name, identifiers)
+    }
+
+    fn fake_of(identity: &'static str, name: &str, identifiers: &[(&str, &str)]) -> Arc<Fake> {
         let identifiers: Vec<_> =
             identifiers.iter().map(|(key, value)| Identifier::new(key, value).unwrap()).collect();
         Arc::new(Fake {
             agent_id: name.parse().unwrap(),
             identifiers: identifiers.try_into().unwrap(),
+            identity,
             avoided: AtomicBool::new(false),
+            left: AtomicBool::new(false),
         })
     }
 
     fn registry(strategies: &[Strategy], backends: &[&Arc<Fake>]) -> Registry<Fake> {
         let mut registry = Registry::new(strategies);
-        backends.iter().for_each(|backend| registry.add(backend));
+        for backend in backends {
+            assert_eq!(registry.add(backend), [""; 0]);
+        }
         registry
     }
 
@@ -302,5 +396,58 @@ mod tests {
             registry.counts().collect::<Vec<_>>(),
             [(Strategy::DestHost, 4), (Strategy::DefaultRoute, 1)]
         );
+    }
+
+    #[test]
+    fn an_identifier_of_one_identity_is_not_taken_over_by_another() {
+        let host = [("host", "node-1")];
+        let victim = fake_of("victim", "a", &host);
+        let stranger = fake_of("stranger", "b", &[("host", "node-1"), ("host", "node-2")]);
+        let mut registry = registry(&[Strategy::DestHost], &[&victim]);
+        assert_eq!(registry.add(&stranger), ["node-1"]);
+        assert_eq!(registry.waits_for(&stranger), ["node-1"]);
+        assert_eq!(registry.waits_for(&victim), [""; 0]);
+        let chosen = |registry: &Registry<Fake>, host| registry.choose(&target(host), 0);
+        assert_chosen(chosen(&registry, "node-1:80"), &victim);
+        assert_chosen(chosen(&registry, "node-2:80"), &stranger);
+        // Silence is not enough: the path may cause it.
+        victim.avoided.store(true, Ordering::Relaxed);
+        assert_chosen(chosen(&registry, "node-1:80"), &victim);
+        victim.avoided.store(false, Ordering::Relaxed);
+        let again = fake_of("victim", "a", &host);
+        assert_eq!(registry.add(&again), [""; 0]);
+        assert_chosen(chosen(&registry, "node-1:80"), &again);
+        let now = Instant::now();
+        registry.remove(&again, Departure::Lost, now);
+        assert_chosen(chosen(&registry, "node-1:80"), &victim);
+        registry.remove(&victim, Departure::Lost, now);
+        assert_chosen(chosen(&registry, "node-1:80"), &stranger);
+        assert_eq!(registry.waits_for(&stranger), [""; 0]);
+        assert_eq!(registry.expected_until(&target("node-1:80"), now), None);
+        registry.remove(&stranger, Departure::Lost, now);
+        assert!(chosen(&registry, "node-1:80").is_none());
+        assert!(registry.groups[0].1.backends.is_empty());
+    }
+
+    #[test]
+    fn an_identifier_whose_holder_drains_is_served_by_the_one_that_waits() {
+        let host = [("host", "node-1")];
+        let (old, new) = (fake_of("old", "a", &host), fake_of("new", "b", &host));
+        let mut registry = registry(&[Strategy::DestHost], &[&old]);
+        old.left.store(true, Ordering::Relaxed);
+        assert_eq!(registry.add(&new), [""; 0], "no conflict");
+        assert_chosen(registry.choose(&target("node-1:80"), 0), &new);
+        new.avoided.store(true, Ordering::Relaxed);
+        assert_chosen(registry.choose(&target("node-1:80"), 0), &old);
+    }
+
+    #[test]
+    fn agents_of_all_identities_share_what_is_for_any_agent() {
+        let route = [("default-route", "true")];
+        let (a, b) = (fake_of("one", "a", &route), fake_of("two", "b", &route));
+        let strategies = [Strategy::DefaultRoute, Strategy::Default];
+        let registry = registry(&strategies, &[&a, &b]);
+        assert_chosen(registry.choose(&target("x:1"), 0), &a);
+        assert_chosen(registry.choose(&target("x:1"), 1), &b);
     }
 }

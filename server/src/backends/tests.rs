@@ -6,7 +6,8 @@ use tokio::{
 };
 
 use super::*;
-use crate::testing::{TestAgent, target};
+use crate::config::AgentIdentity;
+use crate::testing::{TestAgent, hello, identity, pair, target};
 
 const WHILE: Duration = Duration::from_secs(1);
 
@@ -134,4 +135,99 @@ async fn every_tunnel_is_registered_once_for_as_long_as_its_registration_lives()
     assert!(!backends.is_ready(), "the other agent has no key");
     drop(two);
     assert_eq!(names(), [""; 0]);
+}
+
+/// The backend of an agent of this identity, which is not registered.
+async fn backend(by: &str, name: &str) -> Arc<Backend> {
+    let hello = hello(name, &[]);
+    let (rule, agent_id) = (AgentIdentity::Any, hello.agent_id.clone());
+    let claims = Claims::new(identity(by).into(), rule, agent_id, &hello.identifiers).unwrap();
+    Arc::new(Backend::new(pair().await.server, hello, claims, 10))
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_id_is_not_taken_over_by_another_identity_and_its_holder_is_suspected() {
+    let backends = backends();
+    let victim = TestAgent::join_by(&backends, identity("victim"), "a", &[]).await;
+    let stranger = backend("stranger", "a").await;
+    for _ in 0..2 {
+        let holder = "certificate \"CN=victim\"".to_owned();
+        let expected = RegisterError::IdHeld { holder };
+        assert_eq!(backends.admit(&stranger.claims), Err(expected.clone()));
+        assert_eq!(backends.register(stranger.clone()).unwrap_err(), expected);
+    }
+    assert!(is_ready(victim.backend.suspected()).await);
+    assert_eq!(backends.all().len(), 1);
+    let renewed = TestAgent::join_by(&backends, identity("victim"), "a", &[]).await;
+    assert_eq!(backends.all().len(), 2);
+    backends.drain(&victim.backend);
+    assert!(backends.admit(&stranger.claims).is_err(), "the newer tunnel has the id");
+    drop((victim, renewed));
+    let _registration = backends.register(stranger).unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_id_whose_holder_drains_is_free() {
+    let backends = backends();
+    let old = TestAgent::join_by(&backends, identity("old"), "a", &[]).await;
+    backends.drain(&old.backend);
+    let new = TestAgent::join_by(&backends, identity("new"), "a", &[]).await;
+    let chosen = backends.choose(&target("x:1")).unwrap();
+    assert!(Arc::ptr_eq(&chosen, &new.backend));
+}
+
+#[tokio::test(start_paused = true)]
+async fn identifiers_that_another_identity_has_are_known_of_a_backend() {
+    let backends = Backends::new(&[Strategy::DestHost]);
+    let victim = TestAgent::join_by(&backends, identity("victim"), "a", &["node-1"]).await;
+    let both = ["node-1", "node-2"];
+    let stranger = TestAgent::join_by(&backends, identity("stranger"), "b", &both).await;
+    assert_eq!(stranger.registration.held(), ["node-1"]);
+    assert_eq!(backends.waits_for(&stranger.backend), ["node-1"]);
+    drop(victim);
+    assert_eq!(backends.waits_for(&stranger.backend), [""; 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn there_are_no_more_tunnels_than_allowed() {
+    let backends = Backends::limited(&[Strategy::Default], 2);
+    let first = TestAgent::join(&backends, "a").await;
+    let _second = TestAgent::join(&backends, "b").await;
+    let third = backend("c", "c").await;
+    let expected = RegisterError::TooManyTunnels(2);
+    assert_eq!(backends.admit(&third.claims), Err(expected.clone()));
+    assert_eq!(backends.register(third.clone()).unwrap_err(), expected);
+    drop(first);
+    let _registration = backends.register(third).unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_oldest_of_too_many_tunnels_of_an_agent_is_dismissed() {
+    let backends = backends();
+    let mut tunnels = Vec::new();
+    for _ in 0..MAX_TUNNELS_PER_AGENT {
+        tunnels.push(TestAgent::join(&backends, "a").await);
+    }
+    let _other = TestAgent::join(&backends, "b").await;
+    assert!(!is_ready(tunnels[0].backend.dismissed()).await);
+    let _newest = TestAgent::join(&backends, "a").await;
+    assert_eq!(tunnels[0].backend.dismissed().await, Dismissal::Crowded);
+    assert!(!is_ready(tunnels[1].backend.dismissed()).await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_backend_is_empty_once_its_last_stream_has_ended() {
+    let backends = backends();
+    let agent = TestAgent::join(&backends, "a").await;
+    assert!(is_ready(agent.backend.emptied()).await);
+    let permits = (agent.backend.permit().unwrap(), agent.backend.permit().unwrap());
+    let ending = async {
+        sleep(WHILE).await;
+        drop(permits.0);
+        sleep(WHILE).await;
+        drop(permits.1);
+    };
+    let begun = Instant::now();
+    join!(agent.backend.emptied(), ending);
+    assert_eq!(begun.elapsed(), WHILE * 2);
 }

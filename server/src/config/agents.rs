@@ -25,6 +25,10 @@ pub struct AgentsConfig {
     pub client_ca: Option<PathBuf>,
     /// Service account that an agent's token must belong to; `None` asks for no token.
     pub token: Option<TokenConfig>,
+    /// What an agent's id and identifiers must be.
+    pub identity: AgentIdentity,
+    /// Maximum number of tunnels of all agents together.
+    pub max_tunnels: u32,
     /// Strategies that choose an agent, in the order in which they are asked; never empty.
     pub strategies: Vec<Strategy>,
     /// Idle time after which a Konnectivity agent's connection is pinged, unless the tunnels'
@@ -45,6 +49,17 @@ pub struct DialConfig {
     pub limit: Option<Duration>,
     /// Whether a frontend is answered at once for a target that the same agent reached recently.
     pub optimistic: bool,
+}
+
+/// What an agent's id and its identifiers must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AgentIdentity {
+    /// Anything that no live agent of another identity has.
+    Any,
+    /// The name of the node that the agent has proved to be on, by a token or a certificate.
+    Node,
+    /// A name in the agent's certificate.
+    Certificate,
 }
 
 /// Service account and audience that an agent's token must be of.
@@ -75,6 +90,8 @@ pub(super) fn check(
     let client_ca = faults.authorities("cluster-ca-cert", &flags.cluster_ca_cert);
     let token = token(flags, faults);
     authentication(flags, client_ca.is_some(), token.is_some(), faults);
+    let identity = identity(flags, client_ca.is_some(), token.is_some(), faults);
+    let max_tunnels = faults.count("max-agent-tunnels", flags.max_agent_tunnels, 1);
     let limit = match flags.backend_dial_timeout {
         None => Some(DEFAULT_BACKEND_DIAL_TIMEOUT),
         Some(timeout) => {
@@ -92,6 +109,8 @@ pub(super) fn check(
         certificate: certificate?,
         client_ca,
         token,
+        identity,
+        max_tunnels,
         strategies,
         keep_alive_interval,
         dial: DialConfig { limit, optimistic: flags.optimistic_dial },
@@ -117,6 +136,33 @@ fn token(flags: &Flags, faults: &mut Faults) -> Option<TokenConfig> {
     }
     let [namespace, service_account, audience] = parts.map(|(_, value)| value.clone());
     Some(TokenConfig { namespace, service_account, audience })
+}
+
+/// The rule for ids and identifiers, which needs a proof of what it asks for.
+fn identity(
+    flags: &Flags,
+    by_certificate: bool,
+    by_token: bool,
+    faults: &mut Faults,
+) -> AgentIdentity {
+    const FLAG: &str = "agent-identity";
+    match flags.agent_identity.as_str() {
+        "any" => AgentIdentity::Any,
+        "node" => {
+            let reason = "node needs --cluster-ca-cert or --agent-service-account: an agent \
+                          proves its node with a certificate or a token";
+            faults.require(by_certificate || by_token, FLAG, reason);
+            AgentIdentity::Node
+        }
+        "certificate" => {
+            faults.require(by_certificate, FLAG, "certificate needs --cluster-ca-cert");
+            AgentIdentity::Certificate
+        }
+        other => {
+            faults.add(FLAG, format!("{other:?} is unknown; use any, node or certificate"));
+            AgentIdentity::Any
+        }
+    }
 }
 
 /// Refuses to admit unauthenticated agents unless a flag allows it.

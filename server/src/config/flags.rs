@@ -151,6 +151,17 @@ pub struct Flags {
     #[arg(long, help_heading = "Agent tokens")]
     pub insecure_allow_unauthenticated_agents: bool,
 
+    /// What the id of an agent and its identifiers of the kind host must be: any (whatever no live
+    /// agent of another identity has), node (the name of the node, which a token that is bound to a
+    /// pod proves, or the name of a certificate, with or without system:node:), certificate (the
+    /// common name, or an alternative name that is a DNS name or a URI)
+    #[arg(long, help_heading = "Agents", value_name = "RULE", default_value = "any")]
+    pub agent_identity: String,
+
+    /// Maximum number of tunnels of all agents together; further agents are refused
+    #[arg(long, help_heading = "Agents", value_name = "COUNT", default_value_t = 20_000)]
+    pub max_agent_tunnels: i64,
+
     /// Flags of kube-apiserver's client that server and agent share.
     #[command(flatten)]
     pub kubernetes: KubernetesFlags,

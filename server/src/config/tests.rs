@@ -146,6 +146,30 @@ fn agents_without_authentication_are_reported_and_authentication_takes_precedenc
     assert!(open.contains("NOT AUTHENTICATED"), "{open}");
 }
 
+#[test]
+fn a_rule_for_ids_needs_a_proof_of_what_it_asks_for() {
+    let files = Files::new();
+    let rule = |args: &[&str]| files.config(args).map(|config| config.agents.identity);
+    let open = "--insecure-allow-unauthenticated-agents";
+    assert_eq!(rule(&[]).unwrap(), AgentIdentity::Any);
+    let by_node = "--agent-identity=node";
+    assert_eq!(rule(&[by_node]).unwrap(), AgentIdentity::Node);
+    let by_certificate = "--agent-identity=certificate";
+    assert_eq!(rule(&[by_certificate]).unwrap(), AgentIdentity::Certificate);
+    let by_token = [&KAMAJI[..], &[by_node]].concat();
+    let config = files.config_as("/proxy-server", &by_token).unwrap();
+    assert_eq!(config.agents.identity, AgentIdentity::Node);
+    for (args, fault) in [
+        (vec!["--cluster-ca-cert=", open, by_node], "--agent-identity: node needs"),
+        (vec!["--cluster-ca-cert=", open, by_certificate], "--agent-identity: certificate needs"),
+        (vec!["--agent-identity=x"], "--agent-identity: \"x\" is unknown; use any, node or"),
+        (vec!["--max-agent-tunnels=0"], "--max-agent-tunnels"),
+    ] {
+        let text = rule(&args).unwrap_err();
+        assert!(text.contains(fault), "{text}");
+    }
+}
+
 /// Every Konnectivity flag as `--name=value`, the way upstream's test runners write them.
 #[test]
 fn every_konnectivity_flag_parses_as_go_prints_it() {

@@ -18,9 +18,17 @@ use super::{
     verdicts::{ACCEPTED_LIFE, REFUSED_LIFE},
     *,
 };
-use crate::testing::{REMOTE, accepted, account, authenticator, by_token, client, jwt, token};
+use crate::testing::{
+    REMOTE, accepted, account, authenticator, by_token, certificate, client, jwt, token,
+};
 
 const MOMENT: Duration = Duration::from_millis(1);
+const NOTHING: Proof<'_> = Proof { certificates: None, token: None, remote: REMOTE };
+
+/// The proof with this token.
+fn by(token: &Secret) -> Proof<'_> {
+    Proof { token: Some(token), ..NOTHING }
+}
 
 /// Tokens that were sent for review.
 type Reviewed = Arc<Mutex<Vec<String>>>;
@@ -56,7 +64,7 @@ fn reviewing(
 /// The refusal of this token, and how long that took.
 async fn refused(authenticator: &Authenticator, token: &Secret) -> (Refusal, Duration) {
     let begun = Instant::now();
-    let refusal = authenticator.admit(Some(token), REMOTE).await.unwrap_err();
+    let refusal = authenticator.admit(by(token)).await.unwrap_err();
     (refusal, begun.elapsed())
 }
 
@@ -64,7 +72,7 @@ async fn refused(authenticator: &Authenticator, token: &Secret) -> (Refusal, Dur
 async fn an_accepted_token_is_reviewed_once_in_a_while() {
     let (authenticator, reviewed) = reviewing(Ok(accepted()), Duration::from_secs(4));
     let token = token("good");
-    let admit = async || authenticator.admit(Some(&token), REMOTE).await.unwrap();
+    let admit = async || authenticator.admit(by(&token)).await.unwrap();
     admit().await;
     sleep(ACCEPTED_LIFE - MOMENT).await;
     admit().await;
@@ -92,10 +100,10 @@ async fn a_refused_token_is_reviewed_once_a_minute() {
 async fn an_agent_without_a_token_is_refused_without_a_review() {
     let (authenticator, reviewed) = reviewing(Ok(accepted()), Duration::ZERO);
     assert!(authenticator.needs_tokens());
-    assert_eq!(authenticator.admit(None, REMOTE).await.unwrap_err(), Refusal::NoToken);
+    assert_eq!(authenticator.admit(NOTHING).await.unwrap_err(), Refusal::NoToken);
     assert_eq!(*reviewed.lock(), [""; 0]);
     assert!(!Authenticator::open().needs_tokens());
-    Authenticator::open().admit(None, REMOTE).await.unwrap();
+    Authenticator::open().admit(NOTHING).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
@@ -114,7 +122,7 @@ async fn a_token_that_cannot_be_valid_is_refused_without_a_review() {
     }
     assert_eq!(*reviewed.lock(), [""; 0]);
     // As those of Secrets are.
-    authenticator.admit(Some(&jwt(&json!({}))), REMOTE).await.unwrap();
+    authenticator.admit(by(&jwt(&json!({})))).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
@@ -159,7 +167,7 @@ async fn agents_with_the_same_token_share_its_review() {
     let mut joins = JoinSet::new();
     for _ in 0..100 {
         let authenticator = authenticator.clone();
-        joins.spawn(async move { authenticator.admit(Some(&token("good")), REMOTE).await });
+        joins.spawn(async move { authenticator.admit(by(&token("good"))).await });
     }
     while let Some(joined) = joins.join_next().await {
         joined.unwrap().unwrap();
@@ -174,7 +182,7 @@ async fn a_review_goes_on_when_its_agent_leaves_and_keeps_its_permit() {
     // Each peer leaves at once, again and again.
     for number in 0..1000 {
         let token = token(&number.to_string());
-        let left = timeout(MOMENT, authenticator.admit(Some(&token), REMOTE)).await;
+        let left = timeout(MOMENT, authenticator.admit(by(&token))).await;
         left.unwrap_err();
     }
     assert_eq!(reviewed.lock().len(), MAX_REVIEWS);
@@ -184,7 +192,7 @@ async fn a_review_goes_on_when_its_agent_leaves_and_keeps_its_permit() {
     sleep(life).await;
     assert_eq!(reviewed.lock().len(), MAX_REVIEWS);
     // The review of the first one was not in vain.
-    authenticator.admit(Some(&token("0")), REMOTE).await.unwrap();
+    authenticator.admit(by(&token("0"))).await.unwrap();
     assert_eq!(reviewed.lock().len(), MAX_REVIEWS);
 }
 
@@ -198,7 +206,7 @@ async fn reviews_keep_their_pace() {
     for number in 0..20 {
         let authenticator = authenticator.clone();
         let token = token(&number.to_string());
-        joins.spawn(async move { authenticator.admit(Some(&token), REMOTE).await });
+        joins.spawn(async move { authenticator.admit(by(&token)).await });
     }
     sleep(MOMENT).await;
     assert_eq!(reviewed.lock().len(), 5);
@@ -233,7 +241,7 @@ async fn request(
 ) {
     for token in tokens {
         let authenticator = authenticator.clone();
-        joins.spawn(async move { authenticator.admit(Some(&token), remote).await });
+        joins.spawn(async move { authenticator.admit(Proof { remote, ..by(&token) }).await });
     }
     sleep(MOMENT).await;
 }
@@ -307,4 +315,20 @@ async fn the_files_are_looked_at_after_a_review_that_failed_or_was_not_answered(
         contents.replaced().await;
         assert!(refused_at.elapsed() <= Duration::from_secs(1), "{:?}", refused_at.elapsed());
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_identity_has_each_proof_that_was_shown() {
+    let chain = [certificate("agent", &[]), certificate("ca", &[])];
+    let shown = Proof { certificates: Some(&chain), ..NOTHING };
+    let identity = |authenticated: Authenticated| authenticated.identity().to_string();
+    let open = Authenticator::open();
+    assert_eq!(identity(open.admit(NOTHING).await.unwrap()), "anonymous");
+    let by_certificate = open.admit(shown).await.unwrap();
+    assert_eq!(identity(by_certificate), "certificate \"CN=agent\"");
+    let (authenticator, _) = reviewing(Ok(accepted()), Duration::ZERO);
+    let token = token("good");
+    let both = authenticator.admit(Proof { token: Some(&token), ..shown }).await.unwrap();
+    let account = "service account kube-system/konnectivity-agent";
+    assert_eq!(identity(both), format!("{account}, certificate \"CN=agent\""));
 }

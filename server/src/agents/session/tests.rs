@@ -14,10 +14,17 @@ use k8s_openapi::api::authentication::v1::TokenReviewStatus;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{super::unadmitted::JOIN_TIMEOUT, *};
-use crate::testing::{
-    accepted, authenticator, context, context_with, context_with_room_for, hello, metric, pair,
-    token,
+use crate::{
+    agents::admission::Authenticator,
+    backends::{Backends, Strategy},
+    config::AgentIdentity,
+    testing::{
+        TestAgent, accepted, authenticator, context, context_with, context_with_room_for, hello,
+        identity, metric, pair, token,
+    },
 };
+
+const CONFLICTS: &str = "culvert_server_identity_conflicts_total";
 
 /// A server's side of one tunnel, and the agent's end of it.
 struct Served {
@@ -375,4 +382,55 @@ async fn a_server_that_stops_says_goodbye_and_closes_the_tunnel() {
     }
     assert_eq!(served.closed().await, CloseCode::SHUTDOWN);
     served.context.backends.until(0).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_whose_id_is_not_proven_is_refused() {
+    let by_node = Authenticator::open().with_rule(AgentIdentity::Node);
+    let served = Served::new(context_with(by_node)).await;
+    let mut control = ControlStream::new(served.tunnel.clone(), served.open().await);
+    control.send(&ControlMessage::Hello(Box::new(hello("a", &[])))).await.unwrap();
+    served.assert_refused(CloseCode::UNAUTHENTICATED, "id_not_proven").await;
+    assert_eq!(served.metric(CONFLICTS, "id_not_proven"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_whose_id_another_identity_has_is_refused() {
+    let served = Served::new(context()).await;
+    let backends = served.context.backends.clone();
+    let victim = TestAgent::join_by(&backends, identity("victim"), "a", &[]).await;
+    let mut control = ControlStream::new(served.tunnel.clone(), served.open().await);
+    control.send(&ControlMessage::Hello(Box::new(hello("a", &["node-1"])))).await.unwrap();
+    assert_eq!(served.closed().await, CloseCode::UNAUTHENTICATED);
+    assert_eq!(served.join_failures("id_held"), 1.0);
+    assert_eq!(served.metric(CONFLICTS, "id_held"), 1.0);
+    drop(victim);
+}
+
+#[tokio::test(start_paused = true)]
+async fn identifiers_that_an_agent_does_not_get_are_counted() {
+    let context = Arc::new(AgentContext {
+        backends: Backends::new(&[Strategy::DestHost]),
+        ..Arc::into_inner(context()).unwrap()
+    });
+    let served = Served::new(context).await;
+    let backends = served.context.backends.clone();
+    let _victim = TestAgent::join_by(&backends, identity("victim"), "a", &["node-1"]).await;
+    let mut control = ControlStream::new(served.tunnel.clone(), served.open().await);
+    let hosts = ["node-1", "node-2"];
+    control.send(&ControlMessage::Hello(Box::new(hello("b", &hosts)))).await.unwrap();
+    backends.until(2).await;
+    control.next().await.unwrap();
+    assert_eq!(served.metric(CONFLICTS, "identifier_held"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_backend_that_is_dismissed_is_closed_with_the_reason() {
+    let (served, mut control) = Served::joined().await;
+    served.context.backends.all()[0].dismiss(Dismissal::Crowded);
+    while control.next().await.is_ok() {}
+    assert_eq!(served.closed().await, CloseCode::SUPERSEDED);
+    served.context.tasks.close();
+    served.context.tasks.wait().await;
+    assert_eq!(served.tunnels_lost("superseded"), 1.0);
 }

@@ -1,0 +1,185 @@
+//! What an agent says about itself, as far as its identity may say so.
+
+use std::{net::IpAddr, sync::Arc};
+
+use culvert_wire::{
+    AgentId,
+    identifiers::{Identifier, Identifiers},
+};
+
+use super::Identity;
+use crate::config::AgentIdentity;
+
+/// Why an agent may not have what it claims.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ClaimFault {
+    /// The identity does not prove the id.
+    #[error("the agent's id is not what it has proved to be: see --agent-identity")]
+    IdNotProven,
+    /// The identity does not prove an identifier.
+    #[error("an identifier is not what the agent has proved to be")]
+    IdentifierNotProven,
+    /// An agent of another identity has the id.
+    #[error("an agent of another identity has this id")]
+    IdHeld,
+    /// An agent of another identity has an identifier.
+    #[error("an agent of another identity has this identifier")]
+    IdentifierHeld,
+}
+
+impl ClaimFault {
+    /// Every fault as a metric label.
+    pub(crate) const LABELS: [&str; 4] =
+        ["id_not_proven", "identifier_not_proven", "id_held", "identifier_held"];
+
+    /// The fault as a metric label.
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::IdNotProven => "id_not_proven",
+            Self::IdentifierNotProven => "identifier_not_proven",
+            Self::IdHeld => "id_held",
+            Self::IdentifierHeld => "identifier_held",
+        }
+    }
+}
+
+/// The id and the identifiers of an agent. Only an identity gives them.
+#[derive(Clone, Debug)]
+pub(crate) struct Claims {
+    /// Who the agent is.
+    pub(crate) identity: Arc<Identity>,
+    /// Name of the agent.
+    pub(crate) agent_id: AgentId,
+    /// Identifiers that the rule lets it have.
+    pub(crate) identifiers: Identifiers,
+    /// Identifiers that the rule does not let it have.
+    pub(crate) not_proven: Vec<Identifier>,
+}
+
+impl Claims {
+    /// What an agent of this identity may say about itself by this rule.
+    ///
+    /// # Errors
+    /// When it may not have the id.
+    pub(crate) fn new(
+        identity: Arc<Identity>,
+        rule: AgentIdentity,
+        agent_id: AgentId,
+        announced: &Identifiers,
+    ) -> Result<Self, ClaimFault> {
+        let names = identity.names(rule);
+        let (identifiers, not_proven) = match &names {
+            None => (announced.clone(), Vec::new()),
+            Some(names) => {
+                if !names.contains(&agent_id.as_str()) {
+                    return Err(ClaimFault::IdNotProven);
+                }
+                let is_proven = |identifier: &Identifier| identity.proves(names, identifier);
+                let (proven, not_proven): (Vec<_>, Vec<_>) =
+                    announced.iter().cloned().partition(is_proven);
+                (proven.try_into().expect("no more than were announced"), not_proven)
+            }
+        };
+        Ok(Self { identity, agent_id, identifiers, not_proven })
+    }
+}
+
+impl Identity {
+    /// Whether an agent with these names may have the identifier. Addresses are proven by a
+    /// certificate that names addresses; others say nothing about them.
+    fn proves(&self, names: &[&str], identifier: &Identifier) -> bool {
+        let value = identifier.value.as_str();
+        match identifier.key.as_str() {
+            "host" => names.contains(&value),
+            "ipv4" | "ipv6" => {
+                let named = self.certificate.as_ref().map(|certificate| &certificate.addresses);
+                let named = named.filter(|addresses| !addresses.is_empty());
+                named.is_none_or(|addresses| {
+                    value.parse::<IpAddr>().is_ok_and(|address| addresses.contains(&address))
+                })
+            }
+            _ => true,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{Certificate, ServiceAccount},
+        *,
+    };
+    use crate::testing::certificate;
+
+    const ANNOUNCED: [(&str, &str); 7] = [
+        ("host", "node-1"),
+        ("host", "node-1.example"),
+        ("host", "node-2"),
+        ("ipv4", "10.0.0.1"),
+        ("ipv6", "fd00::2"),
+        ("default-route", "true"),
+        ("cidr", "10.0.0.0/8"),
+    ];
+
+    fn of_certificate(name: &str, names: &[&str]) -> Identity {
+        let certificate = Certificate::of(&certificate(name, names));
+        Identity { certificate, ..Identity::default() }
+    }
+
+    fn on_node(node: Option<&str>) -> Identity {
+        let node = node.map(str::to_owned);
+        let account = Some(ServiceAccount { node, ..ServiceAccount::default() });
+        Identity { account, ..Identity::default() }
+    }
+
+    /// The values that an agent of this name may have.
+    fn granted(
+        identity: Identity,
+        rule: AgentIdentity,
+        name: &str,
+    ) -> Result<Vec<String>, ClaimFault> {
+        let announced: Vec<_> =
+            ANNOUNCED.iter().map(|(key, value)| Identifier::new(key, value).unwrap()).collect();
+        let announced = Identifiers::try_from(announced).unwrap();
+        let claims = Claims::new(Arc::new(identity), rule, name.parse().unwrap(), &announced)?;
+        assert_eq!(claims.identifiers.len() + claims.not_proven.len(), ANNOUNCED.len());
+        Ok(claims.identifiers.iter().map(|identifier| identifier.value.to_string()).collect())
+    }
+
+    #[test]
+    fn by_default_an_agent_may_have_any_id_and_identifiers() {
+        let all = ANNOUNCED.map(|(_, value)| value.to_owned());
+        for identity in [Identity::default(), of_certificate("agent", &["10.9.9.9"])] {
+            assert_eq!(granted(identity, AgentIdentity::Any, "node-9").unwrap(), all);
+        }
+    }
+
+    #[test]
+    fn by_its_node_an_agent_has_the_name_of_the_node_alone() {
+        let rule = AgentIdentity::Node;
+        let expected = ["node-1", "10.0.0.1", "fd00::2", "true", "10.0.0.0/8"];
+        for identity in [
+            on_node(Some("node-1")),
+            of_certificate("system:node:node-1", &[]),
+            of_certificate("node-1", &["node-2"]),
+        ] {
+            assert_eq!(granted(identity.clone(), rule, "node-1").unwrap(), expected);
+            assert_eq!(granted(identity, rule, "node-2"), Err(ClaimFault::IdNotProven));
+        }
+        for identity in [on_node(None), Identity::default()] {
+            assert_eq!(granted(identity, rule, "node-1"), Err(ClaimFault::IdNotProven));
+        }
+    }
+
+    #[test]
+    fn by_its_certificate_an_agent_has_the_names_of_the_certificate() {
+        let rule = AgentIdentity::Certificate;
+        let identity = of_certificate("agent-1", &["node-1", "node-1.example", "10.0.0.1"]);
+        let expected = ["node-1", "node-1.example", "10.0.0.1", "true", "10.0.0.0/8"];
+        for name in ["agent-1", "node-1"] {
+            assert_eq!(granted(identity.clone(), rule, name).unwrap(), expected);
+        }
+        assert_eq!(granted(identity, rule, "10.0.0.1"), Err(ClaimFault::IdNotProven));
+        assert_eq!(granted(on_node(Some("node-1")), rule, "node-1"), Err(ClaimFault::IdNotProven));
+    }
+}

@@ -1,0 +1,55 @@
+//! The end of a backend that this server wants: its reason, and how the agent learns it.
+
+use std::sync::OnceLock;
+
+use culvert_wire::CloseCode;
+use tokio_util::sync::CancellationToken;
+
+/// Why this server ends a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Dismissal {
+    /// The agent has more tunnels than one may have, and this is the oldest.
+    Crowded,
+}
+
+impl Dismissal {
+    /// The code with which the tunnel is closed.
+    pub(crate) fn close_code(self) -> CloseCode {
+        match self {
+            Self::Crowded => CloseCode::SUPERSEDED,
+        }
+    }
+
+    /// The reason in the close, for people.
+    pub(crate) fn reason(self) -> &'static str {
+        match self {
+            Self::Crowded => "the agent has too many newer tunnels",
+        }
+    }
+
+    /// Whether open streams may go on for the time of a drain.
+    pub(crate) fn drains(self) -> bool {
+        match self {
+            Self::Crowded => false,
+        }
+    }
+}
+
+/// Whether a backend was dismissed. The first reason counts.
+#[derive(Debug, Default)]
+pub(super) struct Dismissed {
+    reason: OnceLock<Dismissal>,
+    notified: CancellationToken,
+}
+
+impl Dismissed {
+    pub(super) fn set(&self, dismissal: Dismissal) {
+        let _ = self.reason.set(dismissal);
+        self.notified.cancel();
+    }
+
+    pub(super) async fn get(&self) -> Dismissal {
+        self.notified.cancelled().await;
+        *self.reason.get().expect("the reason is set before the notification")
+    }
+}
