@@ -18,7 +18,7 @@ use culvert_wire::{
 use tokio::time::{Instant, timeout};
 use tracing::{debug, field::display};
 
-use self::network::{HostNetwork, LocalOf, TargetNetwork};
+use self::network::{Connection, TargetNetwork};
 use crate::{
     lookups::{Limits, Lookups, SystemResolver},
     metrics::AgentMetrics,
@@ -33,8 +33,8 @@ const LOOKUP_LIMITS: Limits = Limits { running: 256, waiting: 1024 };
 
 /// Dials targets for streams.
 #[derive(Debug)]
-pub(crate) struct Egress<N = HostNetwork> {
-    network: N,
+pub(crate) struct Egress {
+    network: TargetNetwork,
     dial_timeout: Duration,
     metrics: Arc<AgentMetrics>,
 }
@@ -44,11 +44,9 @@ impl Egress {
     /// connection of a target; where the server's own limit is shorter, it applies.
     pub(crate) fn new(dial_timeout: Duration, metrics: Arc<AgentMetrics>) -> Self {
         let lookups = Lookups::new(SystemResolver, LOOKUP_LIMITS, metrics.target_lookups.clone());
-        Self { network: HostNetwork { lookups }, dial_timeout, metrics }
+        Self { network: TargetNetwork::Host { lookups }, dial_timeout, metrics }
     }
-}
 
-impl<N: TargetNetwork> Egress<N> {
     /// Serves one stream to its end.
     ///
     /// # Cancel safety
@@ -104,7 +102,7 @@ impl<N: TargetNetwork> Egress<N> {
         &self,
         request: &DialRequest,
         timing: &mut DialTiming,
-    ) -> Result<LocalOf<N>, DialFailure> {
+    ) -> Result<Connection, DialFailure> {
         if let Err(error) = request.extensions.require_known() {
             return Err(DialFailure::new(DialErrorKind::UNSUPPORTED, error.to_string()));
         }
@@ -119,7 +117,7 @@ impl<N: TargetNetwork> Egress<N> {
         Ok(target)
     }
 
-    async fn splice(&self, request: &DialRequest, local: LocalOf<N>, stream: (SendHalf, RecvHalf)) {
+    async fn splice(&self, request: &DialRequest, local: Connection, stream: (SendHalf, RecvHalf)) {
         let started = Instant::now();
         let open = self.metrics.stream_open();
         let outcome = splice::splice(local, stream, &self.metrics.meter).await;
@@ -163,9 +161,9 @@ fn refuse(mut send: SendHalf, mut recv: RecvHalf, code: StreamCode, reason: &str
 
 /// The host's network, for tests of its dials.
 #[cfg(test)]
-fn test_network() -> HostNetwork {
+fn test_network() -> TargetNetwork {
     let metrics = AgentMetrics::new().unwrap().target_lookups;
-    HostNetwork { lookups: Lookups::new(SystemResolver, LOOKUP_LIMITS, metrics) }
+    TargetNetwork::Host { lookups: Lookups::new(SystemResolver, LOOKUP_LIMITS, metrics) }
 }
 
 #[cfg(test)]

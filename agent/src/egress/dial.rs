@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{
-    network::{LocalOf, TargetNetwork},
+    network::{Connection, TargetNetwork},
     resolve::resolve,
 };
 use crate::race::{ATTEMPT_DELAY, interleave, race};
@@ -29,13 +29,13 @@ const MIN_ATTEMPT_DELAY: Duration = Duration::from_millis(100);
 /// # Cancel safety
 /// Cancel safe: dropping the future abandons the dial. A lookup that has begun goes on, see
 /// [`TargetNetwork::look_up`].
-pub(super) async fn dial<N: TargetNetwork>(
-    network: &N,
+pub(super) async fn dial(
+    network: &TargetNetwork,
     family: Network,
     target: &Target,
     limit: Duration,
     timing: &mut DialTiming,
-) -> Result<LocalOf<N>, DialFailure> {
+) -> Result<Connection, DialFailure> {
     let started = Instant::now();
     let resolved = timeout(limit, resolve(network, family, target)).await;
     timing.resolve_micros = DialTiming::micros(started.elapsed());
@@ -50,12 +50,12 @@ pub(super) async fn dial<N: TargetNetwork>(
 }
 
 /// Races the addresses.
-async fn connect_any<N: TargetNetwork>(
-    network: &N,
+async fn connect_any(
+    network: &TargetNetwork,
     family: Network,
     addresses: Vec<SocketAddr>,
     deadline: Instant,
-) -> Result<LocalOf<N>, DialFailure> {
+) -> Result<Connection, DialFailure> {
     let addresses = interleave(addresses);
     let Some(&first) = addresses.first() else {
         // The resolver gives an error in place of an empty list.
@@ -73,11 +73,11 @@ async fn connect_any<N: TargetNetwork>(
 }
 
 /// Connects to one address before `deadline`.
-async fn connect<N: TargetNetwork>(
-    network: &N,
+async fn connect(
+    network: &TargetNetwork,
     address: SocketAddr,
     deadline: Instant,
-) -> io::Result<LocalOf<N>> {
+) -> io::Result<Connection> {
     // A time-out starts the next attempt, also when the time is over.
     if Instant::now() >= deadline {
         return Err(io::ErrorKind::TimedOut.into());
@@ -137,7 +137,11 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(5);
 
     /// The result of a dial of `node-1:80`, its duration, and the timing that it reported.
-    async fn dialed(network: &Scripted) -> (Result<(), DialFailure>, Duration, DialTiming) {
+    async fn dialed(network: Scripted) -> (Result<(), DialFailure>, Duration, DialTiming) {
+        dialed_on(&network.into()).await
+    }
+
+    async fn dialed_on(network: &TargetNetwork) -> (Result<(), DialFailure>, Duration, DialTiming) {
         let target = "node-1:80".parse().unwrap();
         let (started, mut timing) = (Instant::now(), DialTiming::default());
         let result = dial(network, Network::Tcp, &target, LIMIT, &mut timing).await;
@@ -153,7 +157,7 @@ mod tests {
         let network = Scripted::resolving(&["10.0.0.1:80"])
             .lookup_takes(70)
             .connects(Step::after(30).connects());
-        let (result, elapsed, timing) = dialed(&network).await;
+        let (result, elapsed, timing) = dialed(network).await;
         assert_eq!(result, Ok(()));
         assert_eq!(elapsed, Duration::from_millis(100));
         let expected = (0, micros(70), micros(30));
@@ -163,7 +167,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_stage_that_fails_is_timed_too() {
         let network = Scripted::unresolvable("no").lookup_takes(70);
-        let (result, _, timing) = dialed(&network).await;
+        let (result, _, timing) = dialed(network).await;
         assert_eq!(result.unwrap_err().kind, DialErrorKind::UNRESOLVABLE);
         assert_eq!((timing.resolve_micros, timing.connect_micros), (micros(70), 0));
 
@@ -171,7 +175,7 @@ mod tests {
             .lookup_takes(1)
             .connects(Step::after(20).fails(Errno::ECONNREFUSED))
             .connects(Step::after(30).fails(Errno::EHOSTUNREACH));
-        let (result, _, timing) = dialed(&network).await;
+        let (result, _, timing) = dialed(network).await;
         assert_eq!(
             result.unwrap_err().text.as_str(),
             "dial tcp 10.0.0.1:80: connect: connection refused",
@@ -183,7 +187,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn one_limit_covers_lookup_and_connection() {
         let network = Scripted::resolving(&["10.0.0.1:80"]).lookup_takes(6000);
-        let (result, elapsed, timing) = dialed(&network).await;
+        let (result, elapsed, timing) = dialed(network).await;
         let failure = result.unwrap_err();
         assert_eq!(failure.kind, DialErrorKind::TIMEOUT);
         assert_eq!(failure.text.as_str(), "dial tcp: lookup node-1: i/o timeout");
@@ -192,7 +196,7 @@ mod tests {
         let network = Scripted::resolving(&["10.0.0.1:80"])
             .lookup_takes(4000)
             .connects(Step::after(2000).connects());
-        let (result, elapsed, timing) = dialed(&network).await;
+        let (result, elapsed, timing) = dialed(network).await;
         let failure = result.unwrap_err();
         assert_eq!(failure.kind, DialErrorKind::TIMEOUT);
         assert_eq!(failure.text.as_str(), "dial tcp 10.0.0.1:80: i/o timeout");
@@ -204,7 +208,7 @@ mod tests {
         let network = Scripted::resolving(&["[fd00::1]:80", "10.0.0.2:80"])
             .connects(Step::after(60_000).connects())
             .connects(Step::after(10).connects());
-        let (result, elapsed, timing) = dialed(&network).await;
+        let (result, elapsed, timing) = dialed(network).await;
         assert_eq!((result, elapsed), (Ok(()), Duration::from_millis(260)));
         assert_eq!(timing.connect_micros, micros(260));
     }
@@ -217,7 +221,7 @@ mod tests {
             network = network.connects(Step::after(60_000).connects());
         }
         let network = network.connects(Step::after(10).connects());
-        let (result, elapsed, _) = dialed(&network).await;
+        let (result, elapsed, _) = dialed(network).await;
         assert_eq!((result, elapsed), (Ok(()), Duration::from_millis(1010)));
     }
 
@@ -228,7 +232,8 @@ mod tests {
             .connects(Step::after(1).fails(Errno::ECONNREFUSED))
             .connects(Step::after(1).fails(Errno::ECONNREFUSED))
             .connects(Step::after(1).connects());
-        let (result, elapsed, _) = dialed(&network).await;
+        let network = network.into();
+        let (result, elapsed, _) = dialed_on(&network).await;
         assert_eq!((result, elapsed), (Ok(()), Duration::from_millis(3)));
         assert_eq!(network.tried(), ["[fd00::1]:80", "10.0.0.1:80", "[fd00::2]:80"]);
     }
@@ -248,7 +253,7 @@ mod tests {
                     None => Step::after(60_000).connects(),
                 });
             }
-            let (result, elapsed, _) = dialed(&network).await;
+            let (result, elapsed, _) = dialed(network).await;
             assert_eq!(result.unwrap_err().text.as_str(), text);
             assert_eq!(elapsed, Duration::from_millis(millis), "{text}");
         }
@@ -262,7 +267,8 @@ mod tests {
         for _ in &addresses {
             network = network.connects(Step::after(60_000).connects());
         }
-        let (result, elapsed, _) = dialed(&network).await;
+        let network = network.into();
+        let (result, elapsed, _) = dialed_on(&network).await;
         assert_eq!(result.unwrap_err().text.as_str(), "dial tcp 10.0.0.0:80: i/o timeout");
         assert_eq!((elapsed, network.tried().len()), (LIMIT, 50), "one in each tenth of a second");
     }

@@ -1,27 +1,32 @@
-//! The steps of a dial that touch the host's network. Tests script them through [`TargetNetwork`].
+//! The steps of a dial that touch the network, which tests script.
 
 use std::{io, net::SocketAddr};
 
-use culvert_transport::splice::{
-    self, Abort, Local, LocalRead, LocalWrite, SocketAbort, SocketRead, SocketWrite,
-};
+use culvert_transport::splice::{self, Local, SocketAbort, SocketRead, SocketWrite};
 use tokio::net::TcpStream;
 
+#[cfg(test)]
+use super::scripted::Scripted;
 use crate::lookups::{LookupError, Lookups};
 
-/// A connection to a target on the network `N`.
-pub(crate) type LocalOf<N> =
-    Local<<N as TargetNetwork>::Reader, <N as TargetNetwork>::Writer, <N as TargetNetwork>::Abort>;
+/// A connection to a target.
+pub(super) type Connection =
+    Local<SocketRead<TcpStream>, SocketWrite<TcpStream>, SocketAbort<TcpStream>>;
 
-/// The steps of a dial that touch the host's network.
-pub(crate) trait TargetNetwork: Send + Sync {
-    /// The reading half of a connection.
-    type Reader: LocalRead;
-    /// The writing half of a connection.
-    type Writer: LocalWrite;
-    /// The reset of a connection.
-    type Abort: Abort;
+/// The network of targets.
+#[derive(Debug)]
+pub(super) enum TargetNetwork {
+    /// The host's own network.
+    Host {
+        /// Lookups of targets' names.
+        lookups: Lookups,
+    },
+    /// A network that answers from a script.
+    #[cfg(test)]
+    Scripted(Scripted),
+}
 
+impl TargetNetwork {
     /// The addresses of a host name, with `port`.
     ///
     /// # Errors
@@ -29,11 +34,19 @@ pub(crate) trait TargetNetwork: Send + Sync {
     ///
     /// # Cancel safety
     /// As [`Lookups::look_up`].
-    fn look_up(
+    pub(super) async fn look_up(
         &self,
         host: &str,
         port: u16,
-    ) -> impl Future<Output = Result<Vec<SocketAddr>, LookupError>> + Send;
+    ) -> Result<Vec<SocketAddr>, LookupError> {
+        let mut addresses = match self {
+            Self::Host { lookups } => lookups.look_up(host).await?.to_vec(),
+            #[cfg(test)]
+            Self::Scripted(script) => script.look_up().await?,
+        };
+        addresses.iter_mut().for_each(|address| address.set_port(port));
+        Ok(addresses)
+    }
 
     /// Connects to one address.
     ///
@@ -42,34 +55,12 @@ pub(crate) trait TargetNetwork: Send + Sync {
     ///
     /// # Cancel safety
     /// Cancel safe: dropping the future abandons the connection.
-    fn connect(
-        &self,
-        address: SocketAddr,
-    ) -> impl Future<Output = io::Result<LocalOf<Self>>> + Send
-    where
-        Self: Sized;
-}
-
-/// The host's own network.
-#[derive(Debug)]
-pub(crate) struct HostNetwork {
-    /// Lookups of targets' names.
-    pub(crate) lookups: Lookups,
-}
-
-impl TargetNetwork for HostNetwork {
-    type Reader = SocketRead<TcpStream>;
-    type Writer = SocketWrite<TcpStream>;
-    type Abort = SocketAbort<TcpStream>;
-
-    async fn look_up(&self, host: &str, port: u16) -> Result<Vec<SocketAddr>, LookupError> {
-        let mut addresses = self.lookups.look_up(host).await?.to_vec();
-        addresses.iter_mut().for_each(|address| address.set_port(port));
-        Ok(addresses)
-    }
-
-    async fn connect(&self, address: SocketAddr) -> io::Result<LocalOf<Self>> {
-        let socket = TcpStream::connect(address).await?;
+    pub(super) async fn connect(&self, address: SocketAddr) -> io::Result<Connection> {
+        let socket = match self {
+            Self::Host { .. } => TcpStream::connect(address).await?,
+            #[cfg(test)]
+            Self::Scripted(script) => script.connect(address).await?,
+        };
         splice::prepare(&socket);
         let (reader, writer, abort) = splice::halves(socket);
         Ok(Local::new(reader, writer, abort))

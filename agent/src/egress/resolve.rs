@@ -17,8 +17,8 @@ use crate::lookups::LookupError;
 ///
 /// # Cancel safety
 /// As [`TargetNetwork::look_up`].
-pub(super) async fn resolve<N: TargetNetwork>(
-    network: &N,
+pub(super) async fn resolve(
+    network: &TargetNetwork,
     family: Network,
     target: &Target,
 ) -> Result<Vec<SocketAddr>, DialFailure> {
@@ -74,8 +74,8 @@ mod tests {
     use super::*;
     use crate::egress::{scripted::Scripted, test_network};
 
-    async fn text(network: &Scripted, family: Network, target: &str) -> String {
-        let failure = resolve(network, family, &target.parse().unwrap()).await.unwrap_err();
+    async fn text(network: Scripted, family: Network, target: &str) -> String {
+        let failure = resolve(&network.into(), family, &target.parse().unwrap()).await.unwrap_err();
         assert_eq!(failure.kind, DialErrorKind::UNRESOLVABLE);
         failure.text.as_str().to_owned()
     }
@@ -91,7 +91,7 @@ mod tests {
     #[tokio::test]
     async fn addresses_keep_the_resolvers_order_within_the_family() {
         let found = ["10.0.0.1:80", "[fd00::1]:80", "10.0.0.2:80"];
-        let network = Scripted::resolving(&found);
+        let network = Scripted::resolving(&found).into();
         for (family, expected) in [
             (Network::Tcp, &found[..]),
             (Network::Tcp4, &["10.0.0.1:80", "10.0.0.2:80"]),
@@ -105,7 +105,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_address_is_not_looked_up_and_no_host_is_the_node_itself() {
-        let network = Scripted::unresolvable("asked for an address");
+        let network = Scripted::unresolvable("asked for an address").into();
         for (target, address) in [("10.0.0.9:80", "10.0.0.9:80"), ("[fd00::9]:80", "[fd00::9]:80")]
         {
             let addresses = resolve(&network, Network::Tcp, &target.parse().unwrap()).await;
@@ -124,7 +124,7 @@ mod tests {
             ("Too many open files (os error 24)", "too many open files"),
         ] {
             let network = Scripted::unresolvable(message);
-            let text = text(&network, Network::Tcp, "node-1:80").await;
+            let text = text(network, Network::Tcp, "node-1:80").await;
             assert_eq!(text, format!("dial tcp: lookup node-1: {reason}"));
         }
     }
@@ -143,13 +143,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_target_without_an_address_of_the_family_is_reported_in_gos_words() {
-        let network = Scripted::resolving(&["10.0.0.1:80"]);
+        let network = || Scripted::resolving(&["10.0.0.1:80"]);
         assert_eq!(
-            text(&network, Network::Tcp6, "node-1:80").await,
+            text(network(), Network::Tcp6, "node-1:80").await,
             "dial tcp6: lookup node-1: no such host"
         );
         assert_eq!(
-            text(&network, Network::Tcp6, "127.0.0.1:80").await,
+            text(network(), Network::Tcp6, "127.0.0.1:80").await,
             "dial tcp6: address 127.0.0.1: no suitable address found"
         );
     }

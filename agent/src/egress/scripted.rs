@@ -2,13 +2,11 @@
 
 use std::{collections::VecDeque, io, net::SocketAddr, time::Duration};
 
-use bytes::Bytes;
-use culvert_transport::splice::{Abort, Local, LocalFault, LocalRead, LocalWrite};
 use nix::errno::Errno;
 use parking_lot::Mutex;
-use tokio::{sync::mpsc, time::sleep};
+use tokio::{net::TcpStream, sync::mpsc, time::sleep};
 
-use super::network::{LocalOf, TargetNetwork};
+use super::network::TargetNetwork;
 use crate::lookups::LookupError;
 
 /// One scripted connection.
@@ -76,30 +74,19 @@ impl Scripted {
         self
     }
 
-    /// The addresses that were connected to, in order.
-    pub(super) fn tried(&self) -> Vec<String> {
-        self.tried.lock().iter().map(SocketAddr::to_string).collect()
-    }
-
     /// Reports connections that are abandoned while they are being made.
     pub(super) fn report_abandoned(&mut self) -> mpsc::UnboundedReceiver<()> {
         let (sender, receiver) = mpsc::unbounded_channel();
         self.abandoned = sender;
         receiver
     }
-}
 
-impl TargetNetwork for Scripted {
-    type Reader = EchoReader;
-    type Writer = EchoWriter;
-    type Abort = NoAbort;
-
-    async fn look_up(&self, _host: &str, _port: u16) -> Result<Vec<SocketAddr>, LookupError> {
+    pub(super) async fn look_up(&self) -> Result<Vec<SocketAddr>, LookupError> {
         sleep(self.lookup_delay).await;
         self.lookup.clone().map_err(LookupError::Failed)
     }
 
-    async fn connect(&self, address: SocketAddr) -> io::Result<LocalOf<Self>> {
+    pub(super) async fn connect(&self, address: SocketAddr) -> io::Result<TcpStream> {
         let step = self.steps.lock().pop_front();
         let step = step.unwrap_or_else(|| panic!("no step for a connection to {address}"));
         self.tried.lock().push(address);
@@ -109,40 +96,41 @@ impl TargetNetwork for Scripted {
         sleep(step.delay).await;
         scopeguard::ScopeGuard::into_inner(report);
         step.result.map_err(|errno| io::Error::from_raw_os_error(errno as i32))?;
-        let (sender, receiver) = mpsc::unbounded_channel();
-        Ok(Local::new(EchoReader(receiver), EchoWriter(Some(sender)), NoAbort))
+        echo()
     }
 }
 
-#[derive(Debug)]
-pub(super) struct EchoReader(mpsc::UnboundedReceiver<Bytes>);
-
-impl LocalRead for EchoReader {
-    async fn read(&mut self) -> Result<Option<Bytes>, LocalFault> {
-        Ok(self.0.recv().await)
+impl From<Scripted> for TargetNetwork {
+    fn from(script: Scripted) -> Self {
+        Self::Scripted(script)
     }
 }
 
-#[derive(Debug)]
-pub(super) struct EchoWriter(Option<mpsc::UnboundedSender<Bytes>>);
-
-impl LocalWrite for EchoWriter {
-    async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), LocalFault> {
-        for chunk in chunks {
-            self.0.as_ref().unwrap().send(chunk.clone()).map_err(io::Error::other)?;
+impl TargetNetwork {
+    /// The addresses that a script's network was to connect to, in order.
+    pub(super) fn tried(&self) -> Vec<String> {
+        match self {
+            Self::Scripted(script) => script.tried.lock().iter().map(ToString::to_string).collect(),
+            Self::Host { .. } => panic!("the host's network has no script"),
         }
-        Ok(())
-    }
-
-    async fn finish(&mut self) -> Result<(), LocalFault> {
-        self.0 = None;
-        Ok(())
     }
 }
 
-#[derive(Debug)]
-pub(super) struct NoAbort;
-
-impl Abort for NoAbort {
-    fn abort(&self) {}
+/// A connection to a target that sends back what it receives. It is made without an await, which
+/// could let paused time pass.
+fn echo() -> io::Result<TcpStream> {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let socket = std::net::TcpStream::connect(listener.local_addr()?)?;
+    let (target, _) = listener.accept()?;
+    let as_tokio = |socket: std::net::TcpStream| {
+        socket.set_nonblocking(true)?;
+        TcpStream::from_std(socket)
+    };
+    let mut target = as_tokio(target)?;
+    culvert_transport::test_util::detached(async move {
+        let (mut reader, mut writer) = target.split();
+        // Fails where a test resets the connection.
+        let _ = tokio::io::copy(&mut reader, &mut writer).await;
+    });
+    as_tokio(socket)
 }

@@ -33,6 +33,7 @@ async fn serve(network: Scripted, head: Bytes) -> Served {
     send.write_chunk(head).await.unwrap();
     let stream = pair.agent.accept().await.unwrap();
     let metrics = Arc::new(AgentMetrics::new().unwrap());
+    let network = TargetNetwork::Scripted(network);
     let egress = Egress { network, dial_timeout: DIAL_TIMEOUT, metrics: metrics.clone() };
     let serving = culvert_transport::task::owned(async move { egress.serve(stream).await });
     Served { send, recv, metrics, _serving: serving, _pair: pair }
@@ -159,7 +160,7 @@ async fn names_that_hang_leave_threads_for_a_name_that_does_not() {
     let (resolver, mut begun) = ScriptedResolver::new(&["127.0.0.1:0"]);
     let _release = scopeguard::guard(resolver.clone(), |resolver| resolver.release());
     let lookups = Lookups::new(resolver, LOOKUP_LIMITS, metrics.target_lookups.clone());
-    let network = Arc::new(HostNetwork { lookups });
+    let network = Arc::new(TargetNetwork::Host { lookups });
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let dial = |host: String| {
@@ -169,7 +170,7 @@ async fn names_that_hang_leave_threads_for_a_name_that_does_not() {
             let mut timing = DialTiming::default();
             // Longer than the test: nothing in it waits for time.
             let limit = Duration::from_secs(600);
-            dial::dial(&*network, Network::Tcp, &target, limit, &mut timing).await
+            dial::dial(&network, Network::Tcp, &target, limit, &mut timing).await
         }
     };
     let mut hung = tokio::task::JoinSet::new();
