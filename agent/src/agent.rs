@@ -16,7 +16,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     config::Config,
     connector::{Connector, NetworkConnect, Plan, ServerName},
-    egress::Egress,
+    egress::{Egress, Gate},
     files::AgentFiles,
     leases::LeaseCount,
     lookups::SystemResolver,
@@ -70,6 +70,7 @@ impl Agent {
         let bridges = TaskTracker::new();
         let mut files = AgentFiles::read(config, metrics.inner())?;
         let (token, reloads) = (files.token.clone(), files.reloads.clone());
+        let gate = Gate::new(files.policy.clone(), config.egress.audit, metrics.clone());
         let leases = config.sync.leases.as_ref().zip(files.leases.take());
         let leases = leases.map(|(config, client)| LeaseCount::new(config, client));
         let connect = NetworkConnect {
@@ -93,7 +94,7 @@ impl Agent {
             metrics: metrics.clone(),
         };
         let context = Arc::new(SessionContext {
-            egress: Egress::new(config.dial_timeout, metrics.clone()),
+            egress: Egress::new(gate, config.dial_timeout, metrics.clone()),
             agent_id: config.agent_id.clone(),
             instance: InstanceId(std::array::from_fn(|_| fastrand::u8(..))),
             identifiers: config.identifiers.clone(),

@@ -17,10 +17,14 @@ use culvert_transport::tcp::Proxies;
 use culvert_wire::{AgentId, identifiers::Identifiers};
 use rustls::pki_types::ServerName;
 
+mod egress;
 mod flags;
 mod identifiers;
 
+pub use egress::EgressConfig;
 pub use flags::Flags;
+
+pub use crate::egress::policy::{AddressRule, InvalidRule, Policy};
 
 /// File descriptors besides those of targets: listeners, tunnels over TCP, health and metrics.
 const OTHER_DESCRIPTORS: u64 = 512;
@@ -44,6 +48,8 @@ pub struct Config {
     pub proxies: Proxies,
     /// Settings of the tunnels.
     pub tunnel: TunnelConfig,
+    /// Addresses that the agent may connect to.
+    pub egress: EgressConfig,
     /// Time to connect to a target.
     pub dial_timeout: Duration,
     /// Maximum number of streams on one tunnel.
@@ -158,6 +164,7 @@ impl ProcessConfig for Config {
         let dial_timeout = faults.positive_duration("dial-timeout", flags.dial_timeout);
         let drain_timeout = faults.duration("drain-timeout", flags.drain_timeout);
         let max_streams = faults.count("max-streams", flags.max_streams, 1);
+        let egress = egress::check(&flags, &mut faults);
         let quic_retry_interval =
             faults.positive_duration("quic-retry-interval", flags.quic_retry_interval);
         let proxies = Proxies::from_env(|name| std::env::var(name).ok()).unwrap_or_else(|fault| {
@@ -176,6 +183,7 @@ impl ProcessConfig for Config {
             quic_retry_interval,
             proxies,
             tunnel,
+            egress,
             dial_timeout,
             max_streams,
             drain_timeout,

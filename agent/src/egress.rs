@@ -1,7 +1,9 @@
 //! One data stream on the node: read the dial request, dial the target, reply, splice.
 
 mod dial;
+mod gate;
 mod network;
+pub(crate) mod policy;
 mod resolve;
 #[cfg(test)]
 mod scripted;
@@ -18,6 +20,7 @@ use culvert_wire::{
 use tokio::time::{Instant, timeout};
 use tracing::{debug, field::display};
 
+pub(crate) use self::gate::Gate;
 use self::network::{Connection, TargetNetwork};
 use crate::{
     lookups::{Limits, Lookups, SystemResolver},
@@ -35,16 +38,17 @@ const LOOKUP_LIMITS: Limits = Limits { running: 256, waiting: 1024 };
 #[derive(Debug)]
 pub(crate) struct Egress {
     network: TargetNetwork,
+    gate: Gate,
     dial_timeout: Duration,
     metrics: Arc<AgentMetrics>,
 }
 
 impl Egress {
-    /// Dials targets on the host's network. `dial_timeout` is the time for the lookup and
+    /// Dials targets on the host's network, as far as `gate` permits. `dial_timeout` is the time for the lookup and
     /// connection of a target; where the server's own limit is shorter, it applies.
-    pub(crate) fn new(dial_timeout: Duration, metrics: Arc<AgentMetrics>) -> Self {
+    pub(crate) fn new(gate: Gate, dial_timeout: Duration, metrics: Arc<AgentMetrics>) -> Self {
         let lookups = Lookups::new(SystemResolver, LOOKUP_LIMITS, metrics.target_lookups.clone());
-        Self { network: TargetNetwork::Host { lookups }, dial_timeout, metrics }
+        Self { network: TargetNetwork::Host { lookups }, gate, dial_timeout, metrics }
     }
 
     /// Serves one stream to its end.
@@ -111,8 +115,14 @@ impl Egress {
             millis => self.dial_timeout.min(Duration::from_millis(millis.into())),
         };
         let started = Instant::now();
-        let target =
-            dial::dial(&self.network, request.network, &request.target, limit, timing).await?;
+        let target = dial::dial(
+            (&self.network, &self.gate),
+            request.network,
+            &request.target,
+            limit,
+            timing,
+        )
+        .await?;
         self.metrics.dial_duration.record(started.elapsed());
         Ok(target)
     }

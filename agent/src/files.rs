@@ -16,7 +16,7 @@ use culvert_wire::control::Secret;
 use rustls::RootCertStore;
 use tracing::warn;
 
-use crate::config::Config;
+use crate::config::{Config, EgressConfig, Policy};
 
 /// Names of the metrics.
 const METRICS: ReloadMetrics = ReloadMetrics {
@@ -37,6 +37,8 @@ pub(crate) struct AgentFiles {
     pub(crate) token: Option<Current<Secret>>,
     /// The proxies, with the CA of the one that is reached over TLS.
     pub(crate) proxies: Proxies,
+    /// Rules of the flags and of the file, for targets.
+    pub(crate) policy: Current<Policy>,
     /// For Leases; `None` when the agent counts none.
     pub(crate) leases: Option<CurrentClient>,
 }
@@ -63,6 +65,8 @@ impl AgentFiles {
         let leases = config.sync.leases.as_ref();
         let leases = leases.map(|leases| leases.kubernetes.clients(&reloads, [true]));
         let leases = leases.map(|result| faults.checked("kubeconfig", result));
+        let policy = add_policy(&reloads, &config.egress);
+        let policy = faults.checked("egress-policy-file", policy);
         let proxies = with_authorities(&reloads, config.proxies.clone());
         // Warnings were logged.
         faults.finish()?;
@@ -73,6 +77,7 @@ impl AgentFiles {
             identity: identity.map(|identity| identity.expect(read)),
             token: token.map(|token| token.expect(read)),
             proxies,
+            policy: policy.expect(read),
             leases: leases.map(|leases| {
                 let [client] = leases.expect(read);
                 client
@@ -83,6 +88,17 @@ impl AgentFiles {
 
 fn add_token(reloads: &Reloads, file: PathBuf) -> Result<Current<Secret>, LoadError> {
     reloads.add(file.clone(), move |files: &mut Files| files.token(&file))
+}
+
+fn add_policy(reloads: &Reloads, config: &EgressConfig) -> Result<Current<Policy>, LoadError> {
+    let flags = config.policy.clone();
+    match config.policy_file.clone() {
+        None => Ok(Current::fixed(flags)),
+        Some(file) => {
+            let path = file.clone();
+            reloads.add(file, move |files: &mut Files| flags.with_file(&path, files))
+        }
+    }
 }
 
 /// The proxies with their CA. A file that cannot be used is no reason not to start: the agent may
@@ -115,6 +131,7 @@ mod tests {
         let (certificate, key) = (absent("crt"), absent("key"));
         config.servers.certificate = Some(CertificatePair { certificate, key });
         config.servers.token_file = Some(absent("token"));
+        config.egress.policy_file = Some(absent("policy"));
         let kubeconfig = Some(absent("kubeconfig"));
         config.sync.leases = Some(LeaseConfig {
             namespace: "n".into(),
@@ -127,6 +144,7 @@ mod tests {
             ("ca-cert", "ca"),
             ("agent-cert", "crt"),
             ("service-account-token-path", "token"),
+            ("egress-policy-file", "policy"),
             ("kubeconfig", "kubeconfig"),
         ];
         for (flag, name) in flags {

@@ -22,6 +22,7 @@ use kube::runtime::watcher;
 use metrics::{Counter, Histogram};
 use tokio::time::Instant;
 
+use crate::egress::policy::Rule;
 use crate::tunnels::{ServerTunnel, ServerTunnels};
 
 const DIAL_DURATION: &str = "konnectivity_network_proxy_agent_dial_duration_seconds";
@@ -33,6 +34,7 @@ const LEASE_LISTS: &str = "konnectivity_network_proxy_agent_lease_lists_total";
 const LEASE_WATCHES: &str = "konnectivity_network_proxy_agent_lease_watches_total";
 const LEASE_LIST_LATENCY: &str = "konnectivity_network_proxy_agent_lease_list_latency_seconds";
 const DIAL_FAILURE_KINDS: &str = "culvert_agent_dial_failures_total";
+const EGRESS_DENIED: &str = "culvert_agent_egress_denied_total";
 const STREAM_ENDS: &str = "culvert_agent_stream_ends_total";
 const STREAM_BYTES: &str = "culvert_agent_stream_bytes_total";
 /// Labels of the bytes to the tunnel and of those from it.
@@ -47,6 +49,10 @@ const TASKS: &str = "culvert_agent_tasks";
 const LOOKUPS: &str = "culvert_agent_lookups_total";
 const LOOKUPS_PENDING: &str = "culvert_agent_lookups_pending";
 const UDP_BUFFER: &str = "culvert_agent_udp_buffer_bytes";
+
+/// What comes of a denial of the egress policy.
+const REFUSED: &str = "refused";
+const AUDITED: &str = "audited";
 
 /// Every result of an attempt to get a tunnel.
 const CONNECT_RESULTS: [&str; 6] =
@@ -115,6 +121,15 @@ impl AgentMetrics {
         metrics.register_counters(CONNECT_ATTEMPTS, "result", CONNECT_RESULTS);
         let lost = TunnelLost::labels().chain([PANICKED]);
         metrics.register_counters(TUNNELS_LOST, "reason", lost);
+        metrics.describe_counter(
+            EGRESS_DENIED,
+            "Addresses of targets that the egress policy denied, by rule and result.",
+        );
+        for result in [REFUSED, AUDITED] {
+            for rule in Rule::labels() {
+                let _ = metrics.counter(EGRESS_DENIED, &[("rule", rule), ("result", result)]);
+            }
+        }
         metrics.describe_counter(LOOKUPS, "Lookups of names, by purpose and result.");
         Ok(Self {
             target_lookups: LookupMetrics::new(&metrics, "target"),
@@ -134,6 +149,13 @@ impl AgentMetrics {
         let reason = if kind == DialErrorKind::TIMEOUT { "timeout" } else { "unknown" };
         self.metrics.counter(DIAL_FAILURES, &[("reason", reason)]).increment(1);
         self.metrics.counter(DIAL_FAILURE_KINDS, &[("kind", kind.name())]).increment(1);
+    }
+
+    /// Counts an address that this rule of the egress policy denies. With `audit` it is connected
+    /// to nevertheless.
+    pub(crate) fn egress_denied(&self, rule: &'static str, audit: bool) {
+        let result = if audit { AUDITED } else { REFUSED };
+        self.metrics.counter(EGRESS_DENIED, &[("rule", rule), ("result", result)]).increment(1);
     }
 
     /// Counts a stream whose splice begins. It is open until the result is dropped.

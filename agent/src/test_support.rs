@@ -41,7 +41,7 @@ use crate::{
         Candidate, CarrierError, CarrierOrder, Connect, Connected, Preference, ResolveError,
         ServerAddress,
     },
-    egress::Egress,
+    egress::{Egress, Gate, policy::Policy},
     metrics::AgentMetrics,
     tunnels::session::SessionContext,
 };
@@ -60,7 +60,7 @@ pub(crate) fn config(args: &[&str]) -> Config {
 pub(crate) fn context(token: Option<&str>) -> SessionContext {
     let metrics = Arc::new(AgentMetrics::new().unwrap());
     SessionContext {
-        egress: Egress::new(Duration::from_secs(5), metrics),
+        egress: Egress::new(Gate::open(Policy::default()), Duration::from_secs(5), metrics),
         agent_id: "node-1".parse().unwrap(),
         instance: InstanceId([7; 16]),
         identifiers: Identifiers::default(),

@@ -126,6 +126,31 @@ pub struct Flags {
     #[arg(long, help_heading = "Agent", value_name = "QUERY", default_value = "")]
     pub agent_identifiers: String,
 
+    /// Addresses that the agent refuses to connect to, after the lookup of their name: a list of
+    /// addresses or networks, each with a port or range of ports behind a colon if it has some, such
+    /// as 10.0.0.0/8:22,[fd00::/8]:1-1023. May be repeated. Link-local addresses, metadata services
+    /// of clouds, multicast, broadcast and unspecified addresses are refused without a rule
+    #[arg(long, help_heading = "Egress policy", value_name = "RULES")]
+    pub egress_deny: Vec<String>,
+
+    /// The only addresses that the agent connects to, unless --egress-deny or a built-in denial
+    /// refuses them; written as --egress-deny. May be repeated [default: every address]
+    #[arg(long, help_heading = "Egress policy", value_name = "RULES")]
+    pub egress_allow: Vec<String>,
+
+    /// Addresses that the built-in denials do not apply to; written as --egress-deny. May be repeated
+    #[arg(long, help_heading = "Egress policy", value_name = "RULES")]
+    pub egress_exempt: Vec<String>,
+
+    /// File with more rules, one line each: deny, allow or exempt, and addresses as in the flags. It
+    /// is read again when its contents change
+    #[arg(long, help_heading = "Egress policy", value_name = "FILE", default_value = "")]
+    pub egress_policy_file: String,
+
+    /// Count and log what the egress policy denies, and connect to it all the same
+    #[arg(long, help_heading = "Egress policy")]
+    pub egress_audit: bool,
+
     /// Time limit of the connection to a target, including the lookup of its name
     #[arg(long, help_heading = "Agent", value_name = "DURATION", default_value = "5s")]
     pub dial_timeout: GoDuration,

@@ -270,3 +270,48 @@ fn files_that_cannot_be_used_are_reported_with_all_other_faults() {
     }
     assert!(text.contains("--proxy-server-port: "), "{text}");
 }
+
+#[test]
+fn egress_rules_of_repeated_flags_add_up() {
+    let config = Files::new().config(&[
+        "--egress-deny=10.0.0.0/8:22,[fd00::/8]:22",
+        "--egress-deny=192.168.0.7",
+        "--egress-allow=10.0.0.0/8",
+        "--egress-exempt=169.254.20.10",
+    ]);
+    let EgressConfig { policy, policy_file, audit } = config.unwrap().egress;
+    assert_eq!(format!("{:?}", policy.deny), "[10.0.0.0/8:22, [fd00::/8]:22, 192.168.0.7]");
+    assert_eq!(format!("{:?}", policy.allow), "[10.0.0.0/8]");
+    assert_eq!(format!("{:?}", policy.exempt), "[169.254.20.10]");
+    assert_eq!((policy_file, audit), (None, false));
+}
+
+#[test]
+fn every_fault_of_the_egress_policy_is_reported_with_its_flag() {
+    let files = Files::new();
+    // A token is no policy.
+    let faults = files.config(&[
+        "--egress-deny=10.0.0.1/8,node-1",
+        "--egress-allow=",
+        "--egress-exempt=[fd00::/8",
+        "--egress-policy-file=@token",
+    ]);
+    let faults = faults.unwrap_err();
+    for fault in [
+        "--egress-deny: \"10.0.0.1/8\" has bits set behind its prefix; write 10.0.0.0/8",
+        "--egress-deny: \"node-1\" is no rule",
+        "--egress-allow: holds no rule; omit the flag to allow everything",
+        "--egress-exempt: \"[fd00::/8\" is no rule",
+        "1: a line begins with exempt, deny or allow",
+    ] {
+        assert!(faults.contains(fault), "{fault} in {faults}");
+    }
+}
+
+#[test]
+fn an_audit_of_the_egress_policy_is_warned_of() {
+    let config = Files::new().config(&["--egress-audit"]).unwrap();
+    assert!(config.egress.audit);
+    assert_eq!(config.warnings.len(), 1);
+    assert!(config.warnings[0].starts_with("--egress-audit: "), "{:?}", config.warnings);
+}

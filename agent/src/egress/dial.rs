@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{
+    gate::Gate,
     network::{Connection, TargetNetwork},
     resolve::resolve,
 };
@@ -24,13 +25,14 @@ const MIN_ATTEMPT_DELAY: Duration = Duration::from_millis(100);
 /// `timing` receives the duration of each stage, also of one that failed.
 ///
 /// # Errors
-/// The first address's failure, as Go reports it.
+/// The first address's failure, as Go reports it. If the egress policy permits no address, its
+/// refusal.
 ///
 /// # Cancel safety
 /// Cancel safe: dropping the future abandons the dial. A lookup that has begun goes on, see
 /// [`TargetNetwork::look_up`].
 pub(super) async fn dial(
-    network: &TargetNetwork,
+    (network, gate): (&TargetNetwork, &Gate),
     family: Network,
     target: &Target,
     limit: Duration,
@@ -43,6 +45,7 @@ pub(super) async fn dial(
         let text = format!("dial {}: lookup {}: i/o timeout", family.name(), target.host());
         Err(DialFailure::new(DialErrorKind::TIMEOUT, text))
     })?;
+    let addresses = gate.permitted(family, target, addresses)?;
     let connecting = Instant::now();
     let connected = connect_any(network, family, addresses, started + limit).await;
     timing.connect_micros = DialTiming::micros(connecting.elapsed());
@@ -130,6 +133,7 @@ mod tests {
 
     use super::*;
     use crate::egress::{
+        policy::Policy,
         scripted::{Scripted, Step},
         test_network,
     };
@@ -144,7 +148,14 @@ mod tests {
     async fn dialed_on(network: &TargetNetwork) -> (Result<(), DialFailure>, Duration, DialTiming) {
         let target = "node-1:80".parse().unwrap();
         let (started, mut timing) = (Instant::now(), DialTiming::default());
-        let result = dial(network, Network::Tcp, &target, LIMIT, &mut timing).await;
+        let result = dial(
+            (network, &Gate::open(Policy::default())),
+            Network::Tcp,
+            &target,
+            LIMIT,
+            &mut timing,
+        )
+        .await;
         (result.map(drop), started.elapsed(), timing)
     }
 
@@ -294,8 +305,10 @@ mod tests {
     }
 
     async fn failure_on_host(target: &str) -> DialFailure {
+        let gate = Gate::open(Policy::default());
         let (target, mut timing) = (target.parse().unwrap(), DialTiming::default());
-        let result = dial(&test_network(), Network::Tcp, &target, LIMIT, &mut timing).await;
+        let result =
+            dial((&test_network(), &gate), Network::Tcp, &target, LIMIT, &mut timing).await;
         result.map(drop).unwrap_err()
     }
 
@@ -311,9 +324,11 @@ mod tests {
     async fn the_host_connects_to_a_listener() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let target = Target::new("", listener.local_addr().unwrap().port()).unwrap();
+        let gate = Gate::open(Policy::default());
         let mut timing = DialTiming::default();
-        let _local =
-            dial(&test_network(), Network::Tcp, &target, LIMIT, &mut timing).await.unwrap();
+        let _local = dial((&test_network(), &gate), Network::Tcp, &target, LIMIT, &mut timing)
+            .await
+            .unwrap();
         listener.accept().unwrap();
     }
 

@@ -1,5 +1,7 @@
 use bytes::Bytes;
-use culvert_transport::{Carrier, ReadError, Settings, WriteError, qmux::Peer, test_util::Pair};
+use culvert_transport::{
+    Carrier, ReadError, Settings, WriteError, qmux::Peer, test_util::Pair, tls::Current,
+};
 use culvert_wire::{
     DialId,
     dial::{Network, StreamKind},
@@ -11,7 +13,11 @@ use super::{
     scripted::{Scripted, Step},
     *,
 };
-use crate::lookups::scripted::ScriptedResolver;
+use crate::{
+    config::{AddressRule, CountSource, Policy},
+    lookups::scripted::ScriptedResolver,
+    tunnels::ServerTunnels,
+};
 
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -26,6 +32,11 @@ struct Served {
 
 /// Opens a stream with `head` as its first bytes to an agent on `network`.
 async fn serve(network: Scripted, head: Bytes) -> Served {
+    serve_with((Policy::default(), false), network, head).await
+}
+
+/// The same with this policy, in audit mode or not.
+async fn serve_with((policy, audit): (Policy, bool), network: Scripted, head: Bytes) -> Served {
     let settings = Settings::default();
     let peer = Peer::local(Carrier::Tcp);
     let pair = Pair::without_idle_timeout(peer, &settings, &settings).await.unwrap();
@@ -34,7 +45,8 @@ async fn serve(network: Scripted, head: Bytes) -> Served {
     let stream = pair.agent.accept().await.unwrap();
     let metrics = Arc::new(AgentMetrics::new().unwrap());
     let network = TargetNetwork::Scripted(network);
-    let egress = Egress { network, dial_timeout: DIAL_TIMEOUT, metrics: metrics.clone() };
+    let gate = Gate::new(Current::fixed(policy), audit, metrics.clone());
+    let egress = Egress { network, gate, dial_timeout: DIAL_TIMEOUT, metrics: metrics.clone() };
     let serving = culvert_transport::task::owned(async move { egress.serve(stream).await });
     Served { send, recv, metrics, _serving: serving, _pair: pair }
 }
@@ -99,6 +111,57 @@ async fn a_failed_dial_is_reported_with_its_text_and_timing() {
     assert_eq!(served.send.stopped().await, Ok(Some(StreamCode::DIAL_FAILED)));
 }
 
+impl Served {
+    /// The rows of the metric of denials that are not 0, without its name.
+    fn denied(&self) -> Vec<String> {
+        let text = self.metrics.render(&ServerTunnels::new(CountSource::Leases));
+        let rows =
+            text.lines().filter_map(|line| line.strip_prefix("culvert_agent_egress_denied_total"));
+        rows.filter(|row| !row.ends_with(" 0")).map(str::to_owned).collect()
+    }
+}
+
+fn denying(list: &str) -> Policy {
+    Policy { deny: AddressRule::parse_list(list).0, ..Policy::default() }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_target_that_the_policy_denies_is_not_connected_to() {
+    // The name is fine; what it resolves to is not.
+    let network = Scripted::resolving(&["169.254.169.254:10250", "10.0.0.1:10250"]);
+    let head = frame::encode(&request()).unwrap();
+    let mut served = serve_with((denying("10.0.0.0/8"), false), network, head).await;
+    let failure = served.reply().await.outcome.unwrap_err();
+    assert_eq!(failure.kind, DialErrorKind::FORBIDDEN);
+    assert_eq!(
+        *failure.text,
+        *"dial tcp 169.254.169.254:10250: refused by the agent's egress policy (link-local)"
+    );
+    assert_eq!(served.send.stopped().await, Ok(Some(StreamCode::DIAL_FAILED)));
+    let rows =
+        ["{rule=\"deny\",result=\"refused\"} 1", "{rule=\"link_local\",result=\"refused\"} 1"];
+    assert_eq!(served.denied(), rows);
+}
+
+#[tokio::test(start_paused = true)]
+async fn denied_addresses_are_left_out_of_the_race() {
+    let network = Scripted::resolving(&["169.254.169.254:10250", "10.0.0.1:10250"])
+        .connects(Step::after(5).fails(Errno::ECONNREFUSED));
+    let mut served = serve_request(network, &request()).await;
+    let failure = served.reply().await.outcome.unwrap_err();
+    assert_eq!(*failure.text, *"dial tcp 10.0.0.1:10250: connect: connection refused");
+    assert_eq!(served.denied(), ["{rule=\"link_local\",result=\"refused\"} 1"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_audit_counts_what_it_does_not_refuse() {
+    let network = Scripted::resolving(&["10.0.0.1:10250"]).connects(Step::after(5).connects());
+    let head = frame::encode(&request()).unwrap();
+    let mut served = serve_with((denying("10.0.0.0/8:10250"), true), network, head).await;
+    assert_eq!(served.reply().await.outcome, Ok(()));
+    assert_eq!(served.denied(), ["{rule=\"deny\",result=\"audited\"} 1"]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_shorter_limit_of_agent_and_server_applies() {
     for (timeout_millis, limit) in
@@ -161,16 +224,17 @@ async fn names_that_hang_leave_threads_for_a_name_that_does_not() {
     let _release = scopeguard::guard(resolver.clone(), |resolver| resolver.release());
     let lookups = Lookups::new(resolver, LOOKUP_LIMITS, metrics.target_lookups.clone());
     let network = Arc::new(TargetNetwork::Host { lookups });
+    let gate = Arc::new(Gate::open(Policy::default()));
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let dial = |host: String| {
-        let network = network.clone();
+        let (network, gate) = (network.clone(), gate.clone());
         let target = format!("{host}:{port}").parse().unwrap();
         async move {
             let mut timing = DialTiming::default();
             // Longer than the test: nothing in it waits for time.
             let limit = Duration::from_secs(600);
-            dial::dial(&network, Network::Tcp, &target, limit, &mut timing).await
+            dial::dial((&network, &gate), Network::Tcp, &target, limit, &mut timing).await
         }
     };
     let mut hung = tokio::task::JoinSet::new();

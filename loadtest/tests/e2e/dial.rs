@@ -84,11 +84,34 @@ async fn an_unreachable_network_is_reported_with_gos_text(
     #[values(Quic, Tcp)] carrier: Carrier,
 ) {
     within(async {
-        let rig = rig(frontend, carrier).start().await.unwrap();
+        let exempt = "--egress-exempt=224.0.0.0/4";
+        let rig = rig(frontend, carrier).agent_flag(exempt).start().await.unwrap();
         // TCP to a multicast address has no route, on any host, and sends nothing.
         let answer = refusal(&rig, "224.0.0.1:80").await;
         let text = "dial tcp 224.0.0.1:80: connect: network is unreachable";
         assert_refusal(&rig, &answer, "502 Bad Gateway", text);
+    })
+    .await;
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_target_that_the_egress_policy_denies_is_refused_with_the_rule(
+    #[values(ConnectUnix, ConnectTls, GrpcUnix, GrpcTls)] frontend: FrontendKind,
+    #[values(Quic, Tcp)] carrier: Carrier,
+) {
+    within(async {
+        let rig = rig(frontend, carrier).agent_flag("--egress-deny=127.0.0.2:1-65535");
+        let rig = rig.start().await.unwrap();
+        for (target, address, rule) in [
+            ("169.254.169.254:80", "169.254.169.254:80", "link-local"),
+            ("[::ffff:127.0.0.2]:443", "[::ffff:127.0.0.2]:443", "deny 127.0.0.2:1-65535"),
+        ] {
+            let answer = refusal(&rig, target).await;
+            let text = format!("dial tcp {address}: refused by the agent's egress policy ({rule})");
+            assert_refusal(&rig, &answer, "502 Bad Gateway", &text);
+        }
+        assert_eq!(rig.server.dial_failures("error_response"), 2.0);
     })
     .await;
 }
