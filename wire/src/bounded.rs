@@ -33,6 +33,14 @@ impl<const MAX: usize> Text<MAX> {
         Self(text)
     }
 
+    /// The text of these bytes, with replacement characters for what is not UTF-8, cut at the last
+    /// character boundary that fits.
+    pub fn lossy(bytes: &[u8]) -> Self {
+        // A character has at most four bytes, so cutting there first loses none that fits.
+        let some = &bytes[..bytes.len().min(MAX + 4)];
+        Self::truncated(String::from_utf8_lossy(some).into_owned())
+    }
+
     /// The text as a string slice.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -78,6 +86,9 @@ impl<const MAX: usize> fmt::Display for Text<MAX> {
     }
 }
 
+/// What a peer says for people alone, such as the reason of a close.
+pub type PeerText = Text<200>;
+
 /// Text of a peer for people: `Display` escapes control characters, and those that change the
 /// direction of the text around them.
 #[derive(Clone, Copy, Debug)]
@@ -111,9 +122,11 @@ fn escape(text: &str, limit: usize, f: &mut fmt::Formatter<'_>) -> fmt::Result {
 
 /// Whether a character changes how the text around it is shown: a control character, a separator of
 /// lines, or a mark of direction (UAX #9).
-fn misleads(c: char) -> bool {
-    let is_mark =
-        matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}');
+pub fn misleads(c: char) -> bool {
+    let is_mark = matches!(
+        c,
+        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+    );
     c.is_control() || is_mark
 }
 
@@ -214,12 +227,21 @@ mod tests {
             ("a\r\nINFO", "a\\r\\nINFO"),
             ("\u{1b}[2J", "\\u{1b}[2J"),
             ("\u{202e}abc", "\\u{202e}abc"),
+            ("\u{61c}a", "\\u{61c}a"),
+            ("\u{85}a", "\\u{85}a"),
             ("\n\n\n\n\n\n\n", "\\n\\n\\n\\n\\n\\n…"),
         ] {
             assert_eq!(Text::<12>::try_from(text).unwrap().to_string(), shown);
         }
         assert_eq!(Escaped("\n\n\n\n\n\n\n").to_string(), "\\n".repeat(7));
         assert_eq!(format!("{:?}", Text::<8>::try_from("a\nb").unwrap()), "\"a\\nb\"");
+    }
+
+    #[test]
+    fn bytes_of_a_peer_are_text_whatever_they_are() {
+        assert_eq!(Text::<8>::lossy(b"a\xffb").as_str(), "a\u{fffd}b");
+        assert_eq!(Text::<4>::lossy("aé€".as_bytes()).as_str(), "aé");
+        assert_eq!(Text::<4>::lossy(&[b'x'; 1000]).as_str(), "xxxx");
     }
 
     #[test]

@@ -97,11 +97,11 @@ pub struct TraceContext {
 impl fmt::Display for TraceContext {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { traceparent, tracestate } = self;
-        write!(f, "{}", traceparent.escape_debug())?;
+        write!(f, "{traceparent}")?;
         if tracestate.is_empty() {
             return Ok(());
         }
-        write!(f, " {}", tracestate.escape_debug())
+        write!(f, " {tracestate}")
     }
 }
 

@@ -4,6 +4,8 @@ use std::{fmt, net::IpAddr, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::bounded::{Text, misleads};
+
 /// Maximum length of a target's host name, in bytes (RFC 1035 §2.3.4 allows 253 visible ones).
 pub const MAX_HOST_LEN: usize = 255;
 
@@ -20,19 +22,20 @@ pub struct Target {
 pub enum InvalidTarget {
     /// There is no colon before a port.
     #[error("address {0}: missing port in address")]
-    MissingPort(String),
+    MissingPort(Text<300>),
     /// A bare IPv6 address, or more than one colon outside brackets.
     #[error("address {0}: too many colons in address")]
-    TooManyColons(String),
+    TooManyColons(Text<300>),
     /// A bracket opens and does not close, or closes without opening.
     #[error("address {0}: mismatched bracket in address")]
-    MismatchedBracket(String),
+    MismatchedBracket(Text<300>),
     /// The port is not a number from 0 to 65535.
     #[error("address {0}: invalid port")]
-    InvalidPort(String),
-    /// The host has more than [`MAX_HOST_LEN`] bytes or holds control characters or spaces.
+    InvalidPort(Text<64>),
+    /// The host has more than [`MAX_HOST_LEN`] bytes, or holds spaces or characters that are not
+    /// shown as themselves.
     #[error("lookup {0}: no such host")]
-    InvalidHost(String),
+    InvalidHost(Text<64>),
 }
 
 impl Target {
@@ -42,10 +45,9 @@ impl Target {
     /// When the host is longer than [`MAX_HOST_LEN`] or cannot be one.
     pub fn new(host: impl Into<String>, port: u16) -> Result<Self, InvalidTarget> {
         let host = host.into();
-        let odd = |c: char| c.is_control() || c.is_whitespace();
+        let odd = |c: char| misleads(c) || c.is_whitespace();
         if host.len() > MAX_HOST_LEN || host.contains(odd) {
-            let shown: String = host.chars().filter(|c| !odd(*c)).take(64).collect();
-            return Err(InvalidTarget::InvalidHost(shown));
+            return Err(InvalidTarget::InvalidHost(Text::truncated(host)));
         }
         Ok(Self { host, port })
     }
@@ -87,7 +89,7 @@ impl FromStr for Target {
 
     /// Splits `host:port`, `[ipv6]:port` or `:port` by the rules of Go's `net.SplitHostPort`.
     fn from_str(address: &str) -> Result<Self, InvalidTarget> {
-        let shown = || address.chars().filter(|c| !c.is_control()).take(300).collect::<String>();
+        let shown = || Text::truncated(address.to_owned());
         let (host, port) = split_host_port(address).map_err(|fault| match fault {
             SplitFault::MissingPort => InvalidTarget::MissingPort(shown()),
             SplitFault::TooManyColons => InvalidTarget::TooManyColons(shown()),
@@ -96,7 +98,7 @@ impl FromStr for Target {
         let digits = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
         match port.parse() {
             Ok(port) if digits => Self::new(host, port),
-            _ => Err(InvalidTarget::InvalidPort(port.chars().take(64).collect())),
+            _ => Err(InvalidTarget::InvalidPort(Text::truncated(port.to_owned()))),
         }
     }
 }
@@ -182,7 +184,8 @@ mod tests {
         assert_eq!(text("host:70000"), "address 70000: invalid port");
         assert_eq!(text("host:"), "address : invalid port");
         assert_eq!(text("host:+1"), "address +1: invalid port");
-        assert_eq!(text("a b:80"), "lookup ab: no such host");
+        assert_eq!(text("a b:80"), "lookup a b: no such host");
+        assert_eq!(text("a\u{202e}b\u{2028}:80"), "lookup a\\u{202e}b\\u{2028}: no such host");
         assert!(Target::new("x".repeat(256), 1).is_err());
         assert!(Target::new("x".repeat(255), 1).is_ok());
     }
@@ -203,6 +206,6 @@ mod tests {
         let long = "a".repeat(1000).parse::<Target>().unwrap_err();
         assert_eq!(long.to_string().len(), 300 + "address : missing port in address".len());
         let control = "a\u{7}b".parse::<Target>().unwrap_err();
-        assert_eq!(control.to_string(), "address ab: missing port in address");
+        assert_eq!(control.to_string(), "address a\\u{7}b: missing port in address");
     }
 }

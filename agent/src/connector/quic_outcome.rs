@@ -67,7 +67,7 @@ mod tests {
     use std::time::Duration;
 
     use culvert_transport::TransportFault;
-    use culvert_wire::CloseCode;
+    use culvert_wire::{CloseCode, bounded::PeerText};
 
     use super::*;
 
@@ -91,7 +91,7 @@ mod tests {
 
     #[test]
     fn a_server_that_refuses_the_agent_shows_nothing_about_quic() {
-        let reason = "the token was refused".to_owned();
+        let reason = PeerText::lossy(b"the token was refused");
         let refused = TunnelLost::ClosedByPeer { code: CloseCode::UNAUTHENTICATED, reason };
         let refused = CarrierError::Join(JoinError::Lost(refused));
         assert_eq!(QuicOutcome::of_failed_join(&refused), QuicOutcome::Unknown);

@@ -21,7 +21,7 @@ use culvert_transport::{
 };
 use culvert_wire::{
     CloseCode, DialId, StreamCode, Target,
-    bounded::List,
+    bounded::{List, PeerText},
     control::{ControlMessage, Welcome},
     dial::{DialReply, Network, StreamKind},
     extension::Extensions,
@@ -49,7 +49,7 @@ enum Ended {
     Refused(#[from] CallError),
     #[error("the server ended its stream")]
     Stream,
-    #[error("the server's stream failed: {}", .0.message())]
+    #[error("the server's stream failed: {}", PeerText::lossy(.0.message().as_bytes()))]
     Failed(#[from] tonic::Status),
     #[error(transparent)]
     PeerNotReading(#[from] PeerNotReading),

@@ -11,7 +11,7 @@ use culvert_konnectivity::{
     header,
     packet::Packet,
 };
-use culvert_wire::{ServerId, control::Hello};
+use culvert_wire::{ServerId, bounded::PeerText, control::Hello};
 use http::uri::PathAndQuery;
 use hyper::client::conn::http2;
 use tonic::{
@@ -28,7 +28,7 @@ pub(super) enum CallError {
     #[error("the agent's name, identifiers or token cannot be sent: {0}")]
     Metadata(#[from] InvalidMetadataValue),
     /// The server refused the call, with this text.
-    #[error("{}", .0.message())]
+    #[error("{}", PeerText::lossy(.0.message().as_bytes()))]
     Refused(Status),
     /// The connection ended.
     #[error("{0}")]

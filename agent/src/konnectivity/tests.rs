@@ -203,6 +203,18 @@ async fn a_call_that_the_server_ends_closes_the_tunnel() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_status_of_the_server_cannot_pretend_to_be_another_line() {
+    let joined = joined(Duration::ZERO).await;
+    let AgentCall { outbound, inbound: _inbound, .. } = joined.call;
+    let forged = Err(Status::internal(format!("\nINFO \u{2028}\u{202e}{}", "x".repeat(500))));
+    outbound.send(forged).await.unwrap();
+    let lost = joined.tunnel.closed().await;
+    let TunnelLost::ClosedByPeer { reason, .. } = lost else { panic!("{lost:?}") };
+    let start = "the server's stream failed: \\nINFO \\u{2028}\\u{202e}xxx";
+    assert!(reason.as_str().starts_with(start), "{reason}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_server_that_does_not_speak_http2_closes_the_tunnel_at_once() {
     let (tunnel, mut far, _bridges) = connected(Duration::ZERO).await;
     let begun = Instant::now();

@@ -52,7 +52,7 @@ pub(super) async fn serve(
     };
     info!(
         agent_id = %agent_id, %remote, transport = %backend.tunnel.carrier(),
-        instance = %backend.instance(), software = %backend.software().escape_debug(),
+        instance = %backend.instance(), software = %backend.software(),
         revision = backend.revision(), identity = %backend.claims.identity,
         expires = %backend.claims.identity.expiry().map_or("never".into(), |at| at.to_string()),
         "agent connected",

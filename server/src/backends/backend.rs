@@ -82,7 +82,7 @@ impl Backend {
     }
 
     /// Name and version of the agent's software, as the agent calls itself.
-    pub(crate) fn software(&self) -> &str {
+    pub(crate) fn software(&self) -> &Text<64> {
         &self.software
     }
 

@@ -48,7 +48,10 @@ mod tests {
 
     #[test]
     fn only_an_agent_that_closes_its_tunnel_because_it_stops_leaves_in_order() {
-        let by_peer = |code| TunnelLost::ClosedByPeer { code, reason: String::new() };
+        let by_peer = |code| TunnelLost::ClosedByPeer {
+            code,
+            reason: culvert_wire::bounded::PeerText::default(),
+        };
         let here = |code| TunnelLost::ClosedHere { code, reason: String::new() };
         for (lost, departure) in [
             (by_peer(CloseCode::DONE), Departure::InOrder),

@@ -4,8 +4,8 @@ use std::{fmt, time::Duration};
 
 use culvert_transport::{ReadFrameError, TunnelLost, WriteError};
 use culvert_wire::{
-    AgentId, StreamCode, codec::EncodeError, dial::DialFailure, extension::UnknownExtension,
-    frame::FrameError, target::InvalidTarget,
+    AgentId, StreamCode, bounded::Text, codec::EncodeError, dial::DialFailure,
+    extension::UnknownExtension, frame::FrameError, target::InvalidTarget,
 };
 
 /// Why a dial failed. The texts of what Konnectivity knows too are its own.
@@ -19,7 +19,7 @@ pub(crate) enum DialError {
     Address(#[from] InvalidTarget),
     /// The network is not supported.
     #[error("dial {0}: unknown network {0}")]
-    Network(String),
+    Network(Text<32>),
     /// The agent could not reach the target; the text is the agent's.
     #[error(transparent)]
     Failed(#[from] DialFailure),

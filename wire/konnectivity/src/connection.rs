@@ -13,7 +13,7 @@ use culvert_transport::{
     RecvHalf, SendHalf,
     splice::{Abort, Local, LocalFault, LocalRead, LocalWrite, Meter, Outcome, splice},
 };
-use culvert_wire::code::StreamCode;
+use culvert_wire::{bounded::PeerText, code::StreamCode};
 use parking_lot::Mutex;
 
 use super::{
@@ -52,7 +52,7 @@ impl Connections {
     pub fn insert(&self, id: i64) -> Arc<Inbox> {
         let inbox = Arc::new(Inbox::new(self.held.clone()));
         if let Some(other) = self.inboxes.lock().insert(id, inbox.clone()) {
-            let reason = "the peer gave its id to another connection".into();
+            let reason = PeerText::lossy(b"the peer gave its id to another connection");
             other.end(End::Cut { code: StreamCode::MALFORMED, reason });
         }
         inbox
@@ -67,6 +67,7 @@ impl Connections {
             && let Some(fullest) = self.inboxes.lock().values().max_by_key(|inbox| inbox.held())
         {
             let reason = format!("more than {TOTAL_LIMIT} bytes wait for all readers of the peer");
+            let reason = PeerText::truncated(reason);
             fullest.end(End::Cut { code: StreamCode::OVERLOADED, reason });
         }
         Some(inbox)

@@ -18,7 +18,7 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use culvert_transport::splice::LocalFault;
-use culvert_wire::code::StreamCode;
+use culvert_wire::{bounded::PeerText, code::StreamCode};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     sync::Notify,
@@ -48,7 +48,7 @@ pub enum End {
         /// Code for the other side of the stream.
         code: StreamCode,
         /// Text for logs and users.
-        reason: String,
+        reason: PeerText,
     },
 }
 
@@ -95,6 +95,7 @@ impl Inbox {
             }
             if state.held() + bytes.len() > HARD_LIMIT {
                 let reason = format!("{HARD_LIMIT} bytes wait and are not read");
+                let reason = PeerText::truncated(reason);
                 state.cut(StreamCode::OVERLOADED, reason);
             } else {
                 state.len += bytes.len();
@@ -205,7 +206,7 @@ impl State {
         self.len + self.chunks.len() * CHUNK_COST
     }
 
-    fn cut(&mut self, code: StreamCode, reason: String) {
+    fn cut(&mut self, code: StreamCode, reason: PeerText) {
         self.chunks.clear();
         self.len = 0;
         self.end = Some(End::Cut { code, reason });
@@ -232,8 +233,8 @@ impl State {
     }
 }
 
-fn fault(code: StreamCode, reason: &str) -> LocalFault {
-    LocalFault { code, source: io::Error::new(io::ErrorKind::ConnectionReset, reason.to_owned()) }
+fn fault(code: StreamCode, reason: &PeerText) -> LocalFault {
+    LocalFault { code, source: io::Error::new(io::ErrorKind::ConnectionReset, reason.to_string()) }
 }
 
 #[cfg(test)]

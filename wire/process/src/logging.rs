@@ -18,6 +18,7 @@ use std::{
 };
 
 use clap::ValueEnum;
+use culvert_wire::bounded::misleads;
 pub use panics::text as panic_text;
 #[doc(hidden)]
 pub use rate_limit::RateLimit;
@@ -143,21 +144,23 @@ impl io::Write for Line {
     }
 }
 
-/// A line whose control characters, other than the end of the line and those of colours, cannot
-/// pretend to be another line or command a terminal.
+/// A line whose characters, other than the end of the line and those of colours, cannot pretend to be another line or command a terminal.
 fn escape(line: &[u8], coloured: bool) -> Vec<u8> {
     let (text, end) = match line {
         [text @ .., b'\n'] => (text, &b"\n"[..]),
         text => (text, &b""[..]),
     };
-    let is_plain = |byte: u8| !byte.is_ascii_control() || (byte == b'\x1b' && coloured);
-    let mut escaped = Vec::with_capacity(line.len());
-    for byte in text {
-        match *byte {
-            byte if is_plain(byte) => escaped.push(byte),
-            byte => escaped.extend(byte.escape_ascii()),
+    let is_plain = |c: char| !misleads(c) || (c == '\x1b' && coloured);
+    // tracing-subscriber writes UTF-8.
+    let text = String::from_utf8_lossy(text);
+    let mut escaped = String::with_capacity(line.len());
+    for c in text.chars() {
+        match c {
+            c if is_plain(c) => escaped.push(c),
+            c => escaped.extend(c.escape_default()),
         }
     }
+    let mut escaped = escaped.into_bytes();
     escaped.extend_from_slice(end);
     escaped
 }
@@ -305,7 +308,9 @@ mod tests {
     fn text_within_a_line_can_neither_end_it_nor_command_a_terminal() {
         let shown = |line: &str, coloured| String::from_utf8(escape(line.as_bytes(), coloured));
         let forged = "é\n2026 INFO \x1b[2J\r\x07\n";
-        assert_eq!(shown(forged, false).unwrap(), "é\\n2026 INFO \\x1b[2J\\r\\x07\n");
+        assert_eq!(shown(forged, false).unwrap(), "é\\n2026 INFO \\u{1b}[2J\\r\\u{7}\n");
+        let marks = "\u{202e}a\u{2028}b\u{85}\n";
+        assert_eq!(shown(marks, false).unwrap(), "\\u{202e}a\\u{2028}b\\u{85}\n");
         assert_eq!(shown("\x1b[1m a", true).unwrap(), "\x1b[1m a");
     }
 }

@@ -2,7 +2,7 @@
 
 use culvert_wire::{
     AgentId, DialId, InstanceId, ServerId, Target,
-    bounded::{List, Text},
+    bounded::{List, Text, misleads},
     codec::{self},
     control::{ControlMessage, Drain, Goodbye, Hello, Ping, Pong, Secret, ServerEntry, Welcome},
     dial::{
@@ -130,7 +130,7 @@ fn arb_small_control() -> impl Strategy<Value = Message> {
 
 fn arb_request() -> impl Strategy<Value = Message> {
     let network = prop_oneof![Just(Network::Tcp), Just(Network::Tcp4), Just(Network::Tcp6)];
-    let host = string(255, |c| !c.is_control() && !c.is_whitespace());
+    let host = string(255, |c| !misleads(c) && !c.is_whitespace());
     let target = (host, any::<u16>()).prop_map(|(host, port)| Target::new(host, port).unwrap());
     let kind = any::<u8>().prop_map(|kind| codec::decode::<StreamKind>(&[kind]).unwrap());
     let trace = option::of(

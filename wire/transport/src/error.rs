@@ -6,7 +6,7 @@
 use std::{io, net::SocketAddr};
 
 use culvert_wire::{
-    bounded::Escaped,
+    bounded::{Escaped, PeerText},
     code::{CloseCode, StreamCode},
     frame::FrameError,
     version::ALPN,
@@ -97,12 +97,12 @@ pub enum ProxyFault {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TunnelLost {
     /// The peer closed it and said why.
-    #[error("closed by the peer: {code}{}{}", if reason.is_empty() { "" } else { ": " }, Escaped(reason))]
+    #[error("closed by the peer: {code}{}{reason}", if reason.is_empty() { "" } else { ": " })]
     ClosedByPeer {
         /// The peer's code.
         code: CloseCode,
         /// The peer's text, possibly empty.
-        reason: String,
+        reason: PeerText,
     },
     /// This side closed it.
     #[error("closed by this side: {code}{}{reason}", if reason.is_empty() { "" } else { ": " })]
@@ -152,15 +152,15 @@ pub enum TransportFault {
     #[error(transparent)]
     Io(#[from] IoFault),
     /// This side's TLS refused the peer: its certificate, its parameters or its bytes.
-    #[error("{reason}")]
+    #[error("{}", Escaped(reason))]
     TlsRefused {
         /// The alert that the peer was sent (RFC 8446 §6), if one fits.
         alert: Option<u8>,
-        /// The fault, for people.
+        /// The fault, for people. It may quote names of the peer's certificate.
         reason: String,
     },
     /// The peer's TLS refused this side.
-    #[error("{reason}")]
+    #[error("{}", Escaped(reason))]
     TlsAlert {
         /// The alert that the peer sent (RFC 8446 §6).
         alert: u8,
@@ -171,12 +171,12 @@ pub enum TransportFault {
     #[error("the peer broke the protocol: {}", Escaped(.0))]
     Protocol(String),
     /// The peer's carrier closed the connection, with a code of the carrier's own protocol.
-    #[error("{}", Escaped(reason))]
+    #[error("{reason}")]
     Aborted {
         /// The code (RFC 9000 §20.1).
         code: u64,
         /// The peer's reason, for people.
-        reason: String,
+        reason: PeerText,
     },
     /// The peers have no version of the carrier's protocol in common.
     #[error("the peers have no version of QUIC in common")]
@@ -325,10 +325,10 @@ mod tests {
     #[test]
     fn what_ended_a_tunnel_has_a_label() {
         let code = CloseCode::SUPERSEDED;
-        let closed = TunnelLost::ClosedByPeer { code, reason: "newer".into() };
+        let closed = TunnelLost::ClosedByPeer { code, reason: PeerText::lossy(b"newer") };
         assert_eq!(closed.label(), "superseded");
         assert_eq!(closed.to_string(), "closed by the peer: superseded: newer");
-        let forging = TunnelLost::ClosedByPeer { code, reason: "\nINFO".into() };
+        let forging = TunnelLost::ClosedByPeer { code, reason: PeerText::lossy(b"\nINFO") };
         assert_eq!(forging.to_string(), "closed by the peer: superseded: \\nINFO");
         let closed = TunnelLost::ClosedHere { code, reason: String::new() };
         assert_eq!(closed.to_string(), "closed by this side: superseded");

@@ -16,7 +16,7 @@ use culvert_transport::{
     Carrier, ConnectError, Settings, Tunnel, TunnelLost,
     qmux::{Peer, Role, establish},
 };
-use culvert_wire::{CloseCode, StreamCode};
+use culvert_wire::{CloseCode, StreamCode, bounded::PeerText};
 use qmux::{Config, Session, Version};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
@@ -301,7 +301,7 @@ async fn another_implementation_works_as_client() {
         assert_eq!(tokio::join!(sending, reading).1, bytes.len());
         client.close(CloseCode::SHUTDOWN.as_u32(), "enough");
         let lost = server.closed().await;
-        let (code, reason) = (CloseCode::SHUTDOWN, "enough".to_owned());
+        let (code, reason) = (CloseCode::SHUTDOWN, PeerText::lossy(b"enough"));
         assert_eq!(lost, TunnelLost::ClosedByPeer { code, reason });
     })
     .await;

@@ -16,6 +16,7 @@ use culvert_transport::{
 };
 use culvert_wire::{
     CloseCode, StreamCode,
+    bounded::PeerText,
     control::{ControlMessage, Drain, Ping},
     frame::{self, FrameError},
 };
@@ -33,6 +34,7 @@ on_each_carrier![
     a_lost_tunnel_is_noticed_by_a_reader_that_holds_back,
     a_reset_stays_a_reset_however_often_it_is_asked_for,
     streams_end_with_the_reason_for_which_the_tunnel_was_closed,
+    the_reason_of_a_close_is_short_and_cannot_pretend_to_be_another_line,
     a_peer_that_is_heard_and_does_not_answer_is_found_unresponsive,
     a_later_revisions_message_is_ignored_and_a_malformed_one_is_not,
     a_frame_is_read_exactly_and_leaves_what_follows,
@@ -131,7 +133,7 @@ async fn a_lost_tunnel_is_noticed_by_a_reader_that_holds_back(carrier: Carrier) 
         send.write_chunk(Bytes::from_static(bytes.as_bytes())).await.unwrap();
         pair.server.close(CloseCode::SHUTDOWN, "");
         let code = CloseCode::SHUTDOWN;
-        let lost = TunnelLost::ClosedByPeer { code, reason: String::new() };
+        let lost = TunnelLost::ClosedByPeer { code, reason: PeerText::default() };
         assert_eq!(recv.failed().await, ReadError::Lost(lost));
     }
 }
@@ -162,12 +164,22 @@ async fn streams_end_with_the_reason_for_which_the_tunnel_was_closed(carrier: Ca
     pair.server.close(CloseCode::UNRESPONSIVE, "no answer");
     let (code, reason) = (CloseCode::UNRESPONSIVE, "no answer".to_owned());
     let here = TunnelLost::ClosedHere { code, reason: reason.clone() };
-    let there = TunnelLost::ClosedByPeer { code, reason };
+    let there = TunnelLost::ClosedByPeer { code, reason: PeerText::truncated(reason) };
     let mut chunks = [Bytes::new()];
     assert_eq!(recv.read_chunks(&mut chunks).await.unwrap_err(), ReadError::Lost(here.clone()));
     assert_eq!(pair.server.closed().await, here);
     assert_eq!(pair.agent.closed().await, there);
     assert_eq!(far.failed().await, ReadError::Lost(there));
+}
+
+async fn the_reason_of_a_close_is_short_and_cannot_pretend_to_be_another_line(carrier: Carrier) {
+    let pair = Pair::new(carrier).await;
+    let forged = format!("\n\u{2028}\u{202e}INFO agent connected{}", "x".repeat(500));
+    pair.server.close(CloseCode::SHUTDOWN, &forged);
+    let shown = pair.agent.closed().await.to_string();
+    let start = "closed by the peer: shutdown: \\n\\u{2028}\\u{202e}INFO agent connectedxxx";
+    assert!(shown.starts_with(start), "{shown}");
+    assert!(shown.chars().count() < 250, "{shown}");
 }
 
 #[tokio::test]

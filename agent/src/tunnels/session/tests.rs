@@ -2,7 +2,7 @@ use std::pin::pin;
 
 use bytes::Bytes;
 use culvert_transport::{Carrier, ReadError, RecvHalf, SendHalf, Settings, test_util::Side};
-use culvert_wire::{control::Ping, dial::DialRequest, frame::Message as _};
+use culvert_wire::{bounded::PeerText, control::Ping, dial::DialRequest, frame::Message as _};
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -135,7 +135,7 @@ async fn another_answer_than_welcome_closes_the_tunnel() {
     .await;
     let error = joined.unwrap_err();
     assert!(matches!(error, JoinError::NotWelcome) && error.is_refusal(), "{error}");
-    let reason = error.to_string();
+    let reason = PeerText::truncated(error.to_string());
     assert_eq!(lost, TunnelLost::ClosedByPeer { code: CloseCode::PROTOCOL_VIOLATION, reason });
 }
 
@@ -176,7 +176,7 @@ async fn an_agent_that_gives_up_its_join_breaks_no_protocol() {
             (control, _) = end.hello() => control,
         }
     };
-    let lost = TunnelLost::ClosedByPeer { code: CloseCode::ABANDONED, reason: String::new() };
+    let lost = TunnelLost::ClosedByPeer { code: CloseCode::ABANDONED, reason: PeerText::default() };
     assert_eq!(control.event().await.unwrap_err().lost(), Some(&lost));
 }
 

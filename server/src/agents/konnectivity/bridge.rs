@@ -16,6 +16,7 @@ use culvert_transport::{
 };
 use culvert_wire::{
     CloseCode, StreamCode,
+    bounded::PeerText,
     control::{ControlMessage, Drain, Hello},
     dial::{DialErrorKind, DialFailure, DialReply, DialRequest, DialTiming},
     extension::Extensions,
@@ -51,7 +52,7 @@ pub(super) enum IntroductionError {
 enum BridgeEnd {
     #[error("the agent ended its stream")]
     Stream,
-    #[error("the agent's stream failed: {}", .0.message())]
+    #[error("the agent's stream failed: {}", PeerText::lossy(.0.message().as_bytes()))]
     Failed(#[from] tonic::Status),
     #[error(transparent)]
     PeerNotReading(#[from] PeerNotReading),
@@ -186,7 +187,10 @@ impl Connected {
                     if let Some(inbox) = self.connections.remove(closed.connect_id) {
                         inbox.end(match closed.error {
                             error if error.is_empty() => End::Finished,
-                            reason => End::Cut { code: StreamCode::PEER_RESET, reason },
+                            error => End::Cut {
+                                code: StreamCode::PEER_RESET,
+                                reason: PeerText::lossy(error.as_bytes()),
+                            },
                         });
                     }
                 }
@@ -215,7 +219,7 @@ impl Connected {
             .is_some_and(|waiting| waiting.send(Ok((id, self.connections.insert(id)))).is_ok());
         if !waits {
             if let Some(inbox) = self.connections.remove(id) {
-                let reason = "the agent gave its name away".into();
+                let reason = PeerText::lossy(b"the agent gave its name away");
                 inbox.end(End::Cut { code: StreamCode::MALFORMED, reason });
             }
             self.outbound.send_urgent(Packet::close_request(id))?;

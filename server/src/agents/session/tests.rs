@@ -191,7 +191,7 @@ async fn what_kube_apiserver_says_is_not_sent_to_a_stranger() {
     let lost = served.tunnel.closed().await;
     let TunnelLost::ClosedByPeer { code, reason } = lost else { panic!("{lost:?}") };
     assert_eq!(code, CloseCode::UNAUTHENTICATED);
-    assert_eq!(reason, "the token was refused: see the server's log");
+    assert_eq!(*reason, *"the token was refused: see the server's log");
 }
 
 #[tokio::test(start_paused = true)]

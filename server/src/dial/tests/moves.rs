@@ -13,7 +13,10 @@ async fn without_an_agent_a_dial_fails_at_once() {
 
 /// Why an agent is gone that left in order.
 fn stopped() -> TunnelLost {
-    TunnelLost::ClosedByPeer { code: CloseCode::SHUTDOWN, reason: String::new() }
+    TunnelLost::ClosedByPeer {
+        code: CloseCode::SHUTDOWN,
+        reason: culvert_wire::bounded::PeerText::default(),
+    }
 }
 
 impl Dialing {

@@ -20,7 +20,7 @@ use std::{
 
 use culvert_konnectivity::packet::{DialRequest, Packet, PacketMessage};
 use culvert_transport::splice::{Cut, HalfEnd, Local};
-use culvert_wire::{Target, dial::Network};
+use culvert_wire::{Target, bounded::Text, dial::Network};
 use tonic::Streaming;
 use tracing::debug;
 
@@ -140,7 +140,7 @@ async fn dial(
 
 fn parameters(hints: &RequestHints, request: &DialRequest) -> Result<DialParameters, DialError> {
     let network = Network::from_name(&request.protocol)
-        .ok_or_else(|| DialError::Network(request.protocol.chars().take(32).collect()))?;
+        .ok_or_else(|| DialError::Network(Text::truncated(request.protocol.clone())))?;
     let target: Target = request.address.parse()?;
     let RequestHints { kind, trace } = hints.clone();
     Ok(DialParameters { network, target, kind, trace })

@@ -4,6 +4,7 @@
 //! on a reliable byte stream, and three of QMux's own. Pure: bytes in, frames out.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use culvert_wire::bounded::PeerText;
 
 /// Maximum length of a record, in bytes without its length field: the largest that every peer must
 /// accept, and the largest that is accepted here.
@@ -12,8 +13,6 @@ pub(super) const MAX_RECORD: usize = 16_382;
 const STREAM_HEAD: usize = 1 + 8 + 8 + 4;
 /// Maximum length of the data in one STREAM frame, in bytes.
 pub(super) const MAX_DATA_LEN: usize = MAX_RECORD - STREAM_HEAD;
-/// Maximum length of the reason that is sent with a close, in bytes.
-const MAX_REASON: usize = 1024;
 
 const PADDING: u64 = 0x00;
 const RESET_STREAM: u64 = 0x04;
@@ -76,7 +75,7 @@ pub(super) enum Frame {
     Close {
         application: bool,
         code: u64,
-        reason: String,
+        reason: PeerText,
     },
     Parameters(Parameters),
     Ping(u64),
@@ -166,9 +165,8 @@ impl Frame {
                     // The code is followed by the type of the frame at fault, 0 if unknown.
                     false => numbers(&[TRANSPORT_CLOSE, *code, 0]),
                 }
-                let length = reason.floor_char_boundary(MAX_REASON);
-                put_varint(buf, length as u64);
-                buf.put_slice(&reason.as_bytes()[..length]);
+                put_varint(buf, reason.len() as u64);
+                buf.put_slice(reason.as_bytes());
             }
             Self::Parameters(parameters) => {
                 let encoded = parameters.encode();
@@ -221,7 +219,7 @@ impl Frame {
                 if !application {
                     get_varint(buf)?;
                 }
-                let reason = String::from_utf8_lossy(&get_bytes(buf)?).into_owned();
+                let reason = PeerText::lossy(&get_bytes(buf)?);
                 Self::Close { application, code, reason }
             }
             QX_TRANSPORT_PARAMETERS => Self::Parameters(Parameters::decode(get_bytes(buf)?)?),
@@ -355,8 +353,10 @@ mod tests {
             number().prop_map(Frame::MaxStreams),
             number().prop_map(Frame::Ping),
             number().prop_map(Frame::Pong),
-            (any::<bool>(), number(), ".{0,40}")
-                .prop_map(|(application, code, reason)| Frame::Close { application, code, reason }),
+            (any::<bool>(), number(), ".{0,40}").prop_map(|(application, code, reason)| {
+                let reason = PeerText::truncated(reason);
+                Frame::Close { application, code, reason }
+            }),
             prop::array::uniform5(number()).prop_map(|[idle, data, local, remote, streams]| {
                 Frame::Parameters(Parameters {
                     max_idle_timeout: idle,

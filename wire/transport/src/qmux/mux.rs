@@ -21,7 +21,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use culvert_wire::code::StreamCode;
+use culvert_wire::{bounded::PeerText, code::StreamCode};
 
 #[cfg(fuzzing)]
 pub(super) use self::exercise::exercise;
@@ -276,7 +276,11 @@ impl Mux {
 
     /// Sends a close, which is the last frame of the connection.
     pub(super) fn close(&mut self, application: bool, code: u64, reason: &str) {
-        self.urgent.push_back(Frame::Close { application, code, reason: reason.to_owned() });
+        self.urgent.push_back(Frame::Close {
+            application,
+            code,
+            reason: PeerText::truncated(reason.to_owned()),
+        });
     }
 
     /// Sends a ping; its sequence number.

@@ -2,7 +2,10 @@
 
 use std::sync::{Arc, OnceLock};
 
-use culvert_wire::code::{CloseCode, StreamCode};
+use culvert_wire::{
+    bounded::PeerText,
+    code::{CloseCode, StreamCode},
+};
 use quinn::VarInt;
 
 use crate::{ReadError, TransportFault, TunnelLost};
@@ -51,7 +54,7 @@ pub(super) fn lost(error: quinn::ConnectionError) -> TunnelLost {
     match error {
         quinn::ConnectionError::ApplicationClosed(close) => TunnelLost::ClosedByPeer {
             code: CloseCode::from_wire(close.error_code.into_inner()),
-            reason: String::from_utf8_lossy(&close.reason).into_owned(),
+            reason: PeerText::lossy(&close.reason),
         },
         quinn::ConnectionError::LocallyClosed => {
             TunnelLost::ClosedHere { code: CloseCode::ABANDONED, reason: String::new() }
@@ -81,7 +84,10 @@ fn fault(error: quinn::ConnectionError) -> TransportFault {
         },
         quinn::ConnectionError::ConnectionClosed(close) => match alert(close.error_code) {
             Some(alert) => TransportFault::TlsAlert { alert, reason },
-            None => TransportFault::Aborted { code: close.error_code.into(), reason },
+            None => {
+                let reason = PeerText::truncated(reason);
+                TransportFault::Aborted { code: close.error_code.into(), reason }
+            }
         },
         quinn::ConnectionError::VersionMismatch => TransportFault::Version,
         _ => TransportFault::Exhausted,

@@ -8,6 +8,7 @@ use std::{
 
 use culvert_wire::{
     CloseCode,
+    bounded::PeerText,
     control::{Drain, Ping},
     frame::{self, FrameError},
 };
@@ -202,7 +203,7 @@ async fn the_last_handle_closes_the_tunnel_as_done() {
     // A stream is a handle too.
     timeout(MOMENT, agent.closed()).await.unwrap_err();
     drop((send, _recv));
-    let (code, reason) = (CloseCode::DONE, String::new());
+    let (code, reason) = (CloseCode::DONE, PeerText::default());
     assert_eq!(agent.closed().await, TunnelLost::ClosedByPeer { code, reason });
     drop(streams);
 }

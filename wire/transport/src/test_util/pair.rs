@@ -83,7 +83,7 @@ mod tests {
     use std::{io, time::Duration};
 
     use bytes::Bytes;
-    use culvert_wire::CloseCode;
+    use culvert_wire::{CloseCode, bounded::PeerText};
     use tokio::time::{Instant, sleep};
 
     use super::*;
@@ -202,7 +202,7 @@ mod tests {
     async fn a_closed_end_is_closed_at_the_other() {
         let pair = pair().await;
         pair.server.close(CloseCode::SHUTDOWN, "over");
-        let (code, reason) = (CloseCode::SHUTDOWN, "over".to_owned());
+        let (code, reason) = (CloseCode::SHUTDOWN, PeerText::lossy(b"over"));
         assert_eq!(pair.agent.closed().await, TunnelLost::ClosedByPeer { code, reason });
     }
 }

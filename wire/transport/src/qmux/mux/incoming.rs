@@ -1,7 +1,7 @@
 //! What a connection does with the frames that arrive: one function per frame.
 
 use bytes::Bytes;
-use culvert_wire::code::StreamCode;
+use culvert_wire::{bounded::PeerText, code::StreamCode};
 
 use super::{
     super::{
@@ -23,7 +23,7 @@ pub(in crate::qmux) enum Received {
     /// The peer has opened a stream, or allows this side to.
     Streams,
     /// The peer closed the connection.
-    Closed { application: bool, code: u64, reason: String },
+    Closed { application: bool, code: u64, reason: PeerText },
 }
 
 impl Mux {
