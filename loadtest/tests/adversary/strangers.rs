@@ -217,7 +217,8 @@ async fn a_stranger_cannot_forge_lines_of_the_log(
 ) {
     const REASON: &str = "x\r\n2026-01-01T00:00:00Z  INFO forged \u{1b}[31m\u{2028}\u{202e}";
     within(async {
-        let victim = Victim::start(Token).await;
+        // A connection that is lost is no warning.
+        let victim = Victim::start_with(Token, &["-v=5"]).await;
         match carrier {
             Carrier::Quic => {
                 let peer = quic::Peer::connect(&victim, EVERYTHING).await;
