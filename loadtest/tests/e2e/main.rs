@@ -30,6 +30,7 @@ mod rotation;
 mod server_first;
 mod server_lifecycle;
 mod soak;
+mod strangers;
 #[path = "../support/mod.rs"]
 mod support;
 mod tokens;
