@@ -21,7 +21,7 @@ use crate::support::{
     agent::tunnel,
     deployment::{Deployment, Implementation::Culvert},
     echo, eventually,
-    kube_api::KubeApi,
+    kube_api::{KubeApi, jwt},
     rig, within,
 };
 
@@ -273,9 +273,10 @@ async fn a_kubeconfig_with_another_address_is_used_when_the_old_one_does_not_ans
         deployment.start_server(Culvert, &flags).await;
         let api = KubeApi::start(&deployment.certificates).await;
         let user = "system:serviceaccount:kube-system:konnectivity-agent";
-        api.accept("good", user, "system:konnectivity-server");
+        let good = jwt(&serde_json::json!({ "sub": "good" }));
+        api.accept(&good, user, "system:konnectivity-server");
         let token = deployment.certificates.folder().join("token");
-        fs::write(&token, "good").unwrap();
+        fs::write(&token, good).unwrap();
         let flag = format!("--service-account-token-path={}", token.display());
         let _agent = deployment.spawn_agent_without_certificate(Culvert, "agent", [flag]).await;
         deployment.until_joined(1).await;

@@ -242,29 +242,35 @@ async fn a_token_that_cannot_be_valid_is_refused_without_a_review() {
     .await;
 }
 
-/// A stranger that begins calls and resets them, each with another token.
+/// A stranger that begins calls and resets them, each with another token; as many on each connection
+/// as the server allows.
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_that_are_reset_cause_no_more_reviews_than_calls_that_wait() {
     const ANSWER_TIME: Duration = Duration::from_secs(4);
+    const CONNECTIONS: usize = 100;
+    const CALLS: usize = 4;
     within(async {
         let guarded = Guarded::start(Culvert).await;
         guarded.accept("good", ACCEPTED);
         guarded.api.delay_answers(ANSWER_TIME);
-        let stream = guarded.deployment.connect_as_konnectivity_agent().await;
-        let io = TokioIo::new(stream);
-        let (mut calls, connection) =
-            http2::handshake::<_, _, Empty<Bytes>>(TokioExecutor::new(), io).await.unwrap();
-        let _driver = culvert_transport::task::owned(connection);
         let begun = Instant::now();
-        for number in 0..1000 {
-            let call = Request::post(format!("https://server{CONNECT}"))
-                .header("content-type", "application/grpc")
-                .header(header::AGENT_ID, "stranger")
-                .header(header::AUTHORIZATION, format!("Bearer {}", token(&number.to_string())))
-                .body(Empty::new())
-                .unwrap();
-            calls.ready().await.unwrap();
-            let _ = timeout(Duration::from_millis(2), calls.send_request(call)).await;
+        for connection_number in 0..CONNECTIONS {
+            let stream = guarded.deployment.connect_as_konnectivity_agent().await;
+            let io = TokioIo::new(stream);
+            let (mut calls, connection) =
+                http2::handshake::<_, _, Empty<Bytes>>(TokioExecutor::new(), io).await.unwrap();
+            let _driver = culvert_transport::task::owned(connection);
+            for call_number in 0..CALLS {
+                let token = token(&format!("{connection_number}-{call_number}"));
+                let call = Request::post(format!("https://server{CONNECT}"))
+                    .header("content-type", "application/grpc")
+                    .header(header::AGENT_ID, "stranger")
+                    .header(header::AUTHORIZATION, format!("Bearer {token}"))
+                    .body(Empty::new())
+                    .unwrap();
+                calls.ready().await.unwrap();
+                let _ = timeout(Duration::from_millis(2), calls.send_request(call)).await;
+            }
         }
         let _agent = guarded.start_agent(Culvert, "agent", "good").await;
         guarded.deployment.until_joined(1).await;
