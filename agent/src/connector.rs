@@ -123,6 +123,12 @@ impl<C: Connect> Connector<C> {
         }
     }
 
+    /// The best rank of the tunnels whose servers are suspected to be gone.
+    fn suspect_rank(&self) -> Option<Rank> {
+        let tunnels = self.tunnels.in_use();
+        tunnels.iter().filter(|tunnel| tunnel.is_suspect()).map(|tunnel| tunnel.rank).max()
+    }
+
     fn begin(&mut self, goal: Goal, context: Arc<SessionContext>) -> Pending {
         let options = self.plan.options(goal, &self.snapshot(), Instant::now(), fastrand::f64());
         let AttemptOptions { order, large_packets, at_once } = options;
@@ -147,7 +153,7 @@ impl<C: Connect> Connector<C> {
                 self.metrics.connect_attempt("ok");
                 let (rank, gain) = match found {
                     Found::Server(joined, rank) => {
-                        let reason = reason(goal, options.order, quic, rank);
+                        let reason = reason(goal, self.suspect_rank(), options.order, quic, rank);
                         (rank, self.add(*joined, rank, reason, sessions, context))
                     }
                     Found::Duplicate(rank) => (rank, Gain::Nothing),
@@ -261,11 +267,19 @@ impl Drop for RemoveOnDrop {
     }
 }
 
-/// Why a tunnel has its carrier, as a metric label.
-fn reason(goal: Goal, order: CarrierOrder, quic: QuicOutcome, rank: Rank) -> &'static str {
+/// Why a tunnel of `rank` has its carrier, as a metric label. `suspect` is the rank of the tunnel
+/// that it is to replace.
+fn reason(
+    goal: Goal,
+    suspect: Option<Rank>,
+    order: CarrierOrder,
+    quic: QuicOutcome,
+    rank: Rank,
+) -> &'static str {
     match (goal, quic, order) {
         (_, QuicOutcome::Failed(failure), _) => failure.label(),
         (Goal::Probe, ..) => "quic_works",
+        (Goal::Replace, ..) if suspect.is_some_and(|suspect| !suspect.is_quic()) => "tcp_silent",
         (Goal::Replace, ..) => "quic_silent",
         (_, _, CarrierOrder::TcpFirst) if !rank.is_quic() => "quic_failed_before",
         (_, _, CarrierOrder::QuicFirst | CarrierOrder::TcpFirst) if rank.is_quic() => {

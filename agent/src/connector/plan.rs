@@ -196,8 +196,10 @@ impl Plan {
             let matches = move |tunnel: &&TunnelState| tunnel.suspicion == Some(suspicion);
             snapshot.tunnels.iter().filter(matches).filter(move |_| goal == Goal::Replace)
         };
+        // The silence of a tunnel over TCP shows nothing about QUIC.
+        let silent_quic = || suspects(Suspicion::Silent).filter(|tunnel| tunnel.rank.is_quic());
         let young = |tunnel: &TunnelState| now.saturating_duration_since(tunnel.since) < YOUNG;
-        if suspects(Suspicion::Silent).any(young) {
+        if silent_quic().any(young) {
             self.quic.on_failed(now, random);
         }
         let order = match (self.transport, goal) {
@@ -206,8 +208,8 @@ impl Plan {
             (Transport::Auto, _) if self.quic.fails_until(now).is_some() => CarrierOrder::TcpFirst,
             (Transport::Auto, _) => CarrierOrder::QuicFirst,
         };
-        let silent = suspects(Suspicion::Silent).next().is_some();
-        let small = silent || self.small_packets_until.is_some_and(|until| now < until);
+        let small = silent_quic().next().is_some()
+            || self.small_packets_until.is_some_and(|until| now < until);
         // A head start for QUIC saves a round trip where QUIC works, and here it most likely does
         // not.
         let at_once = suspects(Suspicion::Refused).next().is_some();

@@ -156,6 +156,26 @@ async fn a_tunnel_whose_server_falls_silent_is_replaced_while_it_stays() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_tunnel_over_tcp_whose_server_falls_silent_is_replaced() {
+    let mut running = run(|call| match call.carrier {
+        Carrier::Quic => Step::Refuse { millis: 0 },
+        _ => welcome(call.carrier, "server-0", 1),
+    });
+    running.until_connected(1).await;
+    let end = running.ends.recv().await.unwrap();
+    let (mut send, _recv) = end.tunnel.open().await.unwrap();
+    send.write_chunk(Bytes::from_static(&[0x10])).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let silent_at = Instant::now();
+    end.line.silence(Side::Server);
+    running.until(|running| running.tunnels.retired() == 1).await;
+    let elapsed = silent_at.elapsed();
+    assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
+    assert_eq!(running.carriers(), [Carrier::Tcp]);
+    assert!(running.scripted.last_call().large_packets, "QUIC has not fallen silent");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_server_that_answers_again_ends_the_attempt_to_replace_its_tunnel() {
     let mut running = run(|call| match call.number {
         0 => welcome(Carrier::Quic, "server-0", 1),
@@ -255,6 +275,8 @@ fn the_reason_for_a_carrier_is_a_label() {
         (Goal::Find, CarrierOrder::Quic, QuicOutcome::Worked, Rank::Quic, "only_choice"),
         (Goal::Find, CarrierOrder::Tcp, QuicOutcome::Unknown, Rank::Tcp, "only_choice"),
     ] {
-        assert_eq!(reason(goal, order, quic, rank), label);
+        assert_eq!(reason(goal, Some(Rank::Quic), order, quic, rank), label);
     }
+    let (order, quic) = (CarrierOrder::TcpFirst, QuicOutcome::Unknown);
+    assert_eq!(reason(Goal::Replace, Some(Rank::Tcp), order, quic, Rank::Tcp), "tcp_silent");
 }

@@ -1,16 +1,17 @@
-//! When the peer of a tunnel over QUIC is suspected to be gone: it does not answer, or the network
-//! reports that it cannot be reached. Pure: the caller brings time and the carrier's measurements.
+//! When the peer of a tunnel is suspected to be gone: it does not answer, or the network reports that
+//! it cannot be reached. Pure: the caller brings time and the carrier's measurements.
 //!
-//! QUIC itself waits for a silent peer for the whole idle time-out, because it has no other path.
-//! An agent has: TCP, or another QUIC connection. It tries them while the old tunnel stays, so a
-//! suspicion that proves wrong costs one handshake.
+//! QUIC and TCP themselves wait for a silent peer for the whole idle time-out, because they have no
+//! other path. An agent has: the other carrier, or another connection, which is also one from another
+//! address of the node. It tries them while the old tunnel stays, so a suspicion that proves wrong
+//! costs one handshake.
 //!
 //! An idle tunnel has nothing that could remain unacknowledged but its keep-alive, so the time until
 //! its silence is noticed is that interval, and at most two seconds more on short paths.
 
 use std::time::Duration;
 
-use culvert_transport::TunnelStats;
+use culvert_transport::{Carrier, TunnelStats};
 use tokio::time::Instant;
 
 /// Interval of the checks while the tunnel carries streams.
@@ -21,6 +22,9 @@ const IDLE_INTERVAL: Duration = Duration::from_millis(500);
 /// 1.5 s, so that dials have another tunnel within 3 s. Long paths have [`ANSWER_ROUND_TRIPS`]
 /// instead.
 const ANSWER_LIMIT: Duration = Duration::from_millis(750);
+/// The same over TCP, whose retransmissions begin after 200 ms and a round trip, and are twice as far
+/// apart each time: two fit.
+const ANSWER_LIMIT_TCP: Duration = Duration::from_secs(1);
 /// Minimum time for the answer, in round trips: a lost packet can be repaired twice within it.
 const ANSWER_ROUND_TRIPS: u32 = 6;
 /// Share of a round trip for which packets that arrive after a report of the network prove nothing:
@@ -57,6 +61,8 @@ pub(crate) struct Liveness {
     asked_at: Option<Instant>,
     refused: Option<Refused>,
     keep_alive_interval: Option<Duration>,
+    /// Time for the peer to answer on a short path.
+    answer_limit: Duration,
 }
 
 /// A report of the network that the peer cannot be reached.
@@ -67,13 +73,18 @@ struct Refused {
 }
 
 impl Liveness {
-    /// Watches a tunnel whose peer has just answered. While it is idle its carrier pings the peer
-    /// at this interval, if there is one.
+    /// Watches a tunnel over `carrier` whose peer has just answered. While it is idle its carrier
+    /// pings the peer at this interval, if there is one.
     pub(crate) fn new(
+        carrier: Carrier,
         now: Instant,
         stats: &TunnelStats,
         keep_alive_interval: Option<Duration>,
     ) -> Self {
+        let answer_limit = match carrier {
+            Carrier::Quic => ANSWER_LIMIT,
+            Carrier::Tcp | Carrier::Grpc => ANSWER_LIMIT_TCP,
+        };
         let TunnelStats { received_bytes, eliciting_frames, .. } = *stats;
         Self {
             received_bytes,
@@ -82,7 +93,16 @@ impl Liveness {
             asked_at: None,
             refused: None,
             keep_alive_interval,
+            answer_limit,
         }
+    }
+
+    /// Records that bytes came from the peer.
+    fn on_heard(&mut self, now: Instant, stats: &TunnelStats) {
+        self.received_bytes = stats.received_bytes;
+        self.eliciting_frames = stats.eliciting_frames;
+        self.heard_at = now;
+        (self.asked_at, self.refused) = (None, None);
     }
 
     /// Time until the next check of a tunnel that carries `streams` streams.
@@ -113,13 +133,13 @@ impl Liveness {
             return Verdict::Refused;
         }
         if stats.received_bytes != self.received_bytes {
-            *self = Self::new(now, stats, self.keep_alive_interval);
+            self.on_heard(now, stats);
             return Verdict::Fine;
         }
         if self.refused.is_some() {
             return Verdict::Refused;
         }
-        let limit = ANSWER_LIMIT.max(stats.rtt * ANSWER_ROUND_TRIPS);
+        let limit = self.answer_limit.max(stats.rtt * ANSWER_ROUND_TRIPS);
         if let Some(asked_at) = self.asked_at {
             let overdue = now.saturating_duration_since(asked_at) >= limit;
             return if overdue { Verdict::Silent } else { Verdict::Fine };
@@ -157,7 +177,8 @@ mod tests {
             let mut stats = TunnelStats::default();
             stats.rtt = Duration::from_millis(rtt_millis);
             let now = Instant::now();
-            Self { liveness: Liveness::new(now, &stats, Some(KEEP_ALIVE)), now, stats }
+            let liveness = Liveness::new(Carrier::Quic, now, &stats, Some(KEEP_ALIVE));
+            Self { liveness, now, stats }
         }
 
         /// The verdicts of `checks` checks other than `Fine`, each with the number of its check.
@@ -214,6 +235,17 @@ mod tests {
         let mut tunnel = Watched::new(50);
         tunnel.liveness.keep_alive_interval = None;
         assert_eq!(tunnel.check(1000, 0), []);
+    }
+
+    #[test]
+    fn a_peer_over_tcp_has_time_for_two_retransmissions() {
+        for (streams, asked) in [(0, 24), (1, 8)] {
+            let mut tunnel = Watched::new(50);
+            let stats = &tunnel.stats;
+            tunnel.liveness = Liveness::new(Carrier::Tcp, tunnel.now, stats, Some(KEEP_ALIVE));
+            let (ask, silent) = ((asked, Verdict::Ask), (asked + 4, Verdict::Silent));
+            assert_eq!(tunnel.check(asked + 4, streams), [ask, silent]);
+        }
     }
 
     #[test]

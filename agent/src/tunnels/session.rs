@@ -23,7 +23,7 @@ use crate::{
     connector::Connected,
     egress::Egress,
     tunnels::{
-        ServerTunnel, ServerTunnels, Suspicion,
+        Rank, ServerTunnel, ServerTunnels, Suspicion,
         liveness::{Liveness, Verdict},
     },
 };
@@ -305,7 +305,8 @@ async fn watch_control(
     streams: &TaskTracker,
 ) -> Result<Infallible, ControlError> {
     let keep_alive = context.keep_alive_interval;
-    let mut liveness = Liveness::new(Instant::now(), &entry.tunnel.stats(), keep_alive);
+    let (carrier, stats) = (entry.tunnel.carrier(), entry.tunnel.stats());
+    let mut liveness = Liveness::new(carrier, Instant::now(), &stats, keep_alive);
     // The server may repeat both as often as it likes.
     let (mut has_drained, mut has_left) = (false, false);
     loop {
@@ -328,8 +329,9 @@ async fn watch_control(
                     tunnels.set_suspicion(entry, Some(Suspicion::Refused));
                 }
             },
-            // The kernel watches a TCP connection by itself.
-            () = sleep(liveness.interval(streams.len())), if entry.rank.is_quic() => {
+            // The bridge to a Konnectivity server answers by itself; the kernel and HTTP/2's pings
+            // watch its connection.
+            () = sleep(liveness.interval(streams.len())), if entry.rank != Rank::Grpc => {
                 let stats = entry.tunnel.stats();
                 let verdict = liveness.check(Instant::now(), &stats, streams.len());
                 tunnels.set_suspicion(entry, match verdict {

@@ -330,23 +330,45 @@ async fn a_silent_server_becomes_suspect_and_is_not_once_it_answers() {
     answer.abort();
 }
 
+/// A dial waits at most 10 s for another tunnel.
 #[tokio::test(start_paused = true)]
-async fn a_tunnel_over_tcp_is_never_suspect() {
-    let (joined, (end, _control)) = join_with(&context(None), async |end: ServerEnd| {
-        let (mut control, _) = end.hello().await;
-        control.send(&welcome("server-0", 1)).await.unwrap();
-        (end, control)
-    })
-    .await;
-    let joined = joined.unwrap();
-    let tunnels = ServerTunnels::default();
-    let entry = add(&tunnels, joined.tunnel(), Rank::Tcp);
-    end.line.silence(Side::Server);
-    let (mut send, _recv) = end.tunnel.open().await.unwrap();
-    send.write_chunk(Bytes::from_static(&[DialRequest::KIND])).await.unwrap();
-    let serving = joined.serve(&entry, &tunnels, Arc::new(context(None)));
-    assert!(timeout(secs(60), serving).await.is_err());
-    assert!(!entry.is_suspect());
+async fn the_silence_of_a_server_over_tcp_is_noticed_before_a_dial_has_failed() {
+    for (rank, streams, limit) in [
+        (Rank::Tcp, 0, Some(secs(7))),
+        (Rank::Tcp, 1, Some(secs(4))),
+        // The bridge to a Konnectivity server is in this process.
+        (Rank::Grpc, 1, None),
+    ] {
+        let context = SessionContext { keep_alive_interval: Some(secs(5)), ..context(None) };
+        let (connected, end) = connect_to(Carrier::Tcp, &Settings::default()).await;
+        let (joined, (end, _control)) = tokio::join!(join(connected, &context), async {
+            let (mut control, _) = end.hello().await;
+            control.send(&welcome("server-0", 1)).await.unwrap();
+            (end, control)
+        });
+        let joined = joined.unwrap();
+        let tunnels = Arc::new(ServerTunnels::default());
+        let entry = add(&tunnels, joined.tunnel(), rank);
+        let serving = {
+            let (entry, tunnels) = (entry.clone(), tunnels.clone());
+            async move { joined.serve(&entry, &tunnels, Arc::new(context)).await }
+        };
+        let _serving = culvert_transport::task::owned(serving);
+        for _ in 0..streams {
+            let (mut send, recv) = end.tunnel.open().await.unwrap();
+            send.write_chunk(Bytes::from_static(&[DialRequest::KIND])).await.unwrap();
+            mem::forget((send, recv));
+        }
+        sleep(secs(1)).await;
+        let begun = Instant::now();
+        end.line.silence(Side::Server);
+        let noticed = timeout(secs(20), tunnels.changed()).await.is_ok();
+        assert_eq!(noticed, limit.is_some(), "{rank:?}");
+        let expected = limit.map(|_| Suspicion::Silent);
+        assert_eq!(entry.suspicion(), expected, "{rank:?}, {streams} streams");
+        let elapsed = begun.elapsed();
+        assert!(limit.is_none_or(|limit| elapsed <= limit), "{elapsed:?}, {streams} streams");
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -374,6 +396,8 @@ async fn a_server_that_takes_no_message_does_not_hold_up_the_drain() {
         let ping = ControlMessage::Ping(Ping { echo: u64::MAX });
         for _ in 0..ANSWERS {
             serving.control.send(&ping).await.unwrap();
+            // As often as a peer may ping.
+            sleep(Duration::from_millis(50)).await;
         }
         sleep(Duration::from_millis(10)).await;
         let begun = Instant::now();
