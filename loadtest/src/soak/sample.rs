@@ -23,8 +23,8 @@ pub(super) const RESOURCES: [Resource; 7] = [
     // Threads for blocking work come and go.
     resource("threads", 4, 0),
     resource("tasks", 3, 5),
-    // The allocator takes some 14 MiB at once when the first tunnels were replaced.
-    resource("memory, KiB", 16_384, 15),
+    // Receive buffers of the first tunnels that were replaced.
+    resource("memory, KiB", 8_192, 15),
     resource("UDP sockets", 2, 0),
     resource("TCP sockets", 3, 0),
     // Labels that an event brings for the first time add series.
