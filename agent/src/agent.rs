@@ -67,6 +67,8 @@ impl Agent {
     /// When a file cannot be used.
     pub fn bind(config: &Config) -> Result<Self, StartError> {
         let metrics = Arc::new(AgentMetrics::new()?);
+        let memory = config.tunnel.memory();
+        metrics.set_memory(&memory);
         let bridges = TaskTracker::new();
         let mut files = AgentFiles::read(config, metrics.inner())?;
         let (token, reloads) = (files.token.clone(), files.reloads.clone());
@@ -100,6 +102,7 @@ impl Agent {
             identifiers: config.identifiers.clone(),
             token,
             max_streams: config.max_streams,
+            memory,
             hedge_rate: config.tunnel.hedge_rate,
             keep_alive_interval: config.tunnel.transport.keep_alive_interval,
             drain_timeout: config.drain_timeout,

@@ -5,7 +5,7 @@
 //! cannot go stale.
 
 use std::sync::{
-    Arc,
+    Arc, OnceLock,
     atomic::{AtomicU64, Ordering},
 };
 
@@ -15,6 +15,7 @@ use culvert_process::{
 };
 use culvert_transport::{
     BufferSizes, TunnelLost, UdpHealth,
+    budget::MemoryBudget,
     splice::{Meter, Outcome},
 };
 use culvert_wire::dial::DialErrorKind;
@@ -77,6 +78,7 @@ pub struct AgentMetrics {
     stream_ends: StreamEnds,
     /// State of the UDP sockets, of which each attempt over QUIC has one.
     pub(crate) udp_health: Arc<UdpHealth>,
+    memory: OnceLock<Arc<MemoryBudget>>,
     /// Lookups of targets' names.
     pub(crate) target_lookups: LookupMetrics,
     /// Lookups of the servers' name.
@@ -139,9 +141,16 @@ impl AgentMetrics {
             open_targets: LiveCount::default(),
             streams: AtomicU64::new(0),
             udp_health: Arc::default(),
+            memory: OnceLock::new(),
             stream_ends: StreamEnds::new(&metrics, STREAM_ENDS, DIRECTIONS),
             metrics,
         })
+    }
+
+    /// Adds what the process holds for its peers.
+    pub(crate) fn set_memory(&self, memory: &Arc<MemoryBudget>) {
+        // There is one budget.
+        let _ = self.memory.set(memory.clone());
     }
 
     /// Counts a dial that failed. Konnectivity's metric distinguishes time-outs alone.
@@ -237,6 +246,9 @@ impl AgentMetrics {
             exposition.counter(STREAMS, "Streams that were spliced.", streams);
             exposition.meter(STREAM_BYTES, &self.meter, DIRECTIONS);
             exposition.udp("culvert_agent_udp", &self.udp_health.stats());
+            if let Some(memory) = self.memory.get() {
+                exposition.memory("culvert_agent", memory);
+            }
             let help = "Tunnels that others have replaced and that still have streams.";
             exposition.gauge(RETIRED, help, servers.retired());
             let pending = [&self.target_lookups, &self.server_lookups]

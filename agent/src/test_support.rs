@@ -13,6 +13,7 @@ use clap::Parser as _;
 use culvert_process::{cli::ProcessConfig as _, invocation::Invocation};
 use culvert_transport::{
     Carrier, ConnectError, Settings, Tunnel,
+    budget::MemoryBudget,
     control::ControlStream,
     qmux::Peer,
     tcp::Route,
@@ -66,6 +67,7 @@ pub(crate) fn context(token: Option<&str>) -> SessionContext {
         identifiers: Identifiers::default(),
         token: token.map(|token| Current::fixed(Secret::new(token).unwrap())),
         max_streams: 1000,
+        memory: MemoryBudget::new(0),
         hedge_rate: 0,
         keep_alive_interval: None,
         drain_timeout: Duration::from_secs(20),

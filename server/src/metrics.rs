@@ -18,6 +18,7 @@ use culvert_process::metrics::{
 };
 use culvert_transport::{
     BufferSizes, Carrier, TunnelLost, UdpHealth,
+    budget::MemoryBudget,
     splice::{Meter, Outcome},
 };
 use culvert_wire::AgentId;
@@ -224,6 +225,7 @@ pub struct ServerMetrics {
     streams: AtomicU64,
     stream_ends: StreamEnds,
     udp_health: OnceLock<Arc<UdpHealth>>,
+    memory: OnceLock<Arc<MemoryBudget>>,
     /// Bytes spliced in either direction.
     pub meter: Meter,
 }
@@ -255,6 +257,7 @@ impl ServerMetrics {
                 .map(|carrier| (carrier, LiveCount::default())),
             streams: AtomicU64::new(0),
             udp_health: OnceLock::new(),
+            memory: OnceLock::new(),
             stream_ends: StreamEnds::new(&metrics, STREAM_ENDS, DIRECTIONS),
             meter: Meter::default(),
             metrics,
@@ -272,6 +275,12 @@ impl ServerMetrics {
         };
         set("receive", sizes.receive);
         set("send", sizes.send);
+    }
+
+    /// Adds what the process holds for its peers.
+    pub(crate) fn set_memory(&self, memory: &Arc<MemoryBudget>) {
+        // There is one budget.
+        let _ = self.memory.set(memory.clone());
     }
 
     /// Counts a dial as pending until the guard is dropped.
@@ -401,6 +410,9 @@ impl ServerMetrics {
             exposition.meter(STREAM_BYTES, &self.meter, DIRECTIONS);
             if let Some(health) = self.udp_health.get() {
                 exposition.udp("culvert_server_udp", &health.stats());
+            }
+            if let Some(memory) = self.memory.get() {
+                exposition.memory("culvert_server", memory);
             }
         })
     }

@@ -81,6 +81,8 @@ impl Server {
     /// When a file cannot be used, or the port for frontends or for agents cannot be bound.
     pub fn bind(config: &Config) -> Result<Self, StartError> {
         let metrics = Arc::new(ServerMetrics::new()?);
+        let memory = config.tunnel.memory();
+        metrics.set_memory(&memory);
         let backends = {
             let agents = &config.agents;
             Backends::limited(&agents.strategies, agents.max_tunnels as usize)
@@ -120,6 +122,7 @@ impl Server {
             server_id: config.server_id.clone(),
             server_count: config.server_count,
             max_streams: config.agents.max_streams,
+            memory,
             hedge_rate: config.tunnel.hedge_rate,
             drain_timeout: config.graceful_shutdown_timeout,
             draining: CancellationToken::new(),

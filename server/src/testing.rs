@@ -10,7 +10,8 @@ use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 
 use culvert_process::kubernetes::CurrentClient;
 use culvert_transport::{
-    Carrier, RecvHalf, SendHalf, Settings, Tunnel, qmux::Peer, test_util::Pair,
+    Carrier, RecvHalf, SendHalf, Settings, Tunnel, budget::MemoryBudget, qmux::Peer,
+    test_util::Pair,
 };
 use culvert_wire::{
     AgentId, InstanceId, Target,
@@ -97,6 +98,7 @@ fn new_context(authenticator: Authenticator) -> AgentContext {
         server_id: "server".parse().unwrap(),
         server_count: 3,
         max_streams: 10,
+        memory: MemoryBudget::new(0),
         hedge_rate: 1000,
         drain_timeout: Duration::from_secs(30),
         draining: CancellationToken::new(),

@@ -113,7 +113,7 @@ async fn serve(
     let shared = Arc::new(Shared {
         tunnel: tunnel.clone(),
         outbound,
-        connections: Connections::default(),
+        connections: Connections::new(tunnel.memory()),
         dials: Mutex::default(),
         last_id: AtomicI64::new(0),
     });

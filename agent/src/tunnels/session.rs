@@ -4,6 +4,7 @@ use std::{convert::Infallible, mem, sync::Arc, time::Duration};
 
 use culvert_transport::{
     BufferSizes, Tunnel, TunnelLost,
+    budget::MemoryBudget,
     control::{ControlError, ControlStream, Event},
     tls::Current,
 };
@@ -52,6 +53,8 @@ pub(crate) struct SessionContext {
     pub(crate) token: Option<Current<Secret>>,
     /// Maximum number of streams that a server may have open on one tunnel.
     pub(crate) max_streams: u32,
+    /// What the process may hold for its peers.
+    pub(crate) memory: Arc<MemoryBudget>,
     /// Bytes per second that one tunnel may send a second time.
     pub(crate) hedge_rate: u32,
     /// Interval at which the carrier pings the server of an idle tunnel, if it does.
@@ -158,6 +161,7 @@ pub(crate) async fn join(
 
 async fn introduce(session: &mut Session, context: &SessionContext) -> Result<Welcome, JoinError> {
     let Session { tunnel, control } = session;
+    tunnel.set_memory(&context.memory);
     let token = context.token.as_ref().map(|token| (*token.get()).clone());
     let hello = Hello {
         revision: REVISION,

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use culvert_transport::Settings;
+use culvert_transport::{Settings, budget::MemoryBudget};
 use culvert_wire::ServerId;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -26,6 +26,8 @@ pub(crate) struct AgentContext {
     pub(crate) server_count: u32,
     /// Maximum number of streams that one agent carries at once.
     pub(crate) max_streams: u32,
+    /// What the process may hold for its peers.
+    pub(crate) memory: Arc<MemoryBudget>,
     /// Bytes per second that one tunnel may send a second time.
     pub(crate) hedge_rate: u32,
     /// Time for which draining tunnels are kept.

@@ -233,6 +233,7 @@ async fn introduce(
     context.backends.admit(&claims).map_err(|error| not_registered(&claims, error))?;
     attempt.admit();
     tunnel.admit();
+    tunnel.set_memory(&context.memory);
     let welcome = welcome(&hello, context);
     if welcome.features.contains(Features::HEDGE) {
         tunnel.hedge(context.hedge_rate);

@@ -11,6 +11,7 @@ use std::{
 use bytes::Bytes;
 use culvert_transport::{
     RecvHalf, SendHalf,
+    budget::{Held, Holder, StreamMemory},
     splice::{Abort, Local, LocalFault, LocalRead, LocalWrite, Meter, Outcome, splice},
 };
 use culvert_wire::{bounded::PeerText, code::StreamCode};
@@ -18,7 +19,7 @@ use parking_lot::Mutex;
 
 use super::{
     data::DataWriter,
-    inbox::{End, Held, Inbox},
+    inbox::{End, Inbox, Waiting},
     outbound::Outbound,
     packet::Packet,
 };
@@ -43,14 +44,21 @@ const TOTAL_LIMIT: usize = 128 * 1024 * 1024;
 #[derive(Clone, Debug, Default)]
 pub struct Connections {
     inboxes: Arc<Mutex<HashMap<i64, Arc<Inbox>>>>,
-    held: Held,
+    waiting: Waiting,
+    memory: Arc<StreamMemory>,
 }
 
 impl Connections {
+    /// No connections yet. What waits for their readers is held by this memory.
+    pub fn new(memory: &Arc<StreamMemory>) -> Self {
+        Self { memory: memory.clone(), ..Self::default() }
+    }
+
     /// Adds a connection and returns its inbox, which receives what the peer sends on it. A
     /// connection that has the same id already is cut.
     pub fn insert(&self, id: i64) -> Arc<Inbox> {
-        let inbox = Arc::new(Inbox::new(self.held.clone()));
+        let inbox =
+            Arc::new(Inbox::new(self.waiting.clone(), self.memory.holder(Held::Konnectivity)));
         if let Some(other) = self.inboxes.lock().insert(id, inbox.clone()) {
             let reason = PeerText::lossy(b"the peer gave its id to another connection");
             other.end(End::Cut { code: StreamCode::MALFORMED, reason });
@@ -63,7 +71,7 @@ impl Connections {
     fn push(&self, id: i64, bytes: Bytes) -> Option<Arc<Inbox>> {
         let inbox = self.inboxes.lock().get(&id).cloned()?;
         inbox.push(bytes);
-        if self.held.bytes() > TOTAL_LIMIT
+        if self.waiting.bytes() > TOTAL_LIMIT
             && let Some(fullest) = self.inboxes.lock().values().max_by_key(|inbox| inbox.held())
         {
             let reason = format!("more than {TOTAL_LIMIT} bytes wait for all readers of the peer");
@@ -163,8 +171,8 @@ struct KonnectivityRead {
 }
 
 impl LocalRead for KonnectivityRead {
-    async fn read(&mut self) -> Result<Option<Bytes>, LocalFault> {
-        self.inbox.take().await
+    async fn read(&mut self, holder: &Arc<Holder>) -> Result<Option<Bytes>, LocalFault> {
+        Ok(self.inbox.take().await?.map(|bytes| holder.hold_bytes(bytes)))
     }
 
     async fn failed(&mut self) -> LocalFault {

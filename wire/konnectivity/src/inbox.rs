@@ -17,10 +17,11 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use culvert_transport::splice::LocalFault;
+use culvert_transport::{budget::Holder, splice::LocalFault};
 use culvert_wire::{bounded::PeerText, code::StreamCode};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::{
+    select,
     sync::Notify,
     time::{Instant, timeout_at},
 };
@@ -54,9 +55,9 @@ pub enum End {
 
 /// Number of bytes that wait in all inboxes of one peer. Clones share it.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Held(Arc<AtomicUsize>);
+pub(super) struct Waiting(Arc<AtomicUsize>);
 
-impl Held {
+impl Waiting {
     pub(super) fn bytes(&self) -> usize {
         self.0.load(Ordering::Relaxed)
     }
@@ -68,7 +69,9 @@ pub struct Inbox {
     state: Mutex<State>,
     changed: Notify,
     taken: Notify,
-    held: Held,
+    waiting: Waiting,
+    /// Holds what waits in the process's memory.
+    holder: Arc<Holder>,
 }
 
 #[derive(Debug)]
@@ -80,11 +83,11 @@ struct State {
 }
 
 impl Inbox {
-    /// An empty inbox. `held` counts the bytes in all inboxes of the peer.
-    pub(super) fn new(held: Held) -> Self {
+    /// An empty inbox. `waiting` counts the bytes in all inboxes of the peer.
+    pub(super) fn new(waiting: Waiting, holder: Arc<Holder>) -> Self {
         let state = State { chunks: VecDeque::new(), len: 0, end: None, taken_at: Instant::now() };
         let state = Mutex::new(state);
-        Self { state, changed: Notify::new(), taken: Notify::new(), held }
+        Self { state, changed: Notify::new(), taken: Notify::new(), waiting, holder }
     }
 
     /// Adds bytes from the peer. Above [`HARD_LIMIT`] the reader is cut off.
@@ -103,6 +106,7 @@ impl Inbox {
             }
         });
         self.changed.notify_one();
+        self.holder.relieve();
     }
 
     /// Number of bytes that wait, with the cost of their chunks.
@@ -160,8 +164,17 @@ impl Inbox {
                 Some(End::Cut { code, reason }) => return Err(fault(*code, reason)),
                 None => {}
             }
-            changed.await;
+            select! {
+                () = changed => {}
+                () = self.holder.cut() => self.give_up(),
+            }
         }
+    }
+
+    /// Cuts the half because the process has no more memory.
+    fn give_up(&self) {
+        let reason = PeerText::lossy(b"the process has no more memory for what is not read");
+        self.end(End::Cut { code: StreamCode::OVERLOADED, reason });
     }
 
     /// Completes when the half is cut.
@@ -174,7 +187,10 @@ impl Inbox {
             if let Some(End::Cut { code, reason }) = &self.state().end {
                 return fault(*code, reason);
             }
-            changed.await;
+            select! {
+                () = changed => {}
+                () = self.holder.cut() => self.give_up(),
+            }
         }
     }
 
@@ -185,8 +201,10 @@ impl Inbox {
         let result = change(&mut state);
         let after = state.held();
         // Added before it is subtracted, so that the count never falls below zero.
-        self.held.0.fetch_add(after, Ordering::Relaxed);
-        self.held.0.fetch_sub(before, Ordering::Relaxed);
+        self.waiting.0.fetch_add(after, Ordering::Relaxed);
+        self.waiting.0.fetch_sub(before, Ordering::Relaxed);
+        self.holder.add(after as u64);
+        self.holder.give_back(before as u64);
         result
     }
 
@@ -197,7 +215,9 @@ impl Inbox {
 
 impl Drop for Inbox {
     fn drop(&mut self) {
-        self.held.0.fetch_sub(self.held(), Ordering::Relaxed);
+        let held = self.held();
+        self.waiting.0.fetch_sub(held, Ordering::Relaxed);
+        self.holder.give_back(held as u64);
     }
 }
 
@@ -239,7 +259,13 @@ fn fault(code: StreamCode, reason: &PeerText) -> LocalFault {
 
 #[cfg(test)]
 mod tests {
+    use culvert_transport::budget::{Held, MemoryBudget, TunnelMemory};
+
     use super::*;
+
+    fn holder() -> Arc<Holder> {
+        TunnelMemory::new(&MemoryBudget::new(0)).holder(Held::Konnectivity)
+    }
 
     fn of(len: usize) -> Bytes {
         Bytes::from(vec![7; len])
@@ -247,7 +273,7 @@ mod tests {
 
     #[tokio::test]
     async fn bytes_are_taken_in_order_and_then_the_end() {
-        let inbox = Inbox::new(Held::default());
+        let inbox = Inbox::new(Waiting::default(), holder());
         inbox.push(Bytes::from_static(b"one "));
         inbox.push(Bytes::from_static(b"two"));
         inbox.push(of(40_000));
@@ -263,7 +289,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_reader_that_is_too_far_behind_is_cut_off() {
-        let inbox = Inbox::new(Held::default());
+        let inbox = Inbox::new(Waiting::default(), holder());
         for _ in 0..15 {
             inbox.push(of(1 << 20));
         }
@@ -274,9 +300,28 @@ mod tests {
         assert_eq!(inbox.cut().await.code, StreamCode::OVERLOADED);
     }
 
+    #[tokio::test]
+    async fn what_waits_is_held_by_the_process_and_the_largest_inbox_is_cut_at_its_limit() {
+        let budget = MemoryBudget::new(100_000);
+        let memory = TunnelMemory::new(&budget);
+        let inbox = || Inbox::new(Waiting::default(), memory.holder(Held::Konnectivity));
+        let (small, large) = (inbox(), inbox());
+        small.push(of(30_000));
+        assert_eq!(budget.held(Held::Konnectivity), 30_000 + CHUNK_COST as u64);
+        large.push(of(69_000));
+        assert_eq!(budget.cuts(), 0);
+        large.push(of(10_000));
+        assert_eq!(budget.cuts(), 1);
+        assert_eq!(large.cut().await.code, StreamCode::OVERLOADED);
+        assert_eq!(budget.held(Held::Konnectivity), 30_000 + CHUNK_COST as u64);
+        assert_eq!(small.take().await.unwrap().unwrap().len(), MAX_TAKE);
+        drop((small, large));
+        assert_eq!(budget.held(Held::Konnectivity), 0);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn the_peer_waits_for_a_working_reader_and_not_for_a_stalled_one() {
-        let inbox = Inbox::new(Held::default());
+        let inbox = Inbox::new(Waiting::default(), holder());
         inbox.push(of(SOFT_LIMIT + 2 * MAX_TAKE));
         let begun = Instant::now();
         // Without a read the peer waits once, and then no more.

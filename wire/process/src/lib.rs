@@ -28,6 +28,7 @@ pub mod kubernetes;
 pub mod kubernetes_flags;
 pub mod listen;
 pub mod logging;
+mod memory_limit;
 pub mod metrics;
 pub mod reload;
 pub mod signals;

@@ -1,9 +1,10 @@
 //! Flags that server and agent share: how a tunnel behaves, and how the process logs.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use clap::{Args, ValueEnum};
-use culvert_transport::{Settings, congestion::Congestion, tls::KeyExchange};
+use culvert_transport::{Settings, budget::MemoryBudget, congestion::Congestion, tls::KeyExchange};
+use tracing::info;
 
 use crate::{
     byte_size::ByteSize,
@@ -11,6 +12,7 @@ use crate::{
     go_duration::GoDuration,
     klog::KlogFlags,
     logging::{LogConfig, LogFormat},
+    memory_limit,
 };
 
 /// Shared flags, to be flattened into those of a process.
@@ -32,6 +34,13 @@ pub struct TunnelFlags {
     /// 1Gi. Limits memory per stream, and the speed of a stream to this size per round trip
     #[arg(long, value_name = "SIZE", default_value_t = default_stream_receive_window())]
     pub(crate) stream_receive_window: ByteSize,
+
+    /// Maximum number of bytes that this process holds for peers that do not read or acknowledge; 0
+    /// sets no limit, else at least 1Mi. Streams wait before they exceed it, and at the limit the
+    /// stream that holds most is cut. Default: 40 percent of the memory limit of the control group,
+    /// or 25 percent of the machine's memory without one
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory_limit: Option<ByteSize>,
 
     /// Kernel buffer to request for each UDP socket and direction, up to 1Gi. The kernel caps it at
     /// net.core.rmem_max and net.core.wmem_max
@@ -114,6 +123,8 @@ pub struct TunnelConfig {
     /// Settings of the carrier. Each side replaces `max_streams` by its own; see
     /// [`settings`](Self::settings).
     pub transport: Settings,
+    /// Number of bytes that the process holds for its peers; 0 without a limit.
+    pub memory_limit: u64,
     /// Bytes per second and tunnel that may be sent a second time, up to 1 GiB; 0 sends none.
     pub hedge_rate: u32,
     /// Key exchange groups to offer.
@@ -124,7 +135,11 @@ pub struct TunnelConfig {
 const MIN_IDLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Minimum stream window, in bytes: a smaller one makes each TLS record wait for a window update.
 const MIN_STREAM_WINDOW: u64 = 16 << 10;
-/// Maximum of every size, in bytes: 32-bit socket options and one process's memory hold it.
+/// Minimum of a memory limit other than 0, in bytes: room for two hundred streams to go on.
+const MIN_MEMORY_LIMIT: u64 = 1 << 20;
+/// Number of stream windows that the memory for peers must hold.
+const WINDOWS: u64 = 64;
+/// Maximum of every size but the memory's, in bytes: 32-bit socket options and one process's memory hold it.
 const MAX_SIZE: u64 = 1 << 30;
 /// Smallest and largest `max_udp_payload_size` (RFC 9000 §18.2).
 const MTU_RANGE: std::ops::RangeInclusive<i64> = 1200..=65527;
@@ -158,6 +173,7 @@ impl Default for TunnelConfig {
     fn default() -> Self {
         Self {
             transport: Settings::default(),
+            memory_limit: memory_limit::default_limit(),
             hedge_rate: DEFAULT_HEDGE_RATE,
             key_exchange: KeyExchangeFlag::default().into(),
         }
@@ -165,9 +181,25 @@ impl Default for TunnelConfig {
 }
 
 impl TunnelConfig {
-    /// Settings of a carrier whose peer may have `max_streams` open at first.
+    /// Settings of a carrier whose peer may have `max_streams` open at first. A process with little
+    /// memory has smaller windows, so that a few stalled readers do not use it up.
     pub fn settings(&self, max_streams: u32) -> Settings {
-        Settings { max_streams, ..self.transport }
+        let share = match self.memory_limit {
+            0 => u64::MAX,
+            limit => (limit / WINDOWS).max(MIN_STREAM_WINDOW),
+        };
+        let window = self.transport.stream_receive_window;
+        let stream_receive_window = window.min(u32::try_from(share).unwrap_or(window));
+        Settings { max_streams, stream_receive_window, ..self.transport }
+    }
+
+    /// The memory that the process has for its peers.
+    pub fn memory(&self) -> Arc<MemoryBudget> {
+        match self.memory_limit {
+            0 => info!("no limit of the memory for peers"),
+            bytes => info!(bytes, "the limit of the memory for peers"),
+        }
+        MemoryBudget::new(self.memory_limit)
     }
 }
 
@@ -180,6 +212,13 @@ impl TunnelFlags {
             size("stream-receive-window", self.stream_receive_window, MIN_STREAM_WINDOW, faults);
         let udp_buffer_size = size("udp-buffer-size", self.udp_buffer_size, 0, faults) as usize;
         let hedge_rate = size("hedge-rate", self.hedge_rate, 0, faults);
+        let memory_limit = self.memory_limit.map(|limit| limit.0);
+        faults.require(
+            memory_limit.is_none_or(|limit| limit == 0 || limit >= MIN_MEMORY_LIMIT),
+            "memory-limit",
+            "must be 0, for no limit, or at least 1Mi".to_owned(),
+        );
+        let memory_limit = memory_limit.unwrap_or_else(memory_limit::default_limit);
         faults.require(
             MTU_RANGE.contains(&self.mtu_cap),
             "mtu-cap",
@@ -195,7 +234,8 @@ impl TunnelFlags {
             congestion: self.congestion,
             ..Settings::default()
         };
-        let tunnel = TunnelConfig { transport, hedge_rate, key_exchange: self.tls_kx.into() };
+        let key_exchange = self.tls_kx.into();
+        let tunnel = TunnelConfig { transport, memory_limit, hedge_rate, key_exchange };
         (tunnel, LogConfig { format: self.log_format, verbosity: self.klog.v })
     }
 
@@ -272,6 +312,7 @@ mod tests {
             "--tunnel-idle-timeout=1m",
             "--tunnel-keep-alive-interval=0",
             "--stream-receive-window=512Ki",
+            "--memory-limit=32Mi",
             "--udp-buffer-size=0",
             "--mtu-cap=1200",
             "--gso=off",
@@ -292,10 +333,26 @@ mod tests {
             congestion: Congestion::Cubic,
             ..Settings::default()
         };
-        let expected =
-            TunnelConfig { transport, hedge_rate: 1 << 20, key_exchange: KeyExchange::Classic };
+        let expected = TunnelConfig {
+            transport,
+            memory_limit: 32 << 20,
+            hedge_rate: 1 << 20,
+            key_exchange: KeyExchange::Classic,
+        };
         assert_eq!(tunnel, expected);
         assert_eq!(log, LogConfig { format: LogFormat::Json, verbosity: 8 });
+    }
+
+    #[test]
+    fn windows_are_small_where_memory_is() {
+        let window = |limit: &str| {
+            let (tunnel, ..) = check(&[&format!("--memory-limit={limit}")]).unwrap();
+            (tunnel.memory().limit(), tunnel.settings(1).stream_receive_window)
+        };
+        assert_eq!(window("1Gi"), (Some(1 << 30), 2 << 20));
+        assert_eq!(window("16Mi"), (Some(16 << 20), 256 << 10));
+        assert_eq!(window("1Mi"), (Some(1 << 20), 16 << 10));
+        assert_eq!(window("0"), (None, 2 << 20));
     }
 
     #[test]
@@ -307,6 +364,7 @@ mod tests {
             "--tunnel-keep-alive-interval=25s",
             "--stream-receive-window=1Ki",
             "--stream-receive-window=2Gi",
+            "--memory-limit=1Ki",
             "--udp-buffer-size=2Gi",
             "--mtu-cap=1199",
             "--mtu-cap=65528",

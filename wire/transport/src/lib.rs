@@ -15,11 +15,13 @@
 //!     └─ qmux                streams over any reliable byte stream
 //!         ├─ tcp             TLS over TCP, directly or through a proxy
 //!         └─ memory          a pipe within one process
+//!  budget                    what the process holds for its peers
 //!  carrier, error, settings  what all of them share
 //! ```
 //!
 //! Start with [`Tunnel`], then [`splice`](mod@splice).
 
+pub mod budget;
 mod carrier;
 mod chunks;
 pub mod congestion;

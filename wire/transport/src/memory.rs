@@ -31,7 +31,7 @@ pub struct Ends {
 }
 
 /// Makes a tunnel whose ends are set up with these settings. Each end takes `peer` for what is at
-/// the other.
+/// the other. Both have the same memory ([`Tunnel::set_memory`]).
 ///
 /// It lives however long it is idle, and sends no keep-alive packets: both ends share their
 /// process's fate.
@@ -73,7 +73,9 @@ where
         establish(agent_io, Role::Client, peer.clone(), agent),
         establish(server_io, Role::Server, peer, server),
     )?;
-    Ok(Ends { agent: agent.into(), server: server.into() })
+    let agent = Tunnel::from(agent);
+    let server = Tunnel::from(server).with_memory_of(&agent);
+    Ok(Ends { agent, server })
 }
 
 #[cfg(test)]

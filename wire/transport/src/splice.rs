@@ -76,15 +76,17 @@ pub async fn splice_after<R: LocalRead, W: LocalWrite, A: Abort>(
     let pumps = Pumps::new(meter);
     let progress = local.writer.progress();
     let (reader, writer) = (&mut local.reader, &mut local.writer);
+    let holder = send.holder();
     let end = select! {
-        end = pumps.run(reader, writer, preamble, &mut send, &mut recv) => end,
+        end = pumps.run(reader, writer, preamble, &holder, &mut send, &mut recv) => end,
+        () = holder.cut() => Err(Cut::Memory),
         cut = pumps.stuck(local.stuck_timeout, progress.as_deref()) => Err(cut),
         fault = local.guard.vanished() => Err(fault.into()),
     };
     match &end {
         Ok((HalfEnd::Finished, _)) => local.guard.disarm(),
         Ok((HalfEnd::Stopped(code), _)) => {
-            pumps::discard_until_flushed(&mut local.reader, &mut local.writer).await;
+            pumps::discard_until_flushed(&mut local.reader, &mut local.writer, &holder).await;
             if *code == StreamCode::CLOSED {
                 local.guard.disarm();
             }

@@ -13,6 +13,7 @@ use tokio_util::either::Either;
 
 use crate::{
     ReadError, ReadFrameError, TunnelLost, WriteError,
+    budget::{Held, Holder, StreamMemory},
     priority::{AttainedService, Class, PriorityBudget},
     qmux, quic,
     tunnel::now,
@@ -71,12 +72,17 @@ pub struct SendHalf {
     /// The service that the stream has attained; `None` once its priority was set.
     attained: Option<AttainedService>,
     class: Class,
+    memory: Arc<StreamMemory>,
 }
 
 impl SendHalf {
-    pub(crate) fn new(stream: SendStream, budget: Arc<PriorityBudget>) -> Self {
-        let attained = Some(AttainedService::new(budget, now()));
-        let half = Self { stream, ended: false, attained, class: Class::Interactive };
+    pub(crate) fn new(
+        stream: SendStream,
+        priorities: Arc<PriorityBudget>,
+        memory: Arc<StreamMemory>,
+    ) -> Self {
+        let attained = Some(AttainedService::new(priorities, now()));
+        let half = Self { stream, ended: false, attained, class: Class::Interactive, memory };
         half.prioritize(half.class.priority());
         half
     }
@@ -114,6 +120,11 @@ impl SendHalf {
             attained.on_written(now());
         }
         written
+    }
+
+    /// What the half holds of the process's memory, for the bytes that are to be written.
+    pub(crate) fn holder(&self) -> Arc<Holder> {
+        self.memory.holder(Held::Send)
     }
 
     /// Ends the stream cleanly after all that was written. Returns at once; delivery goes on.

@@ -11,8 +11,13 @@ use culvert_wire::code::CloseCode;
 use rustls_pki_types::CertificateDer;
 
 use crate::{
-    RecvHalf, SendHalf, TunnelLost, carrier::Carrier, priority::PriorityBudget, qmux, quic,
-    quic::icmp::Unreachable, stream::either,
+    RecvHalf, SendHalf, TunnelLost,
+    budget::{MemoryBudget, StreamMemory},
+    carrier::Carrier,
+    priority::PriorityBudget,
+    qmux, quic,
+    quic::icmp::Unreachable,
+    stream::either,
 };
 
 /// One authenticated connection between one agent and one server.
@@ -23,7 +28,9 @@ use crate::{
 pub struct Tunnel {
     connection: Connection,
     /// How many of the streams' bytes may go first.
-    budget: Arc<PriorityBudget>,
+    priorities: Arc<PriorityBudget>,
+    /// What the streams hold, once that is known.
+    memory: Arc<StreamMemory>,
 }
 
 /// A connection of one carrier.
@@ -47,7 +54,7 @@ impl From<qmux::Connection> for Tunnel {
 
 impl Tunnel {
     fn new(connection: Connection) -> Self {
-        Self { connection, budget: PriorityBudget::new(now()) }
+        Self { connection, priorities: PriorityBudget::new(now()), memory: Arc::default() }
     }
 
     /// Opens a data stream. Nothing is sent until the first write.
@@ -80,12 +87,31 @@ impl Tunnel {
         })
     }
 
+    /// The memory of the tunnel's streams, for bytes that wait before or behind them.
+    pub fn memory(&self) -> &Arc<StreamMemory> {
+        &self.memory
+    }
+
+    /// The same tunnel with the memory of its other end, which is in this process.
+    #[must_use]
+    pub(crate) fn with_memory_of(self, other: &Self) -> Self {
+        Self { memory: other.memory.clone(), ..self }
+    }
+
     fn halves<S, R>(&self, (send, recv): (S, R)) -> (SendHalf, RecvHalf)
     where
         S: Into<crate::stream::SendStream>,
         R: Into<crate::stream::RecvStream>,
     {
-        (SendHalf::new(send.into(), self.budget.clone()), RecvHalf::new(recv.into()))
+        let (priorities, memory) = (self.priorities.clone(), self.memory.clone());
+        let send = SendHalf::new(send.into(), priorities, memory);
+        (send, RecvHalf::new(recv.into()))
+    }
+
+    /// Takes what the streams hold from the process's budget. Call it before the first splice; the
+    /// first call counts. Without it there is no limit.
+    pub fn set_memory(&self, budget: &Arc<MemoryBudget>) {
+        self.memory.set(budget);
     }
 
     /// Closes the tunnel at once; what is in flight on any stream is lost.

@@ -120,7 +120,7 @@ impl Bridge {
         let AgentStream { inbound, outbound, too_many_pings } = stream;
         let connected = Arc::new(Connected {
             outbound,
-            connections: Connections::default(),
+            connections: Connections::new(tunnel.memory()),
             dials: Mutex::default(),
             drained: Notify::new(),
         });

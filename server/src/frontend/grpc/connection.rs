@@ -14,7 +14,10 @@ use culvert_konnectivity::{
     DataWriter, NoAbort,
     packet::{Packet, PacketMessage},
 };
-use culvert_transport::splice::{LocalFault, LocalRead, LocalWrite};
+use culvert_transport::{
+    budget::Holder,
+    splice::{LocalFault, LocalRead, LocalWrite},
+};
 use culvert_wire::StreamCode;
 use tokio::{
     sync::SetOnce,
@@ -154,11 +157,11 @@ impl ProxyRead {
 }
 
 impl LocalRead for ProxyRead {
-    async fn read(&mut self) -> Result<Option<Bytes>, LocalFault> {
+    async fn read(&mut self, holder: &Arc<Holder>) -> Result<Option<Bytes>, LocalFault> {
         while !self.ended {
             match self.inbound.message().await {
                 Ok(Some(packet)) => match self.handle(packet).await? {
-                    Some(data) if !data.is_empty() => return Ok(Some(data)),
+                    Some(data) if !data.is_empty() => return Ok(Some(holder.hold_bytes(data))),
                     _ => {}
                 },
                 // A frontend that was sent the end leaves by ending or cancelling its stream.

@@ -176,14 +176,14 @@ async fn above_the_total_limit_the_reader_with_the_most_bytes_waiting_is_cut_off
             assert!(connections.push(id, chunk.clone()).is_some());
         }
     }
-    assert!(connections.held.bytes() <= TOTAL_LIMIT);
+    assert!(connections.waiting.bytes() <= TOTAL_LIMIT);
     for id in 0..8 {
         connections.push(id, chunk.clone());
     }
     assert_eq!(inboxes[3].cut().await.code, StreamCode::OVERLOADED);
-    assert!(connections.held.bytes() <= TOTAL_LIMIT);
+    assert!(connections.waiting.bytes() <= TOTAL_LIMIT);
     assert_eq!(inboxes[4].take().await.unwrap().unwrap().len(), 16 * 1024);
     assert!(connections.push(99, chunk).is_none());
     drop((inboxes, connections.inboxes));
-    assert_eq!(connections.held.bytes(), 0);
+    assert_eq!(connections.waiting.bytes(), 0);
 }

@@ -2,7 +2,11 @@
 
 use std::fmt::{Display, Write as _};
 
-use culvert_transport::{Carrier, TunnelStats, UdpStats, splice::Meter};
+use culvert_transport::{
+    Carrier, TunnelStats, UdpStats,
+    budget::{Held, MemoryBudget},
+    splice::Meter,
+};
 use metrics_process::collector;
 use tokio::runtime::Handle;
 
@@ -124,6 +128,21 @@ impl Exposition {
         self.family(&name("fallbacks_total"), Kind::Counter, help, rows);
         let help = "UDP packets that the kernel refused to send.";
         self.counter(&name("send_errors_total"), help, stats.send_errors);
+    }
+
+    /// Adds what the process holds for its peers, in families whose names begin with `prefix`.
+    pub fn memory(&mut self, prefix: &str, budget: &MemoryBudget) {
+        let name = |name| format!("{prefix}_memory_{name}");
+        let help =
+            "Maximum number of bytes that the process holds for its peers; 0 without a limit.";
+        self.gauge(&name("limit_bytes"), help, budget.limit().unwrap_or(0));
+        let help = "Bytes that the process holds for its peers, by kind.";
+        let rows = Held::ALL.map(|it| (vec![("kind", it.label().to_owned())], budget.held(it)));
+        self.family(&name("held_bytes"), Kind::Gauge, help, rows);
+        let help = "Times that a stream waited for memory before it read on.";
+        self.counter(&name("waits_total"), help, budget.waits());
+        let help = "Streams that were cut because the memory for peers was used up.";
+        self.counter(&name("cuts_total"), help, budget.cuts());
     }
 
     /// Adds the paths of tunnels, in families whose names begin with `prefix`.

@@ -9,6 +9,8 @@ use std::{
 use bytes::Bytes;
 use culvert_wire::code::StreamCode;
 
+use crate::budget::Holder;
+
 /// Default of [`Local::with_stuck_timeout`]: long enough for a target that pauses, short enough
 /// that targets that hang do not keep the streams of all clients that gave up on them.
 const STUCK_TIMEOUT: Duration = Duration::from_secs(60);
@@ -37,14 +39,18 @@ impl From<io::Error> for LocalFault {
 
 /// Source of the local side's bytes.
 pub trait LocalRead: Send {
-    /// The next bytes, at least one; `None` at the clean end.
+    /// The next bytes, at least one; `None` at the clean end. They are held by `holder`: the buffer
+    /// is no longer than its room, or [`MINIMUM`](crate::budget::MINIMUM) if it has less by now.
     ///
     /// # Errors
     /// When the local connection fails.
     ///
     /// # Cancel safety
     /// Implementations must be cancel safe: bytes are taken only when the future completes.
-    fn read(&mut self) -> impl Future<Output = Result<Option<Bytes>, LocalFault>> + Send;
+    fn read(
+        &mut self,
+        holder: &Arc<Holder>,
+    ) -> impl Future<Output = Result<Option<Bytes>, LocalFault>> + Send;
 
     /// Completes when the local connection fails while it is not read.
     fn failed(&mut self) -> impl Future<Output = LocalFault> + Send {

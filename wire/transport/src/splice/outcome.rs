@@ -92,6 +92,9 @@ pub enum Cut {
     /// The other side has closed, and the local peer does not read what it was sent before.
     #[error("the other side has closed and the local peer does not read what it was sent")]
     Stuck,
+    /// The process has no more memory for its peers, and this stream holds most.
+    #[error("the memory for peers is used up, and this stream holds most of it")]
+    Memory,
     /// What preceded the stream's bytes refused the splice.
     #[error("{reason}")]
     Preamble {
@@ -112,6 +115,7 @@ impl Cut {
             Self::Local(fault) => fault.code,
             Self::Reset(code) | Self::Preamble { code, .. } => *code,
             Self::Stuck => StreamCode::IO_ERROR,
+            Self::Memory => StreamCode::OVERLOADED,
             Self::Lost(_) => StreamCode::TUNNEL_LOST,
         }
     }

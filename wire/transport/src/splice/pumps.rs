@@ -2,7 +2,10 @@
 
 use std::{
     pin::pin,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -11,7 +14,7 @@ use culvert_wire::code::StreamCode;
 use tokio::{select, sync::SetOnce, time::sleep};
 
 use super::{Cut, HalfEnd, LocalFault, LocalRead, LocalWrite, Meter, Preamble, outcome::Count};
-use crate::{RecvHalf, SendHalf, WriteError};
+use crate::{RecvHalf, SendHalf, WriteError, budget::Holder};
 
 /// Maximum number of chunks taken from a stream at once. One chunk is one packet's payload, so this
 /// is about 45 KiB: enough to make the system call cheap, little enough to be fair.
@@ -51,10 +54,11 @@ impl<'a> Pumps<'a> {
         reader: &mut impl LocalRead,
         writer: &mut impl LocalWrite,
         preamble: impl Preamble,
+        holder: &Arc<Holder>,
         send: &mut SendHalf,
         recv: &mut RecvHalf,
     ) -> Result<(HalfEnd, HalfEnd), Cut> {
-        let mut to = pin!(self.pump_to_tunnel(reader, send));
+        let mut to = pin!(self.pump_to_tunnel(reader, holder, send));
         let mut from = pin!(async {
             preamble.read(recv).await?;
             self.pump_from_tunnel(writer, recv).await
@@ -80,15 +84,25 @@ impl<'a> Pumps<'a> {
     async fn pump_to_tunnel(
         &self,
         reader: &mut impl LocalRead,
+        holder: &Arc<Holder>,
         send: &mut SendHalf,
     ) -> Result<HalfEnd, Cut> {
         let mut stop = pin!(send.stopped());
         let code = loop {
+            // Memory is taken before the read, so that the local side waits in its own kernel.
+            if holder.room() == 0 {
+                select! {
+                    biased;
+                    code = &mut stop => break code?.unwrap_or(StreamCode::CLOSED),
+                    () = holder.wait_for_room() => {}
+                    fault = reader.failed() => return Err(fault.into()),
+                }
+            }
             let chunk = select! {
                 biased;
                 // Without a code it cannot complete before the stream is finished.
                 code = &mut stop => break code?.unwrap_or(StreamCode::CLOSED),
-                chunk = reader.read() => chunk?,
+                chunk = reader.read(holder) => chunk?,
             };
             let Some(chunk) = chunk else {
                 send.finish();
@@ -110,15 +124,19 @@ impl<'a> Pumps<'a> {
             }
         };
         let _ = self.stopped.set(code);
-        self.discard(reader).await?;
+        self.discard(reader, holder).await?;
         Ok(HalfEnd::Stopped(code))
     }
 
     /// Discards what the local side sends, until it ends or the direction from the tunnel has
     /// ended.
-    async fn discard(&self, reader: &mut impl LocalRead) -> Result<(), LocalFault> {
+    async fn discard(
+        &self,
+        reader: &mut impl LocalRead,
+        holder: &Arc<Holder>,
+    ) -> Result<(), LocalFault> {
         loop {
-            if self.from_ended.load(Ordering::Relaxed) || reader.read().await?.is_none() {
+            if self.from_ended.load(Ordering::Relaxed) || reader.read(holder).await?.is_none() {
                 return Ok(());
             }
         }
@@ -217,8 +235,9 @@ impl<'a> Pumps<'a> {
 pub(super) async fn discard_until_flushed(
     reader: &mut impl LocalRead,
     writer: &mut impl LocalWrite,
+    holder: &Arc<Holder>,
 ) {
-    let discard = async { while let Ok(Some(_)) = reader.read().await {} };
+    let discard = async { while let Ok(Some(_)) = reader.read(holder).await {} };
     select! {
         () = writer.flushed() => return,
         () = discard => {}

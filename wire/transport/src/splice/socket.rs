@@ -22,6 +22,7 @@ use tokio::{
 
 use super::{Abort, LocalFault, LocalRead, LocalWrite, outq, pumps::CHUNKS, vanished::vanished};
 use crate::{
+    budget::{Holder, MINIMUM},
     chunks::advance,
     socket::{KEEP_ALIVE, send_at_once},
 };
@@ -165,8 +166,9 @@ pub fn halves<S: SpliceSocket>(socket: S) -> (SocketRead<S>, SocketWrite<S>, Soc
 struct ReadSize(usize);
 
 impl ReadSize {
-    fn buffer(&self) -> BytesMut {
-        BytesMut::with_capacity(self.0)
+    fn buffer(&self, holder: &Holder) -> BytesMut {
+        let room = usize::try_from(holder.room().max(MINIMUM)).unwrap_or(MAX_READ);
+        BytesMut::with_capacity(self.0.min(room))
     }
 
     fn learn(&mut self, read: usize) {
@@ -196,18 +198,18 @@ impl<S> SocketRead<S> {
 }
 
 impl<S: SpliceSocket> LocalRead for SocketRead<S> {
-    async fn read(&mut self) -> Result<Option<Bytes>, LocalFault> {
+    async fn read(&mut self, holder: &Arc<Holder>) -> Result<Option<Bytes>, LocalFault> {
         if self.prefix.has_remaining() {
             return Ok(Some(std::mem::take(&mut self.prefix)));
         }
         loop {
             self.socket.ready(Interest::READABLE).await?;
-            let mut buf = self.size.buffer();
+            let mut buf = self.size.buffer(holder);
             match self.socket.try_read(&mut buf) {
                 Ok(0) => return Ok(None),
                 Ok(read) => {
                     self.size.learn(read);
-                    return Ok(Some(buf.freeze()));
+                    return Ok(Some(holder.hold(buf)));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error.into()),
@@ -352,14 +354,14 @@ impl<R> BufferedRead<R> {
 }
 
 impl<R: AsyncRead + Unpin + Send> LocalRead for BufferedRead<R> {
-    async fn read(&mut self) -> Result<Option<Bytes>, LocalFault> {
+    async fn read(&mut self, holder: &Arc<Holder>) -> Result<Option<Bytes>, LocalFault> {
         if self.prefix.has_remaining() {
             return Ok(Some(std::mem::take(&mut self.prefix)));
         }
-        let mut buf = self.size.buffer();
+        let mut buf = self.size.buffer(holder);
         let read = self.reader.read_buf(&mut buf).await?;
         self.size.learn(read);
-        Ok(buf.has_remaining().then(|| buf.freeze()))
+        Ok((!buf.is_empty()).then(|| holder.hold(buf)))
     }
 }
 

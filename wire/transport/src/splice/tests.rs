@@ -27,6 +27,7 @@ use crate::{
 use bench::{Bench, Shared, fill};
 
 mod bench;
+mod memory;
 mod preamble;
 mod stuck;
 

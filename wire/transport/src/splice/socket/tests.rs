@@ -12,6 +12,7 @@ use tokio::{
 };
 
 use super::*;
+use crate::budget::{Held, MemoryBudget, TunnelMemory};
 
 /// Time for what the kernel does at once. Only a test that fails waits for so long.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -60,28 +61,33 @@ fn read_of(bytes: &'static str) -> Option<Bytes> {
     Some(Bytes::from_static(bytes.as_bytes()))
 }
 
+fn holder() -> Arc<Holder> {
+    TunnelMemory::new(&MemoryBudget::new(0)).holder(Held::Send)
+}
+
 #[tokio::test]
 async fn a_socket_is_read_to_its_end_behind_its_prefix() {
+    let holder = holder();
     let (socket, mut peer) = tcp().await;
     let mut reader = halves(socket).0.with_prefix(Bytes::from_static(b"read before"));
-    assert_eq!(reader.read().await.unwrap(), read_of("read before"));
+    assert_eq!(reader.read(&holder).await.unwrap(), read_of("read before"));
     peer.write_all(b"first").await.unwrap();
-    assert_eq!(soon(reader.read()).await.unwrap(), read_of("first"));
+    assert_eq!(soon(reader.read(&holder)).await.unwrap(), read_of("first"));
     let later = async {
         peer.write_all(b"second").await.unwrap();
     };
     // The read comes first and finds nothing.
-    let (second, ()) = soon(async { join!(biased; reader.read(), later) }).await;
+    let (second, ()) = soon(async { join!(biased; reader.read(&holder), later) }).await;
     assert_eq!(second.unwrap(), read_of("second"));
     drop(peer);
-    assert_eq!(soon(reader.read()).await.unwrap(), None);
+    assert_eq!(soon(reader.read(&holder)).await.unwrap(), None);
 }
 
 #[tokio::test]
 async fn a_reset_is_a_fault_of_the_read() {
     let (socket, peer) = tcp().await;
     reset(peer, &socket).await;
-    let fault = soon(halves(socket).0.read()).await.unwrap_err();
+    let fault = soon(halves(socket).0.read(&holder())).await.unwrap_err();
     assert_eq!(fault.code, StreamCode::PEER_RESET);
 }
 
@@ -184,10 +190,10 @@ async fn a_socket_that_is_spliced_sends_at_once_and_keeps_little() {
 
 #[test]
 fn read_buffers_grow_while_they_are_filled_and_shrink_while_they_are_not() {
-    let mut size = ReadSize(MIN_READ);
+    let (mut size, holder) = (ReadSize(MIN_READ), holder());
     let mut next = |read| {
         size.learn(read);
-        size.buffer().capacity()
+        size.buffer(&holder).capacity()
     };
     assert_eq!(
         [2048, 4095, 4096, 8191, 2048, 2047].map(&mut next),
@@ -198,6 +204,16 @@ fn read_buffers_grow_while_they_are_filled_and_shrink_while_they_are_not() {
         next(usize::MAX);
     }
     assert_eq!(next(65_536), 65_536, "the largest");
+}
+
+#[test]
+fn a_read_buffer_is_no_longer_than_there_is_room() {
+    let budget = MemoryBudget::new(64 * 1024);
+    let holder = TunnelMemory::new(&budget).holder(Held::Send);
+    let size = ReadSize(MAX_READ);
+    assert_eq!(size.buffer(&holder).capacity(), 32 * 1024);
+    holder.add(64 * 1024);
+    assert_eq!(size.buffer(&holder).capacity(), 4 * 1024, "the minimum");
 }
 
 #[tokio::test(start_paused = true)]
@@ -237,7 +253,7 @@ async fn closed_unread() -> UnixStream {
 
 #[tokio::test]
 async fn a_unix_socket_that_was_closed_unread_is_at_its_end_and_takes_no_more() {
-    assert_eq!(soon(halves(closed_unread().await).0.read()).await.unwrap(), None);
+    assert_eq!(soon(halves(closed_unread().await).0.read(&holder())).await.unwrap(), None);
     let mut writer = halves(closed_unread().await).1;
     let fault = soon(writer.write(&mut [Bytes::from_static(b"late")])).await.unwrap_err();
     assert_eq!(fault.code, StreamCode::BROKEN_PIPE);
@@ -260,7 +276,7 @@ async fn a_unix_socket_without_bytes_or_room_is_waited_for() {
     written.unwrap();
     assert_eq!(read.unwrap(), length + 4);
     peer.write_all(b"an answer").await.unwrap();
-    assert_eq!(soon(reader.read()).await.unwrap(), read_of("an answer"));
+    assert_eq!(soon(reader.read(&holder())).await.unwrap(), read_of("an answer"));
 }
 
 /// Halves of a byte stream that buffers what is written, and the stream's other end.
@@ -276,9 +292,9 @@ async fn a_byte_stream_is_read_to_its_end_behind_its_prefix() {
     let (mut reader, _writer, mut peer) = stream();
     peer.write_all(b"then this").await.unwrap();
     drop(peer);
-    assert_eq!(reader.read().await.unwrap(), read_of("read before"));
-    assert_eq!(reader.read().await.unwrap(), read_of("then this"));
-    assert_eq!(reader.read().await.unwrap(), None);
+    assert_eq!(reader.read(&holder()).await.unwrap(), read_of("read before"));
+    assert_eq!(reader.read(&holder()).await.unwrap(), read_of("then this"));
+    assert_eq!(reader.read(&holder()).await.unwrap(), None);
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,6 +1,7 @@
 //! A splice whose local side and whose peer are the test's.
 
 use super::*;
+use crate::budget::{Holder, MemoryBudget};
 use tokio_util::task::AbortOnDropHandle;
 
 /// The local peer as the splice sees it, and what it has received.
@@ -31,8 +32,8 @@ struct Write(Arc<Shared>);
 pub(super) struct Aborts(pub(super) Arc<Shared>);
 
 impl LocalRead for Read {
-    async fn read(&mut self) -> Result<Option<Bytes>, LocalFault> {
-        Ok(self.0.recv().await.transpose()?)
+    async fn read(&mut self, holder: &Arc<Holder>) -> Result<Option<Bytes>, LocalFault> {
+        Ok(self.0.recv().await.transpose()?.map(|bytes| holder.hold_bytes(bytes)))
     }
 
     async fn failed(&mut self) -> LocalFault {
@@ -111,9 +112,19 @@ impl Bench {
     }
 
     pub(super) async fn with(preamble: impl Preamble + 'static, peer: Shared) -> Self {
+        Self::with_budget(preamble, peer, &MemoryBudget::new(0)).await
+    }
+
+    /// With the memory that the splice's process has for its peers.
+    pub(super) async fn with_budget(
+        preamble: impl Preamble + 'static,
+        peer: Shared,
+        budget: &Arc<MemoryBudget>,
+    ) -> Self {
         let settings = Settings::default();
         let pair = Pair::without_idle_timeout(Peer::local(Carrier::Grpc), &settings, &settings);
         let pair = pair.await.unwrap();
+        pair.server.set_memory(budget);
         let stream = pair.server.open().await.unwrap();
         let peer = Arc::new(peer);
         let (local, chunks) = mpsc::channel(LOCAL_CAPACITY);
