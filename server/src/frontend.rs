@@ -6,9 +6,11 @@
 //!     └─ grpc       ProxyService: a Proxy stream per target
 //!  context          what they share: the dialer, limits, the splice
 //!  hints            hints that a request carries
+//!  clients         which certificates may connect over TCP
 //!  socket, tls      the kinds of connections that can be served and spliced
 //! ```
 
+mod clients;
 mod connect;
 mod context;
 mod grpc;

@@ -129,6 +129,10 @@ const ADDRESS_VALIDATIONS: Family = Family::new(
     "QUIC clients that had to prove their address first, because many peers were not admitted \
      yet.",
 );
+const FRONTENDS_REFUSED: Family = Family::new(
+    "culvert_server_frontends_refused_total",
+    "Connections of frontends that were refused before a request, by reason.",
+);
 const CULLED_LEASES: Family = Family::new(
     "konnectivity_network_proxy_server_culled_leases_count",
     "Count of expired leases that the lease garbage collection controller has culled.",
@@ -159,13 +163,14 @@ const UDP_BUFFER: Family = Family::new(
 );
 
 /// Families that count events.
-const COUNTERS: [Family; 13] = [
+const COUNTERS: [Family; 14] = [
     DIAL_FAILURES,
     OPTIMISTIC_DIALS,
     DIALS_MOVED,
     DIALS_WAITED,
     TUNNELS_LOST,
     JOIN_FAILURES,
+    FRONTENDS_REFUSED,
     TOKEN_REVIEWS,
     ADDRESS_VALIDATIONS,
     IDENTITY_CONFLICTS,
@@ -191,6 +196,29 @@ const DIAL_BUCKETS: &[f64] = &[
 /// Bounds of connection durations, in seconds: Konnectivity's.
 const CONNECTION_BUCKETS: &[f64] =
     &[1.0, 5.0, 15.0, 30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 14_400.0, 43_200.0, 86_400.0];
+
+/// Why a frontend was refused before its request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FrontendRefusal {
+    /// Its certificate has none of the names of `--server-client-names`.
+    ClientName,
+    /// Its TLS handshake failed.
+    Handshake,
+    /// Its handshake, or its request, took too long.
+    TimedOut,
+}
+
+impl FrontendRefusal {
+    const ALL: [Self; 3] = [Self::ClientName, Self::Handshake, Self::TimedOut];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::ClientName => "client_name",
+            Self::Handshake => "handshake",
+            Self::TimedOut => "timed_out",
+        }
+    }
+}
 
 /// Kind of a frontend's connection.
 #[derive(Clone, Copy, Debug)]
@@ -309,6 +337,12 @@ impl ServerMetrics {
     pub(crate) fn optimistic_dial(&self, agreed: bool) {
         let result = if agreed { "kept" } else { "broken" };
         self.metrics.counter(OPTIMISTIC_DIALS.name, &[("result", result)]).increment(1);
+    }
+
+    /// Counts a frontend that was refused.
+    pub(crate) fn frontend_refused(&self, reason: FrontendRefusal) {
+        let labels = [("reason", reason.label())];
+        self.metrics.counter(FRONTENDS_REFUSED.name, &labels).increment(1);
     }
 
     /// Counts a frontend's connection as open until the guard is dropped.
@@ -438,6 +472,7 @@ fn register_counters(metrics: &Metrics) {
         (DIAL_FAILURES, "reason", [&DialError::REASONS[..], &[FRONTEND_CLOSE]].concat()),
         (JOIN_FAILURES, "reason", JOIN_FAILURE_REASONS.to_vec()),
         (IDENTITY_CONFLICTS, "reason", ClaimFault::LABELS.to_vec()),
+        (FRONTENDS_REFUSED, "reason", FrontendRefusal::ALL.map(FrontendRefusal::label).to_vec()),
         (TOKEN_REVIEWS, "result", REVIEW_RESULTS.to_vec()),
         (TUNNELS_LOST, "reason", TunnelLost::labels().collect()),
         (OPTIMISTIC_DIALS, "result", vec!["kept", "broken"]),

@@ -145,3 +145,23 @@ async fn a_client_that_does_not_finish_its_request_is_disconnected() {
     })
     .await;
 }
+
+#[rstest]
+#[tokio::test]
+async fn a_client_is_permitted_by_a_name_of_its_certificate(
+    #[values(ConnectTls, GrpcTls)] frontend: FrontendKind,
+) {
+    within(async {
+        let echo = targets::echo().await.unwrap();
+        for (names, permitted) in [("kube-apiserver", false), ("x,culvert loadtest frontend", true)]
+        {
+            let flag = format!("--server-client-names={names}");
+            let rig = rig(frontend, Quic).server_flag(flag).start().await.unwrap();
+            assert_eq!(rig.dial(echo.address()).await.is_ok(), permitted, "{names}");
+            let refused =
+                rig.server.metric("culvert_server_frontends_refused_total{reason=\"client_name\"}");
+            assert_eq!(refused, f64::from(u8::from(!permitted)), "{names}");
+        }
+    })
+    .await;
+}

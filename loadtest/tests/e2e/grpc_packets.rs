@@ -320,3 +320,28 @@ async fn another_method_is_unimplemented() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_client_that_does_not_request_a_dial_is_disconnected() {
+    within(async {
+        let rig = rig(GrpcUnix, Quic).server_flag("--frontend-header-timeout=100ms");
+        let rig = rig.start().await.unwrap();
+        let echo = targets::echo().await.unwrap();
+        // Without a request, and without a packet in one.
+        let mut socket = UnixStream::connect(rig.uds()).await.unwrap();
+        let (_client, mut silent) = stream(&rig).await;
+        socket.read_to_end(&mut Vec::new()).await.unwrap();
+        assert!(!matches!(silent.next().await, Ok(Some(_))));
+        // A stream beside another that has dialed.
+        let (client, mut used) = stream(&rig).await;
+        let id = dialed(&mut used, 1, &echo).await;
+        let mut silent = client.proxy().await.unwrap();
+        assert!(!matches!(silent.next().await, Ok(Some(_))));
+        used.send(data(id, "still open")).await.unwrap();
+        let Some(Payload::Data(echoed)) = used.next().await.unwrap().unwrap().payload else {
+            panic!("no echo")
+        };
+        assert_eq!(echoed.data, "still open");
+    })
+    .await;
+}

@@ -53,6 +53,11 @@ pub struct Flags {
     #[arg(long, help_heading = "Frontend", value_name = "FILE", default_value = "")]
     pub server_ca_cert: String,
 
+    /// Names of the client certificates that may connect over TCP: common names, DNS names or URIs.
+    /// Empty accepts every certificate of --server-ca-cert
+    #[arg(long, help_heading = "Frontend", value_name = "LIST", default_value = "")]
+    pub server_client_names: String,
+
     /// Idle time after which a gRPC connection of kube-apiserver is pinged; 0 sends no pings
     #[arg(long, help_heading = "Frontend", value_name = "DURATION", default_value = "1h")]
     pub frontend_keepalive_time: GoDuration,
@@ -62,7 +67,7 @@ pub struct Flags {
     pub max_frontend_connections: i64,
 
     /// Time limit of a new connection of kube-apiserver for its TLS handshake, and again for the
-    /// head of its request
+    /// head of its request or the first packet of its gRPC stream
     #[arg(long, help_heading = "Frontend", value_name = "DURATION", default_value = "10s")]
     pub frontend_header_timeout: GoDuration,
 

@@ -1,8 +1,18 @@
 //! The listener for kube-apiserver.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use culvert_process::faults::{CertificatePair, Faults};
+use culvert_process::{
+    faults::{CertificatePair, Faults},
+    go_flags::parse_list,
+    kubernetes::KubernetesConfig,
+};
+use culvert_transport::tls::certificates;
+use rustls::pki_types::CertificateDer;
 
 use super::Flags;
 
@@ -13,9 +23,12 @@ pub struct FrontendConfig {
     pub mode: Mode,
     /// Listener.
     pub listen: FrontendListen,
+    /// Names of which a client's certificate must have one, over TCP; empty for any.
+    pub client_names: Vec<String>,
     /// Idle time after which a gRPC connection is pinged; zero never pings.
     pub keep_alive_interval: Duration,
-    /// Time for a connection to complete its TLS handshake, and again to send its request's head.
+    /// Time for a connection to complete its TLS handshake, and again to send its request's head or
+    /// its first packet.
     pub header_timeout: Duration,
     /// Maximum number of connections open at once.
     pub max_connections: u32,
@@ -66,6 +79,7 @@ pub(super) fn check(flags: &Flags, faults: &mut Faults) -> Option<FrontendConfig
     } else {
         Some(frontend_on_unix(flags, faults))
     };
+    let client_names = client_names(flags, faults);
     let keep_alive_interval =
         faults.duration("frontend-keepalive-time", flags.frontend_keepalive_time);
     let header_timeout =
@@ -75,10 +89,53 @@ pub(super) fn check(flags: &Flags, faults: &mut Faults) -> Option<FrontendConfig
     Some(FrontendConfig {
         mode,
         listen: listen?,
+        client_names,
         keep_alive_interval,
         header_timeout,
         max_connections,
     })
+}
+
+/// The names that clients may have.
+fn client_names(flags: &Flags, faults: &mut Faults) -> Vec<String> {
+    let flag = "server-client-names";
+    let names = parse_list(&flags.server_client_names);
+    let is_blank = !flags.server_client_names.is_empty() && names.is_empty();
+    faults.require(
+        !is_blank,
+        flag,
+        "names no client; omit it to accept every certificate of the CA",
+    );
+    if !flags.uds_name.is_empty() && !names.is_empty() {
+        faults.warn(flag, "has no effect along with --uds-name");
+    }
+    names
+}
+
+/// Warns where certificates that were made for others than kube-apiserver can connect.
+pub(super) fn warn_of_shared_authorities(
+    flags: &Flags,
+    kubernetes: &KubernetesConfig,
+    faults: &mut Faults,
+) {
+    if flags.server_ca_cert.is_empty() || !flags.server_client_names.is_empty() {
+        return;
+    }
+    let read = |path: &str| certificates(Path::new(path)).unwrap_or_default();
+    let ours = read(&flags.server_ca_cert);
+    let shared = |others: &[CertificateDer<'_>]| others.iter().any(|other| ours.contains(other));
+    let agents = !flags.cluster_ca_cert.is_empty() && shared(&read(&flags.cluster_ca_cert));
+    let others = match agents {
+        true => "agents (--cluster-ca-cert)",
+        false if shared(&kubernetes.cluster_authorities()) => {
+            "kubelets and users (the cluster's CA)"
+        }
+        false => return,
+    };
+    let text = "its CA also signs certificates of";
+    let remedy = "each of them can connect to every target; name kube-apiserver's certificate with \
+                  --server-client-names";
+    faults.warn("server-ca-cert", format!("{text} {others}: {remedy}"));
 }
 
 fn frontend_on_unix(flags: &Flags, faults: &mut Faults) -> FrontendListen {

@@ -251,6 +251,33 @@ fn tcp_mode_takes_certificates_and_a_client_ca() {
 }
 
 #[test]
+fn a_frontend_whose_ca_signs_for_others_too_is_warned_of_unless_it_has_names() {
+    let files = Files::new();
+    let tcp = [
+        "--uds-name=",
+        "--server-port=8090",
+        "--server-cert=@crt",
+        "--server-key=@key",
+        "--server-ca-cert=@ca",
+    ];
+    let config = |more: &[&str]| files.config(&[&tcp[..], more].concat()).unwrap();
+    let shared = config(&[]);
+    assert_eq!(shared.frontend.client_names, [""; 0]);
+    assert_eq!(shared.warnings.len(), 1, "{:?}", shared.warnings);
+    assert!(shared.warnings[0].contains("agents (--cluster-ca-cert)"), "{:?}", shared.warnings);
+    let named = config(&["--server-client-names=kube-apiserver,spiffe://cluster/apiserver"]);
+    let names = ["kube-apiserver", "spiffe://cluster/apiserver"];
+    assert_eq!(
+        (named.frontend.client_names, named.warnings.len()),
+        (names.map(String::from).into(), 0)
+    );
+    let text = files.config(&[&tcp[..], &["--server-client-names=,"]].concat()).unwrap_err();
+    assert!(text.contains("--server-client-names: names no client"), "{text}");
+    let unused = files.config(&["--server-client-names=a"]).unwrap();
+    assert!(unused.warnings[0].contains("has no effect"), "{:?}", unused.warnings);
+}
+
+#[test]
 fn each_rule_names_its_flag() {
     let files = Files::new();
     for args in [

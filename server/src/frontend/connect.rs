@@ -17,7 +17,10 @@ use tokio::{
 use tracing::debug;
 
 use super::{FrontendContext, hints::RequestHints, socket::FrontendSocket};
-use crate::dial::{DialError, DialParameters, Dialed};
+use crate::{
+    dial::{DialError, DialParameters, Dialed},
+    metrics::FrontendRefusal,
+};
 
 /// Maximum length of a request's head, in bytes.
 const MAX_HEAD_LEN: usize = 16 * 1024;
@@ -52,7 +55,10 @@ pub(super) async fn serve<S: FrontendSocket>(mut socket: S, context: &FrontendCo
         Ok(Ok(Some(length))) => parse(&buffer.split_to(length)),
         Ok(Ok(None)) => Err(BadRequest::Malformed),
         Ok(Err(error)) => return debug!(%error, "a frontend left before it asked"),
-        Err(_) => return debug!("a frontend did not ask in time"),
+        Err(_) => {
+            context.metrics.frontend_refused(FrontendRefusal::TimedOut);
+            return debug!("a frontend did not ask in time");
+        }
     };
     let answer = match request {
         Ok(request) => match Box::pin(dial(&mut socket, &mut buffer, request, context)).await {

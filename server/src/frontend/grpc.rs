@@ -16,12 +16,14 @@ use hyper::server::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::mpsc,
+    sync::{SetOnce, mpsc},
+    time::timeout,
 };
 use tonic::Status;
 use tracing::debug;
 
 use super::FrontendContext;
+use crate::metrics::FrontendRefusal;
 use authority::LegalAuthority;
 use service::ProxyService;
 
@@ -37,8 +39,8 @@ const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 /// Maximum number of open `Proxy` streams of one connection; grpc-go's own server has no limit.
 const MAX_STREAMS: u32 = 10_000;
 
-/// Serves one connection of kube-apiserver until it is closed. Once the server stops, it takes no
-/// more streams.
+/// Serves one connection of kube-apiserver until it is closed. One that does not begin a dial in
+/// time is closed. Once the server stops, it takes no more streams.
 pub(super) async fn serve<S>(socket: S, context: Arc<FrontendContext>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -51,11 +53,21 @@ where
     if !context.keep_alive_interval.is_zero() {
         http.keep_alive_interval(context.keep_alive_interval);
     }
-    let stopping = context.stopping.clone();
+    let (stopping, has_dialed) = (context.stopping.clone(), Arc::new(SetOnce::new()));
     let io = TokioIo::new(LegalAuthority::new(socket));
-    let mut connection = std::pin::pin!(http.serve_connection(io, ProxyService::new(context)));
+    let service = ProxyService::new(context.clone(), has_dialed.clone());
+    let mut connection = std::pin::pin!(http.serve_connection(io, service));
+    let silent = async {
+        if timeout(context.header_timeout, has_dialed.wait()).await.is_ok() {
+            std::future::pending().await
+        }
+    };
     let ended = tokio::select! {
         ended = &mut connection => ended,
+        () = silent => {
+            context.metrics.frontend_refused(FrontendRefusal::TimedOut);
+            return debug!("a gRPC frontend did not ask in time");
+        }
         () = stopping.cancelled() => {
             connection.as_mut().graceful_shutdown();
             connection.await

@@ -23,13 +23,15 @@ use tokio_rustls::TlsAcceptor;
 use tracing::debug;
 
 use super::{
-    FrontendContext, connect, grpc,
+    FrontendContext,
+    clients::ClientNames,
+    connect, grpc,
     socket::{FrontendSocket, SharedTcp},
     tls::server_tls,
 };
 use crate::{
     config::{FrontendConfig, FrontendListen, Mode, TlsConfig},
-    metrics::FrontendKind,
+    metrics::{FrontendKind, FrontendRefusal},
 };
 
 /// Owner and group may connect: kube-apiserver and the server share one or the other.
@@ -91,7 +93,14 @@ pub(crate) struct FrontendListener {
 #[derive(Debug)]
 enum Listener {
     Unix(Acceptor<UnixListener>, SocketFile),
-    Tcp(Acceptor<TcpListener>, Arc<ServerConfig>),
+    Tcp(Acceptor<TcpListener>, Arc<Tls>),
+}
+
+/// What a client over TCP is served with.
+#[derive(Debug)]
+struct Tls {
+    config: Arc<ServerConfig>,
+    clients: ClientNames,
 }
 
 /// A socket file, removed when dropped unless another process has replaced it by its own.
@@ -122,6 +131,8 @@ impl FrontendListener {
                 let tls = server_tls(credentials, config.mode, tls.min_version)?;
                 let listener = listen::tcp(*address)
                     .map_err(|source| ListenError::Tcp { address: *address, source })?;
+                let clients = ClientNames::new(&config.client_names);
+                let tls = Tls { config: Arc::new(tls), clients };
                 Listener::Tcp(Acceptor::new(NAME, listener), Arc::new(tls))
             }
         };
@@ -172,7 +183,7 @@ impl FrontendListener {
 /// A connection of which nothing was read yet.
 enum Accepted {
     Unix(UnixStream),
-    Tcp(TcpStream, Arc<ServerConfig>),
+    Tcp(TcpStream, Arc<Tls>),
 }
 
 impl Accepted {
@@ -181,11 +192,23 @@ impl Accepted {
             Self::Unix(socket) => serve(socket, context).await,
             Self::Tcp(socket, tls) => {
                 splice::prepare(&socket);
-                let handshake = TlsAcceptor::from(tls).accept(SharedTcp::new(socket));
+                let handshake =
+                    TlsAcceptor::from(tls.config.clone()).accept(SharedTcp::new(socket));
                 match timeout(context.header_timeout, handshake).await {
-                    Ok(Ok(socket)) => serve(socket, context).await,
-                    Ok(Err(error)) => debug!(%error, "a frontend's TLS handshake failed"),
-                    Err(_) => debug!("a frontend's TLS handshake took too long"),
+                    Ok(Ok(socket))
+                        if tls.clients.permit(socket.get_ref().1.peer_certificates()) =>
+                    {
+                        serve(socket, context).await;
+                    }
+                    Ok(Ok(_)) => context.metrics.frontend_refused(FrontendRefusal::ClientName),
+                    Ok(Err(error)) => {
+                        context.metrics.frontend_refused(FrontendRefusal::Handshake);
+                        debug!(%error, "a frontend's TLS handshake failed");
+                    }
+                    Err(_) => {
+                        context.metrics.frontend_refused(FrontendRefusal::TimedOut);
+                        debug!("a frontend's TLS handshake took too long");
+                    }
                 }
             }
         }

@@ -141,6 +141,13 @@ impl KubernetesConfig {
         }))
     }
 
+    /// The CA certificates of kube-apiserver; none if they cannot be read. It blocks.
+    pub fn cluster_authorities(&self) -> Vec<CertificateDer<'static>> {
+        let config = self.config(&mut Files::default()).ok();
+        let authorities = config.and_then(|config| config.root_cert).unwrap_or_default();
+        authorities.into_iter().map(CertificateDer::from).collect()
+    }
+
     /// A client, made of the files as they are now.
     fn client(&self, files: &mut Files, paced: bool) -> Result<Client, LoadError> {
         let mut config = self.config(files)?;

@@ -67,7 +67,7 @@ impl Certificate {
     }
 
     /// The names of the certificate's owner.
-    pub(super) fn names(&self) -> Vec<&str> {
+    pub(crate) fn names(&self) -> Vec<&str> {
         let alternative_names = self.alternative_names.iter().map(String::as_str);
         self.common_name.as_deref().into_iter().chain(alternative_names).collect()
     }

@@ -21,7 +21,8 @@ use std::{
 use culvert_konnectivity::packet::{DialRequest, Packet, PacketMessage};
 use culvert_transport::splice::{Cut, HalfEnd, Local};
 use culvert_wire::{Target, bounded::Text, dial::Network};
-use tonic::Streaming;
+use tokio::{sync::SetOnce, time::timeout};
+use tonic::{Status, Streaming};
 use tracing::debug;
 
 use super::{
@@ -32,21 +33,36 @@ use super::{
 };
 use crate::{
     dial::{DialError, DialParameters, Dialed},
-    metrics::{FRONTEND_CLOSE, FrontendKind},
+    metrics::{FRONTEND_CLOSE, FrontendKind, FrontendRefusal},
 };
 
 /// Id of the next connection of this process, from 1; 0 stands for no connection on the wire.
 static NEXT_CONNECT_ID: AtomicI64 = AtomicI64::new(1);
 
-/// Serves one `Proxy` stream until the frontend ends it or its connection is over.
+/// Serves one `Proxy` stream until the frontend ends it, its connection is over, or it does not ask
+/// for a target in time.
 pub(super) async fn serve(
     context: Arc<FrontendContext>,
     hints: RequestHints,
+    has_dialed: Arc<SetOnce<()>>,
     mut inbound: Streaming<Packet>,
     outbound: Outbound,
 ) {
     let _counted = context.metrics.frontend_open(FrontendKind::Grpc);
-    while let Some(request) = first_dial(&mut inbound, &outbound).await {
+    loop {
+        let first = timeout(context.header_timeout, first_dial(&mut inbound, &outbound));
+        let request = match first.await {
+            Ok(Some(request)) => request,
+            Ok(None) => break,
+            Err(_) => {
+                context.metrics.frontend_refused(FrontendRefusal::TimedOut);
+                let text = "no dial was requested in time";
+                // Ends the stream.
+                let _ = outbound.send(Err(Status::deadline_exceeded(text))).await;
+                return;
+            }
+        };
+        let _ = has_dialed.set(());
         let random = request.random;
         let dialed = match dial(&context, &hints, request, &mut inbound, &outbound).await {
             Dialing::Done(dialed) => dialed,

@@ -9,7 +9,7 @@ use culvert_konnectivity::{
 };
 use http::{Request, Response};
 use hyper::{body::Incoming, service::Service};
-use tokio::sync::mpsc;
+use tokio::sync::{SetOnce, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Status, Streaming,
@@ -27,11 +27,15 @@ const OUTBOUND_PACKETS: usize = 2;
 
 /// Answers the requests of one connection.
 #[derive(Clone, Debug)]
-pub(super) struct ProxyService(Arc<FrontendContext>);
+pub(super) struct ProxyService {
+    context: Arc<FrontendContext>,
+    has_dialed: Arc<SetOnce<()>>,
+}
 
 impl ProxyService {
-    pub(super) fn new(context: Arc<FrontendContext>) -> Self {
-        Self(context)
+    /// Sets `has_dialed` at the first dial.
+    pub(super) fn new(context: Arc<FrontendContext>, has_dialed: Arc<SetOnce<()>>) -> Self {
+        Self { context, has_dialed }
     }
 }
 
@@ -43,7 +47,7 @@ impl Service<Request<Incoming>> for ProxyService {
     type Future = ResponseFuture;
 
     fn call(&self, request: Request<Incoming>) -> ResponseFuture {
-        let method = Proxy(self.0.clone());
+        let method = Proxy(self.clone());
         Box::pin(async move {
             if request.uri().path() != PROXY {
                 let status =
@@ -57,7 +61,7 @@ impl Service<Request<Incoming>> for ProxyService {
 }
 
 /// Handler of the method, in the form that tonic requires.
-struct Proxy(Arc<FrontendContext>);
+struct Proxy(ProxyService);
 
 impl StreamingService<Packet> for Proxy {
     type Response = Packet;
@@ -66,11 +70,12 @@ impl StreamingService<Packet> for Proxy {
 
     fn call(&mut self, request: tonic::Request<Streaming<Packet>>) -> Self::Future {
         let (outbound, packets) = mpsc::channel(OUTBOUND_PACKETS);
-        let context = self.0.clone();
+        let ProxyService { context, has_dialed } = self.0.clone();
         let tasks = context.tasks.clone();
         let metadata = request.metadata();
         let hints = RequestHints::read(|name| metadata.get(name)?.to_str().ok());
-        tasks.spawn(proxy::serve(context, hints, request.into_inner(), outbound));
+        let inbound = request.into_inner();
+        tasks.spawn(proxy::serve(context, hints, has_dialed, inbound, outbound));
         std::future::ready(Ok(tonic::Response::new(ReceiverStream::new(packets))))
     }
 }
