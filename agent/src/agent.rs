@@ -71,6 +71,7 @@ impl Agent {
         metrics.set_memory(&memory);
         let bridges = TaskTracker::new();
         let mut files = AgentFiles::read(config, metrics.inner())?;
+        let certificate = files.identity.clone();
         let (token, reloads) = (files.token.clone(), files.reloads.clone());
         let gate = Gate::new(files.policy.clone(), config.egress.audit, metrics.clone());
         let leases = config.sync.leases.as_ref().zip(files.leases.take());
@@ -92,6 +93,7 @@ impl Agent {
         let connector = Connector {
             connect: Arc::new(connect),
             plan: Plan::new(config, Instant::now()),
+            certificate,
             tunnels: tunnels.clone(),
             metrics: metrics.clone(),
         };

@@ -15,7 +15,10 @@ mod tls;
 use std::{any::Any, sync::Arc, time::Duration};
 
 use culvert_process::rate_limited;
-use culvert_transport::TunnelLost;
+use culvert_transport::{
+    TunnelLost,
+    tls::{Current, Identity},
+};
 use culvert_wire::CloseCode;
 use tokio::{
     select,
@@ -61,6 +64,8 @@ pub(crate) struct Connector<C> {
     pub(crate) connect: Arc<C>,
     /// Decides what comes next.
     pub(crate) plan: Plan,
+    /// The agent's certificate, if it has one.
+    pub(crate) certificate: Option<Current<Identity>>,
     /// The tunnels, shared with metrics and readiness.
     pub(crate) tunnels: Arc<ServerTunnels>,
     /// The agent's metrics.
@@ -100,6 +105,10 @@ impl<C: Connect> Connector<C> {
                         self.plan.on_answer(Instant::now(), fastrand::f64());
                     }
                 }
+                () = replaced(&mut self.certificate) => {
+                    self.tunnels.outdate();
+                    self.plan.on_outdated(Instant::now(), fastrand::f64());
+                }
                 // A more urgent attempt replaces a pending one.
                 goal = due(next) => pending = Some(self.begin(goal, context.clone())),
             }
@@ -115,6 +124,7 @@ impl<C: Connect> Connector<C> {
         let state = |tunnel: &Arc<ServerTunnel>| TunnelState {
             rank: tunnel.rank,
             suspicion: tunnel.suspicion(),
+            outdated: tunnel.is_outdated(),
             since: tunnel.since,
         };
         Snapshot {
@@ -281,6 +291,7 @@ fn reason(
         (Goal::Probe, ..) => "quic_works",
         (Goal::Replace, ..) if suspect.is_some_and(|suspect| !suspect.is_quic()) => "tcp_silent",
         (Goal::Replace, ..) => "quic_silent",
+        (Goal::Renew, ..) => "renewed",
         (_, _, CarrierOrder::TcpFirst) if !rank.is_quic() => "quic_failed_before",
         (_, _, CarrierOrder::QuicFirst | CarrierOrder::TcpFirst) if rank.is_quic() => {
             "first_choice"
@@ -294,11 +305,19 @@ fn log_failure(goal: Goal, error: &AttemptError) {
     match (error, goal) {
         (AttemptError::Panicked(_), _) => error!(%error, "no tunnel to the server, will try again"),
         (_, Goal::Probe) => debug!(%error, "QUIC does not get through yet"),
-        (_, Goal::Find | Goal::Replace) => {
+        (_, Goal::Find | Goal::Renew | Goal::Replace) => {
             rate_limited!(
                 FAILURE_LOG_INTERVAL, WARN, %error, "no tunnel to the server, will try again"
             );
         }
+    }
+}
+
+/// Completes when the agent's certificate was replaced.
+async fn replaced(certificate: &mut Option<Current<Identity>>) {
+    match certificate {
+        Some(certificate) => certificate.replaced().await,
+        None => std::future::pending().await,
     }
 }
 

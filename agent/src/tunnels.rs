@@ -90,6 +90,14 @@ impl ServerTunnels {
         }
     }
 
+    /// Records that the agent's certificate was replaced: each tunnel is to be made anew.
+    pub(crate) fn outdate(&self) {
+        let tunnels = self.in_use();
+        // A Konnectivity server does not end what has expired.
+        let renewable = tunnels.iter().filter(|tunnel| tunnel.rank != Rank::Grpc);
+        renewable.for_each(|tunnel| tunnel.outdate());
+    }
+
     /// Completes when a tunnel became suspect or answers again, or the number of Leases changed.
     ///
     /// # Cancel safety

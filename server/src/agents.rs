@@ -19,7 +19,7 @@ pub(crate) mod identity;
 mod join;
 mod konnectivity;
 pub(crate) mod listener;
-mod session;
+pub(crate) mod session;
 mod unadmitted;
 
 pub(crate) use context::AgentContext;

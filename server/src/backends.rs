@@ -38,7 +38,7 @@ pub use strategy::Strategy;
 use departure::Departure;
 use registry::{Candidate, Registry};
 
-use crate::agents::identity::Claims;
+use crate::agents::identity::{Claims, Identity};
 
 /// Maximum number of tunnels of one agent. One that moves between carriers leaves a tunnel behind
 /// for as long as that has streams; more than these are of an agent that fails again and again.
@@ -129,12 +129,28 @@ impl Backends {
             let held = registry.add(&backend);
             (older, held)
         };
+        let expiry = *backend.expiry().borrow();
+        let of_process = older.iter().filter(|older| older.process() == backend.process());
+        of_process.for_each(|older| older.renew(expiry));
         if older.len() >= MAX_TUNNELS_PER_AGENT {
             older[0].dismiss(Dismissal::Crowded);
         }
         older.iter().for_each(|backend| backend.suspect());
         self.0.changed.notify_waiters();
         Ok(Registration { backends: self.clone(), backend, held })
+    }
+
+    /// Renews the proof of all tunnels of a backend's process. Returns whether `identity` is that of
+    /// the backend.
+    pub(crate) fn renew(&self, backend: &Backend, identity: &Identity) -> bool {
+        let is_same = identity.may_replace(&backend.claims.identity);
+        if is_same {
+            let expiry = identity.expires(Instant::now());
+            let tunnels = self.registry().of_agent(backend.agent_id());
+            let of_process = tunnels.iter().filter(|tunnel| tunnel.process() == backend.process());
+            of_process.for_each(|tunnel| tunnel.renew(expiry));
+        }
+        is_same
     }
 
     /// Identifiers for which a backend waits, because an agent of another identity has them.

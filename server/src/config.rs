@@ -19,7 +19,7 @@ use culvert_process::{
 use culvert_wire::ServerId;
 
 pub use crate::backends::Strategy;
-pub use agents::{AgentIdentity, AgentsConfig, DialConfig, TokenConfig};
+pub use agents::{AgentIdentity, AgentsConfig, DialConfig, ExpireAgents, TokenConfig};
 pub use flags::Flags;
 pub use frontend::{FrontendConfig, FrontendListen, Mode};
 pub use tls::{TlsConfig, TlsVersion};

@@ -25,7 +25,10 @@ use culvert_wire::AgentId;
 use metrics::Histogram;
 
 use crate::{
-    agents::{JOIN_FAILURE_REASONS, admission::REVIEW_RESULTS, identity::ClaimFault},
+    agents::{
+        JOIN_FAILURE_REASONS, admission::REVIEW_RESULTS, identity::ClaimFault,
+        session::renewal::RENEWAL_RESULTS,
+    },
     backends::{Backend, Backends, registry::Candidate},
     dial::DialError,
 };
@@ -110,6 +113,10 @@ const IDENTITY_CONFLICTS: Family = Family::new(
     "culvert_server_identity_conflicts_total",
     "Ids and identifiers that agents announced and did not get, by reason.",
 );
+const PROOF_RENEWALS: Family = Family::new(
+    "culvert_server_proof_renewals_total",
+    "Tokens with which connected agents renewed their proof of identity, by result.",
+);
 const TUNNELS_LOST: Family =
     Family::new("culvert_server_tunnels_lost_total", "Tunnels that ended, by reason.");
 const JOIN_FAILURES: Family = Family::new(
@@ -174,6 +181,7 @@ const COUNTERS: [Family; 14] = [
     TOKEN_REVIEWS,
     ADDRESS_VALIDATIONS,
     IDENTITY_CONFLICTS,
+    PROOF_RENEWALS,
     CULLED_LEASES,
     LEASE_RENEWALS,
     LEASE_LISTS,
@@ -382,6 +390,12 @@ impl ServerMetrics {
         self.metrics.counter(IDENTITY_CONFLICTS.name, &[("reason", reason)]).increment(1);
     }
 
+    /// Counts a token with which a connected agent renewed its proof.
+    pub(crate) fn proof_renewed(&self, result: &'static str) {
+        debug_assert!(RENEWAL_RESULTS.contains(&result));
+        self.metrics.counter(PROOF_RENEWALS.name, &[("result", result)]).increment(1);
+    }
+
     /// Counts a token that kube-apiserver has reviewed, or has not in time.
     pub(crate) fn token_reviewed(&self, result: &'static str) {
         debug_assert!(REVIEW_RESULTS.contains(&result));
@@ -473,6 +487,7 @@ fn register_counters(metrics: &Metrics) {
         (JOIN_FAILURES, "reason", JOIN_FAILURE_REASONS.to_vec()),
         (IDENTITY_CONFLICTS, "reason", ClaimFault::LABELS.to_vec()),
         (FRONTENDS_REFUSED, "reason", FrontendRefusal::ALL.map(FrontendRefusal::label).to_vec()),
+        (PROOF_RENEWALS, "result", RENEWAL_RESULTS.to_vec()),
         (TOKEN_REVIEWS, "result", REVIEW_RESULTS.to_vec()),
         (TUNNELS_LOST, "reason", TunnelLost::labels().collect()),
         (OPTIMISTIC_DIALS, "result", vec!["kept", "broken"]),

@@ -124,6 +124,7 @@ impl Server {
             max_streams: config.agents.max_streams,
             memory,
             hedge_rate: config.tunnel.hedge_rate,
+            expire_agents: config.agents.expire,
             drain_timeout: config.graceful_shutdown_timeout,
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),

@@ -41,7 +41,7 @@ use crate::{
         identity::{Certificate, Claims, Identity},
     },
     backends::{Backend, Backends, Registration, Strategy},
-    config::{AgentIdentity, TokenConfig},
+    config::{AgentIdentity, ExpireAgents, TokenConfig},
     metrics::ServerMetrics,
 };
 
@@ -100,6 +100,7 @@ fn new_context(authenticator: Authenticator) -> AgentContext {
         max_streams: 10,
         memory: MemoryBudget::new(0),
         hedge_rate: 1000,
+        expire_agents: ExpireAgents::Renewing,
         drain_timeout: Duration::from_secs(30),
         draining: CancellationToken::new(),
         closing: CancellationToken::new(),

@@ -122,6 +122,8 @@ codes! {
         ABANDONED = 0x08, "abandoned";
         /// The peer pings more often than it may.
         TOO_MANY_PINGS = 0x09, "too_many_pings";
+        /// An operator of the closing side sent the peer away.
+        EVICTED = 0x0a, "evicted";
     }
 }
 

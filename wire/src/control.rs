@@ -124,6 +124,18 @@ impl Message for Goodbye {
     const KIND: u8 = 0x06;
 }
 
+/// A newer proof of the identity that the agent had in its hello. Only agents send it, to servers
+/// that offer [`Features::RENEWAL`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renewal {
+    /// The token.
+    pub token: Secret,
+}
+
+impl Message for Renewal {
+    const KIND: u8 = 0x07;
+}
+
 /// A bearer token. It never shows in logs.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -165,6 +177,8 @@ pub enum ControlMessage {
     Drain(Drain),
     /// See [`Goodbye`].
     Goodbye(Goodbye),
+    /// See [`Renewal`].
+    Renewal(Renewal),
     /// A message of a later revision, which may be ignored.
     Unknown {
         /// The frame's first byte.
@@ -185,6 +199,7 @@ impl ControlMessage {
             Pong::KIND => Self::Pong(frame.message()?),
             Drain::KIND => Self::Drain(frame.message()?),
             Goodbye::KIND => Self::Goodbye(frame.message()?),
+            Renewal::KIND => Self::Renewal(frame.message()?),
             // Kinds from 0x10 to 0x1f head data streams and have no business here.
             found @ 0x10..=0x1f => {
                 return Err(FrameError::UnexpectedKind { found, expected: Hello::KIND });
@@ -205,6 +220,7 @@ impl ControlMessage {
             Self::Pong(message) => frame::encode(message),
             Self::Drain(message) => frame::encode(message),
             Self::Goodbye(message) => frame::encode(message),
+            Self::Renewal(message) => frame::encode(message),
             Self::Unknown { .. } => Ok(Bytes::new()),
         }
     }
@@ -230,7 +246,7 @@ mod tests {
             let expected = Hello::KIND;
             assert_eq!(decode(kind), Err(FrameError::UnexpectedKind { found: kind, expected }));
         }
-        for kind in [0x00, 0x07, 0x0f, 0x20, 0xff] {
+        for kind in [0x00, 0x08, 0x0f, 0x20, 0xff] {
             assert_eq!(decode(kind), Ok(ControlMessage::Unknown { kind }));
         }
     }

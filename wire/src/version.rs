@@ -32,9 +32,13 @@ impl Features {
     /// Datagrams that carry second copies of thin writes are understood.
     pub const HEDGE: Self = Self(1 << 2);
 
+    /// Agents renew the proof of their identity before it expires, and servers understand
+    /// [`Renewal`](crate::control::Renewal).
+    pub const RENEWAL: Self = Self(1 << 3);
+
     /// Everything this build knows.
     pub const fn supported() -> Self {
-        Self(Self::PING.0 | Self::DRAIN.0 | Self::HEDGE.0)
+        Self(Self::PING.0 | Self::DRAIN.0 | Self::HEDGE.0 | Self::RENEWAL.0)
     }
 
     /// The features in both sets.
@@ -81,6 +85,6 @@ mod tests {
         assert!(both.contains(Features::PING) && both.contains(Features::NONE));
         assert!(!both.contains(Features::DRAIN.union(Features::PING)));
         assert_eq!(both.intersection(Features::DRAIN), Features::NONE);
-        assert_eq!(Features::supported().bits(), 0b111);
+        assert_eq!(Features::supported().bits(), 0b1111);
     }
 }

@@ -95,6 +95,7 @@ fn preference(tunnels: &ServerTunnels, options: AttemptOptions) -> Preference {
     };
     let in_use = tunnels.in_use();
     let suspect = in_use.iter().find(|tunnel| tunnel.is_suspect());
+    let suspect = suspect.or_else(|| in_use.iter().find(|tunnel| tunnel.is_outdated()));
     let last = in_use.iter().filter(|tunnel| tunnel.is_as_good_as(expected));
     Preference {
         first: suspect.map(|tunnel| tunnel.tunnel.remote_address()),

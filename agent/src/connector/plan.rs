@@ -22,6 +22,8 @@ use crate::{
 const DUPLICATE_DELAY: (Duration, f64) = (Duration::from_millis(30), 1.08);
 /// Interval of the attempts to replace a tunnel whose peer is suspect, give or take a half.
 const REPLACE_INTERVAL: Duration = Duration::from_secs(1);
+/// Interval of the attempts to make a tunnel anew with a new certificate, give or take a half.
+const RENEW_INTERVAL: Duration = Duration::from_secs(30);
 /// Ratio of each delay after a probe without a result to the one before, up to
 /// [`QuicHealth::LONGEST`].
 const PROBE_GROWTH: f64 = 2.0;
@@ -36,6 +38,8 @@ const SMALL_PACKETS: Duration = Duration::from_secs(600);
 pub(crate) enum Goal {
     /// Move a tunnel to a better carrier.
     Probe,
+    /// Make a tunnel anew whose certificate was replaced.
+    Renew,
     /// Find a server that is missing.
     Find,
     /// Replace a tunnel whose peer is suspected to be gone.
@@ -47,6 +51,7 @@ impl Goal {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Probe => "probe",
+            Self::Renew => "renew",
             Self::Find => "find",
             Self::Replace => "replace",
         }
@@ -60,6 +65,8 @@ pub(crate) struct TunnelState {
     pub(crate) rank: Rank,
     /// Why the peer is suspected to be gone; `None` while it answers.
     pub(crate) suspicion: Option<Suspicion>,
+    /// Whether it was made with a certificate that was replaced since.
+    pub(crate) outdated: bool,
     /// When the server welcomed the agent.
     pub(crate) since: Instant,
 }
@@ -118,6 +125,7 @@ pub(crate) struct Plan {
     probes: Backoff,
     find_at: Instant,
     probe_at: Instant,
+    renew_at: Instant,
     replace_at: Instant,
     small_packets_until: Option<Instant>,
     /// Whether the last server to welcome the agent was a Konnectivity server.
@@ -143,6 +151,7 @@ impl Plan {
             ),
             find_at: now,
             probe_at: now,
+            renew_at: now,
             replace_at: now,
             small_packets_until: None,
             last_was_konnectivity: false,
@@ -160,6 +169,7 @@ impl Plan {
         let Snapshot { tunnels, server_count } = snapshot;
         let missing = tunnels.len() < (*server_count).max(1) as usize;
         let suspect = tunnels.iter().any(|tunnel| tunnel.suspicion.is_some());
+        let outdated = tunnels.iter().any(|tunnel| tunnel.outdated);
         let worst = tunnels.iter().map(|tunnel| tunnel.rank).min();
         let improvable = match self.transport {
             Transport::Auto => worst < Some(Rank::Quic),
@@ -169,6 +179,7 @@ impl Plan {
         [
             (suspect, Goal::Replace, self.replace_at),
             (missing || self.forever, Goal::Find, self.find_at),
+            (outdated, Goal::Renew, self.renew_at),
             (worst.is_some() && improvable, Goal::Probe, self.probe_due(worst, now)),
         ]
         .into_iter()
@@ -225,6 +236,9 @@ impl Plan {
             Gain::Nothing if goal == Goal::Probe => {
                 self.probe_at = now + self.probes.next(random);
             }
+            Gain::Nothing if goal == Goal::Renew => {
+                self.renew_at = now + self.duplicates.next(random);
+            }
             Gain::Nothing => self.find_at = now + self.duplicates.next(random),
             Gain::Server | Gain::BetterTunnel => {
                 // A Konnectivity server was upgraded: that it had no QUIC means nothing any more.
@@ -238,6 +252,7 @@ impl Plan {
                 self.duplicates.reset();
                 self.probes.reset();
                 (self.find_at, self.probe_at, self.replace_at) = (now, now, now);
+                self.renew_at = now;
             }
         }
         if gain == Gain::Nothing && goal == Goal::Replace {
@@ -255,11 +270,19 @@ impl Plan {
         self.delay_replacement(now, random);
     }
 
+    /// Records that the certificate of the tunnels was replaced. All agents may have been given new
+    /// ones at the same time, so each waits for a random time.
+    pub(crate) fn on_outdated(&mut self, now: Instant, random: f64) {
+        self.renew_at = now + RENEW_INTERVAL.mul_f64(random);
+    }
+
     /// Records that an attempt has failed.
     pub(crate) fn on_failure(&mut self, goal: Goal, quic: QuicOutcome, now: Instant, random: f64) {
         self.record_quic(quic, now, random);
         match goal {
             Goal::Find => self.find_at = now + self.failures.next(random),
+            // The tunnel goes on: there is time.
+            Goal::Renew => self.renew_at = now + RENEW_INTERVAL.mul_f64(0.5 + random),
             // `QuicHealth` sets the time of the next probe.
             Goal::Probe if quic != QuicOutcome::Unknown => {}
             Goal::Probe => self.probe_at = now + self.probes.next(random),

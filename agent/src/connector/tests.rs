@@ -24,11 +24,20 @@ struct Running {
 }
 
 fn run(script: impl Fn(&Call) -> Step + Send + Sync + 'static) -> Running {
+    run_with(None, script)
+}
+
+/// The same with this certificate.
+fn run_with(
+    certificate: Option<Current<Identity>>,
+    script: impl Fn(&Call) -> Step + Send + Sync + 'static,
+) -> Running {
     let (scripted, ends) = Scripted::new(&[ADDRESS], script);
     let tunnels = Arc::new(ServerTunnels::default());
     let metrics = Arc::new(AgentMetrics::new().unwrap());
     let context = Arc::new(context(None));
     let connector = Connector {
+        certificate,
         connect: scripted.clone(),
         plan: Plan::new(&config(&[]), Instant::now()),
         tunnels: tunnels.clone(),
@@ -239,6 +248,7 @@ async fn an_attempt_that_panics_has_failed_and_another_one_follows_after_a_delay
 async fn a_session_that_panics_is_counted_and_its_server_looked_for_after_a_delay() {
     let (scripted, _ends) = Scripted::new(&[ADDRESS], |_| Step::Hang);
     let mut connector = Connector {
+        certificate: None,
         connect: scripted,
         plan: Plan::new(&config(&[]), Instant::now()),
         tunnels: Arc::default(),
@@ -279,4 +289,32 @@ fn the_reason_for_a_carrier_is_a_label() {
     }
     let (order, quic) = (CarrierOrder::TcpFirst, QuicOutcome::Unknown);
     assert_eq!(reason(Goal::Replace, Some(Rank::Tcp), order, quic, Rank::Tcp), "tcp_silent");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_certificate_leads_to_a_new_tunnel_and_the_old_one_keeps_its_streams() {
+    let identity = || {
+        let pair = rcgen::generate_simple_self_signed(["agent".into()]).unwrap();
+        let key = rustls::pki_types::PrivateKeyDer::try_from(pair.signing_key.serialize_der());
+        Identity { chain: vec![pair.cert.into()], key: key.unwrap() }
+    };
+    let (replace, certificate) = Current::replaceable(identity());
+    let mut running = run_with(Some(certificate), |_| welcome(Carrier::Quic, "server-0", 1));
+    let old = running.ends.recv().await.unwrap();
+    running.until_connected(1).await;
+    let stream = old.tunnel.open().await.unwrap();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let begun = Instant::now();
+    replace.with(identity());
+    let new = running.ends.recv().await.unwrap();
+    assert!(begun.elapsed() <= Duration::from_secs(31), "{:?}", begun.elapsed());
+    running.until(|running| running.tunnels.retired() == 1).await;
+    assert_eq!(running.tunnels.connected(), 1);
+    let used = running.tunnels.in_use()[0].reason;
+    assert_eq!(used, "renewed");
+    drop(stream);
+    let lost = old.tunnel.closed().await;
+    assert!(closed_with(&lost, CloseCode::SUPERSEDED), "{lost}");
+    // It is made anew once.
+    assert!(timeout(Duration::from_secs(600), new.tunnel.closed()).await.is_err());
 }

@@ -1,5 +1,7 @@
 //! One tunnel to one server: its rank among others, and whether its peer still answers.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use culvert_transport::{BufferSizes, Carrier, Tunnel};
 use culvert_wire::ServerId;
 use parking_lot::Mutex;
@@ -88,6 +90,8 @@ pub(crate) struct ServerTunnel {
     /// When the server welcomed the agent.
     pub(crate) since: Instant,
     retired: CancellationToken,
+    /// Whether it was made with a certificate that was replaced since.
+    outdated: AtomicBool,
     peer: Mutex<PeerState>,
 }
 
@@ -103,6 +107,7 @@ impl ServerTunnel {
             reason,
             since: now,
             retired: CancellationToken::new(),
+            outdated: AtomicBool::new(false),
             peer: Mutex::new(PeerState::Answering),
         }
     }
@@ -137,9 +142,20 @@ impl ServerTunnel {
         self.suspicion().is_some()
     }
 
-    /// Whether the peer answers and a tunnel of `rank` would be no better.
+    /// Whether the peer answers, the certificate is in use and a tunnel of `rank` would be no better.
     pub(crate) fn is_as_good_as(&self, rank: Rank) -> bool {
-        rank <= self.rank && !self.is_suspect()
+        rank <= self.rank && !self.is_suspect() && !self.is_outdated()
+    }
+
+    /// Records that the agent's certificate was replaced.
+    pub(super) fn outdate(&self) {
+        self.outdated.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it was made with a certificate that was replaced since. The server lets it go on
+    /// until that one expires, or longer once it has another tunnel of this process.
+    pub(crate) fn is_outdated(&self) -> bool {
+        self.outdated.load(Ordering::Relaxed)
     }
 
     /// Takes the tunnel out of use: it gets no new dials, and is closed once its streams have

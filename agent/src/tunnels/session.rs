@@ -11,14 +11,14 @@ use culvert_transport::{
 use culvert_wire::{
     AgentId, CloseCode, InstanceId, StreamCode,
     bounded::Text,
-    control::{ControlMessage, Drain, Goodbye, Hello, Secret, Welcome},
+    control::{ControlMessage, Drain, Goodbye, Hello, Renewal, Secret, Welcome},
     extension::Extensions,
     identifiers::Identifiers,
     version::{Features, REVISION},
 };
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::info;
+use tracing::{debug, info};
 
 use crate::{
     connector::Connected,
@@ -127,6 +127,9 @@ pub(crate) struct Joined {
 struct Session {
     tunnel: Tunnel,
     control: ControlStream,
+    /// The agent's token, whose replacements the server is sent; `None` when it has none, or the
+    /// server does not ask for them.
+    token: Option<Current<Secret>>,
 }
 
 impl Drop for Session {
@@ -154,15 +157,16 @@ pub(crate) async fn join(
         error
     };
     let control = ControlStream::new(tunnel.clone(), tunnel.open().await?);
-    let mut session = Session { tunnel, control };
+    let mut session = Session { tunnel, control, token: context.token.clone() };
     let welcome = introduce(&mut session, context).await.map_err(refuse)?;
     Ok(Joined { welcome, buffers, session })
 }
 
 async fn introduce(session: &mut Session, context: &SessionContext) -> Result<Welcome, JoinError> {
-    let Session { tunnel, control } = session;
+    let Session { tunnel, control, token: current } = session;
     tunnel.set_memory(&context.memory);
-    let token = context.token.as_ref().map(|token| (*token.get()).clone());
+    // A replacement that comes later is sent later.
+    let token = current.as_mut().map(|token| (*token.current()).clone());
     let hello = Hello {
         revision: REVISION,
         features: Features::supported(),
@@ -178,6 +182,9 @@ async fn introduce(session: &mut Session, context: &SessionContext) -> Result<We
         Ok(ControlMessage::Welcome(welcome)) => {
             if welcome.features.contains(Features::HEDGE) {
                 tunnel.hedge(context.hedge_rate);
+            }
+            if !welcome.features.contains(Features::RENEWAL) {
+                *current = None;
             }
             Ok(*welcome)
         }
@@ -211,15 +218,16 @@ impl Joined {
         context: Arc<SessionContext>,
     ) -> TunnelLost {
         let streams = TaskTracker::new();
+        let Session { tunnel, control, token } = &mut self.session;
         let result = tokio::select! {
             biased;
-            lost = self.session.tunnel.closed() => return lost,
-            result = watch_control(&mut self.session.control, entry, tunnels, &context, &streams) => {
+            lost = tunnel.closed() => return lost,
+            result = watch_control((control, token), entry, tunnels, &context, &streams) => {
                 match result {
                     Err(error) => Err(error),
                 }
             }
-            lost = accept(&self.session.tunnel, &context, &streams) => return lost,
+            lost = accept(tunnel, &context, &streams) => return lost,
             () = context.draining.cancelled() => Ok(DrainReason::AgentDrains),
             () = entry.retired() => Ok(DrainReason::Retired),
         };
@@ -267,7 +275,7 @@ impl Joined {
             sleep(limit).await;
         };
         let ending = async {
-            let Session { tunnel, control } = &mut self.session;
+            let Session { tunnel, control, token } = &mut self.session;
             control.send(&ControlMessage::Drain(Drain { deadline_millis })).await?;
             streams.close();
             let linger = DRAIN_LINGER + tunnel.stats().rtt * 2;
@@ -277,9 +285,11 @@ impl Joined {
             };
             tokio::select! {
                 () = all_ended => Ok(Some(drained)),
-                result = watch_control(control, entry, tunnels, context, streams) => match result {
-                    Err(error) => Err(error),
-                },
+                result = watch_control((control, token), entry, tunnels, context, streams) => {
+                    match result {
+                        Err(error) => Err(error),
+                    }
+                }
                 // A dial that the server sent before it received the drain is still served.
                 _ = accept(tunnel, context, streams) => Ok(None),
             }
@@ -300,9 +310,10 @@ impl Joined {
     }
 }
 
-/// Handles the server's messages and watches whether the server answers. Ends only with an error.
+/// Handles the server's messages, watches whether the server answers, and sends it the agent's new
+/// tokens. Ends only with an error.
 async fn watch_control(
-    control: &mut ControlStream,
+    (control, token): (&mut ControlStream, &mut Option<Current<Secret>>),
     entry: &ServerTunnel,
     tunnels: &ServerTunnels,
     context: &SessionContext,
@@ -333,6 +344,10 @@ async fn watch_control(
                     tunnels.set_suspicion(entry, Some(Suspicion::Refused));
                 }
             },
+            token = replaced(token) => {
+                debug!(server_id = %entry.server_id, "the server is sent the new token");
+                control.send(&ControlMessage::Renewal(Renewal { token })).await?;
+            }
             // The bridge to a Konnectivity server answers by itself; the kernel and HTTP/2's pings
             // watch its connection.
             () = sleep(liveness.interval(streams.len())), if entry.rank != Rank::Grpc => {
@@ -348,6 +363,17 @@ async fn watch_control(
                 }
             }
         }
+    }
+}
+
+/// Completes with the agent's token when that was replaced.
+async fn replaced(token: &mut Option<Current<Secret>>) -> Secret {
+    match token {
+        Some(token) => {
+            token.replaced().await;
+            (*token.get()).clone()
+        }
+        None => std::future::pending().await,
     }
 }
 

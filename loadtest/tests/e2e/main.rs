@@ -10,6 +10,7 @@ mod demo;
 mod deploy;
 mod dial;
 mod docs;
+mod expiry;
 mod grpc_packets;
 mod half_close;
 mod hello;

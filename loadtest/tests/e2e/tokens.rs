@@ -29,9 +29,9 @@ use crate::support::{
     within,
 };
 
-const AUDIENCE: &str = "system:konnectivity-server";
+pub(crate) const AUDIENCE: &str = "system:konnectivity-server";
 /// User of the service account whose tokens are accepted.
-const ACCEPTED: &str = "system:serviceaccount:kube-system:konnectivity-agent";
+pub(crate) const ACCEPTED: &str = "system:serviceaccount:kube-system:konnectivity-agent";
 
 /// Maximum number of reviews at a time.
 const MAX_REVIEWS: u32 = 64;
@@ -42,13 +42,13 @@ fn token(name: &str) -> String {
 }
 
 /// A server that demands tokens, and the kube-apiserver that reviews them.
-struct Guarded {
-    deployment: Deployment,
-    api: KubeApi,
+pub(crate) struct Guarded {
+    pub(crate) deployment: Deployment,
+    pub(crate) api: KubeApi,
 }
 
 impl Guarded {
-    async fn start(implementation: Implementation) -> Self {
+    pub(crate) async fn start(implementation: Implementation) -> Self {
         let mut deployment = Deployment::without_server(Protocol::Connect);
         let api = KubeApi::start(&deployment.certificates).await;
         let kubeconfig = api.flag();
@@ -70,14 +70,24 @@ impl Guarded {
     }
 
     /// Starts an agent with the token of this name; the file that it reads the token from.
-    async fn start_agent(
+    pub(crate) async fn start_agent(
+        &self,
+        implementation: Implementation,
+        name: &str,
+        token: &str,
+    ) -> (Process, PathBuf) {
+        self.start_agent_with(implementation, name, &self::token(token)).await
+    }
+
+    /// The same with exactly this token.
+    pub(crate) async fn start_agent_with(
         &self,
         implementation: Implementation,
         name: &str,
         token: &str,
     ) -> (Process, PathBuf) {
         let file = self.deployment.certificates.folder().join(format!("{name}.token"));
-        std::fs::write(&file, self::token(token)).unwrap();
+        std::fs::write(&file, token).unwrap();
         let flag = format!("--service-account-token-path={}", file.display());
         let agent = self.deployment.spawn_agent_without_certificate(implementation, name, [flag]);
         (agent.await, file)

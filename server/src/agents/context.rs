@@ -7,7 +7,7 @@ use culvert_wire::ServerId;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{admission::Authenticator, unadmitted::UnadmittedTable};
-use crate::{backends::Backends, metrics::ServerMetrics};
+use crate::{backends::Backends, config::ExpireAgents, metrics::ServerMetrics};
 
 /// What the connections of all agents of one server share.
 #[derive(Debug)]
@@ -32,6 +32,8 @@ pub(crate) struct AgentContext {
     pub(crate) hedge_rate: u32,
     /// Time for which draining tunnels are kept.
     pub(crate) drain_timeout: Duration,
+    /// Which agents lose their tunnel when their proof has expired.
+    pub(crate) expire_agents: ExpireAgents,
     /// Cancelled when agents are to look for another server.
     pub(crate) draining: CancellationToken,
     /// Cancelled when tunnels are to be closed.

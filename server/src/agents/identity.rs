@@ -8,9 +8,10 @@
 mod certificate;
 mod claims;
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use culvert_process::kubernetes::Timestamp;
+use tokio::time::Instant;
 
 pub(crate) use self::{
     certificate::Certificate,
@@ -48,6 +49,15 @@ pub(crate) struct ServiceAccount {
     pub(crate) expiry: Option<Timestamp>,
 }
 
+/// When a proof expires.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Expiry {
+    /// By the clock of this process, which does not jump.
+    pub(crate) at: Instant,
+    /// By the calendar.
+    pub(crate) time: Timestamp,
+}
+
 impl Identity {
     /// Whether an agent of this identity may have what one of `other` has: it is the same one, or
     /// the same one with more proof.
@@ -68,6 +78,15 @@ impl Identity {
             (Some(own), Some(others)) => own.may_replace(others),
         };
         certificate && account
+    }
+
+    /// When the proof expires by the clock of this process, at `now`; `None` for one that does not
+    /// within a hundred years.
+    pub(crate) fn expires(&self, now: Instant) -> Option<Expiry> {
+        const NEVER: Duration = Duration::from_secs(100 * 365 * 86_400);
+        let time = self.expiry()?;
+        let left = Duration::try_from(time.duration_since(Timestamp::now())).unwrap_or_default();
+        (left < NEVER).then(|| Expiry { at: now + left, time })
     }
 
     /// When the proof expires; `None` for one that does not.

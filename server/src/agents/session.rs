@@ -1,5 +1,7 @@
 //! One agent's tunnel as a backend, from its introduction to its loss.
 
+pub(crate) mod renewal;
+
 use std::{mem, sync::Arc, time::Duration};
 
 use culvert_process::rate_limited;
@@ -10,11 +12,12 @@ use culvert_transport::{
 use culvert_wire::{
     CloseCode,
     bounded::Text,
-    control::{ControlMessage, Drain, Goodbye},
+    control::{ControlMessage, Drain, Goodbye, Renewal},
 };
 use tokio::time::{Instant, timeout, timeout_at};
-use tracing::info;
+use tracing::{info, warn};
 
+use self::renewal::ProofKeeper;
 use super::{
     AgentContext, admission::Authenticated, identity::ClaimFault, join, unadmitted::Attempt,
 };
@@ -125,6 +128,7 @@ async fn converse(
     let mut drain_sent = false;
     // The agent may repeat both as often as it likes.
     let (mut has_drained, mut has_left) = (false, false);
+    let mut proof = ProofKeeper::new(backend, context);
     let mut leaving: Option<(Dismissal, Instant)> = None;
     loop {
         tokio::select! {
@@ -141,6 +145,7 @@ async fn converse(
                         info!(agent_id = %backend.agent_id(), %reason, "agent says goodbye");
                     }
                 }
+                ControlMessage::Renewal(Renewal { token }) => proof.renew(token),
                 // A second introduction, or a message that only servers send.
                 _ => return Err(ControlError::Unexpected),
             },
@@ -150,12 +155,20 @@ async fn converse(
                 control.send(&drain(context.drain_timeout)).await?;
             }
             dismissal = backend.dismissed(), if leaving.is_none() => {
-                let limit = if dismissal.drains() { context.drain_timeout } else { Duration::ZERO };
+                let limit = dismissal.grace();
                 context.backends.drain(backend);
                 leaving = Some((dismissal, Instant::now() + limit));
                 if !limit.is_zero() && !mem::replace(&mut drain_sent, true) {
                     control.send(&drain(limit)).await?;
                 }
+            }
+            () = proof.expired(), if leaving.is_none() => {
+                let identity = &backend.claims.identity;
+                warn!(
+                    agent_id = %backend.agent_id(), %identity,
+                    "an agent's proof of identity has expired"
+                );
+                backend.dismiss(Dismissal::Expired);
             }
             dismissal = emptied(backend, leaving) => return Ok(dismissal),
         }

@@ -6,8 +6,13 @@ use std::sync::{
 };
 
 use culvert_transport::Tunnel;
-use culvert_wire::{AgentId, InstanceId, bounded::Text, control::Hello, identifiers::Identifiers};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use culvert_wire::{
+    AgentId, InstanceId, bounded::Text, control::Hello, identifiers::Identifiers, version::Features,
+};
+use tokio::{
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, watch},
+    time::Instant,
+};
 
 use super::{
     dismissal::{Dismissal, Dismissed},
@@ -15,7 +20,7 @@ use super::{
     registry::Candidate,
     silence::Heard,
 };
-use crate::agents::identity::Claims;
+use crate::agents::identity::{Claims, Expiry};
 
 /// One process of one agent: an agent that is started again is another one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +45,9 @@ pub struct Backend {
     pub(super) heard: Heard,
     silent: AtomicBool,
     dismissed: Dismissed,
+    /// When the proof of the identity expires; `None` for one that does not.
+    expiry: watch::Sender<Option<Expiry>>,
+    renews: bool,
     /// Notified when the last open stream has ended.
     emptied: Notify,
 }
@@ -48,6 +56,7 @@ impl Backend {
     /// The backend that the agent with these claims introduced itself as on this tunnel. It carries
     /// at most `max_streams` streams at once.
     pub(crate) fn new(tunnel: Tunnel, hello: Hello, claims: Claims, max_streams: u32) -> Self {
+        let expiry = claims.identity.expires(Instant::now());
         Self {
             tunnel,
             recently_reached: RecentlyReached::default(),
@@ -62,6 +71,8 @@ impl Backend {
             heard: Heard::now(),
             silent: AtomicBool::new(false),
             dismissed: Dismissed::default(),
+            expiry: watch::Sender::new(expiry),
+            renews: hello.features.contains(Features::RENEWAL),
             emptied: Notify::new(),
         }
     }
@@ -115,6 +126,31 @@ impl Backend {
     /// Whether nothing came from the agent for longer than a keep-alive takes.
     pub(crate) fn is_silent(&self) -> bool {
         self.silent.load(Ordering::Relaxed)
+    }
+
+    /// Whether the agent renews its proof while it is connected.
+    pub(crate) fn renews(&self) -> bool {
+        self.renews
+    }
+
+    /// When the proof of the identity expires, as it is now and when it was renewed.
+    pub(crate) fn expiry(&self) -> watch::Receiver<Option<Expiry>> {
+        self.expiry.subscribe()
+    }
+
+    /// Renews the proof, unless the one that it has is better.
+    pub(super) fn renew(&self, renewed: Option<Expiry>) {
+        self.expiry.send_if_modified(|expiry| {
+            let is_longer = match (&*expiry, &renewed) {
+                (Some(old), Some(new)) => new.at > old.at,
+                (Some(_), None) => true,
+                (None, _) => false,
+            };
+            if is_longer {
+                *expiry = renewed;
+            }
+            is_longer
+        });
     }
 
     /// Asks the task that drives the tunnel to end it.

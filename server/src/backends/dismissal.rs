@@ -1,6 +1,6 @@
 //! The end of a backend that this server wants: its reason, and how the agent learns it.
 
-use std::sync::OnceLock;
+use std::{sync::OnceLock, time::Duration};
 
 use culvert_wire::CloseCode;
 use tokio_util::sync::CancellationToken;
@@ -10,6 +10,8 @@ use tokio_util::sync::CancellationToken;
 pub(crate) enum Dismissal {
     /// The agent has more tunnels than one may have, and this is the oldest.
     Crowded,
+    /// The proof of the agent's identity has expired.
+    Expired,
 }
 
 impl Dismissal {
@@ -17,6 +19,7 @@ impl Dismissal {
     pub(crate) fn close_code(self) -> CloseCode {
         match self {
             Self::Crowded => CloseCode::SUPERSEDED,
+            Self::Expired => CloseCode::UNAUTHENTICATED,
         }
     }
 
@@ -24,13 +27,15 @@ impl Dismissal {
     pub(crate) fn reason(self) -> &'static str {
         match self {
             Self::Crowded => "the agent has too many newer tunnels",
+            Self::Expired => "the proof of the agent's identity has expired",
         }
     }
 
-    /// Whether open streams may go on for the time of a drain.
-    pub(crate) fn drains(self) -> bool {
+    /// Time for open streams to end.
+    pub(crate) fn grace(self) -> Duration {
         match self {
-            Self::Crowded => false,
+            Self::Crowded => Duration::ZERO,
+            Self::Expired => Duration::from_secs(30),
         }
     }
 }

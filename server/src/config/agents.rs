@@ -27,6 +27,8 @@ pub struct AgentsConfig {
     pub token: Option<TokenConfig>,
     /// What an agent's id and identifiers must be.
     pub identity: AgentIdentity,
+    /// Which agents lose their tunnel when their proof of identity has expired.
+    pub expire: ExpireAgents,
     /// Maximum number of tunnels of all agents together.
     pub max_tunnels: u32,
     /// Strategies that choose an agent, in the order in which they are asked; never empty.
@@ -62,6 +64,17 @@ pub enum AgentIdentity {
     Certificate,
 }
 
+/// Which agents lose their tunnel when their proof of identity has expired and was not renewed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExpireAgents {
+    /// Those that can renew it while they are connected.
+    Renewing,
+    /// All.
+    All,
+    /// None.
+    None,
+}
+
 /// Service account and audience that an agent's token must be of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenConfig {
@@ -91,6 +104,7 @@ pub(super) fn check(
     let token = token(flags, faults);
     authentication(flags, client_ca.is_some(), token.is_some(), faults);
     let identity = identity(flags, client_ca.is_some(), token.is_some(), faults);
+    let expire = expire(flags, faults);
     let max_tunnels = faults.count("max-agent-tunnels", flags.max_agent_tunnels, 1);
     let limit = match flags.backend_dial_timeout {
         None => Some(DEFAULT_BACKEND_DIAL_TIMEOUT),
@@ -110,6 +124,7 @@ pub(super) fn check(
         client_ca,
         token,
         identity,
+        expire,
         max_tunnels,
         strategies,
         keep_alive_interval,
@@ -161,6 +176,19 @@ fn identity(
         other => {
             faults.add(FLAG, format!("{other:?} is unknown; use any, node or certificate"));
             AgentIdentity::Any
+        }
+    }
+}
+
+fn expire(flags: &Flags, faults: &mut Faults) -> ExpireAgents {
+    match flags.expire_agents.as_str() {
+        "renewing" => ExpireAgents::Renewing,
+        "all" => ExpireAgents::All,
+        "none" => ExpireAgents::None,
+        other => {
+            let reason = format!("{other:?} is unknown; use renewing, all or none");
+            faults.add("expire-agents", reason);
+            ExpireAgents::Renewing
         }
     }
 }

@@ -163,6 +163,11 @@ pub struct Flags {
     #[arg(long, help_heading = "Agents", value_name = "RULE", default_value = "any")]
     pub agent_identity: String,
 
+    /// Which agents lose their tunnel when their certificate or token has expired: renewing (those
+    /// that can renew it while they are connected, as Culvert's agents do), all, none
+    #[arg(long, help_heading = "Agents", value_name = "WHICH", default_value = "renewing")]
+    pub expire_agents: String,
+
     /// Maximum number of tunnels of all agents together; further agents are refused
     #[arg(long, help_heading = "Agents", value_name = "COUNT", default_value_t = 20_000)]
     pub max_agent_tunnels: i64,

@@ -7,7 +7,9 @@ use culvert_wire::{
     CloseCode, DialId, InstanceId, Target,
     bounded::{List, Text},
     codec::{EncodeError, MAX_BODY_LEN},
-    control::{ControlMessage, Drain, Goodbye, Hello, Ping, Pong, Secret, ServerEntry, Welcome},
+    control::{
+        ControlMessage, Drain, Goodbye, Hello, Ping, Pong, Renewal, Secret, ServerEntry, Welcome,
+    },
     dial::{
         DialErrorKind, DialFailure, DialReply, DialRequest, DialTiming, Network, StreamKind,
         TraceContext,
@@ -103,6 +105,7 @@ pub(crate) fn examples() -> Vec<Example> {
         control("pong-wide", ControlMessage::Pong(Pong { echo: 0x0123_4567_89ab_cdef }), PONG_WIDE),
         control("drain", ControlMessage::Drain(Drain { deadline_millis: 30_000 }), "050003fb3075"),
         control("goodbye", ControlMessage::Goodbye(goodbye()), GOODBYE),
+        control("renewal", ControlMessage::Renewal(renewal()), "07000605746f6b656e"),
         request("dial-request", dial_request(), DIAL_REQUEST),
         request("dial-request-bare", bare_dial_request(), DIAL_REQUEST_BARE),
         reply("dial-reply", dial_reply(), DIAL_REPLY),
@@ -171,6 +174,10 @@ pub(crate) fn welcome() -> Welcome {
 
 pub(crate) fn goodbye() -> Goodbye {
     Goodbye { code: CloseCode::SHUTDOWN.as_u32(), reason: text("SIGTERM") }
+}
+
+pub(crate) fn renewal() -> Renewal {
+    Renewal { token: Secret::new("token").unwrap() }
 }
 
 /// A dial request with everything in it.

@@ -3,7 +3,7 @@
 use culvert_wire::{
     CloseCode, StreamCode,
     codec::{self},
-    control::{Drain, Goodbye, Hello, Ping, Pong, Welcome},
+    control::{Drain, Goodbye, Hello, Ping, Pong, Renewal, Welcome},
     dial::{DialErrorKind, DialReply, DialRequest, StreamKind},
     frame::Message as _,
     version::Features,
@@ -30,10 +30,11 @@ fn every_kind_has_its_number() {
         Pong::KIND,
         Drain::KIND,
         Goodbye::KIND,
+        Renewal::KIND,
         DialRequest::KIND,
         DialReply::KIND,
     ];
-    assert_eq!(kinds, [0x01, 0x02, 0x03, 0x04, 0x05, 0x06, 0x10, 0x11]);
+    assert_eq!(kinds, [0x01, 0x02, 0x03, 0x04, 0x05, 0x06, 0x07, 0x10, 0x11]);
 }
 
 #[test]
@@ -72,6 +73,7 @@ fn every_close_code_has_its_number() {
         (0x07, "superseded"),
         (0x08, "abandoned"),
         (0x09, "too_many_pings"),
+        (0x0a, "evicted"),
     ];
     assert_eq!(table, expected);
 }

@@ -4,7 +4,9 @@ use culvert_wire::{
     AgentId, DialId, InstanceId, ServerId, Target,
     bounded::{List, Text, misleads},
     codec::{self},
-    control::{ControlMessage, Drain, Goodbye, Hello, Ping, Pong, Secret, ServerEntry, Welcome},
+    control::{
+        ControlMessage, Drain, Goodbye, Hello, Ping, Pong, Renewal, Secret, ServerEntry, Welcome,
+    },
     dial::{
         DialErrorKind, DialFailure, DialReply, DialRequest, DialTiming, Network, StreamKind,
         TraceContext,
@@ -124,6 +126,9 @@ fn arb_small_control() -> impl Strategy<Value = Message> {
         any::<u32>().prop_map(|deadline_millis| ControlMessage::Drain(Drain { deadline_millis })),
         (any::<u32>(), arb_text())
             .prop_map(|(code, reason)| ControlMessage::Goodbye(Goodbye { code, reason })),
+        string(8192, |_| true).prop_map(|token| {
+            ControlMessage::Renewal(Renewal { token: Secret::new(&token).unwrap() })
+        }),
     ]
     .prop_map(Message::Control)
 }

@@ -83,6 +83,7 @@ impl Reference {
             Message::Control(ControlMessage::Goodbye(goodbye)) => {
                 out.integer(goodbye.code).text(&goodbye.reason)
             }
+            Message::Control(ControlMessage::Renewal(renewal)) => out.text(renewal.token.expose()),
             Message::Control(ControlMessage::Unknown { .. }) => out,
             Message::Request(request) => out
                 .integer(request.id.0)

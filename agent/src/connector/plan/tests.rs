@@ -8,6 +8,7 @@ fn plan(transport: Transport) -> (Plan, Instant) {
 
 fn snapshot(server_count: u32, tunnels: &[(Rank, bool, Instant)]) -> Snapshot {
     let tunnel = |(rank, silent, since): &(Rank, bool, Instant)| TunnelState {
+        outdated: false,
         rank: *rank,
         suspicion: silent.then_some(Suspicion::Silent),
         since: *since,
@@ -352,4 +353,26 @@ fn servers_that_are_lost_together_cause_one_delay() {
     assert!(longest > now + 5 * SECOND, "{:?}", longest - now);
     plan.on_lost(LossCause::Server, now, 1.0);
     assert_eq!(plan.next(&nothing, None, now), Some((Goal::Find, now + SECOND)));
+}
+
+#[test]
+fn a_tunnel_with_an_old_certificate_is_made_anew_after_a_random_delay() {
+    let (mut plan, now) = plan(Transport::Auto);
+    plan.on_success(Goal::Find, success(QuicOutcome::Worked, Gain::Server), now, 1.0);
+    let mut tunnels = snapshot(1, &[(Rank::Quic, false, now)]);
+    tunnels.tunnels[0].outdated = true;
+    plan.on_outdated(now, 0.5);
+    let due = now + RENEW_INTERVAL / 2;
+    assert_eq!(plan.next(&tunnels, None, now), Some((Goal::Renew, due)));
+    plan.on_failure(Goal::Renew, QuicOutcome::Unknown, due, 0.5);
+    let again = due + RENEW_INTERVAL;
+    assert_eq!(plan.next(&tunnels, None, due), Some((Goal::Renew, again)));
+    let options = plan.options(Goal::Renew, &tunnels, again, 0.5);
+    assert_eq!(options.order, CarrierOrder::QuicFirst);
+    assert!(options.large_packets && !options.at_once);
+    // Another server behind the same address answered.
+    plan.on_success(Goal::Renew, success(QuicOutcome::Worked, Gain::Nothing), again, 0.5);
+    assert!(plan.next(&tunnels, None, again).unwrap().1 > again);
+    plan.on_success(Goal::Renew, success(QuicOutcome::Worked, Gain::BetterTunnel), again, 0.5);
+    assert_eq!(plan.next(&snapshot(1, &[(Rank::Quic, false, now)]), None, again), None);
 }

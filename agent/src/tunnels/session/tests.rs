@@ -1,7 +1,9 @@
 use std::pin::pin;
 
 use bytes::Bytes;
-use culvert_transport::{Carrier, ReadError, RecvHalf, SendHalf, Settings, test_util::Side};
+use culvert_transport::{
+    Carrier, ReadError, RecvHalf, SendHalf, Settings, test_util::Side, tls::Replace,
+};
 use culvert_wire::{bounded::PeerText, control::Ping, dial::DialRequest, frame::Message as _};
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
@@ -52,7 +54,15 @@ async fn serve_to(server: &Settings, context: SessionContext) -> Serving {
         (end, control)
     })
     .await;
-    let joined = joined.unwrap();
+    serve_joined(joined.unwrap(), end, control, context)
+}
+
+fn serve_joined(
+    joined: Joined,
+    end: ServerEnd,
+    control: ControlStream,
+    context: SessionContext,
+) -> Serving {
     let (context, tunnels) = (Arc::new(context), Arc::new(ServerTunnels::default()));
     let entry = add(&tunnels, joined.tunnel(), Rank::Quic);
     let task = {
@@ -190,6 +200,7 @@ async fn a_tunnel_that_is_lost_while_the_hello_is_sent_is_no_refusal() {
     let mut session = Session {
         control: ControlStream::new(connected.tunnel.clone(), opened),
         tunnel: connected.tunnel,
+        token: None,
     };
     end.line.cut();
     session.tunnel.closed().await;
@@ -408,4 +419,51 @@ async fn a_server_that_takes_no_message_does_not_hold_up_the_drain() {
         let elapsed = begun.elapsed();
         assert!((secs(1)..=limit + FLUSH_TIMEOUT).contains(&elapsed), "{elapsed:?}");
     }
+}
+
+/// Serves a session to a server with these features whose agent has a token; the server was sent
+/// the first one.
+async fn serve_with_token(features: Features) -> (Serving, Replace<Secret>) {
+    let secret = |text| Secret::new(text).unwrap();
+    let (replace, token) = Current::replaceable(secret("first"));
+    let context = SessionContext { token: Some(token), ..context(None) };
+    let (joined, (end, control)) = join_with(&context, async |end: ServerEnd| {
+        let (mut control, hello) = end.hello().await;
+        assert_eq!(hello.token.unwrap().expose(), "first");
+        // A token that is replaced before the welcome is sent after it.
+        replace.with(secret("second"));
+        let ControlMessage::Welcome(mut answer) = welcome("server-0", 1) else { unreachable!() };
+        answer.features = features;
+        control.send(&ControlMessage::Welcome(answer)).await.unwrap();
+        (end, control)
+    })
+    .await;
+    (serve_joined(joined.unwrap(), end, control, context), replace)
+}
+
+async fn renewed(serving: &mut Serving) -> String {
+    match serving.control.next().await.unwrap() {
+        ControlMessage::Renewal(Renewal { token }) => token.expose().to_owned(),
+        other => panic!("expected renewal, got {other:?}"),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_server_is_sent_each_new_token_also_while_the_tunnel_drains() {
+    let (mut serving, replace) = serve_with_token(Features::RENEWAL).await;
+    assert_eq!(renewed(&mut serving).await, "second");
+    replace.with(Secret::new("third").unwrap());
+    assert_eq!(renewed(&mut serving).await, "third");
+    let _open = serving.open().await;
+    serving.entry.retire();
+    serving.drain().await;
+    replace.with(Secret::new("fourth").unwrap());
+    assert_eq!(renewed(&mut serving).await, "fourth");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_does_not_ask_for_new_tokens_is_sent_none() {
+    let (mut serving, replace) = serve_with_token(Features::NONE).await;
+    replace.with(Secret::new("third").unwrap());
+    assert!(timeout(secs(3600), serving.control.next()).await.is_err());
 }

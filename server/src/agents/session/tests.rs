@@ -434,3 +434,5 @@ async fn a_backend_that_is_dismissed_is_closed_with_the_reason() {
     served.context.tasks.wait().await;
     assert_eq!(served.tunnels_lost("superseded"), 1.0);
 }
+
+mod expiry;

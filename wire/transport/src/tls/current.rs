@@ -29,6 +29,11 @@ impl<T> Current<T> {
         self.0.borrow().clone()
     }
 
+    /// The value as it is now. [`replaced`](Self::replaced) completes for later ones.
+    pub fn current(&mut self) -> Arc<T> {
+        self.0.borrow_and_update().clone()
+    }
+
     /// Completes once the value was replaced since this clone was made or last completed; never
     /// when it cannot be replaced any more.
     ///

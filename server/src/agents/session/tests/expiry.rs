@@ -1,0 +1,194 @@
+//! The expiry of an agent's proof of identity, and its renewal.
+
+use culvert_process::kubernetes::Timestamp;
+use culvert_wire::control::Secret;
+use http::StatusCode;
+use parking_lot::Mutex;
+use serde_json::json;
+
+use super::{super::renewal::*, *};
+use crate::{config::ExpireAgents, testing::jwt};
+
+/// An agent with a token that expires in this time, and its review.
+struct Expiring {
+    served: Served,
+    control: ControlStream,
+    expiry: Duration,
+    /// The answers to reviews from now on.
+    answer: Arc<Mutex<Result<TokenReviewStatus, StatusCode>>>,
+}
+
+const LIFE: Duration = Duration::from_secs(600);
+
+/// The token of this name, which expires in this time by the calendar, which does not pause.
+fn expiring(name: &str, life: Duration) -> Secret {
+    let expiry = Timestamp::now() + life;
+    jwt(&json!({ "sub": name, "exp": expiry.as_second() }))
+}
+
+impl Expiring {
+    async fn join(features: Features, rule: ExpireAgents) -> Self {
+        Self::join_as(features, rule, accepted()).await
+    }
+
+    async fn join_as(features: Features, rule: ExpireAgents, status: TokenReviewStatus) -> Self {
+        let answer = Arc::new(Mutex::new(Ok(status)));
+        let answers = answer.clone();
+        let authenticator = authenticator(move |_| {
+            let answer = answers.lock().clone();
+            async move { answer }
+        });
+        let context = context_with(authenticator);
+        let context = AgentContext { expire_agents: rule, ..Arc::into_inner(context).unwrap() };
+        let served = Served::new(Arc::new(context)).await;
+        let mut control = ControlStream::new(served.tunnel.clone(), served.open().await);
+        let token = Some(expiring("first", LIFE));
+        let hello = Hello { token, features, ..hello("a", &[]) };
+        control.send(&ControlMessage::Hello(Box::new(hello))).await.unwrap();
+        control.next().await.unwrap();
+        served.context.backends.until(1).await;
+        // The token has whole seconds.
+        let at = served.context.backends.all()[0].expiry().borrow().unwrap().at;
+        let expiry = at - served.arrived;
+        assert!(expiry <= LIFE && expiry >= LIFE - Duration::from_secs(2), "{expiry:?}");
+        Self { served, control, expiry, answer }
+    }
+
+    async fn renew(&mut self, name: &str, life: Duration) {
+        let token = expiring(name, life);
+        self.control.send(&ControlMessage::Renewal(Renewal { token })).await.unwrap();
+    }
+
+    fn renewals(&self, result: &str) -> f64 {
+        let name = format!("culvert_server_proof_renewals_total{{result=\"{result}\"}}");
+        metric(&self.served.context.metrics, &self.served.context.backends, &name)
+    }
+
+    /// How long after the expiry of the first token the server drains the agent, or closes it if it
+    /// has no streams; `None` if it does neither within three hours.
+    async fn drained(&mut self) -> Option<Duration> {
+        let drained = async {
+            let message = self.control.next().await;
+            assert!(matches!(message, Ok(ControlMessage::Drain(_)) | Err(_)), "{message:?}");
+            self.served.arrived.elapsed() - self.expiry
+        };
+        timeout(Duration::from_secs(3 * 3600), drained).await.ok()
+    }
+
+    /// Asserts that the agent is closed when its streams have had their time.
+    async fn assert_closed(&self, after: Duration) {
+        let begun = Instant::now();
+        assert_eq!(self.served.closed().await, CloseCode::UNAUTHENTICATED);
+        assert_eq!(begun.elapsed().as_secs(), after.as_secs());
+    }
+}
+
+fn is_about(found: Option<Duration>, expected: Duration) -> bool {
+    found.is_some_and(|found| found.as_secs().abs_diff(expected.as_secs()) <= 2)
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_does_not_renew_its_token_drains_and_is_closed() {
+    let mut agent = Expiring::join(Features::RENEWAL, ExpireAgents::Renewing).await;
+    let backend = agent.served.context.backends.all()[0].clone();
+    let permit = backend.permit().unwrap();
+    let drained = agent.drained().await;
+    assert!(is_about(drained, GRACE), "{drained:?}");
+    assert!(backend.is_draining());
+    agent.assert_closed(Dismissal::Expired.grace()).await;
+    drop(permit);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_without_streams_is_closed_once_it_has_expired() {
+    let mut agent = Expiring::join(Features::RENEWAL, ExpireAgents::Renewing).await;
+    assert!(agent.drained().await.is_some());
+    agent.assert_closed(Duration::ZERO).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_renews_its_token_stays_until_the_new_one_expires() {
+    let mut agent = Expiring::join(Features::RENEWAL, ExpireAgents::Renewing).await;
+    sleep(LIFE / 2).await;
+    agent.renew("second", LIFE * 2).await;
+    let drained = agent.drained().await;
+    assert_eq!(agent.renewals("accepted"), 1.0);
+    // The calendar does not pause with the test: the new token counts from its arrival.
+    assert!(is_about(drained, LIFE * 3 / 2 + GRACE), "{drained:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_is_not_reviewed_extends_the_old_one_for_an_hour() {
+    let mut agent = Expiring::join(Features::RENEWAL, ExpireAgents::Renewing).await;
+    *agent.answer.lock() = Err(StatusCode::SERVICE_UNAVAILABLE);
+    sleep(LIFE / 2).await;
+    agent.renew("second", LIFE * 100).await;
+    let drained = agent.drained().await;
+    assert!(is_about(drained, EXTENSION), "{drained:?}");
+    assert!(agent.renewals("failed") > 100.0, "it is tried again");
+    assert_eq!(agent.renewals("accepted"), 0.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_is_reviewed_again_until_kube_apiserver_answers() {
+    let mut agent = Expiring::join(Features::RENEWAL, ExpireAgents::Renewing).await;
+    *agent.answer.lock() = Err(StatusCode::SERVICE_UNAVAILABLE);
+    agent.renew("second", LIFE * 1000).await;
+    sleep(LIFE * 2).await;
+    *agent.answer.lock() = Ok(accepted());
+    assert_eq!(agent.drained().await, None);
+    assert_eq!(agent.renewals("accepted"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_token_renews_nothing() {
+    let mut agent = Expiring::join(Features::RENEWAL, ExpireAgents::Renewing).await;
+    *agent.answer.lock() = Ok(TokenReviewStatus::default());
+    agent.renew("second", LIFE * 1000).await;
+    let drained = agent.drained().await;
+    assert!(is_about(drained, GRACE), "{drained:?}");
+    assert_eq!(agent.renewals("refused"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_of_another_node_renews_nothing() {
+    let on_node = |name: &str| {
+        let mut status = accepted();
+        let key = "authentication.kubernetes.io/node-name".to_owned();
+        status.user.as_mut().unwrap().extra = Some([(key, vec![name.to_owned()])].into());
+        status
+    };
+    let (features, rule) = (Features::RENEWAL, ExpireAgents::Renewing);
+    let mut agent = Expiring::join_as(features, rule, on_node("node-1")).await;
+    *agent.answer.lock() = Ok(on_node("node-2"));
+    agent.renew("second", LIFE * 1000).await;
+    let drained = agent.drained().await;
+    assert!(is_about(drained, GRACE), "{drained:?}");
+    assert_eq!(agent.renewals("refused"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_rule_says_which_agents_expire() {
+    for (features, rule, ends) in [
+        (Features::NONE, ExpireAgents::Renewing, false),
+        (Features::NONE, ExpireAgents::All, true),
+        (Features::RENEWAL, ExpireAgents::None, false),
+    ] {
+        let mut agent = Expiring::join(features, rule).await;
+        assert_eq!(agent.drained().await.is_some(), ends, "{rule:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_newer_tunnel_of_the_same_process_renews_the_proof_of_the_older_one() {
+    let mut agent = Expiring::join(Features::RENEWAL, ExpireAgents::Renewing).await;
+    let Pair { agent: tunnel, server, .. } = pair().await;
+    let attempt = Attempt::of_stranger(&agent.served.context.unadmitted).await;
+    agent.served.context.tasks.spawn(serve(server, None, attempt, agent.served.context.clone()));
+    let mut control = ControlStream::new(tunnel.clone(), tunnel.open().await.unwrap());
+    let token = Some(expiring("second", LIFE * 1000));
+    let hello = Hello { token, features: Features::RENEWAL, ..hello("a", &[]) };
+    control.send(&ControlMessage::Hello(Box::new(hello))).await.unwrap();
+    control.next().await.unwrap();
+    assert_eq!(agent.drained().await, None);
+}
