@@ -40,9 +40,10 @@ use registry::{Candidate, Registry};
 
 use crate::agents::identity::{Claims, Identity};
 
-/// Maximum number of tunnels of one agent. One that moves between carriers leaves a tunnel behind
-/// for as long as that has streams; more than these are of an agent that fails again and again.
-const MAX_TUNNELS_PER_AGENT: usize = 32;
+/// Maximum number of tunnels of one agent process. One that moves between carriers leaves a tunnel
+/// behind for as long as that has streams; more than these are of an agent that fails again and
+/// again. Agents that share an id by mistake are several processes, and do not end one another.
+const MAX_TUNNELS_PER_PROCESS: usize = 32;
 
 /// Why a backend is not registered.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -130,10 +131,11 @@ impl Backends {
             (older, held)
         };
         let expiry = *backend.expiry().borrow();
-        let of_process = older.iter().filter(|older| older.process() == backend.process());
-        of_process.for_each(|older| older.renew(expiry));
-        if older.len() >= MAX_TUNNELS_PER_AGENT {
-            older[0].dismiss(Dismissal::Crowded);
+        let process = backend.process();
+        let of_process: Vec<_> = older.iter().filter(|older| older.process() == process).collect();
+        of_process.iter().for_each(|older| older.renew(expiry));
+        if of_process.len() >= MAX_TUNNELS_PER_PROCESS {
+            of_process[0].dismiss(Dismissal::Crowded);
         }
         older.iter().for_each(|backend| backend.suspect());
         self.0.changed.notify_waiters();
@@ -153,8 +155,14 @@ impl Backends {
         is_same
     }
 
+    /// Ends every tunnel of an agent. Returns how many there are.
+    pub(crate) fn evict(&self, agent_id: &AgentId) -> usize {
+        let tunnels = self.registry().of_agent(agent_id);
+        tunnels.iter().for_each(|tunnel| tunnel.dismiss(Dismissal::Evicted));
+        tunnels.len()
+    }
+
     /// Identifiers for which a backend waits, because an agent of another identity has them.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the list of agents"))]
     pub(crate) fn waits_for(&self, backend: &Arc<Backend>) -> Vec<String> {
         self.registry().waits_for(backend)
     }

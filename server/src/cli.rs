@@ -9,11 +9,13 @@ use culvert_process::{
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::{Config, Server};
+use crate::{Config, Server, operator};
 
-/// Runs a server with these arguments, the program's path first; see [`cli::main`].
+/// Runs a server with these arguments, the program's path first; see [`cli::main`]. With the name
+/// of an operator's command as the first argument, runs that instead.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    cli::main::<ServerProgram>(args)
+    let args: Vec<_> = args.into_iter().collect();
+    operator::run(&args).unwrap_or_else(|| cli::main::<ServerProgram>(args))
 }
 
 struct ServerProgram;

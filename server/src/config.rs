@@ -9,7 +9,7 @@ mod flags;
 mod frontend;
 mod tls;
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 pub use culvert_process::faults::{CertificatePair, ConfigError, ConfigErrors};
 use culvert_process::{
@@ -50,6 +50,8 @@ pub struct Config {
     pub health_address: SocketAddr,
     /// Address of the admin port.
     pub admin_address: SocketAddr,
+    /// Unix socket for operators; `None` for no such socket.
+    pub operator_socket: Option<PathBuf>,
     /// Time for open connections to end at shutdown; zero ends them at once.
     pub graceful_shutdown_timeout: Duration,
     /// Logs.
@@ -98,6 +100,8 @@ impl ProcessConfig for Config {
         let server_count = faults.count("server-count", flags.server_count, 0).max(1);
         let graceful_shutdown_timeout =
             faults.duration("graceful-shutdown-timeout", flags.graceful_shutdown_timeout);
+        let operator_socket = Some(PathBuf::from(&flags.operator_socket));
+        let operator_socket = operator_socket.filter(|path| !path.as_os_str().is_empty());
         let (tunnel, log) = flags.tunnel.check(&mut faults);
         let warnings = faults.finish()?;
         // Without faults every part is there; the expectations below name the check.
@@ -112,6 +116,7 @@ impl ProcessConfig for Config {
             leases,
             health_address,
             admin_address,
+            operator_socket,
             graceful_shutdown_timeout,
             log,
             warnings,

@@ -6,7 +6,7 @@
 //! 3. `dial` opens a stream on the backend's tunnel and waits for the agent's answer;
 //! 4. the frontend and the stream are spliced until both directions have ended.
 //!
-//! `agents` accepts the tunnels that backends are.
+//! `agents` accepts the tunnels that backends are. `operator` lists and ends them on request.
 
 mod agents;
 pub mod backends;
@@ -18,11 +18,13 @@ pub mod frontend;
 mod http2_frames;
 mod leases;
 pub mod metrics;
+mod operator;
 mod readiness;
 mod reset_key;
 mod server;
 #[cfg(test)]
 mod testing;
+mod unix_socket;
 
 pub use agents::listener::ListenerError;
 pub use config::Config;

@@ -170,7 +170,7 @@ const UDP_BUFFER: Family = Family::new(
 );
 
 /// Families that count events.
-const COUNTERS: [Family; 14] = [
+const COUNTERS: [Family; 15] = [
     DIAL_FAILURES,
     OPTIMISTIC_DIALS,
     DIALS_MOVED,

@@ -1,6 +1,6 @@
 //! A whole server: every part bound at once, run until it is stopped, then shut down in order.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use culvert_process::{
     admin::{AdminServer, Port, Routes},
@@ -31,6 +31,7 @@ use crate::{
     },
     leases::LeaseController,
     metrics::ServerMetrics,
+    operator::socket::OperatorSocket,
     readiness::{self, readiness},
 };
 
@@ -46,6 +47,14 @@ pub enum StartError {
     /// The agents' listener cannot be bound.
     #[error(transparent)]
     AgentListener(#[from] ListenerError),
+    /// The operator's socket cannot be bound.
+    #[error("--operator-socket: cannot listen on {path}: {source}")]
+    Operator {
+        /// Path of the socket.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
     /// A file cannot be used.
     #[error(transparent)]
     Files(#[from] ConfigErrors),
@@ -66,6 +75,7 @@ pub struct Server {
     agent_context: Arc<AgentContext>,
     health: AdminServer,
     admin: AdminServer,
+    operator: Option<OperatorSocket>,
     leases: Option<LeaseController>,
     reloads: Reloads,
     grace: Duration,
@@ -132,6 +142,11 @@ impl Server {
             konnectivity_keep_alive_interval: config.konnectivity_keep_alive_interval(),
             tasks: TaskTracker::new(),
         });
+        let operator = config.operator_socket.as_ref().map(|path| {
+            OperatorSocket::bind(path)
+                .map_err(|source| StartError::Operator { path: path.clone(), source })
+        });
+        let operator = operator.transpose()?;
         let upkeep = metrics.inner().spawn_upkeep();
         let port = |listener, flag, address| Port { listener, flag, address };
         let health_port = port("health", "health-port", config.health_address);
@@ -152,6 +167,7 @@ impl Server {
             frontend_context,
             agents,
             agent_context,
+            operator,
             leases,
             reloads: files.reloads,
             grace: config.graceful_shutdown_timeout,
@@ -225,9 +241,12 @@ impl Server {
         let watch = silence::watch(backends.clone(), settings.keep_alive_interval);
         let mut watch = culvert_transport::task::owned(watch);
         let own = [&mut self.upkeep, &mut frontend, &mut reloading, &mut watch];
+        let backends = self.agent_context.backends.clone();
+        let mut operator =
+            self.operator.map(|socket| culvert_transport::task::owned(socket.run(backends)));
         let mut reviews = self.agent_context.authenticator.take_task();
         let supervised = [self.health.task(), self.admin.task()].into_iter().chain(own);
-        let supervised = supervised.chain(&mut lease_task).chain(&mut reviews);
+        let supervised = supervised.chain(&mut lease_task).chain(&mut reviews).chain(&mut operator);
         let ended = tokio::select! {
             () = stop => Ok(()),
             error = agents.failed() => Err(error),

@@ -219,18 +219,18 @@ impl TestAgent {
 
     /// An agent of this name that stands for these hosts.
     pub(crate) async fn join_for(backends: &Backends, name: &str, hosts: &[&str]) -> Self {
-        Self::with(backends, hello(name, hosts), Identity::default(), pair().await).await
+        Self::with(backends, hello(name, hosts), Identity::default(), pair().await)
     }
 
     /// An agent of this name on this tunnel.
-    pub(crate) async fn join_on(backends: &Backends, name: &str, pair: Pair) -> Self {
-        Self::with(backends, hello(name, &[]), Identity::default(), pair).await
+    pub(crate) fn join_on(backends: &Backends, name: &str, pair: Pair) -> Self {
+        Self::with(backends, hello(name, &[]), Identity::default(), pair)
     }
 
     /// An agent of this name, in a process of its own.
     pub(crate) async fn join_as(backends: &Backends, name: &str, instance: u8) -> Self {
         let hello = Hello { instance: InstanceId([instance; 16]), ..hello(name, &[]) };
-        Self::with(backends, hello, Identity::default(), pair().await).await
+        Self::with(backends, hello, Identity::default(), pair().await)
     }
 
     /// An agent of this identity that stands for these hosts.
@@ -240,10 +240,10 @@ impl TestAgent {
         name: &str,
         hosts: &[&str],
     ) -> Self {
-        Self::with(backends, hello(name, hosts), identity, pair().await).await
+        Self::with(backends, hello(name, hosts), identity, pair().await)
     }
 
-    async fn with(backends: &Backends, hello: Hello, identity: Identity, pair: Pair) -> Self {
+    fn with(backends: &Backends, hello: Hello, identity: Identity, pair: Pair) -> Self {
         let Pair { agent: tunnel, server, .. } = pair;
         let (rule, agent_id) = (AgentIdentity::Any, hello.agent_id.clone());
         let claims = Claims::new(identity.into(), rule, agent_id, &hello.identifiers).unwrap();

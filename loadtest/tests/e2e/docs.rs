@@ -328,7 +328,7 @@ fn every_example_frame_decodes_to_what_it_is_called() {
         assert!(is_right, "{name}");
         examples += 1;
     }
-    assert_eq!(examples, 9);
+    assert_eq!(examples, 10);
 }
 
 /// `--keepalive-time` differs: the server's is joined with the tunnels' interval, and the agent's has

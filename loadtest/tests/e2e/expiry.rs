@@ -1,10 +1,6 @@
 //! Proofs of identity that expire while their agents are connected.
 
-use culvert_loadtest::{
-    frontend::Protocol::Connect,
-    process::Signal,
-    targets,
-};
+use culvert_loadtest::{frontend::Protocol::Connect, process::Signal, targets};
 use culvert_process::kubernetes::Timestamp;
 use serde_json::json;
 

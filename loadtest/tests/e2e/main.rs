@@ -24,6 +24,7 @@ mod logging;
 mod malformed;
 mod matrix;
 mod operable;
+mod operator;
 mod optimistic;
 mod replicas;
 mod reset;

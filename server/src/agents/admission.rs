@@ -27,12 +27,14 @@ use rustls::pki_types::CertificateDer;
 use tokio::sync::{mpsc, oneshot};
 
 use self::{
-    queue::Source,
     reviews::{Request, Reviews},
     token::{Claims, token_digest},
     verdicts::Verdict,
 };
-use super::identity::{Certificate, ClaimFault, Claims as AgentClaims, Identity, ServiceAccount};
+use super::{
+    identity::{Certificate, ClaimFault, Claims as AgentClaims, Identity, ServiceAccount},
+    unadmitted::Source,
+};
 use crate::{
     config::{AgentIdentity, TokenConfig},
     metrics::ServerMetrics,

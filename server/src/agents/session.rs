@@ -57,7 +57,7 @@ pub(super) async fn serve(
         agent_id = %agent_id, %remote, transport = %backend.tunnel.carrier(),
         instance = %backend.instance(), software = %backend.software(),
         revision = backend.revision(), identity = %backend.claims.identity,
-        expires = %backend.claims.identity.expiry().map_or("never".into(), |at| at.to_string()),
+        expires = %backend.claims.identity.expiry().map_or_else(|| "never".into(), |at| at.to_string()),
         "agent connected",
     );
     record_conflicts(&backend, registration.held(), &context);

@@ -35,6 +35,8 @@ pub struct Backend {
     pub(crate) recently_reached: RecentlyReached,
     /// Whose tunnel it is, by its own account and by its proof.
     pub(crate) claims: Claims,
+    /// When the agent joined.
+    pub(crate) since: Instant,
     instance: InstanceId,
     revision: u16,
     software: Text<64>,
@@ -56,11 +58,13 @@ impl Backend {
     /// The backend that the agent with these claims introduced itself as on this tunnel. It carries
     /// at most `max_streams` streams at once.
     pub(crate) fn new(tunnel: Tunnel, hello: Hello, claims: Claims, max_streams: u32) -> Self {
-        let expiry = claims.identity.expires(Instant::now());
+        let since = Instant::now();
+        let expiry = claims.identity.expires(since);
         Self {
             tunnel,
             recently_reached: RecentlyReached::default(),
             claims,
+            since,
             instance: hello.instance,
             revision: hello.revision,
             software: hello.software,

@@ -8,8 +8,10 @@ use tokio_util::sync::CancellationToken;
 /// Why this server ends a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Dismissal {
-    /// The agent has more tunnels than one may have, and this is the oldest.
+    /// The agent's process has more tunnels than one may have, and this is the oldest.
     Crowded,
+    /// An operator sent the agent away.
+    Evicted,
     /// The proof of the agent's identity has expired.
     Expired,
 }
@@ -19,6 +21,7 @@ impl Dismissal {
     pub(crate) fn close_code(self) -> CloseCode {
         match self {
             Self::Crowded => CloseCode::SUPERSEDED,
+            Self::Evicted => CloseCode::EVICTED,
             Self::Expired => CloseCode::UNAUTHENTICATED,
         }
     }
@@ -27,6 +30,7 @@ impl Dismissal {
     pub(crate) fn reason(self) -> &'static str {
         match self {
             Self::Crowded => "the agent has too many newer tunnels",
+            Self::Evicted => "an operator sent the agent away",
             Self::Expired => "the proof of the agent's identity has expired",
         }
     }
@@ -35,7 +39,7 @@ impl Dismissal {
     pub(crate) fn grace(self) -> Duration {
         match self {
             Self::Crowded => Duration::ZERO,
-            Self::Expired => Duration::from_secs(30),
+            Self::Evicted | Self::Expired => Duration::from_secs(30),
         }
     }
 }

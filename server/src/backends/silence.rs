@@ -114,7 +114,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_idle_agent_whose_keep_alives_are_answered_is_not_silent() {
         let backends = Backends::new(&[Strategy::Default]);
-        let agent = TestAgent::join_on(&backends, "a", pair(Some(KEEP_ALIVE)).await).await;
+        let agent = TestAgent::join_on(&backends, "a", pair(Some(KEEP_ALIVE)).await);
         let watching = watch(backends.clone(), Some(KEEP_ALIVE));
         let never = timeout(Duration::from_secs(3600), async {
             tokio::join!(watching, async {
@@ -132,7 +132,7 @@ mod tests {
         let backends = Backends::new(&[Strategy::Default]);
         let pair = pair(Some(KEEP_ALIVE)).await;
         let line = pair.line.clone();
-        let agent = TestAgent::join_on(&backends, "a", pair).await;
+        let agent = TestAgent::join_on(&backends, "a", pair);
         let _watch = culvert_transport::task::owned(watch(backends.clone(), Some(KEEP_ALIVE)));
         line.silence(Side::Agent);
         let begun = Instant::now();
@@ -151,7 +151,7 @@ mod tests {
     async fn a_pause_of_the_process_makes_no_agent_silent() {
         let backends = Backends::new(&[Strategy::Default]);
         // Without keep-alives nothing is heard after the pause either.
-        let agent = TestAgent::join_on(&backends, "a", pair(None).await).await;
+        let agent = TestAgent::join_on(&backends, "a", pair(None).await);
         let _watch = culvert_transport::task::owned(watch(backends.clone(), Some(KEEP_ALIVE)));
         sleep(LOOK_INTERVAL).await;
         advance(KEEP_ALIVE * 3).await;

@@ -202,13 +202,14 @@ async fn there_are_no_more_tunnels_than_allowed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_oldest_of_too_many_tunnels_of_an_agent_is_dismissed() {
+async fn the_oldest_of_too_many_tunnels_of_a_process_is_dismissed() {
     let backends = backends();
     let mut tunnels = Vec::new();
-    for _ in 0..MAX_TUNNELS_PER_AGENT {
+    for _ in 0..MAX_TUNNELS_PER_PROCESS {
         tunnels.push(TestAgent::join(&backends, "a").await);
     }
     let _other = TestAgent::join(&backends, "b").await;
+    let _restarted = TestAgent::join_as(&backends, "a", 8).await;
     assert!(!is_ready(tunnels[0].backend.dismissed()).await);
     let _newest = TestAgent::join(&backends, "a").await;
     assert_eq!(tunnels[0].backend.dismissed().await, Dismissal::Crowded);

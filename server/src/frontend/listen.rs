@@ -1,12 +1,6 @@
 //! The frontend's listener: a Unix socket, or TCP with mutual TLS.
 
-use std::{
-    fmt, fs, io,
-    net::SocketAddr,
-    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fmt, io, net::SocketAddr, path::PathBuf, sync::Arc};
 
 use culvert_process::{accept::Acceptor, listen};
 use culvert_transport::{
@@ -32,14 +26,13 @@ use super::{
 use crate::{
     config::{FrontendConfig, FrontendListen, Mode, TlsConfig},
     metrics::{FrontendKind, FrontendRefusal},
+    unix_socket::{self, SocketFile},
 };
 
 /// Owner and group may connect: kube-apiserver and the server share one or the other.
 const SOCKET_MODE: u32 = 0o770;
 /// Name of the listener in log lines.
 const NAME: &str = "frontend";
-/// Maximum number of connections that wait to be accepted: a burst of kube-apiserver's.
-const BACKLOG: i32 = 4096;
 
 /// The frontend cannot be listened on.
 #[derive(Debug, thiserror::Error)]
@@ -103,13 +96,6 @@ struct Tls {
     clients: ClientNames,
 }
 
-/// A socket file, removed when dropped unless another process has replaced it by its own.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    inode: (u64, u64),
-}
-
 impl FrontendListener {
     /// Binds the address of the configuration. Over TCP `credentials` are needed.
     ///
@@ -122,7 +108,7 @@ impl FrontendListener {
     ) -> Result<Self, ListenError> {
         let listener = match &config.listen {
             FrontendListen::Unix { path, delete_existing } => {
-                let (listener, file) = bind_unix(path, *delete_existing)
+                let (listener, file) = unix_socket::bind(path, *delete_existing, SOCKET_MODE)
                     .map_err(|source| ListenError::Unix { path: path.clone(), source })?;
                 Listener::Unix(Acceptor::new(NAME, listener), file)
             }
@@ -145,7 +131,7 @@ impl FrontendListener {
     /// When the kernel does not report it.
     pub(crate) fn address(&self) -> io::Result<FrontendAddress> {
         Ok(match &self.listener {
-            Listener::Unix(_, file) => FrontendAddress::Unix(file.path.clone()),
+            Listener::Unix(_, file) => FrontendAddress::Unix(file.path().into()),
             Listener::Tcp(acceptor, _) => FrontendAddress::Tcp(acceptor.listener().local_addr()?),
         })
     }
@@ -223,77 +209,5 @@ async fn serve<S: FrontendSocket>(socket: S, context: Arc<FrontendContext>) {
             Box::pin(connect::serve(socket, &context)).await;
         }
         Mode::Grpc => Box::pin(grpc::serve(socket, context)).await,
-    }
-}
-
-fn bind_unix(path: &Path, delete_existing: bool) -> io::Result<(UnixListener, SocketFile)> {
-    if delete_existing {
-        remove_stale(path)?;
-    }
-    let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
-    socket.set_nonblocking(true)?;
-    socket.bind(&socket2::SockAddr::unix(path)?)?;
-    let metadata = fs::symlink_metadata(path)?;
-    let file = SocketFile { path: path.into(), inode: (metadata.dev(), metadata.ino()) };
-    // Until here the process's umask decides, which never permits others to connect.
-    fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE))?;
-    socket.listen(BACKLOG)?;
-    Ok((UnixListener::from_std(socket.into())?, file))
-}
-
-/// Removes a socket that a crash left behind. Any other file stays.
-fn remove_stale(path: &Path) -> io::Result<()> {
-    match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.file_type().is_socket() => fs::remove_file(path),
-        Ok(_) => Err(io::Error::new(
-            io::ErrorKind::AlreadyExists,
-            "a file that is not a socket is in the way",
-        )),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let ours = |metadata: fs::Metadata| (metadata.dev(), metadata.ino()) == self.inode;
-        if fs::symlink_metadata(&self.path).is_ok_and(ours) {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_unix_socket_is_private_to_owner_and_group_and_removed_at_the_end() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("frontend.sock");
-        let (listener, file) = bind_unix(&path, true).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, SOCKET_MODE);
-        UnixStream::connect(&path).await.unwrap();
-        drop((listener, file));
-        assert!(!path.exists());
-    }
-
-    #[tokio::test]
-    async fn a_stale_socket_is_replaced_and_a_file_is_not() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("frontend.sock");
-        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-        assert!(path.exists());
-        assert!(bind_unix(&path, false).is_err());
-        let first = bind_unix(&path, true).unwrap();
-        // A successor has taken the path over; the end of the first must not remove it.
-        let second = bind_unix(&path, true).unwrap();
-        drop(first);
-        UnixStream::connect(&path).await.unwrap();
-        drop(second);
-
-        fs::write(&path, "precious").unwrap();
-        assert!(bind_unix(&path, true).is_err());
-        assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
     }
 }

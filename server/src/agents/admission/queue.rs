@@ -3,32 +3,20 @@
 use std::{
     collections::{HashMap, VecDeque},
     hash::Hash,
-    net::{IpAddr, Ipv6Addr},
     time::Duration,
 };
 
 use tokio::time::Instant;
 
-/// Where a request came from. Sources take turns, however much one of them asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Source {
-    /// An address; an IPv6 network of 64 bits, of which a host has every address.
-    Address(IpAddr),
-    /// Any address, with a token of another issuer than those of the tokens accepted so far.
-    OtherIssuer,
-}
+use crate::agents::unadmitted::Source;
 
-impl Source {
-    /// The source that an address belongs to.
-    pub(super) fn of(address: IpAddr) -> Self {
-        Self::Address(match address.to_canonical() {
-            IpAddr::V6(address) => {
-                let network = address.to_bits() >> 64 << 64;
-                Ipv6Addr::from_bits(network).into()
-            }
-            v4 => v4,
-        })
-    }
+/// Whose turn it is. Sources take turns, however much one of them asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Turn {
+    /// Of a network.
+    Of(Source),
+    /// Of any network, with a token of another issuer than those of the tokens accepted so far.
+    OtherIssuer,
 }
 
 /// A queue per source, which take turns.
@@ -154,15 +142,6 @@ mod tests {
         assert_eq!(queue.pop_from('c'), None);
         let order: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();
         assert_eq!(order, [('a', 0), ('b', 1), ('a', 1)]);
-    }
-
-    #[test]
-    fn a_host_of_ipv6_is_one_source_and_ipv4_is_one_in_either_form() {
-        let of = |address: &str| Source::of(address.parse().unwrap());
-        assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:1"));
-        assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
-        assert_eq!(of("::ffff:10.0.0.1"), of("10.0.0.1"));
-        assert_ne!(of("10.0.0.1"), of("10.0.0.2"));
     }
 
     #[tokio::test(start_paused = true)]

@@ -26,12 +26,12 @@ use tokio::{
 
 use super::{
     Refusal, ReviewPace,
-    queue::{FairQueue, Pace, Source},
+    queue::{FairQueue, Pace, Turn},
     status::check_status,
     token::{Claims, TokenDigest},
     verdicts::{Verdict, Verdicts},
 };
-use crate::{config::TokenConfig, metrics::ServerMetrics};
+use crate::{agents::unadmitted::Source, config::TokenConfig, metrics::ServerMetrics};
 
 /// Maximum number of reviews in progress. After a restart of everything thousands of tokens are to
 /// be reviewed, and kube-apiserver has other work.
@@ -62,7 +62,7 @@ pub(super) struct Request {
 struct Waiting {
     token: Secret,
     claims: Claims,
-    source: Source,
+    turn: Turn,
     deadline: Instant,
     answers: Vec<oneshot::Sender<Verdict>>,
 }
@@ -81,7 +81,7 @@ pub(super) struct Reviews {
     issuers: Vec<String>,
     waiting: HashMap<TokenDigest, Waiting>,
     /// The order in which they are reviewed.
-    queue: FairQueue<Source, TokenDigest>,
+    queue: FairQueue<Turn, TokenDigest>,
     /// When they are refused for want of a turn, the earliest first. Those that left are skipped.
     deadlines: VecDeque<(Instant, TokenDigest)>,
     /// Agents that wait for the end of a review, by token.
@@ -144,12 +144,13 @@ impl Reviews {
         } else if let Some(waiting) = self.waiting.get_mut(&digest) {
             add(&mut waiting.answers, answer);
         } else {
-            let source = if self.knows_issuer_of(&claims) { source } else { Source::OtherIssuer };
+            let is_known = self.knows_issuer_of(&claims);
+            let turn = if is_known { Turn::Of(source) } else { Turn::OtherIssuer };
             let deadline = now + BEGIN_TIMEOUT;
-            let waiting = Waiting { token, claims, source, deadline, answers: vec![answer] };
+            let waiting = Waiting { token, claims, turn, deadline, answers: vec![answer] };
             self.waiting.insert(digest, waiting);
             self.add_deadline(deadline, digest);
-            if let Some(dropped) = self.queue.push(source, digest) {
+            if let Some(dropped) = self.queue.push(turn, digest) {
                 self.refuse(&dropped);
             }
         }
@@ -220,7 +221,7 @@ impl Reviews {
         while let Some((at, digest)) = self.deadlines.pop_front_if(|(at, _)| *at <= now) {
             if is_due(&self.waiting, &digest, at) {
                 // The oldest of its source, for all wait equally long.
-                self.queue.pop_from(self.waiting[&digest].source);
+                self.queue.pop_from(self.waiting[&digest].turn);
                 self.refuse(&digest);
             }
         }
