@@ -97,7 +97,7 @@ fn reason(error: &watcher::Error) -> String {
         watcher::Error::InitialListFailed(error)
         | watcher::Error::WatchStartFailed(error)
         | watcher::Error::WatchFailed(error) => kubernetes::reason(error),
-        watcher::Error::WatchError(status) => status.message.clone(),
+        watcher::Error::WatchError(status) => kubernetes::status_text(status),
         error => error.to_string(),
     }
 }

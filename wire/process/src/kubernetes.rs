@@ -3,6 +3,8 @@
 //! HTTPS_PROXY does not apply: both sides reach kube-apiserver directly, and the variable is meant
 //! for the path between agent and server.
 
+mod answers;
+
 use std::{
     fmt,
     path::{Path, PathBuf},
@@ -11,7 +13,10 @@ use std::{
 
 use base64::{Engine as _, prelude::BASE64_STANDARD as BASE64};
 use culvert_transport::tls::Current;
+use hyper::header::HeaderValue;
 
+use self::answers::Answers;
+pub use self::answers::status_text;
 use crate::{
     error::with_causes,
     reload::{Files, LoadError, Reloads},
@@ -22,10 +27,11 @@ pub use kube::Client;
 use kube::{
     Config,
     client::ClientBuilder,
-    config::{Cluster, InClusterError, Kubeconfig, KubeconfigError},
+    config::{AuthInfo, Cluster, InClusterError, Kubeconfig, KubeconfigError},
 };
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
-use tower::{limit::RateLimitLayer, util::option_layer};
+use secrecy::ExposeSecret as _;
+use tower::{layer::layer_fn, limit::RateLimitLayer, util::option_layer};
 
 /// Time limit of a connection attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -164,11 +170,11 @@ impl KubernetesConfig {
             )
         });
         let builder = ClientBuilder::try_from(config).map_err(ClientError::from)?;
-        Ok(builder.with_layer(&option_layer(rate)).build())
+        Ok(builder.with_layer(&layer_fn(Answers)).with_layer(&option_layer(rate)).build())
     }
 
-    /// Reads the kubeconfig and the certificates that it names, or those of the pod. Tokens in
-    /// files are read again by the client itself.
+    /// Reads the kubeconfig and the files that it names, or those of the pod. What a program of the
+    /// kubeconfig prints is renewed by the client itself.
     ///
     /// # Errors
     /// If they cannot be used.
@@ -176,8 +182,9 @@ impl KubernetesConfig {
         let Some(path) = &self.kubeconfig else {
             // Before the client reads it: if it changes meanwhile, the next look finds that out.
             let ca = files.read(Path::new(POD_CA));
-            let config = Config::incluster().map_err(ClientError::from)?;
+            let mut config = Config::incluster().map_err(ClientError::from)?;
             record_authorities(files, Path::new(POD_CA), &ca?)?;
+            read_token(files, &mut config.auth_info, Path::new(POD_CA))?;
             return Ok(config);
         };
         // Bounded, and what later looks compare with. What is parsed below may be newer; the next
@@ -206,6 +213,7 @@ impl KubernetesConfig {
         if let Some(key) = &user.client_key {
             files.read(Path::new(key))?;
         }
+        read_token(files, &mut config.auth_info, path)?;
         if !proxied {
             config.proxy_url = None;
         }
@@ -213,10 +221,36 @@ impl KubernetesConfig {
     }
 }
 
+/// Reads the token of a token file, so that it is one of the files that are looked at: the client
+/// would read it once a minute, and would not remove the line break at its end. A token in the
+/// kubeconfig itself takes precedence, and programs and passwords before both.
+///
+/// # Errors
+/// When there is a token that cannot be used.
+fn read_token(files: &mut Files, user: &mut AuthInfo, kubeconfig: &Path) -> Result<(), LoadError> {
+    if user.auth_provider.is_some() || (user.username.is_some() && user.password.is_some()) {
+        return Ok(());
+    }
+    let (file, token) = match (&user.token, &user.token_file) {
+        (Some(token), _) => (kubeconfig, token.expose_secret().trim().to_owned()),
+        (None, Some(file)) => {
+            let file = Path::new(file);
+            (file, files.token(file)?.expose().to_owned())
+        }
+        (None, None) => return Ok(()),
+    };
+    if HeaderValue::try_from(&token).is_err() {
+        let file = file.display();
+        return Err(LoadError::new(format!("{file}: the token has characters that none may have")));
+    }
+    (user.token, user.token_file) = (Some(token.into()), None);
+    Ok(())
+}
+
 /// The answer of kube-apiserver, or the reason why there is none, in one line.
 pub fn reason(error: &kube::Error) -> String {
     match error {
-        kube::Error::Api(status) => status.message.clone(),
+        kube::Error::Api(status) => status_text(status),
         error => with_causes(error),
     }
 }
@@ -270,6 +304,45 @@ mod tests {
         let error =
             record_authorities(&mut Files::default(), Path::new("ca.crt"), b"").unwrap_err();
         assert_eq!(error.to_string(), "ca.crt: holds no certificate");
+    }
+
+    /// What a kubeconfig with this user makes of the file `token`.
+    fn token(user: &str, contents: &str) -> Result<String, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("kubeconfig");
+        std::fs::write(folder.path().join("token"), contents).unwrap();
+        let text = format!(
+            r#"{{"apiVersion":"v1","kind":"Config","current-context":"x",
+            "clusters":[{{"name":"c","cluster":{{"server":"https://127.0.0.1:1"}}}}],
+            "contexts":[{{"name":"x","context":{{"cluster":"c","user":"u"}}}}],
+            "users":[{{"name":"u","user":{user}}}]}}"#
+        );
+        std::fs::write(&path, &text).unwrap();
+        let config = KubernetesConfig { kubeconfig: Some(path), ..KubernetesConfig::default() };
+        let mut files = Files::default();
+        let user = match config.config(&mut files) {
+            Ok(config) => config.auth_info,
+            Err(error) => {
+                return Err(error.to_string().replace(&folder.path().display().to_string(), "@"));
+            }
+        };
+        assert_eq!(user.token_file, None, "the client itself would read it");
+        std::fs::write(folder.path().join("token"), "another").unwrap();
+        let is_of_file = !text.contains(r#""token":"#);
+        assert_eq!(files.are_unchanged(), !is_of_file, "a change of the token file is noticed");
+        Ok(user.token.unwrap().expose_secret().to_owned())
+    }
+
+    #[test]
+    fn a_token_has_no_white_space_around_it_and_its_file_is_one_of_the_kubeconfig() {
+        let file = r#"{"tokenFile":"token"}"#;
+        assert_eq!(token(file, " abc\n").unwrap(), "abc");
+        assert_eq!(token(file, "\n").unwrap_err(), "@/token: holds no token");
+        let unusable = "the token has characters that none may have";
+        assert_eq!(token(file, "a\nb\n").unwrap_err(), format!("@/token: {unusable}"));
+        assert_eq!(token(r#"{"token":"abc\n","tokenFile":"token"}"#, "").unwrap(), "abc");
+        let two_lines = token(r#"{"token":"a\nb"}"#, "").unwrap_err();
+        assert_eq!(two_lines, format!("@/kubeconfig: {unusable}"));
     }
 
     #[test]

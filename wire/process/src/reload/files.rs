@@ -103,7 +103,7 @@ impl Files {
     }
 
     /// Whether every file is as it was when it was read.
-    pub(super) fn are_unchanged(&self) -> bool {
+    pub(crate) fn are_unchanged(&self) -> bool {
         self.seen.iter().all(|seen| look_at(&seen.path).0 == seen.found)
     }
 
