@@ -1,10 +1,10 @@
 //! The introduction of an agent on its tunnel: hello, admission, welcome.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{io::ErrorKind, net::SocketAddr, time::Duration};
 
 use culvert_process::rate_limited;
 use culvert_transport::{
-    ConnectError, Tunnel, TunnelLost,
+    ConnectError, TransportFault, Tunnel, TunnelLost,
     control::{ControlError, ControlStream},
 };
 use culvert_wire::{
@@ -46,7 +46,7 @@ pub(crate) const JOIN_FAILURE_REASONS: [&str; 14] = [
 #[derive(Debug, thiserror::Error)]
 pub(super) enum JoinError {
     #[error("handshake: {0}")]
-    Handshake(#[from] ConnectError),
+    Handshake(ConnectError),
     #[error("it sent {0}")]
     NotTls(&'static str),
     #[error("it closed the connection without a byte")]
@@ -59,7 +59,7 @@ pub(super) enum JoinError {
     Evicted,
     #[error("it sent more than an introduction before it was admitted")]
     Excess,
-    #[error("tunnel lost before the hello: {0}")]
+    #[error("it left before the hello: {0}")]
     Lost(#[from] TunnelLost),
     #[error(transparent)]
     Control(ControlError),
@@ -73,6 +73,33 @@ pub(super) enum JoinError {
     Claim { agent_id: AgentId, identity: String, fault: ClaimFault },
     #[error("agent {agent_id}, {identity}: {error}")]
     NotRegistered { agent_id: AgentId, identity: String, error: RegisterError },
+}
+
+impl From<ConnectError> for JoinError {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Handshake(lost) if has_left(&lost) => Self::Lost(lost),
+            error => Self::Handshake(error),
+        }
+    }
+}
+
+/// Whether the peer has closed the connection within the handshake, and named no fault: an agent
+/// drops the attempts that others have overtaken.
+fn has_left(lost: &TunnelLost) -> bool {
+    const NO_ERROR: u64 = 0x00; // RFC 9000 §20.1, as the next one
+    const APPLICATION_ERROR: u64 = 0x0c;
+    match lost {
+        TunnelLost::ClosedByPeer { .. } | TunnelLost::Transport(TransportFault::Ended) => true,
+        TunnelLost::Transport(TransportFault::Aborted { code, .. }) => {
+            matches!(*code, NO_ERROR | APPLICATION_ERROR)
+        }
+        TunnelLost::Transport(TransportFault::Io(fault)) => matches!(
+            fault.kind,
+            ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted | ErrorKind::BrokenPipe
+        ),
+        _ => false,
+    }
 }
 
 impl From<ControlError> for JoinError {
@@ -180,7 +207,7 @@ pub(super) fn record_failure(remote: SocketAddr, error: &JoinError, context: &Ag
             debug!(%remote, "a connection was closed without a byte");
             return;
         }
-        // An agent races the server's addresses and drops all tunnels but one.
+        // An agent races the server's addresses and carriers, and drops all tunnels but one.
         JoinError::Lost(_) => {
             debug!(%remote, %error, "an agent did not join");
             return;
@@ -317,5 +344,39 @@ fn welcome(hello: &Hello, context: &AgentContext) -> Welcome {
         servers: List::default(),
         max_streams: context.max_streams,
         extensions: Extensions::default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use culvert_wire::bounded::PeerText;
+
+    use super::*;
+
+    #[test]
+    fn only_a_handshake_that_a_fault_ended_is_a_failed_handshake() {
+        let aborted = |code| TransportFault::Aborted { code, reason: PeerText::default() };
+        let io = |kind: ErrorKind| TransportFault::Io(io::Error::from(kind).into());
+        let alert = TransportFault::TlsAlert { alert: 48, reason: "unknown CA".into() };
+        for (fault, label) in [
+            (TransportFault::Ended, "lost"),
+            (aborted(0x0c), "lost"),
+            (io(ErrorKind::ConnectionReset), "lost"),
+            (aborted(0x0a), "handshake"),
+            (io(ErrorKind::InvalidData), "handshake"),
+            (alert, "handshake"),
+            (TransportFault::Version, "handshake"),
+        ] {
+            assert_eq!(
+                JoinError::from(ConnectError::from(fault.clone())).label(),
+                label,
+                "{fault}"
+            );
+        }
+        assert_eq!(JoinError::from(ConnectError::Protocol).label(), "handshake");
+        let silent = ConnectError::Handshake(TunnelLost::TimedOut);
+        assert_eq!(JoinError::from(silent).label(), "handshake");
     }
 }

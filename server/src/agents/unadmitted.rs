@@ -235,4 +235,26 @@ mod tests {
         assert_eq!((failures(&context, "closed"), failures(&context, "handshake")), (1.0, 0.0));
         assert_eq!(strangers(&context), 0.0);
     }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_leaves_within_its_handshake_is_no_failed_handshake() {
+        for is_reset in [false, true] {
+            let (accepted, mut client) = accepted().await;
+            let begin_of_a_record = b"\x16\x03\x01\x02\x00\x01";
+            client.write_all(begin_of_a_record).await.unwrap();
+            let context = context();
+            let table = &context.unadmitted;
+            let peer = Unadmitted::over_tcp(accepted, tls(), Settings::default(), table).await;
+            if is_reset {
+                client.set_zero_linger().unwrap();
+            }
+            let leaving = async {
+                // Once its first bytes were looked at.
+                tokio::task::yield_now().await;
+                drop(client);
+            };
+            tokio::join!(peer.serve(context.clone()), leaving);
+            assert_eq!((failures(&context, "lost"), failures(&context, "handshake")), (1.0, 0.0));
+        }
+    }
 }
