@@ -35,7 +35,7 @@ pub(crate) use backend::{Process, StreamPermit};
 pub(crate) use dismissal::Dismissal;
 pub use strategy::Strategy;
 
-use departure::Departure;
+use departure::{Departure, START_LIMIT};
 use registry::{Candidate, Registry};
 
 use crate::agents::identity::{Claims, Identity};
@@ -86,6 +86,11 @@ impl Backends {
             changed: Notify::new(),
             closed: AtomicBool::new(false),
         }))
+    }
+
+    /// Expects agents that have not joined yet, from now on for a while: the server has just started.
+    pub(crate) fn expect_first(&self) {
+        self.registry().expect_any_until(Instant::now() + START_LIMIT);
     }
 
     /// Whether a backend of an agent with these claims may be registered.
@@ -205,7 +210,8 @@ impl Backends {
         self.registry().choose(target, fastrand::usize(..))
     }
 
-    /// Until when a backend for a target is expected back; `None` if none has left lately.
+    /// Until when a backend for a target is expected; `None` if none has left lately, and the server
+    /// has not just started.
     pub(crate) fn expected_until(&self, target: &Target, now: Instant) -> Option<Instant> {
         self.registry().expected_until(target, now)
     }

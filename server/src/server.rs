@@ -99,6 +99,7 @@ impl Server {
         };
         let mut files = ServerFiles::read(config, metrics.inner())?;
         let agents = AgentListener::bind(config, &files)?;
+        backends.expect_first();
         metrics.set_udp(agents.buffer_sizes(), agents.udp_health());
         let credentials = files.frontend.take();
         let frontend = FrontendListener::bind(&config.frontend, &config.tls, credentials)?;

@@ -149,12 +149,17 @@ async fn an_address_without_a_port_is_reported_with_gos_text(
 
 #[rstest]
 #[tokio::test]
-async fn without_an_agent_the_dial_fails_at_once(
+async fn without_an_agent_the_dial_of_a_new_server_fails_at_its_deadline(
     #[values(ConnectUnix, ConnectTls, GrpcUnix, GrpcTls)] frontend: FrontendKind,
     #[values(Quic, Tcp)] carrier: Carrier,
 ) {
     within(async {
-        let rig = rig(frontend, carrier).agents(0).start().await.unwrap();
+        let rig = rig(frontend, carrier)
+            .agents(0)
+            .server_flag("--backend-dial-timeout=300ms")
+            .start()
+            .await
+            .unwrap();
         let answer = refusal(&rig, "127.0.0.1:80").await;
         if rig.frontend().protocol() == Protocol::Grpc {
             assert_eq!(answer, "No agent available");

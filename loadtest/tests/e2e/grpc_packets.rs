@@ -82,7 +82,12 @@ async fn a_close_before_a_dial_is_answered_and_a_dial_may_follow(
 #[tokio::test]
 async fn a_failed_dial_does_not_end_the_stream() {
     within(async {
-        let rig = rig(GrpcUnix, Quic).agents(0).start().await.unwrap();
+        let rig = rig(GrpcUnix, Quic)
+            .agents(0)
+            .server_flag("--backend-dial-timeout=300ms")
+            .start()
+            .await
+            .unwrap();
         let (_client, mut stream) = stream(&rig).await;
         stream.send(dial_request(3, "127.0.0.1:9")).await.unwrap();
         let answer = dial_response(stream.next().await.unwrap(), 3);

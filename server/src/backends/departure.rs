@@ -12,6 +12,9 @@ pub const RETURN_LIMIT: Duration = Duration::from_millis(1500);
 /// again: an agent whose path fell silent notices that within 7 s at the default keep-alive
 /// interval, and has another tunnel a few round trips later.
 pub const LOST_RETURN_LIMIT: Duration = Duration::from_secs(10);
+/// Time after the start of the server for which any agent is expected: those of the server before
+/// it have lost their tunnels when that one ended, at most so long ago.
+pub(crate) const START_LIMIT: Duration = LOST_RETURN_LIMIT;
 
 /// How a backend has left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -29,13 +29,20 @@ pub trait Candidate {
 pub struct Registry<B> {
     all: Vec<Arc<B>>,
     groups: Vec<(Strategy, Group<B>)>,
+    /// Until when backends are expected that have not been here yet.
+    any_until: Option<Instant>,
 }
 
 impl<B: Candidate> Registry<B> {
     /// An empty registry for these strategies, which are asked in this order.
     pub fn new(strategies: &[Strategy]) -> Self {
         let groups = strategies.iter().map(|strategy| (*strategy, Group::default())).collect();
-        Self { all: Vec::new(), groups }
+        Self { all: Vec::new(), groups, any_until: None }
+    }
+
+    /// Expects until then, for any target, a backend that has not been here yet.
+    pub fn expect_any_until(&mut self, until: Instant) {
+        self.any_until = Some(until);
     }
 
     /// Adds a backend under every key that a strategy would find it by. Returns the keys for which
@@ -75,13 +82,14 @@ impl<B: Candidate> Registry<B> {
         }
     }
 
-    /// Until when a backend for a target is expected back; `None` if none has left lately.
+    /// Until when a backend for a target is expected; `None` if none has left lately.
     pub fn expected_until(&self, target: &Target, now: Instant) -> Option<Instant> {
         let until = self.groups.iter().filter_map(|(strategy, group)| match strategy {
-            Strategy::Default | Strategy::DefaultRoute => group.left.values().max(),
-            Strategy::DestHost => group.left.get(target.host()),
+            Strategy::Default | Strategy::DefaultRoute if group.is_untouched() => self.any_until,
+            Strategy::Default | Strategy::DefaultRoute => group.left.values().max().copied(),
+            Strategy::DestHost => group.left.get(target.host()).copied().or(self.any_until),
         });
-        until.max().filter(|until| **until > now).copied()
+        until.max().filter(|until| *until > now)
     }
 
     /// The backend for a target by the first strategy that finds one. `random` spreads the load
@@ -209,6 +217,11 @@ impl<B: Candidate> Group<B> {
         }
     }
 
+    /// Whether no backend has been here yet.
+    fn is_untouched(&self) -> bool {
+        self.keys.is_empty() && self.left.is_empty()
+    }
+
     /// The best backend of the key.
     fn of(&self, key: &str) -> Option<Arc<B>> {
         self.backends.get(key)?.best().cloned()
@@ -328,6 +341,24 @@ mod tests {
         let registry = registry(&strategies, &[]);
         assert!(registry.choose(&target("x:1"), 7).is_none());
         assert!(!registry.is_ready());
+    }
+
+    #[test]
+    fn after_the_start_each_host_is_expected_that_no_agent_has_announced() {
+        let (start, limit) = (Instant::now(), Duration::from_secs(10));
+        let agent = fake("a", &[("host", "node-1")]);
+        let mut registry = registry(&[Strategy::DestHost], &[]);
+        let expected = |registry: &Registry<Fake>, address| {
+            registry.expected_until(&target(address), start).map(|until| until - start)
+        };
+        assert_eq!(expected(&registry, "node-1:80"), None);
+        registry.expect_any_until(start + limit);
+        assert_eq!(expected(&registry, "node-1:80"), Some(limit));
+        assert_eq!(registry.expected_until(&target("node-1:80"), start + limit), None);
+        registry.add(&agent);
+        registry.remove(&agent, Departure::InOrder, start);
+        assert_eq!(expected(&registry, "node-1:80"), Some(RETURN_LIMIT));
+        assert_eq!(expected(&registry, "node-2:80"), Some(limit));
     }
 
     #[test]

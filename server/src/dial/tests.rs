@@ -23,7 +23,7 @@ use super::{
 use crate::{
     backends::{
         Backends, Strategy,
-        departure::{LOST_RETURN_LIMIT, RETURN_LIMIT},
+        departure::{LOST_RETURN_LIMIT, RETURN_LIMIT, START_LIMIT},
     },
     config::DialConfig,
     metrics::ServerMetrics,

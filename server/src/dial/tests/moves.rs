@@ -11,6 +11,41 @@ async fn without_an_agent_a_dial_fails_at_once() {
     assert_eq!(dialing.failures("no_agent"), 1.0);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_dial_of_a_server_that_has_just_started_waits_for_an_agent() {
+    let dialing = Dialing::new();
+    dialing.backends.expect_first();
+    let joining = async {
+        sleep(Duration::from_secs(4)).await;
+        assert_eq!(dialing.pending(), 1.0);
+        let agent = dialing.agent("a").await;
+        (accepting(&agent).await, agent)
+    };
+    let (dialed, _kept) = join!(dialing.dial(), joining);
+    dialed.unwrap();
+    assert_eq!(dialing.metric("culvert_server_dials_waited_total{result=\"came\"}"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_waits_for_the_first_agents_until_they_had_time_to_join() {
+    // No dial has a deadline that ends the wait.
+    let dialing = Dialing::with(None, false);
+    dialing.backends.expect_first();
+    let (result, took) = dialing.timed().await;
+    assert!(matches!(result, Err(DialError::NoAgent)), "{result:?}");
+    assert_eq!(took, START_LIMIT);
+    assert_eq!(dialing.metric("culvert_server_dials_waited_total{result=\"failed\"}"), 1.0);
+    assert_eq!(dialing.timed().await.1, Duration::ZERO, "a later dial does not wait");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_has_left_in_order_is_not_expected_for_longer_after_a_start() {
+    let dialing = Dialing::with(None, false);
+    dialing.backends.expect_first();
+    dialing.lose("a", &stopped()).await;
+    assert_eq!(dialing.timed().await.1, RETURN_LIMIT);
+}
+
 /// Why an agent is gone that left in order.
 fn stopped() -> TunnelLost {
     TunnelLost::ClosedByPeer {
