@@ -94,6 +94,8 @@ async fn drive(
     context: &AgentContext,
 ) -> TunnelLost {
     let tunnel = &backend.tunnel;
+    // The server has no other path to the agent: ICMP makes it ask, and no less patient.
+    control.set_report_limit(SUSPECT_LIMIT);
     let result = tokio::select! {
         biased;
         lost = tunnel.closed() => return lost,

@@ -28,6 +28,9 @@ const REFUSED_LIMIT: Duration = Duration::from_millis(50);
 /// Time for the answer to a ping when the network reports that the peer cannot be reached: routes
 /// have time to change.
 const UNREACHABLE_LIMIT: Duration = Duration::from_millis(1500);
+/// Minimum time between two questions that reports of the network cause: on a path that loses
+/// packets each of them can stay unanswered, and forged ICMP must not make that likely.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 /// Time for the peer to take a message of this side. A peer that reads its control stream grants
 /// credit for thousands of messages ahead.
 const WRITE_LIMIT: Duration = Duration::from_millis(1500);
@@ -127,9 +130,13 @@ pub struct ControlStream {
     pings: PingRate,
     /// When the next report that the peer cannot be reached may cause a ping.
     ask_from: Instant,
+    /// When the next report may cause a ping that has to be answered.
+    question_from: Instant,
     /// Time left for the peer to grant credit for the messages of the writer.
     writing: Option<Patience>,
     next_echo: u64,
+    /// Time for the answer after a report of the network, in place of the limit of its kind.
+    report_limit: Option<Duration>,
 }
 
 /// A ping that has not been answered.
@@ -187,9 +194,18 @@ impl ControlStream {
             question: None,
             pings: PingRate::default(),
             ask_from: Instant::now(),
+            question_from: Instant::now(),
             writing: None,
             next_echo: 0,
+            report_limit: None,
         }
+    }
+
+    /// Sets the time that the peer has to answer when the network reports that it cannot be reached,
+    /// whatever the report says. For a side that has no other path to its peer: ICMP is not
+    /// authenticated, and a healthy peer must not be lost for a lost ping.
+    pub fn set_report_limit(&mut self, limit: Duration) {
+        self.report_limit = Some(limit);
     }
 
     /// Sends a message, and waits until the carrier has it.
@@ -257,7 +273,7 @@ impl ControlStream {
     /// know.
     ///
     /// While it waits it answers the peer's pings. When the network reports that the peer is gone
-    /// it sends a ping, and fails if the peer stays silent. A peer that is heard but does not
+    /// it sends a ping, and once a second it fails if the peer stays silent. A peer that is heard but does not
     /// answer gets more time.
     ///
     /// # Errors
@@ -271,12 +287,18 @@ impl ControlStream {
             let frame = select! {
                 frame = self.recv.read_frame(MAX_BODY_LEN) => frame?,
                 why = unreachable(&self.tunnel, self.ask_from) => {
-                    self.ask_from = Instant::now() + ping_rate::INTERVAL;
-                    let limit = match why {
+                    let now = Instant::now();
+                    self.ask_from = now + ping_rate::INTERVAL;
+                    let limit = self.report_limit.unwrap_or(match why {
                         Unreachable::Port => REFUSED_LIMIT,
                         Unreachable::Host => UNREACHABLE_LIMIT,
-                    };
-                    self.ask(limit).await?;
+                    });
+                    if now >= self.question_from {
+                        self.question_from = now + REPORT_INTERVAL;
+                        self.ask(limit).await?;
+                    } else {
+                        self.nudge().await?;
+                    }
                     return Ok(Event::Unreachable(why));
                 }
                 flushed = self.writer.flush(), if self.writing.is_some() => {

@@ -296,40 +296,51 @@ async fn relay(server: SocketAddr) -> (SocketAddr, JoinSet<()>) {
     (address, tasks)
 }
 
+/// The time after which a server finds an agent gone whose port was closed.
+async fn found_gone(report_limit: Option<Duration>) -> Duration {
+    let authority = Authority::new();
+    let kx = KeyExchange::Classic;
+    let tls = tunnel_server(authority.identity(), None, kx).unwrap();
+    let settings = Settings::default();
+    let address = "127.0.0.1:0".parse().unwrap();
+    let listener = Listener::bind(address, tls.into(), &settings, None).unwrap();
+    let (path, relay) = relay(listener.local_addr().unwrap()).await;
+    let tls = tunnel_client(authority.roots(), None, kx).unwrap();
+    let accept = async { listener.accept().await.unwrap().complete().await.unwrap() };
+    let health = Arc::default();
+    let (server, agent) =
+        tokio::join!(accept, connect(path, "127.0.0.1", tls.into(), &settings, &health));
+    let (server, agent) = (Tunnel::from(server), Tunnel::from(agent.unwrap().0));
+    let (mut control, _agent) = controls(&server, &agent).await;
+    if let Some(limit) = report_limit {
+        control.set_report_limit(limit);
+    }
+    drop(relay);
+    // The next packet meets a closed port.
+    control.nudge().await.unwrap();
+    let event = control.event().await.unwrap();
+    assert!(matches!(event, Event::Unreachable(Unreachable::Port)), "{event:?}");
+    loop {
+        match control.event().await {
+            // Each packet to the port is answered.
+            Ok(Event::Unreachable(Unreachable::Port)) => {}
+            Err(ControlError::Unresponsive(waited)) => return waited,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_peer_whose_port_is_closed_is_reported_and_found_gone_at_once() {
-    within(async {
-        let authority = Authority::new();
-        let kx = KeyExchange::Classic;
-        let tls = tunnel_server(authority.identity(), None, kx).unwrap();
-        let settings = Settings::default();
-        let address = "127.0.0.1:0".parse().unwrap();
-        let listener = Listener::bind(address, tls.into(), &settings, None).unwrap();
-        let (path, relay) = relay(listener.local_addr().unwrap()).await;
-        let tls = tunnel_client(authority.roots(), None, kx).unwrap();
-        let accept = async { listener.accept().await.unwrap().complete().await.unwrap() };
-        let health = Arc::default();
-        let (server, agent) =
-            tokio::join!(accept, connect(path, "127.0.0.1", tls.into(), &settings, &health));
-        let (server, agent) = (Tunnel::from(server), Tunnel::from(agent.unwrap().0));
-        let (mut control, _agent) = controls(&server, &agent).await;
-        drop(relay);
-        // The next packet meets a closed port.
-        control.nudge().await.unwrap();
-        let event = control.event().await.unwrap();
-        assert!(matches!(event, Event::Unreachable(Unreachable::Port)), "{event:?}");
-        let error = loop {
-            match control.event().await {
-                // Each packet to the port is answered.
-                Ok(Event::Unreachable(Unreachable::Port)) => {}
-                Ok(other) => panic!("{other:?}"),
-                Err(error) => break error,
-            }
-        };
-        let ControlError::Unresponsive(waited) = error else { panic!("{error}") };
-        assert!(waited < Duration::from_millis(500), "{waited:?}");
-    })
-    .await;
+    let waited = within(found_gone(None)).await;
+    assert!(waited < Duration::from_millis(500), "{waited:?}");
+}
+
+#[tokio::test]
+async fn a_report_of_the_network_makes_a_side_with_one_path_ask_and_no_less_patient() {
+    let limit = Duration::from_millis(1500);
+    let waited = within(found_gone(Some(limit))).await;
+    assert!(waited >= limit, "{waited:?}");
 }
 
 /// Its carrier acknowledges what nothing reads: that renews the deadline, but not for ever.

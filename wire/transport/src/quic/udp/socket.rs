@@ -38,6 +38,9 @@ use super::{
 pub(super) const MIN_BATCH: usize = 4;
 /// Maximum number of calls that fail within one poll, before other tasks have their turn.
 const MAX_CALLS: usize = 16;
+/// Number of times that a call is repeated after errors that ICMP may have caused. More than that
+/// arrive between two calls of a process that runs only in a flood that leaves no path usable.
+const ICMP_REPEATS: u32 = 8;
 /// Maximum number of batches that wait with a part of their packets sent.
 const MAX_PARTIAL: usize = 256;
 
@@ -101,13 +104,16 @@ impl<C: Calls> Socket<C> {
         Self { io, calls, abilities, health, receiver, partial }
     }
 
-    /// Sends a packet or a batch. A call that fails for another peer's sake is repeated once; the
-    /// failed call has taken that error from the socket.
+    /// Sends a packet or a batch. A call that fails for another peer's sake is repeated; the failed
+    /// call has taken that error from the socket.
     fn call(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         let call = || self.io.try_io(Interest::WRITABLE, || self.calls.send(&self.io, transmit));
-        match call() {
-            Err(error) if may_be_of_another_packet(&error) => call(),
-            sent => sent,
+        let mut repeats = 0;
+        loop {
+            match call() {
+                Err(error) if repeats < repeats_after(&error) => repeats += 1,
+                sent => return sent,
+            }
         }
     }
 
@@ -162,22 +168,22 @@ fn contents(transmit: &Transmit<'_>) -> (usize, usize) {
     (transmit.contents.as_ptr() as usize, transmit.contents.len())
 }
 
-/// Whether the error may concern a packet that was sent before, to any peer: the kernel reports an
-/// ICMP error to the next call on the socket. A full queue and a firewall's limit pass as well.
-fn may_be_of_another_packet(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error().map(Errno::from_raw),
+/// Number of times that a call is repeated after this error, because it may concern a packet that
+/// was sent before, to any peer: the kernel reports an ICMP error to the next call on the socket.
+/// A full queue and a firewall's limit may pass as well.
+fn repeats_after(error: &io::Error) -> u32 {
+    match error.raw_os_error().map(Errno::from_raw) {
         Some(
             Errno::ECONNREFUSED
-                | Errno::EHOSTUNREACH
-                | Errno::ENETUNREACH
-                | Errno::EPROTO
-                | Errno::EACCES
-                | Errno::ENOPROTOOPT
-                | Errno::ENOBUFS
-                | Errno::EPERM
-        )
-    )
+            | Errno::EHOSTUNREACH
+            | Errno::ENETUNREACH
+            | Errno::EPROTO
+            | Errno::EACCES
+            | Errno::ENOPROTOOPT,
+        ) => ICMP_REPEATS,
+        Some(Errno::ENOBUFS | Errno::EPERM) => 1,
+        _ => 0,
+    }
 }
 
 /// Whether the error says that the kernel, the device or a sandbox cannot send a batch.

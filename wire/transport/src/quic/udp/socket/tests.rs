@@ -21,8 +21,8 @@ struct Script {
     one: Option<Errno>,
     batch: Option<(Errno, Option<SocketAddr>)>,
     packet: Option<Errno>,
-    /// The error of the next call that sends, whatever it sends.
-    once: Option<Errno>,
+    /// The error of the next calls that send, whatever they send, and how many.
+    pending: Option<(Errno, u32)>,
     /// Number of packets that the kernel takes before its buffer is full.
     room: Option<usize>,
 }
@@ -34,7 +34,10 @@ fn fail(error: Option<Errno>) -> io::Result<()> {
 impl Calls for Scripted {
     fn send(&self, socket: &UdpSocket, transmit: &Transmit<'_>) -> io::Result<()> {
         let mut script = self.script.lock();
-        fail(script.once.take())?;
+        if let Some((error, left @ 1..)) = &mut script.pending {
+            *left -= 1;
+            return Err((*error).into());
+        }
         match (transmit.segment_size, script.batch) {
             (None, _) => fail(script.packet)?,
             (_, Some((error, peer))) if peer.is_none_or(|peer| peer == transmit.destination) => {
@@ -278,15 +281,17 @@ async fn a_batch_is_not_to_blame_where_packets_are_refused_too() {
 
 #[tokio::test]
 async fn an_error_of_another_peer_delays_no_packet_and_marks_no_peer() {
-    for once in [Errno::ECONNREFUSED, Errno::EHOSTUNREACH, Errno::EPERM, Errno::ENOBUFS] {
+    for (error, count) in
+        [(Errno::ECONNREFUSED, 8), (Errno::EHOSTUNREACH, 8), (Errno::EPERM, 1), (Errno::ENOBUFS, 1)]
+    {
         for size in [800, 4000] {
-            let script = Script { once: Some(once), ..Script::default() };
+            let script = Script { pending: Some((error, count)), ..Script::default() };
             let socket = socket("127.0.0.1:0", WhenBroken::End, script).await;
             let (_peer, address) = peer().await;
             send(&socket, &transmit(address, &vec![1; size])).await;
-            assert_eq!(*socket.calls.sent.lock(), [(address, size)], "{once}");
+            assert_eq!(*socket.calls.sent.lock(), [(address, size)], "{error}");
             let stats = socket.health.stats();
-            assert_eq!((stats.unsegmented_peers, stats.send_errors), (0, 0), "{once}");
+            assert_eq!((stats.unsegmented_peers, stats.send_errors), (0, 0), "{error}");
         }
     }
 }
