@@ -9,6 +9,7 @@
 //! | peer has closed for reading | stop with a code, at once, even while idle |
 //! | written, then closed | every byte arrives |
 //! | host gone | reset with a code, after two and a half minutes |
+//! | closed for good, and what it sent is not taken | reset with a code, after five minutes without progress |
 //!
 //! The two directions are pumped in one task, each at its own pace. A direction whose reader has
 //! closed is read on and discarded until the other direction has ended, because a peer that cannot
@@ -31,9 +32,9 @@ mod outq;
 mod preamble;
 mod pumps;
 mod socket;
+mod tcp_info;
 #[cfg(test)]
 mod tests;
-mod vanished;
 
 use culvert_wire::code::StreamCode;
 use tokio::select;
@@ -73,15 +74,18 @@ pub async fn splice_after<R: LocalRead, W: LocalWrite, A: Abort>(
     (mut send, mut recv): (SendHalf, RecvHalf),
     meter: &Meter,
 ) -> Outcome {
-    let pumps = Pumps::new(meter);
+    let pumps = Pumps::new(meter, local.stuck_timeout);
     let progress = local.writer.progress();
     let (reader, writer) = (&mut local.reader, &mut local.writer);
     let holder = send.holder();
+    let guard = &local.guard;
     let end = select! {
-        end = pumps.run(reader, writer, preamble, &holder, &mut send, &mut recv) => end,
+        end = pumps.run(
+            reader, writer, preamble, &holder, guard, (&mut send, &mut recv),
+        ) => end,
         () = holder.cut() => Err(Cut::Memory),
-        cut = pumps.stuck(local.stuck_timeout, progress.as_deref()) => Err(cut),
-        fault = local.guard.vanished() => Err(fault.into()),
+        cut = pumps.stuck(progress.as_deref()) => Err(cut),
+        fault = guard.vanished() => Err(fault.into()),
     };
     match &end {
         Ok((HalfEnd::Finished, _)) => local.guard.disarm(),

@@ -8,12 +8,17 @@ use std::{
 
 use bytes::Bytes;
 use culvert_wire::code::StreamCode;
+use tokio::time::sleep;
 
 use crate::budget::Holder;
 
 /// Default of [`Local::with_stuck_timeout`]: long enough for a target that pauses, short enough
 /// that targets that hang do not keep the streams of all clients that gave up on them.
 const STUCK_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Time, in stuck timeouts, for the tunnel to take a byte after the local peer has closed. A target
+/// that reads slowly is seen only when half a window was read.
+const ABANDONED_TIMEOUTS: u32 = 5;
 
 /// A failure of the local side.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +104,11 @@ pub trait Abort: Send + Sync {
     /// Called at most once, before the local halves are dropped.
     fn abort(&self);
 
+    /// Whether the local peer has closed its connection for both directions, where that is known.
+    fn is_hung_up(&self) -> bool {
+        false
+    }
+
     /// Completes once the local peer's host is known to be gone.
     ///
     /// # Cancel safety
@@ -126,9 +136,10 @@ impl<R: LocalRead, W: LocalWrite, A: Abort> Local<R, W, A> {
         Self { reader, writer, guard, stuck_timeout: STUCK_TIMEOUT }
     }
 
-    /// Sets how long a local peer may take no byte after the other side has closed. What it was
-    /// sent is kept for it until then; after that the splice ends with
-    /// [`Cut::Stuck`](super::Cut::Stuck). The default is a minute.
+    /// Sets how long a local peer may take no byte after the other side has closed. The other side
+    /// may take no byte for five times as long after the local peer has closed. What was sent is kept
+    /// until then; after that the splice ends with [`Cut::Stuck`](super::Cut::Stuck). The default is
+    /// a minute.
     #[must_use]
     pub fn with_stuck_timeout(self, stuck_timeout: Duration) -> Self {
         Self { stuck_timeout, ..self }
@@ -140,6 +151,18 @@ impl<R: LocalRead, W: LocalWrite, A: Abort> Local<R, W, A> {
 pub(super) struct AbortGuard<A: Abort>(Option<A>);
 
 impl<A: Abort> AbortGuard<A> {
+    /// Completes when the local peer has closed its connection for both directions and
+    /// [`ABANDONED_TIMEOUTS`] times `stuck_timeout` have passed, at a multiple of that time. A peer
+    /// that only ended its output waits for an answer.
+    pub(super) async fn abandoned(&self, stuck_timeout: Duration) {
+        loop {
+            sleep(stuck_timeout * ABANDONED_TIMEOUTS).await;
+            if self.0.as_ref().is_some_and(Abort::is_hung_up) {
+                return;
+            }
+        }
+    }
+
     pub(super) async fn vanished(&self) -> LocalFault {
         match &self.0 {
             Some(abort) => abort.vanished().await,

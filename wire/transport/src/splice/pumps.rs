@@ -13,7 +13,10 @@ use bytes::Bytes;
 use culvert_wire::code::StreamCode;
 use tokio::{select, sync::SetOnce, time::sleep};
 
-use super::{Cut, HalfEnd, LocalFault, LocalRead, LocalWrite, Meter, Preamble, outcome::Count};
+use super::{
+    Abort, Cut, HalfEnd, LocalFault, LocalRead, LocalWrite, Meter, Preamble, local::AbortGuard,
+    outcome::Count,
+};
 use crate::{RecvHalf, SendHalf, WriteError, budget::Holder};
 
 /// Maximum number of chunks taken from a stream at once. One chunk is one packet's payload, so this
@@ -34,11 +37,14 @@ pub(super) struct Pumps<'a> {
     stopped: SetOnce<StreamCode>,
     /// Whether bytes are being written to the local side.
     writing: AtomicBool,
+    /// Time for one side to take a byte after the other has closed.
+    stuck_timeout: Duration,
 }
 
 impl<'a> Pumps<'a> {
-    pub(super) fn new(meter: &'a Meter) -> Self {
+    pub(super) fn new(meter: &'a Meter, stuck_timeout: Duration) -> Self {
         Self {
+            stuck_timeout,
             to: Count::new(&meter.to_tunnel),
             from: Count::new(&meter.from_tunnel),
             local_ended: SetOnce::new(),
@@ -55,10 +61,10 @@ impl<'a> Pumps<'a> {
         writer: &mut impl LocalWrite,
         preamble: impl Preamble,
         holder: &Arc<Holder>,
-        send: &mut SendHalf,
-        recv: &mut RecvHalf,
+        guard: &AbortGuard<impl Abort>,
+        (send, recv): (&mut SendHalf, &mut RecvHalf),
     ) -> Result<(HalfEnd, HalfEnd), Cut> {
-        let mut to = pin!(self.pump_to_tunnel(reader, holder, send));
+        let mut to = pin!(self.pump_to_tunnel(reader, holder, guard, send));
         let mut from = pin!(async {
             preamble.read(recv).await?;
             self.pump_from_tunnel(writer, recv).await
@@ -85,6 +91,7 @@ impl<'a> Pumps<'a> {
         &self,
         reader: &mut impl LocalRead,
         holder: &Arc<Holder>,
+        guard: &AbortGuard<impl Abort>,
         send: &mut SendHalf,
     ) -> Result<HalfEnd, Cut> {
         let mut stop = pin!(send.stopped());
@@ -96,6 +103,7 @@ impl<'a> Pumps<'a> {
                     code = &mut stop => break code?.unwrap_or(StreamCode::CLOSED),
                     () = holder.wait_for_room() => {}
                     fault = reader.failed() => return Err(fault.into()),
+                    () = guard.abandoned(self.stuck_timeout) => return Err(Cut::Stuck),
                 }
             }
             let chunk = select! {
@@ -115,6 +123,7 @@ impl<'a> Pumps<'a> {
                 biased;
                 written = send.write_chunk(chunk) => written,
                 fault = reader.failed() => return Err(fault.into()),
+                () = guard.abandoned(self.stuck_timeout) => return Err(Cut::Stuck),
             };
             match written {
                 Ok(()) => self.to.add(length),
@@ -193,12 +202,12 @@ impl<'a> Pumps<'a> {
         Ok(())
     }
 
-    /// Completes when the other side has closed and the local peer then takes no byte for `timeout`
-    /// although bytes wait for it.
+    /// Completes when the other side has closed and the local peer then takes no byte for the
+    /// time-out although bytes wait for it.
     ///
     /// A peer that has taken some is looked at again after the same time. Progress is what the
     /// writer counts while it writes, or else what was written as a whole.
-    pub(super) async fn stuck(&self, timeout: Duration, progress: Option<&AtomicU64>) -> Cut {
+    pub(super) async fn stuck(&self, progress: Option<&AtomicU64>) -> Cut {
         let code = *self.stopped.wait().await;
         if code != StreamCode::CLOSED {
             // The client is still there and may wait for the local peer.
@@ -208,7 +217,7 @@ impl<'a> Pumps<'a> {
             || progress.map_or_else(|| self.from.get(), |taken| taken.load(Ordering::Relaxed));
         loop {
             let before = taken();
-            sleep(timeout).await;
+            sleep(self.stuck_timeout).await;
             if self.writing.load(Ordering::Relaxed) && taken() == before {
                 return Cut::Stuck;
             }

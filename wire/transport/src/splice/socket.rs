@@ -20,7 +20,11 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::{Abort, LocalFault, LocalRead, LocalWrite, outq, pumps::CHUNKS, vanished::vanished};
+use super::{
+    Abort, LocalFault, LocalRead, LocalWrite, outq,
+    pumps::CHUNKS,
+    tcp_info::{is_closed, vanished},
+};
 use crate::{
     budget::{Holder, MINIMUM},
     chunks::advance,
@@ -86,8 +90,16 @@ impl SpliceSocket for TcpStream {
         self.try_write_vectored(bufs)
     }
 
+    /// A peer that has closed answers the next packet with a reset, or a keep-alive after a minute.
+    fn is_hung_up(&self) -> bool {
+        is_closed(self)
+    }
+
+    /// A reset by a peer that had ended its output before is EPIPE (tcp(7)): all that it sent is in
+    /// the socket and can be read, and writing fails by itself.
     fn take_error(&self) -> io::Result<Option<io::Error>> {
-        self.take_error()
+        let error = self.take_error()?;
+        Ok(error.filter(|error| error.kind() != io::ErrorKind::BrokenPipe))
     }
 
     fn vanished(&self) -> impl Future<Output = io::Error> + Send {
@@ -317,6 +329,10 @@ impl<S: SpliceSocket> Abort for SocketAbort<S> {
     fn abort(&self) {
         // Fails only on a socket that is not connected any more.
         let _ = SockRef::from(&*self.0).set_linger(Some(Duration::ZERO));
+    }
+
+    fn is_hung_up(&self) -> bool {
+        self.0.is_hung_up()
     }
 
     async fn vanished(&self) -> LocalFault {

@@ -235,10 +235,34 @@ async fn a_unix_socket_is_hung_up_once_its_peer_has_closed_it_for_good() {
 }
 
 #[tokio::test]
-async fn the_kernel_does_not_say_whether_a_tcp_socket_is_hung_up() {
+async fn a_tcp_socket_is_hung_up_once_its_peer_has_answered_with_a_reset() {
     let (socket, peer) = tcp().await;
-    reset(peer, &socket).await;
     assert!(!socket.is_hung_up());
+    SockRef::from(&peer).shutdown(Shutdown::Write).unwrap();
+    soon(socket.readable()).await.unwrap();
+    assert!(!socket.is_hung_up(), "it still reads");
+    reset(peer, &socket).await;
+    soon(until_hung_up(|| socket.is_hung_up())).await;
+}
+
+/// A target may close when it has written all, while its client reads slowly.
+#[tokio::test]
+async fn what_a_tcp_peer_sent_before_its_end_is_read_after_its_reset() {
+    let (socket, mut peer) = tcp().await;
+    let (mut reader, mut writer, abort) = halves(socket);
+    peer.write_all(b"all of it").await.unwrap();
+    drop(peer);
+    // The peer's host answers it with a reset.
+    soon(async {
+        while writer.write(&mut [Bytes::from_static(b"late")]).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert!(abort.is_hung_up());
+    assert!(timeout(Duration::from_millis(20), reader.failed()).await.is_err());
+    assert_eq!(soon(reader.read(&holder())).await.unwrap(), read_of("all of it"));
+    assert_eq!(soon(reader.read(&holder())).await.unwrap(), None);
 }
 
 /// A Unix socket whose peer has closed it with a byte unread.

@@ -24,6 +24,8 @@ pub(super) struct Shared {
     pub(super) failed: SetOnce<()>,
     /// The peer's host is known to be gone.
     pub(super) vanished: SetOnce<()>,
+    /// The peer has closed for both directions.
+    pub(super) hung_up: SetOnce<()>,
     pub(super) aborts: AtomicUsize,
 }
 
@@ -81,6 +83,10 @@ impl LocalWrite for Write {
 impl Abort for Aborts {
     fn abort(&self) {
         self.0.aborts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn is_hung_up(&self) -> bool {
+        self.0.hung_up.initialized()
     }
 
     async fn vanished(&self) -> LocalFault {

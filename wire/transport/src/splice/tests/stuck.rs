@@ -20,6 +20,29 @@ async fn a_stuck_peer_is_cut_off_exactly_after_the_timeout() {
     assert_eq!((bench.received(), bench.aborts()), ("012".into(), 1));
 }
 
+/// What was sent before is kept for a while, in which the other side may read it.
+#[tokio::test(start_paused = true)]
+async fn what_a_peer_sent_that_left_for_good_is_kept_only_while_it_is_taken() {
+    let bench = Bench::new().await;
+    for _ in 1..LOCAL_CAPACITY {
+        bench.local.try_send(Ok(Bytes::from(vec![7; 64 * 1024]))).unwrap();
+    }
+    sleep(HOUR + Duration::from_secs(1)).await;
+    assert!(!bench.task.is_finished(), "the peer may wait for an answer");
+    bench.peer.hung_up.set(()).unwrap();
+    let mut bench = bench;
+    let mut left = STREAM_CAPACITY;
+    while left > STREAM_CAPACITY / 2 {
+        sleep(STUCK_TIMEOUT / 20).await;
+        left -= bench.read().await.unwrap().unwrap().len();
+    }
+    let begun = Instant::now();
+    let cut = bench.outcome().await.end.unwrap_err();
+    assert!(matches!(cut, Cut::Stuck), "{cut:?}");
+    assert!(begun.elapsed() <= 10 * STUCK_TIMEOUT, "{:?}", begun.elapsed());
+    assert_eq!(bench.aborts(), 1);
+}
+
 /// A writer with nothing but what a writer must have.
 struct Plain;
 

@@ -1,4 +1,5 @@
-//! Notices that the host behind a TCP socket is gone while bytes wait for its acknowledgement.
+//! What the kernel knows about a TCP connection: that it is closed, and that the host behind it is
+//! gone while bytes wait for its acknowledgement.
 //!
 //! Keep-alives find a vanished host only while nothing is unacknowledged. With bytes on the way the
 //! kernel retransmits for a quarter of an hour, and `TCP_USER_TIMEOUT` is no remedy: it also ends
@@ -26,6 +27,9 @@ const INTERVAL: Duration = KEEP_ALIVE.interval;
 /// connection are not taken for a host that is gone.
 const MIN_UNANSWERED: u8 = 3;
 
+/// State of a connection that is over (`include/net/tcp_states.h`).
+const TCP_CLOSE: u8 = 7;
+
 /// Completes with [`io::ErrorKind::TimedOut`] once the peer's host is gone; see the module.
 ///
 /// # Cancel safety
@@ -46,6 +50,11 @@ fn is_gone(info: &libc::tcp_info) -> bool {
     let silence = Duration::from_millis(info.tcpi_last_ack_recv.into());
     silence >= KEEP_ALIVE.limit()
         && (info.tcpi_retransmits >= MIN_UNANSWERED || info.tcpi_probes >= MIN_UNANSWERED)
+}
+
+/// Whether the connection is over for the kernel: it was reset, or both sides have ended it.
+pub(super) fn is_closed(socket: &impl AsFd) -> bool {
+    tcp_info(socket).is_ok_and(|info| info.tcpi_state == TCP_CLOSE)
 }
 
 fn tcp_info(socket: &impl AsFd) -> io::Result<libc::tcp_info> {
