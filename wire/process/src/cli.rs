@@ -1,6 +1,12 @@
 //! The course of a process: flags, log, runtime, work, stop signals, exit code.
 
-use std::{error::Error, ffi::OsString, fmt, panic, process::ExitCode, time::Duration};
+use std::{
+    error::Error,
+    ffi::OsString,
+    fmt, panic,
+    process::{self, ExitCode},
+    time::Duration,
+};
 
 use clap::Parser;
 use tokio::runtime::{Builder, Runtime};
@@ -109,13 +115,21 @@ pub fn main<P: Program>(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// The program's runtime.
+/// The program's runtime. The process ends with code 1 when a thread of it cannot be started: tokio
+/// panics then, and the end of the panic would wait for the threads that were started, for ever.
 ///
 /// # Errors
-/// When its threads cannot be started, for which tokio panics.
+/// When the kernel refuses something else that it needs.
 fn runtime<P: Program>() -> Result<Runtime, BoxError> {
-    let built = panic::catch_unwind(|| P::runtime().enable_all().build());
-    let built = built.map_err(|panic| format!("cannot start: {}", logging::panic_text(&*panic)))?;
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(|panic| {
+        let reason = logging::panic_text(panic.payload());
+        let _ = fail::<P>(&format_args!("cannot start: {reason}"));
+        logging::flush();
+        process::exit(1);
+    }));
+    let built = P::runtime().enable_all().build();
+    panic::set_hook(hook);
     Ok(built.map_err(|error| format!("cannot start: {error}"))?)
 }
 
