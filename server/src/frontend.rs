@@ -7,6 +7,7 @@
 //!  context          what they share: the dialer, limits, the splice
 //!  hints            hints that a request carries
 //!  clients         which certificates may connect over TCP
+//!  reach            whether frontends reach the Unix socket
 //!  socket, tls      the kinds of connections that can be served and spliced
 //! ```
 
@@ -16,6 +17,7 @@ mod context;
 mod grpc;
 mod hints;
 pub mod listen;
+mod reach;
 mod socket;
 mod tls;
 

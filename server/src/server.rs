@@ -32,7 +32,7 @@ use crate::{
     leases::LeaseController,
     metrics::ServerMetrics,
     operator::socket::OperatorSocket,
-    readiness::{self, readiness},
+    readiness::readiness,
 };
 
 /// Time for the last packets of closed tunnels, and for tasks to end.
@@ -107,6 +107,7 @@ impl Server {
             dialer: Dialer::new(backends.clone(), config.agents.dial, metrics.clone()),
             metrics: metrics.clone(),
             mode: config.frontend.mode,
+            reach: Default::default(),
             header_timeout: config.frontend.header_timeout,
             keep_alive_interval: config.frontend.keep_alive_interval,
             stopping: CancellationToken::new(),
@@ -156,10 +157,10 @@ impl Server {
             let (metrics, backends) = (metrics.clone(), backends.clone());
             Routes::new().metrics(move || metrics.render(&backends))
         };
-        let (ready, stopping) = (backends.clone(), frontend_context.stopping.clone());
-        let health_routes = routes().healthz().readyz(move |_| match stopping.is_cancelled() {
-            true => readiness::draining(),
-            false => readiness(ready.is_ready()),
+        let (ready, frontends) = (backends.clone(), frontend_context.clone());
+        let health_routes = routes().healthz().readyz(move |_| {
+            let is_draining = frontends.stopping.is_cancelled();
+            readiness(is_draining, frontends.reach.fault(), ready.is_ready())
         });
         Ok(Self {
             health: AdminServer::start(health_port, health_routes, metrics.inner()),

@@ -6,53 +6,113 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::UnixListener;
+use tracing::warn;
 
 /// Maximum number of connections that wait to be accepted: a burst of kube-apiserver's.
 const BACKLOG: i32 = 4096;
+/// Maximum length of a socket's path, in bytes: `sun_path` less its final zero.
+const PATH_LIMIT: usize = 107;
 
 /// A socket file, removed when dropped unless another process has replaced it by its own.
 #[derive(Debug)]
-pub(crate) struct SocketFile {
+pub(crate) struct SocketFile(Mark);
+
+/// Where a socket file was made, and what tells it from another file there.
+#[derive(Clone, Debug)]
+pub(crate) struct Mark {
     path: PathBuf,
     inode: (u64, u64),
+    mode: u32,
+}
+
+/// What is at the path of a socket file.
+#[derive(Debug)]
+pub(crate) enum Found {
+    /// The file itself.
+    Own,
+    /// Another file, in most cases another process's socket.
+    Other,
+    /// No file was there. This is what came of making the socket again.
+    Nothing(io::Result<(UnixListener, SocketFile)>),
 }
 
 impl SocketFile {
     /// Path of the socket.
     pub(crate) fn path(&self) -> &Path {
-        &self.path
+        &self.0.path
+    }
+
+    /// Where the file was made.
+    pub(crate) fn mark(&self) -> Mark {
+        self.0.clone()
     }
 }
 
-/// Listens at `path`, for those whom the file's mode permits to connect. `delete_existing` removes a
-/// socket that a crash left behind. Needs a tokio runtime.
+impl Mark {
+    /// Looks at the path, and makes the socket again if no file is there. It blocks, and needs a
+    /// tokio runtime.
+    ///
+    /// # Errors
+    /// When the file system does not answer the question.
+    pub(crate) fn look(&self) -> io::Result<Found> {
+        match fs::symlink_metadata(&self.path) {
+            Ok(metadata) if inode(&metadata) == self.inode => Ok(Found::Own),
+            Ok(_) => Ok(Found::Other),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Ok(Found::Nothing(bind(&self.path, false, self.mode)))
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn inode(metadata: &fs::Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
+/// Listens at `path`, for those whom the file's mode permits to connect. With `delete_existing` a
+/// socket that is there gives way; one that another process listens on gives a warning. Needs a
+/// tokio runtime.
 ///
 /// # Errors
-/// When the path cannot be bound.
+/// When the path cannot be bound, with the remedy.
 pub(crate) fn bind(
     path: &Path,
     delete_existing: bool,
     mode: u32,
 ) -> io::Result<(UnixListener, SocketFile)> {
     if delete_existing {
-        remove_stale(path)?;
+        remove_existing(path)?;
     }
-    let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
+    let length = path.as_os_str().len();
+    if length > PATH_LIMIT {
+        let text = format!("the path has {length} bytes, and {PATH_LIMIT} are the most");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
-    socket.bind(&socket2::SockAddr::unix(path)?)?;
-    let metadata = fs::symlink_metadata(path)?;
-    let file = SocketFile { path: path.into(), inode: (metadata.dev(), metadata.ino()) };
+    socket.bind(&SockAddr::unix(path)?).map_err(|error| with_remedy(error, path))?;
+    let inode = inode(&fs::symlink_metadata(path)?);
+    let file = SocketFile(Mark { path: path.into(), inode, mode });
     // Until here the process's umask decides, which never permits others to connect.
     fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
     socket.listen(BACKLOG)?;
     Ok((UnixListener::from_std(socket.into())?, file))
 }
 
-/// Removes a socket that a crash left behind. Any other file stays.
-fn remove_stale(path: &Path) -> io::Result<()> {
+/// Removes a socket that a crash left behind, or that another process listens on. Any other file
+/// stays.
+fn remove_existing(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.file_type().is_socket() => fs::remove_file(path),
+        Ok(metadata) if metadata.file_type().is_socket() => {
+            if is_listened_on(path) {
+                let path = path.display();
+                warn!(%path, "a Unix socket is taken over from another process");
+            }
+            fs::remove_file(path)
+        }
         Ok(_) => Err(io::Error::new(
             io::ErrorKind::AlreadyExists,
             "a file that is not a socket is in the way",
@@ -62,11 +122,43 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Whether a process accepts connections at the socket.
+fn is_listened_on(path: &Path) -> bool {
+    let connect = || {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        socket.set_nonblocking(true)?;
+        socket.connect(&SockAddr::unix(path)?)
+    };
+    match connect() {
+        Ok(()) => true,
+        // Its backlog is full.
+        Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+    }
+}
+
+/// The kernel's reason, with what an operator can do about it.
+fn with_remedy(error: io::Error, path: &Path) -> io::Error {
+    let text = match error.kind() {
+        io::ErrorKind::NotFound => {
+            let folder = path.parent().unwrap_or_else(|| Path::new("/")).display();
+            format!("the folder {folder} does not exist")
+        }
+        io::ErrorKind::AddrInUse if is_listened_on(path) => {
+            "another process listens there; stop it, or give another path".into()
+        }
+        io::ErrorKind::AddrInUse => {
+            "a file is there already; remove it, or set --delete-existing-uds-file".into()
+        }
+        _ => return error,
+    };
+    io::Error::new(error.kind(), text)
+}
+
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let ours = |metadata: fs::Metadata| (metadata.dev(), metadata.ino()) == self.inode;
-        if fs::symlink_metadata(&self.path).is_ok_and(ours) {
-            let _ = fs::remove_file(&self.path);
+        let is_own = |metadata: fs::Metadata| inode(&metadata) == self.0.inode;
+        if fs::symlink_metadata(&self.0.path).is_ok_and(is_own) {
+            let _ = fs::remove_file(&self.0.path);
         }
     }
 }
@@ -95,9 +187,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("frontend.sock");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-        assert!(path.exists());
-        assert!(bind(&path, false, MODE).is_err());
+        assert!(!is_listened_on(&path));
+        let error = bind(&path, false, MODE).unwrap_err().to_string();
+        assert!(error.contains("set --delete-existing-uds-file"), "{error}");
         let first = bind(&path, true, MODE).unwrap();
+        assert!(is_listened_on(&path));
+        let error = bind(&path, false, MODE).unwrap_err().to_string();
+        assert!(error.contains("another process listens there"), "{error}");
         // A successor has taken the path over; the end of the first must not remove it.
         let second = bind(&path, true, MODE).unwrap();
         drop(first);
@@ -107,5 +203,19 @@ mod tests {
         fs::write(&path, "precious").unwrap();
         assert!(bind(&path, true, MODE).is_err());
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+    }
+
+    #[tokio::test]
+    async fn a_path_that_cannot_be_bound_is_refused_with_the_reason() {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = folder.path().join("missing");
+        let error = bind(&missing.join("s"), true, MODE).unwrap_err().to_string();
+        assert_eq!(error, format!("the folder {} does not exist", missing.display()));
+        let long = folder.path().join("a".repeat(200));
+        let error = bind(&long, true, MODE).unwrap_err().to_string();
+        let length = long.as_os_str().len();
+        assert_eq!(error, format!("the path has {length} bytes, and 107 are the most"));
+        let length = PATH_LIMIT - 1 - folder.path().as_os_str().len();
+        bind(&folder.path().join("a".repeat(length)), true, MODE).unwrap();
     }
 }

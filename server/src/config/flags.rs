@@ -29,7 +29,8 @@ pub struct Flags {
     #[arg(long, help_heading = "Frontend", value_name = "PATH", default_value = "")]
     pub uds_name: String,
 
-    /// Remove a socket that was left at --uds-name before listening there
+    /// Remove a socket that is at --uds-name before listening there, even if another process listens
+    /// on it
     #[arg(long, help_heading = "Frontend", default_value_t = true)]
     pub delete_existing_uds_file: bool,
 

@@ -9,6 +9,7 @@ use culvert_transport::splice::{self, Abort, Cut, HalfEnd, Local, LocalRead, Loc
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, field::display};
 
+use super::reach::Reach;
 use crate::{
     backends::registry::Candidate,
     config::Mode,
@@ -25,6 +26,8 @@ pub(crate) struct FrontendContext {
     pub(crate) metrics: Arc<ServerMetrics>,
     /// Protocol of the frontend.
     pub(crate) mode: Mode,
+    /// Whether frontends reach the server.
+    pub(crate) reach: Reach,
     /// Time for a TLS handshake, and for the head of a request.
     pub(crate) header_timeout: Duration,
     /// Idle time after which a gRPC connection is pinged; zero never pings.

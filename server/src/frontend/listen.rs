@@ -20,6 +20,7 @@ use super::{
     FrontendContext,
     clients::ClientNames,
     connect, grpc,
+    reach::Reach,
     socket::{FrontendSocket, SharedTcp},
     tls::server_tls,
 };
@@ -142,7 +143,7 @@ impl FrontendListener {
         loop {
             let (accepted, permit) = tokio::select! {
                 () = context.stopping.cancelled() => return,
-                accepted = self.accept(&permits) => accepted,
+                accepted = self.accept(&permits, &context.reach) => accepted,
             };
             let context = context.clone();
             context.tasks.clone().spawn(async move {
@@ -156,10 +157,21 @@ impl FrontendListener {
     }
 
     /// The next connection, once one more may be open.
-    async fn accept(&mut self, permits: &Arc<Semaphore>) -> (Accepted, OwnedSemaphorePermit) {
+    async fn accept(
+        &mut self,
+        permits: &Arc<Semaphore>,
+        reach: &Reach,
+    ) -> (Accepted, OwnedSemaphorePermit) {
         let permit = permits.clone().acquire_owned().await.expect("it is never closed");
         let accepted = match &mut self.listener {
-            Listener::Unix(acceptor, _) => Accepted::Unix(acceptor.accept().await.0),
+            Listener::Unix(acceptor, file) => loop {
+                tokio::select! {
+                    (socket, _) = acceptor.accept() => break Accepted::Unix(socket),
+                    (listener, made) = reach.remade(file) => {
+                        (*acceptor, *file) = (Acceptor::new(NAME, listener), made);
+                    }
+                }
+            },
             Listener::Tcp(acceptor, tls) => Accepted::Tcp(acceptor.accept().await.0, tls.clone()),
         };
         (accepted, permit)

@@ -36,5 +36,5 @@ pub mod supervision;
 #[cfg(feature = "test-util")]
 #[doc(hidden)]
 pub mod test_util;
-mod threads;
+pub mod threads;
 pub mod tunnel_flags;

@@ -18,7 +18,7 @@ use tokio::{
 ///
 /// # Cancel safety
 /// Cancel safe: work that has begun is completed.
-pub(crate) async fn on_thread<T: Send + 'static>(
+pub async fn on_thread<T: Send + 'static>(
     name: &str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<T> {
