@@ -25,12 +25,13 @@ use super::{
 use crate::backends::{Backend, RegisterError};
 
 /// Every reason for which an agent does not become a backend, as a metric label.
-pub(crate) const JOIN_FAILURE_REASONS: [&str; 14] = [
+pub(crate) const JOIN_FAILURE_REASONS: [&str; 15] = [
     "handshake",
     "not_tls",
     "closed",
     "no_first_bytes",
     "evicted",
+    "no_room",
     "timed_out",
     "lost",
     "protocol_violation",
@@ -57,6 +58,8 @@ pub(super) enum JoinError {
     TimedOut,
     #[error("it gave way to another connection: too many have not joined yet")]
     Evicted,
+    #[error("too many connections have not joined yet")]
+    NoRoom,
     #[error("it sent more than an introduction before it was admitted")]
     Excess,
     #[error("it left before the hello: {0}")]
@@ -121,6 +124,7 @@ impl JoinError {
             Self::Silent => "no_first_bytes",
             Self::TimedOut => "timed_out",
             Self::Evicted => "evicted",
+            Self::NoRoom => "no_room",
             Self::Lost(_) => "lost",
             Self::Control(_) | Self::NotHello | Self::Excess => "protocol_violation",
             Self::Incompatible(_) => "incompatible",
@@ -140,7 +144,9 @@ impl JoinError {
             Self::Control(error) => error.close_code(),
             Self::Incompatible(_) => CloseCode::INCOMPATIBLE,
             Self::TimedOut | Self::Silent => CloseCode::UNRESPONSIVE,
-            Self::Evicted | Self::NotRegistered { error: RegisterError::TooManyTunnels(_), .. } => {
+            Self::Evicted
+            | Self::NoRoom
+            | Self::NotRegistered { error: RegisterError::TooManyTunnels(_), .. } => {
                 CloseCode::OVERLOADED
             }
             Self::Refused(_)
@@ -162,7 +168,7 @@ impl JoinError {
     pub(super) fn close_reason(&self) -> &'static str {
         match self {
             Self::TimedOut | Self::Silent => "not joined in time",
-            Self::Evicted => "too many connections have not joined yet",
+            Self::Evicted | Self::NoRoom => "too many connections have not joined yet",
             Self::Incompatible(_) => "an extension that this server does not know is required",
             Self::Refused(refusal) => refused(refusal),
             Self::Claim { .. } => "the id is not what the agent has proved to be",

@@ -160,15 +160,15 @@ impl AcceptingAgents {
 }
 
 async fn accept_over_quic(quic: Arc<quic::Listener>, context: Arc<AgentContext>) {
-    let table = &context.unadmitted;
     while let Some(incoming) = quic.accept().await {
-        if table.is_crowded() && incoming.may_retry() {
+        if context.unadmitted.is_crowded() && incoming.may_retry() {
             context.metrics.address_validated();
             incoming.retry();
             continue;
         }
-        let peer = Unadmitted::over_quic(incoming, table).await;
-        context.tasks.spawn(peer.serve(context.clone()));
+        if let Some(peer) = Unadmitted::over_quic(incoming, &context).await {
+            context.tasks.spawn(peer.serve(context.clone()));
+        }
     }
 }
 
@@ -177,9 +177,10 @@ impl TcpAccept {
         let (tls, settings) = (self.tls, self.settings);
         loop {
             let accepted = self.acceptor.accept().await;
-            let table = &context.unadmitted;
-            let peer = Unadmitted::over_tcp(accepted, tls.clone(), settings, table).await;
-            context.tasks.spawn(peer.serve(context.clone()));
+            let peer = Unadmitted::over_tcp(accepted, tls.clone(), settings, &context).await;
+            if let Some(peer) = peer {
+                context.tasks.spawn(peer.serve(context.clone()));
+            }
         }
     }
 }

@@ -55,22 +55,32 @@ enum Negotiated {
 }
 
 impl Unadmitted {
-    /// Enters a peer that has just been accepted over QUIC into the table.
+    /// Enters a peer that has just been accepted over QUIC into the table. Without room there the
+    /// peer is not answered, and sends its first packet again.
     ///
     /// # Cancel safety
     /// Dropping the future drops the peer.
-    pub(super) async fn over_quic(incoming: quic::Incoming, table: &Arc<UnadmittedTable>) -> Self {
+    pub(super) async fn over_quic(
+        incoming: quic::Incoming,
+        context: &AgentContext,
+    ) -> Option<Self> {
         let remote = incoming.remote_address();
         let progress = match incoming.is_address_validated() {
             true => Progress::Heard,
             false => Progress::Silent,
         };
-        let place = table.enter(remote.ip(), Carrier::Quic, progress).await;
+        let entered = context.unadmitted.enter(remote.ip(), Carrier::Quic, progress).await;
+        let Ok(place) = entered else {
+            join::record_failure(remote, &JoinError::NoRoom, context);
+            incoming.ignore();
+            return None;
+        };
         let connection = Connection::Quic(Box::new(incoming));
-        Self { connection, remote, attempt: Attempt::new(place) }
+        Some(Self { connection, remote, attempt: Attempt::new(place) })
     }
 
-    /// Enters a peer that has just been accepted over TCP into the table.
+    /// Enters a peer that has just been accepted over TCP into the table. Without room there its
+    /// connection is closed.
     ///
     /// # Cancel safety
     /// Dropping the future drops the peer.
@@ -78,11 +88,15 @@ impl Unadmitted {
         (socket, remote): (TcpStream, SocketAddr),
         tls: Arc<ServerConfig>,
         settings: Settings,
-        table: &Arc<UnadmittedTable>,
-    ) -> Self {
-        let place = table.enter(remote.ip(), Carrier::Tcp, Progress::Silent).await;
+        context: &AgentContext,
+    ) -> Option<Self> {
+        let entered = context.unadmitted.enter(remote.ip(), Carrier::Tcp, Progress::Silent).await;
+        let Ok(place) = entered else {
+            join::record_failure(remote, &JoinError::NoRoom, context);
+            return None;
+        };
         let connection = Connection::Tcp { socket, tls, settings };
-        Self { connection, remote, attempt: Attempt::new(place) }
+        Some(Self { connection, remote, attempt: Attempt::new(place) })
     }
 
     /// Serves the peer until its connection is closed.
@@ -179,10 +193,9 @@ mod tests {
         let (accepted, mut client) = accepted().await;
         client.write_all(bytes).await.unwrap();
         let context = context();
-        let table = &context.unadmitted;
-        let peer = Unadmitted::over_tcp(accepted, tls(), Settings::default(), table).await;
+        let peer = Unadmitted::over_tcp(accepted, tls(), Settings::default(), &context).await;
         let (arrived, before) = (Instant::now(), strangers(&context));
-        peer.serve(context.clone()).await;
+        peer.unwrap().serve(context.clone()).await;
         (arrived.elapsed(), failures(&context, reason), [before, strangers(&context)])
     }
 
@@ -199,22 +212,34 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_gives_way_is_dropped_at_once() {
-        let context = context_with_room_for(1);
+        const ROOM: usize = 4;
+        let context = context_with_room_for(ROOM);
         let (mut serving, mut clients) = (JoinSet::new(), Vec::new());
-        for _ in 0..2 {
+        for _ in 0..=ROOM {
             let (accepted, client) = accepted().await;
-            let table = &context.unadmitted;
-            let peer = Unadmitted::over_tcp(accepted, tls(), Settings::default(), table).await;
-            serving.spawn(peer.serve(context.clone()));
+            let peer = Unadmitted::over_tcp(accepted, tls(), Settings::default(), &context).await;
+            serving.spawn(peer.unwrap().serve(context.clone()));
             clients.push(client);
         }
         let arrived = Instant::now();
         serving.join_next().await.unwrap().unwrap();
         assert_eq!(arrived.elapsed(), Duration::ZERO);
-        assert_eq!((failures(&context, "evicted"), strangers(&context)), (1.0, 1.0));
-        assert_eq!(clients[0].read(&mut [0]).await.unwrap(), 0, "the older one");
+        assert_eq!((failures(&context, "evicted"), strangers(&context)), (1.0, ROOM as f64));
+        assert_eq!(clients[0].read(&mut [0]).await.unwrap(), 0, "the oldest one");
         serving.join_next().await.unwrap().unwrap();
         assert_eq!(arrived.elapsed(), FIRST_BYTES_TIMEOUT);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_without_room_is_counted_and_its_connection_closed() {
+        let context = context_with_room_for(1);
+        let (first, _client) = accepted().await;
+        let first = Unadmitted::over_tcp(first, tls(), Settings::default(), &context).await;
+        let (second, mut client) = accepted().await;
+        let second = Unadmitted::over_tcp(second, tls(), Settings::default(), &context).await;
+        assert!(first.is_some() && second.is_none());
+        assert_eq!(failures(&context, "no_room"), 1.0);
+        assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
     }
 
     #[tokio::test(start_paused = true)]
@@ -229,9 +254,8 @@ mod tests {
         let (accepted, client) = accepted().await;
         drop(client);
         let context = context();
-        let table = &context.unadmitted;
-        let peer = Unadmitted::over_tcp(accepted, tls(), Settings::default(), table).await;
-        peer.serve(context.clone()).await;
+        let peer = Unadmitted::over_tcp(accepted, tls(), Settings::default(), &context).await;
+        peer.unwrap().serve(context.clone()).await;
         assert_eq!((failures(&context, "closed"), failures(&context, "handshake")), (1.0, 0.0));
         assert_eq!(strangers(&context), 0.0);
     }
@@ -243,8 +267,7 @@ mod tests {
             let begin_of_a_record = b"\x16\x03\x01\x02\x00\x01";
             client.write_all(begin_of_a_record).await.unwrap();
             let context = context();
-            let table = &context.unadmitted;
-            let peer = Unadmitted::over_tcp(accepted, tls(), Settings::default(), table).await;
+            let peer = Unadmitted::over_tcp(accepted, tls(), Settings::default(), &context).await;
             if is_reset {
                 client.set_zero_linger().unwrap();
             }
@@ -253,7 +276,7 @@ mod tests {
                 tokio::task::yield_now().await;
                 drop(client);
             };
-            tokio::join!(peer.serve(context.clone()), leaving);
+            tokio::join!(peer.unwrap().serve(context.clone()), leaving);
             assert_eq!((failures(&context, "lost"), failures(&context, "handshake")), (1.0, 0.0));
         }
     }

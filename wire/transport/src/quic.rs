@@ -188,6 +188,11 @@ impl Incoming {
         let _ = self.incoming.retry();
     }
 
+    /// Does not answer. The client sends its first packet again, until it gives up.
+    pub fn ignore(self) {
+        self.incoming.ignore();
+    }
+
     /// Does the handshake: certificates are checked, the protocol is agreed on.
     ///
     /// # Errors

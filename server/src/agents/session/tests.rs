@@ -198,6 +198,7 @@ async fn what_kube_apiserver_says_is_not_sent_to_a_stranger() {
 async fn an_agent_that_gives_way_to_another_is_sent_the_reason() {
     let context = context_with_room_for(1);
     let first = Served::new(context.clone()).await;
+    sleep(JOIN_TIMEOUT / 2).await;
     let second = Served::new(context).await;
     assert_eq!(first.closed().await, CloseCode::OVERLOADED);
     assert_eq!(first.join_failures("evicted"), 1.0);
@@ -214,7 +215,9 @@ async fn an_agent_that_was_admitted_gives_way_to_none() {
     let mut control = ControlStream::new(joined.tunnel.clone(), joined.open().await);
     control.send(&ControlMessage::Hello(Box::new(hello("a", &[])))).await.unwrap();
     control.next().await.unwrap();
-    let _other = (Served::new(context.clone()).await, Served::new(context).await);
+    let _stranger = Served::new(context.clone()).await;
+    sleep(JOIN_TIMEOUT / 2).await;
+    let _other = Served::new(context).await;
     assert!(timeout(JOIN_TIMEOUT * 2, joined.tunnel.closed()).await.is_err());
 }
 

@@ -41,7 +41,7 @@ impl Attempt {
     #[cfg(test)]
     pub(in crate::agents) async fn of_stranger(table: &std::sync::Arc<UnadmittedTable>) -> Self {
         let address = std::net::Ipv4Addr::LOCALHOST.into();
-        Self::new(table.enter(address, Carrier::Tcp, Progress::Connected).await)
+        Self::new(table.enter(address, Carrier::Tcp, Progress::Connected).await.unwrap())
     }
 
     /// The introduction of an agent that was admitted already: it has a deadline and no place.

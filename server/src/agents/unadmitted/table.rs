@@ -3,11 +3,17 @@
 //! The table is bounded. When it is full, a newcomer takes the place of another peer, so that no
 //! peer can keep others out by staying: of the source with the most peers beyond its share, the one
 //! that has proved least, and among those the oldest.
+//!
+//! A crowd of many sources with a few peers each is different, such as all agents after a restart
+//! of the server. There each peer stays for [`CROWD_TIME`] at least, and newcomers are refused
+//! meanwhile: if each took the place of another, all would be sent away in their handshakes.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, HashMap},
     net::IpAddr,
     sync::Arc,
+    time::Duration,
 };
 
 use culvert_process::metrics::Counted;
@@ -33,6 +39,12 @@ const DESCRIPTOR_PARTS: u64 = 4;
 const MAX_LEAVING: usize = 64;
 /// The table is crowded from one part in so many on.
 const CROWDED_PART: usize = 4;
+
+/// Maximum number of peers beyond its share of a source in a crowd. An agent tries several addresses
+/// and both carriers at once.
+const CROWD_EXCESS: usize = 3;
+/// Time that a peer has in a crowd: for a handshake over a long path.
+const CROWD_TIME: Duration = Duration::from_secs(1);
 
 /// What a peer has proved; more makes it give way later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -67,7 +79,27 @@ struct Peers {
 
 /// Peers of one source, the first to give way first.
 #[derive(Debug, Default)]
-struct OfSource(BTreeMap<(Progress, u64), CancellationToken>);
+struct OfSource(BTreeMap<(Progress, u64), Peer>);
+
+#[derive(Clone, Debug)]
+struct Peer {
+    entered: Instant,
+    /// Cancelled when the peer is to give way.
+    gives_way: CancellationToken,
+}
+
+/// The table is full of peers that must not give way to this one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::agents) struct NoRoom;
+
+/// A peer that may give way.
+struct Candidate {
+    source: Source,
+    key: (Progress, u64),
+    entered: Instant,
+    /// Number of peers of its source beyond the share.
+    excess: usize,
+}
 
 impl UnadmittedTable {
     /// An empty table, for a process that may open so many descriptors.
@@ -91,6 +123,9 @@ impl UnadmittedTable {
     ///
     /// It waits only while too many of those that gave way have not ended their connections.
     ///
+    /// # Errors
+    /// When the table is full of a crowd.
+    ///
     /// # Cancel safety
     /// Cancel safe: the peer has not entered.
     pub(in crate::agents) async fn enter(
@@ -98,12 +133,13 @@ impl UnadmittedTable {
         address: IpAddr,
         carrier: Carrier,
         progress: Progress,
-    ) -> Place {
+    ) -> Result<Place, NoRoom> {
         let permit = self.permits.clone().acquire_owned().await;
         let permit = permit.expect("the semaphore is never closed");
         let (source, gives_way) = (Source::of(address), CancellationToken::new());
-        let number = self.peers.lock().enter(self.limit, source, progress, gives_way.clone());
-        Place {
+        let peer = Peer { entered: Instant::now(), gives_way: gives_way.clone() };
+        let number = self.peers.lock().enter(self.limit, source, progress, peer)?;
+        Ok(Place {
             table: self.clone(),
             source,
             progress,
@@ -111,7 +147,7 @@ impl UnadmittedTable {
             gives_way,
             counted: self.metrics.unadmitted(carrier),
             _permit: permit,
-        }
+        })
     }
 
     /// Remembers the source of an agent that has lost its tunnel, and will come again.
@@ -126,51 +162,86 @@ impl Peers {
         limit: usize,
         source: Source,
         progress: Progress,
-        gives_way: CancellationToken,
-    ) -> u64 {
-        if self.count >= limit {
-            self.evict();
+        peer: Peer,
+    ) -> Result<u64, NoRoom> {
+        if self.count >= limit
+            && let Some(mut first) = self.first_to_give_way(peer.entered)
+        {
+            if self.is_crowd(&first, source, progress, peer.entered) {
+                first = self.first_without_time(peer.entered).ok_or(NoRoom)?;
+            }
+            if let Some(Peer { gives_way, .. }) = self.remove(first.source, first.key) {
+                gives_way.cancel();
+            }
         }
         self.count += 1;
         self.last_number += 1;
-        let of_source = self.sources.entry(source).or_default();
-        of_source.0.insert((progress, self.last_number), gives_way);
-        self.last_number
+        self.sources.entry(source).or_default().0.insert((progress, self.last_number), peer);
+        Ok(self.last_number)
     }
 
-    /// Has one peer give way.
-    fn evict(&mut self) {
-        let now = Instant::now();
-        let excess = |(source, of_source): &(&Source, &OfSource)| {
-            let excess = of_source.0.len().saturating_sub(self.recent.share(**source, now));
-            let first = of_source.0.keys().next().copied();
-            (excess, std::cmp::Reverse(first))
+    fn first_to_give_way(&self, now: Instant) -> Option<Candidate> {
+        let first_of = |(source, of_source): (&Source, &OfSource)| {
+            let (key, peer) = of_source.0.first_key_value()?;
+            let (source, key, entered) = (*source, *key, peer.entered);
+            Some(Candidate { source, key, entered, excess: self.excess(source, of_source, now) })
         };
-        let Some((source, of_source)) = self.sources.iter().max_by_key(excess) else { return };
-        let source = *source;
-        if let Some((first, gives_way)) = of_source.0.first_key_value() {
-            gives_way.cancel();
-            let first = *first;
-            self.remove(source, first);
-        }
+        let firsts = self.sources.iter().filter_map(first_of);
+        firsts.max_by_key(|first| (first.excess, Reverse(first.key)))
     }
 
-    /// Removes a peer, unless it gave way before; the token by which it is asked to.
-    fn remove(&mut self, source: Source, key: (Progress, u64)) -> Option<CancellationToken> {
+    /// The first to give way in a crowd: of the peers that have had their time, beyond shares first.
+    fn first_without_time(&self, now: Instant) -> Option<Candidate> {
+        let of = |(source, of_source): (&Source, &OfSource)| {
+            let (source, excess) = (*source, self.excess(*source, of_source, now));
+            let has_had_time =
+                |(_, peer): &(_, &Peer)| now.duration_since(peer.entered) >= CROWD_TIME;
+            let (key, peer) = of_source.0.iter().find(has_had_time)?;
+            Some(Candidate { source, key: *key, entered: peer.entered, excess })
+        };
+        let firsts = self.sources.iter().filter_map(of);
+        firsts.max_by_key(|first| (first.excess > 0, Reverse(first.key)))
+    }
+
+    /// Number of peers of a source beyond its share.
+    fn excess(&self, source: Source, of_source: &OfSource, now: Instant) -> usize {
+        of_source.0.len().saturating_sub(self.recent.share(source, now))
+    }
+
+    /// Whether the first to give way is one of a crowd and has time left, which a newcomer of this
+    /// source does not take from it. A source of agents within its share is no part of a crowd of
+    /// others.
+    fn is_crowd(
+        &self,
+        first: &Candidate,
+        source: Source,
+        progress: Progress,
+        now: Instant,
+    ) -> bool {
+        let peers = self.sources.get(&source).map_or(0, |of_source| of_source.0.len());
+        let is_within_share = peers < self.recent.share(source, now);
+        first.excess <= CROWD_EXCESS
+            && !(is_within_share && first.excess > 0)
+            && progress <= first.key.0
+            && now.saturating_duration_since(first.entered) < CROWD_TIME
+    }
+
+    /// Removes a peer, unless it gave way before.
+    fn remove(&mut self, source: Source, key: (Progress, u64)) -> Option<Peer> {
         let of_source = self.sources.get_mut(&source)?;
-        let gives_way = of_source.0.remove(&key)?;
+        let peer = of_source.0.remove(&key)?;
         if of_source.0.is_empty() {
             self.sources.remove(&source);
         }
         self.count -= 1;
-        Some(gives_way)
+        Some(peer)
     }
 
     fn set_progress(&mut self, source: Source, (before, number): (Progress, u64), now: Progress) {
         if let Some(of_source) = self.sources.get_mut(&source)
-            && let Some(gives_way) = of_source.0.remove(&(before, number))
+            && let Some(peer) = of_source.0.remove(&(before, number))
         {
-            of_source.0.insert((now, number), gives_way);
+            of_source.0.insert((now, number), peer);
         }
     }
 }

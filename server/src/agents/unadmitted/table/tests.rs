@@ -1,6 +1,7 @@
 use std::{net::Ipv4Addr, time::Duration};
 
 use proptest::prelude::*;
+use tokio::time::{advance, timeout};
 
 use super::*;
 use crate::{
@@ -20,6 +21,14 @@ fn address(number: u8) -> IpAddr {
 
 impl UnadmittedTable {
     async fn enter_from(self: &Arc<Self>, number: u8, progress: Progress) -> Place {
+        self.try_enter_from(number, progress).await.unwrap()
+    }
+
+    async fn try_enter_from(
+        self: &Arc<Self>,
+        number: u8,
+        progress: Progress,
+    ) -> Result<Place, NoRoom> {
         self.enter(address(number), Carrier::Tcp, progress).await
     }
 
@@ -74,26 +83,66 @@ async fn a_peer_that_has_proved_more_gives_way_later() {
     assert_eq!(gave_way(&places), [false, false]);
 }
 
-#[tokio::test]
-async fn a_source_of_agents_gives_way_after_all_others_and_beyond_its_share_like_them() {
-    let table = table();
-    table.enter_from(1, Progress::Connected).await.admitted();
-    let share = table.peers.lock().recent.share(Source::of(address(1)), Instant::now());
-    let known = table.enter_times(1, share).await;
-    let mut strangers = Vec::new();
-    for number in 0..100 {
-        strangers.push(table.enter_from(100 + number, Progress::Heard).await);
-        if evicted(&strangers) > 0 {
-            strangers.retain(|place| !place.gives_way.is_cancelled());
+/// Peers of as many sources as there is room for, and no more.
+async fn crowd(table: &Arc<UnadmittedTable>, progress: Progress) -> Vec<Place> {
+    let mut places = Vec::new();
+    for number in 0..LIMIT as u8 {
+        match table.try_enter_from(100 + number, progress).await {
+            Ok(place) => places.push(place),
+            Err(NoRoom) => break,
         }
     }
-    assert_eq!((evicted(&known), table.count()), (0, LIMIT));
-    let more = table.enter_times(1, 2 * LIMIT).await;
-    assert_eq!(evicted(&known), share);
-    assert_eq!(table.count(), LIMIT);
-    // Each further one adds to what the source has beyond its share, as it would for any source.
-    assert!(evicted(&strangers) < strangers.len(), "a source of agents does not take all places");
-    drop(more);
+    places
+}
+
+#[tokio::test(start_paused = true)]
+async fn peers_of_a_crowd_have_a_second_before_they_give_way() {
+    let table = table();
+    let places = crowd(&table, Progress::Heard).await;
+    assert_eq!(places.len(), LIMIT);
+    advance(CROWD_TIME - Duration::from_millis(1)).await;
+    assert_eq!(table.try_enter_from(1, Progress::Heard).await.unwrap_err(), NoRoom);
+    assert_eq!((evicted(&places), table.count()), (0, LIMIT));
+    let _proved_more = table.enter_from(1, Progress::Connected).await;
+    advance(Duration::from_millis(1)).await;
+    let _later = table.enter_from(2, Progress::Heard).await;
+    assert_eq!(gave_way(&places)[..3], [true, true, false]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_a_crowd_those_give_way_that_have_had_their_time() {
+    let table = table();
+    let places = crowd(&table, Progress::Connected).await;
+    advance(CROWD_TIME).await;
+    let newcomers =
+        [table.enter_from(1, Progress::Silent).await, table.enter_from(2, Progress::Silent).await];
+    // They have proved least, and are new.
+    assert_eq!(
+        (evicted(&newcomers), gave_way(&places)[..3].to_vec()),
+        (0, vec![true, true, false])
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_of_agents_within_its_share_takes_the_place_of_a_peer_of_others_at_once() {
+    let table = table();
+    table.enter_from(1, Progress::Connected).await.admitted();
+    let strangers = crowd(&table, Progress::Connected).await;
+    let share = table.peers.lock().recent.share(Source::of(address(1)), Instant::now());
+    let known = table.enter_times(1, share).await;
+    assert_eq!((evicted(&strangers), evicted(&known)), (share, 0));
+    assert_eq!(table.try_enter_from(1, Progress::Silent).await.unwrap_err(), NoRoom);
+    advance(CROWD_TIME).await;
+    let _others = table.enter_times(2, 3).await;
+    assert_eq!((evicted(&strangers), evicted(&known)), (share + 3, 0));
+    // Beyond its share it is like any other.
+    advance(CROWD_TIME).await;
+    let mut more = Vec::new();
+    for _ in 0..2 * LIMIT {
+        more.extend(table.try_enter_from(1, Progress::Silent).await);
+    }
+    assert!(more.len() - evicted(&more) <= share + CROWD_EXCESS + 1);
+    assert!(evicted(&strangers) < strangers.len());
 }
 
 #[tokio::test(start_paused = true)]
@@ -101,12 +150,11 @@ async fn an_agent_that_lost_its_tunnel_is_remembered_for_an_hour() {
     for (minutes, is_known) in [(59, true), (61, false)] {
         let table = table();
         table.remember(address(1));
-        tokio::time::advance(Duration::from_secs(minutes * 60)).await;
+        advance(Duration::from_secs(minutes * 60)).await;
         let known = table.enter_from(1, Progress::Silent).await;
-        let mut strangers = Vec::new();
-        for number in 0..LIMIT {
-            strangers.push(table.enter_from(2 + number as u8, Progress::Silent).await);
-        }
+        let _strangers = crowd(&table, Progress::Silent).await;
+        advance(CROWD_TIME).await;
+        let _newcomer = table.enter_from(2, Progress::Silent).await;
         assert_eq!(known.gives_way.is_cancelled(), !is_known, "{minutes}");
     }
 }
@@ -117,7 +165,7 @@ async fn a_peer_that_gave_way_counts_until_its_connection_has_ended() {
     let mut places = table.enter_times(1, LIMIT + MAX_LEAVING).await;
     assert_eq!((evicted(&places), table.count()), (MAX_LEAVING, LIMIT));
     let mut next = std::pin::pin!(table.enter_from(2, Progress::Silent));
-    tokio::time::timeout(Duration::ZERO, next.as_mut()).await.unwrap_err();
+    timeout(Duration::ZERO, next.as_mut()).await.unwrap_err();
     drop(places.remove(0));
     let next = next.await;
     assert_eq!((evicted(&places), table.count()), (MAX_LEAVING, LIMIT));
@@ -144,7 +192,7 @@ async fn peers_are_counted_by_what_carries_them() {
         let name = format!("culvert_server_unadmitted_connections{{transport=\"{carrier}\"}}");
         metric(&table.metrics, &backends, &name)
     };
-    let _quic = table.enter(address(1), Carrier::Quic, Progress::Silent).await;
+    let _quic = table.enter(address(1), Carrier::Quic, Progress::Silent).await.unwrap();
     let mut tcp = table.enter_from(1, Progress::Silent).await;
     assert_eq!(["quic", "tcp", "grpc"].map(count), [1.0, 1.0, 0.0]);
     tcp.set_carrier(Carrier::Grpc);
@@ -166,6 +214,8 @@ fn the_table_leaves_most_descriptors_to_others() {
 enum Step {
     /// A peer enters from this source.
     Enter(u8, Progress),
+    /// An agent enters from a source that is known, and leaves.
+    EnterHonest,
     /// A peer leaves without admission.
     Leave(prop::sample::Index),
     /// A peer makes progress.
@@ -182,10 +232,17 @@ fn step() -> impl Strategy<Value = Step> {
         6 => (prop_oneof![0..3u8, 0..40u8], progress()).prop_map(|(from, progress)| {
             Step::Enter(from, progress)
         }),
+        1 => Just(Step::EnterHonest),
         1 => any::<prop::sample::Index>().prop_map(Step::Leave),
         1 => (any::<prop::sample::Index>(), progress())
             .prop_map(|(which, progress)| Step::Progress(which, progress)),
     ]
+}
+
+/// Number of peers of the source that has most.
+fn fullest(places: &[Place]) -> usize {
+    let of = |source| places.iter().filter(|place| place.source == source).count();
+    places.iter().map(|place| of(place.source)).max().unwrap_or(0)
 }
 
 proptest! {
@@ -201,10 +258,12 @@ proptest! {
             for step in steps {
                 match step {
                     Step::Enter(from, progress) => {
-                        let place = table.enter_from(from, progress).await;
-                        assert!(!place.gives_way.is_cancelled(), "a newcomer is never refused");
-                        places.push(place);
+                        match table.try_enter_from(from, progress).await {
+                            Ok(place) => places.push(place),
+                            Err(NoRoom) => assert!(fullest(&places) <= CROWD_EXCESS),
+                        }
                     }
+                    Step::EnterHonest => drop(table.enter_from(200, Progress::Silent).await),
                     Step::Leave(which) if !places.is_empty() => {
                         places.swap_remove(which.index(places.len()));
                     }
