@@ -23,6 +23,7 @@ mod limits;
 mod logging;
 mod malformed;
 mod matrix;
+mod memory;
 mod operable;
 mod operator;
 mod optimistic;

@@ -33,9 +33,17 @@ pub(crate) async fn quic_handshake(
     rig: &Running,
     address: SocketAddr,
 ) -> Result<Tunnel, ConnectError> {
-    let (name, settings) = (address.ip().to_string(), Settings::default());
-    let tls = Arc::new(tls(rig));
-    Ok(quic::connect(address, &name, tls, &settings, &Arc::default()).await?.0.into())
+    quic_handshake_with(rig, address, &Settings::default()).await
+}
+
+/// The same with these settings.
+pub(crate) async fn quic_handshake_with(
+    rig: &Running,
+    address: SocketAddr,
+    settings: &Settings,
+) -> Result<Tunnel, ConnectError> {
+    let (name, tls) = (address.ip().to_string(), Arc::new(tls(rig)));
+    Ok(quic::connect(address, &name, tls, settings, &Arc::default()).await?.0.into())
 }
 
 /// A tunnel to the rig's server, over the rig's carrier, without a hello.
@@ -67,7 +75,11 @@ pub(crate) fn hello(name: &str) -> ControlMessage {
 
 /// A tunnel of an agent that has joined the server.
 pub(crate) async fn joined(rig: &Running, name: &str) -> (Tunnel, ControlStream) {
-    let tunnel = tunnel(rig).await;
+    join(tunnel(rig).await, name).await
+}
+
+/// The same over this tunnel.
+pub(crate) async fn join(tunnel: Tunnel, name: &str) -> (Tunnel, ControlStream) {
     let mut control = ControlStream::new(tunnel.clone(), tunnel.open().await.unwrap());
     control.send(&hello(name)).await.unwrap();
     assert!(matches!(control.next().await.unwrap(), ControlMessage::Welcome(_)));

@@ -138,7 +138,7 @@ const MIN_STREAM_WINDOW: u64 = 16 << 10;
 /// Minimum of a memory limit other than 0, in bytes: room for two hundred streams to go on.
 const MIN_MEMORY_LIMIT: u64 = 1 << 20;
 /// Number of stream windows that the memory for peers must hold.
-const WINDOWS: u64 = 64;
+const WINDOWS: u64 = 128;
 /// Maximum of every size but the memory's, in bytes: 32-bit socket options and one process's memory hold it.
 const MAX_SIZE: u64 = 1 << 30;
 /// Smallest and largest `max_udp_payload_size` (RFC 9000 §18.2).
@@ -199,7 +199,8 @@ impl TunnelConfig {
             0 => info!("no limit of the memory for peers"),
             bytes => info!(bytes, "the limit of the memory for peers"),
         }
-        MemoryBudget::new(self.memory_limit)
+        let window = self.settings(1).stream_receive_window;
+        MemoryBudget::with_window(self.memory_limit, window)
     }
 }
 
@@ -350,7 +351,7 @@ mod tests {
             (tunnel.memory().limit(), tunnel.settings(1).stream_receive_window)
         };
         assert_eq!(window("1Gi"), (Some(1 << 30), 2 << 20));
-        assert_eq!(window("16Mi"), (Some(16 << 20), 256 << 10));
+        assert_eq!(window("16Mi"), (Some(16 << 20), 128 << 10));
         assert_eq!(window("1Mi"), (Some(1 << 20), 16 << 10));
         assert_eq!(window("0"), (None, 2 << 20));
     }

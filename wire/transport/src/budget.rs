@@ -15,7 +15,7 @@
 //! process has left beyond what the tunnel holds itself. So one stream has at most a quarter of the
 //! limit and one tunnel half of it, and however many there are, some is left for the next (dynamic
 //! thresholds, Choudhury and Hahne 1998). A holder has room for [`MINIMUM`] as long as the process
-//! is below its limit. At the limit all wait, and the one that holds most is cut.
+//! is below its limit. At the limit all wait, and those that hold most are cut.
 
 use std::{
     fmt,
@@ -26,6 +26,7 @@ use std::{
     time::Duration,
 };
 
+use crate::Settings;
 use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 use tokio::{
@@ -41,7 +42,9 @@ pub const MINIMUM: u64 = 4 * 1024;
 const MAXIMUM: u64 = 16 * 1024 * 1024;
 /// Cost of a chunk beside its bytes: its owner's allocation, and its slot in a queue.
 const CHUNK_COST: u64 = 128;
-/// Interval at which a process at its limit looks whether that is over, and cuts a holder if not.
+/// Minimum interval of looks at all holders for those to be cut.
+const CUT_EVERY: Duration = Duration::from_millis(5);
+/// Interval at which a process at its limit looks whether that is over, and cuts holders if not.
 const AT_LIMIT: Duration = Duration::from_millis(100);
 
 /// What memory is held for.
@@ -49,7 +52,7 @@ const AT_LIMIT: Duration = Duration::from_millis(100);
 pub enum Held {
     /// Bytes read from local connections, until the peer of the tunnel has them.
     Send,
-    /// Bytes that have arrived on streams over TCP and were not read.
+    /// Bytes that have arrived on streams whose local connections do not take them.
     Receive,
     /// Bytes from Konnectivity's peers that were not read.
     Konnectivity,
@@ -73,6 +76,8 @@ impl Held {
 pub struct MemoryBudget {
     /// Number of bytes; `u64::MAX` without a limit.
     limit: u64,
+    /// Number of bytes that may wait for a stream's reader.
+    window: u64,
     held: AtomicU64,
     by_kind: [AtomicU64; Held::ALL.len()],
     waits: AtomicU64,
@@ -92,9 +97,15 @@ struct Holders {
 impl MemoryBudget {
     /// A budget of `limit` bytes; 0 sets no limit.
     pub fn new(limit: u64) -> Arc<Self> {
+        Self::with_window(limit, Settings::default().stream_receive_window)
+    }
+
+    /// The same for tunnels whose peers may send `window` bytes ahead of a stream's reader.
+    pub fn with_window(limit: u64, window: u32) -> Arc<Self> {
         let limit = if limit == 0 { u64::MAX } else { limit };
         Arc::new(Self {
             limit,
+            window: window.into(),
             held: AtomicU64::new(0),
             by_kind: Default::default(),
             waits: AtomicU64::new(0),
@@ -127,26 +138,45 @@ impl MemoryBudget {
         self.limit.saturating_sub(self.held.load(Relaxed))
     }
 
-    /// Cuts the holder that has most, if the limit is reached and none was cut just now.
+    /// Cuts the holders that have most until less than the limit is held.
     fn relieve(&self) {
-        if self.left() > 0 {
+        self.cut_until(|| self.held.load(Relaxed), self.limit, |_| true);
+    }
+
+    /// The same for what was received, which is at most three quarters of the limit. Streams that
+    /// send adapt to what it leaves.
+    fn relieve_received(&self) {
+        let held = || self.held(Held::Receive);
+        self.cut_until(held, self.limit / 4 * 3, |holder| holder.kind == Held::Receive);
+    }
+
+    /// Cuts the largest of these holders until `held`, without those that are cut, is below `limit`.
+    fn cut_until(&self, held: impl Fn() -> u64, limit: u64, is_one: impl Fn(&Holder) -> bool) {
+        if held() < limit {
             return;
         }
         let mut holders = self.holders.lock();
         let now = Instant::now();
-        if holders.cut_at.is_some_and(|at| now < at + AT_LIMIT) {
+        if holders.cut_at.is_some_and(|at| now < at + CUT_EVERY) {
             return;
         }
-        // Dropped without the lock, which the last reference to a holder takes.
-        let all: Vec<_> = holders.slots.iter().filter_map(Weak::upgrade).collect();
         holders.cut_at = Some(now);
+        // Dropped without the lock, which the last reference to a holder takes.
+        let mut all: Vec<_> = holders.slots.iter().filter_map(Weak::upgrade).collect();
         drop(holders);
-        let Some(largest) = all.iter().filter(|it| !it.is_cut()).max_by_key(|it| it.held()) else {
-            return;
-        };
-        self.cuts.fetch_add(1, Relaxed);
-        largest.cut.store(true, Relaxed);
-        largest.changed.notify_waiters();
+        all.retain(|holder| is_one(holder));
+        all.sort_unstable_by_key(|holder| (holder.is_cut(), std::cmp::Reverse(holder.held())));
+        let cut = all.iter().filter(|it| it.is_cut()).map(|it| it.held()).sum::<u64>();
+        let mut left = held().saturating_sub(cut);
+        for holder in all.iter().take_while(|it| !it.is_cut() && it.held() > 0) {
+            if left < limit {
+                return;
+            }
+            left -= holder.held().min(left);
+            self.cuts.fetch_add(1, Relaxed);
+            holder.cut.store(true, Relaxed);
+            holder.changed.notify_waiters();
+        }
     }
 }
 
@@ -317,9 +347,17 @@ impl Holder {
         budget.held.fetch_add(bytes, Relaxed);
     }
 
-    /// Has the largest holder cut if the process is at its limit, for bytes that came without room.
+    /// Number of bytes that a peer may send ahead of a stream's reader.
+    pub(crate) fn window(&self) -> u64 {
+        self.budget().window
+    }
+
+    /// Has the largest holders cut if the process is at its limit, for bytes that came without room.
     pub fn relieve(&self) {
-        self.budget().relieve();
+        match self.kind {
+            Held::Receive => self.budget().relieve_received(),
+            Held::Send | Held::Konnectivity => self.budget().relieve(),
+        }
     }
 
     /// Counts bytes that are held no more.

@@ -21,6 +21,7 @@
 //!
 //! Start with [`Tunnel`], then [`splice`](mod@splice).
 
+mod arrived;
 pub mod budget;
 mod carrier;
 mod chunks;

@@ -8,7 +8,6 @@
 
 //= docs/protocol.md#1-carrier
 
-mod arrived;
 mod fault;
 mod frame;
 mod halves;

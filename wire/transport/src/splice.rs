@@ -26,6 +26,7 @@
 //! the bytes, `outcome` says how it ended.
 //= docs/protocol.md#9-splicing
 
+mod backlog;
 mod local;
 mod outcome;
 mod outq;
@@ -39,7 +40,7 @@ mod tests;
 use culvert_wire::code::StreamCode;
 use tokio::select;
 
-use self::pumps::Pumps;
+use self::{backlog::Backlog, pumps::Pumps};
 pub use self::{
     local::{Abort, Local, LocalFault, LocalRead, LocalWrite},
     outcome::{Cut, HalfEnd, Meter, Outcome},
@@ -49,7 +50,7 @@ pub use self::{
         halves, prepare, until_hung_up,
     },
 };
-use crate::{RecvHalf, SendHalf};
+use crate::{RecvHalf, SendHalf, budget::Held};
 
 /// Joins a local connection and a stream until both directions have ended.
 ///
@@ -77,11 +78,12 @@ pub async fn splice_after<R: LocalRead, W: LocalWrite, A: Abort>(
     let pumps = Pumps::new(meter, local.stuck_timeout);
     let progress = local.writer.progress();
     let (reader, writer) = (&mut local.reader, &mut local.writer);
-    let holder = send.holder();
-    let guard = &local.guard;
+    let memory = send.memory().clone();
+    let holder = memory.holder(Held::Send);
+    let (backlog, guard) = (Backlog::new(memory), &local.guard);
     let end = select! {
         end = pumps.run(
-            reader, writer, preamble, &holder, guard, (&mut send, &mut recv),
+            (reader, &holder), (writer, backlog), preamble, guard, (&mut send, &mut recv),
         ) => end,
         () = holder.cut() => Err(Cut::Memory),
         cut = pumps.stuck(progress.as_deref()) => Err(cut),

@@ -13,7 +13,7 @@ use tokio_util::either::Either;
 
 use crate::{
     ReadError, ReadFrameError, TunnelLost, WriteError,
-    budget::{Held, Holder, StreamMemory},
+    budget::StreamMemory,
     priority::{AttainedService, Class, PriorityBudget},
     qmux, quic,
     tunnel::now,
@@ -122,9 +122,9 @@ impl SendHalf {
         written
     }
 
-    /// What the half holds of the process's memory, for the bytes that are to be written.
-    pub(crate) fn holder(&self) -> Arc<Holder> {
-        self.memory.holder(Held::Send)
+    /// The memory of the tunnel's streams.
+    pub(crate) fn memory(&self) -> &Arc<StreamMemory> {
+        &self.memory
     }
 
     /// Ends the stream cleanly after all that was written. Returns at once; delivery goes on.

@@ -6,7 +6,8 @@ use bytes::Bytes;
 use culvert_wire::code::StreamCode;
 use tokio::sync::{Notify, SetOnce};
 
-use super::{arrived::Arrived, fault::Fault};
+use super::fault::Fault;
+use crate::arrived::Arrived;
 
 /// The wakers and the end of one stream, shared with its handles.
 #[derive(Debug, Default)]

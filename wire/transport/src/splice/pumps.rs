@@ -14,8 +14,8 @@ use culvert_wire::code::StreamCode;
 use tokio::{select, sync::SetOnce, time::sleep};
 
 use super::{
-    Abort, Cut, HalfEnd, LocalFault, LocalRead, LocalWrite, Meter, Preamble, local::AbortGuard,
-    outcome::Count,
+    Abort, Cut, HalfEnd, LocalFault, LocalRead, LocalWrite, Meter, Preamble, backlog::Backlog,
+    local::AbortGuard, outcome::Count,
 };
 use crate::{RecvHalf, SendHalf, WriteError, budget::Holder};
 
@@ -57,17 +57,16 @@ impl<'a> Pumps<'a> {
     /// Runs both directions until they have ended, or until one fails.
     pub(super) async fn run(
         &self,
-        reader: &mut impl LocalRead,
-        writer: &mut impl LocalWrite,
+        (reader, holder): (&mut impl LocalRead, &Arc<Holder>),
+        (writer, backlog): (&mut impl LocalWrite, Backlog),
         preamble: impl Preamble,
-        holder: &Arc<Holder>,
         guard: &AbortGuard<impl Abort>,
         (send, recv): (&mut SendHalf, &mut RecvHalf),
     ) -> Result<(HalfEnd, HalfEnd), Cut> {
         let mut to = pin!(self.pump_to_tunnel(reader, holder, guard, send));
         let mut from = pin!(async {
             preamble.read(recv).await?;
-            self.pump_from_tunnel(writer, recv).await
+            self.pump_from_tunnel(writer, recv, backlog).await
         });
         let (mut to_end, mut from_end) = (None, None);
         loop {
@@ -156,20 +155,25 @@ impl<'a> Pumps<'a> {
         &self,
         writer: &mut impl LocalWrite,
         recv: &mut RecvHalf,
+        mut backlog: Backlog,
     ) -> Result<HalfEnd, Cut> {
         let mut chunks = [const { Bytes::new() }; CHUNKS];
         loop {
-            let count = select! {
-                count = recv.read_chunks(&mut chunks) => count?,
-                () = self.local_reader_gone(writer) => return Ok(self.stop(recv)),
+            let count = match backlog.take(&mut chunks) {
+                0 => select! {
+                    count = recv.read_chunks(&mut chunks) => count?,
+                    () = self.local_reader_gone(writer) => return Ok(self.stop(recv)),
+                },
+                count => Some(count),
             };
             let written = match count {
                 Some(count) => {
                     self.writing.store(true, Ordering::Relaxed);
+                    let length = chunks[..count].iter().map(Bytes::len).sum();
                     let written = select! {
                         biased;
                         written = self.write(&mut chunks[..count], writer) => written,
-                        error = recv.failed() => return Err(error.into()),
+                        cut = backlog.keep(recv, length) => return Err(cut),
                     };
                     self.writing.store(false, Ordering::Relaxed);
                     written

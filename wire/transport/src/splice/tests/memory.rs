@@ -39,11 +39,11 @@ async fn a_splice_that_holds_most_when_memory_is_used_up_is_cut() {
     let mut bench = Bench::with_budget((), Shared::default(), &budget).await;
     send_all(&bench).await;
     let outcome = {
-        let other = bench.pair.server.memory().holder(Held::Receive);
+        let other = bench.pair.server.memory().holder(Held::Konnectivity);
         // Less than the splice holds, and nothing is left.
         let mut others = Vec::new();
-        while budget.held(Held::Receive) + budget.held(Held::Send) < LIMIT {
-            let holder = bench.pair.server.memory().holder(Held::Receive);
+        while budget.held(Held::Konnectivity) + budget.held(Held::Send) < LIMIT {
+            let holder = bench.pair.server.memory().holder(Held::Konnectivity);
             holder.add(16 * 1024);
             others.push(holder);
         }
@@ -60,4 +60,43 @@ async fn a_splice_that_holds_most_when_memory_is_used_up_is_cut() {
     };
     assert_eq!(end, Err(ReadError::Reset(StreamCode::OVERLOADED)));
     assert_eq!(budget.held(Held::Send), 0);
+}
+
+/// Window of the streams in these tests; [`Bench`] does not set one.
+fn window() -> u64 {
+    Settings::default().stream_receive_window.into()
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_waits_for_a_local_peer_that_stalls_is_counted_and_arrives_in_order() {
+    let budget = MemoryBudget::new(64 * LIMIT);
+    let peer = Shared { room: Some(Semaphore::new(0)), ..Shared::default() };
+    let mut bench = Bench::with_budget((), peer, &budget).await;
+    let mut sent = Vec::new();
+    for (count, counted) in [(1, 1000..=1000), (20, 21_000..=21_000), (100, window()..=u64::MAX)] {
+        for _ in 0..count {
+            let chunk: Vec<u8> = (0..1000).map(|at| (at + sent.len()) as u8).collect();
+            sent.extend_from_slice(&chunk);
+            bench.send.write_chunk(chunk.into()).await.unwrap();
+        }
+        sleep(Duration::from_secs(1)).await;
+        let held = budget.held(Held::Receive);
+        assert!(counted.contains(&held), "{held} after {} bytes", sent.len());
+    }
+    bench.peer.room.as_ref().unwrap().add_permits(sent.len());
+    bench.send.finish();
+    bench.peer.ended.wait().await;
+    assert!(bench.received() == sent);
+    assert_eq!((budget.held(Held::Receive), budget.cuts()), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_splice_whose_local_peer_stalls_is_cut_when_memory_is_used_up() {
+    let budget = MemoryBudget::new(window());
+    let peer = Shared { room: Some(Semaphore::new(0)), ..Shared::default() };
+    let mut bench = Bench::with_budget((), peer, &budget).await;
+    bench.send.write_chunk(Bytes::from(vec![7; 256 * 1024])).await.unwrap();
+    let outcome = timeout(Duration::from_secs(1), &mut bench.task).await.unwrap().unwrap();
+    assert!(matches!(outcome.end, Err(Cut::Memory)), "{outcome:?}");
+    assert_eq!((budget.held(Held::Receive), budget.cuts()), (0, 1));
 }

@@ -16,9 +16,9 @@ const BEHIND: usize = 128 * 1024;
 /// Maximum length to which short data is joined.
 const JOINED: usize = 16 * 1024;
 
-/// The queue between a connection and the reader of one stream.
+/// The queue between a stream and its reader.
 #[derive(Debug, Default)]
-pub(super) struct Arrived {
+pub(crate) struct Arrived {
     chunks: VecDeque<Bytes>,
     /// Data that was copied; it follows `chunks`.
     joined: BytesMut,
@@ -27,7 +27,7 @@ pub(super) struct Arrived {
 }
 
 impl Arrived {
-    pub(super) fn push(&mut self, data: &Bytes) {
+    pub(crate) fn push(&mut self, data: &Bytes) {
         self.len += data.len();
         if data.len() >= COPY_BELOW && self.len < BEHIND {
             self.seal();
@@ -48,7 +48,7 @@ impl Arrived {
     }
 
     /// Fills the front of `chunks`; how many it filled.
-    pub(super) fn take(&mut self, chunks: &mut [Bytes]) -> usize {
+    pub(crate) fn take(&mut self, chunks: &mut [Bytes]) -> usize {
         if self.chunks.len() < chunks.len() {
             self.seal();
         }
@@ -60,12 +60,12 @@ impl Arrived {
         count
     }
 
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         *self = Self::default();
     }
 
     /// Number of bytes that wait.
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 }
