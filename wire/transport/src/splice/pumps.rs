@@ -173,7 +173,11 @@ impl<'a> Pumps<'a> {
                     let written = select! {
                         biased;
                         written = self.write(&mut chunks[..count], writer) => written,
-                        cut = backlog.keep(recv, length) => return Err(cut),
+                        // Boxed when it is polled first, so that a splice that does not stall has
+                        // no room for it.
+                        cut = async { Box::pin(backlog.keep(recv, length)).await } => {
+                            return Err(cut);
+                        }
                     };
                     self.writing.store(false, Ordering::Relaxed);
                     written
