@@ -21,7 +21,7 @@ use std::{
     fmt,
     sync::{
         Arc, OnceLock, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -31,7 +31,7 @@ use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 use tokio::{
     select,
-    sync::Notify,
+    sync::{Notify, SetOnce},
     time::{Instant, sleep},
 };
 
@@ -174,8 +174,7 @@ impl MemoryBudget {
             }
             left -= holder.held().min(left);
             self.cuts.fetch_add(1, Relaxed);
-            holder.cut.store(true, Relaxed);
-            holder.changed.notify_waiters();
+            let _ = holder.cut.set(());
         }
     }
 }
@@ -219,8 +218,8 @@ impl TunnelMemory {
             kind,
             slot,
             held: AtomicU64::new(0),
-            cut: AtomicBool::new(false),
-            changed: Notify::new(),
+            cut: SetOnce::new(),
+            given_back: Notify::new(),
         });
         let weak = Arc::downgrade(&holder);
         match holders.slots.get_mut(slot) {
@@ -254,9 +253,11 @@ pub struct Holder {
     kind: Held,
     slot: usize,
     held: AtomicU64,
-    cut: AtomicBool,
-    /// Notified when something was given back, and when the holder is cut.
-    changed: Notify,
+    /// Set once the holder is to give up what it holds. Apart from `given_back`, which would wake
+    /// what waits for it each time that a chunk is acknowledged.
+    cut: SetOnce<()>,
+    /// Notified when something was given back.
+    given_back: Notify,
 }
 
 impl Holder {
@@ -266,7 +267,7 @@ impl Holder {
     }
 
     fn is_cut(&self) -> bool {
-        self.cut.load(Relaxed)
+        self.cut.initialized()
     }
 
     /// Number of bytes that may be read now; 0 while it must wait.
@@ -284,18 +285,18 @@ impl Holder {
         }
         self.budget().waits.fetch_add(1, Relaxed);
         loop {
-            let changed = self.changed.notified();
+            let given_back = self.given_back.notified();
             if self.room() > 0 {
                 return;
             }
             if self.budget().left() == 0 {
                 select! {
-                    () = changed => {}
+                    () = given_back => {}
                     () = sleep(AT_LIMIT) => self.budget().relieve(),
                 }
             } else {
                 // It holds something, and has room again only once that is given back.
-                changed.await;
+                given_back.await;
             }
         }
     }
@@ -305,13 +306,7 @@ impl Holder {
     /// # Cancel safety
     /// Cancel safe.
     pub async fn cut(&self) {
-        loop {
-            let changed = self.changed.notified();
-            if self.is_cut() {
-                return;
-            }
-            changed.await;
-        }
+        self.cut.wait().await;
     }
 
     /// The contents of the buffer, which is held until the last reference to them is dropped.
@@ -367,7 +362,7 @@ impl Holder {
         self.tunnel.held.fetch_sub(bytes, Relaxed);
         budget.by_kind[self.kind as usize].fetch_sub(bytes, Relaxed);
         budget.held.fetch_sub(bytes, Relaxed);
-        self.changed.notify_waiters();
+        self.given_back.notify_waiters();
     }
 
     fn budget(&self) -> &MemoryBudget {
