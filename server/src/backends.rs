@@ -139,6 +139,7 @@ impl Backends {
         let process = backend.process();
         let of_process: Vec<_> = older.iter().filter(|older| older.process() == process).collect();
         of_process.iter().for_each(|older| older.renew(expiry));
+        of_process.iter().for_each(|older| older.supersede());
         if of_process.len() >= MAX_TUNNELS_PER_PROCESS {
             of_process[0].dismiss(Dismissal::Crowded);
         }

@@ -10,7 +10,7 @@ use culvert_wire::{
     AgentId, InstanceId, bounded::Text, control::Hello, identifiers::Identifiers, version::Features,
 };
 use tokio::{
-    sync::{Notify, OwnedSemaphorePermit, Semaphore, watch},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, SetOnce, watch},
     time::Instant,
 };
 
@@ -43,6 +43,7 @@ pub struct Backend {
     permits: Arc<Semaphore>,
     open_streams: AtomicUsize,
     draining: AtomicBool,
+    superseded: SetOnce<()>,
     suspicions: Notify,
     pub(super) heard: Heard,
     silent: AtomicBool,
@@ -71,6 +72,7 @@ impl Backend {
             permits: Arc::new(Semaphore::new(max_streams as usize)),
             open_streams: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
+            superseded: SetOnce::new(),
             suspicions: Notify::new(),
             heard: Heard::now(),
             silent: AtomicBool::new(false),
@@ -120,6 +122,19 @@ impl Backend {
     /// Whether the agent asked for no new dials.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Records that the same process has a newer tunnel.
+    pub(super) fn supersede(&self) {
+        let _ = self.superseded.set(());
+    }
+
+    /// Completes once the same process has a newer tunnel.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(crate) async fn superseded(&self) {
+        self.superseded.wait().await;
     }
 
     /// Records whether the agent is silent. Returns whether that has changed.

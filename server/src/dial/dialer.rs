@@ -4,14 +4,15 @@
 use std::{sync::Arc, time::Duration};
 
 use culvert_process::rate_limited;
-use culvert_wire::{DialId, Target, dial::DialRequest, extension::Extensions};
+use culvert_transport::TunnelLost;
+use culvert_wire::{CloseCode, DialId, Target, dial::DialRequest, extension::Extensions};
 use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
 use super::{
     DialParameters, Dialed, Reply,
     error::DialError,
-    exchange::{Deadline, PendingStream, permit, suspecting, until},
+    exchange::{Deadline, PendingStream, permit, suspecting, unless_superseded, until},
     optimistic::ExpectedReply,
 };
 use crate::{
@@ -114,8 +115,8 @@ impl Dialer {
         backend
     }
 
-    /// Asks the agent; and another one, or the same one on another tunnel, when the tunnel is lost
-    /// before the reply: no byte of the connection was sent by then, so none is sent twice. Returns
+    /// Asks the agent; and another one, or the same one on another tunnel, when the tunnel is lost or
+    /// superseded before the reply: no byte of the connection was sent by then, so none is sent twice. Returns
     /// the backend that was asked last, and the result.
     async fn ask_until_answered(
         &self,
@@ -124,12 +125,16 @@ impl Dialer {
     ) -> (Arc<Backend>, Result<Dialed, DialError>) {
         let (mut processes, mut moves) = (vec![backend.process()], 0);
         loop {
-            let result = self.ask(&backend, dial).await;
-            let Err(DialError::Lost { agent_id, source, .. }) = result else {
-                return (backend, result);
+            let result = unless_superseded(&backend, self.ask(&backend, dial)).await;
+            let (agent_id, source) = match result {
+                Some(Err(DialError::Lost { agent_id, source, .. })) => {
+                    // Another dial may choose it until the task of its tunnel has noticed.
+                    self.backends.remove(&backend, &source);
+                    (agent_id, source)
+                }
+                Some(result) => return (backend, result),
+                None => (backend.agent_id().clone(), superseded()),
             };
-            // Another dial may choose it until the task of its tunnel has noticed.
-            self.backends.remove(&backend, &source);
             let other = match moves {
                 MAX_MOVES => Err(Duration::ZERO),
                 _ => self.other(dial, &mut processes).await,
@@ -254,6 +259,11 @@ impl Dialer {
             }
         }
     }
+}
+
+/// Why a dial leaves a tunnel that is not lost.
+fn superseded() -> TunnelLost {
+    TunnelLost::ClosedHere { code: CloseCode::SUPERSEDED, reason: "a newer tunnel exists".into() }
 }
 
 fn millis(duration: Duration) -> u32 {

@@ -9,7 +9,7 @@ use culvert_wire::{
     frame::{self, Message},
 };
 use scopeguard::ScopeGuard;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use super::error::{DialError, MalformedReply, RequestError};
 use crate::backends::{Backend, StreamPermit, registry::Candidate};
@@ -17,6 +17,11 @@ use crate::backends::{Backend, StreamPermit, registry::Candidate};
 /// Time without a reply after which an agent is suspected. A target may rightly need longer, so the
 /// dial itself goes on.
 pub(super) const SUSPECT_AFTER: Duration = Duration::from_secs(1);
+
+/// Time without a reply after which a dial moves to a newer tunnel of the same agent process: an
+/// agent replaces a tunnel that does not work, and a direction of it may still work. It has been
+/// suspected by then, and had the time for an answer.
+pub(super) const MOVE_AFTER: Duration = Duration::from_millis(2500);
 
 /// When a dial fails; `None` is never.
 pub(super) type Deadline = Option<Instant>;
@@ -137,6 +142,24 @@ fn refused(backend: &Backend, code: StreamCode) -> DialError {
 
 fn malformed(backend: &Backend, source: impl Into<MalformedReply>) -> DialError {
     DialError::Malformed { agent_id: backend.agent_id().clone(), source: source.into() }
+}
+
+/// Runs an exchange with an agent until a newer tunnel of the same process has taken the place of
+/// this one, and then for [`MOVE_AFTER`] from the begin; `None` without an answer by then.
+pub(super) async fn unless_superseded<T>(
+    backend: &Backend,
+    exchange: impl Future<Output = T>,
+) -> Option<T> {
+    let superseded = async {
+        let earliest = Instant::now() + MOVE_AFTER;
+        backend.superseded().await;
+        sleep_until(earliest).await;
+    };
+    tokio::select! {
+        biased;
+        result = exchange => Some(result),
+        () = superseded => None,
+    }
 }
 
 /// Runs an exchange with an agent, which is suspected once that takes [`SUSPECT_AFTER`]; at once if

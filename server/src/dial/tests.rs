@@ -17,7 +17,7 @@ use tokio::{
 use super::{
     dialer::{MAX_MOVES, MAX_PROCESSES},
     error::MalformedReply,
-    exchange::SUSPECT_AFTER,
+    exchange::{MOVE_AFTER, SUSPECT_AFTER},
     *,
 };
 use crate::{

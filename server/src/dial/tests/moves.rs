@@ -352,3 +352,39 @@ async fn one_limit_holds_for_all_moves_of_a_dial() {
     assert!(matches!(result, Err(DialError::TimedOut)), "{result:?}");
     assert_eq!((took, code), (LIMIT, StreamCode::DIAL_TIMEOUT));
 }
+
+/// The agent hears no more of its old tunnel, and the server still does.
+#[tokio::test(start_paused = true)]
+async fn a_dial_moves_to_a_newer_tunnel_of_the_same_process_without_the_loss_of_the_older() {
+    let dialing = Dialing::new();
+    let _older = dialing.agent("a").await;
+    let newer = async {
+        sleep(Duration::from_millis(700)).await;
+        let agent = dialing.agent("a").await;
+        (accepting(&agent).await, agent)
+    };
+    let ((dialed, took), _kept) = join!(dialing.timed(), newer);
+    dialed.unwrap();
+    assert_eq!(took, MOVE_AFTER);
+    assert_eq!(dialing.metric("culvert_server_dials_moved_total"), 1.0);
+    assert_eq!(dialing.metric("culvert_server_tunnels"), 2.0, "the older tunnel is not lost");
+}
+
+/// A target may need time, and the tunnel that was replaced works.
+#[tokio::test(start_paused = true)]
+async fn an_answer_on_a_tunnel_that_was_superseded_is_taken() {
+    let dialing = Dialing::new();
+    let older = dialing.agent("a").await;
+    let answering = async {
+        let mut asked = older.asked().await;
+        sleep(Duration::from_millis(700)).await;
+        let newer = dialing.agent("a").await;
+        sleep(Duration::from_secs(1)).await;
+        asked.reply(Ok(())).await;
+        (asked, newer)
+    };
+    let ((dialed, took), _kept) = join!(dialing.timed(), answering);
+    dialed.unwrap();
+    assert_eq!(took, Duration::from_millis(1700));
+    assert_eq!(dialing.metric("culvert_server_dials_moved_total"), 0.0);
+}
