@@ -150,6 +150,14 @@ impl Tunnel {
         }
     }
 
+    /// Reports that the network does not deliver to the peer, in place of the network.
+    #[cfg(feature = "test-util")]
+    pub(crate) fn report_unreachable(&self, why: Unreachable) {
+        if let Connection::Quic(connection) = &self.connection {
+            connection.report_unreachable(why);
+        }
+    }
+
     /// Sends thin writes of interactive streams twice while the path loses packets, at most `rate`
     /// bytes per second, so that a loss does not delay them; and uses the peer's copies.
     ///

@@ -110,6 +110,11 @@ impl Connection {
         self.reachability.unreachable().await
     }
 
+    #[cfg(feature = "test-util")]
+    pub(crate) fn report_unreachable(&self, why: Unreachable) {
+        self.reachability.report(why);
+    }
+
     pub(crate) fn set_max_streams(&self, count: u32) {
         self.connection.set_max_concurrent_bi_streams(VarInt::from_u32(count));
     }

@@ -114,7 +114,7 @@ pub(super) struct Reachability {
 }
 
 impl Reachability {
-    fn report(&self, why: Unreachable) {
+    pub(super) fn report(&self, why: Unreachable) {
         let mut report = self.report.lock();
         *report = (*report).max(Some(why));
         self.reported.notify_one();

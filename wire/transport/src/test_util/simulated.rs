@@ -1,6 +1,6 @@
 //! QUIC tunnels over networks that are not the system's.
 
-use crate::{ConnectError, Settings, Tunnel, quic};
+use crate::{ConnectError, Settings, Tunnel, Unreachable, quic};
 
 /// The configuration that these settings mean to quinn, on a path whose first link carries UDP
 /// payloads of at most `link` bytes, if that is known.
@@ -17,4 +17,9 @@ pub fn adopt(
     endpoint: quinn::Endpoint,
 ) -> Result<Tunnel, ConnectError> {
     quic::adopt(connection, endpoint).map(Tunnel::from)
+}
+
+/// Reports to a tunnel over QUIC that the network does not deliver to its peer.
+pub fn report_unreachable(tunnel: &Tunnel, why: Unreachable) {
+    tunnel.report_unreachable(why);
 }

@@ -243,7 +243,7 @@ impl Simulation {
 }
 
 /// A tunnel's two ends; the agent's sends with the flow's congestion control.
-async fn tunnel(
+pub(super) async fn tunnel(
     network: &Arc<Network>,
     number: usize,
     flow: &Flow,

@@ -9,6 +9,7 @@
 //! event, so a minute takes as long as its packets do. Random numbers are seeded.
 
 mod flow;
+mod forged_icmp;
 mod pipe;
 mod socket;
 
