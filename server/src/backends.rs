@@ -102,7 +102,7 @@ impl Backends {
     }
 
     fn check(&self, registry: &Registry<Backend>, claims: &Claims) -> Result<(), RegisterError> {
-        let holders = registry.of_agent(&claims.agent_id).into_iter().filter(|holder| {
+        let holders = registry.of_agent(&claims.agent_id).iter().filter(|holder| {
             let holder_claims = &holder.claims;
             !holder.is_draining() && !claims.identity.may_replace(&holder_claims.identity)
         });
@@ -131,7 +131,7 @@ impl Backends {
         let (older, held) = {
             let mut registry = self.registry();
             self.check(&registry, &backend.claims)?;
-            let older = registry.of_agent(backend.agent_id());
+            let older = registry.of_agent(backend.agent_id()).to_vec();
             let held = registry.add(&backend);
             (older, held)
         };
@@ -154,7 +154,7 @@ impl Backends {
         let is_same = identity.may_replace(&backend.claims.identity);
         if is_same {
             let expiry = identity.expires(Instant::now());
-            let tunnels = self.registry().of_agent(backend.agent_id());
+            let tunnels = self.registry().of_agent(backend.agent_id()).to_vec();
             let of_process = tunnels.iter().filter(|tunnel| tunnel.process() == backend.process());
             of_process.for_each(|tunnel| tunnel.renew(expiry));
         }
@@ -163,7 +163,7 @@ impl Backends {
 
     /// Ends every tunnel of an agent. Returns how many there are.
     pub(crate) fn evict(&self, agent_id: &AgentId) -> usize {
-        let tunnels = self.registry().of_agent(agent_id);
+        let tunnels = self.registry().of_agent(agent_id).to_vec();
         tunnels.iter().for_each(|tunnel| tunnel.dismiss(Dismissal::Evicted));
         tunnels.len()
     }

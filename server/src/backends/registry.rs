@@ -28,6 +28,7 @@ pub trait Candidate {
 #[derive(Debug)]
 pub struct Registry<B> {
     all: Vec<Arc<B>>,
+    by_agent: HashMap<AgentId, Vec<Arc<B>>>,
     groups: Vec<(Strategy, Group<B>)>,
     /// Until when backends are expected that have not been here yet.
     any_until: Option<Instant>,
@@ -37,7 +38,7 @@ impl<B: Candidate> Registry<B> {
     /// An empty registry for these strategies, which are asked in this order.
     pub fn new(strategies: &[Strategy]) -> Self {
         let groups = strategies.iter().map(|strategy| (*strategy, Group::default())).collect();
-        Self { all: Vec::new(), groups, any_until: None }
+        Self { all: Vec::new(), by_agent: HashMap::new(), groups, any_until: None }
     }
 
     /// Expects until then, for any target, a backend that has not been here yet.
@@ -49,6 +50,7 @@ impl<B: Candidate> Registry<B> {
     /// it has to wait, because a live backend of another identity has them.
     pub fn add(&mut self, backend: &Arc<B>) -> Vec<String> {
         self.all.push(backend.clone());
+        self.by_agent.entry(backend.agent_id().clone()).or_default().push(backend.clone());
         let mut held = Vec::new();
         for (strategy, group) in &mut self.groups {
             for key in strategy.keys(&**backend) {
@@ -75,6 +77,12 @@ impl<B: Candidate> Registry<B> {
     /// Removes a backend that has left; one that is not there is no fault.
     pub fn remove(&mut self, backend: &Arc<B>, departure: Departure, now: Instant) {
         self.all.retain(|other| !Arc::ptr_eq(other, backend));
+        if let Some(of_agent) = self.by_agent.get_mut(backend.agent_id()) {
+            of_agent.retain(|other| !Arc::ptr_eq(other, backend));
+            if of_agent.is_empty() {
+                self.by_agent.remove(backend.agent_id());
+            }
+        }
         for (strategy, group) in &mut self.groups {
             for key in strategy.keys(&**backend) {
                 group.remove(key, backend, departure, now);
@@ -117,8 +125,8 @@ impl<B: Candidate> Registry<B> {
     }
 
     /// Every backend of this agent, oldest first.
-    pub fn of_agent(&self, agent_id: &AgentId) -> Vec<Arc<B>> {
-        self.all.iter().filter(|backend| backend.agent_id() == agent_id).cloned().collect()
+    pub fn of_agent(&self, agent_id: &AgentId) -> &[Arc<B>] {
+        self.by_agent.get(agent_id).map_or(&[], Vec::as_slice)
     }
 }
 
@@ -457,7 +465,7 @@ mod tests {
         assert_eq!(registry.expected_until(&target("node-1:80"), now), None);
         registry.remove(&stranger, Departure::Lost, now);
         assert!(chosen(&registry, "node-1:80").is_none());
-        assert!(registry.groups[0].1.backends.is_empty());
+        assert!(registry.groups[0].1.backends.is_empty() && registry.by_agent.is_empty());
     }
 
     #[test]
