@@ -88,6 +88,7 @@ impl ProcessConfig for Config {
         let tls = tls::check(&flags, &mut faults);
         let kubernetes = kubernetes(&flags, &mut faults);
         frontend::warn_of_shared_authorities(&flags, &kubernetes, &mut faults);
+        agents::warn_of_cluster_authorities(&flags, &kubernetes, &mut faults);
         let leases = leases(&flags, &mut faults);
         let health_port = flags.health_port.unwrap_or_else(|| invocation.choose(8092, 8134));
         let health_port = faults.registered_port("health-port", health_port);

@@ -1,12 +1,18 @@
 //! The listener for agents, what is asked of them, and how targets are dialed.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use culvert_process::{
     channel_flags::check_channel_size,
     faults::{CertificatePair, Faults},
     invocation::Invocation,
+    kubernetes::KubernetesConfig,
 };
+use culvert_transport::tls::certificates;
 
 use super::{Flags, Strategy, flags::DEFAULT_CHANNEL_SIZE};
 
@@ -177,6 +183,27 @@ fn identity(
             faults.add(FLAG, format!("{other:?} is unknown; use any, node or certificate"));
             AgentIdentity::Any
         }
+    }
+}
+
+/// Warns where every certificate of the cluster is an agent's, and may be any agent's.
+pub(super) fn warn_of_cluster_authorities(
+    flags: &Flags,
+    kubernetes: &KubernetesConfig,
+    faults: &mut Faults,
+) {
+    let is_bound = flags.agent_identity != "any" || !flags.agent_service_account.is_empty();
+    if flags.cluster_ca_cert.is_empty() || is_bound {
+        return;
+    }
+    let ours = certificates(Path::new(&flags.cluster_ca_cert)).unwrap_or_default();
+    if kubernetes.cluster_authorities().iter().any(|other| ours.contains(other)) {
+        faults.warn(
+            "cluster-ca-cert",
+            "is the cluster's CA, which also signs certificates of kubelets and users: each of \
+             them can join as any agent that is not connected; use another CA, or \
+             --agent-identity=node",
+        );
     }
 }
 

@@ -278,6 +278,31 @@ fn a_frontend_whose_ca_signs_for_others_too_is_warned_of_unless_it_has_names() {
 }
 
 #[test]
+fn a_ca_of_agents_that_is_the_clusters_is_warned_of_unless_more_is_asked() {
+    let files = Files::new();
+    let kubeconfig = files.0.path("cluster.kubeconfig");
+    let config = serde_json::json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "here",
+        "clusters": [{ "name": "here", "cluster": {
+            "server": "https://127.0.0.1:1", "certificate-authority": files.0.path("ca"),
+        } }],
+        "users": [{ "name": "me", "user": { "token": "t" } }],
+        "contexts": [{ "name": "here", "context": { "cluster": "here", "user": "me" } }],
+    });
+    std::fs::write(&kubeconfig, config.to_string()).unwrap();
+    let kubeconfig = format!("--kubeconfig={}", kubeconfig.display());
+    let lease = "--enable-lease-controller";
+    let warnings = |more: &[&str]| {
+        let config = files.config(&[&[kubeconfig.as_str(), lease], more].concat()).unwrap();
+        config.warnings
+    };
+    let warned = warnings(&[]);
+    assert_eq!(warned.len(), 1, "{warned:?}");
+    assert!(warned[0].contains("--cluster-ca-cert: is the cluster's CA"), "{warned:?}");
+    assert_eq!(warnings(&["--agent-identity=node"]), [""; 0]);
+}
+
+#[test]
 fn each_rule_names_its_flag() {
     let files = Files::new();
     for args in [

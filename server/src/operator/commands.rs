@@ -65,8 +65,11 @@ struct RunningServer {
 
 /// Runs the command that these arguments name, the program's path first; `None` if they name none.
 pub(crate) fn run(args: &[OsString]) -> Option<ExitCode> {
-    let rest = args.iter().skip(1).cloned();
-    let result = match args.get(1)?.to_str()? {
+    let name = args.get(1)?.to_str()?;
+    // Help and errors name the whole command.
+    let program = OsString::from(format!("culvert-server {name}"));
+    let rest = std::iter::once(program).chain(args.iter().skip(2).cloned());
+    let result = match name {
         "agents" => go_flags::try_parse_from(rest).and_then(|flags| agents(&flags)),
         "evict" => go_flags::try_parse_from(rest).and_then(|flags| evict(&flags)),
         _ => return None,
