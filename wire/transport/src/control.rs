@@ -273,8 +273,8 @@ impl ControlStream {
     /// know.
     ///
     /// While it waits it answers the peer's pings. When the network reports that the peer is gone
-    /// it sends a ping, and once a second it fails if the peer stays silent. A peer that is heard but does not
-    /// answer gets more time.
+    /// it sends a ping, and once a second it fails if the peer stays silent. A peer that is heard
+    /// but does not answer gets more time.
     ///
     /// # Errors
     /// When the peer breaks the protocol, ends the stream, pings too often or does not answer a
