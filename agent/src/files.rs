@@ -152,4 +152,29 @@ mod tests {
             assert!(faults.contains(&fault), "{fault} in {faults}");
         }
     }
+
+    #[tokio::test]
+    async fn a_changed_egress_policy_is_used_and_a_bad_or_empty_one_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("policy");
+        let write = |text: &str| std::fs::write(&file, text).unwrap();
+        write("allow 10.0.0.0/8");
+        let reloads = Reloads::new(AgentMetrics::new().unwrap().inner(), METRICS);
+        let flags = Policy { deny: vec!["10.9.0.0/16".parse().unwrap()], ..Policy::default() };
+        let config = EgressConfig { policy: flags, policy_file: Some(file.clone()), audit: false };
+        let policy = add_policy(&reloads, &config).unwrap();
+        let allowed = || format!("{:?}", policy.get().allow);
+        assert_eq!(allowed(), "[10.0.0.0/8]");
+        for (text, expected) in [
+            ("allow 10.0.0.0/8, fd00::/8", "[10.0.0.0/8, fd00::/8]"),
+            ("allow 10.0.0.0/33", "[10.0.0.0/8, fd00::/8]"),
+            ("", "[10.0.0.0/8, fd00::/8]"),
+            ("allow 192.168.0.0/16", "[192.168.0.0/16]"),
+        ] {
+            write(text);
+            reloads.look_on_request().await;
+            assert_eq!(allowed(), expected, "{text}");
+            assert_eq!(format!("{:?}", policy.get().deny), "[10.9.0.0/16]", "{text}");
+        }
+    }
 }
