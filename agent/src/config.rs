@@ -161,6 +161,10 @@ impl ProcessConfig for Config {
         let admin_port = flags.admin_server_port.unwrap_or_else(|| invocation.choose(8094, 8135));
         let admin_port = faults.port("admin-server-port", admin_port);
         let admin_address = flags.admin.check(admin_port, &mut faults);
+        faults.distinct_ports(&[
+            ("health-server-port", health_address),
+            ("admin-server-port", admin_address),
+        ]);
         let dial_timeout = faults.positive_duration("dial-timeout", flags.dial_timeout);
         let drain_timeout = faults.duration("drain-timeout", flags.drain_timeout);
         let max_streams = faults.count("max-streams", flags.max_streams, 1);

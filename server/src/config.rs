@@ -97,6 +97,13 @@ impl ProcessConfig for Config {
         let admin_port = flags.admin_port.unwrap_or_else(|| invocation.choose(8095, 8133));
         let admin_port = faults.registered_port("admin-port", admin_port);
         let admin_address = flags.admin.check(admin_port, &mut faults);
+        let mut ports = Vec::from_iter(agents.iter().map(|agents| ("agent-port", agents.address)));
+        if let Some(FrontendConfig { listen: FrontendListen::Tcp { address, .. }, .. }) = &frontend
+        {
+            ports.push(("server-port", *address));
+        }
+        ports.extend([("health-port", health_address), ("admin-port", admin_address)]);
+        faults.distinct_ports(&ports);
         let server_id = faults.id("server-id", flags.server_id.as_deref());
         let server_count = faults.count("server-count", flags.server_count, 0).max(1);
         let graceful_shutdown_timeout =

@@ -183,6 +183,7 @@ fn each_rule_names_its_flag() {
         &["--drain-timeout=-1s"],
         &["--max-streams=0"],
         &["--mtu-cap=100"],
+        &["--admin-server-port=8136"],
     ] {
         let flag = args[0].split('=').next().unwrap();
         let text = files.config(args).unwrap_err();

@@ -353,6 +353,8 @@ fn each_rule_names_its_flag() {
         &["--server-id=nöde"],
         &["--reset-key-file=@absent"],
         &["--mtu-cap=100"],
+        &["--admin-port=8132"],
+        &["--admin-port=8134", "--admin-bind-address="],
     ] {
         let flag = args[0].split('=').next().unwrap();
         let text = files.config(args).unwrap_err();
@@ -445,7 +447,7 @@ fn help_mentions_every_flag_with_words_of_its_own() {
 #[test]
 fn files_that_cannot_be_used_are_reported_with_all_other_faults() {
     let files = Files::new();
-    for name in ["crt", "ca", "kubeconfig", "reset"] {
+    for name in ["crt", "key", "ca", "kubeconfig", "reset"] {
         std::fs::write(files.0.path(name), " ").unwrap();
     }
     let flags =
@@ -453,6 +455,7 @@ fn files_that_cannot_be_used_are_reported_with_all_other_faults() {
     let text = files.config(&[&flags[..], &["--admin-port=1"]].concat()).unwrap_err();
     for fault in [
         "--cluster-cert: @crt: holds no certificate",
+        "--cluster-key: @key: holds no private key",
         "--cluster-ca-cert: @ca: holds no certificate",
         "--reset-key-file: @reset: holds no secret",
         "--kubeconfig: ",

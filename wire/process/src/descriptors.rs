@@ -87,7 +87,7 @@ impl Reserve {
 }
 
 /// Whether an error is the lack of descriptors, in the process or on the machine.
-pub(crate) fn is_shortage(error: &io::Error) -> bool {
+pub fn is_shortage(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw);
     matches!(errno, Some(Errno::EMFILE | Errno::ENFILE))
 }

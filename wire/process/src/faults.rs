@@ -142,10 +142,35 @@ impl Faults {
         path: &Path,
         read: impl FnOnce(&mut Files) -> Result<T, LoadError>,
     ) {
-        if path.exists()
-            && let Err(error) = read(&mut Files::default())
-        {
-            self.add(flag, error.to_string());
+        self.reads(flag, path, read);
+    }
+
+    /// As [`Self::contents`]; whether the file exists and can be used.
+    fn reads<T>(
+        &mut self,
+        flag: &'static str,
+        path: &Path,
+        read: impl FnOnce(&mut Files) -> Result<T, LoadError>,
+    ) -> bool {
+        if !path.exists() {
+            return false;
+        }
+        let read = read(&mut Files::default());
+        read.map_err(|error| self.add(flag, error.to_string())).is_ok()
+    }
+
+    /// Ports over TCP that this process listens on: no two may be one. Port 0 is any free one.
+    pub fn distinct_ports(&mut self, ports: &[(&'static str, SocketAddr)]) {
+        for (index, (flag, address)) in ports.iter().enumerate() {
+            let collides = |other: &SocketAddr| {
+                let is_shared = address.ip().is_unspecified()
+                    || other.ip().is_unspecified()
+                    || address.ip() == other.ip();
+                address.port() == other.port() && address.port() != 0 && is_shared
+            };
+            if let Some((other, _)) = ports[..index].iter().find(|(_, other)| collides(other)) {
+                self.add(flag, format!("{} is that of --{other} too", address.port()));
+            }
         }
     }
 
@@ -192,9 +217,11 @@ impl Faults {
         match (certificate, key) {
             (Some(certificate), Some(key)) => {
                 let pair = CertificatePair { certificate, key };
-                if pair.key.exists() {
-                    let read = |files: &mut Files| files.identity(&pair);
-                    self.contents(certificate_flag, &pair.certificate, read);
+                let chain = |files: &mut Files| files.chain(&pair.certificate);
+                let chain_is_fit = self.reads(certificate_flag, &pair.certificate, chain);
+                let key = |files: &mut Files| files.private_key(&pair.key);
+                if self.reads(key_flag, &pair.key, key) && chain_is_fit {
+                    self.reads(key_flag, &pair.key, |files| files.identity(&pair));
                 }
                 Some(pair)
             }

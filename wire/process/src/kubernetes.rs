@@ -19,7 +19,7 @@ use self::answers::Answers;
 pub use self::answers::status_text;
 use crate::{
     error::with_causes,
-    reload::{Files, LoadError, Reloads},
+    reload::{Files, LoadError, Reloads, parse_private_key},
 };
 pub use k8s_openapi::jiff::Timestamp;
 use k8s_openapi::{api::coordination::v1::LeaseSpec, jiff::SignedDuration};
@@ -210,8 +210,14 @@ impl KubernetesConfig {
             }
             (None, None) => {}
         }
-        if let Some(key) = &user.client_key {
-            files.read(Path::new(key))?;
+        // Before the client parses it, whose error would quote a key without line breaks.
+        match (&user.client_key_data, &user.client_key) {
+            (Some(data), _) => {
+                let pem = BASE64.decode(data.expose_secret()).unwrap_or_default();
+                parse_private_key(path, &pem)?;
+            }
+            (None, Some(key)) => drop(files.private_key(Path::new(key))?),
+            (None, None) => {}
         }
         read_token(files, &mut config.auth_info, path)?;
         if !proxied {
@@ -329,7 +335,11 @@ mod tests {
         assert_eq!(user.token_file, None, "the client itself would read it");
         std::fs::write(folder.path().join("token"), "another").unwrap();
         let is_of_file = !text.contains(r#""token":"#);
-        assert_eq!(files.are_unchanged(), !is_of_file, "a change of the token file is noticed");
+        assert_eq!(
+            files.are_unchanged().unwrap(),
+            !is_of_file,
+            "a change of the token file is noticed"
+        );
         Ok(user.token.unwrap().expose_secret().to_owned())
     }
 
@@ -343,6 +353,25 @@ mod tests {
         assert_eq!(token(r#"{"token":"abc\n","tokenFile":"token"}"#, "").unwrap(), "abc");
         let two_lines = token(r#"{"token":"a\nb"}"#, "").unwrap_err();
         assert_eq!(two_lines, format!("@/kubeconfig: {unusable}"));
+    }
+
+    #[test]
+    fn a_client_key_without_line_breaks_is_not_quoted() {
+        let secret = "MIGHAgEAMBMGByqGSM49";
+        let key = format!("-----BEGIN PRIVATE KEY-----{secret}-----END PRIVATE KEY-----");
+        let data = BASE64.encode(&key);
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("key"), &key).unwrap();
+        let file = folder.path().join("key");
+        let file = file.display();
+        for user in [
+            format!(r#"{{"client-key":"{file}","client-certificate":"{file}"}}"#),
+            format!(r#"{{"client-key-data":"{data}","client-certificate":"{file}"}}"#),
+        ] {
+            let error = token(&user, "").unwrap_err();
+            assert!(error.contains("line breaks are missing"), "{error}");
+            assert!(!error.contains(secret), "{error}");
+        }
     }
 
     #[test]

@@ -14,7 +14,7 @@ mod expiry;
 mod files;
 mod set;
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use culvert_transport::tls::Current;
 use metrics::Gauge;
@@ -23,8 +23,9 @@ use tokio::{
     sync::{Mutex, Notify},
     time::{Instant, sleep, timeout},
 };
-use tracing::{error, info};
+use tracing::info;
 
+pub(crate) use self::certificates::parse_private_key;
 pub use self::files::{Files, LoadError};
 use self::{expiry::Expiries, set::Set};
 use crate::{metrics::Metrics, rate_limited, threads::on_thread};
@@ -41,6 +42,9 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time after which a look counts as hung, and minimum time between two warnings about it.
 const HUNG_AFTER: Duration = Duration::from_secs(10);
 const HUNG_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Minimum time between two log lines about files that cannot be looked at.
+const UNSEEN_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Names of the metrics about files.
 #[derive(Clone, Copy, Debug)]
@@ -136,7 +140,7 @@ impl Reloads {
             self.check_expiries();
             // A file system that hangs must not end the checks of dates.
             settled = match timeout(HUNG_AFTER, self.look_at_all(false)).await {
-                Ok(settled) => settled,
+                Ok(settled) => settled.unwrap_or(true),
                 Err(_) => {
                     rate_limited!(HUNG_INTERVAL, WARN, "looking at the files takes too long");
                     true
@@ -165,33 +169,33 @@ impl Reloads {
     /// Cancel safe: a look that has begun is completed.
     pub async fn look_on_request(&self) {
         let begun = Instant::now();
-        self.look_at_all(true).await;
-        let seconds = begun.elapsed().as_secs_f64();
-        info!(seconds, "the files were looked at on request");
+        if self.look_at_all(true).await.is_some() {
+            let seconds = begun.elapsed().as_secs_f64();
+            info!(seconds, "the files were looked at on request");
+        }
     }
 
-    /// Looks at all files; whether no set is to be looked at again soon.
-    async fn look_at_all(&self, on_request: bool) -> bool {
+    /// Looks at all files; whether no set is to be looked at again soon. `None` if not all could be
+    /// looked at, which is logged.
+    async fn look_at_all(&self, on_request: bool) -> Option<bool> {
         // One look at a time: a file system that hangs holds one thread.
         let mut sets = self.sets.clone().lock_owned().await;
         let now = (self.clock)();
         let look = move || {
-            let mut settled = true;
-            for set in &mut *sets {
-                settled &= set.look(now, on_request);
-            }
-            settled
+            let looks = sets.iter_mut().map(|set| set.look(now, on_request));
+            // Each set is looked at, whatever became of another one.
+            let looks: Vec<_> = looks.collect();
+            looks.into_iter().try_fold(true, |settled, look| Ok::<_, io::Error>(look? && settled))
         };
-        match on_thread("files", look).await {
-            Ok(settled) => {
-                self.check_expiries();
-                settled
-            }
-            Err(error) => {
-                error!(%error, "the files could not be looked at");
-                true
-            }
-        }
+        let looked = on_thread("files", look).await.flatten();
+        self.check_expiries();
+        looked
+            .inspect_err(|error| {
+                rate_limited!(
+                    UNSEEN_INTERVAL, ERROR, %error, "the files could not be looked at"
+                );
+            })
+            .ok()
     }
 
     /// Updates the gauges, and warns of certificates that expire soon.

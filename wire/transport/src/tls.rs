@@ -19,7 +19,10 @@ use rustls::{
 
 pub use self::{
     current::{Current, Replace},
-    pem::{Authorities, Identity, authorities, certificates, read_file, system_authorities},
+    pem::{
+        Authorities, Identity, authorities, certificates, parse_chain, pem_fault, read_file,
+        system_authorities,
+    },
     serving::{ClientVerifier, ServerCredentials},
 };
 

@@ -2,14 +2,11 @@
 
 use std::{fmt, path::Path};
 
-use culvert_transport::tls::{Authorities, Identity, KeyExchange};
+use culvert_transport::tls::{Authorities, Identity, KeyExchange, parse_chain, pem_fault};
 use k8s_openapi::jiff::Timestamp;
 use rustls::{
     RootCertStore,
-    pki_types::{
-        CertificateDer, PrivateKeyDer,
-        pem::{self, PemObject as _},
-    },
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
     sign::CertifiedKey,
 };
 use x509_parser::prelude::{FromDer as _, X509Certificate};
@@ -71,6 +68,20 @@ pub(super) fn date(seconds: i64) -> String {
     Timestamp::from_second(seconds).map_or_else(|_| seconds.to_string(), |at| at.to_string())
 }
 
+/// The private key of a PEM text; the file is named in errors, and nothing of the text is quoted.
+pub(crate) fn parse_private_key(
+    file: &Path,
+    pem: &[u8],
+) -> Result<PrivateKeyDer<'static>, LoadError> {
+    PrivateKeyDer::from_pem_slice(pem).map_err(|error| {
+        LoadError::new(format!("{}: {}", file.display(), pem_fault(&error, "private key")))
+    })
+}
+
+fn validities(file: &Path, chain: &[CertificateDer<'_>]) -> Result<Vec<Validity>, LoadError> {
+    chain.iter().map(|certificate| Validity::of(file, certificate)).collect()
+}
+
 impl Files {
     /// Reads a certificate chain and its key, which this process presents.
     ///
@@ -84,11 +95,7 @@ impl Files {
         // Both are read, so that a change of either is noticed.
         let (chain, key) = (self.read(file), self.read(key_file));
         let identity = Identity::from_pem((file, &chain?), (key_file, &key?))?;
-        let validities: Vec<_> = identity
-            .chain
-            .iter()
-            .map(|certificate| Validity::of(file, certificate))
-            .collect::<Result<_, _>>()?;
+        let validities = validities(file, &identity.chain)?;
         let leaf = validities[0].clone();
         // The algorithms of keys do not depend on the key exchange.
         let certified = identity.certified(&KeyExchange::Hybrid.provider()).map_err(|error| {
@@ -104,19 +111,22 @@ impl Files {
         Ok((identity, certified))
     }
 
+    /// Reads a chain of certificates alone, and records none of them.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or holds no certificate, or one that cannot be parsed.
+    pub(crate) fn chain(&mut self, file: &Path) -> Result<(), LoadError> {
+        let chain = parse_chain(file, &self.read(file)?)?;
+        validities(file, &chain).map(drop)
+    }
+
     /// Reads a private key alone, and records no certificate: for what is derived from a key whose
     /// certificate is read by [`Files::identity`].
     ///
     /// # Errors
     /// When the file cannot be read, or holds no private key.
     pub fn private_key(&mut self, file: &Path) -> Result<PrivateKeyDer<'static>, LoadError> {
-        PrivateKeyDer::from_pem_slice(&self.read(file)?).map_err(|error| {
-            let file = file.display();
-            LoadError::new(match error {
-                pem::Error::NoItemsFound => format!("{file}: holds no private key"),
-                error => format!("{file}: {error}"),
-            })
-        })
+        parse_private_key(file, &self.read(file)?)
     }
 
     /// Reads a CA file. A block that cannot be used is left out, with a warning.

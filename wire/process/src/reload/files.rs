@@ -1,11 +1,15 @@
 //! What a set of files holds, and which files it was made of.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use culvert_transport::tls::{TlsError, read_file};
 use culvert_wire::control::Secret;
 
 use super::{certificates::Validity, expiry::Expiries};
+use crate::descriptors::is_shortage;
 
 /// Why a set of files cannot be used, with the name of the file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -33,6 +37,8 @@ pub struct Files {
     certificates: Vec<Validity>,
     /// When the certificate that this process presents is valid.
     presented: Option<Validity>,
+    /// Why the files could not be looked at, which says nothing about them.
+    shortage: Option<io::Error>,
 }
 
 /// A file, and what was found there.
@@ -58,7 +64,16 @@ impl Files {
     pub fn read(&mut self, path: &Path) -> Result<Vec<u8>, LoadError> {
         let (found, contents) = look_at(path);
         self.seen.push(Seen { path: path.into(), found });
-        contents.map_err(|error| LoadError(format!("cannot read {}: {error}", path.display())))
+        contents.map_err(|error| {
+            let text = format!("cannot read {}: {error}", path.display());
+            self.shortage = Some(error).filter(is_shortage).or_else(|| self.shortage.take());
+            LoadError(text)
+        })
+    }
+
+    /// Why the files could not be looked at: no descriptor was left.
+    pub(super) fn shortage(&mut self) -> Option<io::Error> {
+        self.shortage.take()
     }
 
     /// Reads a token, without the white space around it.
@@ -103,8 +118,18 @@ impl Files {
     }
 
     /// Whether every file is as it was when it was read.
-    pub(crate) fn are_unchanged(&self) -> bool {
-        self.seen.iter().all(|seen| look_at(&seen.path).0 == seen.found)
+    ///
+    /// # Errors
+    /// When no descriptor is left to look at them.
+    pub(crate) fn are_unchanged(&self) -> io::Result<bool> {
+        for seen in &self.seen {
+            match look_at(&seen.path) {
+                (_, Err(error)) if is_shortage(&error) => return Err(error),
+                (found, _) if found != seen.found => return Ok(false),
+                _ => {}
+            }
+        }
+        Ok(true)
     }
 
     /// Whether the same was found in the same files.
@@ -133,7 +158,7 @@ impl Files {
     }
 }
 
-fn look_at(path: &Path) -> (Found, std::io::Result<Vec<u8>>) {
+fn look_at(path: &Path) -> (Found, io::Result<Vec<u8>>) {
     let read = read_file(path);
     let found = match &read {
         Ok(contents) => Found::Contents(digest(contents)),

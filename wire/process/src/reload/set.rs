@@ -1,6 +1,6 @@
 //! One set of files that belong together, and the value that was made of them.
 
-use std::{fmt, path::PathBuf};
+use std::{fmt, io, path::PathBuf};
 
 use culvert_transport::tls::Current;
 use metrics::Counter;
@@ -68,11 +68,14 @@ impl Set {
 
     /// Takes the files over if they have changed and can be used; whether they need no other look
     /// soon. With `on_request` a failure is reported at once, and again.
-    pub(super) fn look(&mut self, now: i64, on_request: bool) -> bool {
-        if self.current.are_unchanged() {
+    ///
+    /// # Errors
+    /// When no descriptor is left to look at them.
+    pub(super) fn look(&mut self, now: i64, on_request: bool) -> io::Result<bool> {
+        if self.current.are_unchanged()? {
             // Also after a failure: what was bad is gone, and the value in use is that of the files.
             self.failed = None;
-            return true;
+            return Ok(true);
         }
         let mut files = Files::default();
         match (self.load)(&mut files).and_then(|replace| self.accept(&files, now).map(|()| replace))
@@ -84,9 +87,12 @@ impl Set {
                 self.log_reload();
                 // Last, so that a task that waits for it finds it counted.
                 replace();
-                true
+                Ok(true)
             }
-            Err(error) => self.fail(files, &error, on_request),
+            Err(error) => match files.shortage() {
+                Some(shortage) => Err(shortage),
+                None => Ok(self.fail(files, &error, on_request)),
+            },
         }
     }
 

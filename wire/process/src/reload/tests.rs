@@ -165,9 +165,9 @@ async fn contents_that_are_bad_for_a_moment_are_no_failure() {
     rig.write("a", "old");
     let mut value = rig.add("a");
     rig.write("a", "bad");
-    assert!(!rig.reloads.look_at_all(false).await, "it is not settled");
+    assert_eq!(rig.reloads.look_at_all(false).await, Some(false), "it is not settled");
     rig.write("a", "new");
-    assert!(rig.reloads.look_at_all(false).await);
+    assert_eq!(rig.reloads.look_at_all(false).await, Some(true));
     value.replaced().await;
     assert_eq!((value.get().as_str(), rig.count("a")), ("new", (1, 0)));
 }
@@ -382,4 +382,39 @@ fn a_key_of_another_certificate_is_reported_with_the_certificates_dates() {
     ] {
         assert!(error.contains(&part), "{part} in {error}");
     }
+}
+
+/// Set in the process that has no descriptors.
+const CHILD: &str = "CULVERT_TEST_WITHOUT_DESCRIPTORS";
+
+#[test]
+fn a_shortage_of_descriptors_is_no_change_of_a_file() {
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", "reload::tests::child_without_descriptors"]).env(CHILD, "1");
+    let ended = child.output().unwrap();
+    let text = String::from_utf8_lossy(&ended.stdout);
+    assert!(ended.status.success() && text.contains("1 passed"), "{text}");
+}
+
+/// The process of the test above; nothing otherwise.
+#[tokio::test(start_paused = true)]
+async fn child_without_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if std::env::var_os(CHILD).is_none() {
+        return;
+    }
+    let (rig, (soft, hard)) = (Rig::new(), getrlimit(Resource::RLIMIT_NOFILE).unwrap());
+    rig.write("a", "old");
+    rig.write("b", "old");
+    let values = (rig.add("a"), rig.add("b"));
+    rig.write("a", "new");
+    setrlimit(Resource::RLIMIT_NOFILE, 0, hard).unwrap();
+    for _ in 0..2 {
+        assert_eq!(rig.reloads.look_at_all(true).await, None);
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+    assert_eq!((rig.count("a"), rig.count("b")), ((0, 0), (0, 0)));
+    assert_eq!(rig.reloads.look_at_all(false).await, Some(true));
+    assert_eq!((values.0.get().as_str(), values.1.get().as_str()), ("new", "old"));
+    assert_eq!(rig.count("a"), (1, 0));
 }

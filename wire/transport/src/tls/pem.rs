@@ -11,7 +11,7 @@ use std::{
 use rustls::{RootCertStore, crypto::CryptoProvider, sign::CertifiedKey};
 use rustls_pki_types::{
     CertificateDer, PrivateKeyDer,
-    pem::{PemObject, SectionKind},
+    pem::{self, PemObject, SectionKind},
 };
 
 use super::TlsError;
@@ -20,7 +20,12 @@ use super::TlsError;
 /// distributions have a tenth of it.
 const MAX_FILE_BYTES: u64 = 4 * 1024 * 1024;
 
-/// Reads a whole regular file of at most 4 MiB. It blocks, but never waits for another process, as
+/// Maximum length of a block's label, in bytes; those of certificates and keys are shorter.
+const MAX_LABEL: usize = 32;
+/// What some editors write before a text, and PEM does not know.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// Reads a whole regular file of at most 4 MiB, without a byte order mark. It blocks, but never waits for another process, as
 /// a named pipe would.
 ///
 /// # Errors
@@ -37,7 +42,30 @@ pub fn read_file(path: &Path) -> io::Result<Vec<u8>> {
         let limit = MAX_FILE_BYTES / 1024 / 1024;
         return Err(io::Error::other(format!("it is larger than {limit} MiB")));
     }
+    if contents.starts_with(BYTE_ORDER_MARK) {
+        contents.drain(..BYTE_ORDER_MARK.len());
+    }
     Ok(contents)
+}
+
+/// Why a PEM text cannot be parsed, for people; `thing` is what was looked for. It quotes nothing
+/// but the label of a block: where line breaks are missing, a line holds the key itself.
+pub fn pem_fault(error: &pem::Error, thing: &str) -> String {
+    match error {
+        pem::Error::NoItemsFound => format!("holds no {thing}"),
+        pem::Error::MissingSectionEnd { end_marker } => {
+            let is_label = |byte: &u8| byte.is_ascii_uppercase() || *byte == b' ';
+            let is_label = end_marker.len() <= MAX_LABEL && end_marker.iter().all(is_label);
+            match str::from_utf8(end_marker).ok().filter(|_| is_label) {
+                Some(label) => format!("the block {label} has no end, the file is cut off"),
+                None => "a block has no end, or line breaks are missing".into(),
+            }
+        }
+        pem::Error::IllegalSectionStart { .. } => {
+            "a line BEGIN does not end in five hyphens, or line breaks are missing".into()
+        }
+        error => error.to_string(),
+    }
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
@@ -69,12 +97,9 @@ impl Identity {
     /// When either is malformed or holds no such thing.
     pub fn from_pem(chain: (&Path, &[u8]), key: (&Path, &[u8])) -> Result<Self, TlsError> {
         let (key_path, key_pem) = key;
-        let key = PrivateKeyDer::from_pem_slice(key_pem).map_err(|error| {
-            let reason = match error {
-                rustls_pki_types::pem::Error::NoItemsFound => "holds no private key".into(),
-                error => error.to_string(),
-            };
-            TlsError::Pem { path: key_path.into(), reason }
+        let key = PrivateKeyDer::from_pem_slice(key_pem).map_err(|error| TlsError::Pem {
+            path: key_path.into(),
+            reason: pem_fault(&error, "private key"),
         })?;
         Ok(Self { chain: parse_chain(chain.0, chain.1)?, key })
     }
@@ -102,11 +127,15 @@ pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsErro
     parse_chain(path, &read(path)?)
 }
 
-fn parse_chain(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+/// Parses every certificate of a PEM text; the path is named in errors.
+///
+/// # Errors
+/// When it has a malformed block, or holds no certificate.
+pub fn parse_chain(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let malformed = |reason: String| TlsError::Pem { path: path.into(), reason };
     let chain = CertificateDer::pem_slice_iter(pem)
         .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| malformed(error.to_string()))?;
+        .map_err(|error| malformed(pem_fault(&error, "certificate")))?;
     if chain.is_empty() {
         return Err(malformed("holds no certificate".into()));
     }
@@ -156,7 +185,7 @@ impl Authorities {
                 }
                 // As in Go, other blocks are no fault.
                 Ok(_) => Ok(()),
-                Err(error) => Err(error.to_string()),
+                Err(error) => Err(pem_fault(&error, "certificate")),
             };
             if let Err(reason) = added {
                 left_out.push(format!("block {number}: {reason}"));
@@ -226,6 +255,40 @@ mod tests {
             let error = Authorities::from_pem(path, pem.as_bytes()).unwrap_err().to_string();
             assert!(error.starts_with(reason), "{error}");
         }
+    }
+
+    #[test]
+    fn faults_of_pem_are_texts_without_lists_of_bytes() {
+        let path = Path::new("a.crt");
+        let fault = |pem: &str| parse_chain(path, pem.as_bytes()).unwrap_err().to_string();
+        let cut = &authority()[..60];
+        assert_eq!(fault(cut), "a.crt: the block CERTIFICATE has no end, the file is cut off");
+        let begin = "a.crt: a line BEGIN does not end in five hyphens, or line breaks are missing";
+        assert_eq!(fault("-----BEGIN CERTIFICATE\n"), begin);
+    }
+
+    #[test]
+    fn a_key_without_line_breaks_is_not_quoted() {
+        let key = KeyPair::generate().unwrap().serialize_pem();
+        let secret = key.lines().nth(1).unwrap();
+        for pem in [key.replace('\n', ""), key.replace('\n', " "), key.replacen('\n', "", 1)] {
+            let chain = authority();
+            let path = Path::new("a.key");
+            let pair = (Path::new("a.crt"), chain.as_bytes());
+            let error = Identity::from_pem(pair, (path, pem.as_bytes())).unwrap_err().to_string();
+            assert!(error.contains("line breaks are missing"), "{}", error.len());
+            let as_bytes = format!("{:?}", secret.as_bytes());
+            let as_bytes = as_bytes.trim_matches(['[', ']']);
+            assert!(!error.contains(secret) && !error.contains(as_bytes));
+        }
+    }
+
+    #[test]
+    fn a_byte_order_mark_hides_no_certificate() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let two = [authority(), authority()].concat();
+        std::fs::write(file.path(), format!("\u{feff}{two}")).unwrap();
+        assert_eq!(certificates(file.path()).unwrap().len(), 2);
     }
 
     #[test]
