@@ -3,14 +3,16 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
-    fmt, io,
+    fmt,
+    fs::File,
+    io,
     net::{SocketAddr, ToSocketAddrs as _},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     thread,
 };
 
-use culvert_process::metrics::Counted;
+use culvert_process::{descriptors::is_shortage, metrics::Counted};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
@@ -54,7 +56,11 @@ pub(crate) struct SystemResolver;
 
 impl Resolve for SystemResolver {
     fn resolve(&self, host: &str) -> io::Result<Vec<SocketAddr>> {
-        Ok((host, 0).to_socket_addrs()?.collect())
+        match (host, 0).to_socket_addrs() {
+            Ok(found) => Ok(found.collect()),
+            // getaddrinfo reports a name that does not exist where it could open no file or socket.
+            Err(error) => Err(File::open("/dev/null").err().filter(is_shortage).unwrap_or(error)),
+        }
     }
 }
 

@@ -58,7 +58,7 @@ fn lookup_failure(family: Network, host: &str, error: &LookupError) -> DialFailu
             (DialErrorKind::UNRESOLVABLE, "server misbehaving")
         }
         LookupError::Failed(text) if text.contains("Too many open files") => {
-            (DialErrorKind::UNRESOLVABLE, "too many open files")
+            (DialErrorKind::OVERLOADED, "too many open files")
         }
         LookupError::Failed(_) => (DialErrorKind::UNRESOLVABLE, "no such host"),
         LookupError::Internal(_) => (DialErrorKind::OTHER, "internal error"),
@@ -121,7 +121,6 @@ mod tests {
         for (message, reason) in [
             ("failed to lookup address information: Name or service not known", "no such host"),
             ("Temporary failure in name resolution", "server misbehaving"),
-            ("Too many open files (os error 24)", "too many open files"),
         ] {
             let network = Scripted::unresolvable(message);
             let text = text(network, Network::Tcp, "node-1:80").await;
@@ -134,6 +133,10 @@ mod tests {
         for (error, reason) in [
             (LookupError::Busy, "too many lookups"),
             (LookupError::NoThread("EAGAIN".into()), "resource temporarily unavailable"),
+            (
+                LookupError::Failed("Too many open files (os error 24)".into()),
+                "too many open files",
+            ),
         ] {
             let failure = lookup_failure(Network::Tcp, "node-1", &error);
             assert_eq!(failure.kind, DialErrorKind::OVERLOADED);

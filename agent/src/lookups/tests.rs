@@ -164,3 +164,29 @@ async fn a_name_has_a_limited_number_of_addresses() {
     rig.resolver.set(Ok(&found.iter().map(String::as_str).collect::<Vec<_>>()));
     assert_eq!(rig.lookups.look_up("a").await.unwrap().len(), MAX_ADDRESSES);
 }
+
+/// Set in the process that has no descriptors.
+const CHILD: &str = "CULVERT_TEST_WITHOUT_DESCRIPTORS";
+
+#[test]
+fn a_lookup_without_a_descriptor_is_no_unknown_name() {
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", "lookups::tests::child_without_descriptors"]).env(CHILD, "1");
+    let ended = child.output().unwrap();
+    let text = String::from_utf8_lossy(&ended.stdout);
+    assert!(ended.status.success() && text.contains("1 passed"), "{text}");
+}
+
+/// The process of the test above; nothing otherwise.
+#[test]
+fn child_without_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if std::env::var_os(CHILD).is_none() {
+        return;
+    }
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, 0, hard).unwrap();
+    let failed = SystemResolver.resolve("localhost");
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+    assert!(is_shortage(&failed.unwrap_err()));
+}
