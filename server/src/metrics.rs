@@ -1,8 +1,10 @@
-//! The server's metrics: each name once, with its HELP text, in this file.
+//! The server's metrics; `families` has their names and HELP texts.
 //!
 //! Where Konnectivity has a metric for the same thing, its name and HELP text are kept, so that
 //! dashboards and alerts go on working; the names of all others begin with `culvert_server_`.
 //! What describes the current state is read when it is scraped, so it cannot go stale.
+
+mod families;
 
 use std::{
     collections::BTreeMap,
@@ -24,6 +26,15 @@ use culvert_transport::{
 use culvert_wire::AgentId;
 use metrics::Histogram;
 
+use self::families::{
+    ADDRESS_VALIDATIONS, CONNECTION_DURATION, COUNTERS, CULLED_LEASES, DIAL_DURATION,
+    DIAL_FAILURES, DIALS_MOVED, DIALS_WAITED, DIRECTIONS, ESTABLISHED, FRONTENDS_REFUSED, Family,
+    GRPC_CONNECTIONS, HISTOGRAMS, HTTP_CONNECTIONS, IDENTITY_CONFLICTS, JOIN_FAILURES,
+    LEASE_DELETE_LATENCY, LEASE_DELETES, LEASE_LIST_LATENCY, LEASE_LISTS, LEASE_RENEWALS,
+    OPEN_STREAMS, OPTIMISTIC_DIALS, PENDING_DIALS, PROOF_RENEWALS, READY_BACKENDS,
+    READY_CONNECTIONS, STREAM_BYTES, STREAM_ENDS, STREAMS, TOKEN_REVIEWS, TUNNELS, TUNNELS_LOST,
+    UDP_BUFFER, UNADMITTED,
+};
 use crate::{
     agents::{
         JOIN_FAILURE_REASONS, admission::REVIEW_RESULTS, identity::ClaimFault,
@@ -38,172 +49,6 @@ pub(crate) const FRONTEND_CLOSE: &str = "frontend_close";
 
 /// Number of live tasks.
 const TASKS: &str = "culvert_server_tasks";
-
-/// A family of metrics: its name and its HELP text.
-struct Family {
-    name: &'static str,
-    help: &'static str,
-}
-
-impl Family {
-    const fn new(name: &'static str, help: &'static str) -> Self {
-        Self { name, help }
-    }
-}
-
-const DIAL_DURATION: Family = Family::new(
-    "konnectivity_network_proxy_server_dial_duration_seconds",
-    "Latency of dial to the remote endpoint in seconds",
-);
-const CONNECTION_DURATION: Family = Family::new(
-    "konnectivity_network_proxy_server_connection_duration_seconds",
-    "Time a spliced connection lived, in seconds.",
-);
-const DIAL_FAILURES: Family = Family::new(
-    "konnectivity_network_proxy_server_dial_failure_count",
-    "Number of dial failures observed. Multiple failures can occur for a single dial \
-     request.",
-);
-const OPTIMISTIC_DIALS: Family = Family::new(
-    "culvert_server_optimistic_dials_total",
-    "Dials answered before the agent did, by what it then said.",
-);
-const DIALS_MOVED: Family = Family::new(
-    "culvert_server_dials_moved_total",
-    "Dials whose tunnel was lost before the answer and that were made again on \
-     another.",
-);
-const DIALS_WAITED: Family = Family::new(
-    "culvert_server_dials_waited_total",
-    "Dials that waited for an agent that had just left, by whether one came.",
-);
-const PENDING_DIALS: Family = Family::new(
-    "konnectivity_network_proxy_server_pending_backend_dials",
-    "Current number of pending backend dial requests",
-);
-const ESTABLISHED: Family = Family::new(
-    "konnectivity_network_proxy_server_established_connections",
-    "Current number of established end-to-end connections (post-dial).",
-);
-const GRPC_CONNECTIONS: Family = Family::new(
-    "konnectivity_network_proxy_server_grpc_connections",
-    "Number of current grpc connections, partitioned by service method.",
-);
-const HTTP_CONNECTIONS: Family = Family::new(
-    "konnectivity_network_proxy_server_http_connections",
-    "Number of current HTTP CONNECT connections",
-);
-const READY_BACKENDS: Family = Family::new(
-    "konnectivity_network_proxy_server_ready_backends",
-    "Number of konnectivity agent connected to the proxy server",
-);
-const READY_CONNECTIONS: Family = Family::new(
-    "konnectivity_network_proxy_server_ready_backend_connections",
-    "Number of konnectivity agent connected to the proxy server. DEPRECATED, please \
-     use ready_backends",
-);
-const STREAMS: Family = Family::new("culvert_server_streams_total", "Streams that were spliced.");
-const STREAM_ENDS: &str = "culvert_server_stream_ends_total";
-const STREAM_BYTES: &str = "culvert_server_stream_bytes_total";
-const OPEN_STREAMS: Family =
-    Family::new("culvert_server_tunnel_open_streams", "Streams being dialed or spliced, by agent.");
-const TUNNELS: Family =
-    Family::new("culvert_server_tunnels", "Tunnels of agents that have joined.");
-const IDENTITY_CONFLICTS: Family = Family::new(
-    "culvert_server_identity_conflicts_total",
-    "Ids and identifiers that agents announced and did not get, by reason.",
-);
-const PROOF_RENEWALS: Family = Family::new(
-    "culvert_server_proof_renewals_total",
-    "Tokens with which connected agents renewed their proof of identity, by result.",
-);
-const TUNNELS_LOST: Family =
-    Family::new("culvert_server_tunnels_lost_total", "Tunnels that ended, by reason.");
-const JOIN_FAILURES: Family = Family::new(
-    "culvert_server_join_failures_total",
-    "Agents that connected and did not become a backend, by reason.",
-);
-const TOKEN_REVIEWS: Family = Family::new(
-    "culvert_server_token_reviews_total",
-    "Tokens that kube-apiserver was asked to review, by result.",
-);
-const UNADMITTED: Family = Family::new(
-    "culvert_server_unadmitted_connections",
-    "Connections of peers that are not admitted yet, by what carries them.",
-);
-const ADDRESS_VALIDATIONS: Family = Family::new(
-    "culvert_server_address_validations_total",
-    "QUIC clients that had to prove their address first, because many peers were not admitted \
-     yet.",
-);
-const FRONTENDS_REFUSED: Family = Family::new(
-    "culvert_server_frontends_refused_total",
-    "Connections of frontends that were refused before a request, by reason.",
-);
-const CULLED_LEASES: Family = Family::new(
-    "konnectivity_network_proxy_server_culled_leases_count",
-    "Count of expired leases that the lease garbage collection controller has culled.",
-);
-const LEASE_RENEWALS: Family = Family::new(
-    "culvert_server_lease_renewals_total",
-    "Renewals of the server's own Lease, by result.",
-);
-const LEASE_LISTS: Family = Family::new(
-    "konnectivity_network_proxy_server_lease_list_total",
-    "Lists of Leases, by kube-apiserver's answer.",
-);
-const LEASE_LIST_LATENCY: Family = Family::new(
-    "konnectivity_network_proxy_server_lease_list_latency_seconds",
-    "Latency of lease list calls in seconds.",
-);
-const LEASE_DELETES: Family = Family::new(
-    "konnectivity_network_proxy_server_lease_delete_total",
-    "Removals of Leases, by kube-apiserver's answer.",
-);
-const LEASE_DELETE_LATENCY: Family = Family::new(
-    "konnectivity_network_proxy_server_lease_delete_latency_seconds",
-    "Latency of lease deletion calls in seconds.",
-);
-const UDP_BUFFER: Family = Family::new(
-    "culvert_server_udp_buffer_bytes",
-    "Kernel buffer granted to the tunnel's UDP socket, in bytes.",
-);
-
-/// Families that count events.
-const COUNTERS: [Family; 15] = [
-    DIAL_FAILURES,
-    OPTIMISTIC_DIALS,
-    DIALS_MOVED,
-    DIALS_WAITED,
-    TUNNELS_LOST,
-    JOIN_FAILURES,
-    FRONTENDS_REFUSED,
-    TOKEN_REVIEWS,
-    ADDRESS_VALIDATIONS,
-    IDENTITY_CONFLICTS,
-    PROOF_RENEWALS,
-    CULLED_LEASES,
-    LEASE_RENEWALS,
-    LEASE_LISTS,
-    LEASE_DELETES,
-];
-/// Families of durations, and the bounds of their buckets.
-const HISTOGRAMS: [(Family, &[f64]); 4] = [
-    (DIAL_DURATION, DIAL_BUCKETS),
-    (CONNECTION_DURATION, CONNECTION_BUCKETS),
-    (LEASE_LIST_LATENCY, DIAL_BUCKETS),
-    (LEASE_DELETE_LATENCY, DIAL_BUCKETS),
-];
-/// Labels of the bytes to the tunnel and of those from it.
-const DIRECTIONS: [&str; 2] = ["to_agent", "from_agent"];
-
-/// Bounds of dial durations, in seconds: Konnectivity's, and finer ones in the range of tunnels.
-const DIAL_BUCKETS: &[f64] = &[
-    1e-6, 1e-5, 1e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 12.5,
-];
-/// Bounds of connection durations, in seconds: Konnectivity's.
-const CONNECTION_BUCKETS: &[f64] =
-    &[1.0, 5.0, 15.0, 30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 14_400.0, 43_200.0, 86_400.0];
 
 /// Why a frontend was refused before its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
