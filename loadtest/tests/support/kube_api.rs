@@ -35,7 +35,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_stream::{StreamExt as _, wrappers::UnboundedReceiverStream};
 use tokio_util::task::AbortOnDropHandle;
 
-/// Token in the kubeconfig, which every request has to show.
+/// Token in the file that the kubeconfig names, which every request has to show.
 const ASKER: &str = "the-asker";
 const REVIEWS: &str = "/apis/authentication.k8s.io/v1/tokenreviews";
 const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases";
@@ -153,13 +153,15 @@ pub(crate) fn jwt(claims: &Value) -> String {
 }
 
 fn config_for(address: SocketAddr, certificates: &Certificates) -> String {
+    let token = certificates.folder().join("asker.token");
+    std::fs::write(&token, format!("{ASKER}\n")).unwrap();
     // YAML takes JSON.
     let config = json!({
         "apiVersion": "v1", "kind": "Config", "current-context": "here",
         "clusters": [{ "name": "here", "cluster": {
             "server": format!("https://{address}"), "certificate-authority": certificates.ca(),
         } }],
-        "users": [{ "name": "me", "user": { "token": ASKER } }],
+        "users": [{ "name": "me", "user": { "tokenFile": token } }],
         "contexts": [{ "name": "here", "context": { "cluster": "here", "user": "me" } }],
     });
     config.to_string()
