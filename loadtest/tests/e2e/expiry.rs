@@ -75,7 +75,8 @@ async fn a_token_that_expires_drains_its_agent_and_ends_the_tunnel() {
 async fn a_new_certificate_leads_to_a_new_tunnel_and_no_stream_is_cut() {
     within(async {
         let deployment = Deployment::start(Culvert, Connect, &[]).await;
-        let mut agent = deployment.start_agent(Culvert, "agent", &[]).await;
+        // A tunnel over TCP would be replaced by one over QUIC.
+        let mut agent = deployment.start_agent(Culvert, "agent", &["--transport=quic"]).await;
         deployment.until_joined(1).await;
         let target = targets::echo().await.unwrap();
         let mut stream = deployment.dial(target.address()).await.unwrap();

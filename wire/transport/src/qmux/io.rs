@@ -106,16 +106,17 @@ pub(super) async fn write<IO: AsyncWrite>(
                 () = until(keep_alive.ping_at) => {}
             }
         } else {
-            let begun = Instant::now();
+            let (begun, length) = (Instant::now(), output.len());
             let written = select! {
-                written = put(&mut io, &output) => written,
+                written = put(&mut io, &mut output) => written,
+                // The rest, of which the close may be a part, is written below.
                 _ = shared.lost.wait() => break,
             };
             match written {
                 Ok(()) => {
                     let micros = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
                     shared.sending.fetch_add(micros, Ordering::Relaxed);
-                    shared.sent.fetch_add(output.len() as u64, Ordering::Relaxed);
+                    shared.sent.fetch_add(length as u64, Ordering::Relaxed);
                 }
                 Err(error) => shared.lose(error.into()),
             }
@@ -123,10 +124,10 @@ pub(super) async fn write<IO: AsyncWrite>(
         ping = measure(ping, &shared);
     }
     let close = async {
-        output.clear();
+        put(&mut io, &mut output).await?;
         shared.lock().fill(&mut output);
-        let _ = put(&mut io, &output).await;
-        let _ = io.shutdown().await;
+        put(&mut io, &mut output).await?;
+        io.shutdown().await
     };
     let _ = timeout(CLOSE_TIMEOUT, close).await;
     let _ = shared.flushed.set(());
@@ -165,8 +166,12 @@ impl KeepAlive {
     }
 }
 
-async fn put(io: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> std::io::Result<()> {
-    io.write_all(bytes).await?;
+/// Writes and takes out all of `bytes`.
+///
+/// # Cancel safety
+/// Cancel safe: `bytes` has what was not written.
+async fn put(io: &mut (impl AsyncWrite + Unpin), bytes: &mut BytesMut) -> std::io::Result<()> {
+    io.write_all_buf(bytes).await?;
     io.flush().await
 }
 
