@@ -15,6 +15,8 @@ use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 pub(crate) struct Certificate {
     /// Distinguished name, such as `O=system:nodes, CN=system:node:node-1`; may be empty.
     pub(crate) subject: String,
+    /// The same name as it is encoded, for comparison: its text may be that of another name.
+    encoded_subject: Vec<u8>,
     /// Common name of the subject.
     pub(crate) common_name: Option<String>,
     /// Alternative names that are DNS names or URIs.
@@ -46,6 +48,7 @@ impl Certificate {
         }
         Some(Self {
             subject: parsed.subject().to_string(),
+            encoded_subject: parsed.subject().as_raw().to_vec(),
             common_name: common_name.map(str::to_owned),
             alternative_names,
             addresses,
@@ -62,7 +65,7 @@ impl Certificate {
                 let names = |of: &Self| (of.alternative_names.clone(), of.addresses.clone());
                 names(self) == names(other)
             }
-            _ => self.subject == other.subject,
+            _ => self.encoded_subject == other.encoded_subject,
         }
     }
 
@@ -119,5 +122,24 @@ mod tests {
         assert_eq!(of(&["spiffe-1"]).to_string(), "certificate of [\"spiffe-1\"]");
         let named = Certificate::of(&certificate("agent", &["spiffe-1"])).unwrap();
         assert!(!named.is_same_subject(&of(&["spiffe-1"])));
+    }
+
+    /// Texts of names are not unique: an attribute may look like several.
+    #[test]
+    fn a_subject_that_only_reads_like_another_is_not_the_same() {
+        let of = |parts: &[(rcgen::DnType, &str)]| {
+            let mut params = rcgen::CertificateParams::default();
+            params.distinguished_name = rcgen::DistinguishedName::new();
+            for (kind, text) in parts {
+                params.distinguished_name.push(kind.clone(), *text);
+            }
+            let der = params.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().into();
+            Certificate::of(&der).unwrap()
+        };
+        let (o, cn) = (rcgen::DnType::OrganizationName, rcgen::DnType::CommonName);
+        let agent = of(&[(o.clone(), "system:nodes"), (cn, "system:node:node-1")]);
+        let forged = of(&[(o, "system:nodes, CN=system:node:node-1")]);
+        assert_eq!(agent.subject, forged.subject);
+        assert!(!forged.is_same_subject(&agent));
     }
 }

@@ -1,6 +1,9 @@
 //! What an agent says about itself, as far as its identity may say so.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+};
 
 use culvert_wire::{
     AgentId,
@@ -86,20 +89,22 @@ impl Claims {
 
 impl Identity {
     /// Whether an agent with these names may have the identifier. Addresses are proven by a
-    /// certificate that names addresses; others say nothing about them.
+    /// certificate that names addresses; others say nothing about them. A name under the key of an
+    /// address is proven by nothing: a dial would find it like a host name.
     fn proves(&self, names: &[&str], identifier: &Identifier) -> bool {
         let value = identifier.value.as_str();
         match identifier.key.as_str() {
             "host" => names.contains(&value),
-            "ipv4" | "ipv6" => {
-                let named = self.certificate.as_ref().map(|certificate| &certificate.addresses);
-                let named = named.filter(|addresses| !addresses.is_empty());
-                named.is_none_or(|addresses| {
-                    value.parse::<IpAddr>().is_ok_and(|address| addresses.contains(&address))
-                })
-            }
+            "ipv4" => value.parse::<Ipv4Addr>().is_ok_and(|address| self.may_have(address.into())),
+            "ipv6" => value.parse::<Ipv6Addr>().is_ok_and(|address| self.may_have(address.into())),
             _ => true,
         }
+    }
+
+    fn may_have(&self, address: IpAddr) -> bool {
+        let named = self.certificate.as_ref().map(|certificate| &certificate.addresses);
+        let named = named.filter(|addresses| !addresses.is_empty());
+        named.is_none_or(|addresses| addresses.contains(&address))
     }
 }
 
@@ -111,7 +116,7 @@ mod tests {
     };
     use crate::testing::certificate;
 
-    const ANNOUNCED: [(&str, &str); 7] = [
+    const ANNOUNCED: [(&str, &str); 10] = [
         ("host", "node-1"),
         ("host", "node-1.example"),
         ("host", "node-2"),
@@ -119,6 +124,10 @@ mod tests {
         ("ipv6", "fd00::2"),
         ("default-route", "true"),
         ("cidr", "10.0.0.0/8"),
+        // Names, which a dial would find, and an address of the other family.
+        ("ipv4", "node-3"),
+        ("ipv6", "node-3"),
+        ("ipv4", "fd00::3"),
     ];
 
     fn of_certificate(name: &str, names: &[&str]) -> Identity {
