@@ -28,6 +28,7 @@ pub(super) use self::exercise::exercise;
 pub(super) use self::incoming::Received;
 use super::{
     Role,
+    fault::Fault,
     frame::{Frame, Parameters},
     stream::{Found, Recv, Room, Send, SendState, Stream, Wakers},
 };
@@ -35,6 +36,9 @@ use super::{
 /// Maximum number of bytes of a stream that wait here to be sent, before the chunk that exceeds it;
 /// what is beyond waits with its writer.
 const SEND_BUFFER: usize = 128 * 1024;
+
+/// Number of bytes that a peer which is not admitted may send in all, in windows of a stream.
+const UNADMITTED_WINDOWS: u64 = 4;
 
 /// The state of one connection.
 ///
@@ -153,6 +157,18 @@ impl Mux {
             {
                 self.urgent.push_back(Frame::MaxStreamData { id: *id, limit });
             }
+        }
+    }
+
+    /// Checks that a peer which is not admitted yet has sent no more than its introduction needs,
+    /// frames of every kind included.
+    ///
+    /// # Errors
+    /// [`Fault::Unadmitted`] when `received` bytes are more.
+    pub(super) fn check_unadmitted(&self, received: u64) -> Result<(), Fault> {
+        match self.unadmitted_window {
+            Some(window) if received > window * UNADMITTED_WINDOWS => Err(Fault::Unadmitted),
+            _ => Ok(()),
         }
     }
 
