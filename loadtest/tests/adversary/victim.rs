@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use culvert_loadtest::{frontend::Protocol, process::Process};
 use culvert_transport::tls::{Identity, KeyExchange, authorities, certificates, tunnel_client};
 use rustls::ClientConfig;
+use serde_json::json;
 use tokio::{
     sync::{Mutex, MutexGuard},
     time::{Instant, timeout},
@@ -13,14 +14,10 @@ use tokio::{
 use crate::support::{
     deployment::{Deployment, Implementation::Culvert, OPEN_SERVERS},
     eventually,
-    kube_api::KubeApi,
+    kube_api::{ACCOUNT, AUDIENCE, KubeApi, jwt},
 };
 
 pub(crate) const MIB: u64 = 1 << 20;
-/// Audience of the tokens.
-pub(crate) const AUDIENCE: &str = "system:konnectivity-server";
-/// User of the service account whose tokens are accepted.
-pub(crate) const ACCOUNT: &str = "system:serviceaccount:kube-system:konnectivity-agent";
 /// Number of the [`token`] of honest agents.
 const HONEST: u32 = 9999;
 
@@ -67,17 +64,10 @@ impl Victim {
         let mut deployment = Deployment::without_server(Protocol::Connect);
         let api = KubeApi::start(&deployment.certificates).await;
         api.accept(&token(HONEST), ACCOUNT, AUDIENCE);
-        let kubeconfig = api.flag();
+        let token_flags = api.token_flags();
         let mut flags = more.to_vec();
         if proof == Proof::Token {
-            flags.extend([
-                "--cluster-ca-cert=",
-                "--agent-namespace=kube-system",
-                "--agent-service-account=konnectivity-agent",
-                "--authentication-audience=system:konnectivity-server",
-                "--kube-api-content-type=application/json",
-                &kubeconfig,
-            ]);
+            flags.extend(token_flags.iter().map(String::as_str));
         }
         deployment.start_server(Culvert, &flags).await;
         let mut victim = Self {
@@ -163,14 +153,7 @@ impl Victim {
     }
 }
 
-/// Header of a JWT.
-pub(crate) const HEADER: &str = "eyJhbGciOiJSUzI1NiIsImtpZCI6IngifQ";
-
 /// A token of a service account; kube-apiserver accepts none but [`HONEST`].
 pub(crate) fn token(number: u32) -> String {
-    const CLAIMS: &str = "eyJhdWQiOlsic3lzdGVtOmtvbm5lY3Rpdml0eS1zZXJ2ZXIiXSwiZXhwIjo0MDAwMDAwMD\
-        AwLCJpYXQiOjE3MDAwMDAwMDAsIm5iZiI6MTcwMDAwMDAwMCwiaXNzIjoiaHR0cHM6Ly9r\
-        dWJlcm5ldGVzLmRlZmF1bHQuc3ZjLmNsdXN0ZXIubG9jYWwiLCJzdWIiOiJzeXN0ZW06c2\
-        VydmljZWFjY291bnQ6a3ViZS1zeXN0ZW06a29ubmVjdGl2aXR5LWFnZW50In0";
-    format!("{HEADER}.{CLAIMS}.c2ln{number:04}")
+    jwt(&json!({ "aud": [AUDIENCE], "exp": 4_000_000_000_u32, "jti": number }))
 }

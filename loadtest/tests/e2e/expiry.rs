@@ -4,11 +4,11 @@ use culvert_loadtest::{frontend::Protocol::Connect, process::Signal, targets};
 use culvert_process::kubernetes::Timestamp;
 use serde_json::json;
 
-use super::tokens::{ACCEPTED, AUDIENCE, Guarded};
+use super::tokens::Guarded;
 use crate::support::{
     deployment::{Deployment, Implementation::Culvert},
     echo, eventually,
-    kube_api::jwt,
+    kube_api::{ACCOUNT, AUDIENCE, jwt},
     within,
 };
 
@@ -28,8 +28,8 @@ async fn a_token_that_rotates_renews_the_proof_on_the_same_tunnel() {
     within(async {
         let guarded = Guarded::start(Culvert).await;
         let (first, second) = (expiring("first", 2), expiring("second", 3600));
-        guarded.api.accept(&first, ACCEPTED, AUDIENCE);
-        guarded.api.accept(&second, ACCEPTED, AUDIENCE);
+        guarded.api.accept(&first, ACCOUNT, AUDIENCE);
+        guarded.api.accept(&second, ACCOUNT, AUDIENCE);
         let (mut agent, file) = guarded.start_agent_with(Culvert, "agent", &first).await;
         guarded.deployment.until_joined(1).await;
         let target = targets::echo().await.unwrap();
@@ -52,7 +52,7 @@ async fn a_token_that_expires_drains_its_agent_and_ends_the_tunnel() {
     within(async {
         let guarded = Guarded::start(Culvert).await;
         let token = expiring("first", 1);
-        guarded.api.accept(&token, ACCEPTED, AUDIENCE);
+        guarded.api.accept(&token, ACCOUNT, AUDIENCE);
         let (agent, _) = guarded.start_agent_with(Culvert, "agent", &token).await;
         guarded.deployment.until_joined(1).await;
         let target = targets::echo().await.unwrap();

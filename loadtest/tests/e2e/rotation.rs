@@ -21,7 +21,7 @@ use crate::support::{
     agent::tunnel,
     deployment::{Deployment, Implementation::Culvert},
     echo, eventually,
-    kube_api::{KubeApi, jwt},
+    kube_api::{ACCOUNT, AUDIENCE, KubeApi, jwt},
     rig, within,
 };
 
@@ -262,19 +262,12 @@ async fn a_kubeconfig_with_another_address_is_used_when_the_old_one_does_not_ans
         let mut deployment = Deployment::without_server(Protocol::Connect);
         let silent = KubeApi::start(&deployment.certificates).await;
         silent.delay_answers(Duration::from_secs(3600));
-        let kubeconfig = silent.flag();
-        let flags = [
-            "--cluster-ca-cert=",
-            "--agent-namespace=kube-system",
-            "--agent-service-account=konnectivity-agent",
-            "--authentication-audience=system:konnectivity-server",
-            &kubeconfig,
-        ];
+        let flags = silent.token_flags();
+        let flags = flags.each_ref().map(String::as_str);
         deployment.start_server(Culvert, &flags).await;
         let api = KubeApi::start(&deployment.certificates).await;
-        let user = "system:serviceaccount:kube-system:konnectivity-agent";
         let good = jwt(&serde_json::json!({ "sub": "good" }));
-        api.accept(&good, user, "system:konnectivity-server");
+        api.accept(&good, ACCOUNT, AUDIENCE);
         let token = deployment.certificates.folder().join("token");
         fs::write(&token, good).unwrap();
         let flag = format!("--service-account-token-path={}", token.display());

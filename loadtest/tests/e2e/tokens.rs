@@ -25,13 +25,9 @@ use crate::support::{
         can_run,
     },
     echo, eventually,
-    kube_api::{KubeApi, jwt},
+    kube_api::{ACCOUNT, AUDIENCE, KubeApi, jwt},
     within,
 };
-
-pub(crate) const AUDIENCE: &str = "system:konnectivity-server";
-/// User of the service account whose tokens are accepted.
-pub(crate) const ACCEPTED: &str = "system:serviceaccount:kube-system:konnectivity-agent";
 
 /// Maximum number of reviews at a time.
 const MAX_REVIEWS: u32 = 64;
@@ -51,15 +47,8 @@ impl Guarded {
     pub(crate) async fn start(implementation: Implementation) -> Self {
         let mut deployment = Deployment::without_server(Protocol::Connect);
         let api = KubeApi::start(&deployment.certificates).await;
-        let kubeconfig = api.flag();
-        let flags = [
-            "--cluster-ca-cert=",
-            "--agent-namespace=kube-system",
-            "--agent-service-account=konnectivity-agent",
-            "--authentication-audience=system:konnectivity-server",
-            "--kube-api-content-type=application/json",
-            &kubeconfig,
-        ];
+        let flags = api.token_flags();
+        let flags = flags.each_ref().map(String::as_str);
         deployment.start_server(implementation, &flags).await;
         Self { deployment, api }
     }
@@ -130,7 +119,7 @@ async fn an_agent_with_an_accepted_token_serves(
     #[values(Culvert, Konnectivity)] server: Implementation,
 ) {
     with_guarded(agent, server, async |guarded| {
-        guarded.accept("good", ACCEPTED);
+        guarded.accept("good", ACCOUNT);
         let _agent = guarded.start_agent(agent, "agent", "good").await;
         guarded.deployment.until_joined(1).await;
         let target = targets::echo().await.unwrap();
@@ -165,7 +154,7 @@ async fn an_agent_with_a_refused_token_logs_why_and_joins_once_it_has_an_accepte
     #[case] reason: &str,
 ) {
     with_guarded(agent, server, async |guarded| {
-        guarded.accept("good", ACCEPTED);
+        guarded.accept("good", ACCOUNT);
         if !user.is_empty() {
             guarded.accept("bad", user);
         }
@@ -186,7 +175,7 @@ async fn an_agent_joins_once_tokens_can_be_reviewed(
     const REASON: &str = "tokenreviews is forbidden";
     with_guarded(agent, server, async |guarded| {
         guarded.api.refuse(Some(REASON));
-        guarded.accept("good", ACCEPTED);
+        guarded.accept("good", ACCOUNT);
         let (process, _) = guarded.start_agent(agent, "agent", "good").await;
         guarded.until_refused(agent, &process, REASON).await;
         guarded.api.refuse(None);
@@ -218,7 +207,7 @@ async fn an_agent_without_a_token_logs_that_it_needs_one(
 async fn a_slow_review_keeps_an_agent_on_quic_and_its_result_is_cached() {
     within(async {
         let guarded = Guarded::start(Culvert).await;
-        guarded.accept("good", ACCEPTED);
+        guarded.accept("good", ACCOUNT);
         guarded.api.delay_answers(Duration::from_secs(1));
         let (agent, _) = guarded.start_agent(Culvert, "agent", "good").await;
         guarded.deployment.until_joined(1).await;
@@ -261,7 +250,7 @@ async fn calls_that_are_reset_cause_no_more_reviews_than_calls_that_wait() {
     const CALLS: usize = 4;
     within(async {
         let guarded = Guarded::start(Culvert).await;
-        guarded.accept("good", ACCEPTED);
+        guarded.accept("good", ACCOUNT);
         guarded.api.delay_answers(ANSWER_TIME);
         let begun = Instant::now();
         for connection_number in 0..CONNECTIONS {

@@ -35,6 +35,10 @@ use tokio_rustls::TlsAcceptor;
 use tokio_stream::{StreamExt as _, wrappers::UnboundedReceiverStream};
 use tokio_util::task::AbortOnDropHandle;
 
+/// Audience of agents' tokens.
+pub(crate) const AUDIENCE: &str = "system:konnectivity-server";
+/// User of the service account whose tokens [`KubeApi::token_flags`] asks for.
+pub(crate) const ACCOUNT: &str = "system:serviceaccount:kube-system:konnectivity-agent";
 /// Token in the file that the kubeconfig names, which every request has to show.
 const ASKER: &str = "the-asker";
 const REVIEWS: &str = "/apis/authentication.k8s.io/v1/tokenreviews";
@@ -87,6 +91,19 @@ impl KubeApi {
             state.clone(),
         ));
         Self { state, kubeconfig, _serving: serving }
+    }
+
+    /// Flags of a server whose agents need a token of [`ACCOUNT`] for [`AUDIENCE`], and no
+    /// certificate.
+    pub(crate) fn token_flags(&self) -> [String; 6] {
+        [
+            "--cluster-ca-cert=".into(),
+            "--agent-namespace=kube-system".into(),
+            "--agent-service-account=konnectivity-agent".into(),
+            format!("--authentication-audience={AUDIENCE}"),
+            "--kube-api-content-type=application/json".into(),
+            self.flag(),
+        ]
     }
 
     /// The flag with the kubeconfig.

@@ -74,9 +74,10 @@ impl AgentListener {
         let tls = tls::tunnel_server_with(files.agents.clone(), key_exchange)?;
         let tls = Arc::new(tls);
         // Agents open the control stream and nothing else.
-        let settings = config.tunnel.settings(1).with_unadmitted_window(UNADMITTED_WINDOW);
+        let settings = config.tunnel.settings(1);
+        let of_strangers = settings.with_unadmitted_window(UNADMITTED_WINDOW);
         let address = config.agents.address;
-        let (quic, tcp) = bind_both(address, &tls, &settings, files.reset_key.as_ref())?;
+        let (quic, tcp) = bind_both(address, &tls, &of_strangers, files.reset_key.as_ref())?;
         let mut tls = (*tls).clone();
         tls.alpn_protocols.push(ALPN_H2.to_vec());
         let sizes = quic.buffer_sizes();
@@ -87,12 +88,15 @@ impl AgentListener {
                 "UDP buffers are small; raise net.core.rmem_max and net.core.wmem_max to 8 MiB",
             );
         }
-        let tcp =
-            TcpAccept { acceptor: Acceptor::new("agents", tcp), tls: Arc::new(tls), settings };
+        let tcp = TcpAccept {
+            acceptor: Acceptor::new("agents", tcp),
+            tls: Arc::new(tls),
+            settings: of_strangers,
+        };
         Ok(Self { quic, tcp, settings })
     }
 
-    /// Settings of the tunnels.
+    /// Settings of tunnels whose agent is admitted, such as the bridges to Konnectivity agents.
     pub(crate) fn settings(&self) -> Settings {
         self.settings
     }

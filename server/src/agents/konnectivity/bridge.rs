@@ -88,8 +88,7 @@ impl Bridge {
         peer: Peer,
         context: &Arc<AgentContext>,
     ) -> Result<Self, IntroductionError> {
-        // Both ends are this process.
-        let settings = culvert_transport::Settings { unadmitted_window: None, ..context.settings };
+        let settings = context.settings;
         let streams = culvert_transport::Settings { max_streams: context.max_streams, ..settings };
         let Ends { agent: tunnel, server } = memory::connect(peer, &streams, &settings).await?;
         let attempt = Attempt::of_admitted();
