@@ -22,6 +22,8 @@ struct AgentProgram;
 impl Program for AgentProgram {
     const NAME: &'static str = "culvert-agent";
     type Config = Config;
+    /// That of Konnectivity's agent, which ends in order at its second signal.
+    const SECOND_SIGNAL_EXIT_CODE: i32 = 0;
 
     /// A single thread: a tunnel is one connection, which one thread drives at a time. A second
     /// thread is woken for every packet, which costs a third of the throughput.

@@ -102,8 +102,8 @@ impl ProcessConfig for Config {
         {
             ports.push(("server-port", *address));
         }
-        ports.extend([("health-port", health_address), ("admin-port", admin_address)]);
-        faults.distinct_ports(&ports);
+        let spare = [("health-port", health_address), ("admin-port", admin_address)];
+        faults.distinct_ports(&ports, &spare);
         let server_id = faults.id("server-id", flags.server_id.as_deref());
         let server_count = faults.count("server-count", flags.server_count, 0).max(1);
         let graceful_shutdown_timeout =

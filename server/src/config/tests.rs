@@ -353,8 +353,13 @@ fn each_rule_names_its_flag() {
         &["--server-id=nöde"],
         &["--reset-key-file=@absent"],
         &["--mtu-cap=100"],
-        &["--admin-port=8132"],
-        &["--admin-port=8134", "--admin-bind-address="],
+        &[
+            "--server-port=8132",
+            "--uds-name=",
+            "--server-cert=@crt",
+            "--server-key=@key",
+            "--server-ca-cert=@ca",
+        ],
     ] {
         let flag = args[0].split('=').next().unwrap();
         let text = files.config(args).unwrap_err();
@@ -389,6 +394,9 @@ fn what_has_no_effect_is_warned_of() {
         "--enable-profiling",
         "--xfr-channel-size=20",
         "--log-file=/var/log/server.log",
+        "--admin-port=8132",
+        "--admin-port=8134",
+        "--health-port=8132",
         "--insecure-allow-unauthenticated-agents",
     ] {
         let flag = arg.split('=').next().unwrap();

@@ -56,6 +56,8 @@ pub trait Program {
     const NAME: &'static str;
     /// Checked configuration.
     type Config: ProcessConfig;
+    /// Exit code after a second signal to stop; by default that of Konnectivity's server.
+    const SECOND_SIGNAL_EXIT_CODE: i32 = 1;
 
     /// The kind of runtime that the program runs on: one thread per core by default.
     fn runtime() -> Builder {
@@ -76,7 +78,8 @@ pub trait Program {
 
 /// Runs a program with these arguments, the program's own path first.
 ///
-/// The first SIGTERM or SIGINT cancels the program's `stop` token, the second ends the process.
+/// The first SIGTERM or SIGINT cancels the program's `stop` token, the second ends the process with
+/// the program's code for that.
 /// SIGHUP has the program read its files again.
 /// `--help`, `--version` and `--completion` print their text and nothing runs. The exit code is 0,
 /// or 1 for unusable arguments and for a program that failed.
@@ -88,8 +91,8 @@ pub fn main<P: Program>(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let limit = descriptors::raise_limit();
     let args: Vec<_> = args.into_iter().collect();
     let invocation = Invocation::from_argv0(args.first().map(OsString::as_os_str));
-    let flags = match go_flags::try_parse_from(args) {
-        Ok(flags) => flags,
+    let (flags, words) = match go_flags::parse_with_words(args) {
+        Ok(parsed) => parsed,
         Err(exit) => return exit.print(),
     };
     let config = match P::Config::from_flags(flags, invocation) {
@@ -100,6 +103,9 @@ pub fn main<P: Program>(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         return fail::<P>(&error);
     }
     scopeguard::defer!(logging::flush()); // after a panic too
+    words.iter().for_each(|word| {
+        warn!("{word:?} belongs to no flag and is ignored; a BOOL takes its value after =");
+    });
     config.warnings().iter().for_each(|warning| warn!("{warning}"));
     descriptors::report(limit, config.descriptors());
     let result = runtime::<P>().and_then(|runtime| {
@@ -141,7 +147,7 @@ async fn run_until_signalled<P: Program>(config: P::Config) -> Result<(), BoxErr
         let signal = signals.next().await;
         info!(signal, "stop requested");
         stop.cancel();
-        signals.exit_at_next().await
+        signals.exit_at_next(P::SECOND_SIGNAL_EXIT_CODE).await
     };
     tokio::select! {
         result = P::run(config, stop.clone(), reload) => result,

@@ -111,6 +111,11 @@ impl Faults {
         self.warnings.push(format!("--{flag}: {text}"));
     }
 
+    /// Records a warning of a variable of the environment, which is logged at start.
+    pub fn warn_of_variable(&mut self, name: &'static str, text: impl fmt::Display) {
+        self.warnings.push(format!("{name}: {text}"));
+    }
+
     /// The warnings, if there is no fault.
     ///
     /// # Errors
@@ -159,17 +164,29 @@ impl Faults {
         read.map_err(|error| self.add(flag, error.to_string())).is_ok()
     }
 
-    /// Ports over TCP that this process listens on: no two may be one. Port 0 is any free one.
-    pub fn distinct_ports(&mut self, ports: &[(&'static str, SocketAddr)]) {
-        for (index, (flag, address)) in ports.iter().enumerate() {
+    /// Ports over TCP that this process listens on: no two of the `needed` ones may be one. A `spare`
+    /// one that is another's too causes a warning, because it is not served, and the process works
+    /// without it. Port 0 is any free one.
+    pub fn distinct_ports(
+        &mut self,
+        needed: &[(&'static str, SocketAddr)],
+        spare: &[(&'static str, SocketAddr)],
+    ) {
+        let all: Vec<_> = needed.iter().chain(spare).collect();
+        for (index, (flag, address)) in all.iter().enumerate() {
             let collides = |other: &SocketAddr| {
                 let is_shared = address.ip().is_unspecified()
                     || other.ip().is_unspecified()
                     || address.ip() == other.ip();
                 address.port() == other.port() && address.port() != 0 && is_shared
             };
-            if let Some((other, _)) = ports[..index].iter().find(|(_, other)| collides(other)) {
-                self.add(flag, format!("{} is that of --{other} too", address.port()));
+            let Some((other, _)) = all[..index].iter().find(|(_, other)| collides(other)) else {
+                continue;
+            };
+            let text = format!("{} is that of --{other} too", address.port());
+            match index < needed.len() {
+                true => self.add(flag, text),
+                false => self.warn(flag, format!("{text}, and is served there alone")),
             }
         }
     }

@@ -2,8 +2,8 @@
 //!
 //! Manifests for Konnectivity must keep working, and pflag differs from clap: a boolean takes its
 //! value only after `=` and in any of Go's spellings, the last occurrence of a repeated flag
-//! counts, a value may begin with a hyphen or be empty, `a_b` is `a-b`, and every error ends in
-//! exit code 1. Structs of flags are ordinary clap derive; every plain `bool` in them becomes a Go
+//! counts, those of a list add up, a value may begin with a hyphen or be empty, `a_b` is `a-b`,
+//! words that belong to no flag are ignored, and every error ends in exit code 1. Structs of flags are ordinary clap derive; every plain `bool` in them becomes a Go
 //! boolean.
 
 use std::{
@@ -31,10 +31,28 @@ pub struct Exit {
 /// With the text to print and the exit code.
 pub fn try_parse_from<F: Parser>(args: impl IntoIterator<Item = OsString>) -> Result<F, Exit> {
     let mut command = command::<F>();
-    let args = normalise(&command, args);
+    let Args { mut flags, words } = Args::normalised(&command, args);
+    flags.extend(words);
+    parse(&mut command, flags)
+}
+
+/// The flags in `args`, whose first item is the program's name, and the words that belong to no
+/// flag, which Konnectivity ignores: a boolean's value without `=`, and what follows `--`.
+///
+/// # Errors
+/// With the text to print and the exit code.
+pub fn parse_with_words<F: Parser>(
+    args: impl IntoIterator<Item = OsString>,
+) -> Result<(F, Vec<OsString>), Exit> {
+    let mut command = command::<F>();
+    let Args { flags, words } = Args::normalised(&command, args);
+    Ok((parse(&mut command, flags)?, words))
+}
+
+fn parse<F: Parser>(command: &mut Command, args: Vec<OsString>) -> Result<F, Exit> {
     let matches = command.try_get_matches_from_mut(args)?;
     if let Some(shell) = matches.get_one::<Shell>(COMPLETION) {
-        return Err(completion(&mut command, *shell));
+        return Err(completion(command, *shell));
     }
     Ok(F::from_arg_matches(&matches)?)
 }
@@ -130,34 +148,61 @@ fn quiet_default(arg: Arg) -> Arg {
     if empty { arg.hide_default_value(true) } else { arg }
 }
 
-/// `args` with hyphens in place of underscores in names, and with `--name value` as
-/// `--name=value`.
-fn normalise(command: &Command, args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
-    let mut args = args.into_iter();
-    let mut out: Vec<OsString> = args.next().into_iter().collect();
-    while let Some(arg) = args.next() {
-        let Some(body) = arg.to_str().and_then(|text| text.strip_prefix("--")) else {
-            out.push(arg);
-            continue;
-        };
-        if body.is_empty() {
-            out.push(arg); // `--` ends the flags
-            break;
+/// Arguments as clap takes them.
+struct Args {
+    /// The program's name and the flags, with hyphens in place of underscores in names, and with
+    /// `--name value` as `--name=value`.
+    flags: Vec<OsString>,
+    /// What belongs to no flag.
+    words: Vec<OsString>,
+}
+
+impl Args {
+    fn normalised(command: &Command, args: impl IntoIterator<Item = OsString>) -> Self {
+        let mut args = args.into_iter();
+        let (mut flags, mut words) = (Vec::from_iter(args.next()), Vec::new());
+        while let Some(arg) = args.next() {
+            if arg == "--" {
+                words.extend(args);
+                break;
+            }
+            if !is_flag(&arg) {
+                words.push(arg);
+                continue;
+            }
+            let Some(body) = arg.to_str().and_then(|text| text.strip_prefix("--")) else {
+                let value = if is_short_without_value(command, &arg) { args.next() } else { None };
+                flags.push(arg);
+                flags.extend(value);
+                continue;
+            };
+            let (name, value) = match body.split_once('=') {
+                Some((name, value)) => (name, Some(value)),
+                None => (body, None),
+            };
+            let name = name.replace('_', "-");
+            let value = match value {
+                Some(value) => Some(OsString::from(value)),
+                None if wants_value(command, &name) => args.next(),
+                None => None,
+            };
+            flags.push(joined(&name, value.as_deref()));
         }
-        let (name, value) = match body.split_once('=') {
-            Some((name, value)) => (name, Some(value)),
-            None => (body, None),
-        };
-        let name = name.replace('_', "-");
-        let value = match value {
-            Some(value) => Some(OsString::from(value)),
-            None if wants_value(command, &name) => args.next(),
-            None => None,
-        };
-        out.push(joined(&name, value.as_deref()));
+        Self { flags, words }
     }
-    out.extend(args);
-    out
+}
+
+/// Whether pflag takes the argument for a flag: it begins with a hyphen and is not one alone.
+fn is_flag(arg: &OsStr) -> bool {
+    arg.len() > 1 && arg.as_encoded_bytes().starts_with(b"-")
+}
+
+/// Whether this is a flag of one letter that takes the next argument as its value.
+fn is_short_without_value(command: &Command, arg: &OsStr) -> bool {
+    let mut letters = arg.to_str().unwrap_or_default().chars().skip(1);
+    let (Some(letter), None) = (letters.next(), letters.next()) else { return false };
+    let mut named = command.get_arguments().filter(|arg| arg.get_short() == Some(letter));
+    named.next().is_some_and(|arg| arg.get_action().takes_values())
 }
 
 fn joined(name: &str, value: Option<&OsStr>) -> OsString {
@@ -215,6 +260,25 @@ mod tests {
     }
 
     #[test]
+    fn words_that_belong_to_no_flag_are_left_out_and_returned() {
+        for (args, expected) in [
+            (&["--off", "true"][..], &["true"][..]),
+            (&["true", "--name", "x", "--off", "--on"], &["true"]),
+            (&["-v", "8", "word", "--off"], &["word"]),
+            (&["-v8", "7", "--off=true"], &["7"]),
+            (&["--off", "", "-"], &["", "-"]),
+            (&["--off", "--", "--name=y", "-z"], &["--name=y", "-z"]),
+        ] {
+            let all = ["sample"].iter().chain(args).map(OsString::from);
+            let (flags, words) = parse_with_words::<Sample>(all).unwrap();
+            assert!(flags.off, "{args:?}");
+            assert_eq!(words, expected, "{args:?}");
+        }
+        let unknown = ["sample", "--nope", "word"].map(OsString::from);
+        assert_eq!(parse_with_words::<Sample>(unknown).unwrap_err().code, 1);
+    }
+
+    #[test]
     fn values_follow_an_equals_sign_or_a_space() {
         for args in [&["--name=a=b"][..], &["--name", "a=b"]] {
             assert_eq!(parse(args).unwrap().name, "a=b");
@@ -239,7 +303,6 @@ mod tests {
             let flags = parse(args).unwrap();
             assert_eq!((flags.off, flags.on), (off, on), "{args:?}");
         }
-        assert_eq!(parse(&["--off", "true"]).unwrap_err().code, 1, "a stray word");
         for args in [["--off=yes"], ["--off="], ["--off=tRue"]] {
             let exit = parse(&args).unwrap_err();
             assert_eq!(exit.code, 1);

@@ -8,9 +8,6 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::reload::Reloads;
 
-/// Exit code after a second stop signal; Konnectivity's.
-const SECOND_SIGNAL_EXIT_CODE: i32 = 1;
-
 /// SIGTERM and SIGINT, caught from the moment this value exists.
 ///
 /// Dropping it does not restore the default action: later signals are ignored.
@@ -43,17 +40,17 @@ impl StopSignals {
         }
     }
 
-    /// Ends the process with code 1 at the next signal; never returns.
+    /// Ends the process with this exit code at the next signal; never returns.
     ///
     /// Race it against the graceful stop that the first signal began.
     ///
     /// # Cancel safety
     /// Cancel safe: it only waits.
-    pub async fn exit_at_next(mut self) -> std::convert::Infallible {
+    pub async fn exit_at_next(mut self, code: i32) -> std::convert::Infallible {
         let name = self.next().await;
         tracing::warn!(signal = name, "stop requested again, exiting at once");
         crate::logging::flush();
-        std::process::exit(SECOND_SIGNAL_EXIT_CODE)
+        std::process::exit(code)
     }
 }
 

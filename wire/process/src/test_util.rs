@@ -70,7 +70,7 @@ impl FlagFiles {
     /// With the text that the program prints.
     pub fn config<C: ProcessConfig>(&self, argv0: &str, args: &[&str]) -> Result<C, String> {
         let args = [argv0.to_owned()].into_iter().chain(self.expand(args)).map(OsString::from);
-        let flags = go_flags::try_parse_from(args).map_err(|exit| exit.text)?;
+        let (flags, _) = go_flags::parse_with_words(args).map_err(|exit| exit.text)?;
         let invocation = Invocation::from_argv0(Some(argv0.as_ref()));
         C::from_flags(flags, invocation).map_err(|errors| errors.to_string())
     }

@@ -82,6 +82,6 @@ fn the_exit_code_says_how_the_process_ended() {
     assert_eq!(code_of(&["--version"]), success);
     assert_eq!(code_of(&["--no-such-flag"]), failure);
     assert_eq!(code_of(&["--code=-1"]), failure);
-    assert_eq!(code_of(&["--code=0"]), success, "stopped by SIGTERM");
+    assert_eq!(code_of(&["--code=0", "word", "--", "--x"]), success, "stopped by SIGTERM");
     assert_eq!(code_of(&["--code=1"]), failure, "a second log is refused");
 }
