@@ -4,7 +4,11 @@
 //! an agent whose image was swapped starts; `--help` shows what Culvert adds. `Config` holds parsed
 //! types only and may be built by hand, with port 0 anywhere, which flags refuse.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::{Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use clap::ValueEnum;
 pub use culvert_process::faults::{CertificatePair, ConfigError, ConfigErrors};
@@ -161,20 +165,16 @@ impl ProcessConfig for Config {
         let admin_port = flags.admin_server_port.unwrap_or_else(|| invocation.choose(8094, 8135));
         let admin_port = faults.port("admin-server-port", admin_port);
         let admin_address = flags.admin.check(admin_port, &mut faults);
-        faults.distinct_ports(&[
-            ("health-server-port", health_address),
-            ("admin-server-port", admin_address),
-        ]);
+        let spare = [("health-server-port", health_address), ("admin-server-port", admin_address)];
+        faults.distinct_ports(&[], &spare);
         let dial_timeout = faults.positive_duration("dial-timeout", flags.dial_timeout);
         let drain_timeout = faults.duration("drain-timeout", flags.drain_timeout);
         let max_streams = faults.count("max-streams", flags.max_streams, 1);
         let egress = egress::check(&flags, &mut faults);
         let quic_retry_interval =
             faults.positive_duration("quic-retry-interval", flags.quic_retry_interval);
-        let proxies = Proxies::from_env(|name| std::env::var(name).ok()).unwrap_or_else(|fault| {
-            faults.add_variable(fault.variable, fault.fault.to_string());
-            Proxies::default()
-        });
+        let proxies =
+            proxies(&flags, servers.as_ref(), |name| std::env::var(name).ok(), &mut faults);
         check_channel_size(flags.xfr_channel_size, flags::DEFAULT_CHANNEL_SIZE, &mut faults);
         let (tunnel, log) = flags.tunnel.check(&mut faults);
         let warnings = faults.finish()?;
@@ -213,7 +213,7 @@ impl ProcessConfig for Config {
 
 /// `None` only along with a fault.
 fn servers(flags: &Flags, invocation: Invocation, faults: &mut Faults) -> Option<ServersConfig> {
-    let host = flags.proxy_server_host.clone();
+    let host = without_brackets(&flags.proxy_server_host).to_owned();
     let port = flags.proxy_server_port.unwrap_or_else(|| invocation.choose(8091, 8132));
     let port = faults.port("proxy-server-port", port);
     let own_name = server_name("proxy-server-host", &host, faults);
@@ -227,7 +227,8 @@ fn servers(flags: &Flags, invocation: Invocation, faults: &mut Faults) -> Option
     let certificate =
         faults.pair(("agent-cert", &flags.agent_cert), ("agent-key", &flags.agent_key));
     let token_file = faults.token("service-account-token-path", &flags.service_account_token_path);
-    let extra_alpn = go_flags::parse_list(&flags.alpn_proto);
+    let lists = flags.alpn_proto.iter();
+    let extra_alpn: Vec<_> = lists.flat_map(|list| go_flags::parse_list(list)).collect();
     faults.require(
         extra_alpn.iter().all(|name| name.len() <= MAX_ALPN_BYTES),
         "alpn-proto",
@@ -246,14 +247,38 @@ fn servers(flags: &Flags, invocation: Invocation, faults: &mut Faults) -> Option
     })
 }
 
-/// An address or a DNS name; `None` only along with a fault.
+/// The proxies of the environment. One that cannot be used is a fault only where it would be used.
+fn proxies(
+    flags: &Flags,
+    servers: Option<&ServersConfig>,
+    variable: impl Fn(&'static str) -> Option<String>,
+    faults: &mut Faults,
+) -> Proxies {
+    Proxies::from_env(variable).unwrap_or_else(|invalid| {
+        let applies = servers.is_none_or(|servers| invalid.applies_to(&servers.host, servers.port));
+        let (name, reason) = (invalid.variable, invalid.fault.to_string());
+        match applies && flags.transport != Transport::Quic {
+            true => faults.add_variable(name, reason),
+            false => faults.warn_of_variable(name, format!("{reason}; no server needs it")),
+        }
+        Proxies::default()
+    })
+}
+
+/// An address, which may be in brackets, or a DNS name; `None` only along with a fault.
 fn server_name(flag: &'static str, text: &str, faults: &mut Faults) -> Option<ServerName<'static>> {
-    let name = ServerName::try_from(text.to_owned()).ok();
+    let name = ServerName::try_from(without_brackets(text).to_owned()).ok();
     let reason = format!(
-        "{text:?} is neither an IPv4 address, an IPv6 address without brackets, nor a DNS name"
+        "{text:?} is neither an IPv4 address, an IPv6 address without a zone, nor a DNS name"
     );
     faults.require(name.is_some(), flag, reason);
     name
+}
+
+/// An IPv6 address without the brackets around it; any other text as it is.
+fn without_brackets(text: &str) -> &str {
+    let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
+    inner.filter(|inner| inner.parse::<Ipv6Addr>().is_ok()).unwrap_or(text)
 }
 
 fn sync(flags: &Flags, faults: &mut Faults) -> SyncConfig {

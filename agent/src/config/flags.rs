@@ -59,9 +59,9 @@ pub struct Flags {
     pub service_account_token_path: String,
 
     /// ALPN names that a Konnectivity server is offered before h2, separated by commas. A load
-    /// balancer can route by them, if servers and kube-apiserver share an address
-    #[arg(long, help_heading = "Servers", value_name = "LIST", default_value = "")]
-    pub alpn_proto: String,
+    /// balancer can route by them, if servers and kube-apiserver share an address. May be repeated
+    #[arg(long, help_heading = "Servers", value_name = "LIST")]
+    pub alpn_proto: Vec<String>,
 
     /// Idle time after which the gRPC connection to a Konnectivity server is pinged; 0 sends no
     /// pings. Times below 30s count as 30s, because the server closes connections that are pinged

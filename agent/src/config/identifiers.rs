@@ -1,12 +1,13 @@
 //! `--agent-identifiers`: the targets that an agent announces it can reach, as a URL query.
 //!
-//! Accepts what Go's `url.ParseQuery` accepts. Konnectivity checks the keys alone. An address that
-//! is not one would never match a target, so values are checked here as well.
+//! Accepts what Konnectivity accepts: Go's `url.ParseQuery` and known keys, with any values. A value
+//! that no target can match, such as a variable that was not expanded, is left out with a warning,
+//! because the agent can serve all other targets.
 
 use std::net::IpAddr;
 
 use culvert_process::{faults::Faults, go_flags::parse_bool};
-use culvert_wire::identifiers::{Identifier, Identifiers};
+use culvert_wire::identifiers::{Identifier, Identifiers, MAX_IDENTIFIERS};
 use percent_encoding::percent_decode_str;
 
 const FLAG: &str = "agent-identifiers";
@@ -21,44 +22,80 @@ pub(super) fn parse(text: &str, faults: &mut Faults) -> Identifiers {
             faults.add(FLAG, format!("{pair:?} is not part of a URL query"));
             continue;
         };
-        check_value(&key, &value, faults);
-        match Identifier::new(&key, &value) {
-            Ok(identifier) => identifiers.push(identifier),
-            Err(error) => faults.add(FLAG, format!("{pair:?} {error}")),
+        let flaw = match check_value(&key, &value) {
+            Ok(flaw) => flaw,
+            Err(fault) => {
+                faults.add(FLAG, fault);
+                continue;
+            }
+        };
+        match (flaw, Identifier::new(&key, &value)) {
+            (Some(Flaw::NeverMatches(reason)), _) => {
+                faults.warn(FLAG, format!("{pair:?} is left out: {reason}"));
+            }
+            (_, Err(error)) => faults.warn(FLAG, format!("{pair:?} is left out: {error}")),
+            (flaw, Ok(identifier)) => {
+                if let Some(Flaw::Odd(reason)) = flaw {
+                    faults.warn(FLAG, format!("{pair:?}: {reason}"));
+                }
+                identifiers.push(identifier);
+            }
         }
     }
-    Identifiers::try_from(identifiers).unwrap_or_else(|error| {
-        faults.add(FLAG, error.to_string());
-        Identifiers::default()
-    })
+    if identifiers.len() > MAX_IDENTIFIERS {
+        let left_out = identifiers.len() - MAX_IDENTIFIERS;
+        faults.warn(
+            FLAG,
+            format!(
+                "the last {left_out} are left out: an agent announces at most {MAX_IDENTIFIERS}"
+            ),
+        );
+        identifiers.truncate(MAX_IDENTIFIERS);
+    }
+    Identifiers::try_from(identifiers).expect("no more than fit")
 }
 
-fn check_value(key: &str, value: &str, faults: &mut Faults) {
-    let address = value.parse::<IpAddr>();
-    match (key, address) {
-        ("ipv4", Ok(IpAddr::V4(_))) | ("ipv6", Ok(IpAddr::V6(_))) => {}
-        // Common where a manifest has ipv4=$(HOST_IP) and the node has IPv6 only. Konnectivity
-        // accepts it.
-        ("ipv4" | "ipv6", Ok(_)) => {
-            faults.warn(FLAG, format!("{key}={value} is an address of the other family"));
+/// What is odd about a value that Konnectivity accepts.
+enum Flaw {
+    /// It is announced all the same.
+    Odd(&'static str),
+    /// No target can match it.
+    NeverMatches(&'static str),
+}
+
+/// The flaw of a value, if it has one.
+///
+/// # Errors
+/// When the key is unknown.
+fn check_value(key: &str, value: &str) -> Result<Option<Flaw>, String> {
+    let flaw = match (key, value.parse::<IpAddr>()) {
+        ("ipv4", Ok(IpAddr::V4(_))) | ("ipv6", Ok(IpAddr::V6(_))) => None,
+        // Common where a manifest has ipv4=$(HOST_IP) and the node has IPv6 only.
+        ("ipv4" | "ipv6", Ok(_)) => Some(Flaw::Odd("it is an address of the other family")),
+        // Targets are compared with the value whatever its key is.
+        ("ipv4" | "ipv6", Err(_)) if is_host(value) => Some(Flaw::Odd("it is not an address")),
+        ("ipv4" | "ipv6", Err(_)) => Some(Flaw::NeverMatches("it is not an address")),
+        ("host", Ok(_)) => None,
+        ("host", Err(_)) => {
+            (!is_host(value)).then_some(Flaw::NeverMatches("it is not the name of a host"))
         }
-        ("ipv4" | "ipv6", Err(_)) => {
-            faults.add(FLAG, format!("{key}={value} is not an address"));
-        }
-        ("cidr", _) => {
-            let reason = format!("cidr={value} is not a network such as 10.0.0.0/8");
-            faults.require(is_network(value), FLAG, reason);
-        }
-        ("host", _) => faults.require(!value.is_empty(), FLAG, "host= names no host"),
-        ("default-route", _) => {
-            let reason = format!("default-route={value} is neither true nor false");
-            faults.require(parse_bool(value).is_ok(), FLAG, reason);
-        }
+        ("cidr", _) => (!is_network(value))
+            .then_some(Flaw::NeverMatches("it is not a network such as 10.0.0.0/8")),
+        // Announced, because the first value counts.
+        ("default-route", _) => parse_bool(value)
+            .is_err()
+            .then_some(Flaw::Odd("it is neither true nor false and counts as false")),
         (key, _) => {
-            let reason = format!("{key:?} is unknown; use ipv4, ipv6, host, cidr or default-route");
-            faults.add(FLAG, reason);
+            return Err(format!("{key:?} is unknown; use ipv4, ipv6, host, cidr or default-route"));
         }
-    }
+    };
+    Ok(flaw)
+}
+
+/// Whether a target's host can be this text.
+fn is_host(text: &str) -> bool {
+    let is_part = |c: char| c.is_alphanumeric() || ".-_".contains(c);
+    !text.is_empty() && text.chars().all(is_part)
 }
 
 /// Whether `text` is an address with a prefix length. Bits behind the prefix are allowed, as in Go.
@@ -128,27 +165,51 @@ mod tests {
 
     #[test]
     fn an_address_of_the_other_family_causes_a_warning() {
-        assert_eq!(parsed("ipv4=fd00::1").unwrap().1, 1);
-        assert_eq!(parsed("ipv6=10.0.0.1").unwrap().1, 1);
+        for text in ["ipv4=fd00::1", "ipv6=10.0.0.1", "ipv4=node-1.example"] {
+            let (pairs, warnings) = parsed(text).unwrap();
+            assert_eq!((pairs.len(), warnings), (1, 1), "{text}");
+        }
     }
 
     #[test]
-    fn identifiers_that_can_never_match_are_faults() {
+    fn identifiers_that_can_never_match_are_left_out_with_a_warning() {
         for text in [
-            "uid=1",
-            "IPv4=1.2.3.4",
-            "=x",
             "ipv4",
             "ipv4=",
-            "ipv4=1.2.3",
             "ipv4=$(HOST_IP)",
+            "ipv4=${HOST_IP}",
+            "ipv4=10.0.0.1,fd00::1",
             "ipv6=:::::",
+            "ipv6=[fd00::1]",
             "host=",
+            "host=node-1:10250",
             "cidr=10.0.0.0",
             "cidr=10.0.0.0/33",
             "cidr=10.0.0.0/+8",
             "cidr=fd00::/129",
-            "default-route=maybe",
+        ] {
+            let (pairs, warnings) = parsed(&format!("{text}&host=node-1")).unwrap();
+            assert_eq!(pairs, [("host".to_owned(), "node-1".to_owned())], "{text}");
+            assert_eq!(warnings, 1, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_default_route_that_is_no_boolean_is_announced_and_counts_as_false() {
+        let mut faults = Faults::new();
+        let identifiers = parse("default-route=yes&default-route=true", &mut faults);
+        assert_eq!(identifiers.len(), 2);
+        assert!(!identifiers.is_default_route());
+        assert_eq!(faults.finish().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_konnectivity_refuses_is_a_fault() {
+        for text in [
+            "uid=1",
+            "zone=a",
+            "IPv4=1.2.3.4",
+            "=x",
             "host=a%2",
             "host=a%zz",
             "host=%ff",
@@ -161,14 +222,12 @@ mod tests {
 
     #[test]
     fn escapes_are_decoded_as_in_a_url_query() {
-        for (text, value) in [
-            ("host=a+b%2Bc", "a b+c"),
-            ("host=%C3%A9", "é"),
-            ("host=%c3%A9%20", "é "),
-            ("host=a=b", "a=b"),
-        ] {
-            assert_eq!(parsed(text).unwrap().0, [("host".to_owned(), value.to_owned())], "{text}");
+        for (text, value) in
+            [("host=a%2Db", "a-b"), ("host=%C3%A9", "é"), ("ipv6=fd00%3a%3A1", "fd00::1")]
+        {
+            assert_eq!(parsed(text).unwrap().0[0].1, value, "{text}");
         }
+        assert_eq!(decoded("a+b%2Bc=d").unwrap(), "a b+c=d");
         for text in ["host=%", "host=a%2", "host=%%41", "host=%+41", "host=%é", "%zz=a"] {
             let fault = parsed(text).unwrap_err();
             assert!(fault.contains("is not part of a URL query"), "{text}: {fault}");
@@ -176,12 +235,13 @@ mod tests {
     }
 
     #[test]
-    fn identifiers_that_do_not_fit_a_hello_are_faults() {
+    fn identifiers_that_do_not_fit_a_hello_are_left_out_with_a_warning() {
         let value = "x".repeat(256);
-        assert!(parsed(&format!("host={value}")).unwrap_err().contains("--agent-identifiers: "));
-        let fits: Vec<_> = (0..64).map(|number| format!("host=node-{number}")).collect();
-        assert_eq!(parsed(&fits.join("&")).unwrap().0.len(), 64);
-        let too_many = format!("{}&host=one-more", fits.join("&"));
-        assert!(parsed(&too_many).unwrap_err().contains("--agent-identifiers: "));
+        assert_eq!(parsed(&format!("host={value}")).unwrap(), (Vec::new(), 1));
+        let hosts: Vec<_> = (0..66).map(|number| format!("host=node-{number}")).collect();
+        assert_eq!(parsed(&hosts[..64].join("&")).unwrap().1, 0);
+        let (pairs, warnings) = parsed(&hosts.join("&")).unwrap();
+        assert_eq!((pairs.len(), warnings), (64, 1));
+        assert_eq!(pairs[63].1, "node-63");
     }
 }

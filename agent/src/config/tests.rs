@@ -133,6 +133,8 @@ fn the_servers_certificate_is_for_their_host_or_for_the_given_name() {
     for (host, name) in [
         ("10.0.0.1", "10.0.0.1"),
         ("fd00::1", "fd00::1"),
+        ("[fd00::1]", "fd00::1"),
+        ("localhost.", "localhost"),
         ("konnectivity.example.com", "konnectivity.example.com"),
     ] {
         let config = files.config(&["--proxy-server-host", host]).unwrap();
@@ -156,7 +158,8 @@ fn each_rule_names_its_flag() {
         &["--agent-key=@absent", "--agent-cert=@crt"],
         &["--service-account-token-path=@absent"],
         &["--proxy-server-host="],
-        &["--proxy-server-host=[fd00::1]"],
+        &["--proxy-server-host=[node-1]"],
+        &["--proxy-server-host=fe80::1%eth0"],
         &["--proxy-server-host=a b"],
         &["--server-name=a b"],
         &["--proxy-server-port=0"],
@@ -183,11 +186,34 @@ fn each_rule_names_its_flag() {
         &["--drain-timeout=-1s"],
         &["--max-streams=0"],
         &["--mtu-cap=100"],
-        &["--admin-server-port=8136"],
     ] {
         let flag = args[0].split('=').next().unwrap();
         let text = files.config(args).unwrap_err();
         assert!(text.contains(&format!("{flag}: ")), "{args:?}: {text}");
+    }
+}
+
+#[test]
+fn a_proxy_that_cannot_be_used_is_a_fault_only_where_it_would_be_used() {
+    let files = Files::new();
+    let found = |args: &[&str], no_proxy: &str| {
+        let args: Vec<_> = [&["--ca-cert=@ca", "--proxy-server-host=192.0.2.1"], args].concat();
+        let args = ["culvert-agent".to_owned()].into_iter().chain(files.0.expand(&args));
+        let flags = go_flags::try_parse_from::<Flags>(args.map(Into::into)).unwrap();
+        let mut faults = Faults::new();
+        let servers = servers(&flags, Invocation::Culvert, &mut faults);
+        let variable = |name| match name {
+            "HTTPS_PROXY" => Some("socks5://proxy:1080".to_owned()),
+            "NO_PROXY" => Some(no_proxy.to_owned()),
+            _ => None,
+        };
+        assert_eq!(proxies(&flags, servers.as_ref(), variable, &mut faults), Proxies::default());
+        faults.finish().map_err(|faults| faults.to_string())
+    };
+    assert!(found(&[], "").unwrap_err().contains("HTTPS_PROXY: "));
+    for (args, no_proxy) in [(&[][..], "192.0.2.0/24"), (&[], "*"), (&["--transport=quic"], "")] {
+        let warnings = found(args, no_proxy).unwrap();
+        assert!(warnings[0].starts_with("HTTPS_PROXY: "), "{warnings:?}");
     }
 }
 
@@ -204,7 +230,12 @@ fn several_faults_are_reported_together() {
 #[test]
 fn a_flag_without_effect_causes_a_warning() {
     let files = Files::new();
-    for arg in ["--enable-profiling", "--xfr-channel-size=20", "--log-dir=/var/log"] {
+    for arg in [
+        "--enable-profiling",
+        "--xfr-channel-size=20",
+        "--log-dir=/var/log",
+        "--admin-server-port=8136",
+    ] {
         let flag = arg.split('=').next().unwrap();
         let warnings = files.config(&[arg]).unwrap().warnings;
         assert_eq!(warnings.len(), 1, "{arg}: {warnings:?}");
@@ -219,6 +250,7 @@ fn parsed_values_reach_the_configuration() {
             "--agent-id=node-1",
             "--agent-identifiers=ipv4=10.0.0.7&default-route=true",
             "--alpn-proto=a,b",
+            "--alpn-proto=[c]",
             "--sync-forever",
             "--server-count-source=max",
             "--count-server-leases",
@@ -230,7 +262,7 @@ fn parsed_values_reach_the_configuration() {
     let identifiers = [("ipv4", "10.0.0.7"), ("default-route", "true")];
     let identifiers = identifiers.map(|(key, value)| Identifier::new(key, value).unwrap());
     assert_eq!(config.identifiers[..], identifiers);
-    assert_eq!(config.servers.extra_alpn, ["a", "b"]);
+    assert_eq!(config.servers.extra_alpn, ["a", "b", "c"]);
     assert!(config.sync.forever);
     assert_eq!(config.sync.count_source, CountSource::Larger);
     assert_eq!(config.sync.leases.unwrap().selector, "a=b");

@@ -17,9 +17,10 @@ use crate::{
 };
 
 /// Delay after an attempt that reached a server with a tunnel already, where one address leads to
-/// any of several servers, and the ratio of each delay to the one before. Twenty servers are found
-/// in seconds, and a missing one does not get an attempt from every node every second.
-const DUPLICATE_DELAY: (Duration, f64) = (Duration::from_millis(30), 1.08);
+/// any of several servers, as a part of `--sync-interval` (30 ms of 1 s), and the ratio of each delay
+/// to the one before. Twenty servers are found in seconds, and a missing one does not get an attempt
+/// from every node every second. A longer interval slows the search down as much as Konnectivity's.
+const DUPLICATE_DELAY: (f64, f64) = (0.03, 1.08);
 /// Interval of the attempts to replace a tunnel whose peer is suspect, give or take a half.
 const REPLACE_INTERVAL: Duration = Duration::from_secs(1);
 /// Interval of the attempts to make a tunnel anew with a new certificate, give or take a half.
@@ -146,8 +147,9 @@ impl Plan {
             failures: Backoff::new(sync.interval, sync.interval_cap),
             duplicates: Backoff::growing_by(
                 DUPLICATE_DELAY.1,
-                DUPLICATE_DELAY.0,
-                sync.interval_cap,
+                sync.interval.mul_f64(DUPLICATE_DELAY.0),
+                // A search that never ends keeps its interval, as in Konnectivity.
+                if sync.forever { sync.interval } else { sync.interval_cap },
             ),
             find_at: now,
             probe_at: now,

@@ -55,9 +55,29 @@ fn as_many_servers_are_looked_for_as_are_known_to_exist() {
 fn with_sync_forever_servers_are_looked_for_at_the_interval() {
     let now = Instant::now();
     let mut plan = Plan::new(&config(&["--sync-forever"]), now);
-    plan.on_success(Goal::Find, success(QuicOutcome::Worked, Gain::Nothing), now, 1.0);
     let one = snapshot(1, &[(Rank::Quic, false, now)]);
-    assert_eq!(plan.next(&one, None, now), Some((Goal::Find, now + SECOND)));
+    for _ in 0..100 {
+        plan.on_success(Goal::Find, success(QuicOutcome::Worked, Gain::Nothing), now, 1.0);
+        assert_eq!(plan.next(&one, None, now), Some((Goal::Find, now + SECOND)));
+    }
+}
+
+#[test]
+fn a_longer_sync_interval_slows_the_search_for_missing_servers_down() {
+    let attempts = |interval: &str| {
+        let start = Instant::now();
+        let mut plan = Plan::new(&config(&[interval]), start);
+        let two = snapshot(2, &[(Rank::Quic, false, start)]);
+        let (mut now, mut attempts) = (start, 0);
+        while now < start + 10 * SECOND {
+            plan.on_success(Goal::Find, success(QuicOutcome::Worked, Gain::Nothing), now, 1.0);
+            now = plan.next(&two, None, now).unwrap().1;
+            attempts += 1;
+        }
+        attempts
+    };
+    let (default, slow) = (attempts("--sync-interval=1s"), attempts("--sync-interval=5s"));
+    assert!(default > 35 && slow < 25, "{default} and {slow}");
 }
 
 #[test]

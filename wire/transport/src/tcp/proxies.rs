@@ -29,6 +29,14 @@ pub struct InvalidVariable {
     pub variable: &'static str,
     /// What is wrong with it.
     pub fault: InvalidProxy,
+    exempt: Vec<Exempt>,
+}
+
+impl InvalidVariable {
+    /// Whether the proxy would be used for a server.
+    pub fn applies_to(&self, host: &str, port: u16) -> bool {
+        !is_exempt(&self.exempt, host, port)
+    }
 }
 
 impl Proxies {
@@ -49,13 +57,15 @@ impl Proxies {
         let Some((name, url)) = first(&["HTTPS_PROXY", "https_proxy"]) else {
             return Ok(Self::default());
         };
-        let mut proxy =
-            url.parse::<Proxy>().map_err(|fault| InvalidVariable { variable: name, fault })?;
+        let exempt = first(&["NO_PROXY", "no_proxy"]).map_or_else(String::new, |(_, list)| list);
+        let exempt = exempt.split(',').filter_map(Exempt::parse).collect();
+        let mut proxy = match url.parse::<Proxy>() {
+            Ok(proxy) => proxy,
+            Err(fault) => return Err(InvalidVariable { variable: name, fault, exempt }),
+        };
         if let Some((_, file)) = first(&["SSL_CERT_FILE"]) {
             proxy = proxy.with_authorities(PathBuf::from(file));
         }
-        let exempt = first(&["NO_PROXY", "no_proxy"]).map_or_else(String::new, |(_, list)| list);
-        let exempt = exempt.split(',').filter_map(Exempt::parse).collect();
         Ok(Self { proxy: Some(Arc::new(proxy)), exempt })
     }
 
@@ -75,13 +85,16 @@ impl Proxies {
 
     /// The proxy for a server; `None` when the server is reached directly, as this host always is.
     pub fn proxy_for(&self, host: &str, port: u16) -> Option<Arc<Proxy>> {
-        let proxy = self.proxy.as_ref()?;
-        let host = host.trim().to_ascii_lowercase();
-        let ip = host.parse::<IpAddr>().ok().map(|ip| ip.to_canonical());
-        let is_local = host == "localhost" || ip.is_some_and(|ip| ip.is_loopback());
-        let exempt = is_local || self.exempt.iter().any(|exempt| exempt.covers(&host, ip, port));
-        (!exempt).then(|| proxy.clone())
+        self.proxy.clone().filter(|_| !is_exempt(&self.exempt, host, port))
     }
+}
+
+/// Whether a server is reached directly.
+fn is_exempt(exempt: &[Exempt], host: &str, port: u16) -> bool {
+    let host = host.trim().to_ascii_lowercase();
+    let ip = host.parse::<IpAddr>().ok().map(|ip| ip.to_canonical());
+    let is_local = host == "localhost" || ip.is_some_and(|ip| ip.is_loopback());
+    is_local || exempt.iter().any(|exempt| exempt.covers(&host, ip, port))
 }
 
 /// One entry of NO_PROXY. Ports are text, so that one that is not a number matches none.
@@ -182,6 +195,20 @@ mod tests {
             "https_proxy: a proxy of the scheme socks5 is not supported; \
              use an http:// or https:// one"
         );
+    }
+
+    #[test]
+    fn a_proxy_that_cannot_be_used_applies_to_no_exempt_server() {
+        let socks = ("HTTPS_PROXY", "socks5://proxy:1080");
+        let fault = proxies(&[socks, ("NO_PROXY", "10.0.0.0/8,.example.com")]).unwrap_err();
+        for host in ["10.1.2.3", "a.example.com", "localhost", "127.0.0.1", "::1"] {
+            assert!(!fault.applies_to(host, 8132), "{host}");
+        }
+        for host in ["192.0.2.1", "example.org"] {
+            assert!(fault.applies_to(host, 8132), "{host}");
+        }
+        let fault = proxies(&[socks, ("NO_PROXY", "*")]).unwrap_err();
+        assert!(!fault.applies_to("192.0.2.1", 8132));
     }
 
     /// The cases of `TestUseProxy`, `TestAllNoProxy` and `TestInvalidNoProxy` in
