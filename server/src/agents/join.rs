@@ -68,6 +68,8 @@ pub(super) enum JoinError {
     Control(ControlError),
     #[error("began with another message than hello")]
     NotHello,
+    #[error("its metadata: {0:?}")]
+    Metadata(String),
     #[error(transparent)]
     Incompatible(#[from] UnknownExtension),
     #[error(transparent)]
@@ -126,7 +128,9 @@ impl JoinError {
             Self::Evicted => "evicted",
             Self::NoRoom => "no_room",
             Self::Lost(_) => "lost",
-            Self::Control(_) | Self::NotHello | Self::Excess => "protocol_violation",
+            Self::Control(_) | Self::NotHello | Self::Metadata(_) | Self::Excess => {
+                "protocol_violation"
+            }
             Self::Incompatible(_) => "incompatible",
             Self::Refused(refusal) => refusal.label(),
             Self::Claim { fault, .. } => fault.label(),
@@ -159,7 +163,8 @@ impl JoinError {
             | Self::Closed
             | Self::Lost(_)
             | Self::Excess
-            | Self::NotHello => CloseCode::PROTOCOL_VIOLATION,
+            | Self::NotHello
+            | Self::Metadata(_) => CloseCode::PROTOCOL_VIOLATION,
         }
     }
 
@@ -184,7 +189,8 @@ impl JoinError {
             | Self::Lost(_)
             | Self::Control(_)
             | Self::Excess
-            | Self::NotHello => "the control stream must begin with hello and nothing else",
+            | Self::NotHello
+            | Self::Metadata(_) => "the control stream must begin with hello and nothing else",
         }
     }
 }

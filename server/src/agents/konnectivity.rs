@@ -28,7 +28,7 @@ use culvert_konnectivity::{
 };
 use culvert_process::rate_limited;
 use culvert_transport::{Carrier, qmux::Peer};
-use culvert_wire::control::Hello;
+use culvert_wire::{control::Hello, identifiers::MAX_IDENTIFIERS};
 use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -124,6 +124,14 @@ fn log_too_many_pings(remote: SocketAddr) {
     );
 }
 
+fn log_left_out(hello: &Hello, left_out: usize) {
+    rate_limited!(
+        Duration::from_secs(10), per agent_id = hello.agent_id, at most 32 in all, WARN,
+        left_out, most = MAX_IDENTIFIERS,
+        "a Konnectivity agent announces more identifiers, or longer ones, than are kept"
+    );
+}
+
 async fn answer(
     request: Request<Incoming>,
     connect: Connect,
@@ -166,8 +174,14 @@ impl StreamingService<Packet> for Connect {
                 return Err(Status::resource_exhausted("too many calls"));
             }
             let (metadata, _, inbound) = request.into_parts();
-            let hello = hello::read(&metadata).map_err(Status::unknown)?;
+            let (hello, left_out) = hello::read(&metadata).map_err(|fault| {
+                join::record_failure(peer.address, &JoinError::Metadata(fault.clone()), &context);
+                Status::unknown(fault)
+            })?;
             let authenticated = admit(&metadata, &peer, &context).await?;
+            if left_out > 0 {
+                log_left_out(&hello, left_out);
+            }
             attempt.admit();
             // The headers are out before any packet: packets are polled from the response.
             let (outbound, packets) = konnectivity::outbound();

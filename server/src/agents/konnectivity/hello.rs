@@ -6,29 +6,32 @@ use culvert_wire::{
     bounded::Text,
     control::{Hello, Secret},
     extension::Extensions,
-    identifiers::{Identifier, Identifiers},
+    identifiers::{Identifier, Identifiers, MAX_IDENTIFIERS},
     version::{Features, REVISION},
 };
 use tonic::metadata::MetadataMap;
 
-/// The hello that an agent of ours would send for this metadata, without the [`token`].
+/// The hello that an agent of ours would send for this metadata, without the [`token`], and the
+/// number of announced identifiers that do not fit it and are left out.
 ///
 /// # Errors
 /// In Konnectivity's words, when the metadata names no agent.
-pub(super) fn read(metadata: &MetadataMap) -> Result<Hello, String> {
+pub(super) fn read(metadata: &MetadataMap) -> Result<(Hello, usize), String> {
     let agent_id: AgentId = one(metadata, header::AGENT_ID, "agent ID")?
         .parse()
         .map_err(|error: culvert_wire::ids::InvalidId| error.to_string())?;
-    Ok(Hello {
+    let (identifiers, left_out) = identifiers(metadata)?;
+    let hello = Hello {
         revision: REVISION,
         features: Features::default(),
         agent_id,
         instance: InstanceId(std::array::from_fn(|_| fastrand::u8(..))),
-        identifiers: identifiers(metadata)?,
+        identifiers,
         token: None,
         software: Text::truncated(text(metadata, "user-agent").unwrap_or_default().into()),
         extensions: Extensions::default(),
-    })
+    };
+    Ok((hello, left_out))
 }
 
 /// The token of the metadata, if there is one.
@@ -47,17 +50,22 @@ pub(super) fn token(metadata: &MetadataMap) -> Result<Option<Secret>, String> {
     Secret::new(token.trim()).map(Some).map_err(|error| error.to_string())
 }
 
-/// The announced identifiers. Unknown keys are kept: they match nothing.
-fn identifiers(metadata: &MetadataMap) -> Result<Identifiers, String> {
+/// The announced identifiers that fit a hello, and the number of others. Unknown keys are kept: they
+/// match nothing.
+fn identifiers(metadata: &MetadataMap) -> Result<(Identifiers, usize), String> {
     let query = match metadata.contains_key(header::AGENT_IDENTIFIERS) {
         true => one(metadata, header::AGENT_IDENTIFIERS, "set of agent identifiers")?,
         false => "",
     };
     let announced = form_urlencoded::parse(query.as_bytes());
-    let identifiers: Result<Vec<_>, _> =
-        announced.map(|(key, value)| Identifier::new(&key, &value)).collect();
-    let identifiers = identifiers.map_err(|error| error.to_string())?;
-    identifiers.try_into().map_err(|error: culvert_wire::bounded::TooLong| error.to_string())
+    let (mut fit, mut left_out) = (Vec::new(), 0);
+    for (key, value) in announced {
+        match Identifier::new(&key, &value) {
+            Ok(identifier) if fit.len() < MAX_IDENTIFIERS => fit.push(identifier),
+            _ => left_out += 1,
+        }
+    }
+    Ok((Identifiers::try_from(fit).expect("no more than fit"), left_out))
 }
 
 fn one<'a>(metadata: &'a MetadataMap, key: &str, what: &str) -> Result<&'a str, String> {
@@ -87,7 +95,7 @@ mod tests {
 
     #[test]
     fn the_metadata_of_a_konnectivity_agent_becomes_a_hello() {
-        let hello = read(&metadata(&[
+        let (hello, left_out) = read(&metadata(&[
             ("agentid", "node-1"),
             ("agentidentifiers", "ipv4=10.0.0.1&host=a%2Bb&default-route=true&later=x"),
             ("user-agent", "grpc-go/1.83.0"),
@@ -96,7 +104,19 @@ mod tests {
         assert_eq!(hello.agent_id.as_str(), "node-1");
         assert_eq!(hello.identifiers.hosts().collect::<Vec<_>>(), ["10.0.0.1", "a+b"]);
         assert!(hello.identifiers.is_default_route());
+        assert_eq!(left_out, 0);
         assert!(read(&metadata(&[("agentid", "a"), ("agentidentifiers", "")])).is_ok());
+    }
+
+    #[test]
+    fn identifiers_that_do_not_fit_a_hello_are_left_out_and_counted() {
+        let mut query: Vec<_> = (0..66).map(|number| format!("host=node-{number}")).collect();
+        query.insert(0, format!("host={}", "x".repeat(256)));
+        let query = query.join("&");
+        let announced = metadata(&[("agentid", "a"), ("agentidentifiers", &query)]);
+        let (hello, left_out) = read(&announced).unwrap();
+        assert_eq!((hello.identifiers.len(), left_out), (64, 3));
+        assert_eq!(hello.identifiers.hosts().next(), Some("node-0"));
     }
 
     #[test]
