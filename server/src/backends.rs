@@ -137,7 +137,8 @@ impl Backends {
         };
         let expiry = *backend.expiry().borrow();
         let process = backend.process();
-        let of_process: Vec<_> = older.iter().filter(|older| older.process() == process).collect();
+        let of_process: Vec<_> =
+            older.iter().filter(|older| process.continues(&older.process())).collect();
         of_process.iter().for_each(|older| older.renew(expiry));
         of_process.iter().for_each(|older| older.supersede());
         if of_process.len() >= MAX_TUNNELS_PER_PROCESS {
@@ -155,7 +156,8 @@ impl Backends {
         if is_same {
             let expiry = identity.expires(Instant::now());
             let tunnels = self.registry().of_agent(backend.agent_id()).to_vec();
-            let of_process = tunnels.iter().filter(|tunnel| tunnel.process() == backend.process());
+            let process = backend.process();
+            let of_process = tunnels.iter().filter(|tunnel| process.continues(&tunnel.process()));
             of_process.for_each(|tunnel| tunnel.renew(expiry));
         }
         is_same

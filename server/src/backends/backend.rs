@@ -20,11 +20,33 @@ use super::{
     registry::Candidate,
     silence::Heard,
 };
-use crate::agents::identity::{Claims, Expiry};
+use crate::agents::identity::{Claims, Expiry, Identity};
 
 /// One process of one agent: an agent that is started again is another one.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Process(AgentId, InstanceId);
+///
+/// The instance is what the agent says, and so is the id where any is allowed. So tunnels lead to
+/// the same process only if their agents have proved the same identity.
+#[derive(Clone, Debug)]
+pub(crate) struct Process {
+    identity: Arc<Identity>,
+    agent_id: AgentId,
+    instance: InstanceId,
+}
+
+impl Process {
+    /// Whether a tunnel of this process may be one of `older` too: it has the same identity, or the
+    /// same one with more proof.
+    pub(super) fn continues(&self, older: &Self) -> bool {
+        (&self.agent_id, self.instance) == (&older.agent_id, older.instance)
+            && self.identity.may_replace(&older.identity)
+    }
+}
+
+impl PartialEq for Process {
+    fn eq(&self, other: &Self) -> bool {
+        self.continues(other) && other.continues(self)
+    }
+}
 
 /// One agent's live tunnel.
 #[derive(Debug)]
@@ -90,7 +112,11 @@ impl Backend {
 
     /// The process that the tunnel leads to.
     pub(crate) fn process(&self) -> Process {
-        Process(self.claims.agent_id.clone(), self.instance)
+        Process {
+            identity: self.claims.identity.clone(),
+            agent_id: self.claims.agent_id.clone(),
+            instance: self.instance,
+        }
     }
 
     /// The agent's revision of the protocol.

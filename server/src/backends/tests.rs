@@ -5,7 +5,10 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+use culvert_process::kubernetes::Timestamp;
+
 use super::*;
+use crate::agents::identity::ServiceAccount;
 use crate::config::AgentIdentity;
 use crate::testing::{TestAgent, hello, identity, pair, target};
 
@@ -231,4 +234,38 @@ async fn a_backend_is_empty_once_its_last_stream_has_ended() {
     let begun = Instant::now();
     join!(agent.backend.emptied(), ending);
     assert_eq!(begun.elapsed(), WHILE * 2);
+}
+
+/// The identity of an agent with a token of this service account, which expires in this time.
+fn of_account(name: &str, expires: Duration) -> Identity {
+    let expiry = Some(Timestamp::now() + expires);
+    let account = ServiceAccount { name: name.into(), expiry, ..ServiceAccount::default() };
+    Identity { account: Some(account), ..Identity::default() }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_process_is_one_of_an_identity_an_id_and_an_instance() {
+    const HOUR: Duration = Duration::from_secs(3600);
+    let backends = backends();
+    let join = async |name, expires| {
+        TestAgent::join_by(&backends, of_account(name, expires), "a", &[]).await
+    };
+    let owner = join("owner", HOUR).await;
+    let expiry = || *owner.backend.expiry().borrow();
+    let before = expiry();
+    // It gives way to another identity, which announces the same id and instance.
+    backends.drain(&owner.backend);
+    let other = join("other", HOUR * 2).await;
+    assert_ne!(owner.backend.process(), other.backend.process());
+    assert_eq!(expiry(), before, "another identity's join renews nothing");
+    assert!(!is_ready(owner.backend.superseded()).await);
+    assert!(backends.renew(&other.backend, &of_account("other", HOUR * 3)));
+    assert!(!backends.renew(&other.backend, &of_account("owner", HOUR * 3)));
+    assert_eq!(expiry(), before, "another identity's token renews nothing");
+    let mut tunnels = Vec::new();
+    for _ in 0..MAX_TUNNELS_PER_PROCESS {
+        tunnels.push(join("other", HOUR).await);
+    }
+    assert!(!is_ready(owner.backend.dismissed()).await, "it is no tunnel of that process");
+    assert!(is_ready(other.backend.dismissed()).await);
 }
