@@ -32,13 +32,15 @@ use self::families::{
     GRPC_CONNECTIONS, HISTOGRAMS, HTTP_CONNECTIONS, IDENTITY_CONFLICTS, JOIN_FAILURES,
     LEASE_DELETE_LATENCY, LEASE_DELETES, LEASE_LIST_LATENCY, LEASE_LISTS, LEASE_RENEWALS,
     OPEN_STREAMS, OPTIMISTIC_DIALS, PENDING_DIALS, PROOF_RENEWALS, READY_BACKENDS,
-    READY_CONNECTIONS, STREAM_BYTES, STREAM_ENDS, STREAMS, TOKEN_REVIEWS, TUNNELS, TUNNELS_LOST,
-    UDP_BUFFER, UNADMITTED,
+    READY_CONNECTIONS, STREAM_BYTES, STREAM_ENDS, STREAMS, TOKEN_RECHECKS, TOKEN_REVIEWS, TUNNELS,
+    TUNNELS_LOST, UDP_BUFFER, UNADMITTED,
 };
 use crate::{
     agents::{
-        JOIN_FAILURE_REASONS, admission::REVIEW_RESULTS, identity::ClaimFault,
-        session::renewal::RENEWAL_RESULTS,
+        JOIN_FAILURE_REASONS,
+        admission::REVIEW_RESULTS,
+        identity::ClaimFault,
+        session::{recheck::RECHECK_RESULTS, renewal::RENEWAL_RESULTS},
     },
     backends::{Backend, Backends, registry::Candidate},
     dial::DialError,
@@ -241,6 +243,12 @@ impl ServerMetrics {
         self.metrics.counter(PROOF_RENEWALS.name, &[("result", result)]).increment(1);
     }
 
+    /// Counts a review of a token that was accepted before, of a connected agent.
+    pub(crate) fn token_rechecked(&self, result: &'static str) {
+        debug_assert!(RECHECK_RESULTS.contains(&result));
+        self.metrics.counter(TOKEN_RECHECKS.name, &[("result", result)]).increment(1);
+    }
+
     /// Counts a token that kube-apiserver has reviewed, or has not in time.
     pub(crate) fn token_reviewed(&self, result: &'static str) {
         debug_assert!(REVIEW_RESULTS.contains(&result));
@@ -334,6 +342,7 @@ fn register_counters(metrics: &Metrics) {
         (FRONTENDS_REFUSED, "reason", FrontendRefusal::ALL.map(FrontendRefusal::label).to_vec()),
         (PROOF_RENEWALS, "result", RENEWAL_RESULTS.to_vec()),
         (TOKEN_REVIEWS, "result", REVIEW_RESULTS.to_vec()),
+        (TOKEN_RECHECKS, "result", RECHECK_RESULTS.to_vec()),
         (TUNNELS_LOST, "reason", TunnelLost::labels().collect()),
         (OPTIMISTIC_DIALS, "result", vec!["kept", "broken"]),
         (DIALS_WAITED, "result", vec!["came", "failed"]),

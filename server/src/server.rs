@@ -137,6 +137,7 @@ impl Server {
             memory,
             hedge_rate: config.tunnel.hedge_rate,
             expire_agents: config.agents.expire,
+            recheck_interval: config.agents.recheck_interval,
             drain_timeout: config.graceful_shutdown_timeout,
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),

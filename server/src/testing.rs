@@ -101,6 +101,7 @@ fn new_context(authenticator: Authenticator) -> AgentContext {
         memory: MemoryBudget::new(0),
         hedge_rate: 1000,
         expire_agents: ExpireAgents::Renewing,
+        recheck_interval: None,
         drain_timeout: Duration::from_secs(30),
         draining: CancellationToken::new(),
         closing: CancellationToken::new(),

@@ -24,15 +24,19 @@ use culvert_transport::task::Owned;
 use culvert_wire::{AgentId, control::Secret, identifiers::Identifiers};
 use parking_lot::Mutex;
 use rustls::pki_types::CertificateDer;
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use self::{
+    queue::Turn,
     reviews::{Request, Reviews},
     token::{Claims, token_digest},
     verdicts::Verdict,
 };
 use super::{
-    identity::{Certificate, ClaimFault, Claims as AgentClaims, Identity, ServiceAccount},
+    identity::{Certificate, ClaimFault, Claims as AgentClaims, Expiry, Identity, ServiceAccount},
     unadmitted::Source,
 };
 use crate::{
@@ -98,6 +102,7 @@ pub(crate) struct Proof<'a> {
 #[derive(Debug)]
 pub(crate) struct Authenticated {
     identity: Arc<Identity>,
+    token: Option<AcceptedToken>,
     rule: AgentIdentity,
 }
 
@@ -118,6 +123,27 @@ impl Authenticated {
     pub(crate) fn identity(&self) -> &Arc<Identity> {
         &self.identity
     }
+
+    /// The token that proved it; `None` where agents need none, and after the first call.
+    pub(crate) fn take_token(&mut self) -> Option<AcceptedToken> {
+        self.token.take()
+    }
+}
+
+/// A token that kube-apiserver has accepted.
+#[derive(Clone, Debug)]
+pub(crate) struct AcceptedToken {
+    /// The token.
+    pub(crate) token: Secret,
+    /// When the proof expires; `None` for one that does not.
+    expiry: Option<Expiry>,
+}
+
+impl AcceptedToken {
+    /// Whether the proof has expired.
+    pub(crate) fn is_expired(&self, now: Instant) -> bool {
+        self.expiry.is_some_and(|expiry| expiry.at <= now)
+    }
 }
 
 /// Why an agent was not authenticated.
@@ -132,7 +158,11 @@ pub(crate) enum Refusal {
     /// kube-apiserver did not review the token.
     #[error("the token could not be reviewed: {0}")]
     NotReviewed(String),
-    /// The token is invalid, or belongs to another account.
+    /// The token is invalid and stays so, or belongs to another account.
+    #[error("the token was refused: {0}")]
+    Invalid(String),
+    /// The token is not accepted now, which may change: kube-apiserver has just started, or clocks
+    /// differ.
     #[error("the token was refused: {0}")]
     Refused(String),
 }
@@ -146,7 +176,9 @@ impl Refusal {
     /// The reason as a metric label.
     pub(crate) fn label(&self) -> &'static str {
         match self {
-            Self::NoToken | Self::NotAToken(_) | Self::Refused(_) => "unauthenticated",
+            Self::NoToken | Self::NotAToken(_) | Self::Invalid(_) | Self::Refused(_) => {
+                "unauthenticated"
+            }
             Self::NotReviewed(_) => "token_not_reviewed",
         }
     }
@@ -157,7 +189,7 @@ impl Refusal {
             Self::NoToken => return "Authentication context was not found in metadata".into(),
             Self::NotAToken(reason) => return reason.clone(),
             Self::NotReviewed(reason) => format!("Failed to authenticate request. err:{reason}"),
-            Self::Refused(reason) => format!("lookup failed: {reason}"),
+            Self::Invalid(reason) | Self::Refused(reason) => format!("lookup failed: {reason}"),
         };
         format!("Failed to validate authentication token, err:{inner}")
     }
@@ -214,12 +246,31 @@ impl Authenticator {
             None => None,
             Some(reviewer) => {
                 let token = proof.token.ok_or(Refusal::NoToken)?;
-                Some(reviewer.check(token, proof.remote).await?)
+                Some(reviewer.check(token, Turn::Of(Source::of(proof.remote))).await?)
             }
         };
         let certificate = proof.certificates.and_then(|chain| Certificate::of(chain.first()?));
         let identity = Arc::new(Identity { certificate, account });
-        Ok(Authenticated { identity, rule: self.rule })
+        let token = proof.token.filter(|_| self.needs_tokens()).map(|token| {
+            let expiry = identity.expires(Instant::now());
+            AcceptedToken { token: token.clone(), expiry }
+        });
+        Ok(Authenticated { identity, token, rule: self.rule })
+    }
+
+    /// Has the token of a connected agent reviewed again. All of these together have the turns of
+    /// one address, so they do not delay agents that join.
+    ///
+    /// # Errors
+    /// As [`admit`](Self::admit).
+    ///
+    /// # Cancel safety
+    /// As [`admit`](Self::admit).
+    pub(crate) async fn check_again(&self, token: &Secret) -> Result<(), Refusal> {
+        match &self.reviewer {
+            Some(reviewer) => reviewer.check(token, Turn::Again).await.map(drop),
+            None => Ok(()),
+        }
     }
 }
 
@@ -231,13 +282,12 @@ struct Reviewer {
 }
 
 impl Reviewer {
-    async fn check(&self, token: &Secret, remote: IpAddr) -> Verdict {
+    async fn check(&self, token: &Secret, turn: Turn) -> Verdict {
         let claims = Claims::of(token)?;
         claims.check(&self.audience, Timestamp::now())?;
         let (answer, verdict) = oneshot::channel();
         let digest = token_digest(token);
-        let source = Source::of(remote);
-        let request = Request { digest, token: token.clone(), claims, source, answer };
+        let request = Request { digest, token: token.clone(), claims, turn, answer };
         let ended = || Refusal::NotReviewed("the server stops".into());
         self.requests.send(request).await.map_err(|_| ended())?;
         verdict.await.map_err(|_| ended())?

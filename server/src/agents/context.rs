@@ -34,6 +34,9 @@ pub(crate) struct AgentContext {
     pub(crate) drain_timeout: Duration,
     /// Which agents lose their tunnel when their proof has expired.
     pub(crate) expire_agents: ExpireAgents,
+    /// Mean time between two reviews of the token of an agent that is connected; `None` for no
+    /// reviews.
+    pub(crate) recheck_interval: Option<Duration>,
     /// Cancelled when agents are to look for another server.
     pub(crate) draining: CancellationToken,
     /// Cancelled when tunnels are to be closed.

@@ -18,7 +18,7 @@ use tracing::debug;
 
 use super::{
     AgentContext,
-    admission::{Authenticated, Proof, Refusal},
+    admission::{AcceptedToken, Authenticated, Proof, Refusal},
     identity::{ClaimFault, Claims},
     unadmitted::{Attempt, FIRST_BYTES_TIMEOUT, JOIN_TIMEOUT, Source},
 };
@@ -233,6 +233,15 @@ pub(super) fn record_failure(remote: SocketAddr, error: &JoinError, context: &Ag
     );
 }
 
+/// An agent that was admitted and welcomed.
+#[derive(Debug)]
+pub(super) struct Joined {
+    pub(super) backend: Backend,
+    /// The token with which it was admitted; `None` where agents need none.
+    pub(super) token: Option<AcceptedToken>,
+    pub(super) control: ControlStream,
+}
+
 /// Reads the hello, admits the agent and answers with the welcome, within the attempt's time. An
 /// agent that is `authenticated` already is not asked for its token.
 ///
@@ -244,7 +253,7 @@ pub(super) async fn join(
     authenticated: Option<Authenticated>,
     attempt: &Attempt,
     context: &AgentContext,
-) -> Result<(Backend, ControlStream), JoinError> {
+) -> Result<Joined, JoinError> {
     let closer = tunnel.clone();
     let refuse = |error: JoinError| {
         closer.close(error.close_code(), error.close_reason());
@@ -253,7 +262,8 @@ pub(super) async fn join(
     let opened = attempt.within(async { Ok(tunnel.accept().await?) });
     let mut control = ControlStream::new(tunnel.clone(), opened.await.map_err(refuse)?);
     let introduced = introduce(tunnel, authenticated, attempt, &mut control, context).await;
-    Ok((introduced.map_err(refuse)?, control))
+    let (backend, token) = introduced.map_err(refuse)?;
+    Ok(Joined { backend, token, control })
 }
 
 async fn introduce(
@@ -262,8 +272,8 @@ async fn introduce(
     attempt: &Attempt,
     control: &mut ControlStream,
     context: &AgentContext,
-) -> Result<Backend, JoinError> {
-    let (hello, authenticated) = tokio::select! {
+) -> Result<(Backend, Option<AcceptedToken>), JoinError> {
+    let (hello, mut authenticated) = tokio::select! {
         biased;
         identified = identify(&tunnel, authenticated, attempt, control, context) => identified?,
         () = tunnel.unexpected_datagram() => return Err(JoinError::Excess),
@@ -279,7 +289,8 @@ async fn introduce(
     }
     let welcome = ControlMessage::Welcome(Box::new(welcome));
     attempt.within(async { Ok(control.send(&welcome).await?) }).await?;
-    Ok(Backend::new(tunnel, hello, claims, context.max_streams))
+    let token = authenticated.take_token();
+    Ok((Backend::new(tunnel, hello, claims, context.max_streams), token))
 }
 
 /// What the agent may say about itself.

@@ -236,7 +236,9 @@ fn public_message(refusal: &Refusal) -> String {
     const FAILED: &str = "Failed to validate authentication token, err:";
     match refusal {
         Refusal::NotReviewed(_) => format!("{FAILED}Failed to authenticate request"),
-        Refusal::Refused(reason) if !FIXED.contains(&reason.as_str()) => {
+        Refusal::Invalid(reason) | Refusal::Refused(reason)
+            if !FIXED.contains(&reason.as_str()) =>
+        {
             format!("{FAILED}lookup failed")
         }
         _ => refusal.konnectivity_message(),

@@ -1,5 +1,6 @@
 //! One agent's tunnel as a backend, from its introduction to its loss.
 
+pub(crate) mod recheck;
 pub(crate) mod renewal;
 
 use std::{mem, sync::Arc, time::Duration};
@@ -19,7 +20,11 @@ use tracing::{info, warn};
 
 use self::renewal::ProofKeeper;
 use super::{
-    AgentContext, admission::Authenticated, identity::ClaimFault, join, unadmitted::Attempt,
+    AgentContext,
+    admission::Authenticated,
+    identity::ClaimFault,
+    join::{self, Joined},
+    unadmitted::Attempt,
 };
 use crate::backends::{Backend, Dismissal, registry::Candidate};
 
@@ -38,11 +43,12 @@ pub(super) async fn serve(
     context: Arc<AgentContext>,
 ) {
     let remote = tunnel.remote_address();
-    let (backend, control) = match join::join(tunnel, authenticated, &attempt, &context).await {
+    let joined = match join::join(tunnel, authenticated, &attempt, &context).await {
         Ok(joined) => joined,
         Err(error) => return join::record_failure(remote, &error, &context),
     };
     drop(attempt);
+    let Joined { backend, token, control } = joined;
     let backend = Arc::new(backend);
     let agent_id = backend.agent_id().clone();
     let registration = match context.backends.register(backend.clone()) {
@@ -61,7 +67,8 @@ pub(super) async fn serve(
         "agent connected",
     );
     record_conflicts(&backend, registration.held(), &context);
-    let lost = drive(&backend, control, &context).await;
+    let proof = ProofKeeper::new(&backend, token, &context);
+    let lost = drive(&backend, control, proof, &context).await;
     registration.end(&lost);
     context.metrics.tunnel_lost(lost.label());
     context.unadmitted.remember(backend.tunnel.remote_address().ip());
@@ -91,6 +98,7 @@ fn record_conflicts(backend: &Backend, held: &[String], context: &AgentContext) 
 async fn drive(
     backend: &Backend,
     mut control: ControlStream,
+    proof: ProofKeeper<'_>,
     context: &AgentContext,
 ) -> TunnelLost {
     let tunnel = &backend.tunnel;
@@ -102,7 +110,7 @@ async fn drive(
         () = context.closing.cancelled() => {
             goodbye(&mut control, tunnel, CloseCode::SHUTDOWN, "the server stops").await
         }
-        result = converse(backend, &mut control, context) => match result {
+        result = converse(backend, &mut control, proof, context) => match result {
             Ok(dismissal) => {
                 let (code, reason) = (dismissal.close_code(), dismissal.reason());
                 goodbye(&mut control, tunnel, code, reason).await
@@ -125,12 +133,12 @@ async fn drive(
 async fn converse(
     backend: &Backend,
     control: &mut ControlStream,
+    mut proof: ProofKeeper<'_>,
     context: &AgentContext,
 ) -> Result<Dismissal, ControlError> {
     let mut drain_sent = false;
     // The agent may repeat both as often as it likes.
     let (mut has_drained, mut has_left) = (false, false);
-    let mut proof = ProofKeeper::new(backend, context);
     let mut leaving: Option<(Dismissal, Instant)> = None;
     loop {
         tokio::select! {
@@ -164,16 +172,22 @@ async fn converse(
                     control.send(&drain(limit)).await?;
                 }
             }
-            () = proof.expired(), if leaving.is_none() => {
-                let identity = &backend.claims.identity;
-                warn!(
-                    agent_id = %backend.agent_id(), %identity,
-                    "an agent's proof of identity has expired"
-                );
-                backend.dismiss(Dismissal::Expired);
+            dismissal = proof.ended(), if leaving.is_none() => {
+                log_end_of_proof(backend, dismissal);
+                backend.dismiss(dismissal);
             }
             dismissal = emptied(backend, leaving) => return Ok(dismissal),
         }
+    }
+}
+
+fn log_end_of_proof(backend: &Backend, dismissal: Dismissal) {
+    let (agent_id, identity) = (backend.agent_id(), &backend.claims.identity);
+    match dismissal {
+        Dismissal::Revoked => {
+            warn!(%agent_id, %identity, "an agent's proof of identity was revoked");
+        }
+        _ => warn!(%agent_id, %identity, "an agent's proof of identity has expired"),
     }
 }
 

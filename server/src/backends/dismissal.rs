@@ -14,6 +14,8 @@ pub(crate) enum Dismissal {
     Evicted,
     /// The proof of the agent's identity has expired.
     Expired,
+    /// kube-apiserver does not accept the agent's token any more.
+    Revoked,
 }
 
 impl Dismissal {
@@ -22,7 +24,7 @@ impl Dismissal {
         match self {
             Self::Crowded => CloseCode::SUPERSEDED,
             Self::Evicted => CloseCode::EVICTED,
-            Self::Expired => CloseCode::UNAUTHENTICATED,
+            Self::Expired | Self::Revoked => CloseCode::UNAUTHENTICATED,
         }
     }
 
@@ -32,6 +34,7 @@ impl Dismissal {
             Self::Crowded => "the agent has too many newer tunnels",
             Self::Evicted => "an operator sent the agent away",
             Self::Expired => "the proof of the agent's identity has expired",
+            Self::Revoked => "the proof of the agent's identity was revoked",
         }
     }
 
@@ -39,7 +42,7 @@ impl Dismissal {
     pub(crate) fn grace(self) -> Duration {
         match self {
             Self::Crowded => Duration::ZERO,
-            Self::Evicted | Self::Expired => Duration::from_secs(30),
+            Self::Evicted | Self::Expired | Self::Revoked => Duration::from_secs(30),
         }
     }
 }

@@ -20,6 +20,9 @@ use super::{Flags, Strategy, flags::DEFAULT_CHANNEL_SIZE};
 /// dials to an agent that hangs accumulate.
 const DEFAULT_BACKEND_DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Minimum time between two reviews of one token.
+const MIN_RECHECK_INTERVAL: Duration = Duration::from_secs(10);
+
 /// Listener for agents, and what is asked of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AgentsConfig {
@@ -35,6 +38,9 @@ pub struct AgentsConfig {
     pub identity: AgentIdentity,
     /// Which agents lose their tunnel when their proof of identity has expired.
     pub expire: ExpireAgents,
+    /// Mean time between two reviews of the token of an agent that is connected; `None` for no
+    /// reviews.
+    pub recheck_interval: Option<Duration>,
     /// Maximum number of tunnels of all agents together.
     pub max_tunnels: u32,
     /// Strategies that choose an agent, in the order in which they are asked; never empty.
@@ -111,6 +117,7 @@ pub(super) fn check(
     authentication(flags, client_ca.is_some(), token.is_some(), faults);
     let identity = identity(flags, client_ca.is_some(), token.is_some(), faults);
     let expire = expire(flags, faults);
+    let recheck_interval = recheck_interval(flags, faults);
     let max_tunnels = faults.count("max-agent-tunnels", flags.max_agent_tunnels, 1);
     let limit = match flags.backend_dial_timeout {
         None => Some(DEFAULT_BACKEND_DIAL_TIMEOUT),
@@ -131,6 +138,7 @@ pub(super) fn check(
         token,
         identity,
         expire,
+        recheck_interval,
         max_tunnels,
         strategies,
         keep_alive_interval,
@@ -218,6 +226,14 @@ fn expire(flags: &Flags, faults: &mut Faults) -> ExpireAgents {
             ExpireAgents::Renewing
         }
     }
+}
+
+fn recheck_interval(flags: &Flags, faults: &mut Faults) -> Option<Duration> {
+    const FLAG: &str = "agent-recheck-interval";
+    let interval = faults.duration(FLAG, flags.agent_recheck_interval);
+    let reason = format!("must be 0 or at least {MIN_RECHECK_INTERVAL:?}");
+    faults.require(interval.is_zero() || interval >= MIN_RECHECK_INTERVAL, FLAG, reason);
+    (!interval.is_zero()).then_some(interval)
 }
 
 /// Refuses to admit unauthenticated agents unless a flag allows it.

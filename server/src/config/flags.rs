@@ -169,6 +169,11 @@ pub struct Flags {
     #[arg(long, help_heading = "Agents", value_name = "WHICH", default_value = "renewing")]
     pub expire_agents: String,
 
+    /// Mean time between two reviews of the token of an agent that is connected, at least 10s; an
+    /// agent whose token is refused for a minute loses its tunnel. 0 reviews no token again
+    #[arg(long, help_heading = "Agents", value_name = "DURATION", default_value = "5m")]
+    pub agent_recheck_interval: GoDuration,
+
     /// Maximum number of tunnels of all agents together; further agents are refused
     #[arg(long, help_heading = "Agents", value_name = "COUNT", default_value_t = 20_000)]
     pub max_agent_tunnels: i64,

@@ -89,6 +89,10 @@ pub(super) const TOKEN_REVIEWS: Family = Family::new(
     "culvert_server_token_reviews_total",
     "Tokens that kube-apiserver was asked to review, by result.",
 );
+pub(super) const TOKEN_RECHECKS: Family = Family::new(
+    "culvert_server_token_rechecks_total",
+    "Reviews of tokens of connected agents that were accepted before, by result.",
+);
 pub(super) const UNADMITTED: Family = Family::new(
     "culvert_server_unadmitted_connections",
     "Connections of peers that are not admitted yet, by what carries them.",

@@ -17,6 +17,8 @@ pub(super) enum Turn {
     Of(Source),
     /// Of any network, with a token of another issuer than those of the tokens accepted so far.
     OtherIssuer,
+    /// Of the agents that are connected, whose tokens are reviewed again.
+    Again,
 }
 
 /// A queue per source, which take turns.

@@ -31,7 +31,7 @@ use super::{
     token::{Claims, TokenDigest},
     verdicts::{Verdict, Verdicts},
 };
-use crate::{agents::unadmitted::Source, config::TokenConfig, metrics::ServerMetrics};
+use crate::{config::TokenConfig, metrics::ServerMetrics};
 
 /// Maximum number of reviews in progress. After a restart of everything thousands of tokens are to
 /// be reviewed, and kube-apiserver has other work.
@@ -52,7 +52,8 @@ pub(super) struct Request {
     pub(super) digest: TokenDigest,
     pub(super) token: Secret,
     pub(super) claims: Claims,
-    pub(super) source: Source,
+    /// Whose turn it is, if the issuer of the token is known.
+    pub(super) turn: Turn,
     /// For the verdict; closed when the agent has left.
     pub(super) answer: oneshot::Sender<Verdict>,
 }
@@ -135,7 +136,7 @@ impl Reviews {
     }
 
     fn enter(&mut self, request: Request) {
-        let Request { digest, token, claims, source, answer } = request;
+        let Request { digest, token, claims, turn, answer } = request;
         let now = Instant::now();
         if let Some(verdict) = self.verdicts.get(&digest, now) {
             let _ = answer.send(verdict);
@@ -145,7 +146,7 @@ impl Reviews {
             add(&mut waiting.answers, answer);
         } else {
             let is_known = self.knows_issuer_of(&claims);
-            let turn = if is_known { Turn::Of(source) } else { Turn::OtherIssuer };
+            let turn = if is_known { turn } else { Turn::OtherIssuer };
             let deadline = now + BEGIN_TIMEOUT;
             let waiting = Waiting { token, claims, turn, deadline, answers: vec![answer] };
             self.waiting.insert(digest, waiting);

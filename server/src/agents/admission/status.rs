@@ -7,12 +7,17 @@ use super::{Refusal, ServiceAccount, token::Claims};
 use crate::config::TokenConfig;
 
 /// Checks that kube-apiserver accepts the token, and that it belongs to the expected account.
+///
+/// Whether kube-apiserver could not check the token, or has found it invalid, is not in its answer:
+/// both are an error. So such a token is refused, and may be accepted later. A token that is
+/// accepted and belongs to another account stays that account's.
 pub(super) fn check_status(
     status: TokenReviewStatus,
     claims: &Claims,
     expected: &TokenConfig,
 ) -> Result<ServiceAccount, Refusal> {
     let refused = |reason: String| Err(Refusal::Refused(reason));
+    let invalid = |reason: String| Err(Refusal::Invalid(reason));
     if let Some(error) = status.error.filter(|error| !error.is_empty()) {
         return refused(error);
     }
@@ -23,22 +28,22 @@ pub(super) fn check_status(
     let for_audience =
         status.audiences.is_some_and(|audiences| audiences.contains(&expected.audience));
     if !for_audience {
-        return refused(format!("the token is not meant for {:?}", expected.audience));
+        return invalid(format!("the token is not meant for {:?}", expected.audience));
     }
     let user = status.user.unwrap_or_default();
     let name = user.username.clone().unwrap_or_default();
     let parts: Vec<_> = name.split(':').collect();
     let [system, kind, namespace, account] = parts[..] else {
-        return refused("unexpected username format".into());
+        return invalid("unexpected username format".into());
     };
     if (system, kind) != ("system", "serviceaccount") {
-        return refused("username returned is not a service account".into());
+        return invalid("username returned is not a service account".into());
     }
     let expect = |what, found: &str, expected: &str| match found == expected {
         true => Ok(()),
         false => {
             let reason = format!("incoming request from {found:?} {what}. Expected {expected:?}");
-            Err(Refusal::Refused(reason))
+            Err(Refusal::Invalid(reason))
         }
     };
     expect("namespace", namespace, &expected.namespace)?;

@@ -15,7 +15,7 @@ use tokio::{
 
 use super::{
     reviews::{BEGIN_TIMEOUT, MAX_REVIEWS, REVIEW_TIMEOUT},
-    verdicts::{ACCEPTED_LIFE, REFUSED_LIFE},
+    verdicts::{ACCEPTED_LIFE, FIRST_REFUSED_LIFE, REFUSED_LIFE},
     *,
 };
 use crate::testing::{
@@ -82,18 +82,48 @@ async fn an_accepted_token_is_reviewed_once_in_a_while() {
     assert_eq!(reviewed.lock().len(), 2);
 }
 
+/// How often a token is reviewed within this time, when its agent shows it again and again.
+async fn reviews_within(time: Duration, status: TokenReviewStatus) -> usize {
+    let (authenticator, reviewed) = reviewing(Ok(status), Duration::ZERO);
+    let begun = Instant::now();
+    while begun.elapsed() < time {
+        refused(&authenticator, &token("bad")).await;
+        sleep(Duration::from_millis(100)).await;
+    }
+    reviewed.lock().len()
+}
+
 #[tokio::test(start_paused = true)]
-async fn a_refused_token_is_reviewed_once_a_minute() {
-    let (authenticator, reviewed) = reviewing(Ok(TokenReviewStatus::default()), Duration::ZERO);
-    let (first, _) = refused(&authenticator, &token("bad")).await;
-    assert!(matches!(first, Refusal::Refused(_)), "{first:?}");
-    assert_eq!(first.label(), "unauthenticated");
-    sleep(REFUSED_LIFE - MOMENT).await;
-    assert_eq!(refused(&authenticator, &token("bad")).await.0, first);
-    assert_eq!(reviewed.lock().len(), 1);
-    sleep(MOMENT).await;
-    refused(&authenticator, &token("bad")).await;
-    assert_eq!(reviewed.lock().len(), 2);
+async fn a_refused_token_is_reviewed_again_soon_and_then_once_a_minute() {
+    let (seconds, refused) = (Duration::from_secs, TokenReviewStatus::default);
+    assert_eq!(reviews_within(seconds(2), refused()).await, 1);
+    assert_eq!(reviews_within(seconds(60), refused()).await, 5);
+    assert_eq!(reviews_within(seconds(3600), refused()).await, 64);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_of_another_account_is_reviewed_once_a_minute() {
+    let mut other = accepted();
+    other.user.as_mut().unwrap().username = Some("system:serviceaccount:kube-system:x".into());
+    assert_eq!(reviews_within(REFUSED_LIFE, other).await, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_is_accepted_a_moment_later_admits_its_agent_within_seconds() {
+    let answer = Arc::new(Mutex::new(TokenReviewStatus {
+        error: Some("the server is starting".into()),
+        ..TokenReviewStatus::default()
+    }));
+    let answers = answer.clone();
+    let authenticator = authenticator(move |_| {
+        let answer = answers.lock().clone();
+        async move { Ok(answer) }
+    });
+    let (refusal, _) = refused(&authenticator, &token("early")).await;
+    assert!(matches!(refusal, Refusal::Refused(_)), "{refusal:?}");
+    *answer.lock() = accepted();
+    sleep(FIRST_REFUSED_LIFE).await;
+    authenticator.admit(by(&token("early"))).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]

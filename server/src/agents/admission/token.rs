@@ -36,7 +36,7 @@ impl Claims {
     /// # Errors
     /// When the token is no JWT, and so not a service account's.
     pub(super) fn of(token: &Secret) -> Result<Self, Refusal> {
-        let malformed = || Refusal::Refused("it is no token of a service account".into());
+        let malformed = || Refusal::Invalid("it is no token of a service account".into());
         let parts: Vec<_> = token.expose().split('.').collect();
         let [header, claims, signature] = parts[..] else { return Err(malformed()) };
         let object = |part| serde_json::from_slice(&BASE64.decode(part).ok()?).ok();
@@ -51,25 +51,25 @@ impl Claims {
     /// # Errors
     /// When the token is for other audiences, or not valid now.
     pub(super) fn check(&self, audience: &str, now: Timestamp) -> Result<(), Refusal> {
-        let refused = |reason: String| Err(Refusal::Refused(reason));
+        let invalid = |reason: String| Err(Refusal::Invalid(reason));
         let is_meant = match self.0.get("aud") {
             Some(Value::String(one)) => one == audience,
             Some(Value::Array(all)) if !all.is_empty() => all.iter().any(|one| one == audience),
             _ => true,
         };
         if !is_meant {
-            return refused(format!("the token is not meant for {audience:?}"));
+            return invalid(format!("the token is not meant for {audience:?}"));
         }
         #[expect(clippy::cast_precision_loss, reason = "seconds since 1970 are far below 2^52")]
         let now = now.as_second() as f64;
         let time = |claim| self.0.get(claim).and_then(Value::as_f64);
         if time("exp").is_some_and(|expiry| expiry + LEEWAY < now) {
-            return refused("the token has expired".into());
+            return invalid("the token has expired".into());
         }
         if time("nbf").is_some_and(|begin| now + LEEWAY < begin)
             || time("iat").is_some_and(|issued| now + LEEWAY < issued)
         {
-            return refused("the token is not valid yet".into());
+            return Err(Refusal::Refused("the token is not valid yet".into()));
         }
         Ok(())
     }

@@ -9,8 +9,14 @@ use super::{Refusal, ServiceAccount, token::TokenDigest};
 /// Time for which a token that was accepted is not reviewed again. An agent that looks for a
 /// missing server connects to those that it has many times within a few seconds.
 pub(super) const ACCEPTED_LIFE: Duration = Duration::from_secs(10);
-/// Time for which a token that was refused is not reviewed again.
+/// Time for which a token that was refused for the first time is not reviewed again; twice as long
+/// after each further time. kube-apiserver may have begun to serve a moment ago, or its clock may be
+/// behind the one that dated the token.
+pub(super) const FIRST_REFUSED_LIFE: Duration = Duration::from_secs(2);
+/// Maximum of that time. A token that stays invalid is not reviewed again for so long at once.
 pub(super) const REFUSED_LIFE: Duration = Duration::from_secs(60);
+/// Number of refusals after which the time is the maximum.
+const MAX_REFUSALS: u32 = 5;
 /// Maximum number of tokens that are remembered as accepted, and again as refused.
 const MAX_VERDICTS: usize = 16 * 1024;
 
@@ -21,27 +27,54 @@ pub(super) type Verdict = Result<ServiceAccount, Refusal>;
 #[derive(Debug, Default)]
 pub(super) struct Verdicts {
     accepted: Remembered<ServiceAccount>,
-    refused: Remembered<Refusal>,
+    refused: Remembered<Refused>,
+}
+
+/// A refusal of a token.
+#[derive(Clone, Debug)]
+struct Refused {
+    refusal: Refusal,
+    /// Number of times in a row.
+    times: u32,
 }
 
 impl Verdicts {
     /// The verdict about a token, if it is remembered.
     pub(super) fn get(&self, token: &TokenDigest, now: Instant) -> Option<Verdict> {
         let accepted = self.accepted.get(token, now).map(Ok);
-        accepted.or_else(|| self.refused.get(token, now).map(Err))
+        accepted.or_else(|| self.refused.get(token, now).map(|refused| Err(refused.refusal)))
     }
 
     /// Remembers a verdict. A token that could not be reviewed has none.
     pub(super) fn insert(&mut self, token: TokenDigest, verdict: &Verdict, now: Instant) {
         match verdict {
-            Ok(account) => self.accepted.insert(token, account.clone(), now, ACCEPTED_LIFE),
+            Ok(account) => {
+                self.refused.remove(&token);
+                self.accepted.insert(token, account.clone(), now, ACCEPTED_LIFE);
+            }
             Err(Refusal::NotReviewed(_)) => {}
-            Err(refusal) => self.refused.insert(token, refusal.clone(), now, REFUSED_LIFE),
+            Err(refusal) => {
+                let before = self.refused.last(&token).map_or(0, |refused| refused.times);
+                let times = match refusal {
+                    Refusal::Refused(_) => (before + 1).min(MAX_REFUSALS),
+                    _ => MAX_REFUSALS,
+                };
+                let refused = Refused { refusal: refusal.clone(), times };
+                self.refused.insert(token, refused, now, refused_life(times));
+            }
         }
     }
 }
 
-/// Values by token, and until when they hold.
+/// Time for which a token that was refused so many times in a row is not reviewed again.
+fn refused_life(times: u32) -> Duration {
+    match times {
+        MAX_REFUSALS.. => REFUSED_LIFE,
+        _ => FIRST_REFUSED_LIFE * 2_u32.pow(times.saturating_sub(1)),
+    }
+}
+
+/// Values by token, and until when they hold. Those that hold no longer are kept while there is room.
 #[derive(Debug)]
 struct Remembered<T>(HashMap<TokenDigest, (T, Instant)>);
 
@@ -57,11 +90,20 @@ impl<T: Clone> Remembered<T> {
         (*until > now).then(|| value.clone())
     }
 
+    /// The value, although it may not hold any more.
+    fn last(&self, token: &TokenDigest) -> Option<&T> {
+        self.0.get(token).map(|(value, _)| value)
+    }
+
+    fn remove(&mut self, token: &TokenDigest) {
+        self.0.remove(token);
+    }
+
     fn insert(&mut self, token: TokenDigest, value: T, now: Instant, life: Duration) {
         if self.0.len() >= MAX_VERDICTS {
             self.0.retain(|_, (_, until)| *until > now);
         }
-        if self.0.len() < MAX_VERDICTS {
+        if self.0.len() < MAX_VERDICTS || self.0.contains_key(&token) {
             self.0.insert(token, (value, now + life));
         }
     }
@@ -87,12 +129,30 @@ mod tests {
         verdicts.insert(token("bad"), &refused, now);
         verdicts.insert(token("unknown"), &Err(Refusal::NotReviewed("away".into())), now);
         for (name, verdict, life) in
-            [("good", accepted, ACCEPTED_LIFE), ("bad", refused, REFUSED_LIFE)]
+            [("good", accepted, ACCEPTED_LIFE), ("bad", refused, FIRST_REFUSED_LIFE)]
         {
             assert_eq!(verdicts.get(&token(name), now + life - moment), Some(verdict));
             assert_eq!(verdicts.get(&token(name), now + life), None);
         }
         assert_eq!(verdicts.get(&token("unknown"), now), None, "it may be reviewed at once");
+    }
+
+    #[test]
+    fn a_token_is_remembered_longer_each_time_it_is_refused() {
+        let (mut verdicts, mut now) = (Verdicts::default(), Instant::now());
+        let refused = Err(Refusal::Refused("not yet".into()));
+        let mut refuse = |verdict: &Verdict| {
+            verdicts.insert(token("x"), verdict, now);
+            let begun = now;
+            while verdicts.get(&token("x"), now).is_some() {
+                now += Duration::from_secs(1);
+            }
+            (now - begun).as_secs()
+        };
+        assert_eq!([(); 6].map(|()| refuse(&refused)), [2, 4, 8, 16, 60, 60]);
+        assert_eq!(refuse(&Ok(ServiceAccount::default())), 10);
+        assert_eq!([(); 2].map(|()| refuse(&refused)), [2, 4]);
+        assert_eq!(refuse(&Err(Refusal::Invalid("another account's".into()))), 60);
     }
 
     #[test]

@@ -1,12 +1,17 @@
 //! The expiry of an agent's proof of identity, and its renewal.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use culvert_process::kubernetes::Timestamp;
 use culvert_wire::control::Secret;
 use http::StatusCode;
 use parking_lot::Mutex;
 use serde_json::json;
 
-use super::{super::renewal::*, *};
+use super::{
+    super::{recheck::REVOKED_AFTER, renewal::*},
+    *,
+};
 use crate::{config::ExpireAgents, testing::jwt};
 
 /// An agent with a token that expires in this time, and its review.
@@ -16,6 +21,8 @@ struct Expiring {
     expiry: Duration,
     /// The answers to reviews from now on.
     answer: Arc<Mutex<Result<TokenReviewStatus, StatusCode>>>,
+    /// Number of reviews so far.
+    reviews: Arc<AtomicUsize>,
 }
 
 const LIFE: Duration = Duration::from_secs(600);
@@ -32,17 +39,33 @@ impl Expiring {
     }
 
     async fn join_as(features: Features, rule: ExpireAgents, status: TokenReviewStatus) -> Self {
+        Self::join_with(features, rule, status, None, LIFE).await
+    }
+
+    async fn join_with(
+        features: Features,
+        rule: ExpireAgents,
+        status: TokenReviewStatus,
+        recheck_interval: Option<Duration>,
+        life: Duration,
+    ) -> Self {
         let answer = Arc::new(Mutex::new(Ok(status)));
-        let answers = answer.clone();
+        let (answers, reviews) = (answer.clone(), Arc::<AtomicUsize>::default());
+        let count = reviews.clone();
         let authenticator = authenticator(move |_| {
+            count.fetch_add(1, Ordering::Relaxed);
             let answer = answers.lock().clone();
             async move { answer }
         });
         let context = context_with(authenticator);
-        let context = AgentContext { expire_agents: rule, ..Arc::into_inner(context).unwrap() };
+        let context = AgentContext {
+            expire_agents: rule,
+            recheck_interval,
+            ..Arc::into_inner(context).unwrap()
+        };
         let served = Served::new(Arc::new(context)).await;
         let mut control = ControlStream::new(served.tunnel.clone(), served.open().await);
-        let token = Some(expiring("first", LIFE));
+        let token = Some(expiring("first", life));
         let hello = Hello { token, features, ..hello("a", &[]) };
         control.send(&ControlMessage::Hello(Box::new(hello))).await.unwrap();
         control.next().await.unwrap();
@@ -50,8 +73,8 @@ impl Expiring {
         // The token has whole seconds.
         let at = served.context.backends.all()[0].expiry().borrow().unwrap().at;
         let expiry = at - served.arrived;
-        assert!(expiry <= LIFE && expiry >= LIFE - Duration::from_secs(2), "{expiry:?}");
-        Self { served, control, expiry, answer }
+        assert!(expiry <= life && expiry >= life - Duration::from_secs(2), "{expiry:?}");
+        Self { served, control, expiry, answer, reviews }
     }
 
     async fn renew(&mut self, name: &str, life: Duration) {
@@ -147,7 +170,60 @@ async fn a_refused_token_renews_nothing() {
     agent.renew("second", LIFE * 1000).await;
     let drained = agent.drained().await;
     assert!(is_about(drained, GRACE), "{drained:?}");
+    assert!(agent.renewals("refused") >= 5.0, "it is tried again");
+    assert_eq!(agent.renewals("accepted"), 0.0);
+}
+
+/// What kube-apiserver answers about a token that it cannot check, or that is not valid.
+fn not_accepted() -> TokenReviewStatus {
+    TokenReviewStatus {
+        error: Some("[invalid bearer token, service account keys are not loaded]".into()),
+        ..TokenReviewStatus::default()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_is_accepted_only_later_renews_the_proof() {
+    for status in [not_accepted(), TokenReviewStatus::default()] {
+        let mut agent = Expiring::join(Features::RENEWAL, ExpireAgents::Renewing).await;
+        *agent.answer.lock() = Ok(status);
+        agent.renew("second", LIFE * 1000).await;
+        sleep(LIFE - Duration::from_secs(10)).await;
+        *agent.answer.lock() = Ok(accepted());
+        assert_eq!(agent.drained().await, None);
+        assert_eq!(agent.renewals("accepted"), 1.0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_can_never_be_accepted_is_not_tried_again() {
+    let mut agent = Expiring::join(Features::RENEWAL, ExpireAgents::Renewing).await;
+    let mut other = accepted();
+    other.user.as_mut().unwrap().username = Some("system:serviceaccount:kube-system:x".into());
+    *agent.answer.lock() = Ok(other);
+    agent.renew("second", LIFE * 1000).await;
+    let drained = agent.drained().await;
+    assert!(is_about(drained, GRACE), "{drained:?}");
     assert_eq!(agent.renewals("refused"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_sends_token_after_token_causes_few_reviews() {
+    for status in [accepted(), not_accepted()] {
+        let mut agent = Expiring::join(Features::RENEWAL, ExpireAgents::Renewing).await;
+        *agent.answer.lock() = Ok(status);
+        let before = agent.reviews.load(Ordering::Relaxed);
+        for number in 0..400 {
+            agent.renew(&number.to_string(), LIFE).await;
+            sleep(Duration::from_millis(100)).await;
+        }
+        sleep(MIN_REVIEW_INTERVAL).await;
+        let reviews = agent.reviews.load(Ordering::Relaxed) - before;
+        assert!((4..=6).contains(&reviews), "{reviews} reviews in 50 s");
+        let counted: f64 = RENEWAL_RESULTS.into_iter().map(|result| agent.renewals(result)).sum();
+        assert!(counted >= 400.0, "each token is counted: {counted}");
+        assert!(agent.renewals("superseded") >= 394.0);
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -191,4 +267,64 @@ async fn a_newer_tunnel_of_the_same_process_renews_the_proof_of_the_older_one() 
     control.send(&ControlMessage::Hello(Box::new(hello))).await.unwrap();
     control.next().await.unwrap();
     assert_eq!(agent.drained().await, None);
+}
+
+impl Expiring {
+    /// The same with reviews of the token at this interval.
+    async fn join_rechecked(interval: Duration, life: Duration) -> Self {
+        Self::join_with(Features::RENEWAL, ExpireAgents::Renewing, accepted(), Some(interval), life)
+            .await
+    }
+}
+
+const RECHECK: Duration = Duration::from_secs(100);
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_whose_service_account_was_deleted_drains_and_is_closed() {
+    let mut agent = Expiring::join_rechecked(RECHECK, LIFE * 100).await;
+    sleep(RECHECK * 10).await;
+    let reviews = agent.reviews.load(Ordering::Relaxed);
+    assert!((7..=20).contains(&reviews), "{reviews}");
+    *agent.answer.lock() = Ok(not_accepted());
+    let begun = Instant::now();
+    let permit = agent.served.context.backends.all()[0].permit();
+    let message = agent.control.next().await;
+    assert!(matches!(message, Ok(ControlMessage::Drain(_))), "{message:?}");
+    let took = begun.elapsed();
+    assert!(took >= REVOKED_AFTER && took <= RECHECK * 2 + REVOKED_AFTER * 2, "{took:?}");
+    agent.assert_closed(Dismissal::Revoked.grace()).await;
+    drop(permit);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_whose_token_is_refused_for_less_than_a_minute_stays() {
+    let mut agent = Expiring::join_rechecked(RECHECK, LIFE * 100).await;
+    *agent.answer.lock() = Ok(not_accepted());
+    let name = "culvert_server_token_rechecks_total{result=\"refused\"}";
+    let rechecked = |agent: &Expiring| {
+        metric(&agent.served.context.metrics, &agent.served.context.backends, name)
+    };
+    while rechecked(&agent) == 0.0 {
+        sleep(Duration::from_secs(1)).await;
+    }
+    *agent.answer.lock() = Ok(accepted());
+    assert_eq!(agent.drained().await, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn agents_stay_while_kube_apiserver_is_away() {
+    let mut agent = Expiring::join_rechecked(RECHECK, LIFE * 100).await;
+    *agent.answer.lock() = Err(StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(agent.drained().await, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_has_expired_is_not_reviewed_again() {
+    let mut agent = Expiring::join_rechecked(RECHECK, LIFE).await;
+    sleep(LIFE - Duration::from_secs(5)).await;
+    let reviews = agent.reviews.load(Ordering::Relaxed);
+    *agent.answer.lock() = Ok(not_accepted());
+    let drained = agent.drained().await;
+    assert!(is_about(drained, GRACE), "{drained:?}");
+    assert!(agent.reviews.load(Ordering::Relaxed) <= reviews + 1);
 }
