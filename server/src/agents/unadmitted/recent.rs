@@ -1,6 +1,9 @@
 //! The memory of sources from which agents were admitted lately.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
@@ -19,7 +22,11 @@ const MAX_SHARE: usize = 128;
 
 /// Sources of agents.
 #[derive(Debug, Default)]
-pub(super) struct Recent(HashMap<Source, Agents>);
+pub(super) struct Recent {
+    sources: HashMap<Source, Agents>,
+    /// The same sources, the one whose agents were here longest ago first.
+    order: BTreeSet<(Instant, Source)>,
+}
 
 /// The agents of one source.
 #[derive(Debug)]
@@ -30,43 +37,41 @@ struct Agents {
 }
 
 impl Recent {
-    /// Remembers a source whose agent was admitted, or lost its tunnel.
-    pub(super) fn remember(&mut self, source: Source, now: Instant) {
-        self.forget_expired(source, now);
-        let agents = self.0.entry(source).or_insert(Agents { last: now, admissions: 0 });
+    /// Remembers a source whose agent was admitted, or lost its tunnel. Returns the oldest source if
+    /// it is forgotten to make room.
+    pub(super) fn remember(&mut self, source: Source, now: Instant) -> Option<Source> {
+        let agents = self.sources.entry(source).or_insert(Agents { last: now, admissions: 0 });
+        self.order.remove(&(agents.last, source));
         agents.last = now;
         agents.admissions = agents.admissions.saturating_add(1);
+        self.order.insert((now, source));
+        if self.sources.len() <= MAX_SOURCES {
+            return None;
+        }
+        self.forget_first()
     }
 
-    /// Makes room for a source: for one that is remembered no longer, or else the oldest one.
-    fn forget_expired(&mut self, source: Source, now: Instant) {
-        if self.share(source, now) > 0 {
-            return;
+    /// Forgets a source that is remembered for long enough, if there is one. It has a share until
+    /// then.
+    pub(super) fn forget_expired(&mut self, now: Instant) -> Option<Source> {
+        let (last, _) = self.order.first()?;
+        if now.saturating_duration_since(*last) < LIFE {
+            return None;
         }
-        self.0.remove(&source);
-        if self.0.len() < MAX_SOURCES {
-            return;
-        }
-        self.0.retain(|_, agents| !agents.is_expired(now));
-        if self.0.len() >= MAX_SOURCES
-            && let Some((oldest, _)) = self.0.iter().min_by_key(|(_, agents)| agents.last)
-        {
-            let oldest = *oldest;
-            self.0.remove(&oldest);
-        }
+        self.forget_first()
+    }
+
+    fn forget_first(&mut self) -> Option<Source> {
+        let (_, source) = self.order.pop_first()?;
+        self.sources.remove(&source);
+        Some(source)
     }
 
     /// Number of connections that this source may have under way before it counts as any other;
     /// 0 for one that is not remembered.
-    pub(super) fn share(&self, source: Source, now: Instant) -> usize {
-        let agents = self.0.get(&source).filter(|agents| !agents.is_expired(now));
+    pub(super) fn share(&self, source: Source) -> usize {
+        let agents = self.sources.get(&source);
         agents.map_or(0, |agents| agents.admissions.saturating_add(MIN_SHARE).min(MAX_SHARE))
-    }
-}
-
-impl Agents {
-    fn is_expired(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.last) >= LIFE
     }
 }
 
@@ -80,21 +85,30 @@ mod tests {
         Source::of(Ipv4Addr::from_bits(u32::try_from(number).unwrap()).into())
     }
 
+    impl Recent {
+        /// The share at this time, after the expired ones were forgotten.
+        fn share_at(&mut self, source: Source, now: Instant) -> usize {
+            while self.forget_expired(now).is_some() {}
+            assert_eq!(self.sources.len(), self.order.len());
+            self.share(source)
+        }
+    }
+
     #[test]
     fn a_source_has_a_share_for_an_hour_which_grows_with_its_agents() {
         let (mut recent, now) = (Recent::default(), Instant::now());
-        assert_eq!(recent.share(source(1), now), 0);
+        assert_eq!(recent.share(source(1)), 0);
         recent.remember(source(1), now);
-        assert_eq!(recent.share(source(1), now), MIN_SHARE + 1);
+        assert_eq!(recent.share_at(source(1), now), MIN_SHARE + 1);
         recent.remember(source(1), now + LIFE / 2);
-        assert_eq!(recent.share(source(1), now + LIFE), MIN_SHARE + 2);
-        assert_eq!(recent.share(source(1), now + LIFE + LIFE / 2), 0);
+        assert_eq!(recent.share_at(source(1), now + LIFE), MIN_SHARE + 2);
+        assert_eq!(recent.share_at(source(1), now + LIFE + LIFE / 2), 0);
         recent.remember(source(1), now + LIFE * 2);
-        assert_eq!(recent.share(source(1), now + LIFE * 2), MIN_SHARE + 1);
+        assert_eq!(recent.share_at(source(1), now + LIFE * 2), MIN_SHARE + 1);
         for _ in 0..1000 {
             recent.remember(source(1), now + LIFE * 2);
         }
-        assert_eq!(recent.share(source(1), now + LIFE * 2), MAX_SHARE);
+        assert_eq!(recent.share_at(source(1), now + LIFE * 2), MAX_SHARE);
     }
 
     #[test]
@@ -105,12 +119,12 @@ mod tests {
             recent.remember(source(number), now + Duration::from_millis(millis));
         }
         let later = now + LIFE / 2;
-        recent.remember(source(0), later);
-        recent.remember(source(MAX_SOURCES), later);
-        assert_eq!(recent.0.len(), MAX_SOURCES);
-        let shares = [0, 1, 2, MAX_SOURCES].map(|number| recent.share(source(number), later));
+        assert_eq!(recent.remember(source(0), later), None);
+        assert_eq!(recent.remember(source(MAX_SOURCES), later), Some(source(1)));
+        assert_eq!(recent.sources.len(), MAX_SOURCES);
+        let shares = [0, 1, 2, MAX_SOURCES].map(|number| recent.share(source(number)));
         assert_eq!(shares, [MIN_SHARE + 2, 0, MIN_SHARE + 1, MIN_SHARE + 1]);
-        recent.remember(source(MAX_SOURCES + 1), later + LIFE);
-        assert_eq!(recent.0.len(), 1, "expired ones make room");
+        recent.share_at(source(0), later + LIFE);
+        assert_eq!(recent.sources.len(), 0, "expired ones are forgotten");
     }
 }
