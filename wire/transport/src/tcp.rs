@@ -6,7 +6,7 @@ mod proxy;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use culvert_wire::version::ALPN;
-use rustls::pki_types::ServerName;
+use rustls::{CommonState, ProtocolVersion, pki_types::ServerName};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     net::TcpStream,
@@ -133,7 +133,7 @@ impl Connected {
     /// # Errors
     /// When the server does not begin within the idle time-out, or agreed on something else.
     pub async fn begin(self, settings: &Settings) -> Result<Connection, ConnectError> {
-        if self.protocol() != Some(ALPN) {
+        if !is_tunnel(self.stream.get_ref().1) {
             return Err(ConnectError::Protocol);
         }
         let (stream, peer) = self.into_parts(Carrier::Tcp);
@@ -157,7 +157,7 @@ pub async fn accept(
     settings: &Settings,
 ) -> Result<Connection, ConnectError> {
     let (socket, session) = stream.get_ref();
-    if session.alpn_protocol() != Some(ALPN) {
+    if !is_tunnel(session) {
         return Err(ConnectError::Protocol);
     }
     prepare(socket, settings);
@@ -165,6 +165,12 @@ pub async fn accept(
     let certificates = session.peer_certificates().map(<[_]>::to_vec);
     let peer = Peer { address: canonical(address), carrier: Carrier::Tcp, certificates };
     establish(stream, Role::Server, peer, settings).await
+}
+
+/// Whether a session is one for a tunnel: TLS 1.2 is for other protocols.
+fn is_tunnel(session: &CommonState) -> bool {
+    session.alpn_protocol() == Some(ALPN)
+        && session.protocol_version() == Some(ProtocolVersion::TLSv1_3)
 }
 
 /// Sets up a tunnel's socket: small writes are sent at once, little waits in the kernel, and a peer

@@ -1,20 +1,24 @@
-//! TLS for tunnels: 1.3 only, one provider, no tickets, no early data.
+//! TLS for tunnels: 1.3 only, one provider, no tickets, no early data. Other peers over TCP may use
+//! 1.2.
 //!
 //! Tickets are off because a resumed handshake would take the client's certificate from the ticket
 //! without checking it again. Early data is off because it can be replayed.
 
 mod current;
+mod go_chain;
 mod pem;
 mod serving;
+mod tls12;
+mod verifier;
 
 use std::{io, path::PathBuf, sync::Arc};
 
 use culvert_wire::version::ALPN;
 use rustls::{
-    ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion,
+    ClientConfig, RootCertStore, ServerConfig,
     crypto::{CryptoProvider, aws_lc_rs},
     server::NoServerSessionStorage,
-    version::TLS13,
+    sign::SingleCertAndKey,
 };
 
 pub use self::{
@@ -24,6 +28,8 @@ pub use self::{
         system_authorities,
     },
     serving::{ClientVerifier, ServerCredentials},
+    tls12::Tls12,
+    verifier::CertificateRules,
 };
 
 /// A certificate, key or CA file cannot be used.
@@ -99,24 +105,24 @@ pub fn tunnel_server_with(
     credentials: ServerCredentials,
     key_exchange: KeyExchange,
 ) -> Result<ServerConfig, TlsError> {
-    let mut config = server(credentials, key_exchange, &[&TLS13])?;
+    let mut config = server(credentials, key_exchange, &Tls12::Off)?;
     config.alpn_protocols = vec![ALPN.to_vec()];
     Ok(config)
 }
 
-/// A server's TLS of these versions, without tickets and early data, and without ALPN. Each
-/// handshake uses the credentials that are current when it begins.
+/// A server's TLS of version 1.3 and, where allowed, 1.2, without tickets and early data, and without
+/// ALPN. Each handshake uses the credentials that are current when it begins.
 ///
 /// # Errors
 /// When the versions are not supported; the fault is ours.
 pub fn server(
     credentials: ServerCredentials,
     key_exchange: KeyExchange,
-    versions: &[&'static SupportedProtocolVersion],
+    tls12: &Tls12,
 ) -> Result<ServerConfig, TlsError> {
-    let provider = key_exchange.provider();
-    let builder =
-        ServerConfig::builder_with_provider(provider.clone()).with_protocol_versions(versions)?;
+    let provider = tls12.provider(key_exchange);
+    let builder = ServerConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(tls12.versions())?;
     let ServerCredentials { identity, client_ca } = credentials;
     let builder = match client_ca {
         Some(client_ca) => {
@@ -132,6 +138,17 @@ pub fn server(
     Ok(config)
 }
 
+/// What the agent's side of TLS offers and accepts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientOptions {
+    /// Key exchanges that are offered.
+    pub key_exchange: KeyExchange,
+    /// Whether TLS 1.2 is offered, and its cipher suites.
+    pub tls12: Tls12,
+    /// Rules for the server's certificate.
+    pub rules: CertificateRules,
+}
+
 /// The agent's side of a tunnel's TLS: trusts `server_ca` alone, presents `identity` if asked.
 ///
 /// # Errors
@@ -141,14 +158,34 @@ pub fn tunnel_client(
     identity: Option<Identity>,
     key_exchange: KeyExchange,
 ) -> Result<ClientConfig, TlsError> {
-    let builder = ClientConfig::builder_with_provider(key_exchange.provider())
-        .with_protocol_versions(&[&TLS13])?
-        .with_root_certificates(server_ca);
+    let rules = CertificateRules::default();
+    let options = ClientOptions { key_exchange, tls12: Tls12::Off, rules };
+    let mut config = client(server_ca, identity, &options)?;
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    Ok(config)
+}
+
+/// The agent's side of TLS without ALPN: trusts `server_ca` alone, presents `identity` if asked.
+///
+/// # Errors
+/// When certificate and key do not fit.
+pub fn client(
+    server_ca: Arc<RootCertStore>,
+    identity: Option<Identity>,
+    options: &ClientOptions,
+) -> Result<ClientConfig, TlsError> {
+    let provider = options.tls12.provider(options.key_exchange);
+    let builder = ClientConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(options.tls12.versions())?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier::of_servers(server_ca, options.rules)?);
     let mut config = match identity {
-        Some(identity) => builder.with_client_auth_cert(identity.chain, identity.key)?,
+        Some(identity) => {
+            let certified = identity.certified(&provider)?;
+            builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certified)))
+        }
         None => builder.with_no_client_auth(),
     };
-    config.alpn_protocols = vec![ALPN.to_vec()];
     config.resumption = rustls::client::Resumption::disabled();
     config.enable_early_data = false;
     Ok(config)

@@ -8,13 +8,13 @@ use std::{
     sync::Arc,
 };
 
-use rustls::{RootCertStore, crypto::CryptoProvider, sign::CertifiedKey};
+use rustls::{InconsistentKeys, RootCertStore, crypto::CryptoProvider, sign::CertifiedKey};
 use rustls_pki_types::{
     CertificateDer, PrivateKeyDer,
     pem::{self, PemObject, SectionKind},
 };
 
-use super::TlsError;
+use super::{TlsError, go_chain};
 
 /// Maximum size of a file with certificates, a key or a token, in bytes. The CA bundles of
 /// distributions have a tenth of it.
@@ -109,7 +109,16 @@ impl Identity {
     /// # Errors
     /// When the key is not the leaf's, or its algorithm is not supported.
     pub fn certified(&self, provider: &CryptoProvider) -> Result<CertifiedKey, rustls::Error> {
-        CertifiedKey::from_der(self.chain.clone(), self.key.clone_key(), provider)
+        let Some(leaf) = self.chain.first().filter(|leaf| go_chain::is_version_1(leaf)) else {
+            return CertifiedKey::from_der(self.chain.clone(), self.key.clone_key(), provider);
+        };
+        // The TLS library cannot compare this certificate with a key.
+        let key = provider.key_provider.load_private_key(self.key.clone_key())?;
+        let expected = go_chain::public_key(leaf)?;
+        if key.public_key().is_some_and(|found| found != expected) {
+            return Err(InconsistentKeys::KeyMismatch.into());
+        }
+        Ok(CertifiedKey::new(self.chain.clone(), key))
     }
 }
 

@@ -5,18 +5,19 @@ use std::sync::Arc;
 use rustls::{
     DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme,
     client::danger::HandshakeSignatureValid,
-    crypto::{
-        CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature,
-    },
+    crypto::{CryptoProvider, WebPkiSupportedAlgorithms},
     server::{
-        ClientHello, ResolvesServerCert, WebPkiClientVerifier,
+        ClientHello, ResolvesServerCert,
         danger::{ClientCertVerified, ClientCertVerifier},
     },
     sign::CertifiedKey,
 };
 use rustls_pki_types::{CertificateDer, UnixTime};
 
-use super::{Current, Identity, KeyExchange, TlsError};
+use super::{
+    CertificateRules, Current, Identity, KeyExchange, TlsError,
+    verifier::{self, tls12_signature, tls13_signature},
+};
 
 /// What a server presents, and the CA of its clients. Replacing either changes the handshakes that
 /// begin later, and no connection.
@@ -39,7 +40,8 @@ impl ServerCredentials {
         key_exchange: KeyExchange,
     ) -> Result<Self, TlsError> {
         let identity = identity.certified(&key_exchange.provider())?;
-        let client_ca = client_ca.map(ClientVerifier::new).transpose()?;
+        let verifier = |roots| ClientVerifier::new(roots, CertificateRules::default());
+        let client_ca = client_ca.map(verifier).transpose()?;
         Ok(Self { identity: Current::fixed(identity), client_ca: client_ca.map(Current::fixed) })
     }
 }
@@ -49,17 +51,12 @@ impl ServerCredentials {
 pub struct ClientVerifier(Arc<dyn ClientCertVerifier>);
 
 impl ClientVerifier {
-    /// A verifier with these CAs.
+    /// A verifier with these CAs and rules.
     ///
     /// # Errors
-    /// When there are none.
-    pub fn new(roots: Arc<RootCertStore>) -> Result<Self, TlsError> {
-        // The key exchanges of the provider are of no concern here.
-        let provider = KeyExchange::Hybrid.provider();
-        WebPkiClientVerifier::builder_with_provider(roots, provider)
-            .build()
-            .map(Self)
-            .map_err(|error| TlsError::Authority(error.to_string()))
+    /// When there are no CAs.
+    pub fn new(roots: Arc<RootCertStore>, rules: CertificateRules) -> Result<Self, TlsError> {
+        verifier::of_clients(roots, rules).map(Self)
     }
 }
 
@@ -108,7 +105,7 @@ impl ClientCertVerifier for CurrentVerifier {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signed, &self.algorithms)
+        tls12_signature(message, certificate, signed, &self.algorithms)
     }
 
     fn verify_tls13_signature(
@@ -117,7 +114,7 @@ impl ClientCertVerifier for CurrentVerifier {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signed, &self.algorithms)
+        tls13_signature(message, certificate, signed, &self.algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
