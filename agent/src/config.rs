@@ -14,7 +14,7 @@ use clap::ValueEnum;
 pub use culvert_process::faults::{CertificatePair, ConfigError, ConfigErrors};
 use culvert_process::{
     channel_flags::check_channel_size, cli::ProcessConfig, faults::Faults, go_flags,
-    invocation::Invocation, kubernetes::KubernetesConfig, logging::LogConfig,
+    invocation::Invocation, kubernetes::KubernetesConfig, logging::LogConfig, tls_flags::TlsConfig,
     tunnel_flags::TunnelConfig,
 };
 use culvert_transport::tcp::Proxies;
@@ -83,6 +83,19 @@ pub enum Transport {
     Tcp,
 }
 
+/// Place of Culvert's own ALPN name among those that are offered over TCP. Servers choose by their
+/// own order, so it matters to load balancers that route by ALPN alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum AlpnOrder {
+    /// --alpn-proto, h2, culvert/1: begins as a Konnectivity agent's.
+    #[default]
+    CulvertLast,
+    /// culvert/1, --alpn-proto, h2.
+    CulvertFirst,
+    /// --alpn-proto, h2: exactly a Konnectivity agent's. Tunnels over TCP use Konnectivity's protocol.
+    Konnectivity,
+}
+
 /// Address and identity of the servers, and the agent's own identity.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServersConfig {
@@ -98,8 +111,12 @@ pub struct ServersConfig {
     pub certificate: Option<CertificatePair>,
     /// File with the agent's token, if it has one.
     pub token_file: Option<PathBuf>,
-    /// ALPN names offered to a Konnectivity server before `h2`.
+    /// ALPN names offered over TCP before `h2`.
     pub extra_alpn: Vec<String>,
+    /// Place of Culvert's own ALPN name among those that are offered over TCP.
+    pub alpn_order: AlpnOrder,
+    /// What TLS accepts.
+    pub tls: TlsConfig,
     /// Quiet time after which a Konnectivity server is pinged; zero disables pings.
     pub keep_alive_interval: Duration,
 }
@@ -243,6 +260,8 @@ fn servers(flags: &Flags, invocation: Invocation, faults: &mut Faults) -> Option
         certificate,
         token_file,
         extra_alpn,
+        alpn_order: flags.alpn_order,
+        tls: flags.tls.check(faults),
         keep_alive_interval,
     })
 }

@@ -5,6 +5,7 @@ mod attempt;
 mod backoff;
 mod connect;
 mod error;
+mod key_exchange;
 mod options;
 mod plan;
 mod quic_health;

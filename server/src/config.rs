@@ -7,14 +7,13 @@
 mod agents;
 mod flags;
 mod frontend;
-mod tls;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 pub use culvert_process::faults::{CertificatePair, ConfigError, ConfigErrors};
 use culvert_process::{
     cli::ProcessConfig, faults::Faults, invocation::Invocation, kubernetes::KubernetesConfig,
-    logging::LogConfig, tunnel_flags::TunnelConfig,
+    logging::LogConfig, tls_flags::TlsConfig, tunnel_flags::TunnelConfig,
 };
 use culvert_wire::ServerId;
 
@@ -22,7 +21,6 @@ pub use crate::backends::Strategy;
 pub use agents::{AgentIdentity, AgentsConfig, DialConfig, ExpireAgents, TokenConfig};
 pub use flags::Flags;
 pub use frontend::{FrontendConfig, FrontendListen, Mode};
-pub use tls::{TlsConfig, TlsVersion};
 
 /// File descriptors besides those of frontends: listeners, tunnels over TCP, health and metrics.
 const OTHER_DESCRIPTORS: u64 = 512;
@@ -40,7 +38,7 @@ pub struct Config {
     pub agents: AgentsConfig,
     /// Tunnels.
     pub tunnel: TunnelConfig,
-    /// TLS over TCP.
+    /// What TLS accepts.
     pub tls: TlsConfig,
     /// Kubernetes API client, for tokens and leases.
     pub kubernetes: KubernetesConfig,
@@ -85,7 +83,7 @@ impl ProcessConfig for Config {
         let mut faults = Faults::new();
         let frontend = frontend::check(&flags, &mut faults);
         let agents = agents::check(&flags, invocation, &mut faults);
-        let tls = tls::check(&flags, &mut faults);
+        let tls = flags.tls.check(&mut faults);
         let kubernetes = kubernetes(&flags, &mut faults);
         frontend::warn_of_shared_authorities(&flags, &kubernetes, &mut faults);
         agents::warn_of_cluster_authorities(&flags, &kubernetes, &mut faults);

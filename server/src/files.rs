@@ -10,7 +10,7 @@ use culvert_process::{
 };
 use culvert_transport::{
     quic::ResetKey,
-    tls::{ClientVerifier, Current, ServerCredentials},
+    tls::{CertificateRules, ClientVerifier, Current, ServerCredentials},
 };
 
 use crate::{
@@ -53,13 +53,15 @@ impl ServerFiles {
         let agents = &config.agents;
         let flags = ["cluster-cert", "cluster-ca-cert"];
         let ca = agents.client_ca.as_deref();
-        let for_agents = credentials(&reloads, flags, &agents.certificate, ca, &mut faults);
+        let rules = config.tls.rules;
+        let for_agents =
+            credentials(&reloads, flags, &agents.certificate, (ca, rules), &mut faults);
         let for_frontends = match &config.frontend.listen {
             FrontendListen::Unix { .. } => Some(None),
             FrontendListen::Tcp { certificate, client_ca, .. } => {
                 let flags = ["server-cert", "server-ca-cert"];
                 let ca = Some(client_ca.as_path());
-                credentials(&reloads, flags, certificate, ca, &mut faults).map(Some)
+                credentials(&reloads, flags, certificate, (ca, rules), &mut faults).map(Some)
             }
         };
         let reset_key =
@@ -79,12 +81,12 @@ impl ServerFiles {
     }
 }
 
-/// A certificate and the CA of the clients' certificates; `None` along with a fault.
+/// A certificate, and the CA and the rules of the clients' certificates; `None` along with a fault.
 fn credentials(
     reloads: &Reloads,
     [certificate_flag, ca_flag]: [&'static str; 2],
     pair: &CertificatePair,
-    client_ca: Option<&Path>,
+    (client_ca, rules): (Option<&Path>, CertificateRules),
     faults: &mut Faults,
 ) -> Option<ServerCredentials> {
     let watched = pair.clone();
@@ -95,7 +97,7 @@ fn credentials(
         Some(path) => {
             let watched = path.to_owned();
             let load = move |files: &mut Files| {
-                Ok(ClientVerifier::new(files.authorities(&watched)?.into())?)
+                Ok(ClientVerifier::new(files.authorities(&watched)?.into(), rules)?)
             };
             faults.checked(ca_flag, reloads.add(path, load)).map(Some)
         }

@@ -102,7 +102,7 @@ impl Server {
         backends.expect_first();
         metrics.set_udp(agents.buffer_sizes(), agents.udp_health());
         let credentials = files.frontend.take();
-        let frontend = FrontendListener::bind(&config.frontend, &config.tls, credentials)?;
+        let frontend = FrontendListener::bind(&config.frontend, &config.tls.tls12, credentials)?;
         let frontend_context = Arc::new(FrontendContext {
             dialer: Dialer::new(backends.clone(), config.agents.dial, metrics.clone()),
             metrics: metrics.clone(),

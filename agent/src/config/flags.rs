@@ -3,10 +3,10 @@
 use clap::Parser;
 use culvert_process::{
     admin_flags::AdminFlags, channel_flags, go_duration::GoDuration,
-    kubernetes_flags::KubernetesFlags, tunnel_flags::TunnelFlags,
+    kubernetes_flags::KubernetesFlags, tls_flags::TlsFlags, tunnel_flags::TunnelFlags,
 };
 
-use super::Transport;
+use super::{AlpnOrder, Transport};
 
 /// Konnectivity's default of `--xfr-channel-size`.
 pub(super) const DEFAULT_CHANNEL_SIZE: i64 = 150;
@@ -62,6 +62,10 @@ pub struct Flags {
     /// balancer can route by them, if servers and kube-apiserver share an address. May be repeated
     #[arg(long, help_heading = "Servers", value_name = "LIST")]
     pub alpn_proto: Vec<String>,
+
+    /// ALPN names that are offered over TCP, and their order
+    #[arg(long, help_heading = "Servers", value_name = "KIND", value_enum, default_value_t)]
+    pub alpn_order: AlpnOrder,
 
     /// Idle time after which the gRPC connection to a Konnectivity server is pinged; 0 sends no
     /// pings. Times below 30s count as 30s, because the server closes connections that are pinged
@@ -199,6 +203,10 @@ pub struct Flags {
     /// Flags of the admin port that server and agent share.
     #[command(flatten)]
     pub admin: AdminFlags,
+
+    /// Flags of TLS that server and agent share.
+    #[command(flatten)]
+    pub tls: TlsFlags,
 
     /// Flags of tunnel and log that server and agent share.
     #[command(flatten)]

@@ -13,9 +13,10 @@ use crate::{
     config::ServersConfig,
     connector::{
         error::{CarrierError, ResolveError},
+        key_exchange::with_smaller_hello,
         options::CarrierOrder,
         resolve::{Candidate, Preference, ServerAddress, ServerName},
-        tls::ClientTls,
+        tls::{CarrierTls, ClientTls},
     },
     files::AgentFiles,
     konnectivity,
@@ -104,7 +105,7 @@ impl Connect for NetworkConnect {
         let files = &self.files;
         files.reloads.look().await;
         let identity = files.identity.as_ref().map(|identity| (*identity.get()).clone());
-        ClientTls::new(files.ca.get(), identity, self.key_exchange, &self.servers.extra_alpn)
+        ClientTls::new(files.ca.get(), identity, self.key_exchange, &self.servers)
     }
 
     async fn resolve(
@@ -120,6 +121,26 @@ impl Connect for NetworkConnect {
         carrier: Carrier,
         address: &ServerAddress,
         tls: &ClientTls,
+        large_packets: bool,
+    ) -> Result<Connected, CarrierError> {
+        let first = self.over(carrier, address, &tls.first, large_packets);
+        match &tls.smaller {
+            None => first.await,
+            Some(smaller) => {
+                let smaller = self.over(carrier, address, smaller, large_packets);
+                with_smaller_hello(first, smaller).await
+            }
+        }
+    }
+}
+
+impl NetworkConnect {
+    /// Makes a tunnel over one carrier with one set of key exchanges.
+    async fn over(
+        &self,
+        carrier: Carrier,
+        address: &ServerAddress,
+        tls: &CarrierTls,
         large_packets: bool,
     ) -> Result<Connected, CarrierError> {
         let mut settings = self.settings;

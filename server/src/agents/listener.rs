@@ -9,7 +9,7 @@ use culvert_transport::{
     quic::{self, ResetKey},
     tls::{self, Current, TlsError},
 };
-use culvert_wire::CloseCode;
+use culvert_wire::{CloseCode, version::ALPN};
 use rustls::ServerConfig;
 use tokio::{net::TcpListener, task::JoinSet};
 use tracing::warn;
@@ -78,8 +78,8 @@ impl AgentListener {
         let of_strangers = settings.with_unadmitted_window(UNADMITTED_WINDOW);
         let address = config.agents.address;
         let (quic, tcp) = bind_both(address, &tls, &of_strangers, files.reset_key.as_ref())?;
-        let mut tls = (*tls).clone();
-        tls.alpn_protocols.push(ALPN_H2.to_vec());
+        let mut tls = tls::server(files.agents.clone(), key_exchange, &config.tls.tls12)?;
+        tls.alpn_protocols = vec![ALPN.to_vec(), ALPN_H2.to_vec()];
         let sizes = quic.buffer_sizes();
         if sizes.is_small() {
             warn!(

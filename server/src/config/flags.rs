@@ -3,7 +3,7 @@
 use clap::Parser;
 use culvert_process::{
     admin_flags::AdminFlags, channel_flags, go_duration::GoDuration,
-    kubernetes_flags::KubernetesFlags, tunnel_flags::TunnelFlags,
+    kubernetes_flags::KubernetesFlags, tls_flags::TlsFlags, tunnel_flags::TunnelFlags,
 };
 
 /// Konnectivity's default of `--xfr-channel-size`.
@@ -230,16 +230,9 @@ pub struct Flags {
     #[arg(long, help_heading = "Tunnel", value_name = "FILE", default_value = "")]
     pub reset_key_file: String,
 
-    /// Cipher suites of TLS 1.2, by Go's names, separated by commas. Checked and ignored: the TLS
-    /// library's secure suites are used
-    #[arg(long, help_heading = "TLS", value_name = "LIST", default_value = "")]
-    pub cipher_suites: String,
-
-    /// Oldest TLS version that is accepted on TCP: VersionTLS12 or VersionTLS13; VersionTLS10,
-    /// VersionTLS11 and empty mean VersionTLS12. Tunnels between Culvert's own processes always use
-    /// TLS 1.3
-    #[arg(long, help_heading = "TLS", value_name = "VERSION", default_value = "")]
-    pub tls_min_version: String,
+    /// Flags of TLS that server and agent share.
+    #[command(flatten)]
+    pub tls: TlsFlags,
 
     /// Port of /healthz, /readyz and /metrics, 1024 to 49151 [default: 8134, or 8092 when started
     /// as proxy-server]

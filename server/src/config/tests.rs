@@ -1,6 +1,7 @@
 use std::path::PathBuf;
 
 use culvert_process::{go_flags, test_util::FlagFiles};
+use culvert_transport::tls::Tls12;
 
 use super::*;
 
@@ -389,7 +390,7 @@ fn several_faults_are_reported_together() {
 fn what_has_no_effect_is_warned_of() {
     let files = Files::new();
     for arg in [
-        "--cipher-suites=TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256",
+        "--cipher-suites=TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA",
         "--tls-min-version=VersionTLS10",
         "--enable-profiling",
         "--xfr-channel-size=20",
@@ -427,7 +428,7 @@ fn parsed_values_reach_the_configuration() {
     assert_eq!(config.frontend.mode, Mode::HttpConnect);
     let strategies = [Strategy::DestHost, Strategy::DefaultRoute, Strategy::Default];
     assert_eq!(config.agents.strategies, strategies);
-    assert_eq!(config.tls.min_version, TlsVersion::Tls13);
+    assert_eq!(config.tls.tls12, Tls12::Off);
     assert_eq!((config.server_id.as_str(), config.server_count), ("one", 1));
     assert_eq!(config.kubernetes.qps, Some(2.5));
     assert!(config.agents.reset_key_file.is_some());

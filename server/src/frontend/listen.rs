@@ -5,7 +5,7 @@ use std::{fmt, io, net::SocketAddr, path::PathBuf, sync::Arc};
 use culvert_process::{accept::Acceptor, listen};
 use culvert_transport::{
     splice,
-    tls::{ServerCredentials, TlsError},
+    tls::{ServerCredentials, Tls12, TlsError},
 };
 use rustls::ServerConfig;
 use tokio::{
@@ -25,7 +25,7 @@ use super::{
     tls::server_tls,
 };
 use crate::{
-    config::{FrontendConfig, FrontendListen, Mode, TlsConfig},
+    config::{FrontendConfig, FrontendListen, Mode},
     metrics::{FrontendKind, FrontendRefusal},
     unix_socket::{self, SocketFile},
 };
@@ -104,7 +104,7 @@ impl FrontendListener {
     /// When the address cannot be bound.
     pub(crate) fn bind(
         config: &FrontendConfig,
-        tls: &TlsConfig,
+        tls12: &Tls12,
         credentials: Option<ServerCredentials>,
     ) -> Result<Self, ListenError> {
         let listener = match &config.listen {
@@ -115,7 +115,7 @@ impl FrontendListener {
             }
             FrontendListen::Tcp { address, .. } => {
                 let credentials = credentials.expect("the files of a frontend over TCP were read");
-                let tls = server_tls(credentials, config.mode, tls.min_version)?;
+                let tls = server_tls(credentials, config.mode, tls12)?;
                 let listener = listen::tcp(*address)
                     .map_err(|source| ListenError::Tcp { address: *address, source })?;
                 let clients = ClientNames::new(&config.client_names);

@@ -4,12 +4,9 @@ use bytes::Bytes;
 use culvert_konnectivity::ALPN_H2;
 use culvert_transport::{
     splice::{BufferedRead, BufferedWrite, Local, SocketAbort, buffered},
-    tls::{self, KeyExchange, ServerCredentials, TlsError},
+    tls::{self, KeyExchange, ServerCredentials, Tls12, TlsError},
 };
-use rustls::{
-    ServerConfig,
-    version::{TLS12, TLS13},
-};
+use rustls::ServerConfig;
 use tokio::{
     io::{ReadHalf, WriteHalf},
     net::TcpStream,
@@ -17,19 +14,15 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 use super::socket::{FrontendSocket, SharedTcp};
-use crate::config::{Mode, TlsVersion};
+use crate::config::Mode;
 
 /// Configuration of TLS with kube-apiserver, which must present a certificate of the CA.
 pub(super) fn server_tls(
     credentials: ServerCredentials,
     mode: Mode,
-    min_version: TlsVersion,
+    tls12: &Tls12,
 ) -> Result<ServerConfig, TlsError> {
-    let versions: &[_] = match min_version {
-        TlsVersion::Tls13 => &[&TLS13],
-        TlsVersion::Tls12 => &[&TLS13, &TLS12],
-    };
-    let mut config = tls::server(credentials, KeyExchange::Hybrid, versions)?;
+    let mut config = tls::server(credentials, KeyExchange::Hybrid, tls12)?;
     config.alpn_protocols = match mode {
         Mode::Grpc => vec![ALPN_H2.to_vec()],
         Mode::HttpConnect => vec![b"http/1.1".to_vec()],

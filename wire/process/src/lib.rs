@@ -37,4 +37,5 @@ pub mod supervision;
 #[doc(hidden)]
 pub mod test_util;
 pub mod threads;
+pub mod tls_flags;
 pub mod tunnel_flags;
