@@ -10,6 +10,7 @@ use culvert_loadtest::{
 };
 use culvert_server::{
     backends::departure::Departure,
+    backends::load::Load,
     backends::registry::{Candidate, Registry},
     config::Strategy,
 };
@@ -92,6 +93,14 @@ impl Candidate for Backend {
     }
 
     fn may_replace(&self, _: &Self) -> bool {
+        true
+    }
+
+    fn load(&self) -> Load {
+        Load { pending_dials: 0, rtt: None }
+    }
+
+    fn has_outlived_the_arrival_of(&self, _: &Self) -> bool {
         true
     }
 }

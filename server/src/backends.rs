@@ -5,23 +5,35 @@
 //!  registry            who is connected, arranged by strategy; pure data
 //!  strategy            keys under which a strategy finds a backend
 //!  backend             one agent's live tunnel, its permits and its suspicions
+//!  load                how much a backend has to do
+//!  ejection            backends through which dials time out
 //!  dismissal           why this server ends a backend
 //!  departure           how a backend has left, and for how long it is expected back
+//!  absence             why there is no backend for a target, in words
 //!  silence             which agents are silent
+//!  recent_loss         share of an agent's packets that were lost in the last minute
 //!  recently_reached    targets that an agent reached in the last minutes
 //! ```
 
+mod absence;
 mod backend;
 pub mod departure;
 mod dismissal;
+mod ejection;
+pub mod load;
+mod recent_loss;
 mod recently_reached;
 pub mod registry;
 pub(crate) mod silence;
 mod strategy;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    hash::RandomState,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use culvert_transport::TunnelLost;
@@ -30,11 +42,13 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::{sync::Notify, time::Instant};
 use tracing::debug;
 
+pub(crate) use absence::Absence;
 pub use backend::Backend;
-pub(crate) use backend::{Process, StreamPermit};
+pub(crate) use backend::{PendingDial, Process, StreamPermit};
 pub(crate) use dismissal::Dismissal;
 pub use strategy::Strategy;
 
+use absence::{Departed, Departures};
 use departure::{Departure, START_LIMIT};
 use registry::{Candidate, Registry};
 
@@ -44,6 +58,9 @@ use crate::agents::identity::{Claims, Identity};
 /// behind for as long as that has streams; more than these are of an agent that fails again and
 /// again. Agents that share an id by mistake are several processes, and do not end one another.
 const MAX_TUNNELS_PER_PROCESS: usize = 32;
+
+/// Time for which the start of the server may be why no agent is connected.
+const RECENT_START: Duration = Duration::from_secs(120);
 
 /// Why a backend is not registered.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -66,6 +83,9 @@ pub struct Backends(Arc<State>);
 #[derive(Debug)]
 struct State {
     registry: Mutex<Registry<Backend>>,
+    departures: Mutex<Departures>,
+    hashes: RandomState,
+    started: Instant,
     max_tunnels: usize,
     changed: Notify,
     closed: AtomicBool,
@@ -82,6 +102,9 @@ impl Backends {
     pub(crate) fn limited(strategies: &[Strategy], max_tunnels: usize) -> Self {
         Self(Arc::new(State {
             registry: Mutex::new(Registry::new(strategies)),
+            departures: Mutex::default(),
+            hashes: RandomState::new(),
+            started: Instant::now(),
             max_tunnels,
             changed: Notify::new(),
             closed: AtomicBool::new(false),
@@ -177,8 +200,63 @@ impl Backends {
 
     /// Removes a backend whose tunnel was lost; one that is not there is no fault.
     pub(crate) fn remove(&self, backend: &Arc<Backend>, lost: &TunnelLost) {
-        self.registry().remove(backend, Departure::of(lost), Instant::now());
+        self.remove_as(backend, Departure::of(lost), absence::cause(lost));
+    }
+
+    fn remove_as(&self, backend: &Arc<Backend>, departure: Departure, cause: &'static str) {
+        let now = Instant::now();
+        let left = self.registry().remove(backend, departure, now);
+        if !left.is_empty() {
+            let departed = Departed {
+                agent_id: backend.agent_id().clone(),
+                at: now,
+                carrier: backend.tunnel.carrier(),
+                cause,
+                loss_percent: backend.loss_percent(),
+            };
+            self.0.departures.lock().note(left, departed);
+        }
         self.0.changed.notify_waiters();
+    }
+
+    /// Records a dial through a backend that got a reply in time, whatever it was.
+    pub(crate) fn dial_replied(&self, backend: &Backend) {
+        backend.outcomes.replied(Instant::now());
+    }
+
+    /// Records a dial through a backend that timed out. The backend is ejected when that was so for
+    /// some dials in a row, while dials through others had replies; never more than half of all.
+    /// Returns for how long it is ejected, if it is now.
+    pub(crate) fn dial_timed_out(&self, backend: &Backend, target: &Target) -> Option<Duration> {
+        let now = Instant::now();
+        let since = backend.outcomes.timed_out(target, &self.0.hashes, now)?;
+        let registry = self.registry();
+        let all = registry.all();
+        let ejected = all.iter().filter(|other| other.outcomes.is_ejected(now)).count();
+        let others_reply = all.iter().any(|other| other.outcomes.has_replied_since(since));
+        (others_reply && 2 * (ejected + 1) <= all.len()).then(|| backend.outcomes.eject(now))
+    }
+
+    /// Why there is no backend for a target.
+    pub(crate) fn absence(&self, target: &Target) -> Absence {
+        let now = Instant::now();
+        let (by_host_alone, connected) = {
+            let registry = self.registry();
+            (registry.is_by_host_alone(), registry.agent_count())
+        };
+        let departures = self.0.departures.lock();
+        let departed = match by_host_alone {
+            true => departures.of(target.host()),
+            false => departures.last(),
+        };
+        let since_start = now.saturating_duration_since(self.0.started);
+        Absence {
+            host: by_host_alone.then(|| target.host().to_owned()),
+            departed,
+            connected,
+            started: (since_start < RECENT_START).then_some(since_start),
+            now,
+        }
     }
 
     /// Gives a backend no new dials while another one will do.
@@ -210,7 +288,7 @@ impl Backends {
 
     /// The backend for a target, if there is any.
     pub(crate) fn choose(&self, target: &Target) -> Option<Arc<Backend>> {
-        self.registry().choose(target, fastrand::usize(..))
+        self.registry().choose(target, fastrand::u64(..))
     }
 
     /// Until when a backend for a target is expected; `None` if none has left lately, and the server
@@ -303,8 +381,7 @@ impl Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.backends.registry().remove(&self.backend, Departure::Lost, Instant::now());
-        self.backends.0.changed.notify_waiters();
+        self.backends.remove_as(&self.backend, Departure::Lost, "its connection ended");
     }
 }
 

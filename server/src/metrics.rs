@@ -28,10 +28,10 @@ use metrics::Histogram;
 
 use self::families::{
     ADDRESS_VALIDATIONS, CONNECTION_DURATION, COUNTERS, CULLED_LEASES, DIAL_DURATION,
-    DIAL_FAILURES, DIALS_MOVED, DIALS_WAITED, DIRECTIONS, ESTABLISHED, FRONTENDS_REFUSED, Family,
-    GRPC_CONNECTIONS, HISTOGRAMS, HTTP_CONNECTIONS, IDENTITY_CONFLICTS, JOIN_FAILURES,
-    LEASE_DELETE_LATENCY, LEASE_DELETES, LEASE_LIST_LATENCY, LEASE_LISTS, LEASE_RENEWALS,
-    OPEN_STREAMS, OPTIMISTIC_DIALS, PENDING_DIALS, PROOF_RENEWALS, READY_BACKENDS,
+    DIAL_FAILURES, DIALS_MOVED, DIALS_WAITED, DIRECTIONS, EJECTIONS, ESTABLISHED,
+    FRONTENDS_REFUSED, Family, GRPC_CONNECTIONS, HISTOGRAMS, HTTP_CONNECTIONS, IDENTITY_CONFLICTS,
+    JOIN_FAILURES, LEASE_DELETE_LATENCY, LEASE_DELETES, LEASE_LIST_LATENCY, LEASE_LISTS,
+    LEASE_RENEWALS, OPEN_STREAMS, OPTIMISTIC_DIALS, PENDING_DIALS, PROOF_RENEWALS, READY_BACKENDS,
     READY_CONNECTIONS, STREAM_BYTES, STREAM_ENDS, STREAMS, TOKEN_RECHECKS, TOKEN_REVIEWS, TUNNELS,
     TUNNELS_LOST, UDP_BUFFER, UNADMITTED,
 };
@@ -180,6 +180,11 @@ impl ServerMetrics {
     /// Counts a dial that is made again on another tunnel.
     pub(crate) fn dial_moved(&self) {
         self.metrics.counter(DIALS_MOVED.name, &[]).increment(1);
+    }
+
+    /// Counts an agent that gets no dials for a while.
+    pub(crate) fn backend_ejected(&self) {
+        self.metrics.counter(EJECTIONS.name, &[]).increment(1);
     }
 
     /// Counts a dial that waited for an agent, and whether one appeared.
@@ -351,7 +356,7 @@ fn register_counters(metrics: &Metrics) {
     for (family, label, values) in families {
         metrics.register_counters(family.name, label, values);
     }
-    for family in [DIALS_MOVED, CULLED_LEASES, ADDRESS_VALIDATIONS] {
+    for family in [DIALS_MOVED, EJECTIONS, CULLED_LEASES, ADDRESS_VALIDATIONS] {
         let _ = metrics.counter(family.name, &[]);
     }
 }

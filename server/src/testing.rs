@@ -225,7 +225,12 @@ impl TestAgent {
 
     /// An agent of this name on this tunnel.
     pub(crate) fn join_on(backends: &Backends, name: &str, pair: Pair) -> Self {
-        Self::with(backends, hello(name, &[]), Identity::default(), pair)
+        Self::join_on_for(backends, name, &[], pair)
+    }
+
+    /// An agent of this name on this tunnel, which stands for these hosts.
+    pub(crate) fn join_on_for(backends: &Backends, name: &str, hosts: &[&str], pair: Pair) -> Self {
+        Self::with(backends, hello(name, hosts), Identity::default(), pair)
     }
 
     /// An agent of this name, in a process of its own.

@@ -91,7 +91,7 @@ async fn a_failed_dial_does_not_end_the_stream() {
         let (_client, mut stream) = stream(&rig).await;
         stream.send(dial_request(3, "127.0.0.1:9")).await.unwrap();
         let answer = dial_response(stream.next().await.unwrap(), 3);
-        assert_eq!(answer, Err("No agent available".into()));
+        assert!(answer.unwrap_err().starts_with("No agent available: "));
         assert_eq!(stream.half_close().await.unwrap(), []);
     })
     .await;

@@ -1,11 +1,14 @@
 //! One agent as the server sees it: a live tunnel that takes dials until it drains or is lost.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
-use culvert_transport::Tunnel;
+use culvert_transport::{Carrier, Tunnel};
 use culvert_wire::{
     AgentId, InstanceId, bounded::Text, control::Hello, identifiers::Identifiers, version::Features,
 };
@@ -16,6 +19,9 @@ use tokio::{
 
 use super::{
     dismissal::{Dismissal, Dismissed},
+    ejection::Outcomes,
+    load::Load,
+    recent_loss::RecentLoss,
     recently_reached::RecentlyReached,
     registry::Candidate,
     silence::Heard,
@@ -48,6 +54,9 @@ impl PartialEq for Process {
     }
 }
 
+/// Time after which an older Konnectivity agent is alive that is still connected.
+const GRPC_LIFE_SIGN: Duration = Duration::from_secs(60);
+
 /// One agent's live tunnel.
 #[derive(Debug)]
 pub struct Backend {
@@ -64,10 +73,13 @@ pub struct Backend {
     software: Text<64>,
     permits: Arc<Semaphore>,
     open_streams: AtomicUsize,
+    pending_dials: AtomicUsize,
+    pub(super) outcomes: Outcomes,
     draining: AtomicBool,
     superseded: SetOnce<()>,
     suspicions: Notify,
     pub(super) heard: Heard,
+    pub(super) recent_loss: RecentLoss,
     silent: AtomicBool,
     dismissed: Dismissed,
     /// When the proof of the identity expires; `None` for one that does not.
@@ -93,10 +105,13 @@ impl Backend {
             software: hello.software,
             permits: Arc::new(Semaphore::new(max_streams as usize)),
             open_streams: AtomicUsize::new(0),
+            pending_dials: AtomicUsize::new(0),
+            outcomes: Outcomes::default(),
             draining: AtomicBool::new(false),
             superseded: SetOnce::new(),
             suspicions: Notify::new(),
             heard: Heard::now(),
+            recent_loss: RecentLoss::now(),
             silent: AtomicBool::new(false),
             dismissed: Dismissed::default(),
             expiry: watch::Sender::new(expiry),
@@ -136,6 +151,17 @@ impl Backend {
         Some(StreamPermit { backend: self.clone(), _permit: permit })
     }
 
+    /// Counts a dial that waits for the agent's reply, until the guard is dropped.
+    pub(crate) fn dial_pending(self: &Arc<Self>) -> PendingDial {
+        self.pending_dials.fetch_add(1, Ordering::Relaxed);
+        PendingDial(self.clone())
+    }
+
+    /// Whether dials go to other agents for a while, because those through this one time out.
+    pub(crate) fn is_ejected(&self) -> bool {
+        self.outcomes.is_ejected(Instant::now())
+    }
+
     /// Number of streams that are being dialed or spliced now.
     pub fn open_streams(&self) -> usize {
         self.open_streams.load(Ordering::Relaxed)
@@ -171,6 +197,12 @@ impl Backend {
     /// Whether nothing came from the agent for longer than a keep-alive takes.
     pub(crate) fn is_silent(&self) -> bool {
         self.silent.load(Ordering::Relaxed)
+    }
+
+    /// Share of the packets to the agent that were lost in the last minute, in percent; `None` where
+    /// that is not known.
+    pub(crate) fn loss_percent(&self) -> Option<u8> {
+        self.recent_loss.percent(self.tunnel.carrier(), &self.tunnel.stats())
     }
 
     /// Whether the agent renews its proof while it is connected.
@@ -249,7 +281,7 @@ impl Candidate for Backend {
     }
 
     fn is_avoided(&self) -> bool {
-        self.is_draining() || self.is_silent()
+        self.is_draining() || self.is_silent() || self.is_ejected()
     }
 
     fn has_left(&self) -> bool {
@@ -258,6 +290,34 @@ impl Candidate for Backend {
 
     fn may_replace(&self, other: &Self) -> bool {
         self.claims.identity.may_replace(&other.claims.identity)
+    }
+
+    fn load(&self) -> Load {
+        let rtt = match self.tunnel.carrier() {
+            Carrier::Grpc => None,
+            Carrier::Quic | Carrier::Tcp => Some(self.tunnel.stats().rtt),
+        };
+        let rtt = rtt.filter(|rtt| !rtt.is_zero());
+        Load { pending_dials: self.pending_dials.load(Ordering::Relaxed), rtt }
+    }
+
+    fn has_outlived_the_arrival_of(&self, newer: &Self) -> bool {
+        match self.tunnel.carrier() {
+            Carrier::Quic | Carrier::Tcp => self.heard.last() > newer.since,
+            // The keep-alive of Konnectivity's protocol has ended the connection of a dead agent by
+            // then.
+            Carrier::Grpc => newer.since.elapsed() > GRPC_LIFE_SIGN,
+        }
+    }
+}
+
+/// A dial that waits for the reply of an agent.
+#[derive(Debug)]
+pub(crate) struct PendingDial(Arc<Backend>);
+
+impl Drop for PendingDial {
+    fn drop(&mut self) {
+        self.0.pending_dials.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

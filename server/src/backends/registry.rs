@@ -1,12 +1,12 @@
 //! Which backends are connected, arranged by the keys of each strategy. Pure data: no tasks, no
 //! I/O, no clock.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{cmp::Ordering, collections::HashMap, sync::Arc};
 
 use culvert_wire::{AgentId, Target, identifiers::Identifiers};
 use tokio::time::Instant;
 
-use super::{departure::Departure, strategy::Strategy};
+use super::{departure::Departure, load::Load, strategy::Strategy};
 
 /// What the registry must know of a backend.
 pub trait Candidate {
@@ -22,6 +22,28 @@ pub trait Candidate {
     /// Whether the agent may have what the other one's has: it is the same one, as far as both have
     /// proved who they are.
     fn may_replace(&self, other: &Self) -> bool;
+    /// How much it has to do.
+    fn load(&self) -> Load;
+    /// Whether its agent has shown that it lived when this newer backend was there already.
+    fn has_outlived_the_arrival_of(&self, newer: &Self) -> bool;
+}
+
+/// The better of two backends that both fit: one that is not avoided, else the one with less to do,
+/// else the first.
+fn better<'a, B: Candidate>(one: &'a Arc<B>, two: &'a Arc<B>) -> &'a Arc<B> {
+    match one.is_avoided().cmp(&two.is_avoided()).then_with(|| one.load().order(two.load())) {
+        Ordering::Greater => two,
+        Ordering::Less | Ordering::Equal => one,
+    }
+}
+
+/// Two different positions below `count`, chosen by a random number; one twice where there is no
+/// other, and none where there is none.
+fn two_of(count: usize, random: u64) -> Option<(usize, usize)> {
+    let count = u64::try_from(count).ok().filter(|count| *count > 0)?;
+    let first = random % count;
+    let step = (random / count).checked_rem(count - 1).map_or(0, |step| step + 1);
+    Some((first as usize, ((first + step) % count) as usize))
 }
 
 /// The connected backends, in the order of arrival and once per configured strategy.
@@ -74,8 +96,9 @@ impl<B: Candidate> Registry<B> {
         keys
     }
 
-    /// Removes a backend that has left; one that is not there is no fault.
-    pub fn remove(&mut self, backend: &Arc<B>, departure: Departure, now: Instant) {
+    /// Removes a backend that has left; one that is not there is no fault. Returns the keys of all
+    /// strategies whose last backend it was.
+    pub fn remove(&mut self, backend: &Arc<B>, departure: Departure, now: Instant) -> Vec<String> {
         self.all.retain(|other| !Arc::ptr_eq(other, backend));
         if let Some(of_agent) = self.by_agent.get_mut(backend.agent_id()) {
             of_agent.retain(|other| !Arc::ptr_eq(other, backend));
@@ -83,11 +106,15 @@ impl<B: Candidate> Registry<B> {
                 self.by_agent.remove(backend.agent_id());
             }
         }
+        let mut left = Vec::new();
         for (strategy, group) in &mut self.groups {
             for key in strategy.keys(&**backend) {
-                group.remove(key, backend, departure, now);
+                if group.remove(&key, backend, departure, now) {
+                    left.push(key);
+                }
             }
         }
+        left
     }
 
     /// Until when a backend for a target is expected; `None` if none has left lately.
@@ -100,18 +127,29 @@ impl<B: Candidate> Registry<B> {
         until.max().filter(|until| *until > now)
     }
 
-    /// The backend for a target by the first strategy that finds one. `random` spreads the load
-    /// where any backend will do.
-    pub fn choose(&self, target: &Target, random: usize) -> Option<Arc<B>> {
+    /// The backend for a target by the first strategy that finds one. Where several fit, it is the
+    /// better of two that `random` chooses (Mitzenmacher 2001, the power of two choices): the one
+    /// with the least to do would get every dial until that shows.
+    pub fn choose(&self, target: &Target, random: u64) -> Option<Arc<B>> {
         self.groups.iter().find_map(|(strategy, group)| match strategy {
             Strategy::Default | Strategy::DefaultRoute => group.any(random),
-            Strategy::DestHost => group.of(target.host()),
+            Strategy::DestHost => group.of(target.host(), random),
         })
     }
 
     /// Number of keys that each strategy can choose among.
     pub fn counts(&self) -> impl Iterator<Item = (Strategy, usize)> {
         self.groups.iter().map(|(strategy, group)| (*strategy, group.keys.len()))
+    }
+
+    /// Whether a target's host alone decides which backend is chosen.
+    pub fn is_by_host_alone(&self) -> bool {
+        self.groups.iter().all(|(strategy, _)| *strategy == Strategy::DestHost)
+    }
+
+    /// Number of agents that are connected.
+    pub fn agent_count(&self) -> usize {
+        self.by_agent.len()
     }
 
     /// Whether the first strategy has any backend: what Konnectivity calls ready.
@@ -148,8 +186,7 @@ impl<B> Default for Group<B> {
 /// The backends of one key, each in the order of arrival.
 #[derive(Debug)]
 struct Bearers<B> {
-    /// Tunnels of one agent, or of agents of one identity that announce the same host. The newest is
-    /// preferred, because an older one may be what a crash left behind.
+    /// Tunnels of one agent, or of agents of one identity that announce the same host.
     holders: Vec<Arc<B>>,
     /// Tunnels of other identities, which get the key once its holders are gone.
     waiting: Vec<Arc<B>>,
@@ -187,17 +224,31 @@ impl<B: Candidate> Bearers<B> {
         }
     }
 
-    /// The newest holder that is not avoided; if all of them have left, the oldest that waits; else
-    /// the newest holder.
-    fn best(&self) -> Option<&Arc<B>> {
-        let ready = self.holders.iter().rev().find(|backend| !backend.is_avoided());
-        ready
+    /// A holder that is not avoided; if all of them have left, the oldest that waits; else the
+    /// newest holder.
+    fn best(&self, random: u64) -> Option<&Arc<B>> {
+        self.ready(random)
             .or_else(|| {
                 let have_left = self.holders.iter().all(|holder| holder.has_left());
                 let mut waiting = self.waiting.iter().filter(|backend| !backend.is_avoided());
                 waiting.next().filter(|_| have_left)
             })
             .or_else(|| self.holders.last())
+    }
+
+    /// A holder that is not avoided: the newest tunnel of any agent that has one. An older one may be
+    /// what a crash left behind, so it counts only if its agent lived when the newest joined.
+    fn ready(&self, random: u64) -> Option<&Arc<B>> {
+        let mut ready = self.holders.iter().rev().filter(|backend| !backend.is_avoided());
+        let newest = ready.next()?;
+        let mut agents = vec![newest];
+        for backend in ready.filter(|backend| backend.has_outlived_the_arrival_of(newest)) {
+            if agents.iter().all(|other| other.agent_id() != backend.agent_id()) {
+                agents.push(backend);
+            }
+        }
+        let (one, two) = two_of(agents.len(), random)?;
+        Some(better(agents[one], agents[two]))
     }
 }
 
@@ -211,18 +262,21 @@ impl<B: Candidate> Group<B> {
         bearers.add(backend)
     }
 
-    fn remove(&mut self, key: String, backend: &Arc<B>, departure: Departure, now: Instant) {
-        let Some(bearers) = self.backends.get_mut(&key) else { return };
+    /// Removes a backend of this key. Returns whether it was the last.
+    fn remove(&mut self, key: &str, backend: &Arc<B>, departure: Departure, now: Instant) -> bool {
+        let Some(bearers) = self.backends.get_mut(key) else { return false };
         bearers.remove(backend);
-        if bearers.holders.is_empty() {
-            self.backends.remove(&key);
-            self.keys.retain(|other| *other != key);
+        let was_last = bearers.holders.is_empty();
+        if was_last {
+            self.backends.remove(key);
+            self.keys.retain(|other| other != key);
             // Before the map grows, it drops the keys whose time is over.
             if self.left.len() == self.left.capacity() {
                 self.left.retain(|_, until| *until > now);
             }
-            self.left.insert(key, now + departure.return_limit());
+            self.left.insert(key.to_owned(), now + departure.return_limit());
         }
+        was_last
     }
 
     /// Whether no backend has been here yet.
@@ -230,33 +284,30 @@ impl<B: Candidate> Group<B> {
         self.keys.is_empty() && self.left.is_empty()
     }
 
-    /// The best backend of the key.
-    fn of(&self, key: &str) -> Option<Arc<B>> {
-        self.backends.get(key)?.best().cloned()
+    /// A backend of the key.
+    fn of(&self, key: &str, random: u64) -> Option<Arc<B>> {
+        self.backends.get(key)?.best(random).cloned()
     }
 
-    /// A backend of any key, from a random one onwards: the first that is not avoided, else the
-    /// first.
-    fn any(&self, random: usize) -> Option<Arc<B>> {
-        let start = random.checked_rem(self.keys.len())?;
-        let (before, after) = self.keys.split_at(start);
-        let mut avoided = None;
-        for key in after.iter().chain(before) {
-            match self.of(key) {
-                Some(backend) if backend.is_avoided() => {
-                    avoided.get_or_insert(backend);
-                }
-                found => return found,
-            }
+    /// A backend of any key: the better of two, or if both are avoided the next one that is not, or
+    /// else the first.
+    fn any(&self, random: u64) -> Option<Arc<B>> {
+        let (one, two) = two_of(self.keys.len(), random)?;
+        let of = |key: &String| self.of(key, random);
+        let chosen = better(&of(&self.keys[one])?, &of(&self.keys[two])?).clone();
+        if !chosen.is_avoided() {
+            return Some(chosen);
         }
-        avoided
+        let (before, after) = self.keys.split_at(one);
+        let ready = after.iter().chain(before).filter_map(of).find(|other| !other.is_avoided());
+        ready.or(Some(chosen))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::{
-        sync::atomic::{AtomicBool, Ordering},
+        sync::atomic::{AtomicBool, AtomicUsize, Ordering},
         time::Duration,
     };
 
@@ -272,6 +323,9 @@ mod tests {
         identity: &'static str,
         avoided: AtomicBool,
         left: AtomicBool,
+        pending_dials: AtomicUsize,
+        /// Whether it has outlived the arrival of any other.
+        alive: AtomicBool,
     }
 
     impl Candidate for Fake {
@@ -294,6 +348,14 @@ mod tests {
         fn may_replace(&self, other: &Self) -> bool {
             self.identity == other.identity
         }
+
+        fn load(&self) -> Load {
+            Load { pending_dials: self.pending_dials.load(Ordering::Relaxed), rtt: None }
+        }
+
+        fn has_outlived_the_arrival_of(&self, _: &Self) -> bool {
+            self.alive.load(Ordering::Relaxed)
+        }
     }
 
     fn fake(name: &str, identifiers: &[(&str, &str)]) -> Arc<Fake> {
@@ -309,6 +371,8 @@ mod tests {
             identity,
             avoided: AtomicBool::new(false),
             left: AtomicBool::new(false),
+            pending_dials: AtomicUsize::new(0),
+            alive: AtomicBool::new(false),
         })
     }
 
@@ -341,6 +405,51 @@ mod tests {
         a.avoided.store(true, Ordering::Relaxed);
         c.avoided.store(true, Ordering::Relaxed);
         assert_chosen(registry.choose(&target("x:1"), 1), &b);
+    }
+
+    #[test]
+    fn of_two_agents_the_one_with_fewer_pending_dials_is_chosen() {
+        let agents: Vec<_> = (0..10).map(|number| fake(&format!("a{number}"), &[])).collect();
+        let registry = registry(&[Strategy::Default], &agents.iter().collect::<Vec<_>>());
+        let seed = fastrand::u64(..);
+        let mut random = fastrand::Rng::with_seed(seed);
+        for _ in 0..1000 {
+            let chosen = registry.choose(&target("x:1"), random.u64(..)).unwrap();
+            chosen.pending_dials.fetch_add(1, Ordering::Relaxed);
+        }
+        let pending = agents.iter().map(|agent| agent.pending_dials.load(Ordering::Relaxed));
+        let (least, most) = (pending.clone().min().unwrap(), pending.max().unwrap());
+        // A random choice alone leaves 30 between them; costs within a quarter are equal.
+        assert!(least * 5 >= most * 3, "{least} to {most}, seed {seed}");
+    }
+
+    #[test]
+    fn live_agents_of_one_host_share_its_dials_and_older_tunnels_of_one_agent_get_none() {
+        let host = [("host", "vip")];
+        let (a, b, b_again) = (fake("a", &host), fake("b", &host), fake("b", &host));
+        let registry = registry(&[Strategy::DestHost], &[&a, &b, &b_again]);
+        let chosen = |random| registry.choose(&target("vip:80"), random);
+        for random in 0..4 {
+            assert_chosen(chosen(random), &b_again);
+        }
+        a.alive.store(true, Ordering::Relaxed);
+        b.alive.store(true, Ordering::Relaxed);
+        assert_chosen(chosen(0), &b_again);
+        assert_chosen(chosen(1), &a);
+        a.pending_dials.store(2, Ordering::Relaxed);
+        assert_chosen(chosen(1), &b_again);
+        b_again.avoided.store(true, Ordering::Relaxed);
+        b.left.store(true, Ordering::Relaxed);
+        assert_chosen(chosen(0), &a);
+    }
+
+    #[test]
+    fn two_positions_differ_and_reach_every_pair() {
+        assert_eq!(two_of(0, 7), None);
+        assert_eq!(two_of(1, 7), Some((0, 0)));
+        let pairs: std::collections::BTreeSet<_> =
+            (0..6).filter_map(|random| two_of(3, random)).collect();
+        assert_eq!(Vec::from_iter(pairs), [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]);
     }
 
     #[test]

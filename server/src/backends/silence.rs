@@ -55,6 +55,7 @@ fn look(backends: &Backends, backend: &Backend, keep_alive_interval: Duration, h
         return;
     }
     let stats = backend.tunnel.stats();
+    backend.recent_loss.sample(&stats, Instant::now());
     if has_paused {
         return backend.heard.restart(&stats, Instant::now());
     }
@@ -71,6 +72,11 @@ impl Heard {
     /// An agent that has just been heard.
     pub(super) fn now() -> Self {
         Self(parking_lot::Mutex::new((0, Instant::now())))
+    }
+
+    /// The last look that found something new, or when the tunnel began.
+    pub(super) fn last(&self) -> Instant {
+        self.0.lock().1
     }
 
     /// Counts from now on, as if the agent had just been heard.

@@ -6,6 +6,7 @@ use tokio::{
 };
 
 use culvert_process::kubernetes::Timestamp;
+use culvert_transport::{Carrier, Settings, qmux::Peer, test_util::Pair};
 
 use super::*;
 use crate::agents::identity::ServiceAccount;
@@ -268,4 +269,59 @@ async fn a_process_is_one_of_an_identity_an_id_and_an_instance() {
     }
     assert!(!is_ready(owner.backend.dismissed()).await, "it is no tunnel of that process");
     assert!(is_ready(other.backend.dismissed()).await);
+}
+
+/// Lets this many dials through the agent time out, each to another target, or until it is ejected.
+/// Returns for how long.
+fn time_out(backends: &Backends, agent: &TestAgent, dials: u16) -> Option<Duration> {
+    let mut targets = (1..=dials).map(|port| target(&format!("x:{port}")));
+    targets.find_map(|target| backends.dial_timed_out(&agent.backend, &target))
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_whose_dials_time_out_is_ejected_while_others_reply_and_there_are_others() {
+    let backends = backends();
+    let broken = TestAgent::join(&backends, "broken").await;
+    assert_eq!(time_out(&backends, &broken, 100), None, "it is alone");
+    let well = TestAgent::join(&backends, "well").await;
+    assert_eq!(time_out(&backends, &broken, 100), None, "no dial through another has a reply");
+    backends.dial_replied(&well.backend);
+    backends.dial_replied(&broken.backend);
+    sleep(WHILE).await;
+    assert_eq!(time_out(&backends, &broken, 100), None, "those replies were before");
+    backends.dial_replied(&well.backend);
+    let time = time_out(&backends, &broken, 3).unwrap();
+    let chosen = || backends.choose(&target("x:1")).unwrap();
+    for _ in 0..100 {
+        assert!(Arc::ptr_eq(&chosen(), &well.backend));
+    }
+    assert_eq!(time_out(&backends, &well, 100), None, "half of the agents are ejected");
+    drop(well);
+    assert!(Arc::ptr_eq(&chosen(), &broken.backend), "no other one will do");
+    sleep(time).await;
+    assert!(!broken.backend.is_avoided());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_outlives_the_arrival_of_another_once_something_comes_from_it() {
+    let backends = Backends::new(&[Strategy::DestHost]);
+    let interval = Duration::from_secs(5);
+    let settings = Settings { keep_alive_interval: Some(interval), ..Settings::default() };
+    let pair = Pair::new(Peer::local(Carrier::Tcp), &settings, &settings).await.unwrap();
+    let older = TestAgent::join_on_for(&backends, "a", &["vip"], pair);
+    let _watch = culvert_transport::task::owned(silence::watch(backends.clone(), Some(interval)));
+    sleep(WHILE).await;
+    let newer = TestAgent::join_for(&backends, "b", &["vip"]).await;
+    let chosen_of_many = |agent: &TestAgent| {
+        (0..100)
+            .filter(|_| {
+                let chosen = backends.choose(&target("vip:80")).unwrap();
+                Arc::ptr_eq(&chosen, &agent.backend)
+            })
+            .count()
+    };
+    assert_eq!(chosen_of_many(&newer), 100);
+    sleep(interval + WHILE * 2).await;
+    let (of_older, of_newer) = (chosen_of_many(&older), chosen_of_many(&newer));
+    assert!(of_older > 20 && of_newer > 20, "{of_older} {of_newer}");
 }

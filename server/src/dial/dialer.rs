@@ -7,11 +7,11 @@ use culvert_process::rate_limited;
 use culvert_transport::TunnelLost;
 use culvert_wire::{CloseCode, DialId, Target, dial::DialRequest, extension::Extensions};
 use tokio::time::{Instant, timeout_at};
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::{
     DialParameters, Dialed, Reply,
-    error::DialError,
+    error::{DialError, NoReply},
     exchange::{Deadline, PendingStream, permit, suspecting, unless_superseded, until},
     optimistic::ExpectedReply,
 };
@@ -68,7 +68,7 @@ impl Dialer {
         let deadline = self.config.limit.and_then(|limit| started.checked_add(limit));
         let dial = Dial { parameters, started, deadline };
         let Some(backend) = self.choose(&dial).await else {
-            let failed = Err(DialError::NoAgent);
+            let failed = Err(DialError::NoAgent(self.backends.absence(dial.target())));
             self.record(dial.target(), None, started, &failed);
             return failed;
         };
@@ -188,14 +188,20 @@ impl Dialer {
     async fn ask(&self, backend: &Arc<Backend>, dial: &Dial) -> Result<Dialed, DialError> {
         let permit = permit(backend)?;
         let request = self.request(&dial.parameters);
+        let _pending = backend.dial_pending();
+        let (asked, received_before) = (Instant::now(), backend.tunnel.stats().received_bytes);
         let exchange = async {
             let mut pending = until(dial.deadline, PendingStream::open(&permit)).await?;
             let reply = pending.exchange(backend, &request, dial.deadline).await?;
             reply.outcome?;
             Ok((pending.into_stream(), Reply::Received(reply.timing)))
         };
-        let exchanged: Result<_, DialError> = suspecting(backend, exchange).await;
-        let (stream, reply) = exchanged?;
+        let (stream, reply) = suspecting(backend, exchange).await.map_err(|error| match error {
+            DialError::TimedOut(None) => {
+                DialError::TimedOut(Some(NoReply::of(backend, asked, received_before)))
+            }
+            error => error,
+        })?;
         Ok(Dialed { id: request.id, trace: request.trace, stream, permit, reply })
     }
 
@@ -210,7 +216,7 @@ impl Dialer {
             backend: backend.clone(),
             target: dial.target().clone(),
             deadline: dial.deadline,
-            _pending: self.metrics.dial_pending(),
+            _pending: (self.metrics.dial_pending(), backend.dial_pending()),
         };
         let (stream, reply) = (pending.into_stream(), Reply::Expected(Box::new(expected)));
         Ok(Dialed { id: request.id, trace: request.trace, stream, permit, reply })
@@ -238,6 +244,9 @@ impl Dialer {
         started: Instant,
         result: &Result<T, DialError>,
     ) {
+        if let Some(backend) = backend {
+            self.judge(backend, target, result);
+        }
         let reached = backend.map(|backend| &backend.recently_reached);
         match result {
             Ok(_) => {
@@ -257,6 +266,26 @@ impl Dialer {
                     reason = error.reason(), %error, "dial failed"
                 );
             }
+        }
+    }
+}
+
+impl Dialer {
+    /// Takes the outcome of a dial into what decides whether the backend gets further ones.
+    fn judge<T>(&self, backend: &Backend, target: &Target, result: &Result<T, DialError>) {
+        match result {
+            Err(error) if error.is_time_out() => {
+                if let Some(time) = self.backends.dial_timed_out(backend, target) {
+                    self.metrics.backend_ejected();
+                    warn!(
+                        agent_id = %backend.agent_id(), seconds = time.as_secs(),
+                        "dials through this agent time out while those through others do not; \
+                         it gets none for a while where another agent will do"
+                    );
+                }
+            }
+            Ok(_) | Err(DialError::Failed(_)) => self.backends.dial_replied(backend),
+            Err(_) => {}
         }
     }
 }

@@ -2,18 +2,27 @@
 
 use std::{fmt, time::Duration};
 
-use culvert_transport::{ReadFrameError, TunnelLost, WriteError};
+use culvert_transport::{Carrier, ReadFrameError, TunnelLost, WriteError};
 use culvert_wire::{
-    AgentId, StreamCode, bounded::Text, codec::EncodeError, dial::DialFailure,
-    extension::UnknownExtension, frame::FrameError, target::InvalidTarget,
+    AgentId, StreamCode,
+    bounded::Text,
+    codec::EncodeError,
+    dial::{DialErrorKind, DialFailure},
+    extension::UnknownExtension,
+    frame::FrameError,
+    target::InvalidTarget,
 };
+
+use tokio::time::Instant;
+
+use crate::backends::{Absence, Backend, registry::Candidate};
 
 /// Why a dial failed. The texts of what Konnectivity knows too are its own.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DialError {
     /// No strategy found a backend.
-    #[error("No agent available")]
-    NoAgent,
+    #[error("No agent available: {0}")]
+    NoAgent(Absence),
     /// The target's address is invalid; no agent was asked. Konnectivity's agent says the same.
     #[error("dial tcp: {0}")]
     Address(#[from] InvalidTarget),
@@ -23,9 +32,9 @@ pub(crate) enum DialError {
     /// The agent could not reach the target; the text is the agent's.
     #[error(transparent)]
     Failed(#[from] DialFailure),
-    /// The agent did not answer before the deadline.
-    #[error("timed out waiting for backend dial")]
-    TimedOut,
+    /// The agent did not reply before the deadline.
+    #[error("timed out waiting for backend dial{}", Unanswered(.0.as_ref()))]
+    TimedOut(Option<NoReply>),
     /// The tunnel was lost before the agent answered, and no other one took its place in time.
     #[error("agent {agent_id} was lost while dialing: {source}{}", Waited(*waited))]
     Lost {
@@ -85,6 +94,60 @@ pub(crate) enum RequestError {
     Stream(WriteError),
 }
 
+/// What is known of an agent that did not reply to a dial in time.
+#[derive(Clone, Debug)]
+pub(crate) struct NoReply {
+    /// Agent that was asked.
+    pub(crate) agent_id: AgentId,
+    /// Carrier of its tunnel.
+    pub(crate) carrier: Carrier,
+    /// Whether anything came from the agent after it was asked; `None` where that is not known.
+    pub(crate) is_heard: Option<bool>,
+    /// Share of the packets to it that were lost in the last minute, in percent; `None` where that is
+    /// not known.
+    pub(crate) loss_percent: Option<u8>,
+}
+
+/// Time after which something comes from an agent that lives: it is suspected by then, and that
+/// makes it answer.
+const LIFE_SIGN: Duration = Duration::from_secs(2);
+
+impl NoReply {
+    /// What is known of this agent, which was asked then, when so many bytes had come from it.
+    pub(super) fn of(backend: &Backend, asked: Instant, received_before: u64) -> Self {
+        let carrier = backend.tunnel.carrier();
+        let is_heard = backend.tunnel.stats().received_bytes > received_before;
+        let is_known = carrier != Carrier::Grpc && (is_heard || asked.elapsed() >= LIFE_SIGN);
+        Self {
+            agent_id: backend.agent_id().clone(),
+            carrier,
+            is_heard: is_known.then_some(is_heard),
+            loss_percent: backend.loss_percent(),
+        }
+    }
+}
+
+/// What a text adds about an agent that did not reply.
+struct Unanswered<'a>(Option<&'a NoReply>);
+
+impl fmt::Display for Unanswered<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(NoReply { agent_id, carrier, is_heard, loss_percent }) = self.0 else {
+            return Ok(());
+        };
+        let carrier = carrier.name();
+        match is_heard {
+            None => write!(f, ": {agent_id} sent no reply over {carrier}")?,
+            Some(true) => write!(f, ": {agent_id} answers over {carrier}, but sent no reply")?,
+            Some(false) => write!(f, ": nothing came from {agent_id} over {carrier} meanwhile")?,
+        }
+        if let Some(percent) = loss_percent.filter(|percent| *percent > 0) {
+            write!(f, " ({percent} % loss in the last minute)")?;
+        }
+        Ok(())
+    }
+}
+
 /// Minimum time that a text names: a shorter one, as when the deadline was about to end, would read
 /// as no time at all.
 const NAMED_WAIT: Duration = Duration::from_millis(50);
@@ -114,13 +177,22 @@ impl DialError {
         "send_rsp",
     ];
 
+    /// Whether the agent, or its target by its account, did not answer in time.
+    pub(super) fn is_time_out(&self) -> bool {
+        match self {
+            Self::TimedOut(_) => true,
+            Self::Failed(failure) => failure.kind == DialErrorKind::TIMEOUT,
+            _ => false,
+        }
+    }
+
     /// The value of the `reason` label of Konnectivity's `dial_failure_count` metric, or one of our
     /// own where Konnectivity has none.
     pub(crate) fn reason(&self) -> &'static str {
         match self {
-            Self::NoAgent => "no_agent",
+            Self::NoAgent(_) => "no_agent",
             Self::Address(_) | Self::Network(_) | Self::Failed(_) => "error_response",
-            Self::TimedOut => "backend_dial_timeout",
+            Self::TimedOut(_) => "backend_dial_timeout",
             Self::Lost { .. } => "backend_close",
             Self::Overloaded(_) => "overloaded",
             Self::Refused { .. } => "refused",

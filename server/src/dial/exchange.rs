@@ -32,7 +32,9 @@ pub(super) async fn until<T>(
     step: impl Future<Output = Result<T, DialError>>,
 ) -> Result<T, DialError> {
     match deadline {
-        Some(deadline) => timeout_at(deadline, step).await.unwrap_or(Err(DialError::TimedOut)),
+        Some(deadline) => {
+            timeout_at(deadline, step).await.unwrap_or(Err(DialError::TimedOut(None)))
+        }
         None => step.await,
     }
 }
@@ -92,7 +94,7 @@ impl PendingStream {
         step: impl AsyncFnOnce(&mut Halves) -> Result<T, DialError>,
     ) -> Result<T, DialError> {
         let result = until(deadline, step(&mut self.0)).await;
-        if matches!(result, Err(DialError::TimedOut)) {
+        if matches!(result, Err(DialError::TimedOut(_))) {
             end(&mut self.0, StreamCode::DIAL_TIMEOUT);
         }
         result

@@ -12,7 +12,7 @@ use super::{
     error::DialError,
     exchange::{Deadline, read_reply, suspecting, until},
 };
-use crate::backends::Backend;
+use crate::backends::{Backend, PendingDial};
 
 /// The reply to a dial whose frontend was answered before it came, because the same agent reached
 /// the same target recently. When it is negative or late, the connection is cut off.
@@ -23,7 +23,7 @@ pub(crate) struct ExpectedReply {
     pub(super) target: Target,
     pub(super) deadline: Deadline,
     /// The dial counts as pending until the reply is here.
-    pub(super) _pending: Counted,
+    pub(super) _pending: (Counted, PendingDial),
 }
 
 impl ExpectedReply {
@@ -45,7 +45,7 @@ impl ExpectedReply {
 fn cut(error: DialError) -> Cut {
     match error {
         DialError::Lost { source, .. } => Cut::Lost(source),
-        DialError::TimedOut => {
+        DialError::TimedOut(_) => {
             Cut::Preamble { code: StreamCode::DIAL_TIMEOUT, reason: error.into() }
         }
         error => Cut::Preamble { code: StreamCode::DIAL_FAILED, reason: error.into() },

@@ -204,13 +204,14 @@ impl BadRequest {
 /// The answer to a dial that failed.
 fn refusal(error: &DialError) -> String {
     match error {
-        DialError::NoAgent => "HTTP/1.1 500 Internal Server Error\r\n\
+        DialError::NoAgent(_) => format!(
+            "HTTP/1.1 500 Internal Server Error\r\n\
              Content-Type: text/plain\r\n\r\n\
-             currently no tunnels available: No agent available"
-            .into(),
+             currently no tunnels available: {error}"
+        ),
         error => {
             let body = match error {
-                DialError::TimedOut => format!("Backend dial timeout: {error}\r\n"),
+                DialError::TimedOut(_) => format!("Backend dial timeout: {error}\r\n"),
                 DialError::Lost { .. } => format!("Backend context error: {error}\r\n"),
                 error => error.to_string(),
             };
@@ -240,6 +241,7 @@ mod tests {
     use culvert_wire::dial::{DialErrorKind, DialFailure, StreamKind};
 
     use super::*;
+    use crate::backends::{Backends, Strategy};
 
     #[test]
     fn the_target_is_the_request_target_and_headers_do_not_matter() {
@@ -291,12 +293,17 @@ mod tests {
                 )
             );
         }
+        let backends = Backends::new(&[Strategy::DestHost]);
+        let absence = backends.absence(&"node-1:80".parse().unwrap());
+        let no_agent = DialError::NoAgent(absence);
         assert_eq!(
-            refusal(&DialError::NoAgent),
-            "HTTP/1.1 500 Internal Server Error\r\nContent-Type: text/plain\r\n\r\n\
-             currently no tunnels available: No agent available"
+            refusal(&no_agent),
+            format!(
+                "HTTP/1.1 500 Internal Server Error\r\nContent-Type: text/plain\r\n\r\n\
+                 currently no tunnels available: {no_agent}"
+            )
         );
-        assert!(refusal(&DialError::TimedOut).contains(
+        assert!(refusal(&DialError::TimedOut(None)).contains(
             "504 Gateway Timeout\r\nConnection: close\r\n\
              Content-Type: text/plain; charset=utf-8\r\n\r\n\
              Backend dial timeout: timed out waiting for backend dial\r\n"

@@ -38,6 +38,11 @@ pub(super) const DIALS_WAITED: Family = Family::new(
     "culvert_server_dials_waited_total",
     "Dials that waited for an agent that had just left, by whether one came.",
 );
+pub(super) const EJECTIONS: Family = Family::new(
+    "culvert_server_ejections_total",
+    "Times that an agent got no dials for a while, because those through it timed out while those \
+     through others did not.",
+);
 pub(super) const PENDING_DIALS: Family = Family::new(
     "konnectivity_network_proxy_server_pending_backend_dials",
     "Current number of pending backend dial requests",

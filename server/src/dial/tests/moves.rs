@@ -6,7 +6,7 @@ use super::*;
 async fn without_an_agent_a_dial_fails_at_once() {
     let dialing = Dialing::new();
     let (result, took) = dialing.timed().await;
-    assert!(matches!(result, Err(DialError::NoAgent)), "{result:?}");
+    assert!(matches!(result, Err(DialError::NoAgent(_))), "{result:?}");
     assert_eq!(took, Duration::ZERO);
     assert_eq!(dialing.failures("no_agent"), 1.0);
 }
@@ -32,7 +32,7 @@ async fn a_dial_waits_for_the_first_agents_until_they_had_time_to_join() {
     let dialing = Dialing::with(None, false);
     dialing.backends.expect_first();
     let (result, took) = dialing.timed().await;
-    assert!(matches!(result, Err(DialError::NoAgent)), "{result:?}");
+    assert!(matches!(result, Err(DialError::NoAgent(_))), "{result:?}");
     assert_eq!(took, START_LIMIT);
     assert_eq!(dialing.metric("culvert_server_dials_waited_total{result=\"failed\"}"), 1.0);
     assert_eq!(dialing.timed().await.1, Duration::ZERO, "a later dial does not wait");
@@ -63,13 +63,47 @@ impl Dialing {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_dial_without_an_agent_says_who_has_left_and_how() {
+    for (lost, cause) in [
+        (stopped(), "it was stopped over tcp"),
+        (TunnelLost::TimedOut, "timed out over tcp"),
+        (TunnelLost::PeerRestarted, "it was restarted over tcp"),
+    ] {
+        let dialing = Dialing::new();
+        dialing.lose("a", &lost).await;
+        sleep(Duration::from_secs(42)).await;
+        let error = dialing.dial().await.unwrap_err();
+        let text = format!(
+            "No agent available: a left 42 s ago ({cause}); no agent is connected; \
+             this server started 42 s ago"
+        );
+        assert_eq!(error.to_string(), text);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_without_an_agent_for_its_host_says_whether_one_was_there() {
+    let backends = &Backends::new(&[Strategy::DestHost]);
+    let _other = TestAgent::join_for(backends, "other", &["node-2"]).await;
+    let absence = |host: &str| backends.absence(&target(host)).to_string();
+    let never = "no agent has announced node-1; 1 other agent is connected; \
+                 this server started 0.0 s ago";
+    assert_eq!(absence("node-1:80"), never);
+    let agent = TestAgent::join_for(backends, "one", &["node-1"]).await;
+    backends.remove(&agent.backend, &TunnelLost::TimedOut);
+    sleep(Duration::from_secs(7200)).await;
+    let left = "one left 2 h ago (timed out over tcp); 1 other agent is connected";
+    assert_eq!(absence("node-1:80"), left);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_dial_waits_for_an_agent_that_has_just_left_and_gives_up() {
     for (lost, limit) in [(stopped(), RETURN_LIMIT), (TunnelLost::TimedOut, LOST_RETURN_LIMIT)] {
         // No dial has a deadline that ends the wait.
         let dialing = Dialing::with(None, false);
         dialing.lose("a", &lost).await;
         let (result, took) = dialing.timed().await;
-        assert!(matches!(result, Err(DialError::NoAgent)), "{result:?}");
+        assert!(matches!(result, Err(DialError::NoAgent(_))), "{result:?}");
         assert_eq!(took, limit, "{lost}");
         assert_eq!(dialing.metric("culvert_server_dials_waited_total{result=\"failed\"}"), 1.0);
         assert_eq!(dialing.timed().await.1, Duration::ZERO, "a later dial does not wait");
@@ -97,7 +131,7 @@ async fn a_dial_waits_for_an_agent_no_longer_than_its_own_limit() {
     let dialing = Dialing::with(Some(limit), false);
     drop(dialing.agent("a").await);
     let (result, took) = dialing.timed().await;
-    assert!(matches!(result, Err(DialError::NoAgent)), "{result:?}");
+    assert!(matches!(result, Err(DialError::NoAgent(_))), "{result:?}");
     assert_eq!(took, limit);
 }
 
@@ -110,7 +144,7 @@ async fn a_dial_does_not_wait_for_an_agent_once_the_server_stops() {
         dialing.backends.close();
     };
     let ((result, took), ()) = join!(dialing.timed(), stopping);
-    assert!(matches!(result, Err(DialError::NoAgent)), "{result:?}");
+    assert!(matches!(result, Err(DialError::NoAgent(_))), "{result:?}");
     assert_eq!(took, RETURN_LIMIT / 2);
 }
 
@@ -349,7 +383,7 @@ async fn one_limit_holds_for_all_moves_of_a_dial() {
         ended(&mut asked).await
     };
     let ((result, took), code) = join!(dialing.timed(), agents);
-    assert!(matches!(result, Err(DialError::TimedOut)), "{result:?}");
+    assert!(matches!(result, Err(DialError::TimedOut(_))), "{result:?}");
     assert_eq!((took, code), (LIMIT, StreamCode::DIAL_TIMEOUT));
 }
 
