@@ -19,7 +19,7 @@ use crate::{
     faults::ConfigErrors,
     go_flags,
     invocation::Invocation,
-    logging::{self, LogConfig},
+    logging::{self, LogConfig, LogFormat},
     signals::{ReloadSignal, StopSignals, hold_reload_signal},
 };
 
@@ -41,13 +41,19 @@ pub trait ProcessConfig: Sized {
     fn from_flags(flags: Self::Flags, invocation: Invocation) -> Result<Self, ConfigErrors>;
 
     /// Log settings.
-    fn log(&self) -> LogConfig;
+    fn log(&self) -> LogConfig {
+        LogConfig { format: LogFormat::Text, verbosity: 0 }
+    }
 
     /// Warnings for the operator, to be logged at start.
-    fn warnings(&self) -> &[String];
+    fn warnings(&self) -> &[String] {
+        &[]
+    }
 
     /// Number of file descriptors that the process needs to reach the limits of its connections.
-    fn descriptors(&self) -> u64;
+    fn descriptors(&self) -> u64 {
+        0
+    }
 }
 
 /// A program that [`main`] runs.

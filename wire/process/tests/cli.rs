@@ -7,7 +7,6 @@ use culvert_process::{
     cli::{BoxError, ProcessConfig, Program, main},
     faults::{ConfigErrors, Faults},
     invocation::Invocation,
-    logging::{LogConfig, LogFormat},
     signals::ReloadSignal,
 };
 use tokio::runtime::Builder;
@@ -33,18 +32,6 @@ impl ProcessConfig for SampleConfig {
         let mut faults = Faults::new();
         faults.require(flags.code >= 0, "code", "must not be negative");
         faults.finish().map(|_| Self(flags.code))
-    }
-
-    fn log(&self) -> LogConfig {
-        LogConfig { format: LogFormat::Text, verbosity: 0 }
-    }
-
-    fn warnings(&self) -> &[String] {
-        &[]
-    }
-
-    fn descriptors(&self) -> u64 {
-        0
     }
 }
 

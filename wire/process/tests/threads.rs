@@ -11,7 +11,6 @@ use culvert_process::{
     cli::{BoxError, ProcessConfig, Program, main},
     faults::ConfigErrors,
     invocation::Invocation,
-    logging::{LogConfig, LogFormat},
     signals::ReloadSignal,
 };
 use tokio::{process::Command, runtime::Builder, time::timeout};
@@ -33,18 +32,6 @@ impl ProcessConfig for SampleConfig {
 
     fn from_flags(_: Flags, _: Invocation) -> Result<Self, ConfigErrors> {
         Ok(Self)
-    }
-
-    fn log(&self) -> LogConfig {
-        LogConfig { format: LogFormat::Text, verbosity: 0 }
-    }
-
-    fn warnings(&self) -> &[String] {
-        &[]
-    }
-
-    fn descriptors(&self) -> u64 {
-        0
     }
 }
 
