@@ -13,6 +13,7 @@ use culvert_transport::TunnelLost;
 use culvert_wire::{
     CloseCode,
     control::{ControlMessage, Ping},
+    version::ALPN,
 };
 use http::Request;
 use http_body_util::{BodyExt, Empty};
@@ -111,11 +112,19 @@ async fn an_agent_over_quic_proves_its_address_while_there_are_many_strangers() 
     .await;
 }
 
+/// The begin of HTTP/2 of a client: the preface and empty settings (RFC 9113 §3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
 /// A connection as a Konnectivity agent makes it, with a certificate and without a call.
 async fn http2(rig: &Running) -> TlsStream<TcpStream> {
+    tls(rig, ALPN_H2).await
+}
+
+/// A TLS connection of an agent with a certificate that speaks this protocol.
+async fn tls(rig: &Running, protocol: &[u8]) -> TlsStream<TcpStream> {
     let address = rig.server.tunnel;
     let mut tls = agent::tls(rig);
-    tls.alpn_protocols = vec![ALPN_H2.to_vec()];
+    tls.alpn_protocols = vec![protocol.to_vec()];
     let socket = TcpStream::connect(address).await.unwrap();
     let name = ServerName::from(address.ip());
     TlsConnector::from(Arc::new(tls)).connect(name, socket).await.unwrap()
@@ -124,7 +133,6 @@ async fn http2(rig: &Running) -> TlsStream<TcpStream> {
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_of_konnectivity_agents_that_make_no_call_end_at_the_deadline() {
     const COUNT: usize = 20;
-    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
     within(async {
         let rig = rig(ConnectUnix, Tcp).agents(0).start().await.unwrap();
         let begun = Instant::now();
@@ -176,11 +184,43 @@ async fn a_konnectivity_agent_may_make_four_calls_before_one_is_admitted() {
     .await;
 }
 
-/// Two million bytes of pings: the server reads the first, and lets the peer send little more.
+/// Frames that no window limits are not free: PADDING in records of QMux, and frames of a kind that
+/// HTTP/2 does not know.
 #[rstest]
+#[case::qmux(ALPN, &[0x09, 0xff, 0x51, 0x53, 0x30, 0x0d, 0x0a, 0x0d, 0x0a, 0], &[20])]
+#[case::http2(ALPN_H2, PREFACE, &[0, 0, 12, 0x20, 0, 0, 0, 0, 0])]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_over_tcp_that_sends_more_than_an_introduction_is_closed_and_counted(
+    #[case] protocol: &[u8],
+    #[case] begin: &[u8],
+    #[case] head: &[u8],
+) {
+    const MORE: usize = 64 * 1024;
+    within(async {
+        let rig = rig(ConnectUnix, Tcp).agents(0).start().await.unwrap();
+        let mut connection = tls(&rig, protocol).await;
+        let mut frame = head.to_vec();
+        frame.resize(21, 0);
+        let frames = frame.repeat(MORE / frame.len() + 1);
+        connection.write_all(&[begin, &frames].concat()).await.unwrap();
+        connection.flush().await.unwrap();
+        eventually("it is counted", async || failures(&rig, "protocol_violation") == 1.0).await;
+        assert_eq!(strangers(&rig, "tcp") + strangers(&rig, "grpc"), 0.0);
+        // Closed, with or without a close_notify.
+        let _ = connection.read_to_end(&mut Vec::new()).await;
+    })
+    .await;
+}
+
+/// The server reads the first. Over QUIC it also lets the peer send little more of two million
+/// bytes; the limit over TCP is the one of the test above.
+#[rstest]
+#[case(Quic, 2_000_000)]
+#[case(Tcp, 1)]
 #[tokio::test(flavor = "multi_thread")]
 async fn pings_before_the_hello_are_neither_read_nor_answered(
-    #[values(Quic, Tcp)] carrier: Carrier,
+    #[case] carrier: Carrier,
+    #[case] len: usize,
 ) {
     /// Bytes of the handshake and of the window.
     const LITTLE: u64 = 128 * 1024;
@@ -191,7 +231,7 @@ async fn pings_before_the_hello_are_neither_read_nor_answered(
         let ping = ControlMessage::Ping(Ping { echo: 7 }).encode().unwrap();
         let pings = Bytes::from(ping.repeat(16 * 1024 / ping.len()));
         let mut written = 0;
-        while written < 2_000_000 && send.write_chunk(pings.clone()).await.is_ok() {
+        while written < len && send.write_chunk(pings.clone()).await.is_ok() {
             written += pings.len();
         }
         let TunnelLost::ClosedByPeer { code, .. } = tunnel.closed().await else { panic!() };

@@ -9,6 +9,7 @@ use culvert_loadtest::{
 use culvert_transport::{
     Settings, Tunnel,
     control::ControlStream,
+    qmux::{Role, establish},
     quic, tcp,
     tls::{Identity, KeyExchange, authorities, certificates, tunnel_server},
 };
@@ -111,7 +112,9 @@ impl Listener {
             Self::Tcp(listener, acceptor) => {
                 let (socket, _) = listener.accept().await.unwrap();
                 let stream = acceptor.accept(socket).await.unwrap();
-                tcp::accept(stream, &Settings::default()).await.unwrap().into()
+                let settings = Settings::default();
+                let peer = tcp::accepted(&stream, Carrier::Tcp, &settings).unwrap();
+                establish(stream, Role::Server, peer, &settings).await.unwrap().into()
             }
         }
     }

@@ -4,7 +4,6 @@
 //! everything works as with an agent of ours. On the network the connections of such an agent
 //! still share one stream with one another.
 
-mod allowance;
 mod bridge;
 mod hello;
 mod keepalive;
@@ -27,7 +26,7 @@ use culvert_konnectivity::{
     packet::Packet,
 };
 use culvert_process::rate_limited;
-use culvert_transport::{Carrier, qmux::Peer};
+use culvert_transport::qmux::Peer;
 use culvert_wire::{control::Hello, identifiers::MAX_IDENTIFIERS};
 use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
@@ -48,9 +47,8 @@ use super::{
     AgentContext,
     admission::{Authenticated, Proof, Refusal},
     join::{self, JoinError},
-    unadmitted::{Attempt, Source},
+    unadmitted::{Attempt, Limited, Source},
 };
-use allowance::Allowance;
 use bridge::Bridge;
 use keepalive::{MIN_PING_INTERVAL, PingLimit, TooManyPings};
 
@@ -68,13 +66,12 @@ const REJOIN_DELAY: Duration = Duration::from_secs(1);
 /// Serves one connection of a Konnectivity agent until it is closed or the server stops. The agent
 /// has to be admitted within the attempt's time.
 pub(super) async fn serve(
-    stream: TlsStream<TcpStream>,
-    remote: SocketAddr,
+    stream: Limited<TlsStream<TcpStream>>,
+    peer: Peer,
     attempt: Attempt,
     context: Arc<AgentContext>,
 ) {
-    let certificates = stream.get_ref().1.peer_certificates().map(<[_]>::to_vec);
-    let peer = Peer { address: remote, carrier: Carrier::Grpc, certificates };
+    let remote = peer.address;
     let mut http = http2::Builder::new(TokioExecutor::new());
     http.timer(TokioTimer::new())
         .initial_stream_window_size(WINDOW)
@@ -84,29 +81,31 @@ pub(super) async fn serve(
         .keep_alive_interval(context.konnectivity_keep_alive_interval)
         .keep_alive_timeout(context.settings.idle_timeout);
     let closing = context.closing.clone();
-    let (excess, too_many_pings) = (CancellationToken::new(), CancellationToken::new());
-    let attempt = Arc::new(attempt);
-    let stream = Allowance::new(stream, attempt.clone(), excess.clone());
+    let (attempt, too_many_pings) = (Arc::new(attempt), CancellationToken::new());
     let io = TokioIo::new(PingLimit::new(stream, MIN_PING_INTERVAL, too_many_pings.clone()));
     let connect = Connect {
         peer,
         context: context.clone(),
         attempt: attempt.clone(),
         calls: Arc::default(),
-        excess: excess.clone(),
         too_many_pings: too_many_pings.clone(),
     };
     let service = service_fn(move |request| answer(request, connect.clone()));
     let mut connection = std::pin::pin!(http.serve_connection(io, service));
+    let until_closed = async {
+        tokio::select! {
+            biased;
+            ended = &mut connection => ended,
+            () = closing.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        }
+    };
     let ended = tokio::select! {
         biased;
-        () = excess.cancelled() => Err(JoinError::Excess),
         error = attempt.failed() => Err(error),
-        ended = &mut connection => Ok(ended),
-        () = closing.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            Ok(connection.await)
-        }
+        ended = until_closed => Ok(ended),
     };
     match ended {
         Err(error) => join::record_failure(remote, &error, &context),
@@ -152,8 +151,6 @@ struct Connect {
     attempt: Arc<Attempt>,
     /// Number of calls before one was admitted.
     calls: Arc<AtomicU32>,
-    /// Cancelled when there were too many of them, which ends the connection.
-    excess: CancellationToken,
     /// Cancelled when the connection ends because of too many pings.
     too_many_pings: CancellationToken,
 }
@@ -167,10 +164,10 @@ impl StreamingService<Packet> for Connect {
         Pin<Box<dyn Future<Output = Result<tonic::Response<Self::ResponseStream>, Status>> + Send>>;
 
     fn call(&mut self, request: tonic::Request<Streaming<Packet>>) -> Self::Future {
-        let Self { peer, context, attempt, calls, excess, too_many_pings } = self.clone();
+        let Self { peer, context, attempt, calls, too_many_pings } = self.clone();
         Box::pin(async move {
             if !attempt.is_admitted() && calls.fetch_add(1, Ordering::Relaxed) >= MAX_CALLS {
-                excess.cancel();
+                attempt.exceed();
                 return Err(Status::resource_exhausted("too many calls"));
             }
             let (metadata, _, inbound) = request.into_parts();

@@ -17,8 +17,8 @@ use tracing::warn;
 use super::{AgentContext, unadmitted::Unadmitted};
 use crate::{config::Config, files::ServerFiles};
 
-/// Maximum number of bytes that a peer may send ahead of the reader before it is admitted: a hello
-/// and little else.
+/// Maximum number of bytes that a peer over QUIC may send ahead of the reader before it is
+/// admitted: a hello and little else.
 const UNADMITTED_WINDOW: u32 = 16 * 1024;
 /// Maximum number of attempts to find a port number that is free for UDP and TCP.
 const MAX_ATTEMPTS: usize = 16;
@@ -88,15 +88,12 @@ impl AgentListener {
                 "UDP buffers are small; raise net.core.rmem_max and net.core.wmem_max to 8 MiB",
             );
         }
-        let tcp = TcpAccept {
-            acceptor: Acceptor::new("agents", tcp),
-            tls: Arc::new(tls),
-            settings: of_strangers,
-        };
+        let tcp =
+            TcpAccept { acceptor: Acceptor::new("agents", tcp), tls: Arc::new(tls), settings };
         Ok(Self { quic, tcp, settings })
     }
 
-    /// Settings of tunnels whose agent is admitted, such as the bridges to Konnectivity agents.
+    /// Settings of tunnels that are not over QUIC, such as the bridges to Konnectivity agents.
     pub(crate) fn settings(&self) -> Settings {
         self.settings
     }

@@ -1,5 +1,6 @@
 //! Peers between their accept and their admission.
 
+mod allowance;
 mod attempt;
 mod recent;
 mod source;
@@ -8,14 +9,18 @@ mod table;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use culvert_konnectivity::ALPN_H2;
-use culvert_transport::{Carrier, ConnectError, Settings, TransportFault, Tunnel, quic, tcp};
+use culvert_transport::{
+    Carrier, ConnectError, Settings, TransportFault, Tunnel,
+    qmux::{self, Peer, Role},
+    quic, tcp,
+};
 use rustls::ServerConfig;
 use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use self::table::Progress;
 pub(crate) use self::table::UnadmittedTable;
-pub(super) use self::{attempt::Attempt, source::Source};
+pub(super) use self::{allowance::Limited, attempt::Attempt, source::Source};
 use super::{
     AgentContext,
     first_bytes::FirstBytes,
@@ -51,7 +56,7 @@ enum Connection {
 enum Negotiated {
     Culvert(Tunnel),
     /// gRPC over HTTP/2.
-    Konnectivity(Box<TlsStream<TcpStream>>),
+    Konnectivity(Box<Limited<TlsStream<TcpStream>>>, Peer),
 }
 
 impl Unadmitted {
@@ -107,10 +112,10 @@ impl Unadmitted {
                 attempt.set_progress(Progress::Connected);
                 session::serve(tunnel, None, attempt, context).await;
             }
-            Ok(Negotiated::Konnectivity(stream)) => {
+            Ok(Negotiated::Konnectivity(stream, peer)) => {
                 attempt.set_progress(Progress::Connected);
                 attempt.set_carrier(Carrier::Grpc);
-                konnectivity::serve(*stream, remote, attempt, context).await;
+                konnectivity::serve(*stream, peer, attempt, context).await;
             }
             Err(error) => join::record_failure(remote, &error, &context),
         }
@@ -132,14 +137,29 @@ impl Connection {
                 let accepted = TlsAcceptor::from(tls).accept(socket).await;
                 let failed = |error| ConnectError::from(TransportFault::from(error));
                 let stream = accepted.map_err(failed)?;
-                if stream.get_ref().1.alpn_protocol() == Some(ALPN_H2) {
-                    tcp::prepare(stream.get_ref().0, &settings);
-                    return Ok(Negotiated::Konnectivity(Box::new(stream)));
-                }
-                Ok(Negotiated::Culvert(tcp::accept(stream, &settings).await?.into()))
+                begin(stream, &settings, attempt).await
             }
         }
     }
+}
+
+/// Begins the protocol that was agreed on. What the peer sends is limited from here on.
+async fn begin(
+    stream: TlsStream<TcpStream>,
+    settings: &Settings,
+    attempt: &Attempt,
+) -> Result<Negotiated, JoinError> {
+    let carrier = match stream.get_ref().1.alpn_protocol() {
+        Some(ALPN_H2) => Carrier::Grpc,
+        _ => Carrier::Tcp,
+    };
+    let peer = tcp::accepted(&stream, carrier, settings)?;
+    let stream = attempt.limit(stream);
+    if carrier == Carrier::Grpc {
+        return Ok(Negotiated::Konnectivity(Box::new(stream), peer));
+    }
+    let connection = qmux::establish(stream, Role::Server, peer, settings).await?;
+    Ok(Negotiated::Culvert(connection.into()))
 }
 
 #[cfg(test)]

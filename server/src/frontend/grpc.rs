@@ -24,7 +24,6 @@ use tracing::debug;
 
 use super::FrontendContext;
 use crate::metrics::FrontendRefusal;
-use authority::LegalAuthority;
 use service::ProxyService;
 
 /// Sends the packets of a `Proxy` stream to the frontend. An error ends the stream.
@@ -54,7 +53,7 @@ where
         http.keep_alive_interval(context.keep_alive_interval);
     }
     let (stopping, has_dialed) = (context.stopping.clone(), Arc::new(SetOnce::new()));
-    let io = TokioIo::new(LegalAuthority::new(socket));
+    let io = TokioIo::new(authority::legalized(socket));
     let service = ProxyService::new(context.clone(), has_dialed.clone());
     let mut connection = std::pin::pin!(http.serve_connection(io, service));
     let silent = async {

@@ -85,10 +85,7 @@ where
     IO: AsyncRead + AsyncWrite + Send + 'static,
 {
     let idle = u64::try_from(settings.idle_timeout.as_millis()).unwrap_or(u64::MAX >> 2);
-    let mut mux = Mux::new(role, settings.stream_receive_window, settings.max_streams, idle);
-    if let Some(window) = settings.unadmitted_window {
-        mux.limit_remote_streams(window);
-    }
+    let mux = Mux::new(role, settings.stream_receive_window, settings.max_streams, idle);
     let shared = Arc::new(Shared::new(mux, peer));
     start(stream, &shared, settings);
     let connection = Connection { owner: Arc::new(Owner(shared.clone())) };
@@ -290,11 +287,6 @@ impl Connection {
 
     pub(super) fn set_max_streams(&self, count: u32) {
         self.shared().lock().set_max_streams(count);
-        self.shared().work.notify_one();
-    }
-
-    pub(super) fn admit(&self) {
-        self.shared().lock().admit();
         self.shared().work.notify_one();
     }
 

@@ -19,7 +19,8 @@ pub struct Settings {
     /// costs at most this much memory, and a stream's rate is at most this per round trip.
     pub stream_receive_window: u32,
     /// Maximum number of bytes that the peer may send ahead of the readers of its streams until
-    /// [`crate::Tunnel::admit`]; `None` does not bound them beyond the windows of streams.
+    /// [`crate::Tunnel::admit`]; `None` does not bound them beyond the windows of streams. QUIC
+    /// only: a byte stream can be bounded as a whole, by the one that accepts it.
     pub unadmitted_window: Option<u32>,
     /// Maximum number of streams that the peer may have open at once. Slots are allocated ahead,
     /// about 1 KiB each; raise the number on a live tunnel with [`crate::Tunnel::set_max_streams`].

@@ -148,23 +148,25 @@ impl Connected {
     }
 }
 
-/// Begins QMux on an agent's connection whose TLS handshake is done and agreed on the protocol.
+/// The agent at the other end of a connection whose TLS handshake is done; the connection is ready
+/// then for the protocol that was agreed on. `carrier` is what the tunnel will report as its
+/// carrier.
 ///
 /// # Errors
-/// When the agent does not begin within the idle time-out, or agreed on something else.
-pub async fn accept(
-    stream: TlsStream<TcpStream>,
+/// When the agent has closed the connection, or has agreed on no tunnel where TCP is the carrier.
+pub fn accepted(
+    stream: &TlsStream<TcpStream>,
+    carrier: Carrier,
     settings: &Settings,
-) -> Result<Connection, ConnectError> {
+) -> Result<Peer, ConnectError> {
     let (socket, session) = stream.get_ref();
-    if !is_tunnel(session) {
+    if carrier == Carrier::Tcp && !is_tunnel(session) {
         return Err(ConnectError::Protocol);
     }
     prepare(socket, settings);
     let address = socket.peer_addr().map_err(TransportFault::from)?;
     let certificates = session.peer_certificates().map(<[_]>::to_vec);
-    let peer = Peer { address: canonical(address), carrier: Carrier::Tcp, certificates };
-    establish(stream, Role::Server, peer, settings).await
+    Ok(Peer { address: canonical(address), carrier, certificates })
 }
 
 /// Whether a session is one for a tunnel: TLS 1.2 is for other protocols.
@@ -175,7 +177,7 @@ fn is_tunnel(session: &CommonState) -> bool {
 
 /// Sets up a tunnel's socket: small writes are sent at once, little waits in the kernel, and a peer
 /// that is gone is noticed within the idle time-out.
-pub fn prepare(socket: &TcpStream, settings: &Settings) {
+fn prepare(socket: &TcpStream, settings: &Settings) {
     send_at_once(socket, MAX_UNSENT);
     let socket = SockRef::from(socket);
     let _ = socket.set_tcp_user_timeout(Some(settings.idle_timeout));

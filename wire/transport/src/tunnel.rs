@@ -190,7 +190,9 @@ impl Tunnel {
     /// Lifts [`crate::Settings::unadmitted_window`]: the peer is admitted. It takes effect within a
     /// round trip.
     pub fn admit(&self) {
-        either!(Connection, &self.connection, connection => connection.admit());
+        if let Connection::Quic(connection) = &self.connection {
+            connection.admit();
+        }
     }
 
     /// The address that the peer's packets come from; it changes when the peer moves.

@@ -1,14 +1,19 @@
-//! One peer's attempt to join: its place among the peers that are not admitted, and its time.
+//! One peer's attempt to join: its place among the peers that are not admitted, its time, and what
+//! it may send.
 
 use culvert_transport::Carrier;
 use parking_lot::Mutex;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::{Instant, sleep_until, timeout_at},
+};
 use tokio_util::sync::CancellationToken;
 
 #[cfg(test)]
 use super::UnadmittedTable;
 use super::{
     JOIN_TIMEOUT,
+    allowance::{Limited, limited},
     table::{Place, Progress},
 };
 use crate::agents::join::JoinError;
@@ -22,6 +27,8 @@ pub(in crate::agents) struct Attempt {
     gives_way: CancellationToken,
     /// Cancelled when the peer is admitted.
     admitted: CancellationToken,
+    /// Cancelled when the peer has sent more than an introduction before.
+    exceeded: CancellationToken,
     /// `None` once the peer is admitted.
     place: Mutex<Option<Place>>,
 }
@@ -33,6 +40,7 @@ impl Attempt {
             deadline: Instant::now() + JOIN_TIMEOUT,
             gives_way: place.gives_way().clone(),
             admitted: CancellationToken::new(),
+            exceeded: CancellationToken::new(),
             place: Mutex::new(Some(place)),
         }
     }
@@ -50,6 +58,7 @@ impl Attempt {
             deadline: Instant::now() + JOIN_TIMEOUT,
             gives_way: CancellationToken::new(),
             admitted: CancellationToken::new(),
+            exceeded: CancellationToken::new(),
             place: Mutex::new(None),
         }
     }
@@ -86,17 +95,29 @@ impl Attempt {
         self.admitted.is_cancelled()
     }
 
-    /// The outcome of one step, which must come before the deadline and before the peer is to give
-    /// way.
+    /// Lets the peer send no more than an introduction on its byte stream until it is admitted.
+    pub(in crate::agents) fn limit<IO: AsyncRead + AsyncWrite>(&self, io: IO) -> Limited<IO> {
+        limited(io, self.admitted.clone(), self.exceeded.clone())
+    }
+
+    /// Records that the peer has sent more than an introduction.
+    pub(in crate::agents) fn exceed(&self) {
+        self.exceeded.cancel();
+    }
+
+    /// The outcome of one step, which must come before the deadline, before the peer is to give way
+    /// and before it has sent more than an introduction.
     ///
     /// # Errors
-    /// With the error of the step, [`JoinError::TimedOut`] or [`JoinError::Evicted`].
+    /// With the error of the step, [`JoinError::TimedOut`], [`JoinError::Evicted`] or
+    /// [`JoinError::Excess`].
     pub(in crate::agents) async fn within<T>(
         &self,
         step: impl Future<Output = Result<T, JoinError>>,
     ) -> Result<T, JoinError> {
         tokio::select! {
             biased;
+            () = self.exceeded.cancelled() => Err(JoinError::Excess),
             outcome = timeout_at(self.deadline, step) => {
                 outcome.unwrap_or(Err(JoinError::TimedOut))
             }
@@ -104,14 +125,15 @@ impl Attempt {
         }
     }
 
-    /// Completes with the cause when the peer is at its deadline or is to give way, and was not
-    /// admitted before.
+    /// Completes with the cause when the peer is at its deadline, is to give way, or has sent more
+    /// than an introduction, and was not admitted before.
     ///
     /// # Cancel safety
     /// Cancel safe.
     pub(in crate::agents) async fn failed(&self) -> JoinError {
         tokio::select! {
             biased;
+            () = self.exceeded.cancelled() => JoinError::Excess,
             () = self.admitted.cancelled() => std::future::pending().await,
             () = self.gives_way.cancelled() => JoinError::Evicted,
             () = sleep_until(self.deadline) => JoinError::TimedOut,

@@ -15,7 +15,7 @@ use std::{
 };
 
 use bytes::{Buf, BytesMut};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Join, ReadBuf, ReadHalf, WriteHalf, join, split};
 
 use crate::http2_frames::{FrameHead, Heads, Part, kind};
 
@@ -25,23 +25,32 @@ const MAX_FRAME_LEN: usize = 16_384;
 /// Maximum number of bytes read at once while heads of frames are expected.
 const READ_LEN: usize = 16 * 1024;
 
-/// A connection whose HEADERS frames come out with a legal `:authority`.
+/// Has the HEADERS frames of a connection come out with a legal `:authority`. Call it at the very
+/// beginning of the connection.
+pub(super) fn legalized<IO>(io: IO) -> Join<LegalAuthority<ReadHalf<IO>>, WriteHalf<IO>>
+where
+    IO: AsyncRead + AsyncWrite,
+{
+    let (reader, writer) = split(io);
+    join(LegalAuthority::new(reader), writer)
+}
+
+/// The reader of such a connection.
 #[derive(Debug)]
-pub(super) struct LegalAuthority<IO> {
-    inner: IO,
+pub(super) struct LegalAuthority<R> {
+    inner: R,
     frames: Frames,
     /// Bytes that have passed and were not read yet.
     output: BytesMut,
 }
 
-impl<IO> LegalAuthority<IO> {
-    /// Wraps a connection at its very beginning.
-    pub(super) fn new(inner: IO) -> Self {
+impl<R> LegalAuthority<R> {
+    fn new(inner: R) -> Self {
         Self { inner, frames: Frames::default(), output: BytesMut::new() }
     }
 }
 
-impl<IO: AsyncRead + Unpin> AsyncRead for LegalAuthority<IO> {
+impl<R: AsyncRead + Unpin> AsyncRead for LegalAuthority<R> {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -75,36 +84,6 @@ impl<IO: AsyncRead + Unpin> AsyncRead for LegalAuthority<IO> {
             }
             this.frames.push(read.filled(), &mut this.output);
         }
-    }
-}
-
-impl<IO: AsyncWrite + Unpin> AsyncWrite for LegalAuthority<IO> {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().inner).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().inner).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.inner.is_write_vectored()
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().inner).poll_flush(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().inner).poll_shutdown(cx)
     }
 }
 

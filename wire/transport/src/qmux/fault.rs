@@ -12,8 +12,6 @@ pub(super) enum Fault {
     Parameters,
     #[error("more bytes or streams than were granted")]
     Limit,
-    #[error("more bytes than a peer may send before it is admitted")]
-    Unadmitted,
     #[error("a stream with an id that cannot exist")]
     StreamId,
     #[error("the bytes of a stream are not in order")]

@@ -66,7 +66,6 @@ pub(super) async fn read<IO: AsyncRead>(
 /// Takes every whole record; why the connection is over, if it is.
 fn receive(input: &mut BytesMut, shared: &Shared) -> Result<Option<TunnelLost>, Fault> {
     let mut mux = shared.lock();
-    mux.check_unadmitted(shared.received.load(Ordering::Relaxed))?;
     while let Some(mut record) = split_record(input)? {
         while !record.is_empty() {
             match mux.receive(Frame::decode(&mut record)?)? {

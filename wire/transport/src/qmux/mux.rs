@@ -28,7 +28,6 @@ pub(super) use self::exercise::exercise;
 pub(super) use self::incoming::Received;
 use super::{
     Role,
-    fault::Fault,
     frame::{Frame, Parameters},
     stream::{Found, Recv, Room, Send, SendState, Stream, Wakers},
 };
@@ -36,9 +35,6 @@ use super::{
 /// Maximum number of bytes of a stream that wait here to be sent, before the chunk that exceeds it;
 /// what is beyond waits with its writer.
 const SEND_BUFFER: usize = 128 * 1024;
-
-/// Number of bytes that a peer which is not admitted may send in all, in windows of a stream.
-const UNADMITTED_WINDOWS: u64 = 4;
 
 /// The state of one connection.
 ///
@@ -48,8 +44,6 @@ pub(super) struct Mux {
     role: Role,
     /// Number of bytes that may arrive on a stream before they are read.
     window: u64,
-    /// The same for streams that the peer opens, while it is smaller: until the peer is admitted.
-    unadmitted_window: Option<u64>,
     /// The peer's parameters, once they have arrived.
     peer: Option<Parameters>,
     streams: HashMap<u64, Stream>,
@@ -114,7 +108,6 @@ impl Mux {
         Self {
             role,
             window,
-            unadmitted_window: None,
             peer: None,
             streams: HashMap::new(),
             ready: BTreeMap::new(),
@@ -134,48 +127,6 @@ impl Mux {
             data_sent: 0,
             data_allowed: 0,
         }
-    }
-
-    /// Has the streams that the peer opens begin with a smaller window, until [`Self::admit`]. Call
-    /// it before anything is sent.
-    pub(super) fn limit_remote_streams(&mut self, window: u32) {
-        let window = self.window.min(window.into());
-        self.unadmitted_window = Some(window);
-        for frame in &mut self.urgent {
-            if let Frame::Parameters(parameters) = frame {
-                parameters.max_stream_data_remote = window;
-            }
-        }
-    }
-
-    /// Gives the peer the whole window for the streams that it opens.
-    pub(super) fn admit(&mut self) {
-        self.unadmitted_window = None;
-        for (id, stream) in &mut self.streams {
-            if id & 1 != self.role.bit()
-                && let Some(limit) = stream.recv.grant(self.window)
-            {
-                self.urgent.push_back(Frame::MaxStreamData { id: *id, limit });
-            }
-        }
-    }
-
-    /// Checks that a peer which is not admitted yet has sent no more than its introduction needs,
-    /// frames of every kind included.
-    ///
-    /// # Errors
-    /// [`Fault::Unadmitted`] when `received` bytes are more.
-    pub(super) fn check_unadmitted(&self, received: u64) -> Result<(), Fault> {
-        match self.unadmitted_window {
-            Some(window) if received > window * UNADMITTED_WINDOWS => Err(Fault::Unadmitted),
-            _ => Ok(()),
-        }
-    }
-
-    /// Number of bytes that may arrive on this stream before they are read.
-    fn window_of(&self, id: u64) -> u64 {
-        let is_remote = id & 1 != self.role.bit();
-        self.unadmitted_window.filter(|_| is_remote).unwrap_or(self.window)
     }
 
     /// The peer's parameters, once they have arrived.
@@ -204,7 +155,7 @@ impl Mux {
 
     fn insert(&mut self, id: u64, send_limit: u64) -> Arc<Wakers> {
         let wakers = Arc::<Wakers>::default();
-        let (send, recv) = (Send::new(send_limit), Recv::new(self.window_of(id)));
+        let (send, recv) = (Send::new(send_limit), Recv::new(self.window));
         self.streams.insert(id, Stream { wakers: wakers.clone(), send, recv });
         wakers
     }
@@ -255,10 +206,9 @@ impl Mux {
 
     /// Fills the front of `chunks` with what has arrived.
     pub(super) fn read(&mut self, id: u64, chunks: &mut [Bytes]) -> Found {
-        let window = self.window_of(id);
         let Some(stream) = self.streams.get_mut(&id) else { return Found::End };
         let found = stream.recv.read(chunks);
-        if let Some(limit) = stream.recv.grant(window) {
+        if let Some(limit) = stream.recv.grant(self.window) {
             self.urgent.push_back(Frame::MaxStreamData { id, limit });
         }
         self.forget_closed(id);

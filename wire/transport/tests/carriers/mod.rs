@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use culvert_transport::{
     Carrier, Settings, Tunnel,
+    qmux::{Role, establish},
     quic::{self, Listener, ResetKey},
     tcp::{self, Route},
     tls::{Current, Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
@@ -134,5 +135,6 @@ pub(crate) async fn accept_tcp(
     settings: &Settings,
 ) -> Tunnel {
     let stream = TlsAcceptor::from(tls).accept(socket).await.unwrap();
-    tcp::accept(stream, settings).await.unwrap().into()
+    let peer = tcp::accepted(&stream, Carrier::Tcp, settings).unwrap();
+    establish(stream, Role::Server, peer, settings).await.unwrap().into()
 }

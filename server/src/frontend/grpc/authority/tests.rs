@@ -289,7 +289,7 @@ async fn h2_alone_refuses_what_grpc_go_sends_over_a_unix_socket() {
 
 #[tokio::test]
 async fn h2_behind_this_serves_what_grpc_go_sends_over_a_unix_socket() {
-    let answer = answer(LegalAuthority::new).await;
+    let answer = answer(legalized).await;
     assert_eq!(answer[3], HEADERS);
     assert_eq!(answer[HEAD_LEN], 0x88, ":status 200");
 }
