@@ -26,4 +26,5 @@ pub mod report;
 pub mod rig;
 pub mod scenario;
 pub mod soak;
+mod tables;
 pub mod targets;

@@ -2,10 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use culvert_server::backends::{Backend, registry::Candidate};
 
 use super::session::Report;
+use crate::tables::table;
 
 /// Sessions above, tunnels below.
 pub(super) fn draw(reports: &[Report], tunnels: &[Arc<Backend>]) -> String {
@@ -42,15 +42,6 @@ pub(super) fn draw(reports: &[Report], tunnels: &[Arc<Backend>]) -> String {
         ]);
     }
     format!("{sessions}\n{agents}")
-}
-
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(UTF8_FULL_CONDENSED).set_header(header);
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
 }
 
 fn millis(duration: Duration) -> String {
