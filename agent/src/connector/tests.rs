@@ -145,9 +145,9 @@ async fn attempts_that_fail_are_repeated_with_growing_delays() {
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_tunnel_whose_server_falls_silent_is_replaced_while_it_stays() {
-    let mut running = run(|call| welcome(call.carrier, "server-0", 1));
+/// Has the server of the first tunnel, which carries a dial, fall silent; the server's end, and the
+/// time until the tunnel is replaced.
+async fn replaced_when_silent(running: &mut Running) -> (ServerEnd, Duration) {
     running.until_connected(1).await;
     let end = running.ends.recv().await.unwrap();
     let (mut send, _recv) = end.tunnel.open().await.unwrap();
@@ -156,7 +156,13 @@ async fn a_tunnel_whose_server_falls_silent_is_replaced_while_it_stays() {
     let silent_at = Instant::now();
     end.line.silence(Side::Server);
     running.until(|running| running.tunnels.retired() == 1).await;
-    let elapsed = silent_at.elapsed();
+    (end, silent_at.elapsed())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_whose_server_falls_silent_is_replaced_while_it_stays() {
+    let mut running = run(|call| welcome(call.carrier, "server-0", 1));
+    let (_end, elapsed) = replaced_when_silent(&mut running).await;
     assert!(elapsed < Duration::from_secs(4), "{elapsed:?}");
     assert_eq!(running.tunnels.connected(), 1);
     // The tunnel was young, so TCP went first.
@@ -170,15 +176,7 @@ async fn a_tunnel_over_tcp_whose_server_falls_silent_is_replaced() {
         Carrier::Quic => Step::Refuse { millis: 0 },
         _ => welcome(call.carrier, "server-0", 1),
     });
-    running.until_connected(1).await;
-    let end = running.ends.recv().await.unwrap();
-    let (mut send, _recv) = end.tunnel.open().await.unwrap();
-    send.write_chunk(Bytes::from_static(&[0x10])).await.unwrap();
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let silent_at = Instant::now();
-    end.line.silence(Side::Server);
-    running.until(|running| running.tunnels.retired() == 1).await;
-    let elapsed = silent_at.elapsed();
+    let (_end, elapsed) = replaced_when_silent(&mut running).await;
     assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
     assert_eq!(running.carriers(), [Carrier::Tcp]);
     assert!(running.scripted.last_call().large_packets, "QUIC has not fallen silent");
