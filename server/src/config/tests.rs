@@ -32,6 +32,15 @@ const MINIMAL: [&str; 5] = [
     "--cluster-ca-cert=@ca",
 ];
 
+/// A frontend over TCP in place of the Unix socket.
+const TCP: [&str; 5] = [
+    "--uds-name=",
+    "--server-port=8090",
+    "--server-cert=@crt",
+    "--server-key=@key",
+    "--server-ca-cert=@ca",
+];
+
 /// What Kamaji starts the server with, in its order; the paths are ours.
 const KAMAJI: [&str; 13] = [
     "--admin-port=8133",
@@ -225,14 +234,7 @@ fn every_konnectivity_flag_parses_as_go_prints_it() {
 #[test]
 fn tcp_mode_takes_certificates_and_a_client_ca() {
     let files = Files::new();
-    let tcp = [
-        "--uds-name=",
-        "--server-port=8090",
-        "--server-cert=@crt",
-        "--server-key=@key",
-        "--server-ca-cert=@ca",
-    ];
-    let config = files.config(&tcp).unwrap();
+    let config = files.config(&TCP).unwrap();
     let FrontendListen::Tcp { address, .. } = config.frontend.listen else {
         panic!("{:?}", config.frontend.listen)
     };
@@ -245,7 +247,7 @@ fn tcp_mode_takes_certificates_and_a_client_ca() {
         ("--server-port=80", "--server-port:"),
         ("--server-port=49152", "--server-port:"),
     ] {
-        let text = files.config(&[&tcp[..], &[last]].concat()).unwrap_err();
+        let text = files.config(&[&TCP[..], &[last]].concat()).unwrap_err();
         assert!(text.contains(flag), "{last}: {text}");
         assert_eq!(text.lines().count(), 2, "{last}: {text}");
     }
@@ -254,14 +256,7 @@ fn tcp_mode_takes_certificates_and_a_client_ca() {
 #[test]
 fn a_frontend_whose_ca_signs_for_others_too_is_warned_of_unless_it_has_names() {
     let files = Files::new();
-    let tcp = [
-        "--uds-name=",
-        "--server-port=8090",
-        "--server-cert=@crt",
-        "--server-key=@key",
-        "--server-ca-cert=@ca",
-    ];
-    let config = |more: &[&str]| files.config(&[&tcp[..], more].concat()).unwrap();
+    let config = |more: &[&str]| files.config(&[&TCP[..], more].concat()).unwrap();
     let shared = config(&[]);
     assert_eq!(shared.frontend.client_names, [""; 0]);
     assert_eq!(shared.warnings.len(), 1, "{:?}", shared.warnings);
@@ -272,7 +267,7 @@ fn a_frontend_whose_ca_signs_for_others_too_is_warned_of_unless_it_has_names() {
         (named.frontend.client_names, named.warnings.len()),
         (names.map(String::from).into(), 0)
     );
-    let text = files.config(&[&tcp[..], &["--server-client-names=,"]].concat()).unwrap_err();
+    let text = files.config(&[&TCP[..], &["--server-client-names=,"]].concat()).unwrap_err();
     assert!(text.contains("--server-client-names: names no client"), "{text}");
     let unused = files.config(&["--server-client-names=a"]).unwrap();
     assert!(unused.warnings[0].contains("has no effect"), "{:?}", unused.warnings);
