@@ -150,30 +150,31 @@ async fn type_keys((mut send, mut recv): (SendHalf, RecvHalf), count: usize, see
     assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), None);
 }
 
-/// Types on eight streams over a path that loses a fifth of its packets.
-async fn type_over_a_bad_path(server: &Tunnel, agent: &Tunnel, path: &Path, seed: u64) {
+/// Types on eight streams of a tunnel over a path that loses a fifth of its packets, where one side
+/// sends `rate` bytes per second twice; that side's end and the other one.
+async fn type_over_a_bad_path(rate: u32) -> (Tunnel, Tunnel) {
+    let seed = fastrand::u64(..1 << 32);
+    println!("seed {seed}");
+    let server = Server::new();
+    let path = Path::to(server.address, seed).await;
+    let (near, far) = server.tunnel(path.address).await;
+    near.hedge(rate);
+    far.hedge(RATE);
     path.lossy.store(true, Ordering::Relaxed);
     let mut typing = JoinSet::new();
     for stream in 0..8 {
-        let (server, agent) = (server.clone(), agent.clone());
-        typing
-            .spawn(async move { type_keys(server.open().await.unwrap(), 60, seed + stream).await });
-        typing.spawn(async move { echo(agent.accept().await.unwrap()).await });
+        let (near, far) = (near.clone(), far.clone());
+        typing.spawn(async move { type_keys(near.open().await.unwrap(), 60, seed + stream).await });
+        typing.spawn(async move { echo(far.accept().await.unwrap()).await });
     }
     typing.join_all().await;
+    (near, far)
 }
 
 #[tokio::test]
 async fn what_is_sent_twice_is_read_once_and_in_order() {
-    let seed = fastrand::u64(..1 << 32);
-    println!("seed {seed}");
     within(async {
-        let server = Server::new();
-        let path = Path::to(server.address, seed).await;
-        let (near, far) = server.tunnel(path.address).await;
-        near.hedge(RATE);
-        far.hedge(RATE);
-        type_over_a_bad_path(&near, &far, &path, seed).await;
+        let (near, far) = type_over_a_bad_path(RATE).await;
         for tunnel in [&near, &far] {
             let stats = tunnel.stats();
             assert!(stats.copies_sent > 0, "nothing was sent twice: {stats:?}");
@@ -185,15 +186,8 @@ async fn what_is_sent_twice_is_read_once_and_in_order() {
 
 #[tokio::test]
 async fn a_rate_of_nothing_sends_nothing_twice_and_takes_what_the_peer_does() {
-    let seed = fastrand::u64(..1 << 32);
-    println!("seed {seed}");
     within(async {
-        let server = Server::new();
-        let path = Path::to(server.address, seed).await;
-        let (near, far) = server.tunnel(path.address).await;
-        near.hedge(0);
-        far.hedge(RATE);
-        type_over_a_bad_path(&near, &far, &path, seed).await;
+        let (near, far) = type_over_a_bad_path(0).await;
         assert_eq!((near.stats().copies_sent, far.stats().copies_used), (0, 0));
         assert!(near.stats().copies_used > 0);
     })
