@@ -116,8 +116,8 @@ impl Dialer {
     }
 
     /// Asks the agent; and another one, or the same one on another tunnel, when the tunnel is lost or
-    /// superseded before the reply: no byte of the connection was sent by then, so none is sent twice. Returns
-    /// the backend that was asked last, and the result.
+    /// superseded before the reply: no byte of the connection was sent by then, so none is sent
+    /// twice. Returns the backend that was asked last, and the result.
     async fn ask_until_answered(
         &self,
         mut backend: Arc<Backend>,
