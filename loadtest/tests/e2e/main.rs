@@ -36,6 +36,7 @@ mod soak;
 mod strangers;
 #[path = "../support/mod.rs"]
 mod support;
+mod swap;
 mod tokens;
 mod transports;
 mod udp_sockets;

@@ -1,0 +1,157 @@
+//! What Konnectivity's manifests may have and Culvert must take: each test runs with both.
+
+use std::sync::Arc;
+
+use culvert_konnectivity::ALPN_H2;
+use culvert_loadtest::{frontend::Protocol::Connect, targets};
+use culvert_transport::tls::{Identity, KeyExchange, authorities, certificates};
+use culvert_wire::version::ALPN;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+use rstest::rstest;
+use rustls::{ClientConfig, ProtocolVersion, SupportedProtocolVersion, version};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use crate::support::{
+    deployment::{
+        Deployment,
+        Implementation::{self, Culvert, Konnectivity},
+        can_run,
+    },
+    eventually, within,
+};
+
+/// Starts a server and an agent with more flags, and waits until a dial works.
+async fn with_flags([agent, server]: [Implementation; 2], [of_agent, of_server]: [&[&str]; 2]) {
+    if !can_run(&[agent, server]).await {
+        return;
+    }
+    within(async {
+        let deployment = Deployment::start(server, Connect, of_server).await;
+        let _agent = deployment.start_agent(agent, "agent", of_agent).await;
+        deployment.until_joined(1).await;
+        let echo = targets::echo().await.unwrap();
+        deployment.touch(&echo).await.unwrap();
+    })
+    .await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_joins_with_identifiers_that_match_nothing_and_with_too_many(
+    #[values(Culvert, Konnectivity)] agent: Implementation,
+    #[values(Culvert, Konnectivity)] server: Implementation,
+) {
+    let hosts: Vec<_> = (0..80).map(|number| format!("host=node-{number}")).collect();
+    let long = format!("host={}", "x".repeat(300));
+    for identifiers in [
+        "ipv4=$(HOST_IP)&host=",
+        "ipv4=10.0.0.1,fd00::1&default-route=yes",
+        &hosts.join("&"),
+        &long,
+    ] {
+        let flag = format!("--agent-identifiers={identifiers}");
+        with_flags([agent, server], [&[&flag], &[]]).await;
+    }
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn words_that_belong_to_no_flag_are_ignored(
+    #[values(Culvert, Konnectivity)] implementation: Implementation,
+) {
+    let of_agent = ["--sync-forever", "true", "--warn-on-channel-limit", "false"];
+    let of_server = ["--delete-existing-uds-file", "true", "word"];
+    let flags: [&[&str]; 2] = [&of_agent, &of_server];
+    with_flags([implementation; 2], flags).await;
+}
+
+/// As `openssl req -x509` makes it: the certificate of a CA is that of the server, and its own CA.
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn the_certificate_of_a_ca_is_accepted_of_a_server(
+    #[values(Culvert, Konnectivity)] agent: Implementation,
+    #[values(Culvert, Konnectivity)] server: Implementation,
+) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut params = CertificateParams::new(["127.0.0.1".to_owned()]).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let key = KeyPair::generate().unwrap();
+    let file = |name: &str, contents: String| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, contents).unwrap();
+        path.display().to_string()
+    };
+    let certificate = file("ca.crt", params.self_signed(&key).unwrap().pem());
+    let key = file("ca.key", key.serialize_pem());
+    let of_agent = [&*format!("--ca-cert={certificate}")];
+    let of_server = [&*format!("--cluster-cert={certificate}"), &*format!("--cluster-key={key}")];
+    with_flags([agent, server], [&of_agent, &of_server]).await;
+}
+
+/// Connects to the port for agents with these versions of TLS and this protocol.
+async fn connect(
+    deployment: &Deployment,
+    versions: &[&'static SupportedProtocolVersion],
+    protocol: &[u8],
+) -> std::io::Result<TlsStream<TcpStream>> {
+    let pair = deployment.certificates.agent();
+    let identity = Identity::from_pem_files(&pair.certificate, &pair.key).unwrap();
+    let roots = authorities(&certificates(&deployment.certificates.ca()).unwrap()).unwrap();
+    let mut tls = ClientConfig::builder_with_provider(KeyExchange::Hybrid.provider())
+        .with_protocol_versions(versions)
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_client_auth_cert(identity.chain, identity.key)
+        .unwrap();
+    tls.alpn_protocols = vec![protocol.to_vec()];
+    let socket = TcpStream::connect(deployment.tunnel()).await.unwrap();
+    let name = deployment.tunnel().ip().into();
+    TlsConnector::from(Arc::new(tls)).connect(name, socket).await
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn agents_may_use_tls_1_2_unless_the_server_asks_for_1_3(
+    #[values(Culvert, Konnectivity)] server: Implementation,
+) {
+    if !can_run(&[server]).await {
+        return;
+    }
+    within(async {
+        for (flag, expected) in [
+            ("--tls-min-version=VersionTLS12", Some(ProtocolVersion::TLSv1_2)),
+            ("--tls-min-version=VersionTLS13", None),
+        ] {
+            let deployment = Deployment::start(server, Connect, &[flag]).await;
+            let connected = connect(&deployment, &[&version::TLS12], ALPN_H2).await;
+            let found = connected.ok().and_then(|stream| stream.get_ref().1.protocol_version());
+            assert_eq!(found, expected, "{flag}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tunnel_of_culvert_needs_tls_1_3() {
+    within(async {
+        let deployment = Deployment::start(Culvert, Connect, &[]).await;
+        let refused = "culvert_server_join_failures_total{reason=\"handshake\"}";
+        let _stream = connect(&deployment, &[&version::TLS12], ALPN).await.unwrap();
+        let is_refused = async || deployment.server_metric(refused).await == 1.0;
+        eventually("the tunnel is refused", is_refused).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cipher_suite_that_is_not_listed_is_not_used() {
+    let flag = "--cipher-suites=TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256";
+    within(async {
+        let deployment = Deployment::start(Culvert, Connect, &[flag]).await;
+        // The certificates are of ECDSA.
+        connect(&deployment, &[&version::TLS12], ALPN_H2).await.unwrap_err();
+        connect(&deployment, &[&version::TLS13], ALPN_H2).await.unwrap();
+    })
+    .await;
+}
