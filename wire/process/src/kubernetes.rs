@@ -1,9 +1,7 @@
 //! Set-up of kube-apiserver's client.
-//!
-//! HTTPS_PROXY does not apply: both sides reach kube-apiserver directly, and the variable is meant
-//! for the path between agent and server.
 
 mod answers;
+mod proxy;
 
 use std::{
     fmt,
@@ -185,6 +183,7 @@ impl KubernetesConfig {
             let mut config = Config::incluster().map_err(ClientError::from)?;
             record_authorities(files, Path::new(POD_CA), &ca?)?;
             read_token(files, &mut config.auth_info, Path::new(POD_CA))?;
+            set_proxy(&mut config, None)?;
             return Ok(config);
         };
         // Bounded, and what later looks compare with. What is parsed below may be newer; the next
@@ -192,12 +191,11 @@ impl KubernetesConfig {
         files.read(path)?;
         let kubeconfig = Kubeconfig::read_from(path).map_err(ClientError::from)?;
         let cluster = current_cluster(&kubeconfig);
-        let proxied = cluster.is_some_and(|cluster| cluster.proxy_url.is_some());
-        if let Some(ca) = cluster.and_then(|cluster| cluster.certificate_authority.as_ref()) {
-            let contents = files.read(Path::new(ca))?;
-            record_authorities(files, Path::new(ca), &contents)?;
-        }
-        let mut config = Config::try_from(kubeconfig).map_err(ClientError::from)?;
+        let proxy = cluster.and_then(|cluster| cluster.proxy_url.clone());
+        let root_cert =
+            cluster.map(|cluster| authorities(cluster, path, files)).transpose()?.flatten();
+        let mut config = from_kubeconfig(&kubeconfig).map_err(ClientError::from)?;
+        config.root_cert = root_cert;
         let user = &config.auth_info;
         match (&user.client_certificate_data, &user.client_certificate) {
             (Some(data), _) => {
@@ -220,11 +218,76 @@ impl KubernetesConfig {
             (None, None) => {}
         }
         read_token(files, &mut config.auth_info, path)?;
-        if !proxied {
-            config.proxy_url = None;
-        }
+        set_proxy(&mut config, proxy.as_deref())?;
         Ok(config)
     }
+}
+
+/// Sets the proxy, which a kubeconfig may name.
+///
+/// # Errors
+/// When the proxy cannot be used.
+fn set_proxy(config: &mut Config, named: Option<&str>) -> Result<(), LoadError> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let proxy = proxy::proxy_for(&config.cluster_url, named, variable);
+    config.proxy_url = proxy.map_err(|fault| LoadError::new(format!("kube-apiserver: {fault}")))?;
+    Ok(())
+}
+
+/// The CA certificates of a cluster; `None` if it names none.
+///
+/// # Errors
+/// When they cannot be read, or there are none.
+fn authorities(
+    cluster: &Cluster,
+    kubeconfig: &Path,
+    files: &mut Files,
+) -> Result<Option<Vec<Vec<u8>>>, LoadError> {
+    let pem = match (&cluster.certificate_authority_data, &cluster.certificate_authority) {
+        (Some(data), _) if !data.is_empty() => BASE64.decode(data.trim()).unwrap_or_default(),
+        (_, Some(file)) => {
+            let contents = files.read(Path::new(file))?;
+            record_authorities(files, Path::new(file), &contents)?;
+            contents
+        }
+        _ => return Ok(None),
+    };
+    let found = CertificateDer::pem_slice_iter(&pem).flatten();
+    let found: Vec<_> = found.map(|certificate| certificate.to_vec()).collect();
+    if found.is_empty() {
+        let kubeconfig = kubeconfig.display();
+        let reason = "certificate-authority-data holds no certificate";
+        return Err(LoadError::new(format!("{kubeconfig}: {reason}")));
+    }
+    Ok(Some(found))
+}
+
+/// The configuration of the current context, without a CA and a proxy. kube's own conversion reads the proxy
+/// from the environment, by other rules than client-go's: it fails for some of NO_PROXY's entries.
+///
+/// # Errors
+/// When something that the context names is missing or cannot be parsed.
+fn from_kubeconfig(kubeconfig: &Kubeconfig) -> Result<Config, KubeconfigError> {
+    let name = kubeconfig.current_context.as_ref().ok_or(KubeconfigError::CurrentContextNotSet)?;
+    let context = kubeconfig.contexts.iter().find(|context| context.name == *name);
+    let context = context.and_then(|context| context.context.as_ref());
+    let context = context.ok_or_else(|| KubeconfigError::LoadContext(name.clone()))?;
+    let cluster = current_cluster(kubeconfig)
+        .ok_or_else(|| KubeconfigError::LoadClusterOfContext(context.cluster.clone()))?;
+    let url = cluster.server.as_ref().ok_or(KubeconfigError::MissingClusterUrl)?;
+    let mut config = Config::new(url.parse().map_err(KubeconfigError::ParseClusterUrl)?);
+    config.accept_invalid_certs = cluster.insecure_skip_tls_verify.unwrap_or(false);
+    config.tls_server_name.clone_from(&cluster.tls_server_name);
+    // As client-go: a user that is missing is no fault.
+    let users = kubeconfig.auth_infos.iter();
+    let user = users.filter(|user| Some(&user.name) == context.user.as_ref());
+    config.auth_info = user.filter_map(|user| user.auth_info.clone()).next().unwrap_or_default();
+    if let Some(exec) = &mut config.auth_info.exec
+        && exec.provide_cluster_info
+    {
+        exec.cluster = Some(cluster.try_into()?);
+    }
+    Ok(config)
 }
 
 /// Reads the token of a token file, so that it is one of the files that are looked at: the client
@@ -302,8 +365,47 @@ pub fn labels(error: Option<&kube::Error>) -> (String, String) {
 #[cfg(test)]
 mod tests {
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+    use tokio::io::AsyncReadExt as _;
 
     use super::*;
+
+    #[tokio::test]
+    async fn requests_go_through_the_proxy_of_the_kubeconfig() {
+        for (scheme, begin) in
+            [("http", &b"CONNECT 192.0.2.1:6443 HTTP/1.1\r\n"[..]), ("socks5", &[5, 1, 0])]
+        {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let proxy = listener.local_addr().unwrap();
+            let kubeconfig = tempfile::NamedTempFile::new().unwrap();
+            let text = format!(
+                r#"{{"apiVersion":"v1","kind":"Config","current-context":"x","clusters":[{{"name":"c",
+                "cluster":{{"server":"https://192.0.2.1:6443","proxy-url":"{scheme}://{proxy}"}}}}],
+                "contexts":[{{"name":"x","context":{{"cluster":"c","user":"u"}}}}],
+                "users":[{{"name":"u","user":{{"token":"t"}}}}]}}"#
+            );
+            std::fs::write(kubeconfig.path(), text).unwrap();
+            let kubeconfig = Some(kubeconfig.path().to_owned());
+            let config = KubernetesConfig { kubeconfig, ..KubernetesConfig::default() };
+            let client = config.client(&mut Files::default(), false).unwrap();
+            let mut received = vec![0; begin.len()];
+            tokio::select! {
+                answer = client.apiserver_version() => panic!("{answer:?}"),
+                () = async {
+                    let (mut socket, _) = listener.accept().await.unwrap();
+                    socket.read_exact(&mut received).await.unwrap();
+                } => {}
+            }
+            assert_eq!(received, begin, "{scheme}");
+        }
+    }
+
+    #[test]
+    fn a_kubeconfig_with_data_that_are_no_certificate_is_refused() {
+        let cluster =
+            Cluster { certificate_authority_data: Some(BASE64.encode("x")), ..Cluster::default() };
+        let error = authorities(&cluster, Path::new("k"), &mut Files::default()).unwrap_err();
+        assert_eq!(error.to_string(), "k: certificate-authority-data holds no certificate");
+    }
 
     #[test]
     fn a_ca_file_without_a_certificate_is_refused() {

@@ -16,7 +16,7 @@ use tokio_rustls::{TlsConnector, client, server::TlsStream};
 use tokio_util::either::Either;
 
 pub use self::{
-    proxies::{InvalidVariable, Proxies},
+    proxies::{InvalidVariable, Proxies, proxy_url},
     proxy::{InvalidProxy, ProxiedStream, Proxy},
 };
 use super::{

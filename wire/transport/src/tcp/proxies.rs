@@ -50,20 +50,14 @@ impl Proxies {
     pub fn from_env(
         variable: impl Fn(&'static str) -> Option<String>,
     ) -> Result<Self, InvalidVariable> {
-        let first = |names: &[&'static str]| {
-            let mut set = names.iter().map(|name| (*name, variable(name).unwrap_or_default()));
-            set.find(|(_, value)| !value.is_empty())
-        };
-        let Some((name, url)) = first(&["HTTPS_PROXY", "https_proxy"]) else {
+        let Some(Named { variable: name, url, exempt }) = Named::in_env(&variable) else {
             return Ok(Self::default());
         };
-        let exempt = first(&["NO_PROXY", "no_proxy"]).map_or_else(String::new, |(_, list)| list);
-        let exempt = exempt.split(',').filter_map(Exempt::parse).collect();
         let mut proxy = match url.parse::<Proxy>() {
             Ok(proxy) => proxy,
             Err(fault) => return Err(InvalidVariable { variable: name, fault, exempt }),
         };
-        if let Some((_, file)) = first(&["SSL_CERT_FILE"]) {
+        if let Some((_, file)) = first_of(&["SSL_CERT_FILE"], &variable) {
             proxy = proxy.with_authorities(PathBuf::from(file));
         }
         Ok(Self { proxy: Some(Arc::new(proxy)), exempt })
@@ -87,6 +81,43 @@ impl Proxies {
     pub fn proxy_for(&self, host: &str, port: u16) -> Option<Arc<Proxy>> {
         self.proxy.clone().filter(|_| !is_exempt(&self.exempt, host, port))
     }
+}
+
+/// What the environment says of proxies.
+struct Named {
+    variable: &'static str,
+    url: String,
+    exempt: Vec<Exempt>,
+}
+
+impl Named {
+    fn in_env(variable: &impl Fn(&'static str) -> Option<String>) -> Option<Self> {
+        let (name, url) = first_of(&["HTTPS_PROXY", "https_proxy"], variable)?;
+        let exempt = first_of(&["NO_PROXY", "no_proxy"], variable);
+        let exempt = exempt.map_or_else(String::new, |(_, list)| list);
+        let exempt = exempt.split(',').filter_map(Exempt::parse).collect();
+        Some(Self { variable: name, url, exempt })
+    }
+}
+
+/// The first of these variables that is not empty, and its value.
+fn first_of(
+    names: &[&'static str],
+    variable: &impl Fn(&'static str) -> Option<String>,
+) -> Option<(&'static str, String)> {
+    let mut set = names.iter().map(|name| (*name, variable(name).unwrap_or_default()));
+    set.find(|(_, value)| !value.is_empty())
+}
+
+/// The proxy that the environment names for a server, of any scheme and with its credentials, for a
+/// caller that has a client of its own; `None` when the server is reached directly.
+pub fn proxy_url(
+    variable: impl Fn(&'static str) -> Option<String>,
+    host: &str,
+    port: u16,
+) -> Option<String> {
+    let Named { url, exempt, .. } = Named::in_env(&variable)?;
+    (!is_exempt(&exempt, host, port)).then_some(url)
 }
 
 /// Whether a server is reached directly.
