@@ -4,6 +4,7 @@ mod calls;
 #[cfg(test)]
 mod download_tests;
 mod health;
+mod joined;
 mod receiving;
 mod socket;
 mod unsegmented;
@@ -93,24 +94,16 @@ pub(super) fn bind(
         let io = tokio::net::UdpSocket::from_std(socket.into())?;
         let calls = KernelCalls::new(&io)?;
         let (segments, joined) = calls.segments();
-        let joined = joined.min(segments_of_a_datagram(settings.mtu_cap));
         // The kernel refuses a larger batch.
         let batch = segments.min(MAX_BATCH / usize::from(settings.mtu_cap.max(1200)));
         let batch = if settings.gso { batch } else { 1 };
         health.set_segments(batch > 1);
         let may_fragment = calls.may_fragment();
-        let abilities = Abilities { batch, joined, may_fragment, when_broken };
+        let abilities = Abilities { batch, joins: joined > 1, may_fragment, when_broken };
         let socket = Arc::new(QuicSocket::new(io, calls, abilities, health.clone()));
         Ok(Bound { socket, errors, buffer_sizes })
     };
     result.and_then(prepare).map_err(|source| BindError::new(address, source))
-}
-
-/// Number of packets of `payload` bytes whose buffers hold the largest datagram that the kernel
-/// joins. quinn makes buffers for as many packets as the socket says, times those of 32 calls:
-/// 2 MiB for each socket, where the kernel's own limit of 64 packets would be 13 MiB.
-fn segments_of_a_datagram(payload: u16) -> usize {
-    usize::from(u16::MAX).div_ceil(usize::from(payload.max(1200)))
 }
 
 /// Maximum UDP payload on the first link of the path to `remote`, in bytes, if the kernel knows it;
@@ -169,17 +162,6 @@ mod tests {
         let (bound, health) = bind_with("127.0.0.1:0", &settings);
         assert!(bound.socket.max_transmit_segments() * 8952 <= MAX_BATCH);
         assert!(health.stats().gso);
-    }
-
-    #[tokio::test]
-    async fn a_socket_has_room_for_the_largest_datagram_and_little_more() {
-        for mtu_cap in [1200, 1452, 6550, 65_527] {
-            let (bound, _) = bind_with("127.0.0.1:0", &Settings { mtu_cap, ..Settings::default() });
-            let room = bound.socket.max_receive_segments() * usize::from(mtu_cap);
-            let joins = bound.socket.max_receive_segments() > 1;
-            assert!(!joins || room >= usize::from(u16::MAX), "{mtu_cap}: {room}");
-            assert!(room < usize::from(u16::MAX) + usize::from(mtu_cap), "{mtu_cap}: {room}");
-        }
     }
 
     #[tokio::test]

@@ -104,7 +104,7 @@ async fn download(path: Path, settings: &Settings) -> (Duration, UdpStats) {
     let (segments, joined) = kernel.segments();
     let batch = if settings.gso { segments } else { 1 };
     let when_broken = WhenBroken::Stay;
-    let abilities = Abilities { batch, joined, may_fragment: false, when_broken };
+    let abilities = Abilities { batch, joins: joined > 1, may_fragment: false, when_broken };
     let socket = Socket::new(io, OverPath { kernel, path }, abilities, health.clone());
     let endpoint = settings.endpoint(None);
     let socket = Arc::new(socket);

@@ -30,6 +30,7 @@ use tokio_util::sync::ReusableBoxFuture;
 use super::{
     calls::Calls,
     health::UdpHealth,
+    joined::Joined,
     receiving::{Call, Next, Receiving},
 };
 
@@ -58,8 +59,8 @@ pub(in crate::quic) enum WhenBroken {
 pub(super) struct Abilities {
     /// Maximum number of packets in one batch; 1 sends none.
     pub(super) batch: usize,
-    /// Maximum number of packets that the kernel joins to one.
-    pub(super) joined: usize,
+    /// Whether the kernel joins packets on receiving.
+    pub(super) joins: bool,
     /// Whether packets may be fragmented.
     pub(super) may_fragment: bool,
     /// What follows when no packet can be received any more.
@@ -81,6 +82,8 @@ pub(super) struct Socket<C> {
 #[derive(Debug, Default)]
 struct Receiver {
     receiving: Receiving,
+    /// `None` where the kernel joins no packets.
+    joined: Option<Joined>,
     pause: Option<Pin<Box<Sleep>>>,
     broken: bool,
 }
@@ -100,8 +103,9 @@ impl<C: Calls> Socket<C> {
         abilities: Abilities,
         health: Arc<UdpHealth>,
     ) -> Self {
-        let (receiver, partial) = Default::default();
-        Self { io, calls, abilities, health, receiver, partial }
+        let joined = abilities.joins.then(Joined::new);
+        let receiver = Mutex::new(Receiver { joined, ..Receiver::default() });
+        Self { io, calls, abilities, health, receiver, partial: Mutex::default() }
     }
 
     /// Sends a packet or a batch. A call that fails for another peer's sake is repeated; the failed
@@ -230,20 +234,31 @@ impl<C: Calls> AsyncUdpSocket for Socket<C> {
     ) -> Poll<io::Result<usize>> {
         let mut receiver = self.receiver.lock();
         for _ in 0..MAX_CALLS {
+            // Without a wake-up: quinn calls again until there is none.
+            let handed_on = receiver.joined.as_mut().map_or(0, |joined| joined.hand_on(bufs, meta));
+            if handed_on > 0 {
+                return Poll::Ready(Ok(handed_on));
+            }
             if let Some(pause) = &mut receiver.pause {
                 ready!(pause.as_mut().poll(cx));
                 receiver.pause = None;
             }
             ready!(self.io.poll_recv_ready(cx))?;
             let call = receiver.receiving.call(Instant::now());
-            let received = self.io.try_io(Interest::READABLE, || match call {
+            let receive = |bufs: &mut [IoSliceMut<'_>], meta: &mut [RecvMeta]| match call {
                 Call::Many => self.calls.receive_many(&self.io, bufs, meta),
                 Call::One => self.calls.receive_one(&self.io, bufs, &mut meta[0]).map(|()| 1),
+            };
+            let received = self.io.try_io(Interest::READABLE, || match &mut receiver.joined {
+                Some(joined) => joined.receive(receive).map(|()| 0),
+                None => receive(bufs, meta),
             });
             match received {
                 Ok(count) => {
                     self.receive_worked(&mut receiver, call);
-                    return Poll::Ready(Ok(count));
+                    if count > 0 {
+                        return Poll::Ready(Ok(count));
+                    }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.receive_worked(&mut receiver, call);
@@ -264,7 +279,7 @@ impl<C: Calls> AsyncUdpSocket for Socket<C> {
     }
 
     fn max_receive_segments(&self) -> usize {
-        self.abilities.joined
+        1
     }
 
     fn may_fragment(&self) -> bool {

@@ -89,7 +89,7 @@ async fn socket(address: &str, when_broken: WhenBroken, script: Script) -> TestS
     let io = UdpSocket::bind(address).await.unwrap();
     let kernel = KernelCalls::new(&io).unwrap();
     let (batch, joined) = kernel.segments();
-    let abilities = Abilities { batch, joined, may_fragment: false, when_broken };
+    let abilities = Abilities { batch, joins: joined > 1, may_fragment: false, when_broken };
     let script = Mutex::new(script);
     let calls = Scripted { kernel, script, received: AtomicUsize::new(0), sent: Mutex::default() };
     Socket::new(io, calls, abilities, Arc::default())
@@ -97,8 +97,8 @@ async fn socket(address: &str, when_broken: WhenBroken, script: Script) -> TestS
 
 /// The next packet that the socket receives.
 async fn receive(socket: &TestSocket) -> io::Result<(Vec<u8>, RecvMeta)> {
-    let mut bufs = vec![vec![0; 65_536]; 4];
-    let mut meta = [RecvMeta::default(); 4];
+    let mut bufs = vec![vec![0; 1500]];
+    let mut meta = [RecvMeta::default()];
     std::future::poll_fn(|cx| {
         let mut bufs: Vec<_> = bufs.iter_mut().map(|buf| IoSliceMut::new(buf)).collect();
         socket.poll_recv(cx, &mut bufs, &mut meta)
@@ -143,25 +143,34 @@ async fn recvmmsg_is_used_again_once_it_works() {
 }
 
 #[tokio::test]
-async fn a_packet_that_is_received_alone_keeps_its_marks_and_addresses() {
-    for address in ["127.0.0.1:0", "[::1]:0"] {
-        let script = Script { many: Some(Errno::ENOSYS), ..Script::default() };
+async fn packets_that_the_kernel_joined_are_received_one_by_one_with_marks_and_addresses() {
+    let alone = Script { many: Some(Errno::ENOSYS), ..Script::default() };
+    let families = ["127.0.0.1:0", "[::1]:0"];
+    for (address, script) in
+        families.into_iter().flat_map(|it| [(it, alone), (it, Script::default())])
+    {
         let receiver = socket(address, WhenBroken::End, script).await;
         let sender = socket(address, WhenBroken::End, Script::default()).await;
+        let contents: Vec<u8> = (0..4500).map(|at| (at / 1000) as u8).collect();
         let transmit = Transmit {
             destination: receiver.local_addr().unwrap(),
             ecn: Some(EcnCodepoint::Ect0),
-            contents: &[7; 4000],
+            contents: &contents,
             segment_size: Some(1000),
             src_ip: None,
         };
         send(&sender, &transmit).await;
-        let (packet, meta) = receive(&receiver).await.unwrap();
-        assert_eq!(packet, [7; 4000], "joined by the kernel");
-        assert_eq!((meta.len, meta.stride), (4000, 1000));
-        assert_eq!(meta.ecn, Some(EcnCodepoint::Ect0));
-        assert_eq!(meta.addr, sender.local_addr().unwrap());
-        assert_eq!(meta.dst_ip, Some(receiver.local_addr().unwrap().ip()));
+        let before = receiver.calls.calls();
+        for (number, size) in [(0, 1000), (1, 1000), (2, 1000), (3, 1000), (4, 500)] {
+            let (packet, meta) = receive(&receiver).await.unwrap();
+            assert_eq!(packet, vec![number; size]);
+            assert_eq!((meta.len, meta.stride), (size, size));
+            assert_eq!(meta.ecn, Some(EcnCodepoint::Ect0));
+            assert_eq!(meta.addr, sender.local_addr().unwrap());
+            assert_eq!(meta.dst_ip, Some(receiver.local_addr().unwrap().ip()));
+        }
+        let calls = receiver.calls.calls() - before;
+        assert!(calls <= 4, "the kernel has joined them: {calls}");
     }
 }
 
