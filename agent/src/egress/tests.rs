@@ -117,7 +117,9 @@ impl Served {
         let text = self.metrics.render(&ServerTunnels::new(CountSource::Leases));
         let rows =
             text.lines().filter_map(|line| line.strip_prefix("culvert_agent_egress_denied_total"));
-        rows.filter(|row| !row.ends_with(" 0")).map(str::to_owned).collect()
+        let mut rows: Vec<_> = rows.filter(|row| !row.ends_with(" 0")).map(str::to_owned).collect();
+        rows.sort_unstable();
+        rows
     }
 }
 

@@ -34,7 +34,10 @@ impl Spellings {
 fn embedded(address: Ipv6Addr) -> Vec<Ipv4Addr> {
     let octets = address.octets();
     let at = |positions: [usize; 4]| Ipv4Addr::from(positions.map(|position| octets[position]));
-    let found = match address.segments() {
+    let segments = address.segments();
+    let mut found = match segments {
+        // SIIT (RFC 2765 §2.1).
+        [0, 0, 0, 0, 0xffff, 0, ..] => vec![at(NAT64[0])],
         // NAT64's well-known prefix, and IPv4-compatible addresses.
         [0x64, 0xff9b, 0, 0, 0, 0, ..] | [0, 0, 0, 0, 0, 0, ..] => vec![at(NAT64[0])],
         // NAT64's prefix for local use has any length (RFC 8215 §3).
@@ -48,6 +51,10 @@ fn embedded(address: Ipv6Addr) -> Vec<Ipv4Addr> {
         }
         _ => Vec::new(),
     };
+    // ISATAP, behind any prefix, with or without the bit of a unique identifier (RFC 5214 §6.1).
+    if segments[4] & !0x0200 == 0 && segments[5] == 0x5efe {
+        found.push(at(NAT64[0]));
+    }
     // Zeros are no address: they are in ::1, and behind a prefix of another length.
     found.into_iter().filter(|v4| v4.octets()[0] != 0).collect()
 }

@@ -68,6 +68,13 @@ fn another_spelling_of_a_denied_address_is_denied() {
         ("[2002:a9fe:a9fe::1]:80", "link-local"),
         ("[2001:0:a9fe:a9fe::]:80", "link-local"),
         ("[2001:0:102:304:0:0:5601:5601]:80", "link-local"),
+        // SIIT, and ISATAP behind any prefix.
+        ("[::ffff:0:169.254.169.254]:80", "link-local"),
+        ("[::ffff:0:6464:64c8]:80", "metadata service"),
+        ("[2001:db8::5efe:169.254.169.254]:80", "link-local"),
+        ("[fd00::200:5efe:a9fe:a9fe]:80", "link-local"),
+        ("[2002:102:304::5efe:a9fe:a9fe]:80", "link-local"),
+        ("[2002:a9fe:a9fe::5efe:102:304]:80", "link-local"),
     ] {
         assert_eq!(decided(&Policy::default(), address), rule, "{address}");
     }
@@ -76,6 +83,9 @@ fn another_spelling_of_a_denied_address_is_denied() {
         "[64:ff9b:1::a00:7]:80",
         "[2002:a00:7::1]:80",
         "[2001:db8::a9fe:a9fe]:80",
+        "[::ffff:0:a00:7]:80",
+        "[2001:db8::5efe:a00:7]:80",
+        "[2001:db8::100:5efe:a9fe:a9fe]:80",
     ] {
         assert_eq!(decided(&Policy::default(), address), "ok", "{address}");
     }
@@ -138,6 +148,26 @@ fn addresses() -> impl Strategy<Value = IpAddr> {
 
 fn nat64(v4: Ipv4Addr) -> Ipv6Addr {
     Ipv6Addr::from((0x0064_ff9b_u128 << 96) | u128::from(u32::from(v4)))
+}
+
+/// IPv6 addresses that lead to `v4`; `other` is in what they have beside it.
+fn spellings(v4: Ipv4Addr, other: u64) -> [Ipv6Addr; 8] {
+    let (v4, other) = (u128::from(u32::from(v4)), u128::from(other));
+    [
+        nat64(Ipv4Addr::from(v4 as u32)),
+        // IPv4-compatible.
+        Ipv6Addr::from(v4),
+        // SIIT.
+        Ipv6Addr::from((0xffff_0000 << 32) | v4),
+        // ISATAP, with and without the bit of a unique identifier.
+        Ipv6Addr::from((other << 64) | (0x5efe << 32) | v4),
+        Ipv6Addr::from((other << 64) | (0x0200_5efe << 32) | v4),
+        // 6to4.
+        Ipv6Addr::from((0x2002 << 112) | (v4 << 80) | other),
+        // Teredo's server, and its client.
+        Ipv6Addr::from((0x2001_0000 << 96) | (v4 << 64) | other),
+        Ipv6Addr::from((0x2001_0000 << 96) | (other << 32) | (v4 ^ 0xffff_ffff)),
+    ]
 }
 
 fn sockets() -> impl Strategy<Value = SocketAddr> {
@@ -209,15 +239,18 @@ proptest! {
     }
 
     #[test]
-    fn an_address_of_nat64_is_denied_if_its_ipv4_address_is(
-        policy in policies(), v4 in 0x0100_0000..=u32::MAX, port in 1..=u16::MAX,
+    fn an_ipv6_address_is_denied_if_an_ipv4_address_that_it_leads_to_is(
+        policy in policies(), v4 in 0x0100_0000..=u32::MAX, other in any::<u64>(),
+        port in 1..=u16::MAX,
     ) {
         let v4 = Ipv4Addr::from(v4);
         let policy = Policy { exempt: Vec::new(), ..policy };
         if policy.decide((v4, port).into()) != Decision::Allowed
             && !matches!(policy.decide((v4, port).into()), Decision::Denied(Rule::NotAllowed))
         {
-            prop_assert_ne!(policy.decide((nat64(v4), port).into()), Decision::Allowed);
+            for v6 in spellings(v4, other) {
+                prop_assert_ne!(policy.decide((v6, port).into()), Decision::Allowed, "{}", v6);
+            }
         }
     }
 
