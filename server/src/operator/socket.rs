@@ -1,6 +1,16 @@
 //! The server's side of the operator's socket.
 
-use std::{convert::Infallible, io, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    io,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use culvert_process::accept::Acceptor;
@@ -16,8 +26,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
 use tokio::{
     net::{UnixListener, UnixStream},
-    sync::Semaphore,
-    task::JoinSet,
+    task::{AbortHandle, JoinSet},
     time::timeout,
 };
 use tracing::{debug, info};
@@ -30,8 +39,10 @@ use crate::{
 
 /// The owner alone may connect: what is done here ends tunnels.
 const SOCKET_MODE: u32 = 0o600;
-/// Maximum number of open connections; further ones wait.
+/// Maximum number of open connections; one more ends the oldest that has asked for nothing.
 const MAX_CONNECTIONS: usize = 16;
+/// Time for an operator to send a request. The commands send it with the connection.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum time of a connection.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(30);
 /// Maximum size of a request's head, in bytes.
@@ -63,31 +74,53 @@ impl OperatorSocket {
 
     /// Serves operators until the future is dropped.
     pub(crate) async fn run(mut self, backends: Backends) {
-        let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let mut connections = JoinSet::new();
+        let mut by_age = VecDeque::new();
         loop {
-            let permit = permits.clone().acquire_owned().await.expect("it is never closed");
             let (socket, _) = self.acceptor.accept().await;
-            let backends = backends.clone();
-            connections.spawn(async move {
-                if timeout(CONNECTION_TIMEOUT, serve(socket, backends)).await.is_err() {
+            while connections.try_join_next().is_some() {}
+            make_room(&mut by_age);
+            let has_asked = Arc::<AtomicBool>::default();
+            let serving = serve(socket, backends.clone(), has_asked.clone());
+            let task = connections.spawn(async move {
+                if timeout(CONNECTION_TIMEOUT, serving).await.is_err() {
                     debug!("an operator's connection took too long");
                 }
-                drop(permit);
             });
-            while connections.try_join_next().is_some() {}
+            by_age.push_back(Open { task, has_asked });
         }
     }
 }
 
-async fn serve(socket: UnixStream, backends: Backends) {
+/// An open connection.
+struct Open {
+    task: AbortHandle,
+    has_asked: Arc<AtomicBool>,
+}
+
+/// Removes connections that ended and, if there are still too many, ends the oldest of those that
+/// have asked for nothing, or else the oldest of all.
+fn make_room(by_age: &mut VecDeque<Open>) {
+    by_age.retain(|connection| !connection.task.is_finished());
+    if by_age.len() >= MAX_CONNECTIONS {
+        let silent = by_age.iter().position(|connection| !connection.has_asked.load(Relaxed));
+        if let Some(connection) = by_age.remove(silent.unwrap_or(0)) {
+            debug!("an operator's connection gives way to a newer one");
+            connection.task.abort();
+        }
+    }
+}
+
+async fn serve(socket: UnixStream, backends: Backends, has_asked: Arc<AtomicBool>) {
     let service = service_fn(move |request| {
+        has_asked.store(true, Relaxed);
         let response = answer(&request, &backends);
         async move { Ok::<_, Infallible>(response) }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .keep_alive(false)
+        .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(MAX_HEAD)
         .serve_connection(TokioIo::new(socket), service)
         .await;
@@ -136,11 +169,18 @@ fn json<T: Serialize + ?Sized>(status: StatusCode, body: &T) -> Response<Full<By
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        time::Instant,
+    };
+
     use super::*;
     use crate::{
         backends::{Dismissal, Strategy},
         testing::TestAgent,
     };
+
+    const REQUEST: &[u8] = b"GET /agents HTTP/1.1\r\nHost: operator\r\n\r\n";
 
     #[tokio::test]
     async fn the_socket_is_for_its_owner_alone() {
@@ -151,6 +191,35 @@ mod tests {
         assert_eq!(mode & 0o7777, 0o600);
         drop(socket);
         assert!(!path.exists());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silent_connections_do_not_keep_an_operator_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("operator.sock");
+        let socket = OperatorSocket::bind(&path).unwrap();
+        let _serving =
+            culvert_transport::task::owned(socket.run(Backends::new(&[Strategy::Default])));
+        // One that has asked and does not read its answer is not the one to go.
+        let mut asks = UnixStream::connect(&path).await.unwrap();
+        asks.write_all(REQUEST).await.unwrap();
+        asks.readable().await.unwrap();
+        let begun = Instant::now();
+        let mut silent = Vec::new();
+        for _ in 0..3 * MAX_CONNECTIONS {
+            silent.push(UnixStream::connect(&path).await.unwrap());
+        }
+        let mut operator = UnixStream::connect(&path).await.unwrap();
+        operator.write_all(REQUEST).await.unwrap();
+        for mut socket in [operator, asks] {
+            let mut answer = Vec::new();
+            socket.read_to_end(&mut answer).await.unwrap();
+            assert!(answer.starts_with(b"HTTP/1.1 200 OK"), "{answer:?}");
+        }
+        assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+        // The last one has a few seconds, and no more.
+        silent.pop().unwrap().read_to_end(&mut Vec::new()).await.unwrap();
+        assert_eq!(begun.elapsed().as_secs(), HEAD_TIMEOUT.as_secs());
     }
 
     #[tokio::test(start_paused = true)]
