@@ -92,8 +92,10 @@ pub async fn splice_after<R: LocalRead, W: LocalWrite, A: Abort>(
     match &end {
         Ok((HalfEnd::Finished, _)) => local.guard.disarm(),
         Ok((HalfEnd::Stopped(code), _)) => {
-            pumps::discard_until_flushed(&mut local.reader, &mut local.writer, &holder).await;
-            if *code == StreamCode::CLOSED {
+            let (reader, writer) = (&mut local.reader, &mut local.writer);
+            let is_flushed = pumps::discard_until_flushed(reader, writer, &holder).await;
+            // Without a reset the kernel would offer the rest to the peer for many minutes.
+            if *code == StreamCode::CLOSED && is_flushed {
                 local.guard.disarm();
             }
         }

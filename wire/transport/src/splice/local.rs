@@ -10,6 +10,7 @@ use bytes::Bytes;
 use culvert_wire::code::StreamCode;
 use tokio::time::sleep;
 
+use super::until_hung_up;
 use crate::budget::Holder;
 
 /// Default of [`Local::with_stuck_timeout`]: long enough for a target that pauses, short enough
@@ -93,9 +94,9 @@ pub trait LocalWrite: Send {
         std::future::pending()
     }
 
-    /// Completes when all that was written has arrived at the local peer, or never will.
-    fn flushed(&mut self) -> impl Future<Output = ()> + Send {
-        std::future::ready(())
+    /// Completes when all that was written has arrived at the local peer; `false` when it never will.
+    fn flushed(&mut self) -> impl Future<Output = bool> + Send {
+        std::future::ready(true)
     }
 }
 
@@ -161,6 +162,12 @@ impl<A: Abort> AbortGuard<A> {
                 return;
             }
         }
+    }
+
+    /// Completes when the local peer, which has ended its output, has closed for good, where that
+    /// is known.
+    pub(super) async fn hung_up(&self) {
+        until_hung_up(|| self.0.as_ref().is_some_and(Abort::is_hung_up)).await;
     }
 
     pub(super) async fn vanished(&self) -> LocalFault {

@@ -66,7 +66,7 @@ impl<'a> Pumps<'a> {
         let mut to = pin!(self.pump_to_tunnel(reader, holder, guard, send));
         let mut from = pin!(async {
             preamble.read(recv).await?;
-            self.pump_from_tunnel(writer, recv, backlog).await
+            self.pump_from_tunnel(writer, guard, recv, backlog).await
         });
         let (mut to_end, mut from_end) = (None, None);
         loop {
@@ -154,6 +154,7 @@ impl<'a> Pumps<'a> {
     async fn pump_from_tunnel(
         &self,
         writer: &mut impl LocalWrite,
+        guard: &AbortGuard<impl Abort>,
         recv: &mut RecvHalf,
         mut backlog: Backlog,
     ) -> Result<HalfEnd, Cut> {
@@ -162,7 +163,7 @@ impl<'a> Pumps<'a> {
             let count = match backlog.take(&mut chunks) {
                 0 => select! {
                     count = recv.read_chunks(&mut chunks) => count?,
-                    () = self.local_reader_gone(writer) => return Ok(self.stop(recv)),
+                    () = self.local_reader_gone(writer, guard) => return Ok(self.stop(recv)),
                 },
                 count => Some(count),
             };
@@ -232,9 +233,16 @@ impl<'a> Pumps<'a> {
         }
     }
 
-    async fn local_reader_gone(&self, writer: &mut impl LocalWrite) {
+    async fn local_reader_gone(
+        &self,
+        writer: &mut impl LocalWrite,
+        guard: &AbortGuard<impl Abort>,
+    ) {
         self.local_ended.wait().await;
-        writer.gone().await;
+        select! {
+            () = writer.gone() => {}
+            () = guard.hung_up() => {}
+        }
     }
 
     /// Stops the stream: the local peer reads no more.
@@ -248,17 +256,18 @@ impl<'a> Pumps<'a> {
     }
 }
 
-/// Discards the local side's output until all that it was sent has arrived.
+/// Discards the local side's output until all that it was sent has arrived; `false` if it never
+/// will.
 pub(super) async fn discard_until_flushed(
     reader: &mut impl LocalRead,
     writer: &mut impl LocalWrite,
     holder: &Arc<Holder>,
-) {
+) -> bool {
     let discard = async { while let Ok(Some(_)) = reader.read(holder).await {} };
     select! {
-        () = writer.flushed() => return,
+        is_flushed = writer.flushed() => return is_flushed,
         () = discard => {}
     }
     // A local side that has ended or failed sends nothing more, but what it was sent still counts.
-    writer.flushed().await;
+    writer.flushed().await
 }

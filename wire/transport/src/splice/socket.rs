@@ -286,26 +286,22 @@ impl<S: SpliceSocket> LocalWrite for SocketWrite<S> {
         }
     }
 
-    async fn gone(&mut self) {
-        until_hung_up(|| self.socket.is_hung_up()).await;
-    }
-
-    async fn flushed(&mut self) {
-        until_acknowledged(|| outq::unacknowledged(&*self.socket)).await;
+    async fn flushed(&mut self) -> bool {
+        until_acknowledged(|| outq::unacknowledged(&*self.socket)).await
     }
 }
 
 /// Completes once the peer has acknowledged everything. `left` returns the number of bytes that it
-/// has not acknowledged yet; if that does not fall for [`FLUSH_LIMIT`], they are lost.
-async fn until_acknowledged(mut left: impl FnMut() -> io::Result<usize>) {
+/// has not acknowledged yet; if that does not fall for [`FLUSH_LIMIT`], they are lost: `false`.
+async fn until_acknowledged(mut left: impl FnMut() -> io::Result<usize>) -> bool {
     let mut progress = (usize::MAX, Instant::now());
     let mut pause = FLUSH_PAUSE;
     loop {
         // Most often nothing is left, and then there is no pause at all.
         match left() {
-            Ok(0) | Err(_) => return,
+            Ok(0) | Err(_) => return true,
             Ok(left) if left < progress.0 => progress = (left, Instant::now()),
-            Ok(_) if progress.1.elapsed() > FLUSH_LIMIT => return,
+            Ok(_) if progress.1.elapsed() > FLUSH_LIMIT => return false,
             Ok(_) => {}
         }
         sleep(pause).await;

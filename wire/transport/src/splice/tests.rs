@@ -239,7 +239,7 @@ async fn all_that_the_other_side_wrote_before_it_closed_arrives() {
     bench.send_local(b"discarded meanwhile");
     sleep(HOUR).await;
     assert!(!bench.task.is_finished());
-    bench.peer.flushed.set(()).unwrap();
+    bench.peer.flushed.set(true).unwrap();
     let outcome = bench.outcome().await;
     assert_eq!(outcome.from_tunnel, length as u64);
     assert_eq!(bench.received().len(), length);
@@ -264,7 +264,7 @@ async fn a_local_side_that_is_refused_may_send_on_until_its_answer_is_delivered(
     bench.send.finish();
     bench.peer.ended.wait().await;
     assert_eq!(bench.received(), "an answer");
-    bench.peer.flushed.set(()).unwrap();
+    bench.peer.flushed.set(true).unwrap();
     let outcome = bench.outcome().await;
     assert_eq!(outcome.to_tunnel, 1, "discarded bytes are not counted");
     assert!(matches!(outcome.end, Ok((HalfEnd::Stopped(_), HalfEnd::Finished))));

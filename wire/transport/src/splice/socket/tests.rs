@@ -226,12 +226,13 @@ async fn a_half_closed_socket_is_checked_every_second() {
 #[tokio::test(start_paused = true)]
 async fn a_unix_socket_is_hung_up_once_its_peer_has_closed_it_for_good() {
     let (socket, peer) = UnixStream::pair().unwrap();
-    let (_reader, mut writer, _abort) = halves(socket);
+    let (_reader, writer, abort) = halves(socket);
     writer.socket.writable().await.unwrap();
     SockRef::from(&peer).shutdown(Shutdown::Write).unwrap();
-    assert!(timeout(HOUR, writer.gone()).await.is_err(), "it still reads");
+    let hung_up = || until_hung_up(|| abort.is_hung_up());
+    assert!(timeout(HOUR, hung_up()).await.is_err(), "it still reads");
     drop(peer);
-    timeout(HOUR, writer.gone()).await.unwrap();
+    timeout(HOUR, hung_up()).await.unwrap();
 }
 
 #[tokio::test]

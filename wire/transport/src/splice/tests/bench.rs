@@ -18,8 +18,8 @@ pub(super) struct Shared {
     pub(super) ended: SetOnce<()>,
     /// The peer has closed for reading.
     pub(super) gone: SetOnce<()>,
-    /// The peer has acknowledged everything.
-    pub(super) flushed: SetOnce<()>,
+    /// The peer has acknowledged everything; `false` if it never will.
+    pub(super) flushed: SetOnce<bool>,
     /// The connection has failed, while it is not read.
     pub(super) failed: SetOnce<()>,
     /// The peer's host is known to be gone.
@@ -75,8 +75,8 @@ impl LocalWrite for Write {
         self.0.gone.wait().await;
     }
 
-    async fn flushed(&mut self) {
-        self.0.flushed.wait().await;
+    async fn flushed(&mut self) -> bool {
+        *self.0.flushed.wait().await
     }
 }
 

@@ -70,7 +70,7 @@ async fn takes_slowly(mut bench: Bench, bytes: &str) {
         sleep(STUCK_TIMEOUT - Duration::from_secs(2)).await;
         bench.peer.room.as_ref().unwrap().add_permits(1);
     }
-    bench.peer.flushed.set(()).unwrap();
+    bench.peer.flushed.set(true).unwrap();
     let end = bench.outcome().await.end.unwrap();
     assert_eq!(end, (HalfEnd::Stopped(StreamCode::CLOSED), HalfEnd::Finished));
     assert_eq!((bench.received(), bench.aborts()), (bytes.to_owned().into(), 0));
@@ -113,9 +113,41 @@ async fn a_client_that_is_still_there_may_wait_for_the_local_peer() {
     sleep(HOUR).await;
     assert!(!bench.task.is_finished());
     bench.peer.room.as_ref().unwrap().add_permits(100);
-    bench.peer.flushed.set(()).unwrap();
+    bench.peer.flushed.set(true).unwrap();
     bench.send.finish();
     let (to, from) = bench.outcome().await.end.unwrap();
     assert_eq!((to, from), (HalfEnd::Stopped(StreamCode::BROKEN_PIPE), HalfEnd::Finished));
     assert_eq!((bench.received(), bench.aborts()), ("taken late".into(), 1));
+}
+
+/// All was handed to the kernel, which would go on to ask a peer with a full buffer for minutes.
+#[tokio::test(start_paused = true)]
+async fn what_a_peer_does_not_take_after_its_end_is_discarded_by_a_reset() {
+    for (is_flushed, aborts) in [(true, 0), (false, 1)] {
+        let mut bench = Bench::new().await;
+        bench.send_remote(b"an upload").await;
+        bench.send.finish();
+        bench.peer.ended.wait().await;
+        bench.recv.stop(StreamCode::CLOSED);
+        sleep(HOUR).await;
+        assert!(!bench.task.is_finished(), "it may be on the way");
+        bench.peer.flushed.set(is_flushed).unwrap();
+        let (to, from) = bench.outcome().await.end.unwrap();
+        assert_eq!((to, from), (HalfEnd::Stopped(StreamCode::CLOSED), HalfEnd::Finished));
+        assert_eq!(bench.aborts(), aborts);
+    }
+}
+
+/// Over TLS nothing but the socket below shows it.
+#[tokio::test(start_paused = true)]
+async fn a_client_that_left_for_good_is_noticed_although_its_writer_does_not_see_it() {
+    let mut bench = Bench::new().await;
+    bench.send_local(b"an upload");
+    bench.end_local();
+    while bench.read().await.unwrap().is_some() {}
+    sleep(HOUR).await;
+    assert!(!bench.task.is_finished(), "the client may wait for an answer");
+    bench.peer.hung_up.set(()).unwrap();
+    let stopped = timeout(STUCK_TIMEOUT, bench.send.stopped()).await.expect("it is not noticed");
+    assert_eq!(stopped, Ok(Some(StreamCode::CLOSED)));
 }
