@@ -10,7 +10,10 @@ mod scripted;
 
 use std::{sync::Arc, time::Duration};
 
-use culvert_transport::{RecvHalf, SendHalf, splice};
+use culvert_transport::{
+    RecvHalf, SendHalf,
+    splice::{self, Backlog, Cut},
+};
 use culvert_wire::{
     StreamCode,
     dial::{DialErrorKind, DialFailure, DialReply, DialRequest, DialTiming},
@@ -64,14 +67,15 @@ impl Egress {
         };
         let header_micros = DialTiming::micros(arrived.elapsed());
         let mut timing = DialTiming { header_micros, ..DialTiming::default() };
+        let mut backlog = Backlog::new(&send);
         let dialed = tokio::select! {
             dialed = self.dial(&request, &mut timing) => dialed,
             // The server gave up, so nothing is left to reply to.
-            () = abandoned(&send, &mut recv) => {
+            code = abandoned(&send, &mut recv, &mut backlog) => {
                 let trace = request.trace.as_ref().map(display);
-                return debug!(
-                    dial = %request.id, dial_target = %request.target, trace, "dial abandoned",
-                );
+                debug!(dial = %request.id, dial_target = %request.target, trace, "dial abandoned");
+                send.reset(code);
+                return recv.stop(code);
             }
         };
         let (outcome, target) = match dialed {
@@ -94,7 +98,7 @@ impl Egress {
             return debug!(dial = %request.id, %error, "the dial's reply was not sent");
         }
         match target {
-            Some(target) => self.splice(&request, target, (send, recv)).await,
+            Some(target) => self.splice(&request, (target, backlog), (send, recv)).await,
             None => {
                 send.finish();
                 recv.stop(StreamCode::DIAL_FAILED);
@@ -127,10 +131,15 @@ impl Egress {
         Ok(target)
     }
 
-    async fn splice(&self, request: &DialRequest, local: Connection, stream: (SendHalf, RecvHalf)) {
+    async fn splice(
+        &self,
+        request: &DialRequest,
+        (local, backlog): (Connection, Backlog),
+        stream: (SendHalf, RecvHalf),
+    ) {
         let started = Instant::now();
         let open = self.metrics.stream_open();
-        let outcome = splice::splice(local, stream, &self.metrics.meter).await;
+        let outcome = splice::splice_behind(backlog, local, stream, &self.metrics.meter).await;
         drop(open);
         self.metrics.stream_ended(&outcome);
         let (dial, kind) = (request.id, request.kind.name());
@@ -155,11 +164,16 @@ async fn read_request(recv: &mut RecvHalf) -> Result<DialRequest, String> {
     frame.message().map_err(|error| error.to_string())
 }
 
-/// Completes when the server abandons a dial that has no reply yet.
-async fn abandoned(send: &SendHalf, recv: &mut RecvHalf) {
-    tokio::select! {
-        _ = send.stopped() => {}
-        _ = recv.failed() => {}
+/// Completes when the server abandons a dial that has no reply yet, or when what it sent ahead is
+/// more than there is memory for; with the code of the stream's end.
+async fn abandoned(send: &SendHalf, recv: &mut RecvHalf, backlog: &mut Backlog) -> StreamCode {
+    let cut = tokio::select! {
+        _ = send.stopped() => return StreamCode::ABANDONED,
+        cut = backlog.keep(recv, 0) => cut,
+    };
+    match cut {
+        Cut::Memory => cut.code(),
+        _ => StreamCode::ABANDONED,
     }
 }
 

@@ -190,7 +190,9 @@ impl TunnelConfig {
         };
         let window = self.transport.stream_receive_window;
         let stream_receive_window = window.min(u32::try_from(share).unwrap_or(window));
-        Settings { max_streams, stream_receive_window, ..self.transport }
+        // As much as the streams of one tunnel may hold together.
+        let tunnel_receive_window = (self.memory_limit > 0).then_some(self.memory_limit / 2);
+        Settings { max_streams, stream_receive_window, tunnel_receive_window, ..self.transport }
     }
 
     /// The memory that the process has for its peers.

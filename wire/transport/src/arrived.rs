@@ -32,12 +32,28 @@ impl Arrived {
         if data.len() >= COPY_BELOW && self.len < BEHIND {
             self.seal();
             self.chunks.push_back(data.clone());
-            return;
+        } else {
+            self.copy(data);
         }
-        if self.joined.len() + data.len() > JOINED {
-            self.seal();
+    }
+
+    /// Adds a copy of the data, whatever its length: none of the memory behind it stays alive.
+    pub(crate) fn push_copy(&mut self, data: &Bytes) {
+        self.len += data.len();
+        self.copy(data);
+    }
+
+    fn copy(&mut self, mut data: &[u8]) {
+        while !data.is_empty() {
+            if self.joined.len() == JOINED {
+                self.seal();
+                // More will follow, so that the buffer need not grow by doubling.
+                self.joined.reserve(JOINED);
+            }
+            let (first, rest) = data.split_at(data.len().min(JOINED - self.joined.len()));
+            self.joined.extend_from_slice(first);
+            data = rest;
         }
-        self.joined.extend_from_slice(data);
     }
 
     /// Makes a chunk of the data that was joined.

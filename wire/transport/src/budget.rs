@@ -143,11 +143,11 @@ impl MemoryBudget {
         self.cut_until(|| self.held.load(Relaxed), self.limit, |_| true);
     }
 
-    /// The same for what was received, which is at most three quarters of the limit. Streams that
-    /// send adapt to what it leaves.
+    /// The same for what was received, which is at most half of the limit: the other half is for
+    /// what a tunnel may receive before it is counted. Streams that send adapt to what is left.
     fn relieve_received(&self) {
         let held = || self.held(Held::Receive);
-        self.cut_until(held, self.limit / 4 * 3, |holder| holder.kind == Held::Receive);
+        self.cut_until(held, self.limit / 2, |holder| holder.kind == Held::Receive);
     }
 
     /// Cuts the largest of these holders until `held`, without those that are cut, is below `limit`.

@@ -7,6 +7,7 @@ mod close_reason;
 mod connection;
 mod hedge;
 pub(crate) mod icmp;
+mod receive_window;
 mod reset_key;
 mod settings;
 pub(crate) mod udp;
@@ -25,13 +26,16 @@ use quinn::{
 };
 
 pub use self::connection::Connection;
-pub(crate) use self::connection::{RecvStream, SendStream};
 pub use self::reset_key::ResetKey;
 use self::{
     close_reason::lost,
     icmp::IcmpRouter,
     reset_key::ListenerKey,
     udp::{BindError, BufferSizes, UdpHealth, Watching, WhenBroken},
+};
+pub(crate) use self::{
+    connection::{RecvStream, SendStream},
+    receive_window::Widened,
 };
 use super::{ConnectError, Settings, TransportFault, canonical};
 use crate::tls::Current;
@@ -207,7 +211,8 @@ impl Incoming {
         config.transport_config(Arc::new(path_config(&self.settings, remote, &self.health)));
         let handshake = async { self.incoming.accept_with(Arc::new(config))?.await };
         let connection = handshake.await.map_err(|error| ConnectError::Handshake(lost(error)))?;
-        Connection::established(connection, self.endpoint, self.icmp_router)
+        let window = self.settings.tunnel_receive_window;
+        Connection::established(connection, self.endpoint, self.icmp_router, window)
             .ok_or(ConnectError::Protocol)
     }
 }
@@ -254,8 +259,9 @@ pub async fn connect(
         () = refused(bound.errors.as_ref()) => return Err(ConnectError::Refused),
     };
     icmp_router.listen(bound.errors);
-    let connection =
-        Connection::established(connection, endpoint, icmp_router).ok_or(ConnectError::Protocol)?;
+    let window = settings.tunnel_receive_window;
+    let connection = Connection::established(connection, endpoint, icmp_router, window)
+        .ok_or(ConnectError::Protocol)?;
     Ok((connection, bound.buffer_sizes))
 }
 
@@ -269,7 +275,8 @@ pub(crate) fn adopt(
     connection: quinn::Connection,
     endpoint: quinn::Endpoint,
 ) -> Result<Connection, ConnectError> {
-    Connection::established(connection, endpoint, Arc::default()).ok_or(ConnectError::Protocol)
+    Connection::established(connection, endpoint, Arc::default(), None)
+        .ok_or(ConnectError::Protocol)
 }
 
 /// The configuration for the path to `remote`, whose batches are watched.

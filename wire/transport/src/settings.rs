@@ -18,6 +18,11 @@ pub struct Settings {
     /// Maximum number of bytes that the peer may send ahead of a stream's reader: a stalled stream
     /// costs at most this much memory, and a stream's rate is at most this per round trip.
     pub stream_receive_window: u32,
+    /// Maximum number of bytes that the peer may send ahead of the readers of all streams together,
+    /// beside those that wait for readers that stall; `None` sets no limit. It bounds what waits
+    /// behind a gap, which is counted nowhere. With less than 64 windows of streams, large transfers
+    /// delay small ones. QUIC only: nothing overtakes over TCP.
+    pub tunnel_receive_window: Option<u64>,
     /// Maximum number of bytes that the peer may send ahead of the readers of its streams until
     /// [`crate::Tunnel::admit`]; `None` does not bound them beyond the windows of streams. QUIC
     /// only: a byte stream can be bounded as a whole, by the one that accepts it.
@@ -44,6 +49,7 @@ impl Default for Settings {
             idle_timeout: Duration::from_secs(25),
             keep_alive_interval: Some(Duration::from_secs(5)),
             stream_receive_window: 2 * 1024 * 1024,
+            tunnel_receive_window: None,
             unadmitted_window: None,
             max_streams: 256,
             mtu_cap: 6500,

@@ -40,8 +40,9 @@ mod tests;
 use culvert_wire::code::StreamCode;
 use tokio::select;
 
-use self::{backlog::Backlog, pumps::Pumps};
+use self::pumps::Pumps;
 pub use self::{
+    backlog::Backlog,
     local::{Abort, Local, LocalFault, LocalRead, LocalWrite},
     outcome::{Cut, HalfEnd, Meter, Outcome},
     preamble::Preamble,
@@ -64,6 +65,20 @@ pub async fn splice<R: LocalRead, W: LocalWrite, A: Abort>(
     splice_after((), local, stream, meter).await
 }
 
+/// As [`splice()`], where the backlog has what was taken from the stream before there was a local
+/// connection.
+///
+/// # Cancel safety
+/// Dropping the future resets both sides.
+pub async fn splice_behind<R: LocalRead, W: LocalWrite, A: Abort>(
+    backlog: Backlog,
+    local: Local<R, W, A>,
+    stream: (SendHalf, RecvHalf),
+    meter: &Meter,
+) -> Outcome {
+    splice_all((), backlog, local, stream, meter).await
+}
+
 /// As [`splice()`], where a preamble still precedes the stream's bytes. What the local side sends
 /// goes out meanwhile.
 ///
@@ -71,6 +86,17 @@ pub async fn splice<R: LocalRead, W: LocalWrite, A: Abort>(
 /// Dropping the future resets both sides.
 pub async fn splice_after<R: LocalRead, W: LocalWrite, A: Abort>(
     preamble: impl Preamble,
+    local: Local<R, W, A>,
+    stream: (SendHalf, RecvHalf),
+    meter: &Meter,
+) -> Outcome {
+    let backlog = Backlog::new(&stream.0);
+    splice_all(preamble, backlog, local, stream, meter).await
+}
+
+async fn splice_all<R: LocalRead, W: LocalWrite, A: Abort>(
+    preamble: impl Preamble,
+    backlog: Backlog,
     mut local: Local<R, W, A>,
     (mut send, mut recv): (SendHalf, RecvHalf),
     meter: &Meter,
@@ -78,9 +104,7 @@ pub async fn splice_after<R: LocalRead, W: LocalWrite, A: Abort>(
     let pumps = Pumps::new(meter, local.stuck_timeout);
     let progress = local.writer.progress();
     let (reader, writer) = (&mut local.reader, &mut local.writer);
-    let memory = send.memory().clone();
-    let holder = memory.holder(Held::Send);
-    let (backlog, guard) = (Backlog::new(memory), &local.guard);
+    let (holder, guard) = (send.memory().holder(Held::Send), &local.guard);
     let end = select! {
         end = pumps.run(
             (reader, &holder), (writer, backlog), preamble, guard, (&mut send, &mut recv),

@@ -288,6 +288,15 @@ impl RecvHalf {
         read
     }
 
+    /// Lets the peer send `bytes` more on the tunnel until the result is dropped, because as many of
+    /// this stream wait and are counted; `None` where a tunnel has no window of its own.
+    pub(crate) fn widen_tunnel(&self, bytes: u64) -> Option<quic::Widened> {
+        match &self.stream {
+            RecvStream::Quic(stream) => Some(stream.widen(bytes)),
+            RecvStream::Qmux(_) => None,
+        }
+    }
+
     /// Refuses the rest of the stream: what has arrived is dropped and the peer sees `code`.
     pub fn stop(&mut self, code: StreamCode) {
         if matches!(self.state, RecvState::Open) {

@@ -8,7 +8,8 @@ use std::{io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use culvert_transport::{
-    Carrier, ReadError, RecvHalf, SendHalf, WriteError,
+    Carrier, ReadError, RecvHalf, SendHalf, Settings, WriteError,
+    budget::{Held, MemoryBudget},
     splice::{Cut, HalfEnd, Local, Meter, Outcome, SpliceSocket, halves, splice},
 };
 use culvert_wire::StreamCode;
@@ -170,6 +171,58 @@ async fn bytes_written_before_a_unix_socket_was_closed_unread_arrive() {
         held.0.finish();
         let outcome = task.await.unwrap();
         assert!(matches!(outcome.end, Ok((HalfEnd::Finished, _))), "{outcome:?}");
+    })
+    .await;
+}
+
+/// The streams of readers that stall use up the tunnel's window several times over.
+#[tokio::test]
+async fn readers_that_stall_do_not_use_up_the_tunnels_window() {
+    const WINDOW: u32 = 64 * 1024;
+    const READERS: usize = 12;
+    const LEN: usize = 1024 * 1024;
+    let settings = Settings {
+        stream_receive_window: WINDOW,
+        tunnel_receive_window: Some(4 * u64::from(WINDOW)),
+        ..Settings::default()
+    };
+    each(async |carrier| {
+        let pair = Pair::with(carrier, &settings).await;
+        let budget = MemoryBudget::with_window(64 << 20, WINDOW);
+        pair.server.set_memory(&budget);
+        let mut held = Vec::new();
+        for _ in 0..READERS {
+            let (mut send, recv) = pair.agent.open().await.unwrap();
+            send.write_chunk(Bytes::from_static(b"!")).await.unwrap();
+            let stream = pair.server.accept().await.unwrap();
+            let (socket, peer) = UnixStream::pair().unwrap();
+            let spliced = culvert_transport::task::owned(async move {
+                run(socket, stream, &Meter::default()).await
+            });
+            let sending = culvert_transport::task::owned(async move {
+                let chunk = Bytes::from(vec![7; 16 * 1024]);
+                while send.write_chunk(chunk.clone()).await.is_ok() {}
+            });
+            held.push((peer, recv, spliced, sending));
+        }
+        let counted = || budget.held(Held::Receive) > READERS as u64 * u64::from(WINDOW);
+        while !counted() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let (mut send, _recv) = pair.agent.open().await.unwrap();
+        let sending = culvert_transport::task::owned(async move {
+            send.write_chunk(Bytes::from(vec![7; LEN])).await.unwrap();
+            send.finish();
+            send.stopped().await.unwrap();
+        });
+        let (_send, mut recv) = pair.server.accept().await.unwrap();
+        let (mut chunks, mut read) = ([Bytes::new()], 0);
+        while recv.read_chunks(&mut chunks).await.unwrap().is_some() {
+            read += chunks[0].len();
+        }
+        assert_eq!(read, LEN);
+        sending.await.unwrap();
+        assert_eq!(budget.cuts(), 0);
     })
     .await;
 }

@@ -20,6 +20,7 @@ use super::{
     close_reason::{CloseReason, stream_code},
     hedge::{Copies, Hedging},
     icmp::{IcmpRouter, Reachability},
+    receive_window::{ReceiveWindow, Widened},
 };
 use crate::{
     ReadError, TunnelLost, TunnelStats, Unreachable, WriteError, canonical, chunks::advance,
@@ -38,6 +39,7 @@ pub struct Connection {
     /// Second copies of thin writes, once both sides have agreed on them.
     hedging: Arc<OnceLock<Hedging>>,
     reachability: Arc<Reachability>,
+    window: Arc<ReceiveWindow>,
     /// Keeps the socket's error queue read for as long as a connection uses it.
     _icmp_router: Arc<IcmpRouter>,
 }
@@ -49,6 +51,7 @@ impl Connection {
         connection: quinn::Connection,
         endpoint: quinn::Endpoint,
         icmp_router: Arc<IcmpRouter>,
+        window: Option<u64>,
     ) -> Option<Self> {
         let data =
             connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
@@ -57,12 +60,14 @@ impl Connection {
             return None;
         }
         let reachability = icmp_router.add(canonical(connection.remote_address()));
+        let window = ReceiveWindow::new(connection.clone(), window);
         Some(Self {
             connection,
             endpoint,
             close_reason: CloseReason::default(),
             hedging: Arc::default(),
             reachability,
+            window,
             _icmp_router: icmp_router,
         })
     }
@@ -86,7 +91,8 @@ impl Connection {
         let send = SendStream { stream: send, connection, close_reason, hedging, written: 0 };
         let (connection, close_reason) = (self.connection.clone(), self.close_reason.clone());
         let copies = self.hedging.get().map(|hedging| hedging.expect(number(recv.id())));
-        (send, RecvStream { stream: recv, connection, close_reason, copies })
+        let window = self.window.clone();
+        (send, RecvStream { stream: recv, connection, close_reason, copies, window })
     }
 
     pub(crate) fn hedge(&self, rate: u32) {
@@ -126,7 +132,7 @@ impl Connection {
     }
 
     pub(crate) fn admit(&self) {
-        self.connection.set_receive_window(VarInt::MAX);
+        self.window.open();
     }
 
     pub(crate) fn remote_address(&self) -> SocketAddr {
@@ -239,6 +245,7 @@ pub(crate) struct RecvStream {
     close_reason: CloseReason,
     /// The peer's second copies, where they were agreed on.
     copies: Option<Copies>,
+    window: Arc<ReceiveWindow>,
 }
 
 impl RecvStream {
@@ -272,6 +279,12 @@ impl RecvStream {
                 return Ok(Some(count - used));
             }
         }
+    }
+
+    /// Widens the connection's window until the result is dropped: `bytes` of the stream are counted
+    /// elsewhere.
+    pub(crate) fn widen(&self, bytes: u64) -> Widened {
+        self.window.widen(bytes)
     }
 
     pub(crate) fn stop(&mut self, code: StreamCode) {

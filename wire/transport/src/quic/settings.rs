@@ -38,10 +38,7 @@ impl Settings {
             .max_concurrent_bidi_streams(VarInt::from_u32(self.max_streams))
             .max_concurrent_uni_streams(VarInt::from_u32(0))
             .stream_receive_window(VarInt::from_u32(self.stream_receive_window))
-            // A finite one would let a few stalled streams freeze the tunnel; memory is bounded by
-            // streams times stream window instead. It holds until the peer is admitted: quinn
-            // cannot raise the windows of streams.
-            .receive_window(self.unadmitted_window.map_or(VarInt::MAX, VarInt::from_u32))
+            .receive_window(self.receive_window())
             .send_window(SEND_WINDOW)
             .initial_rtt(INITIAL_RTT)
             .congestion_controller_factory(self.congestion.factory())
@@ -50,6 +47,16 @@ impl Settings {
             .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))
             .datagram_send_buffer_size(DATAGRAM_BUFFER);
         transport
+    }
+
+    /// The window of a new connection. quinn cannot change the windows of streams, so the peer is
+    /// held back by this one until it is admitted.
+    fn receive_window(&self) -> VarInt {
+        match (self.unadmitted_window, self.tunnel_receive_window) {
+            (Some(window), _) => VarInt::from_u32(window),
+            (None, Some(window)) => VarInt::from_u64(window).unwrap_or(VarInt::MAX),
+            (None, None) => VarInt::MAX,
+        }
     }
 
     pub(super) fn endpoint(&self, reset_key: Option<ListenerKey>) -> EndpointConfig {

@@ -73,7 +73,14 @@ async fn what_waits_for_a_local_peer_that_stalls_is_counted_and_arrives_in_order
     let peer = Shared { room: Some(Semaphore::new(0)), ..Shared::default() };
     let mut bench = Bench::with_budget((), peer, &budget).await;
     let mut sent = Vec::new();
-    for (count, counted) in [(1, 1000..=1000), (20, 21_000..=21_000), (100, window()..=u64::MAX)] {
+    // Exactly, but for the chunk that is being written, until more waits than is taken.
+    let steps = [
+        (1, 1000..=1200),
+        (20, 21_000..=21_200),
+        (100, 121_000..=121_200),
+        (300, window()..=u64::MAX),
+    ];
+    for (count, counted) in steps {
         for _ in 0..count {
             let chunk: Vec<u8> = (0..1000).map(|at| (at + sent.len()) as u8).collect();
             sent.extend_from_slice(&chunk);
@@ -95,7 +102,7 @@ async fn a_splice_whose_local_peer_stalls_is_cut_when_memory_is_used_up() {
     let budget = MemoryBudget::new(window());
     let peer = Shared { room: Some(Semaphore::new(0)), ..Shared::default() };
     let mut bench = Bench::with_budget((), peer, &budget).await;
-    bench.send.write_chunk(Bytes::from(vec![7; 256 * 1024])).await.unwrap();
+    bench.send.write_chunk(Bytes::from(vec![7; 512 * 1024])).await.unwrap();
     let outcome = timeout(Duration::from_secs(1), &mut bench.task).await.unwrap().unwrap();
     assert!(matches!(outcome.end, Err(Cut::Memory)), "{outcome:?}");
     assert_eq!((budget.held(Held::Receive), budget.cuts()), (0, 1));

@@ -97,7 +97,7 @@ async fn socket(address: &str, when_broken: WhenBroken, script: Script) -> TestS
 
 /// The next packet that the socket receives.
 async fn receive(socket: &TestSocket) -> io::Result<(Vec<u8>, RecvMeta)> {
-    let mut bufs = vec![vec![0; 1500]];
+    let mut bufs = [vec![0; 1500]];
     let mut meta = [RecvMeta::default()];
     std::future::poll_fn(|cx| {
         let mut bufs: Vec<_> = bufs.iter_mut().map(|buf| IoSliceMut::new(buf)).collect();
