@@ -5,7 +5,9 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod agents;
+mod forge;
 mod http2;
+mod memory;
 mod qmux;
 mod quic;
 mod strangers;

@@ -7,7 +7,10 @@ use quinn::{
     crypto::rustls::QuicClientConfig,
 };
 
-use crate::victim::Victim;
+use crate::{
+    forge::{Forger, ForgingClient},
+    victim::{MIB, Victim},
+};
 
 /// What the peer grants the server.
 #[derive(Clone, Copy, Debug)]
@@ -32,9 +35,19 @@ pub(crate) struct Peer {
 impl Peer {
     /// Connects and opens the control stream.
     pub(crate) async fn connect(victim: &Victim, grants: Grants) -> Self {
+        Self::connect_forging(victim, grants, None).await
+    }
+
+    /// The same, by a client whose packets are forged.
+    pub(crate) async fn connect_forging(
+        victim: &Victim,
+        grants: Grants,
+        forger: Option<Arc<Forger>>,
+    ) -> Self {
         let endpoint = Endpoint::client(([127, 0, 0, 1], 0).into()).unwrap();
         let server = victim.deployment.tunnel();
-        let connecting = endpoint.connect_with(config(victim, grants), server, &name(server));
+        let connecting =
+            endpoint.connect_with(forging(victim, grants, forger), server, &name(server));
         let connection = connecting.unwrap().await.unwrap();
         let (send, recv) = connection.open_bi().await.unwrap();
         Self { connection, send, _recv: recv, _endpoint: endpoint }
@@ -47,14 +60,25 @@ pub(crate) fn name(server: SocketAddr) -> String {
 }
 
 pub(crate) fn config(victim: &Victim, grants: Grants) -> ClientConfig {
+    forging(victim, grants, None)
+}
+
+fn forging(victim: &Victim, grants: Grants, forger: Option<Arc<Forger>>) -> ClientConfig {
     let tls = QuicClientConfig::try_from(victim.tls(&[b"culvert/1"])).unwrap();
-    let mut config = ClientConfig::new(Arc::new(tls));
+    let mut client: Arc<dyn quinn::crypto::ClientConfig> = Arc::new(tls);
+    let mut send_window = 1 << 30;
+    if let Some(forger) = forger {
+        // What is on the way waits in quinn as packets, however little is in them.
+        send_window = if forger.sends_less() { MIB } else { send_window };
+        client = Arc::new(ForgingClient { client, forger });
+    }
+    let mut config = ClientConfig::new(client);
     let mut transport = TransportConfig::default();
     transport
         .stream_receive_window(VarInt::from_u64(grants.stream_window).unwrap())
         .receive_window(VarInt::MAX)
         .max_concurrent_bidi_streams(grants.streams.into())
-        .send_window(1 << 30)
+        .send_window(send_window)
         .max_idle_timeout(Some(Duration::from_secs(60).try_into().unwrap()));
     config.transport_config(Arc::new(transport));
     config
