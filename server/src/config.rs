@@ -5,6 +5,7 @@
 //! and may be built by hand, with port 0 anywhere, which flags refuse.
 
 mod agents;
+mod claims;
 mod flags;
 mod frontend;
 
@@ -19,6 +20,7 @@ use culvert_wire::ServerId;
 
 pub use crate::backends::Strategy;
 pub use agents::{AgentIdentity, AgentsConfig, DialConfig, ExpireAgents, TokenConfig};
+pub use claims::{AllowedRoute, ClaimRules};
 pub use flags::Flags;
 pub use frontend::{FrontendConfig, FrontendListen, Mode};
 

@@ -14,7 +14,7 @@ use culvert_transport::{
 };
 
 use crate::{
-    config::{Config, FrontendListen},
+    config::{AgentIdentity, Config, FrontendListen},
     reset_key::reset_key_owner,
 };
 
@@ -40,6 +40,8 @@ pub(crate) struct ServerFiles {
     /// For Leases; `None` when the server keeps none. With a client of its own, a Lease is renewed
     /// in time, however many reviews wait.
     pub(crate) leases: Option<CurrentClient>,
+    /// For the addresses of nodes; `None` when no rule needs them.
+    pub(crate) nodes: Option<CurrentClient>,
 }
 
 impl ServerFiles {
@@ -66,7 +68,7 @@ impl ServerFiles {
         };
         let reset_key =
             reset_key_owner().map(|owner| reset_key(&reloads, config, owner, &mut faults));
-        let (reviews, leases) = kubernetes(&reloads, config, &mut faults);
+        let [reviews, leases, nodes] = kubernetes(&reloads, config, &mut faults);
         // Warnings were logged.
         faults.finish()?;
         let read = "what cannot be read is a fault";
@@ -77,6 +79,7 @@ impl ServerFiles {
             reset_key: reset_key.map(|key| key.expect(read)),
             reviews,
             leases,
+            nodes,
         })
     }
 }
@@ -105,21 +108,24 @@ fn credentials(
     Some(ServerCredentials { identity: identity?, client_ca: client_ca? })
 }
 
-/// Clients for reviews of tokens and for Leases, where they are needed and without a fault.
+/// Clients for reviews of tokens, for Leases and for nodes, where they are needed and without a
+/// fault. Nodes are looked up where something else says how kube-apiserver is reached.
 fn kubernetes(
     reloads: &Reloads,
     config: &Config,
     faults: &mut Faults,
-) -> (Option<CurrentClient>, Option<CurrentClient>) {
+) -> [Option<CurrentClient>; 3] {
     let (needs_reviews, needs_leases) = (config.agents.token.is_some(), config.leases.is_some());
-    if !needs_reviews && !needs_leases {
-        return (None, None);
+    let has_access = needs_reviews || needs_leases || config.kubernetes.kubeconfig.is_some();
+    let needs_nodes = has_access && config.agents.claims.identity == AgentIdentity::Node;
+    if !needs_reviews && !needs_leases && !needs_nodes {
+        return [None, None, None];
     }
-    // Reviews have a pace of their own.
-    let paced = [false, true];
+    // Reviews and lookups of nodes have limits of their own.
+    let paced = [false, true, false];
     let clients = faults.checked("kubeconfig", config.kubernetes.clients(reloads, paced));
-    let Some([reviews, leases]) = clients else { return (None, None) };
-    (needs_reviews.then_some(reviews), needs_leases.then_some(leases))
+    let Some([reviews, leases, nodes]) = clients else { return [None, None, None] };
+    [needs_reviews.then_some(reviews), needs_leases.then_some(leases), needs_nodes.then_some(nodes)]
 }
 
 /// The secret of stateless resets; `None` along with a fault.

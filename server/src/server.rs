@@ -19,6 +19,7 @@ use crate::{
     agents::{
         AgentContext, UnadmittedTable,
         admission::{Authenticator, ReviewPace},
+        identity::nodes::Nodes,
         listener::{AgentListener, ListenerError},
     },
     backends::{Backends, silence},
@@ -122,7 +123,8 @@ impl Server {
             }
             None => Authenticator::open(),
         };
-        let authenticator = authenticator.with_rule(config.agents.identity);
+        let nodes = files.nodes.map(Nodes::new);
+        let authenticator = authenticator.with_rules(config.agents.claims.clone(), nodes);
         let leases = config.leases.as_ref().zip(files.leases).map(|(leases, client)| {
             LeaseController::new(client, leases, &config.server_id, metrics.clone())
         });

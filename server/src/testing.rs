@@ -41,7 +41,7 @@ use crate::{
         identity::{Certificate, Claims, Identity},
     },
     backends::{Backend, Backends, Registration, Strategy},
-    config::{AgentIdentity, ExpireAgents, TokenConfig},
+    config::{AgentIdentity, ClaimRules, ExpireAgents, TokenConfig},
     metrics::ServerMetrics,
 };
 
@@ -251,8 +251,10 @@ impl TestAgent {
 
     fn with(backends: &Backends, hello: Hello, identity: Identity, pair: Pair) -> Self {
         let Pair { agent: tunnel, server, .. } = pair;
-        let (rule, agent_id) = (AgentIdentity::Any, hello.agent_id.clone());
-        let claims = Claims::new(identity.into(), rule, agent_id, &hello.identifiers).unwrap();
+        let rules = ClaimRules { identity: AgentIdentity::Any, allowed: Vec::new() };
+        let agent_id = hello.agent_id.clone();
+        let identifiers = &hello.identifiers;
+        let claims = Claims::new(identity.into(), &rules, None, agent_id, identifiers).unwrap();
         let backend = Arc::new(Backend::new(server, hello, claims, 10));
         let registration = backends.register(backend.clone()).unwrap();
         Self { tunnel, backend, registration }

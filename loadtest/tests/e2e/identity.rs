@@ -3,6 +3,7 @@
 use culvert_loadtest::{frontend::Protocol::Connect, process::Process, targets};
 use rstest::rstest;
 
+use super::tokens::Guarded;
 use crate::support::{
     LOG_AS_JSON,
     deployment::{
@@ -10,7 +11,9 @@ use crate::support::{
         Implementation::{self, Culvert, Konnectivity},
         can_run,
     },
-    echo, eventually, within,
+    echo, eventually,
+    kube_api::{ACCOUNT, AUDIENCE, jwt},
+    within,
 };
 
 /// Connections of an agent to targets since its start.
@@ -121,6 +124,33 @@ async fn an_agent_has_the_name_of_its_node_where_the_server_asks_for_it() {
         assert_eq!(deployment.ready_backends().await, 0.0);
         let _node = start(&deployment, Culvert, "node-1", "system:node:node-1", &[]).await;
         deployment.until_joined(1).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_has_the_addresses_of_its_node_and_the_routes_that_the_list_allows() {
+    within(async {
+        let flags = ["--agent-identity=node", "--agent-identity-allow=node-1=default-route"];
+        let guarded = Guarded::start_with(Culvert, &flags).await;
+        guarded.api.put_node("node-1", &["127.0.0.1"]);
+        guarded.api.put_node("node-2", &["127.0.0.2"]);
+        let not_proven = "identifier_not_proven";
+        for (node, expected) in [("node-1", 1.0), ("node-2", 4.0)] {
+            let token = jwt(&serde_json::json!({ "sub": node }));
+            guarded.api.accept_on_node(&token, ACCOUNT, AUDIENCE, node);
+            let file = guarded.deployment.certificates.folder().join(format!("{node}.token"));
+            std::fs::write(&file, &token).unwrap();
+            let flags = [
+                format!("--service-account-token-path={}", file.display()),
+                "--agent-identifiers=ipv4=127.0.0.1&default-route=true&cidr=10.0.0.0/8".into(),
+            ];
+            let agent = guarded.deployment.spawn_agent_without_certificate(Culvert, node, flags);
+            let agent = agent.await;
+            agent.until_ok("/readyz").await.unwrap();
+            let counted = async || conflicts(&guarded.deployment, not_proven).await == expected;
+            eventually("what is not proven is counted", counted).await;
+        }
     })
     .await;
 }

@@ -45,11 +45,16 @@ pub(crate) struct Guarded {
 
 impl Guarded {
     pub(crate) async fn start(implementation: Implementation) -> Self {
+        Self::start_with(implementation, &[]).await
+    }
+
+    /// The same with more flags.
+    pub(crate) async fn start_with(implementation: Implementation, more: &[&str]) -> Self {
         let mut deployment = Deployment::without_server(Protocol::Connect);
         let api = KubeApi::start(&deployment.certificates).await;
         let flags = api.token_flags();
-        let flags = flags.each_ref().map(String::as_str);
-        deployment.start_server(implementation, &flags).await;
+        let flags = flags.iter().map(String::as_str).chain(more.iter().copied());
+        deployment.start_server(implementation, &flags.collect::<Vec<_>>()).await;
         Self { deployment, api }
     }
 

@@ -42,6 +42,7 @@ pub(crate) const ACCOUNT: &str = "system:serviceaccount:kube-system:konnectivity
 /// Token in the file that the kubeconfig names, which every request has to show.
 const ASKER: &str = "the-asker";
 const REVIEWS: &str = "/apis/authentication.k8s.io/v1/tokenreviews";
+const NODES: &str = "/api/v1/nodes/";
 const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases";
 
 /// A kube-apiserver on loopback, stopped when dropped.
@@ -58,6 +59,8 @@ struct State {
     tokens: HashMap<String, Value>,
     /// The specs of all reviews.
     reviews: Vec<Value>,
+    /// The addresses of nodes, by name.
+    nodes: HashMap<String, Vec<String>>,
     /// Reason with which every request is refused.
     refusal: Option<String>,
     /// Delay of every answer.
@@ -117,6 +120,23 @@ impl KubeApi {
             "authenticated": true, "user": { "username": user }, "audiences": [audience],
         });
         self.state().tokens.insert(token.into(), status);
+    }
+
+    /// The same for a token that is bound to a pod on this node.
+    pub(crate) fn accept_on_node(&self, token: &str, user: &str, audience: &str, node: &str) {
+        let extra = json!({ "authentication.kubernetes.io/node-name": [node] });
+        let status = json!({
+            "authenticated": true,
+            "user": { "username": user, "extra": extra },
+            "audiences": [audience],
+        });
+        self.state().tokens.insert(token.into(), status);
+    }
+
+    /// Has a node with these addresses.
+    pub(crate) fn put_node(&self, name: &str, addresses: &[&str]) {
+        let addresses = addresses.iter().map(|address| (*address).to_owned()).collect();
+        self.state().nodes.insert(name.into(), addresses);
     }
 
     /// Delays every answer from now on.
@@ -229,6 +249,7 @@ async fn answer(
         }
         (&Method::GET, LEASES) => (StatusCode::OK, state.list(&query)),
         (&Method::POST, LEASES) => state.create(&body),
+        (&Method::GET, path) if path.starts_with(NODES) => state.node(&path[NODES.len()..]),
         (method, path) => match path.strip_prefix(LEASES).and_then(|rest| rest.strip_prefix('/')) {
             Some(name) => state.on_lease(method, name, &body),
             None => failure(StatusCode::NOT_FOUND, &format!("nothing at {path}")),
@@ -339,6 +360,19 @@ impl State {
 }
 
 impl State {
+    fn node(&self, name: &str) -> (StatusCode, Value) {
+        let Some(addresses) = self.nodes.get(name) else {
+            return failure(StatusCode::NOT_FOUND, &format!("nodes {name:?} not found"));
+        };
+        let address = |address| json!({ "type": "InternalIP", "address": address });
+        let addresses: Vec<_> = addresses.iter().map(address).collect();
+        let node = json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": { "name": name },
+            "status": { "addresses": addresses },
+        });
+        (StatusCode::OK, node)
+    }
+
     fn review(&mut self, body: &[u8]) -> Value {
         let mut review: Value = serde_json::from_slice(body).unwrap();
         let token = review["spec"]["token"].as_str().unwrap_or_default();

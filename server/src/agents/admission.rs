@@ -36,11 +36,14 @@ use self::{
     verdicts::Verdict,
 };
 use super::{
-    identity::{Certificate, ClaimFault, Claims as AgentClaims, Expiry, Identity, ServiceAccount},
+    identity::{
+        Certificate, ClaimFault, Claims as AgentClaims, Expiry, Identity, ServiceAccount,
+        nodes::{Addresses, Nodes},
+    },
     unadmitted::Source,
 };
 use crate::{
-    config::{AgentIdentity, TokenConfig},
+    config::{AgentIdentity, ClaimRules, TokenConfig},
     metrics::ServerMetrics,
 };
 
@@ -84,7 +87,9 @@ impl From<&KubernetesConfig> for ReviewPace {
 pub(crate) struct Authenticator {
     /// `None` where agents need no token.
     reviewer: Option<Reviewer>,
-    rule: AgentIdentity,
+    rules: Arc<ClaimRules>,
+    /// Addresses of nodes; `None` where no rule needs them.
+    nodes: Option<Nodes>,
 }
 
 /// What a peer shows to prove who it is.
@@ -96,6 +101,9 @@ pub(crate) struct Proof<'a> {
     pub(crate) token: Option<&'a Secret>,
     /// Its address.
     pub(crate) remote: IpAddr,
+    /// Whether it was admitted before, on the same tunnel: refusals that are remembered do not count
+    /// then.
+    pub(crate) is_admitted: bool,
 }
 
 /// Who an authenticated agent is. Only an [`Authenticator`] makes one.
@@ -103,7 +111,9 @@ pub(crate) struct Proof<'a> {
 pub(crate) struct Authenticated {
     identity: Arc<Identity>,
     token: Option<AcceptedToken>,
-    rule: AgentIdentity,
+    rules: Arc<ClaimRules>,
+    /// Addresses of the agent's node, once they were looked up.
+    addresses: Option<Addresses>,
 }
 
 impl Authenticated {
@@ -116,7 +126,8 @@ impl Authenticated {
         agent_id: AgentId,
         announced: &Identifiers,
     ) -> Result<AgentClaims, ClaimFault> {
-        AgentClaims::new(self.identity.clone(), self.rule, agent_id, announced)
+        let (identity, addresses) = (self.identity.clone(), self.addresses.as_ref());
+        AgentClaims::new(identity, &self.rules, addresses, agent_id, announced)
     }
 
     /// Who the agent is.
@@ -158,6 +169,9 @@ pub(crate) enum Refusal {
     /// kube-apiserver did not review the token.
     #[error("the token could not be reviewed: {0}")]
     NotReviewed(String),
+    /// The addresses of the agent's node could not be looked up.
+    #[error("the addresses of the agent's node could not be looked up: {0}")]
+    NodeUnknown(String),
     /// The token is invalid and stays so, or belongs to another account.
     #[error("the token was refused: {0}")]
     Invalid(String),
@@ -180,6 +194,7 @@ impl Refusal {
                 "unauthenticated"
             }
             Self::NotReviewed(_) => "token_not_reviewed",
+            Self::NodeUnknown(_) => "node_not_looked_up",
         }
     }
 
@@ -188,7 +203,9 @@ impl Refusal {
         let inner = match self {
             Self::NoToken => return "Authentication context was not found in metadata".into(),
             Self::NotAToken(reason) => return reason.clone(),
-            Self::NotReviewed(reason) => format!("Failed to authenticate request. err:{reason}"),
+            Self::NotReviewed(reason) | Self::NodeUnknown(reason) => {
+                format!("Failed to authenticate request. err:{reason}")
+            }
             Self::Invalid(reason) | Self::Refused(reason) => format!("lookup failed: {reason}"),
         };
         format!("Failed to validate authentication token, err:{inner}")
@@ -198,13 +215,37 @@ impl Refusal {
 impl Authenticator {
     /// Admits every agent: a certificate is all that it needs, if that.
     pub(crate) fn open() -> Self {
-        Self { reviewer: None, rule: AgentIdentity::Any }
+        Self { reviewer: None, rules: any(), nodes: None }
     }
 
-    /// Has the ids and identifiers of agents follow this rule.
+    /// Has the ids and identifiers of agents follow these rules, with the addresses of nodes where a
+    /// rule needs them.
     #[must_use]
-    pub(crate) fn with_rule(self, rule: AgentIdentity) -> Self {
-        Self { rule, ..self }
+    pub(crate) fn with_rules(self, rules: ClaimRules, nodes: Option<Nodes>) -> Self {
+        Self { rules: Arc::new(rules), nodes, ..self }
+    }
+
+    /// Looks up the addresses of the agent's node, if a rule needs them for what it announces.
+    ///
+    /// # Errors
+    /// When they cannot be looked up.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: the lookup is given up.
+    pub(crate) async fn look_up_node(
+        &self,
+        authenticated: &mut Authenticated,
+        announced: &Identifiers,
+    ) -> Result<(), Refusal> {
+        let identity = authenticated.identity.clone();
+        let announced = identity.undecided_addresses(announced);
+        if let (Some(nodes), Some(node)) = (&self.nodes, identity.node())
+            && !announced.is_empty()
+        {
+            let addresses = nodes.addresses(node, &announced).await;
+            authenticated.addresses = Some(addresses.map_err(Refusal::NodeUnknown)?);
+        }
+        Ok(())
     }
 
     /// Admits agents with a token of this account, which kube-apiserver reviews at this pace. Panics
@@ -220,7 +261,7 @@ impl Authenticator {
         let reviews = Reviews::new(client, expected, pace, metrics);
         let task = Mutex::new(Some(culvert_transport::task::owned(reviews.run(unseen))));
         let reviewer = Some(Reviewer { audience, requests, task });
-        Self { reviewer, rule: AgentIdentity::Any }
+        Self { reviewer, rules: any(), nodes: None }
     }
 
     /// The task that reviews tokens, to be supervised; `None` when agents need no token, or the
@@ -246,7 +287,8 @@ impl Authenticator {
             None => None,
             Some(reviewer) => {
                 let token = proof.token.ok_or(Refusal::NoToken)?;
-                Some(reviewer.check(token, Turn::Of(Source::of(proof.remote))).await?)
+                let turn = Turn::Of(Source::of(proof.remote));
+                Some(reviewer.check(token, turn, proof.is_admitted).await?)
             }
         };
         let certificate = proof.certificates.and_then(|chain| Certificate::of(chain.first()?));
@@ -255,7 +297,7 @@ impl Authenticator {
             let expiry = identity.expires(Instant::now());
             AcceptedToken { token: token.clone(), expiry }
         });
-        Ok(Authenticated { identity, token, rule: self.rule })
+        Ok(Authenticated { identity, token, rules: self.rules.clone(), addresses: None })
     }
 
     /// Has the token of a connected agent reviewed again. All of these together have the turns of
@@ -268,10 +310,15 @@ impl Authenticator {
     /// As [`admit`](Self::admit).
     pub(crate) async fn check_again(&self, token: &Secret) -> Result<(), Refusal> {
         match &self.reviewer {
-            Some(reviewer) => reviewer.check(token, Turn::Again).await.map(drop),
+            Some(reviewer) => reviewer.check(token, Turn::Again, true).await.map(drop),
             None => Ok(()),
         }
     }
+}
+
+/// The rules by which agents may have any id and identifiers.
+fn any() -> Arc<ClaimRules> {
+    Arc::new(ClaimRules { identity: AgentIdentity::Any, allowed: Vec::new() })
 }
 
 #[derive(Debug)]
@@ -282,12 +329,12 @@ struct Reviewer {
 }
 
 impl Reviewer {
-    async fn check(&self, token: &Secret, turn: Turn) -> Verdict {
+    async fn check(&self, token: &Secret, turn: Turn, is_admitted: bool) -> Verdict {
         let claims = Claims::of(token)?;
         claims.check(&self.audience, Timestamp::now())?;
         let (answer, verdict) = oneshot::channel();
         let digest = token_digest(token);
-        let request = Request { digest, token: token.clone(), claims, turn, answer };
+        let request = Request { digest, token: token.clone(), claims, turn, is_admitted, answer };
         let ended = || Refusal::NotReviewed("the server stops".into());
         self.requests.send(request).await.map_err(|_| ended())?;
         verdict.await.map_err(|_| ended())?

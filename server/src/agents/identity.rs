@@ -7,6 +7,7 @@
 
 mod certificate;
 mod claims;
+pub(crate) mod nodes;
 
 use std::{fmt, time::Duration};
 

@@ -25,7 +25,7 @@ use super::{
 use crate::backends::{Backend, RegisterError};
 
 /// Every reason for which an agent does not become a backend, as a metric label.
-pub(crate) const JOIN_FAILURE_REASONS: [&str; 15] = [
+pub(crate) const JOIN_FAILURE_REASONS: [&str; 16] = [
     "handshake",
     "not_tls",
     "closed",
@@ -38,6 +38,7 @@ pub(crate) const JOIN_FAILURE_REASONS: [&str; 15] = [
     "incompatible",
     "unauthenticated",
     "token_not_reviewed",
+    "node_not_looked_up",
     "id_not_proven",
     "id_held",
     "too_many_tunnels",
@@ -202,6 +203,7 @@ fn refused(refusal: &Refusal) -> &'static str {
             "no token, and this server asks for one: see the agent's --service-account-token-path"
         }
         Refusal::NotReviewed(_) => "the token could not be reviewed: see the server's log",
+        Refusal::NodeUnknown(_) => "the node could not be looked up: see the server's log",
         _ => "the token was refused: see the server's log",
     }
 }
@@ -319,10 +321,12 @@ async fn identify(
 ) -> Result<(Hello, Authenticated), JoinError> {
     let hello = attempt.within(read_hello(control)).await?;
     hello.extensions.require_known()?;
-    let authenticated = match authenticated {
+    let mut authenticated = match authenticated {
         Some(authenticated) => authenticated,
         None => admit(tunnel, &hello, attempt, context).await?,
     };
+    let looked_up = context.authenticator.look_up_node(&mut authenticated, &hello.identifiers);
+    attempt.within(async { Ok(looked_up.await?) }).await?;
     Ok((hello, authenticated))
 }
 
@@ -346,6 +350,7 @@ async fn admit(
         certificates: certificates.as_deref(),
         token: hello.token.as_ref(),
         remote: tunnel.remote_address().ip(),
+        is_admitted: false,
     };
     let admitted = async { Ok(context.authenticator.admit(proof).await?) };
     tokio::select! {

@@ -212,6 +212,7 @@ async fn admit(
             certificates: peer.certificates.as_deref(),
             token: token.as_ref(),
             remote: peer.address.ip(),
+            is_admitted: false,
         };
         context.authenticator.admit(proof).await
     };
@@ -232,7 +233,9 @@ fn public_message(refusal: &Refusal) -> String {
     ];
     const FAILED: &str = "Failed to validate authentication token, err:";
     match refusal {
-        Refusal::NotReviewed(_) => format!("{FAILED}Failed to authenticate request"),
+        Refusal::NotReviewed(_) | Refusal::NodeUnknown(_) => {
+            format!("{FAILED}Failed to authenticate request")
+        }
         Refusal::Invalid(reason) | Refusal::Refused(reason)
             if !FIXED.contains(&reason.as_str()) =>
         {

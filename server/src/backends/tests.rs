@@ -10,7 +10,7 @@ use culvert_transport::{Carrier, Settings, qmux::Peer, test_util::Pair};
 
 use super::*;
 use crate::agents::identity::ServiceAccount;
-use crate::config::AgentIdentity;
+use crate::config::{AgentIdentity, ClaimRules};
 use crate::testing::{TestAgent, hello, identity, pair, target};
 
 const WHILE: Duration = Duration::from_secs(1);
@@ -144,8 +144,9 @@ async fn every_tunnel_is_registered_once_for_as_long_as_its_registration_lives()
 /// The backend of an agent of this identity, which is not registered.
 async fn backend(by: &str, name: &str) -> Arc<Backend> {
     let hello = hello(name, &[]);
-    let (rule, agent_id) = (AgentIdentity::Any, hello.agent_id.clone());
-    let claims = Claims::new(identity(by).into(), rule, agent_id, &hello.identifiers).unwrap();
+    let rules = ClaimRules { identity: AgentIdentity::Any, allowed: Vec::new() };
+    let (identity, agent_id) = (Arc::new(identity(by)), hello.agent_id.clone());
+    let claims = Claims::new(identity, &rules, None, agent_id, &hello.identifiers).unwrap();
     Arc::new(Backend::new(pair().await.server, hello, claims, 10))
 }
 

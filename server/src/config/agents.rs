@@ -14,7 +14,11 @@ use culvert_process::{
 };
 use culvert_transport::tls::certificates;
 
-use super::{Flags, Strategy, flags::DEFAULT_CHANNEL_SIZE};
+use super::{
+    Flags, Strategy,
+    claims::{self, ClaimRules},
+    flags::DEFAULT_CHANNEL_SIZE,
+};
 
 /// Time for an agent to answer a dial when no flag says otherwise. Konnectivity waits for ever, and
 /// dials to an agent that hangs accumulate.
@@ -35,7 +39,7 @@ pub struct AgentsConfig {
     /// Service account that an agent's token must belong to; `None` asks for no token.
     pub token: Option<TokenConfig>,
     /// What an agent's id and identifiers must be.
-    pub identity: AgentIdentity,
+    pub claims: ClaimRules,
     /// Which agents lose their tunnel when their proof of identity has expired.
     pub expire: ExpireAgents,
     /// Mean time between two reviews of the token of an agent that is connected; `None` for no
@@ -116,6 +120,7 @@ pub(super) fn check(
     let token = token(flags, faults);
     authentication(flags, client_ca.is_some(), token.is_some(), faults);
     let identity = identity(flags, client_ca.is_some(), token.is_some(), faults);
+    let claims = claims::check(flags, identity, faults);
     let expire = expire(flags, faults);
     let recheck_interval = recheck_interval(flags, faults);
     let max_tunnels = faults.count("max-agent-tunnels", flags.max_agent_tunnels, 1);
@@ -136,7 +141,7 @@ pub(super) fn check(
         certificate: certificate?,
         client_ca,
         token,
-        identity,
+        claims,
         expire,
         recheck_interval,
         max_tunnels,

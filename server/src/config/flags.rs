@@ -164,6 +164,12 @@ pub struct Flags {
     #[arg(long, help_heading = "Agents", value_name = "RULE", default_value = "any")]
     pub agent_identity: String,
 
+    /// Default routes and networks that agents may announce with --agent-identity=node or certificate:
+    /// AGENT=default-route or AGENT=NETWORK/BITS, separated by commas; * is every agent. Networks
+    /// within the network are allowed too. May be repeated
+    #[arg(long, help_heading = "Agents", value_name = "LIST")]
+    pub agent_identity_allow: Vec<String>,
+
     /// Which agents lose their tunnel when their certificate or token has expired: renewing (those
     /// that can renew it while they are connected, as Culvert's agents do), all, none
     #[arg(long, help_heading = "Agents", value_name = "WHICH", default_value = "renewing")]

@@ -159,7 +159,7 @@ fn agents_without_authentication_are_reported_and_authentication_takes_precedenc
 #[test]
 fn a_rule_for_ids_needs_a_proof_of_what_it_asks_for() {
     let files = Files::new();
-    let rule = |args: &[&str]| files.config(args).map(|config| config.agents.identity);
+    let rule = |args: &[&str]| files.config(args).map(|config| config.agents.claims.identity);
     let open = "--insecure-allow-unauthenticated-agents";
     assert_eq!(rule(&[]).unwrap(), AgentIdentity::Any);
     let by_node = "--agent-identity=node";
@@ -168,11 +168,13 @@ fn a_rule_for_ids_needs_a_proof_of_what_it_asks_for() {
     assert_eq!(rule(&[by_certificate]).unwrap(), AgentIdentity::Certificate);
     let by_token = [&KAMAJI[..], &[by_node]].concat();
     let config = files.config_as("/proxy-server", &by_token).unwrap();
-    assert_eq!(config.agents.identity, AgentIdentity::Node);
+    assert_eq!(config.agents.claims.identity, AgentIdentity::Node);
     for (args, fault) in [
         (vec!["--cluster-ca-cert=", open, by_node], "--agent-identity: node needs"),
         (vec!["--cluster-ca-cert=", open, by_certificate], "--agent-identity: certificate needs"),
         (vec!["--agent-identity=x"], "--agent-identity: \"x\" is unknown; use any, node or"),
+        (vec!["--agent-identity-allow=a=b"], "--agent-identity-allow: \"a=b\" is not AGENT="),
+        (vec!["--agent-identity-allow=*=default-route,x"], "--agent-identity-allow: \"x\" is not"),
         (vec!["--max-agent-tunnels=0"], "--max-agent-tunnels"),
     ] {
         let text = rule(&args).unwrap_err();

@@ -54,6 +54,8 @@ pub(super) struct Request {
     pub(super) claims: Claims,
     /// Whose turn it is, if the issuer of the token is known.
     pub(super) turn: Turn,
+    /// Whether refusals that are remembered do not count.
+    pub(super) is_admitted: bool,
     /// For the verdict; closed when the agent has left.
     pub(super) answer: oneshot::Sender<Verdict>,
 }
@@ -136,9 +138,10 @@ impl Reviews {
     }
 
     fn enter(&mut self, request: Request) {
-        let Request { digest, token, claims, turn, answer } = request;
+        let Request { digest, token, claims, turn, is_admitted, answer } = request;
         let now = Instant::now();
-        if let Some(verdict) = self.verdicts.get(&digest, now) {
+        let verdict = self.verdicts.get(&digest, now);
+        if let Some(verdict) = verdict.filter(|verdict| verdict.is_ok() || !is_admitted) {
             let _ = answer.send(verdict);
         } else if let Some(answers) = self.begun.get_mut(&digest) {
             add(answers, answer);

@@ -23,7 +23,8 @@ use crate::testing::{
 };
 
 const MOMENT: Duration = Duration::from_millis(1);
-const NOTHING: Proof<'_> = Proof { certificates: None, token: None, remote: REMOTE };
+const NOTHING: Proof<'_> =
+    Proof { certificates: None, token: None, remote: REMOTE, is_admitted: false };
 
 /// The proof with this token.
 fn by(token: &Secret) -> Proof<'_> {

@@ -10,8 +10,8 @@ use culvert_wire::{
     identifiers::{Identifier, Identifiers},
 };
 
-use super::Identity;
-use crate::config::AgentIdentity;
+use super::{Identity, nodes::Addresses};
+use crate::config::{AgentIdentity, ClaimRules};
 
 /// Why an agent may not have what it claims.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -60,24 +60,44 @@ pub(crate) struct Claims {
 }
 
 impl Claims {
-    /// What an agent of this identity may say about itself by this rule.
+    /// What an agent of this identity may say about itself by these rules. `addresses` are those of
+    /// its node.
     ///
     /// # Errors
     /// When it may not have the id.
     pub(crate) fn new(
         identity: Arc<Identity>,
-        rule: AgentIdentity,
+        rules: &ClaimRules,
+        addresses: Option<&Addresses>,
         agent_id: AgentId,
         announced: &Identifiers,
     ) -> Result<Self, ClaimFault> {
-        let names = identity.names(rule);
+        let names = identity.names(rules.identity);
         let (identifiers, not_proven) = match &names {
             None => (announced.clone(), Vec::new()),
             Some(names) => {
                 if !names.contains(&agent_id.as_str()) {
                     return Err(ClaimFault::IdNotProven);
                 }
-                let is_proven = |identifier: &Identifier| identity.proves(names, identifier);
+                let is_proven = |identifier: &Identifier| {
+                    let value = identifier.value.as_str();
+                    match identifier.key.as_str() {
+                        "host" => names.contains(&value),
+                        // An address of the other family, or a name, which a dial would find like
+                        // a host name, is proven by nothing.
+                        "ipv4" => value.parse().is_ok_and(|address: Ipv4Addr| {
+                            identity.may_have(address.into(), rules.identity, addresses)
+                        }),
+                        "ipv6" => value.parse().is_ok_and(|address: Ipv6Addr| {
+                            identity.may_have(address.into(), rules.identity, addresses)
+                        }),
+                        "default-route" => rules.allow_default_route(&agent_id),
+                        "cidr" => value
+                            .parse()
+                            .is_ok_and(|network| rules.allow_network(&agent_id, network)),
+                        _ => true,
+                    }
+                };
                 let (proven, not_proven): (Vec<_>, Vec<_>) =
                     announced.iter().cloned().partition(is_proven);
                 (proven.try_into().expect("no more than were announced"), not_proven)
@@ -88,23 +108,28 @@ impl Claims {
 }
 
 impl Identity {
-    /// Whether an agent with these names may have the identifier. Addresses are proven by a
-    /// certificate that names addresses; others say nothing about them. A name under the key of an
-    /// address is proven by nothing: a dial would find it like a host name.
-    fn proves(&self, names: &[&str], identifier: &Identifier) -> bool {
-        let value = identifier.value.as_str();
-        match identifier.key.as_str() {
-            "host" => names.contains(&value),
-            "ipv4" => value.parse::<Ipv4Addr>().is_ok_and(|address| self.may_have(address.into())),
-            "ipv6" => value.parse::<Ipv6Addr>().is_ok_and(|address| self.may_have(address.into())),
-            _ => true,
+    /// Whether an agent of this identity may have the address. A certificate that names addresses
+    /// says which; otherwise, by the rule of the node, the node's addresses do.
+    fn may_have(&self, address: IpAddr, rule: AgentIdentity, of_node: Option<&Addresses>) -> bool {
+        let named = self.certificate.as_ref().map(|certificate| &certificate.addresses);
+        match named.filter(|addresses| !addresses.is_empty()) {
+            Some(named) => named.contains(&address),
+            None if rule == AgentIdentity::Node => {
+                of_node.is_some_and(|addresses| addresses.contains(&address))
+            }
+            None => true,
         }
     }
 
-    fn may_have(&self, address: IpAddr) -> bool {
+    /// The addresses among the identifiers that a lookup of the node decides on.
+    pub(crate) fn undecided_addresses(&self, announced: &Identifiers) -> Vec<IpAddr> {
         let named = self.certificate.as_ref().map(|certificate| &certificate.addresses);
-        let named = named.filter(|addresses| !addresses.is_empty());
-        named.is_none_or(|addresses| addresses.contains(&address))
+        if named.is_some_and(|addresses| !addresses.is_empty()) {
+            return Vec::new();
+        }
+        let is_address = |key: &str| matches!(key, "ipv4" | "ipv6");
+        let addresses = announced.iter().filter(|identifier| is_address(identifier.key.as_str()));
+        addresses.filter_map(|identifier| identifier.value.as_str().parse().ok()).collect()
     }
 }
 
@@ -147,10 +172,22 @@ mod tests {
         rule: AgentIdentity,
         name: &str,
     ) -> Result<Vec<String>, ClaimFault> {
+        let allowed = ["*=default-route", "*=10.0.0.0/7"].map(|entry| entry.parse().unwrap());
+        let node: Addresses = ["10.0.0.1", "fd00::2"].map(|text| text.parse().unwrap()).into();
+        granted_by(identity, &ClaimRules { identity: rule, allowed: allowed.into() }, &node, name)
+    }
+
+    fn granted_by(
+        identity: Identity,
+        rules: &ClaimRules,
+        node: &Addresses,
+        name: &str,
+    ) -> Result<Vec<String>, ClaimFault> {
         let announced: Vec<_> =
             ANNOUNCED.iter().map(|(key, value)| Identifier::new(key, value).unwrap()).collect();
         let announced = Identifiers::try_from(announced).unwrap();
-        let claims = Claims::new(Arc::new(identity), rule, name.parse().unwrap(), &announced)?;
+        let (identity, node) = (Arc::new(identity), Some(node));
+        let claims = Claims::new(identity, rules, node, name.parse().unwrap(), &announced)?;
         assert_eq!(claims.identifiers.len() + claims.not_proven.len(), ANNOUNCED.len());
         Ok(claims.identifiers.iter().map(|identifier| identifier.value.to_string()).collect())
     }
@@ -178,6 +215,22 @@ mod tests {
         for identity in [on_node(None), Identity::default()] {
             assert_eq!(granted(identity, rule, "node-1"), Err(ClaimFault::IdNotProven));
         }
+    }
+
+    #[test]
+    fn by_its_node_an_agent_has_the_addresses_of_the_node_and_what_the_list_allows() {
+        let granted = |allowed: &[&str], addresses: &[&str]| {
+            let allowed = allowed.iter().map(|entry| entry.parse().unwrap()).collect();
+            let rules = ClaimRules { identity: AgentIdentity::Node, allowed };
+            let addresses = addresses.iter().map(|address| address.parse().unwrap()).collect();
+            granted_by(on_node(Some("node-1")), &rules, &addresses, "node-1").unwrap()
+        };
+        assert_eq!(granted(&[], &[]), ["node-1"]);
+        assert_eq!(granted(&[], &["10.0.0.1", "10.0.0.9"]), ["node-1", "10.0.0.1"]);
+        assert_eq!(granted(&["node-1=default-route"], &[]), ["node-1", "true"]);
+        assert_eq!(granted(&["node-2=default-route", "*=10.0.0.0/9"], &[]), ["node-1"]);
+        assert_eq!(granted(&["node-1=10.0.0.0/8"], &[]), ["node-1", "10.0.0.0/8"]);
+        assert_eq!(granted(&["*=fd00::/8", "*=10.0.0.0/7"], &[]), ["node-1", "10.0.0.0/8"]);
     }
 
     #[test]

@@ -36,9 +36,9 @@ pub(super) const MIN_REVIEW_INTERVAL: Duration = Duration::from_secs(10);
 /// Mean time to the next review of a token that was not reviewed.
 const RETRY_INTERVAL: Duration = Duration::from_secs(20);
 /// Mean time to the next review of a token that was refused once; twice as long after each further
-/// time, up to a minute.
+/// time, up to half a minute: within the grace of a proof that has expired it is tried once more.
 const REFUSED_INTERVAL: Duration = Duration::from_secs(10);
-const MAX_REFUSED_INTERVAL: Duration = Duration::from_secs(60);
+const MAX_REFUSED_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Minimum time between two log lines about one agent's tokens.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
@@ -160,7 +160,8 @@ impl<'a> ProofKeeper<'a> {
                 let certificates = tunnel.peer_certificates();
                 let remote = tunnel.remote_address().ip();
                 let certificates = certificates.as_deref();
-                let proof = Proof { certificates, token: Some(&new.token), remote };
+                let token = Some(&new.token);
+                let proof = Proof { certificates, token, remote, is_admitted: true };
                 let result = authenticator.admit(proof).await;
                 Reviewed::New(new, result)
             }));

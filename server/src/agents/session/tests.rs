@@ -17,7 +17,7 @@ use super::{super::unadmitted::JOIN_TIMEOUT, *};
 use crate::{
     agents::admission::Authenticator,
     backends::{Backends, Strategy},
-    config::AgentIdentity,
+    config::{AgentIdentity, ClaimRules},
     testing::{
         TestAgent, accepted, authenticator, context, context_with, context_with_room_for, hello,
         identity, metric, pair, token,
@@ -389,7 +389,8 @@ async fn a_server_that_stops_says_goodbye_and_closes_the_tunnel() {
 
 #[tokio::test(start_paused = true)]
 async fn an_agent_whose_id_is_not_proven_is_refused() {
-    let by_node = Authenticator::open().with_rule(AgentIdentity::Node);
+    let rules = ClaimRules { identity: AgentIdentity::Node, allowed: Vec::new() };
+    let by_node = Authenticator::open().with_rules(rules, None);
     let served = Served::new(context_with(by_node)).await;
     let mut control = ControlStream::new(served.tunnel.clone(), served.open().await);
     control.send(&ControlMessage::Hello(Box::new(hello("a", &[])))).await.unwrap();
