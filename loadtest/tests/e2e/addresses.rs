@@ -1,21 +1,19 @@
 //! A name of the servers with several addresses, of which one does not answer.
 
 use std::{
-    io::Write as _,
     net::{SocketAddr, TcpListener, UdpSocket},
-    path::Path,
     thread,
     time::Duration,
 };
 
 use culvert_loadtest::frontend::FrontendKind;
-use nix::{
-    mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
-};
 use tokio::{runtime::Builder, time::Instant};
 
-use crate::support::{Carrier, network::has_namespaces, rig, within};
+use crate::support::{
+    Carrier,
+    network::{has_namespaces, replace_file},
+    rig, within,
+};
 
 /// A name that has the addresses of the hosts file alone.
 const NAME: &str = "servers.culvert.test";
@@ -44,17 +42,6 @@ impl DeadAddress {
     }
 }
 
-/// Gives this thread, and those that it starts, a hosts file of their own.
-fn use_hosts(lines: &str) {
-    unshare(CloneFlags::CLONE_NEWNS).unwrap();
-    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-    mount(None::<&Path>, "/", None::<&Path>, private, None::<&Path>).unwrap();
-    let mut hosts = tempfile::NamedTempFile::new().unwrap();
-    hosts.write_all(lines.as_bytes()).unwrap();
-    let bind = MsFlags::MS_BIND;
-    mount(Some(hosts.path()), "/etc/hosts", None::<&Path>, bind, None::<&Path>).unwrap();
-}
-
 async fn agents_join_beside_a_dead_address() {
     let mut rig = rig(FrontendKind::ConnectUnix, Carrier::Quic).agents(0).start().await.unwrap();
     let dead = DeadAddress::new(SocketAddr::from(([127, 0, 0, 2], rig.server.tunnel.port())));
@@ -79,7 +66,8 @@ fn an_agent_joins_soon_although_an_address_of_the_servers_is_dead() {
         return;
     }
     let with_hosts = || {
-        use_hosts(&format!("127.0.0.2 {NAME}\n127.0.0.1 {NAME}\n"));
+        let hosts = format!("127.0.0.2 {NAME}\n127.0.0.1 {NAME}\n");
+        replace_file("/etc/hosts", &hosts).unwrap();
         let runtime = Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(within(agents_join_beside_a_dead_address()));
     };

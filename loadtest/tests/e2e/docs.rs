@@ -210,7 +210,6 @@ async fn every_counter_with_documented_labels_exists_from_the_start() {
         ("culvert_server_lease_renewals_total", "result"),
         ("culvert_agent_connect_attempts_total", "result"),
         ("culvert_agent_dial_failures_total", "kind"),
-        ("konnectivity_network_proxy_agent_endpoint_dial_failure_total", "reason"),
     ] {
         let words = words_of_row(&operations, metric);
         expected.extend(words.into_iter().map(|word| (metric, label, word)));

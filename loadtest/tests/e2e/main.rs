@@ -18,6 +18,7 @@ mod identity;
 mod interop;
 mod keepalive;
 mod konnectivity_agent;
+mod konnectivity_suite;
 mod leases;
 mod limits;
 mod logging;

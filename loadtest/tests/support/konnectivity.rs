@@ -1,6 +1,9 @@
 //! Konnectivity's programs and kube-apiserver's client library, built by Go.
 
-use std::path::Path;
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use culvert_loadtest::{konnectivity_client::KonnectivityClient, peer::konnectivity::Programs};
 use tokio::sync::OnceCell;
@@ -32,4 +35,20 @@ async fn build() -> Konnectivity {
         panic!("Go is not installed; {WITHOUT_GO}=1 skips the tests that need it")
     };
     Konnectivity { programs, client }
+}
+
+/// Konnectivity's integration tests as one program; `None` when the tests that need Go are skipped.
+/// The first time takes minutes.
+pub(crate) async fn suite() -> Option<PathBuf> {
+    konnectivity().await?;
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("konnectivity-suite");
+    let built = Command::new("go")
+        .args(["test", "-c", "-o"])
+        .arg(&program)
+        .arg("sigs.k8s.io/apiserver-network-proxy/tests")
+        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("konnectivity"))
+        .output()
+        .unwrap();
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    Some(program)
 }

@@ -1,6 +1,12 @@
 //! Network namespaces, which a process may not make everywhere.
 
+use std::{io::Write as _, path::Path};
+
 use culvert_loadtest::link::{Host, Link, LinkError, LinkSettings};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
 
 /// Skips the tests that need network namespaces.
 const WITHOUT_NETNS: &str = "CULVERT_WITHOUT_NETNS";
@@ -32,4 +38,16 @@ fn unless_skipped<T>(make: impl FnOnce() -> Result<T, LinkError>) -> Option<T> {
         ),
         Err(error) => panic!("{error}"),
     }
+}
+
+/// Gives this thread, and the threads and processes that it starts, a file of their own in place of
+/// one of the system's.
+pub(crate) fn replace_file(path: &str, contents: &str) -> std::io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&Path>, "/", None::<&Path>, private, None::<&Path>)?;
+    let mut file = tempfile::NamedTempFile::new()?;
+    file.write_all(contents.as_bytes())?;
+    mount(Some(file.path()), path, None::<&Path>, MsFlags::MS_BIND, None::<&Path>)?;
+    Ok(())
 }

@@ -279,8 +279,7 @@ impl Dialer {
                     self.metrics.backend_ejected();
                     warn!(
                         agent_id = %backend.agent_id(), seconds = time.as_secs(),
-                        "dials through this agent time out while those through others do not; \
-                         it gets none for a while where another agent will do"
+                        "dials through an agent time out while those through others do not"
                     );
                 }
             }

@@ -1,0 +1,70 @@
+//! Konnectivity's integration tests, which take the program of the agent as a flag: its own server
+//! and client library against Culvert's agent.
+
+use std::{
+    fs, io,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use tokio::task::spawn_blocking;
+use tun_rs::DeviceBuilder;
+
+use crate::support::{
+    konnectivity::suite,
+    network::{namespace, replace_file},
+};
+
+/// Number of tests in the pinned version.
+const TESTS: usize = 26;
+/// Time for all of them, as a flag of Go's test programs. One waits for a minute.
+const TIME_OUT: &str = "-test.timeout=5m";
+
+/// A program that starts the agent with these flags before those of the test.
+fn agent(folder: &Path) -> io::Result<PathBuf> {
+    let program = folder.join("proxy-agent");
+    // One test dials the unspecified address, which the egress policy denies by default.
+    let script = format!(
+        "#!/bin/sh\nexec {} agent --egress-exempt=:: \"$@\"\n",
+        env!("CARGO_BIN_EXE_culvert-loadtest")
+    );
+    fs::write(&program, script)?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    Ok(program)
+}
+
+/// The lines of the log by which Go's test programs report results.
+fn results(output: &Output) -> String {
+    let log = String::from_utf8_lossy(&output.stdout);
+    let lines = log.lines().filter(|line| {
+        let line = line.trim_start();
+        line.starts_with("---") || line.contains("_test.go:") || line.starts_with("panic:")
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn konnectivitys_integration_tests_pass_with_the_agent() {
+    let (Some(suite), Some(host)) = (suite().await, namespace()) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let agent = agent(folder.path()).unwrap();
+    let working_directory = folder.path().to_owned();
+    let run = move || {
+        host.run(|| {
+            // Without a network, a name that does not exist would be one that cannot be looked up.
+            replace_file("/etc/nsswitch.conf", "hosts: files\n")?;
+            // Tests dial an address of this network, from which nothing comes back.
+            let _nowhere = DeviceBuilder::new().ipv4("198.18.0.1", 15, None).build_sync()?;
+            Command::new(suite)
+                .args(["-test.v", TIME_OUT])
+                .arg(format!("-agent-path={}", agent.display()))
+                .current_dir(working_directory)
+                .output()
+        })
+    };
+    let output = spawn_blocking(run).await.unwrap().unwrap();
+    let results = results(&output);
+    let passed = results.lines().filter(|line| line.starts_with("--- PASS")).count();
+    assert!(output.status.success() && passed == TESTS, "{passed} of {TESTS} passed:\n{results}");
+}
