@@ -12,16 +12,26 @@ use culvert_transport::{
     Unreachable, WriteError,
     control::{ControlError, ControlStream, Event},
     quic::{Listener, connect},
-    tls::{KeyExchange, tunnel_client, tunnel_server},
+    tcp,
+    tls::{self, KeyExchange, ServerCredentials, Tls12, tunnel_client, tunnel_server},
 };
 use culvert_wire::{
     CloseCode, StreamCode,
     bounded::PeerText,
     control::{ControlMessage, Drain, Ping},
     frame::{self, FrameError},
+    version::ALPN,
 };
 
-use tokio::{net::UdpSocket, task::JoinSet};
+use rustls::{
+    ClientConfig,
+    version::{TLS12, TLS13},
+};
+use tokio::{
+    net::{TcpListener, TcpStream, UdpSocket},
+    task::JoinSet,
+};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use carriers::{Authority, Pair, on_each_carrier, within};
 
@@ -472,6 +482,35 @@ async fn a_peer_that_is_not_admitted_sends_no_more_than_a_small_window() {
         }
         assert_eq!(read, LEN);
         writing.await.unwrap();
+    })
+    .await;
+}
+
+/// TLS 1.2 is for Konnectivity agents alone.
+#[tokio::test]
+async fn no_tunnel_begins_over_tls_1_2() {
+    within(async {
+        let (authority, kx) = (Authority::new(), KeyExchange::Classic);
+        let credentials = ServerCredentials::fixed(&authority.identity(), None, kx).unwrap();
+        let mut server = tls::server(credentials, kx, &Tls12::AnySuite).unwrap();
+        server.alpn_protocols = vec![ALPN.to_vec()];
+        let acceptor = TlsAcceptor::from(Arc::new(server));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        for (version, is_tunnel) in [(&TLS12, false), (&TLS13, true)] {
+            let client = ClientConfig::builder_with_provider(kx.provider());
+            let client = client.with_protocol_versions(&[version]).unwrap();
+            let mut client = client.with_root_certificates(authority.roots()).with_no_client_auth();
+            client.alpn_protocols = vec![ALPN.to_vec()];
+            let socket = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let name = "127.0.0.1".try_into().unwrap();
+            let connect = TlsConnector::from(Arc::new(client)).connect(name, socket);
+            let accept = async { acceptor.accept(listener.accept().await.unwrap().0).await };
+            let (stream, client) = tokio::join!(accept, connect);
+            let (stream, _client) = (stream.unwrap(), client.unwrap());
+            let accepted = |carrier| tcp::accepted(&stream, carrier, &Settings::default());
+            assert_eq!(accepted(Carrier::Tcp).is_ok(), is_tunnel);
+            assert!(accepted(Carrier::Grpc).is_ok());
+        }
     })
     .await;
 }
