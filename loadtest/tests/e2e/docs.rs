@@ -127,10 +127,21 @@ fn the_first_cell_of_a_row_names_its_metrics() {
     assert_eq!(documented(table), expected.map(str::to_owned).into());
 }
 
-/// A source without its comments, whose examples are no events.
+/// A source without its comments, whose examples are no events, and with each literal in one line.
 fn uncommented(source: &str) -> String {
     let lines = source.lines().filter(|line| !line.trim_start().starts_with("//"));
-    lines.flat_map(|line| [line, "\n"]).collect()
+    let mut text = String::new();
+    for line in lines {
+        match text.strip_suffix("\\\n").map(str::len) {
+            Some(length) => {
+                text.truncate(length);
+                text.push_str(line.trim_start());
+            }
+            None => text.push_str(line),
+        }
+        text.push('\n');
+    }
+    text
 }
 
 /// The arguments of every call of an event's macro in a source.
