@@ -1,6 +1,6 @@
 //! What Konnectivity's manifests may have and Culvert must take: each test runs with both.
 
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 
 use culvert_konnectivity::ALPN_H2;
 use culvert_loadtest::{frontend::Protocol::Connect, targets};
@@ -9,7 +9,11 @@ use culvert_wire::version::ALPN;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 use rstest::rstest;
 use rustls::{ClientConfig, ProtocolVersion, SupportedProtocolVersion, version};
-use tokio::net::TcpStream;
+use tokio::{
+    io::copy_bidirectional,
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::support::{
@@ -152,6 +156,93 @@ async fn a_cipher_suite_that_is_not_listed_is_not_used() {
         // The certificates are of ECDSA.
         connect(&deployment, &[&version::TLS12], ALPN_H2).await.unwrap_err();
         connect(&deployment, &[&version::TLS13], ALPN_H2).await.unwrap();
+    })
+    .await;
+}
+
+/// Go's strict FIPS mode refuses key exchanges and suites that are not approved.
+#[rstest]
+#[case::agent(Konnectivity, Culvert)]
+#[case::server(Culvert, Konnectivity)]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_konnectivity_process_in_fips_mode_finds_a_key_exchange(
+    #[case] agent: Implementation,
+    #[case] server: Implementation,
+) {
+    if !can_run(&[Konnectivity]).await {
+        return;
+    }
+    let fips = ["env".to_owned(), "GODEBUG=fips140=only".to_owned()];
+    let under = |implementation| match implementation {
+        Konnectivity => &fips[..],
+        Culvert => &[],
+    };
+    within(async {
+        let mut deployment = Deployment::without_server(Connect);
+        deployment.start_server_under(under(server), server, &[]).await;
+        let _agent = deployment.spawn_agent_under(under(agent), agent, "agent", true, []).await;
+        deployment.until_joined(1).await;
+    })
+    .await;
+}
+
+/// What a firewall does with a ClientHello that does not fit its first packet.
+#[derive(Clone, Copy, Debug)]
+enum Large {
+    Reset,
+    Drop,
+}
+
+/// Forwards connections whose ClientHello fits a packet to `to`; the port, and the task's owner.
+async fn firewall(to: SocketAddr, large: Large) -> (u16, JoinSet<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let mut connections = JoinSet::new();
+        loop {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            connections.spawn(async move {
+                let mut head = [0; 5];
+                while socket.peek(&mut head).await.unwrap() < head.len() {
+                    tokio::task::yield_now().await;
+                }
+                let length = head.len() + usize::from(u16::from_be_bytes([head[3], head[4]]));
+                match large {
+                    _ if length <= 1400 => {
+                        let mut server = TcpStream::connect(to).await.unwrap();
+                        let _ = copy_bidirectional(&mut socket, &mut server).await;
+                    }
+                    // Closed with bytes unread.
+                    Large::Reset => drop(socket),
+                    Large::Drop => {
+                        let _ = socket.readable().await;
+                        std::future::pending::<()>().await;
+                    }
+                }
+            });
+        }
+    });
+    (port, tasks)
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_joins_through_a_firewall_that_decides_on_the_first_packet(
+    #[values(Large::Reset, Large::Drop)] large: Large,
+    #[values(Culvert, Konnectivity)] server: Implementation,
+) {
+    if !can_run(&[server]).await {
+        return;
+    }
+    within(async {
+        let deployment = Deployment::start(server, Connect, &[]).await;
+        let (port, _firewall) = firewall(deployment.tunnel(), large).await;
+        let port = format!("--proxy-server-port={port}");
+        let agent = deployment.start_agent(Culvert, "agent", &["--transport=tcp", &port]).await;
+        deployment.until_joined(1).await;
+        let warning = "a handshake succeeds only with a classical key exchange";
+        assert!(agent.log().contains(warning));
     })
     .await;
 }

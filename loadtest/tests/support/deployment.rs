@@ -146,7 +146,7 @@ impl Deployment {
         self.start_server_under(&[], implementation, more).await;
     }
 
-    /// The same, by the command `tracer` where it is one of Culvert.
+    /// The same, by the command `tracer`.
     pub(crate) async fn start_server_under(
         &mut self,
         tracer: &[String],
@@ -221,7 +221,7 @@ impl Deployment {
         self.spawn_agent_under(&[], implementation, name, shows_certificate, more).await
     }
 
-    /// The same, by the command `tracer` where it is one of Culvert.
+    /// The same, by the command `tracer`.
     pub(crate) async fn spawn_agent_under(
         &self,
         tracer: &[String],
@@ -258,7 +258,10 @@ impl Deployment {
         }
         let programs = &konnectivity().await.expect("can_run was true").programs;
         let program = if side == "server" { &programs.server } else { &programs.agent };
-        let (program, args, namespace) = (program.clone(), args.collect(), None);
+        let program = program.display().to_string();
+        let mut command = tracer.iter().cloned().chain([program]).chain(args);
+        let program = command.next().expect("the program is there").into();
+        let (args, namespace) = (command.collect(), None);
         Process::start(Launch { program, args, log, health_port, namespace }).unwrap()
     }
 
