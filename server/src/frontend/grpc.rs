@@ -29,12 +29,16 @@ use service::ProxyService;
 /// Sends the packets of a `Proxy` stream to the frontend. An error ends the stream.
 type Outbound = mpsc::Sender<Result<Packet, Status>>;
 
-/// Maximum number of bytes that a `Proxy` stream may be ahead of its target: enough for a fast
-/// upload.
-const STREAM_WINDOW: u32 = 2 * 1024 * 1024;
+/// Maximum number of bytes that a `Proxy` stream may be ahead of its target. They wait in the HTTP/2
+/// library and are not counted, so they are few. Not fewer, because what a frontend has written and
+/// the window holds back is lost when its target ends first. Mostly kube-apiserver has
+/// a connection for each stream.
+const STREAM_WINDOW: u32 = 512 * 1024;
+/// Maximum number of bytes that wait in the HTTP/2 library for a `Proxy` stream's frontend.
+const SEND_BUFFER: usize = 64 * 1024;
 /// Maximum number of bytes that all `Proxy` streams of a connection may be ahead of their targets.
 /// The HTTP/2 library ends connections whose unread small frames add up to half of it.
-const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
+const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
 /// Maximum number of open `Proxy` streams of one connection; grpc-go's own server has no limit.
 const MAX_STREAMS: u32 = 10_000;
 
@@ -48,6 +52,7 @@ where
     http.timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_send_buf_size(SEND_BUFFER)
         .max_concurrent_streams(MAX_STREAMS);
     if !context.keep_alive_interval.is_zero() {
         http.keep_alive_interval(context.keep_alive_interval);
