@@ -23,13 +23,17 @@ use crate::{
     victim::{MIB, Proof::Certificate, Victim},
 };
 
-/// Memory of a stream that holds nothing: tasks, sockets, their buffers, quinn's own.
-const STREAM: u64 = 64 << 10;
+/// Memory of a stream that holds nothing, at most: tasks, sockets, what quinn has for it. About
+/// half of it is measured.
+const STREAM: u64 = 24 << 10;
+/// Packets that are on the way between quinn's endpoint and the connection's task, at most: a busy
+/// machine lets more of them wait.
+const PACKETS: u64 = 16 * MIB;
 
 /// The cost of the attack stays within the limit and 5 %, and each stream's own.
 fn assert_bounded(victim: &mut Victim, limit: u64, streams: u64, held: f64) {
     let peak = victim.cost().peak_memory;
-    let bound = limit * MIB / 100 * 105 + streams * STREAM;
+    let bound = limit * MIB / 100 * 105 + streams * STREAM + PACKETS;
     println!("{streams} streams: {} MiB of {}, {held} counted", peak / MIB, bound / MIB);
     assert!(peak < bound, "{} MiB of {}", peak / MIB, bound / MIB);
 }
@@ -74,7 +78,9 @@ async fn streams(victim: &Victim, peer: &quic::Peer, count: u64) -> (Vec<Connect
 
 /// No frontend reads. The peer sends what it may, in frames of every kind.
 #[rstest]
-#[case::full_frames(None, 64, 400)]
+#[case::full_frames(None, 64, 1000)]
+#[ignore = "takes more than a minute"]
+#[case::ten_thousand(None, 64, 10_000)]
 #[case::a_gap(Some(Forgery::Gap), 64, 400)]
 #[case::frames_of_one_byte(Some(Forgery::OneByte), 8, 60)]
 #[case::packets_of_one_byte(Some(Forgery::Padded), 8, 60)]
@@ -108,7 +114,7 @@ async fn what_a_peer_sends_ahead_of_readers_stays_within_the_limit(
                 sleep(Duration::from_millis(200)).await;
             }
         };
-        let _ = timeout(Duration::from_secs(8), looks).await;
+        let _ = timeout(Duration::from_secs(8 + count / 200), looks).await;
         let series = "culvert_server_memory_cuts_total";
         let cuts = victim.deployment.server_metric(series).await;
         println!("{forgery:?}: {cuts} cut");
