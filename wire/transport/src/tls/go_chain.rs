@@ -67,7 +67,7 @@ pub(super) fn verify(
     // What cannot be parsed leads nowhere.
     let intermediates = intermediates.iter().filter_map(|der| parse(der).ok()).collect();
     let mut search = Search { intermediates, roots, presenter, now, algorithms, signatures: 0 };
-    match search.leads_to_root(&mut vec![&end_entity])? {
+    match search.leads_to_root(&[&end_entity])? {
         true => Ok(()),
         false => Err(CertificateError::UnknownIssuer.into()),
     }
@@ -169,7 +169,7 @@ impl Search<'_> {
     ///
     /// # Errors
     /// When too many signatures were checked.
-    fn leads_to_root(&mut self, chain: &mut Vec<&X509Certificate<'_>>) -> Result<bool, Error> {
+    fn leads_to_root(&mut self, chain: &[&X509Certificate<'_>]) -> Result<bool, Error> {
         let subject = chain[chain.len() - 1];
         for anchor in &self.roots.roots {
             let is_issuer = sequence(&anchor.subject) == subject.issuer().as_raw();
@@ -191,9 +191,9 @@ impl Search<'_> {
             if !self.is_signed_by(subject, &key)? {
                 continue;
             }
-            let mut longer = chain.clone();
+            let mut longer = chain.to_vec();
             longer.push(&candidate);
-            if self.leads_to_root(&mut longer)? {
+            if self.leads_to_root(&longer)? {
                 return Ok(true);
             }
         }
