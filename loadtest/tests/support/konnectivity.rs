@@ -37,18 +37,25 @@ async fn build() -> Konnectivity {
     Konnectivity { programs, client }
 }
 
-/// Konnectivity's integration tests as one program; `None` when the tests that need Go are skipped.
-/// The first time takes minutes.
-pub(crate) async fn suite() -> Option<PathBuf> {
-    konnectivity().await?;
-    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("konnectivity-suite");
+/// Whether the tests that need Go are to run.
+pub(crate) fn has_go() -> bool {
+    !super::skips(WITHOUT_GO)
+}
+
+/// Builds a program of a Go module in `loadtest`, with a command of Go such as `build`, whose
+/// packages are last. The first time takes minutes.
+pub(crate) fn go(module: &str, command: &[&str], program: &str, packages: &[&str]) -> PathBuf {
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(program);
     let built = Command::new("go")
-        .args(["test", "-c", "-o"])
+        .args(command)
+        .arg("-o")
         .arg(&program)
-        .arg("sigs.k8s.io/apiserver-network-proxy/tests")
-        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("konnectivity"))
-        .output()
-        .unwrap();
+        .args(packages)
+        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(module))
+        .output();
+    let built = built.unwrap_or_else(|error| {
+        panic!("Go cannot be started ({error}); {WITHOUT_GO}=1 skips the tests that need it")
+    });
     assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-    Some(program)
+    program
 }
