@@ -55,7 +55,7 @@ fn or_error<T>(smaller: Result<T, CarrierError>, error: CarrierError) -> Result<
     rate_limited!(
         Duration::from_secs(600),
         WARN,
-        "a handshake succeeds only with a classical key exchange; see --tls-kx"
+        "a handshake succeeds only with a classical key exchange; see --tls-key-exchange"
     );
     Ok(connected)
 }

@@ -14,7 +14,7 @@ use crate::config::{AlpnOrder, ServersConfig};
 pub(crate) struct ClientTls {
     /// With the key exchanges of the configuration.
     pub(crate) first: CarrierTls,
-    /// With a smaller ClientHello, where the first one is large.
+    /// With a smaller, classical ClientHello, where the first one is large and need not be.
     pub(crate) smaller: Option<CarrierTls>,
 }
 
@@ -44,7 +44,7 @@ impl ClientTls {
         };
         let smaller = match key_exchange {
             KeyExchange::Hybrid => with(KeyExchange::Classic)?,
-            KeyExchange::Classic => None,
+            KeyExchange::PostQuantum | KeyExchange::Classic => None,
         };
         Ok(Self { first: CarrierTls::new(ca, identity, key_exchange, servers)?, smaller })
     }
@@ -97,13 +97,16 @@ mod tests {
     }
 
     #[test]
-    fn a_smaller_hello_is_there_where_the_first_one_is_large() {
+    fn a_smaller_hello_is_there_where_the_first_one_is_large_and_a_classical_one_is_allowed() {
         let servers = config(&[]).servers;
         let ca = rcgen::CertificateParams::default();
         let ca = ca.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap();
         let roots = tls::authorities(&[ca.der().clone()]).unwrap();
-        for (key_exchange, expected) in [(KeyExchange::Hybrid, true), (KeyExchange::Classic, false)]
-        {
+        for (key_exchange, expected) in [
+            (KeyExchange::Hybrid, true),
+            (KeyExchange::PostQuantum, false),
+            (KeyExchange::Classic, false),
+        ] {
             let tls = ClientTls::new(roots.clone(), None, key_exchange, &servers).unwrap();
             assert_eq!(tls.smaller.is_some(), expected);
         }

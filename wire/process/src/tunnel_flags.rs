@@ -69,9 +69,9 @@ pub struct TunnelFlags {
     #[arg(long, value_name = "SIZE", default_value_t = ByteSize(DEFAULT_HEDGE_RATE.into()))]
     pub(crate) hedge_rate: ByteSize,
 
-    /// Key exchange of the tunnels' TLS
-    #[arg(long, value_name = "KIND", value_enum, default_value_t)]
-    pub tls_kx: KeyExchangeFlag,
+    /// Key exchange of TLS between server and agent (older name: --tls-kx)
+    #[arg(long, alias = "tls-kx", value_name = "KIND", value_enum, default_value_t)]
+    pub tls_key_exchange: KeyExchangeFlag,
 
     /// Format of log lines
     #[arg(
@@ -91,11 +91,16 @@ pub struct TunnelFlags {
 /// [`KeyExchange`] as a flag.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum KeyExchangeFlag {
-    /// X25519 with ML-KEM-768 (post-quantum) first, elliptic curves for peers without it
+    /// Post-quantum first (X25519 with ML-KEM-768); elliptic curves for peers without it, and by the
+    /// agent after a handshake without an answer
     #[default]
-    Hybrid,
+    #[value(alias = "hybrid")]
+    Auto,
+    /// Post-quantum only: a peer without it is refused, and so is TLS 1.2
+    PostQuantum,
     /// Elliptic curves only: smaller first packets, for paths that drop large ones
-    Classic,
+    #[value(alias = "classic")]
+    Classical,
 }
 
 /// Whether packets are handed to the kernel in batches.
@@ -111,8 +116,9 @@ pub enum GsoFlag {
 impl From<KeyExchangeFlag> for KeyExchange {
     fn from(flag: KeyExchangeFlag) -> Self {
         match flag {
-            KeyExchangeFlag::Hybrid => Self::Hybrid,
-            KeyExchangeFlag::Classic => Self::Classic,
+            KeyExchangeFlag::Auto => Self::Hybrid,
+            KeyExchangeFlag::PostQuantum => Self::PostQuantum,
+            KeyExchangeFlag::Classical => Self::Classic,
         }
     }
 }
@@ -237,7 +243,7 @@ impl TunnelFlags {
             congestion: self.congestion,
             ..Settings::default()
         };
-        let key_exchange = self.tls_kx.into();
+        let key_exchange = self.tls_key_exchange.into();
         let tunnel = TunnelConfig { transport, memory_limit, hedge_rate, key_exchange };
         (tunnel, LogConfig { format: self.log_format, verbosity: self.klog.v })
     }
@@ -302,7 +308,7 @@ mod tests {
         assert_eq!(settings.idle_timeout, Duration::from_secs(25));
         assert_eq!(settings.keep_alive_interval, Some(Duration::from_secs(5)));
         let help = go_flags::command::<Flags>().render_help().to_string();
-        for default in ["25s", "5s", "2Mi", "8Mi", "6500", "auto", "128Ki", "hybrid", "text"] {
+        for default in ["25s", "5s", "2Mi", "8Mi", "6500", "auto", "128Ki", "text"] {
             assert!(help.contains(&format!("[default: {default}]")), "{default} in {help}");
         }
         assert_eq!(log, LogConfig { format: LogFormat::Text, verbosity: 4 });
@@ -321,7 +327,7 @@ mod tests {
             "--gso=off",
             "--congestion=cubic",
             "--hedge-rate=1Mi",
-            "--tls-kx=classic",
+            "--tls-key-exchange=classical",
             "--log-format=json",
             "-v=8",
         ])
@@ -344,6 +350,19 @@ mod tests {
         };
         assert_eq!(tunnel, expected);
         assert_eq!(log, LogConfig { format: LogFormat::Json, verbosity: 8 });
+    }
+
+    #[test]
+    fn the_key_exchange_has_three_kinds_and_its_older_names() {
+        for (arg, expected) in [
+            ("--tls-key-exchange=auto", KeyExchange::Hybrid),
+            ("--tls-key-exchange=post-quantum", KeyExchange::PostQuantum),
+            ("--tls-key-exchange=classical", KeyExchange::Classic),
+            ("--tls-kx=hybrid", KeyExchange::Hybrid),
+            ("--tls-kx=classic", KeyExchange::Classic),
+        ] {
+            assert_eq!(check(&[arg]).unwrap().0.key_exchange, expected, "{arg}");
+        }
     }
 
     #[test]
@@ -374,7 +393,7 @@ mod tests {
             "--gso=on",
             "--congestion=reno",
             "--hedge-rate=2Gi",
-            "--tls-kx=none",
+            "--tls-key-exchange=none",
             "--log-format=xml",
         ] {
             let flag = arg.split('=').next().unwrap();

@@ -59,13 +59,15 @@ pub enum TlsError {
     Authority(String),
 }
 
-/// The key exchanges that are offered.
+/// The key exchanges that are offered and accepted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KeyExchange {
-    /// Post-quantum first (X25519 with ML-KEM-768), elliptic curves for peers without it
+    /// Post-quantum first (X25519 with ML-KEM-768), elliptic curves for peers without it.
     #[default]
     Hybrid,
-    /// Elliptic curves only: a first flight small enough for paths that drop large ones
+    /// Post-quantum only: a peer without it is refused, and so is TLS 1.2, which does not have it.
+    PostQuantum,
+    /// Elliptic curves only: a first flight small enough for paths that drop large ones.
     Classic,
 }
 
@@ -73,12 +75,16 @@ impl KeyExchange {
     /// The provider of all cryptography, with these key exchanges.
     pub fn provider(self) -> Arc<CryptoProvider> {
         let mut provider = aws_lc_rs::default_provider();
-        if self == Self::Classic {
-            provider.kx_groups = vec![
-                aws_lc_rs::kx_group::X25519,
-                aws_lc_rs::kx_group::SECP256R1,
-                aws_lc_rs::kx_group::SECP384R1,
-            ];
+        match self {
+            Self::Hybrid => {}
+            Self::PostQuantum => provider.kx_groups = vec![aws_lc_rs::kx_group::X25519MLKEM768],
+            Self::Classic => {
+                provider.kx_groups = vec![
+                    aws_lc_rs::kx_group::X25519,
+                    aws_lc_rs::kx_group::SECP256R1,
+                    aws_lc_rs::kx_group::SECP384R1,
+                ];
+            }
         }
         Arc::new(provider)
     }
@@ -120,6 +126,7 @@ pub fn server(
     key_exchange: KeyExchange,
     tls12: &Tls12,
 ) -> Result<ServerConfig, TlsError> {
+    let tls12 = tls12.with(key_exchange);
     let provider = tls12.provider(key_exchange);
     let builder = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(tls12.versions())?;
@@ -174,9 +181,10 @@ pub fn client(
     identity: Option<Identity>,
     options: &ClientOptions,
 ) -> Result<ClientConfig, TlsError> {
-    let provider = options.tls12.provider(options.key_exchange);
+    let tls12 = options.tls12.with(options.key_exchange);
+    let provider = tls12.provider(options.key_exchange);
     let builder = ClientConfig::builder_with_provider(provider.clone())
-        .with_protocol_versions(options.tls12.versions())?
+        .with_protocol_versions(tls12.versions())?
         .dangerous()
         .with_custom_certificate_verifier(verifier::of_servers(server_ca, options.rules)?);
     let mut config = match identity {

@@ -29,6 +29,14 @@ impl Tls12 {
         all.map(|suite| suite.suite()).collect()
     }
 
+    /// What is left of TLS 1.2 with this key exchange: nothing where it must be post-quantum.
+    pub(super) fn with(&self, key_exchange: KeyExchange) -> &Self {
+        match key_exchange {
+            KeyExchange::PostQuantum => &Self::Off,
+            KeyExchange::Hybrid | KeyExchange::Classic => self,
+        }
+    }
+
     /// The versions that are spoken, the preferred one first.
     pub(super) fn versions(&self) -> &'static [&'static SupportedProtocolVersion] {
         static VERSIONS: [&SupportedProtocolVersion; 2] = [&TLS13, &TLS12];

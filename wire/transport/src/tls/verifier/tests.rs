@@ -5,8 +5,8 @@ use rcgen::{
     GeneralSubtree, IsCa, Issuer, KeyPair, KeyUsagePurpose, NameConstraints, date_time_ymd,
 };
 use rustls::{
-    CipherSuite, ClientConfig, ClientConnection, ProtocolVersion, ServerConnection,
-    SupportedProtocolVersion,
+    CipherSuite, ClientConfig, ClientConnection, NamedGroup, ProtocolVersion, ServerConfig,
+    ServerConnection, SupportedProtocolVersion,
     sign::SingleCertAndKey,
     version::{TLS12, TLS13},
 };
@@ -249,6 +249,27 @@ fn a_certificate_of_version_1_is_accepted_of_clients_and_has_no_name_of_a_server
     }
 }
 
+/// The client's side of a handshake that succeeded.
+fn shake_hands(
+    connecting: ClientConfig,
+    accepting: ServerConfig,
+) -> Result<ClientConnection, Error> {
+    let name = ServerName::try_from("localhost").unwrap();
+    let mut client = ClientConnection::new(Arc::new(connecting), name).unwrap();
+    let mut server = ServerConnection::new(Arc::new(accepting)).unwrap();
+    while client.is_handshaking() || server.is_handshaking() {
+        let mut sent = Vec::new();
+        client.write_tls(&mut sent).unwrap();
+        server.read_tls(&mut &sent[..]).unwrap();
+        server.process_new_packets()?;
+        let mut sent = Vec::new();
+        server.write_tls(&mut sent).unwrap();
+        client.read_tls(&mut &sent[..]).unwrap();
+        client.process_new_packets()?;
+    }
+    Ok(client)
+}
+
 /// The version and the cipher suite of a handshake with a client that speaks these versions alone.
 fn handshake(
     server: &Signed,
@@ -267,19 +288,7 @@ fn handshake(
         .dangerous()
         .with_custom_certificate_verifier(of_servers(roots(server), CertificateRules::Go).unwrap())
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certified)));
-    let name = ServerName::try_from("localhost").unwrap();
-    let mut client = ClientConnection::new(Arc::new(connecting), name).unwrap();
-    let mut server = ServerConnection::new(Arc::new(accepting)).unwrap();
-    while client.is_handshaking() || server.is_handshaking() {
-        let mut sent = Vec::new();
-        client.write_tls(&mut sent).unwrap();
-        server.read_tls(&mut &sent[..]).unwrap();
-        server.process_new_packets()?;
-        let mut sent = Vec::new();
-        server.write_tls(&mut sent).unwrap();
-        client.read_tls(&mut &sent[..]).unwrap();
-        client.process_new_packets()?;
-    }
+    let client = shake_hands(connecting, accepting)?;
     let suite = client.negotiated_cipher_suite().unwrap().suite();
     Ok((client.protocol_version().unwrap(), suite))
 }
@@ -318,4 +327,28 @@ fn tls_1_2_is_spoken_where_it_is_allowed_with_the_listed_cipher_suites() {
     let of_rsa = Tls12::Suites(vec![CipherSuite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256]);
     handshake(&of_rsa, &[&TLS12]).unwrap_err();
     assert_eq!(Tls12::supported_suites().len(), 6);
+}
+
+/// The group of a handshake between peers with these key exchanges, both with TLS 1.2.
+fn agreed_group(client: KeyExchange, server: KeyExchange) -> Option<NamedGroup> {
+    let identity = self_signed(authority("own", |_| {}));
+    let credentials = ServerCredentials::fixed(&identity.identity(), None, server).unwrap();
+    let accepting = tls::server(credentials, server, &Tls12::AnySuite).unwrap();
+    let rules = CertificateRules::Go;
+    let options = tls::ClientOptions { key_exchange: client, tls12: Tls12::AnySuite, rules };
+    let connecting = tls::client(roots(&identity), None, &options).unwrap();
+    let client = shake_hands(connecting, accepting).ok()?;
+    Some(client.negotiated_key_exchange_group().unwrap().name())
+}
+
+#[test]
+fn a_peer_that_is_post_quantum_alone_never_agrees_on_a_classical_key_exchange() {
+    use KeyExchange::{Classic, Hybrid, PostQuantum};
+    for peer in [Hybrid, PostQuantum] {
+        assert_eq!(agreed_group(PostQuantum, peer), Some(NamedGroup::X25519MLKEM768));
+        assert_eq!(agreed_group(peer, PostQuantum), Some(NamedGroup::X25519MLKEM768));
+    }
+    assert_eq!(agreed_group(PostQuantum, Classic), None);
+    assert_eq!(agreed_group(Classic, PostQuantum), None);
+    assert_eq!(agreed_group(Classic, Hybrid), Some(NamedGroup::X25519));
 }
