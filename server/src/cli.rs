@@ -2,6 +2,7 @@
 
 use std::{ffi::OsString, process::ExitCode};
 
+use clap::Command;
 use culvert_process::{
     cli::{self, BoxError, Program},
     signals::ReloadSignal,
@@ -23,6 +24,10 @@ struct ServerProgram;
 impl Program for ServerProgram {
     const NAME: &'static str = "culvert-server";
     type Config = Config;
+
+    fn commands() -> Vec<Command> {
+        operator::commands()
+    }
 
     async fn run(
         config: Config,

@@ -12,4 +12,4 @@ mod agents;
 mod commands;
 pub(crate) mod socket;
 
-pub(crate) use self::commands::run;
+pub(crate) use self::commands::{commands, run};

@@ -111,7 +111,13 @@ pub struct Flags {
 
     /// Number of servers that applies with --count-server-leases: default (the number of Leases) or
     /// max (the larger of that and the number that servers report)
-    #[arg(long, help_heading = "Server set", value_name = "SOURCE", default_value = "default")]
+    #[arg(
+        long,
+        help_heading = "Server set",
+        value_name = "SOURCE",
+        value_parser = ["default", "max"],
+        default_value = "default"
+    )]
     pub server_count_source: String,
 
     /// Name of this agent; unique among agents [default: a random UUID]

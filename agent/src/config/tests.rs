@@ -272,10 +272,10 @@ fn parsed_values_reach_the_configuration() {
 #[test]
 fn help_describes_every_flag() {
     let mut command = go_flags::command::<Flags>();
-    let help = command.render_help().to_string();
+    let help = command.render_long_help().to_string();
     for arg in command.get_arguments() {
         let name = arg.get_long().unwrap();
-        assert!(help.contains(&format!("--{name}")), "{name} in {help}");
+        assert!(arg.is_hide_set() || help.contains(&format!("--{name}")), "{name} in {help}");
         assert!(arg.get_help().is_some(), "{name} has no help");
         assert!(
             arg.get_help_heading().is_some() || ["completion", "help", "version"].contains(&name),
@@ -347,4 +347,28 @@ fn an_audit_of_the_egress_policy_is_warned_of() {
     assert!(config.egress.audit);
     assert_eq!(config.warnings.len(), 1);
     assert!(config.warnings[0].starts_with("--egress-audit: "), "{:?}", config.warnings);
+}
+
+#[test]
+fn a_configuration_file_has_the_checks_of_the_flags() {
+    let files = Files::new();
+    let text = "ca-cert = '@ca'\nproxy-server-host = 'servers.test'\nagent-id = 'of-the-file'\n\
+                egress-deny = ['10.0.0.1', '10.0.0.2']\nsync-forever = true\n";
+    let path = files.0.path("file.toml");
+    std::fs::write(&path, &files.0.expand(&[text])[0]).unwrap();
+    let args = ["--config=@file.toml", "--agent-id=of-the-line"];
+    let config: Config = files.0.config("culvert-agent", &args).unwrap();
+    assert_eq!((config.agent_id.as_str(), config.sync.forever), ("of-the-line", true));
+    assert_eq!(config.servers.host, "servers.test");
+    std::fs::write(&path, "ca-cert = '/nowhere/ca'\negress-deny = ['x']\ntransport = 'udp'")
+        .unwrap();
+    let text = files.0.config::<Config>("culvert-agent", &["--config=@file.toml"]).unwrap_err();
+    for fault in [
+        "@file.toml: ca-cert: /nowhere/ca does not exist",
+        "@file.toml: egress-deny: ",
+        "@file.toml: transport: \"udp\" is unknown; use auto, quic or tcp",
+    ] {
+        let fault = &files.0.expand(&[fault])[0];
+        assert!(text.contains(fault), "{fault} in {text}");
+    }
 }

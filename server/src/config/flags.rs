@@ -18,9 +18,14 @@ pub(super) const DEFAULT_CHANNEL_SIZE: i64 = 10;
 #[derive(Debug, Clone, Parser)]
 #[command(name = "culvert-server", version, max_term_width = 100)]
 pub struct Flags {
-    /// Protocol of kube-apiserver's requests, as in its egress selector configuration: grpc or
-    /// http-connect
-    #[arg(long, help_heading = "Frontend", value_name = "MODE", default_value = "grpc")]
+    /// Protocol of kube-apiserver's requests, as in its egress selector configuration
+    #[arg(
+        long,
+        help_heading = "Frontend",
+        value_name = "MODE",
+        value_parser = ["grpc", "http-connect"],
+        default_value = "grpc"
+    )]
     pub mode: String,
 
     /// Path of the Unix socket for kube-apiserver, which its file mode protects. Requires
@@ -133,8 +138,6 @@ pub struct Flags {
     #[arg(
         long,
         help = channel_flags::WARN_ON_CHANNEL_LIMIT,
-        help_heading = "Agents",
-        hide = true,
         default_value_t = true
     )]
     pub warn_on_channel_limit: bool,
@@ -161,7 +164,13 @@ pub struct Flags {
     /// agent of another identity has), node (the name of the node, which a token that is bound to a
     /// pod proves, or the name of a certificate, with or without system:node:), certificate (the
     /// common name, or an alternative name that is a DNS name or a URI)
-    #[arg(long, help_heading = "Agents", value_name = "RULE", default_value = "any")]
+    #[arg(
+        long,
+        help_heading = "Agents",
+        value_name = "RULE",
+        value_parser = ["any", "node", "certificate"],
+        default_value = "any"
+    )]
     pub agent_identity: String,
 
     /// Default routes and networks that agents may announce with --agent-identity=node or certificate:
@@ -172,7 +181,13 @@ pub struct Flags {
 
     /// Which agents lose their tunnel when their certificate or token has expired: renewing (those
     /// that can renew it while they are connected, as Culvert's agents do), all, none
-    #[arg(long, help_heading = "Agents", value_name = "WHICH", default_value = "renewing")]
+    #[arg(
+        long,
+        help_heading = "Agents",
+        value_name = "WHICH",
+        value_parser = ["renewing", "all", "none"],
+        default_value = "renewing"
+    )]
     pub expire_agents: String,
 
     /// Mean time between two reviews of the token of an agent that is connected, at least 10s; an

@@ -438,7 +438,7 @@ fn parsed_values_reach_the_configuration() {
 #[test]
 fn help_mentions_every_flag_with_words_of_its_own() {
     let mut command = go_flags::command::<Flags>();
-    let help = command.render_help().to_string();
+    let help = command.render_long_help().to_string();
     for arg in command.get_arguments() {
         let name = arg.get_long().unwrap();
         assert!(arg.is_hide_set() || help.contains(&format!("--{name}")), "{name} in {help}");
@@ -474,4 +474,32 @@ fn files_that_cannot_be_used_are_reported_with_all_other_faults() {
     let other = Files::new();
     std::fs::write(other.0.path("kubeconfig"), "").unwrap();
     other.config(&["--kubeconfig=@kubeconfig"]).unwrap();
+}
+
+#[test]
+fn a_configuration_file_has_the_checks_of_the_flags() {
+    let files = Files::new();
+    let text = files.0.expand(&[
+        "uds-name = '/run/culvert.socket'\nserver-port = 0\ncluster-cert = '@crt'\n\
+         cluster-key = '@key'\ncluster-ca-cert = '@ca'\nmode = 'http-connect'\n\
+         agent-identity-allow = ['a=default-route', 'b=default-route']\nagent-identity = 'node'\n",
+    ]);
+    std::fs::write(files.0.path("file.toml"), &text[0]).unwrap();
+    let config = files.config_as("culvert-server", &["--config=@file.toml", "--mode=grpc"]);
+    assert_eq!(config.unwrap().frontend.mode, Mode::Grpc);
+    let faulty = format!("{}server_count = -1\nagentport = 1\nhealth-port = 'x'\n", text[0]);
+    std::fs::write(files.0.path("file.toml"), faulty).unwrap();
+    let args = ["--config=@file.toml", "--mode=http", "--admin-port=1"];
+    let text = files.config_as("culvert-server", &args).unwrap_err();
+    for fault in [
+        "--mode: \"http\" is unknown; use grpc or http-connect",
+        "--admin-port: 1 is a reserved port",
+        "@file.toml: server-count: must be from 0 to",
+        "@file.toml: agentport: is unknown; did you mean agent-port?",
+        "@file.toml: health-port: has the wrong type",
+    ] {
+        let fault = &files.0.expand(&[fault])[0];
+        assert_eq!(text.matches(fault.as_str()).count(), 1, "{fault} in {text}");
+    }
+    assert_eq!(text.lines().count(), 6, "{text}");
 }

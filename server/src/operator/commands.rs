@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use clap::Parser;
+use clap::{Command, CommandFactory as _, Parser};
 use culvert_process::{
     go_flags::{self, Exit},
     kubernetes::Timestamp,
@@ -61,6 +61,11 @@ struct RunningServer {
         default_value = "/run/culvert-server/operator.sock"
     )]
     socket: PathBuf,
+}
+
+/// The commands, for help and completion scripts.
+pub(crate) fn commands() -> Vec<Command> {
+    vec![Agents::command().name("agents"), Evict::command().name("evict")]
 }
 
 /// Runs the command that these arguments name, the program's path first; `None` if they name none.

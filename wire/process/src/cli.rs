@@ -8,16 +8,16 @@ use std::{
     time::Duration,
 };
 
-use clap::Parser;
+use clap::{Command, Parser};
 use tokio::runtime::{Builder, Runtime};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{
-    descriptors,
+    command_line::{self, CommandLine},
+    completions, descriptors,
     error::with_causes,
     faults::ConfigErrors,
-    go_flags,
     invocation::Invocation,
     logging::{self, LogConfig, LogFormat},
     signals::{ReloadSignal, StopSignals, hold_reload_signal},
@@ -65,6 +65,11 @@ pub trait Program {
     /// Exit code after a second signal to stop; by default that of Konnectivity's server.
     const SECOND_SIGNAL_EXIT_CODE: i32 = 1;
 
+    /// Commands that the program runs in place of its work, for help and completion scripts.
+    fn commands() -> Vec<Command> {
+        Vec::new()
+    }
+
     /// The kind of runtime that the program runs on: one thread per core by default.
     fn runtime() -> Builder {
         Builder::new_multi_thread()
@@ -82,12 +87,20 @@ pub trait Program {
     ) -> impl Future<Output = Result<(), BoxError>>;
 }
 
+/// The command of a program, from which help and completion scripts are made.
+pub fn command<P: Program>() -> Command {
+    command_line::command::<<P::Config as ProcessConfig>::Flags>()
+        .disable_help_subcommand(true)
+        .subcommands(P::commands())
+        .subcommand(completions::command())
+}
+
 /// Runs a program with these arguments, the program's own path first.
 ///
 /// The first SIGTERM or SIGINT cancels the program's `stop` token, the second ends the process with
 /// the program's code for that.
 /// SIGHUP has the program read its files again.
-/// `--help`, `--version` and `--completion` print their text and nothing runs. The exit code is 0,
+/// `--help`, `--version` and `completions` print their text and nothing runs. The exit code is 0,
 /// or 1 for unusable arguments and for a program that failed.
 ///
 /// # Panics
@@ -97,11 +110,16 @@ pub fn main<P: Program>(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let limit = descriptors::raise_limit();
     let args: Vec<_> = args.into_iter().collect();
     let invocation = Invocation::from_argv0(args.first().map(OsString::as_os_str));
-    let (flags, words) = match go_flags::parse_with_words(args) {
-        Ok(parsed) => parsed,
+    let mut command = command::<P>();
+    if let Some(exit) = completions::run(&mut command, &args) {
+        return exit.print();
+    }
+    let line = match CommandLine::read(&mut command, args) {
+        Ok(line) => line,
         Err(exit) => return exit.print(),
     };
-    let config = match P::Config::from_flags(flags, invocation) {
+    let config = line.configuration(|flags| P::Config::from_flags(flags, invocation));
+    let (config, words) = match config {
         Ok(config) => config,
         Err(faults) => return fail::<P>(&faults),
     };

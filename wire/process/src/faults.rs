@@ -5,6 +5,7 @@
 //! so that checking goes on.
 
 use std::{
+    borrow::Cow,
     fmt, io,
     net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs},
     path::{Path, PathBuf},
@@ -28,14 +29,38 @@ const FIRST_REGISTERED_PORT: i64 = 1024;
 
 /// One fault that keeps a process from starting.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{}{flag}: {reason}", if *is_variable { "" } else { "--" })]
+#[error("{origin}{flag}: {reason}")]
 pub struct ConfigError {
     /// The flag to change, without its hyphens, or the variable of the environment.
-    pub flag: &'static str,
-    /// Whether `flag` is a variable of the environment.
-    pub is_variable: bool,
+    pub flag: Cow<'static, str>,
+    /// Where its value is.
+    pub origin: Origin,
     /// The fault, and what would be right.
     pub reason: String,
+}
+
+/// Where a value is that has a fault.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// On the command line, or nowhere where it must be given.
+    Flag,
+    /// On the command line, written as it is.
+    Argument,
+    /// In the environment.
+    Variable,
+    /// In this configuration file.
+    File(PathBuf),
+}
+
+/// What stands before the name.
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Flag => f.write_str("--"),
+            Self::Argument | Self::Variable => Ok(()),
+            Self::File(path) => write!(f, "{}: ", path.display()),
+        }
+    }
 }
 
 /// All faults that keep a process from starting, at least one. Its exit code is 1.
@@ -46,6 +71,17 @@ impl ConfigErrors {
     /// The faults, in the order in which they were found.
     pub fn iter(&self) -> impl Iterator<Item = &ConfigError> {
         self.0.iter()
+    }
+
+    /// The faults, in the same order.
+    pub(crate) fn into_vec(self) -> Vec<ConfigError> {
+        self.0
+    }
+}
+
+impl From<Vec<ConfigError>> for ConfigErrors {
+    fn from(faults: Vec<ConfigError>) -> Self {
+        Self(faults)
     }
 }
 
@@ -82,7 +118,8 @@ impl Faults {
 
     /// Records a fault of `flag`.
     pub fn add(&mut self, flag: &'static str, reason: impl Into<String>) {
-        self.errors.push(ConfigError { flag, is_variable: false, reason: reason.into() });
+        let reason = reason.into();
+        self.errors.push(ConfigError { flag: flag.into(), origin: Origin::Flag, reason });
     }
 
     /// The value of `flag`, or `None` along with its fault.
@@ -96,7 +133,8 @@ impl Faults {
 
     /// Records a fault of a variable of the environment.
     pub fn add_variable(&mut self, name: &'static str, reason: impl Into<String>) {
-        self.errors.push(ConfigError { flag: name, is_variable: true, reason: reason.into() });
+        let reason = reason.into();
+        self.errors.push(ConfigError { flag: name.into(), origin: Origin::Variable, reason });
     }
 
     /// Records a fault of `flag` unless `fine`.

@@ -3,8 +3,8 @@
 //! Manifests for Konnectivity must keep working, and pflag differs from clap: a boolean takes its
 //! value only after `=` and in any of Go's spellings, the last occurrence of a repeated flag
 //! counts, those of a list add up, a value may begin with a hyphen or be empty, `a_b` is `a-b`,
-//! words that belong to no flag are ignored, and every error ends in exit code 1. Structs of flags are ordinary clap derive; every plain `bool` in them becomes a Go
-//! boolean.
+//! words that belong to no flag are ignored, and every error ends in exit code 1. Structs of flags
+//! are ordinary clap derive; every plain `bool` in them becomes a Go boolean.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -13,7 +13,7 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{Arg, ArgAction, Command, Parser, builder::ValueParser, error::ErrorKind};
+use clap::{Arg, ArgAction, ArgMatches, Command, Parser, builder::ValueParser, error::ErrorKind};
 use clap_complete::Shell;
 
 /// A reason to end before the work begins: `--help` and the like, or an error of the flags.
@@ -31,30 +31,19 @@ pub struct Exit {
 /// With the text to print and the exit code.
 pub fn try_parse_from<F: Parser>(args: impl IntoIterator<Item = OsString>) -> Result<F, Exit> {
     let mut command = command::<F>();
-    let Args { mut flags, words } = Args::normalised(&command, args);
-    flags.extend(words);
-    parse(&mut command, flags)
-}
-
-/// The flags in `args`, whose first item is the program's name, and the words that belong to no
-/// flag, which Konnectivity ignores: a boolean's value without `=`, and what follows `--`.
-///
-/// # Errors
-/// With the text to print and the exit code.
-pub fn parse_with_words<F: Parser>(
-    args: impl IntoIterator<Item = OsString>,
-) -> Result<(F, Vec<OsString>), Exit> {
-    let mut command = command::<F>();
-    let Args { flags, words } = Args::normalised(&command, args);
-    Ok((parse(&mut command, flags)?, words))
-}
-
-fn parse<F: Parser>(command: &mut Command, args: Vec<OsString>) -> Result<F, Exit> {
+    let Args { program, flags, words } = Args::normalised(&command, args);
+    let args = [program].into_iter().chain(flags).chain(words);
     let matches = command.try_get_matches_from_mut(args)?;
-    if let Some(shell) = matches.get_one::<Shell>(COMPLETION) {
-        return Err(completion(command, *shell));
+    if let Some(exit) = completion_of(&mut command, &matches) {
+        return Err(exit);
     }
     Ok(F::from_arg_matches(&matches)?)
+}
+
+/// The completion script, if the flags ask for one.
+pub(crate) fn completion_of(command: &mut Command, matches: &ArgMatches) -> Option<Exit> {
+    let shell = matches.get_one::<Shell>(COMPLETION)?;
+    Some(completion(command, *shell))
 }
 
 /// The clap command for `F` with pflag's rules, from which help and completion are made.
@@ -62,12 +51,13 @@ pub fn command<F: Parser>() -> Command {
     F::command()
         .after_help(NOTATION)
         .args_override_self(true)
-        .mut_args(|arg| quiet_default(go_boolean(arg)))
+        .mut_args(|arg| apart_if_ignored(quiet_default(go_boolean(arg))))
         .arg(
             Arg::new(COMPLETION)
                 .long(COMPLETION)
                 .value_name("SHELL")
                 .value_parser(clap::value_parser!(Shell))
+                .hide(true)
                 .help("Print a completion script for this shell and exit"),
         )
 }
@@ -142,6 +132,20 @@ fn go_boolean(arg: Arg) -> Arg {
     if defaulted { arg } else { arg.default_value("false") }
 }
 
+/// Heading of the flags that are accepted for Konnectivity's manifests and have no effect.
+pub const IGNORED_HEADING: &str = "Without effect, for Konnectivity's manifests";
+/// What the help of each of them says.
+const IGNORED: &str = "Accepted and ignored";
+
+/// Puts a flag that is accepted and ignored under a heading of its own, which `-h` leaves out.
+fn apart_if_ignored(arg: Arg) -> Arg {
+    let is_ignored = arg.get_help().is_some_and(|help| help.to_string().contains(IGNORED));
+    match is_ignored {
+        true => arg.help_heading(IGNORED_HEADING).hide_short_help(true),
+        false => arg,
+    }
+}
+
 /// Keeps `[default: ""]` out of help: an empty default is no value.
 fn quiet_default(arg: Arg) -> Arg {
     let empty = arg.get_default_values().iter().all(|value| value.is_empty());
@@ -149,18 +153,21 @@ fn quiet_default(arg: Arg) -> Arg {
 }
 
 /// Arguments as clap takes them.
-struct Args {
-    /// The program's name and the flags, with hyphens in place of underscores in names, and with
-    /// `--name value` as `--name=value`.
-    flags: Vec<OsString>,
+pub(crate) struct Args {
+    /// The program's name.
+    pub(crate) program: OsString,
+    /// The flags, with hyphens in place of underscores in names, each with its value as
+    /// `--name=value` or `-v=value`.
+    pub(crate) flags: Vec<OsString>,
     /// What belongs to no flag.
-    words: Vec<OsString>,
+    pub(crate) words: Vec<OsString>,
 }
 
 impl Args {
-    fn normalised(command: &Command, args: impl IntoIterator<Item = OsString>) -> Self {
+    pub(crate) fn normalised(command: &Command, args: impl IntoIterator<Item = OsString>) -> Self {
         let mut args = args.into_iter();
-        let (mut flags, mut words) = (Vec::from_iter(args.next()), Vec::new());
+        let program = args.next().unwrap_or_default();
+        let (mut flags, mut words) = (Vec::new(), Vec::new());
         while let Some(arg) = args.next() {
             if arg == "--" {
                 words.extend(args);
@@ -172,8 +179,7 @@ impl Args {
             }
             let Some(body) = arg.to_str().and_then(|text| text.strip_prefix("--")) else {
                 let value = if is_short_without_value(command, &arg) { args.next() } else { None };
-                flags.push(arg);
-                flags.extend(value);
+                flags.push(with_value(arg, value.as_deref()));
                 continue;
             };
             let (name, value) = match body.split_once('=') {
@@ -188,7 +194,7 @@ impl Args {
             };
             flags.push(joined(&name, value.as_deref()));
         }
-        Self { flags, words }
+        Self { program, flags, words }
     }
 }
 
@@ -205,8 +211,12 @@ fn is_short_without_value(command: &Command, arg: &OsStr) -> bool {
     named.next().is_some_and(|arg| arg.get_action().takes_values())
 }
 
-fn joined(name: &str, value: Option<&OsStr>) -> OsString {
-    let mut arg = OsString::from(format!("--{name}"));
+/// `--name=value`, or `--name`.
+pub(crate) fn joined(name: &str, value: Option<&OsStr>) -> OsString {
+    with_value(format!("--{name}").into(), value)
+}
+
+fn with_value(mut arg: OsString, value: Option<&OsStr>) -> OsString {
     if let Some(value) = value {
         arg.push("=");
         arg.push(value);
@@ -216,17 +226,33 @@ fn joined(name: &str, value: Option<&OsStr>) -> OsString {
 
 /// Whether the flag takes the next argument as its value if it has no `=`.
 fn wants_value(command: &Command, name: &str) -> bool {
-    let is_named = |arg: &&Arg| {
-        arg.get_long() == Some(name)
-            || arg.get_all_aliases().is_some_and(|aliases| aliases.contains(&name))
-    };
-    command
-        .get_arguments()
-        .find(is_named)
+    arg_of(command, name)
         .is_some_and(|arg| arg.get_action().takes_values() && !arg.is_require_equals_set())
 }
 
-fn completion(command: &mut Command, shell: Shell) -> Exit {
+/// The flag of this name, or with this alias.
+pub(crate) fn arg_of<'a>(command: &'a Command, name: &str) -> Option<&'a Arg> {
+    command.get_arguments().find(|arg| {
+        arg.get_long() == Some(name)
+            || arg.get_all_aliases().is_some_and(|aliases| aliases.contains(&name))
+    })
+}
+
+/// clap's name of the flag in this normalised argument.
+pub(crate) fn id_of(command: &Command, flag: &OsStr) -> Option<String> {
+    let text = flag.to_string_lossy();
+    let arg = match text.strip_prefix("--") {
+        Some(body) => arg_of(command, body.split('=').next()?),
+        None => {
+            let letter = text.chars().nth(1)?;
+            command.get_arguments().find(|arg| arg.get_short() == Some(letter))
+        }
+    };
+    arg.map(|arg| arg.get_id().to_string())
+}
+
+/// The completion script of a command.
+pub(crate) fn completion(command: &mut Command, shell: Shell) -> Exit {
     let name = command.get_name().to_owned();
     let mut script = Vec::new();
     clap_complete::generate(shell, command, name, &mut script);
@@ -253,29 +279,13 @@ mod tests {
         keepalive_time: GoDuration,
         #[arg(long, alias = "old-list", default_value = "")]
         list: String,
+        /// An interval. Accepted and ignored
+        #[arg(long, default_value = "1s")]
+        probe_interval: GoDuration,
     }
 
     fn parse(args: &[&str]) -> Result<Sample, Exit> {
         try_parse_from(["sample"].iter().chain(args).map(OsString::from))
-    }
-
-    #[test]
-    fn words_that_belong_to_no_flag_are_left_out_and_returned() {
-        for (args, expected) in [
-            (&["--off", "true"][..], &["true"][..]),
-            (&["true", "--name", "x", "--off", "--on"], &["true"]),
-            (&["-v", "8", "word", "--off"], &["word"]),
-            (&["-v8", "7", "--off=true"], &["7"]),
-            (&["--off", "", "-"], &["", "-"]),
-            (&["--off", "--", "--name=y", "-z"], &["--name=y", "-z"]),
-        ] {
-            let all = ["sample"].iter().chain(args).map(OsString::from);
-            let (flags, words) = parse_with_words::<Sample>(all).unwrap();
-            assert!(flags.off, "{args:?}");
-            assert_eq!(words, expected, "{args:?}");
-        }
-        let unknown = ["sample", "--nope", "word"].map(OsString::from);
-        assert_eq!(parse_with_words::<Sample>(unknown).unwrap_err().code, 1);
     }
 
     #[test]
@@ -353,7 +363,7 @@ mod tests {
     fn help_version_and_completion_end_in_code_0() {
         for (args, text) in [
             (&["--help"][..], "--keepalive-time"),
-            (&["-h"], "--completion"),
+            (&["-h"], "--keepalive-time"),
             (&["--version"], "sample 1.2.3"),
             (&["--completion=bash"], "--keepalive-time"),
             (&["--completion", "zsh"], "--keepalive-time"),
@@ -366,6 +376,16 @@ mod tests {
             assert!(exit.text.contains(text), "{args:?}: {}", exit.text);
         }
         assert_eq!(parse(&["--completion=csh"]).unwrap_err().code, 1);
+    }
+
+    #[test]
+    fn flags_without_effect_are_together_and_in_the_long_help_alone() {
+        let mut command = command::<Sample>();
+        let long = command.render_long_help().to_string();
+        let (_, ignored) = long.split_once(&format!("\n{IGNORED_HEADING}:\n")).unwrap();
+        assert!(ignored.contains("--probe-interval") && !ignored.contains("--name"), "{long}");
+        let short = command.render_help().to_string();
+        assert!(short.contains("--name") && !short.contains("--probe-interval"), "{short}");
     }
 
     #[test]

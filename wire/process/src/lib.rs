@@ -1,6 +1,7 @@
 //! The parts of a process around its tunnels, shared by server and agent.
 //!
-//! - Command line: [`cli`] runs a program from its arguments to its exit code. [`go_flags`],
+//! - Command line: [`cli`] runs a program from its arguments to its exit code. [`command_line`]
+//!   reads them and the configuration file. [`go_flags`],
 //!   [`go_duration`], `byte_size` and `klog` read flags as Konnectivity reads them, [`faults`]
 //!   collects what is wrong with them, [`tunnel_flags`], [`admin_flags`], [`kubernetes_flags`] and
 //!   [`channel_flags`] are those that both sides share, and [`invocation`] chooses default ports.
@@ -17,6 +18,8 @@ pub mod admin_flags;
 mod byte_size;
 pub mod channel_flags;
 pub mod cli;
+pub mod command_line;
+mod completions;
 pub mod descriptors;
 mod error;
 pub mod faults;

@@ -4,7 +4,11 @@ use std::{ffi::OsString, fs, path::PathBuf, sync::LazyLock};
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 
-use crate::{cli::ProcessConfig, go_flags, invocation::Invocation};
+use crate::{
+    cli::ProcessConfig,
+    command_line::{self, CommandLine},
+    invocation::Invocation,
+};
 
 /// A kubeconfig that can be used.
 const KUBECONFIG: &str = r#"
@@ -70,8 +74,10 @@ impl FlagFiles {
     /// With the text that the program prints.
     pub fn config<C: ProcessConfig>(&self, argv0: &str, args: &[&str]) -> Result<C, String> {
         let args = [argv0.to_owned()].into_iter().chain(self.expand(args)).map(OsString::from);
-        let (flags, _) = go_flags::parse_with_words(args).map_err(|exit| exit.text)?;
+        let mut command = command_line::command::<C::Flags>();
+        let line = CommandLine::read(&mut command, args).map_err(|exit| exit.text)?;
         let invocation = Invocation::from_argv0(Some(argv0.as_ref()));
-        C::from_flags(flags, invocation).map_err(|errors| errors.to_string())
+        let config = line.configuration(|flags| C::from_flags(flags, invocation));
+        config.map(|(config, _)| config).map_err(|errors| errors.to_string())
     }
 }

@@ -1,6 +1,9 @@
 //! Flags of TLS that server and agent share.
 
-use clap::Args;
+use clap::{
+    Args,
+    builder::{PossibleValue, PossibleValuesParser},
+};
 use culvert_transport::tls::{CertificateRules, Tls12};
 use rustls::CipherSuite;
 
@@ -16,15 +19,21 @@ pub struct TlsFlags {
     pub cipher_suites: Vec<String>,
 
     /// Oldest TLS version that is spoken over TCP with kube-apiserver and with Konnectivity's
-    /// servers and agents: VersionTLS12 or VersionTLS13; VersionTLS10, VersionTLS11 and empty mean
-    /// VersionTLS12. Tunnels between Culvert's own processes always use TLS 1.3
-    #[arg(long, value_name = "VERSION", default_value = "")]
+    /// servers and agents. VersionTLS10, VersionTLS11 and empty mean VersionTLS12. Tunnels between Culvert's own processes always use TLS 1.3
+    #[arg(long, value_name = "VERSION", value_parser = versions(), default_value = "")]
     pub tls_min_version: String,
 
     /// Refuse certificates of peers that Go accepts, and so Konnectivity, and the web's PKI does not:
     /// those of a CA itself, of X.509 version 1, or for any extended key usage
     #[arg(long)]
     pub strict_certificates: bool,
+}
+
+/// The values of `--tls-min-version`.
+fn versions() -> PossibleValuesParser {
+    let names = ["VersionTLS10", "VersionTLS11", "VersionTLS12", "VersionTLS13"];
+    let empty = PossibleValue::new("").hide(true);
+    PossibleValuesParser::new([empty].into_iter().chain(names.map(PossibleValue::new)))
 }
 
 /// What TLS accepts.

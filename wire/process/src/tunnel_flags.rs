@@ -2,7 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use clap::{Args, ValueEnum};
+use clap::{
+    Args, ValueEnum,
+    builder::{PossibleValuesParser, TypedValueParser},
+};
 use culvert_transport::{Settings, budget::MemoryBudget, congestion::Congestion, tls::KeyExchange};
 use tracing::info;
 
@@ -60,7 +63,12 @@ pub struct TunnelFlags {
     /// Congestion control: model (follows the path's bandwidth and shortest round trip, and does
     /// not take random loss for congestion), cubic (RFC 9438), or auto (the one with the best
     /// measurements, currently model)
-    #[arg(long, value_name = "KIND", default_value_t = Settings::default().congestion)]
+    #[arg(
+        long,
+        value_name = "KIND",
+        value_parser = congestions(),
+        default_value_t = Settings::default().congestion
+    )]
     pub congestion: Congestion,
 
     /// Maximum rate of second copies of short writes, in bytes per second and tunnel, up to 1Gi; 0
@@ -153,6 +161,10 @@ const MTU_RANGE: std::ops::RangeInclusive<i64> = 1200..=65527;
 const DEFAULT_HEDGE_RATE: u32 = 128 << 10;
 
 // The carrier's own defaults, in the types of the flags.
+
+fn congestions() -> impl TypedValueParser<Value = Congestion> {
+    PossibleValuesParser::new(["auto", "model", "cubic"]).try_map(|name| name.parse::<Congestion>())
+}
 
 fn default_idle_timeout() -> GoDuration {
     go_duration(Settings::default().idle_timeout)
