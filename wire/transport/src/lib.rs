@@ -16,6 +16,7 @@
 //!         ├─ tcp             TLS over TCP, directly or through a proxy
 //!         └─ memory          a pipe within one process
 //!  budget                    what the process holds for its peers
+//!  progress                  how far a stream has come, for those who look at it
 //!  carrier, error, settings  what all of them share
 //! ```
 //!
@@ -30,6 +31,7 @@ pub mod control;
 mod error;
 pub mod memory;
 pub mod priority;
+mod progress;
 pub mod qmux;
 pub mod quic;
 mod settings;
@@ -49,6 +51,7 @@ pub use error::{
     ConnectError, IoFault, ProxyFault, ReadError, ReadFrameError, TransportFault, TunnelLost,
     WriteError,
 };
+pub use progress::{Progress, Step};
 pub use quic::{
     icmp::Unreachable,
     udp::{BindError, BufferSizes, UdpHealth, UdpStats},

@@ -101,8 +101,9 @@ async fn splice_all<R: LocalRead, W: LocalWrite, A: Abort>(
     (mut send, mut recv): (SendHalf, RecvHalf),
     meter: &Meter,
 ) -> Outcome {
-    let pumps = Pumps::new(meter, local.stuck_timeout);
-    let progress = local.writer.progress();
+    let progress = send.progress().clone();
+    let pumps = Pumps::new(meter, progress.clone(), local.stuck_timeout);
+    let taken = local.writer.progress();
     let (reader, writer) = (&mut local.reader, &mut local.writer);
     let (holder, guard) = (send.memory().holder(Held::Send), &local.guard);
     let end = select! {
@@ -110,7 +111,7 @@ async fn splice_all<R: LocalRead, W: LocalWrite, A: Abort>(
             (reader, &holder), (writer, backlog), preamble, guard, (&mut send, &mut recv),
         ) => end,
         () = holder.cut() => Err(Cut::Memory),
-        cut = pumps.stuck(progress.as_deref()) => Err(cut),
+        cut = pumps.stuck(taken.as_deref()) => Err(cut),
         fault = guard.vanished() => Err(fault.into()),
     };
     match &end {
@@ -128,7 +129,7 @@ async fn splice_all<R: LocalRead, W: LocalWrite, A: Abort>(
             recv.stop(cut.code());
         }
     }
-    Outcome { to_tunnel: pumps.to.get(), from_tunnel: pumps.from.get(), end }
+    Outcome { to_tunnel: progress.to_tunnel(), from_tunnel: progress.from_tunnel(), end }
 }
 
 /// Checks when it is compiled that a splice can move between threads.

@@ -15,6 +15,7 @@ use crate::{
     ReadError, ReadFrameError, TunnelLost, WriteError,
     budget::StreamMemory,
     priority::{AttainedService, Class, PriorityBudget},
+    progress::Progress,
     qmux, quic,
     tunnel::now,
 };
@@ -73,6 +74,7 @@ pub struct SendHalf {
     attained: Option<AttainedService>,
     class: Class,
     memory: Arc<StreamMemory>,
+    progress: Arc<Progress>,
 }
 
 impl SendHalf {
@@ -82,7 +84,8 @@ impl SendHalf {
         memory: Arc<StreamMemory>,
     ) -> Self {
         let attained = Some(AttainedService::new(priorities, now()));
-        let half = Self { stream, ended: false, attained, class: Class::Interactive, memory };
+        let (class, progress) = (Class::Interactive, Arc::default());
+        let half = Self { stream, ended: false, attained, class, memory, progress };
         half.prioritize(half.class.priority());
         half
     }
@@ -103,6 +106,7 @@ impl SendHalf {
             let class = attained.on_write(now, chunk.len() as u64);
             if class != self.class {
                 self.class = class;
+                self.progress.set_class(class);
                 self.prioritize(class.priority());
             }
         }
@@ -125,6 +129,11 @@ impl SendHalf {
     /// The memory of the tunnel's streams.
     pub(crate) fn memory(&self) -> &Arc<StreamMemory> {
         &self.memory
+    }
+
+    /// The progress of the stream's splice.
+    pub fn progress(&self) -> &Arc<Progress> {
+        &self.progress
     }
 
     /// Ends the stream cleanly after all that was written. Returns at once; delivery goes on.

@@ -210,6 +210,11 @@ impl Tunnel {
         either!(Connection, &self.connection, connection => connection.stats())
     }
 
+    /// Distinguishes the tunnel from the others of this process that live now.
+    pub fn key(&self) -> usize {
+        Arc::as_ptr(&self.priorities) as usize
+    }
+
     /// What carries the tunnel.
     pub fn carrier(&self) -> Carrier {
         match &self.connection {

@@ -30,27 +30,6 @@ impl Meter {
     }
 }
 
-/// Counts the bytes of one direction of a splice, and adds them to those of all splices.
-pub(super) struct Count<'a> {
-    count: AtomicU64,
-    total: &'a AtomicU64,
-}
-
-impl<'a> Count<'a> {
-    pub(super) fn new(total: &'a AtomicU64) -> Self {
-        Self { count: AtomicU64::new(0), total }
-    }
-
-    pub(super) fn add(&self, bytes: usize) {
-        self.count.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.total.fetch_add(bytes as u64, Ordering::Relaxed);
-    }
-
-    pub(super) fn get(&self) -> u64 {
-        self.count.load(Ordering::Relaxed)
-    }
-}
-
 /// Result of a splice.
 #[derive(Debug)]
 pub struct Outcome {

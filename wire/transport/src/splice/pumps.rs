@@ -15,9 +15,9 @@ use tokio::{select, sync::SetOnce, time::sleep};
 
 use super::{
     Abort, Cut, HalfEnd, LocalFault, LocalRead, LocalWrite, Meter, Preamble, backlog::Backlog,
-    local::AbortGuard, outcome::Count,
+    local::AbortGuard,
 };
-use crate::{RecvHalf, SendHalf, WriteError, budget::Holder};
+use crate::{RecvHalf, SendHalf, Step, WriteError, budget::Holder, progress::Progress};
 
 /// Maximum number of chunks taken from a stream at once. One chunk is one packet's payload, so this
 /// is about 45 KiB: enough to make the system call cheap, little enough to be fair.
@@ -25,10 +25,10 @@ pub(super) const CHUNKS: usize = 32;
 
 /// State that the two directions of one splice share.
 pub(super) struct Pumps<'a> {
-    /// Bytes from the local side to the tunnel.
-    pub(super) to: Count<'a>,
-    /// Bytes from the tunnel to the local side.
-    pub(super) from: Count<'a>,
+    /// How far the splice has come.
+    progress: Arc<Progress>,
+    /// Bytes of all splices.
+    meter: &'a Meter,
     /// Set once the local peer has ended its output.
     local_ended: SetOnce<()>,
     /// Whether the direction from the tunnel has ended.
@@ -42,11 +42,11 @@ pub(super) struct Pumps<'a> {
 }
 
 impl<'a> Pumps<'a> {
-    pub(super) fn new(meter: &'a Meter, stuck_timeout: Duration) -> Self {
+    pub(super) fn new(meter: &'a Meter, progress: Arc<Progress>, stuck_timeout: Duration) -> Self {
         Self {
             stuck_timeout,
-            to: Count::new(&meter.to_tunnel),
-            from: Count::new(&meter.from_tunnel),
+            progress,
+            meter,
             local_ended: SetOnce::new(),
             from_ended: AtomicBool::new(false),
             stopped: SetOnce::new(),
@@ -71,9 +71,13 @@ impl<'a> Pumps<'a> {
         let (mut to_end, mut from_end) = (None, None);
         loop {
             select! {
-                end = &mut to, if to_end.is_none() => to_end = Some(end?),
+                end = &mut to, if to_end.is_none() => {
+                    to_end = Some(end?);
+                    self.progress.set_sending(Step::Ended);
+                }
                 end = &mut from, if from_end.is_none() => {
                     from_end = Some(end?);
+                    self.progress.set_receiving(Step::Ended);
                     self.from_ended.store(true, Ordering::Relaxed);
                 }
             }
@@ -83,6 +87,16 @@ impl<'a> Pumps<'a> {
                 return Ok((to, from));
             }
         }
+    }
+
+    fn count_sent(&self, bytes: usize) {
+        self.progress.add_to_tunnel(bytes as u64);
+        self.meter.to_tunnel.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn count_received(&self, bytes: usize) {
+        self.progress.add_from_tunnel(bytes as u64);
+        self.meter.from_tunnel.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     /// Pumps from the local side to the tunnel until the local side ends or the other side stops.
@@ -97,6 +111,7 @@ impl<'a> Pumps<'a> {
         let code = loop {
             // Memory is taken before the read, so that the local side waits in its own kernel.
             if holder.room() == 0 {
+                self.progress.set_sending(Step::Memory);
                 select! {
                     biased;
                     code = &mut stop => break code?.unwrap_or(StreamCode::CLOSED),
@@ -105,6 +120,7 @@ impl<'a> Pumps<'a> {
                     () = guard.abandoned(self.stuck_timeout) => return Err(Cut::Stuck),
                 }
             }
+            self.progress.set_sending(Step::Input);
             let chunk = select! {
                 biased;
                 // Without a code it cannot complete before the stream is finished.
@@ -118,6 +134,7 @@ impl<'a> Pumps<'a> {
                 return Ok(stop.await?.map_or(HalfEnd::Finished, HalfEnd::Stopped));
             };
             let length = chunk.len();
+            self.progress.set_sending(Step::Output);
             let written = select! {
                 biased;
                 written = send.write_chunk(chunk) => written,
@@ -125,7 +142,7 @@ impl<'a> Pumps<'a> {
                 () = guard.abandoned(self.stuck_timeout) => return Err(Cut::Stuck),
             };
             match written {
-                Ok(()) => self.to.add(length),
+                Ok(()) => self.count_sent(length),
                 Err(WriteError::Stopped(code)) => break code,
                 Err(WriteError::Lost(lost)) => return Err(lost.into()),
                 Err(WriteError::Ended) => break StreamCode::CLOSED,
@@ -160,6 +177,7 @@ impl<'a> Pumps<'a> {
     ) -> Result<HalfEnd, Cut> {
         let mut chunks = [const { Bytes::new() }; CHUNKS];
         loop {
+            self.progress.set_receiving(Step::Input);
             let count = match backlog.take(&mut chunks) {
                 0 => select! {
                     count = recv.read_chunks(&mut chunks) => count?,
@@ -170,6 +188,7 @@ impl<'a> Pumps<'a> {
             let written = match count {
                 Some(count) => {
                     self.writing.store(true, Ordering::Relaxed);
+                    self.progress.set_receiving(Step::Output);
                     let length = chunks[..count].iter().map(Bytes::len).sum();
                     let written = select! {
                         biased;
@@ -206,7 +225,7 @@ impl<'a> Pumps<'a> {
         for chunks in chunks.chunks_mut(batch) {
             let length = chunks.iter().map(Bytes::len).sum();
             writer.write(chunks).await?;
-            self.from.add(length);
+            self.count_received(length);
         }
         Ok(())
     }
@@ -222,8 +241,10 @@ impl<'a> Pumps<'a> {
             // The client is still there and may wait for the local peer.
             std::future::pending::<()>().await;
         }
-        let taken =
-            || progress.map_or_else(|| self.from.get(), |taken| taken.load(Ordering::Relaxed));
+        let taken = || {
+            progress
+                .map_or_else(|| self.progress.from_tunnel(), |taken| taken.load(Ordering::Relaxed))
+        };
         loop {
             let before = taken();
             sleep(self.stuck_timeout).await;
