@@ -6,6 +6,7 @@ use culvert_process::{
     admin::{AdminServer, Port, Routes},
     faults::ConfigErrors,
     metrics::{BuildError, Upkeep},
+    operator::streams::{LiveStreams, Side},
     reload::Reloads,
     supervision::{propagate_panic, until_panic},
 };
@@ -89,6 +90,7 @@ impl Agent {
             udp_health: metrics.udp_health.clone(),
             bridges: bridges.clone(),
         };
+        let streams = LiveStreams::new(Side::Agent);
         let tunnels = Arc::new(ServerTunnels::new(config.sync.count_source));
         let connector = Connector {
             connect: Arc::new(connect),
@@ -98,7 +100,7 @@ impl Agent {
             metrics: metrics.clone(),
         };
         let context = Arc::new(SessionContext {
-            egress: Egress::new(gate, config.dial_timeout, metrics.clone()),
+            egress: Egress::new(gate, config.dial_timeout, metrics.clone(), streams.clone()),
             agent_id: config.agent_id.clone(),
             instance: InstanceId(std::array::from_fn(|_| fastrand::u8(..))),
             identifiers: config.identifiers.clone(),

@@ -10,12 +10,13 @@ mod scripted;
 
 use std::{sync::Arc, time::Duration};
 
+use culvert_process::operator::streams::{LiveStream, LiveStreams};
 use culvert_transport::{
-    RecvHalf, SendHalf,
+    RecvHalf, SendHalf, Tunnel,
     splice::{self, Backlog, Cut},
 };
 use culvert_wire::{
-    StreamCode,
+    ServerId, StreamCode,
     dial::{DialErrorKind, DialFailure, DialReply, DialRequest, DialTiming},
     extension::Extensions,
     frame::{self, Message},
@@ -44,21 +45,37 @@ pub(crate) struct Egress {
     gate: Gate,
     dial_timeout: Duration,
     metrics: Arc<AgentMetrics>,
+    streams: LiveStreams,
+}
+
+/// Where a stream comes from.
+#[derive(Clone, Debug)]
+pub(crate) struct Origin {
+    /// The server.
+    pub(crate) server_id: ServerId,
+    /// The tunnel to it.
+    pub(crate) tunnel: Tunnel,
 }
 
 impl Egress {
     /// Dials targets on the host's network, as far as `gate` permits. `dial_timeout` is the time for the lookup and
     /// connection of a target; where the server's own limit is shorter, it applies.
-    pub(crate) fn new(gate: Gate, dial_timeout: Duration, metrics: Arc<AgentMetrics>) -> Self {
+    /// Its streams are among `streams` while they live.
+    pub(crate) fn new(
+        gate: Gate,
+        dial_timeout: Duration,
+        metrics: Arc<AgentMetrics>,
+        streams: LiveStreams,
+    ) -> Self {
         let lookups = Lookups::new(SystemResolver, LOOKUP_LIMITS, metrics.target_lookups.clone());
-        Self { network: TargetNetwork::Host { lookups }, gate, dial_timeout, metrics }
+        Self { network: TargetNetwork::Host { lookups }, gate, dial_timeout, metrics, streams }
     }
 
     /// Serves one stream to its end.
     ///
     /// # Cancel safety
     /// Dropping the future resets the stream and the target's connection.
-    pub(crate) async fn serve(&self, (mut send, mut recv): (SendHalf, RecvHalf)) {
+    pub(crate) async fn serve(&self, (mut send, mut recv): (SendHalf, RecvHalf), origin: Origin) {
         let arrived = Instant::now();
         let request = match timeout(HEADER_TIMEOUT, read_request(&mut recv)).await {
             Ok(Ok(request)) => request,
@@ -98,7 +115,7 @@ impl Egress {
             return debug!(dial = %request.id, %error, "the dial's reply was not sent");
         }
         match target {
-            Some(target) => self.splice(&request, (target, backlog), (send, recv)).await,
+            Some(target) => self.splice(&request, (target, backlog), (send, recv), origin).await,
             None => {
                 send.finish();
                 recv.stop(StreamCode::DIAL_FAILED);
@@ -136,11 +153,21 @@ impl Egress {
         request: &DialRequest,
         (local, backlog): (Connection, Backlog),
         stream: (SendHalf, RecvHalf),
+        origin: Origin,
     ) {
         let started = Instant::now();
         let open = self.metrics.stream_open();
+        let listed = self.streams.enter(LiveStream {
+            dial: request.id,
+            peer: origin.server_id.as_str().to_owned(),
+            target: request.target.clone(),
+            kind: request.kind,
+            tunnel: origin.tunnel,
+            progress: stream.0.progress().clone(),
+            since: started,
+        });
         let outcome = splice::splice_behind(backlog, local, stream, &self.metrics.meter).await;
-        drop(open);
+        drop((open, listed));
         self.metrics.stream_ended(&outcome);
         let (dial, kind) = (request.id, request.kind.name());
         let (up, down) = (outcome.to_tunnel, outcome.from_tunnel);

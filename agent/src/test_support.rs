@@ -10,7 +10,11 @@ use std::{
 };
 
 use clap::Parser as _;
-use culvert_process::{cli::ProcessConfig as _, invocation::Invocation};
+use culvert_process::{
+    cli::ProcessConfig as _,
+    invocation::Invocation,
+    operator::streams::{LiveStreams, Side},
+};
 use culvert_transport::{
     Carrier, ConnectError, Settings, Tunnel,
     budget::MemoryBudget,
@@ -61,7 +65,12 @@ pub(crate) fn config(args: &[&str]) -> Config {
 pub(crate) fn context(token: Option<&str>) -> SessionContext {
     let metrics = Arc::new(AgentMetrics::new().unwrap());
     SessionContext {
-        egress: Egress::new(Gate::open(Policy::default()), Duration::from_secs(5), metrics),
+        egress: Egress::new(
+            Gate::open(Policy::default()),
+            Duration::from_secs(5),
+            metrics,
+            LiveStreams::new(Side::Agent),
+        ),
         agent_id: "node-1".parse().unwrap(),
         instance: InstanceId([7; 16]),
         identifiers: Identifiers::default(),

@@ -8,6 +8,7 @@
 //!  load                how much a backend has to do
 //!  ejection            backends through which dials time out
 //!  dismissal           why this server ends a backend
+//!  duplicates          ids that several live agents have
 //!  departure           how a backend has left, and for how long it is expected back
 //!  absence             why there is no backend for a target, in words
 //!  silence             which agents are silent
@@ -19,6 +20,7 @@ mod absence;
 mod backend;
 pub mod departure;
 mod dismissal;
+pub(crate) mod duplicates;
 mod ejection;
 pub mod load;
 mod recent_loss;
@@ -190,6 +192,14 @@ impl Backends {
     pub(crate) fn evict(&self, agent_id: &AgentId) -> usize {
         let tunnels = self.registry().of_agent(agent_id).to_vec();
         tunnels.iter().for_each(|tunnel| tunnel.dismiss(Dismissal::Evicted));
+        tunnels.len()
+    }
+
+    /// Gives every tunnel of an agent no new dials while another agent will do. Returns how many
+    /// there are.
+    pub(crate) fn drain_agent(&self, agent_id: &AgentId) -> usize {
+        let tunnels = self.registry().of_agent(agent_id).to_vec();
+        tunnels.iter().for_each(|tunnel| self.drain(tunnel));
         tunnels.len()
     }
 

@@ -48,6 +48,10 @@ pub(crate) struct Dialed {
     pub(crate) id: DialId,
     /// Position of the request in a trace, if it names one.
     pub(crate) trace: Option<TraceContext>,
+    /// Target.
+    pub(crate) target: Target,
+    /// Purpose of the connection, if the request hints at one.
+    pub(crate) kind: StreamKind,
     /// The stream; the target's bytes follow the reply.
     pub(crate) stream: (SendHalf, RecvHalf),
     /// Permit that the stream uses.

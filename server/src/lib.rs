@@ -24,7 +24,6 @@ mod reset_key;
 mod server;
 #[cfg(test)]
 mod testing;
-mod unix_socket;
 
 pub use agents::listener::ListenerError;
 pub use config::Config;

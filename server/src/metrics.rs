@@ -5,6 +5,7 @@
 //! What describes the current state is read when it is scraped, so it cannot go stale.
 
 mod families;
+mod versions;
 
 use std::{
     collections::BTreeMap,
@@ -27,14 +28,15 @@ use culvert_wire::AgentId;
 use metrics::Histogram;
 
 use self::families::{
-    ADDRESS_VALIDATIONS, CONNECTION_DURATION, COUNTERS, CULLED_LEASES, DIAL_DURATION,
-    DIAL_FAILURES, DIALS_MOVED, DIALS_WAITED, DIRECTIONS, EJECTIONS, ESTABLISHED,
-    FRONTENDS_REFUSED, Family, GRPC_CONNECTIONS, HISTOGRAMS, HTTP_CONNECTIONS, IDENTITY_CONFLICTS,
-    JOIN_FAILURES, LEASE_DELETE_LATENCY, LEASE_DELETES, LEASE_LIST_LATENCY, LEASE_LISTS,
-    LEASE_RENEWALS, OPEN_STREAMS, OPTIMISTIC_DIALS, PENDING_DIALS, PROOF_RENEWALS, READY_BACKENDS,
-    READY_CONNECTIONS, STREAM_BYTES, STREAM_ENDS, STREAMS, TOKEN_RECHECKS, TOKEN_REVIEWS, TUNNELS,
-    TUNNELS_LOST, UDP_BUFFER, UNADMITTED,
+    ADDRESS_VALIDATIONS, AGENTS_BY_VERSION, CONNECTION_DURATION, COUNTERS, CULLED_LEASES,
+    DIAL_DURATION, DIAL_FAILURES, DIALS_MOVED, DIALS_WAITED, DIRECTIONS, DUPLICATE_AGENTS,
+    EJECTIONS, ESTABLISHED, FRONTENDS_REFUSED, Family, GRPC_CONNECTIONS, HISTOGRAMS,
+    HTTP_CONNECTIONS, IDENTITY_CONFLICTS, JOIN_FAILURES, LEASE_DELETE_LATENCY, LEASE_DELETES,
+    LEASE_LIST_LATENCY, LEASE_LISTS, LEASE_RENEWALS, OPEN_STREAMS, OPTIMISTIC_DIALS, PENDING_DIALS,
+    PROOF_RENEWALS, READY_BACKENDS, READY_CONNECTIONS, STREAM_BYTES, STREAM_ENDS, STREAMS,
+    TOKEN_RECHECKS, TOKEN_REVIEWS, TUNNELS, TUNNELS_LOST, UDP_BUFFER, UNADMITTED,
 };
+use self::versions::KnownVersions;
 use crate::{
     agents::{
         JOIN_FAILURE_REASONS,
@@ -42,7 +44,7 @@ use crate::{
         identity::ClaimFault,
         session::{recheck::RECHECK_RESULTS, renewal::RENEWAL_RESULTS},
     },
-    backends::{Backend, Backends, registry::Candidate},
+    backends::{Backend, Backends, duplicates::duplicates, registry::Candidate},
     dial::DialError,
 };
 
@@ -107,6 +109,7 @@ pub struct ServerMetrics {
     unadmitted: [(Carrier, LiveCount); 3],
     streams: AtomicU64,
     stream_ends: StreamEnds,
+    versions: KnownVersions,
     udp_health: OnceLock<Arc<UdpHealth>>,
     memory: OnceLock<Arc<MemoryBudget>>,
     /// Bytes spliced in either direction.
@@ -139,6 +142,7 @@ impl ServerMetrics {
             unadmitted: [Carrier::Quic, Carrier::Tcp, Carrier::Grpc]
                 .map(|carrier| (carrier, LiveCount::default())),
             streams: AtomicU64::new(0),
+            versions: KnownVersions::default(),
             udp_health: OnceLock::new(),
             memory: OnceLock::new(),
             stream_ends: StreamEnds::new(&metrics, STREAM_ENDS, DIRECTIONS),
@@ -310,7 +314,13 @@ impl ServerMetrics {
             exposition.tasks(TASKS);
             self.collect_connections(exposition);
             collect_backends(backends, exposition);
-            collect_tunnels(&backends.all(), exposition);
+            let tunnels = backends.all();
+            collect_tunnels(&tunnels, exposition);
+            let versions = self.versions.count(&tunnels);
+            let (name, help) = (AGENTS_BY_VERSION.name, AGENTS_BY_VERSION.help);
+            exposition.family(name, Kind::Gauge, help, versions);
+            let duplicates = duplicates(&tunnels).len();
+            exposition.gauge(DUPLICATE_AGENTS.name, DUPLICATE_AGENTS.help, duplicates);
             let streams = self.streams.load(Ordering::Relaxed);
             exposition.counter(STREAMS.name, STREAMS.help, streams);
             exposition.meter(STREAM_BYTES, &self.meter, DIRECTIONS);

@@ -7,6 +7,10 @@ use culvert_process::{
     descriptors,
     faults::ConfigErrors,
     metrics::{BuildError, Upkeep},
+    operator::{
+        socket::OperatorSocket,
+        streams::{LiveStreams, Side},
+    },
     reload::Reloads,
     supervision::{propagate_panic, until_panic},
 };
@@ -32,7 +36,7 @@ use crate::{
     },
     leases::LeaseController,
     metrics::ServerMetrics,
-    operator::socket::OperatorSocket,
+    operator::answers::Operated,
     readiness::readiness,
 };
 
@@ -107,6 +111,7 @@ impl Server {
         let frontend_context = Arc::new(FrontendContext {
             dialer: Dialer::new(backends.clone(), config.agents.dial, metrics.clone()),
             metrics: metrics.clone(),
+            streams: LiveStreams::new(Side::Server),
             mode: config.frontend.mode,
             reach: Default::default(),
             header_timeout: config.frontend.header_timeout,
@@ -221,7 +226,7 @@ impl Server {
         self.admin.local_address()
     }
 
-    /// Serves until `stop` completes, then drains for the configured time and closes everything:
+    /// Serves until `stop` completes or an operator drains the server, then drains for the configured time and closes everything:
     /// the server is no longer ready, it takes no new tunnels and no new requests, agents are sent
     /// a goodbye, frontends still open are cut off, the Unix socket is removed.
     ///
@@ -246,14 +251,21 @@ impl Server {
         let watch = silence::watch(backends.clone(), settings.keep_alive_interval);
         let mut watch = culvert_transport::task::owned(watch);
         let own = [&mut self.upkeep, &mut frontend, &mut reloading, &mut watch];
-        let backends = self.agent_context.backends.clone();
-        let mut operator =
-            self.operator.map(|socket| culvert_transport::task::owned(socket.run(backends)));
+        let stop_by_operator = CancellationToken::new();
+        let operated = Operated {
+            backends: self.agent_context.backends.clone(),
+            streams: self.frontend_context.streams.clone(),
+            stop: stop_by_operator.clone(),
+        };
+        let mut operator = self
+            .operator
+            .map(|socket| culvert_transport::task::owned(socket.run(operated.answers())));
         let mut reviews = self.agent_context.authenticator.take_task();
         let supervised = [self.health.task(), self.admin.task()].into_iter().chain(own);
         let supervised = supervised.chain(&mut lease_task).chain(&mut reviews).chain(&mut operator);
         let ended = tokio::select! {
             () = stop => Ok(()),
+            () = stop_by_operator.cancelled() => Ok(()),
             error = agents.failed() => Err(error),
             never = until_panic(supervised) => match never {},
         };

@@ -239,6 +239,12 @@ impl TestAgent {
         Self::with(backends, hello, Identity::default(), pair().await)
     }
 
+    /// An agent of this name, whose software this is.
+    pub(crate) async fn join_with(backends: &Backends, name: &str, software: Text<64>) -> Self {
+        let hello = Hello { software, ..hello(name, &[]) };
+        Self::with(backends, hello, Identity::default(), pair().await)
+    }
+
     /// An agent of this identity that stands for these hosts.
     pub(crate) async fn join_by(
         backends: &Backends,

@@ -2,12 +2,15 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::bounded::List;
+use crate::bounded::{List, Text};
 
 /// Maximum number of extensions in one message.
 pub const MAX_EXTENSIONS: usize = 16;
 /// Maximum length of an extension's value, in bytes.
 pub const MAX_EXTENSION_LEN: usize = 1024;
+
+/// Type of the extension of a welcome that has the name and version of the server's software.
+pub const SOFTWARE: u16 = 0x0002;
 
 /// One typed addition to a message.
 ///
@@ -31,6 +34,18 @@ pub struct UnknownExtension(pub u16);
 pub type Extensions = List<Extension, MAX_EXTENSIONS>;
 
 impl Extensions {
+    /// The list that has the name and version of the software alone.
+    pub fn software_alone(software: &Text<64>) -> Self {
+        let value = List::try_from(software.as_bytes().to_vec()).unwrap_or_default();
+        Self::try_from(vec![Extension { kind: SOFTWARE, value }]).unwrap_or_default()
+    }
+
+    /// Name and version of the peer's software, as it says; `None` if it does not.
+    pub fn software(&self) -> Option<Text<64>> {
+        let extension = self.iter().find(|extension| extension.kind == SOFTWARE)?;
+        Some(Text::lossy(&extension.value))
+    }
+
     /// Checks that no extension in the list must be understood; this build knows none.
     ///
     /// # Errors
@@ -53,5 +68,14 @@ mod tests {
             |kind| Extensions::try_from(vec![Extension { kind, value: List::default() }]).unwrap();
         assert_eq!(one(0x10).require_known(), Ok(()));
         assert_eq!(one(0x11).require_known(), Err(UnknownExtension(0x11)));
+    }
+
+    #[test]
+    fn the_software_is_what_was_written() {
+        let software = Text::truncated("culvert-server 1".into());
+        let extensions = Extensions::software_alone(&software);
+        assert_eq!(extensions.software(), Some(software));
+        assert_eq!(extensions.require_known(), Ok(()));
+        assert_eq!(Extensions::default().software(), None);
     }
 }

@@ -58,6 +58,17 @@ impl Features {
         self.0 & other.0 == other.0
     }
 
+    /// The names of the known features in the set.
+    pub fn names(self) -> impl Iterator<Item = &'static str> {
+        let known = [
+            (Self::PING, "ping"),
+            (Self::DRAIN, "drain"),
+            (Self::HEDGE, "hedge"),
+            (Self::RENEWAL, "renewal"),
+        ];
+        known.into_iter().filter(move |(bit, _)| self.contains(*bit)).map(|(_, name)| name)
+    }
+
     /// The set as it crosses the wire.
     pub const fn bits(self) -> u64 {
         self.0
@@ -86,5 +97,7 @@ mod tests {
         assert!(!both.contains(Features::DRAIN.union(Features::PING)));
         assert_eq!(both.intersection(Features::DRAIN), Features::NONE);
         assert_eq!(Features::supported().bits(), 0b1111);
+        assert_eq!(Features::supported().names().count(), 4);
+        assert_eq!(Features::DRAIN.names().collect::<Vec<_>>(), ["drain"]);
     }
 }

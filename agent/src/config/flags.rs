@@ -3,7 +3,7 @@
 use clap::Parser;
 use culvert_process::{
     admin_flags::AdminFlags, channel_flags, go_duration::GoDuration,
-    kubernetes_flags::KubernetesFlags, tls_flags::TlsFlags, tunnel_flags::TunnelFlags,
+    kubernetes_flags::KubernetesFlags, tls_flags::TlsFlags, tunnel_flags::TunnelFlags, version,
 };
 
 use super::{AlpnOrder, Transport};
@@ -17,7 +17,7 @@ pub(super) const DEFAULT_CHANNEL_SIZE: i64 = 150;
 /// A drop-in for Konnectivity's proxy-agent. It makes connections and accepts none, except for
 /// health checks and administration.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "culvert-agent", version, max_term_width = 100)]
+#[command(name = "culvert-agent", version = version::text(), max_term_width = 100)]
 pub struct Flags {
     /// Address of the servers, one for all of them, such as a load balancer's: an IPv4 address, an
     /// IPv6 address without brackets, or a DNS name

@@ -1,4 +1,5 @@
 use bytes::Bytes;
+use culvert_process::operator::streams::{LiveStreams, Side};
 use culvert_transport::{
     Carrier, ReadError, Settings, WriteError, qmux::Peer, test_util::Pair, tls::Current,
 };
@@ -46,8 +47,15 @@ async fn serve_with((policy, audit): (Policy, bool), network: Scripted, head: By
     let metrics = Arc::new(AgentMetrics::new().unwrap());
     let network = TargetNetwork::Scripted(network);
     let gate = Gate::new(Current::fixed(policy), audit, metrics.clone());
-    let egress = Egress { network, gate, dial_timeout: DIAL_TIMEOUT, metrics: metrics.clone() };
-    let serving = culvert_transport::task::owned(async move { egress.serve(stream).await });
+    let egress = Egress {
+        network,
+        gate,
+        dial_timeout: DIAL_TIMEOUT,
+        metrics: metrics.clone(),
+        streams: LiveStreams::new(Side::Agent),
+    };
+    let origin = Origin { server_id: "server".parse().unwrap(), tunnel: pair.agent.clone() };
+    let serving = culvert_transport::task::owned(async move { egress.serve(stream, origin).await });
     Served { send, recv, metrics, _serving: serving, _pair: pair }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{convert::Infallible, mem, sync::Arc, time::Duration};
 
+use culvert_process::version::software;
 use culvert_transport::{
     BufferSizes, Tunnel, TunnelLost,
     budget::MemoryBudget,
@@ -9,7 +10,7 @@ use culvert_transport::{
     tls::Current,
 };
 use culvert_wire::{
-    AgentId, CloseCode, InstanceId, StreamCode,
+    AgentId, CloseCode, InstanceId, ServerId, StreamCode,
     bounded::Text,
     control::{ControlMessage, Drain, Goodbye, Hello, Renewal, Secret, Welcome},
     extension::Extensions,
@@ -22,7 +23,7 @@ use tracing::{debug, info};
 
 use crate::{
     connector::Connected,
-    egress::Egress,
+    egress::{Egress, Origin},
     tunnels::{
         Rank, ServerTunnel, ServerTunnels, Suspicion,
         liveness::{Liveness, Verdict},
@@ -174,7 +175,7 @@ async fn introduce(session: &mut Session, context: &SessionContext) -> Result<We
         instance: context.instance,
         identifiers: context.identifiers.clone(),
         token,
-        software: Text::truncated(format!("culvert-agent {}", env!("CARGO_PKG_VERSION"))),
+        software: Text::truncated(software("culvert-agent")),
         extensions: Extensions::default(),
     };
     control.send(&ControlMessage::Hello(Box::new(hello))).await?;
@@ -227,7 +228,7 @@ impl Joined {
                     Err(error) => Err(error),
                 }
             }
-            lost = accept(tunnel, &context, &streams) => return lost,
+            lost = accept(tunnel, &entry.server_id, &context, &streams) => return lost,
             () = context.draining.cancelled() => Ok(DrainReason::AgentDrains),
             () = entry.retired() => Ok(DrainReason::Retired),
         };
@@ -291,7 +292,7 @@ impl Joined {
                     }
                 }
                 // A dial that the server sent before it received the drain is still served.
-                _ = accept(tunnel, context, streams) => Ok(None),
+                _ = accept(tunnel, &entry.server_id, context, streams) => Ok(None),
             }
         };
         let ended = tokio::select! {
@@ -381,6 +382,7 @@ async fn replaced(token: &mut Option<Current<Secret>>) -> Secret {
 /// used.
 async fn accept(
     tunnel: &Tunnel,
+    server_id: &ServerId,
     context: &Arc<SessionContext>,
     streams: &TaskTracker,
 ) -> TunnelLost {
@@ -401,7 +403,8 @@ async fn accept(
             tunnel.set_max_streams(limit);
         }
         let context = context.clone();
-        streams.spawn(async move { context.egress.serve((send, recv)).await });
+        let origin = Origin { server_id: server_id.clone(), tunnel: tunnel.clone() };
+        streams.spawn(async move { context.egress.serve((send, recv), origin).await });
     }
 }
 

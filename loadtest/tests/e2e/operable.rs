@@ -117,7 +117,7 @@ async fn both_logs_name_a_dials_trace_and_the_peers_revision() {
         let mut agent =
             deployment.start_agent(Implementation::Culvert, "agent", &LOG_AS_JSON).await;
         let joined = deployment.server().until_logged("agent connected").await.unwrap();
-        assert_eq!(joined["software"], format!("culvert-agent {}", env!("CARGO_PKG_VERSION")));
+        assert_eq!(joined["software"], culvert_process::version::software("culvert-agent"));
         assert_eq!(joined["revision"], REVISION);
         let joined = agent.until_logged("server connected").await.unwrap();
         assert_eq!(joined["revision"], REVISION);

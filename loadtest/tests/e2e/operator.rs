@@ -1,13 +1,23 @@
 //! The operator's commands.
 
-use std::{path::Path, process::Output};
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    process::Output,
+};
 
 use culvert_loadtest::{frontend::Protocol::Connect, targets};
+use culvert_process::version::VERSION;
 use serde_json::Value;
 use tokio::process::Command;
 
 use crate::support::{
-    deployment::{Deployment, Implementation::Culvert},
+    deployment::{
+        Deployment,
+        Implementation::{Culvert, Konnectivity},
+        can_run,
+    },
     echo, eventually, within,
 };
 
@@ -22,20 +32,43 @@ async fn run(socket: &Path, args: &[&str]) -> Output {
         .unwrap()
 }
 
+/// What a command prints that succeeds.
+async fn printed(socket: &Path, args: &[&str]) -> String {
+    let output = run(socket, args).await;
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// What a command reports that fails.
+async fn failure(socket: &Path, args: &[&str]) -> String {
+    let output = run(socket, args).await;
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+/// The JSON that a command prints.
+async fn json(socket: &Path, args: &[&str]) -> Value {
+    serde_json::from_str(&printed(socket, args).await).unwrap()
+}
+
 /// The list of agents.
 async fn agents(socket: &Path) -> Vec<Value> {
-    let output = run(socket, &["agents", "--json"]).await;
-    assert_eq!(output.status.code(), Some(0));
-    serde_json::from_slice(&output.stdout).unwrap()
+    json(socket, &["agents", "--json"]).await.as_array().unwrap().clone()
+}
+
+/// A deployment whose server has an operator's socket.
+async fn operated() -> (Deployment, PathBuf) {
+    let mut deployment = Deployment::without_server(Connect);
+    let socket = deployment.certificates.folder().join("operator.sock");
+    let flag = format!("--operator-socket={}", socket.display());
+    deployment.start_server(Culvert, &[&flag]).await;
+    (deployment, socket)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_lists_agents_and_sends_one_away() {
     within(async {
-        let mut deployment = Deployment::without_server(Connect);
-        let socket = deployment.certificates.folder().join("operator.sock");
-        let flag = format!("--operator-socket={}", socket.display());
-        deployment.start_server(Culvert, &[&flag]).await;
+        let (mut deployment, socket) = operated().await;
         let identifiers = ["--agent-identifiers=host=node-1"];
         let agent = deployment.start_agent(Culvert, "agent", &identifiers).await;
         let _other = deployment.start_agent(Culvert, "other", &[]).await;
@@ -45,10 +78,14 @@ async fn an_operator_lists_agents_and_sends_one_away() {
         let found = listed.iter().find(|entry| entry["agent"] == "agent").unwrap();
         assert_eq!(found["identity"], "certificate \"CN=culvert loadtest agent\"");
         assert_eq!(found["identifiers"][0], "host=node-1");
-        assert_eq!(found["state"], "used");
-        let table = run(&socket, &["agents"]).await;
-        let table = String::from_utf8(table.stdout).unwrap();
+        assert_eq!((&found["state"], &found["duplicate"]), (&"used".into(), &false.into()));
+        let software = found["software"].as_str().unwrap();
+        assert!(software.starts_with(&format!("culvert-agent {VERSION}")), "{software}");
+        let table = printed(&socket, &["agents"]).await;
         assert!(table.starts_with("AGENT") && table.lines().count() == 3, "{table}");
+        assert!(table.contains(software), "{table}");
+        let series = format!("culvert_server_agents_by_version{{version=\"{software}\"}}");
+        assert_eq!(deployment.server().metric(&series).await.unwrap(), 2.0);
 
         let target = targets::echo().await.unwrap();
         let mut streams = Vec::new();
@@ -57,8 +94,7 @@ async fn an_operator_lists_agents_and_sends_one_away() {
             echo(&mut stream, b"before").await.unwrap();
             streams.push(stream);
         }
-        let output = run(&socket, &["evict", "agent"]).await;
-        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        printed(&socket, &["evict", "agent"]).await;
         let drains = async || agent.log().contains("the server drains");
         eventually("the agent is asked to drain", drains).await;
         for stream in &mut streams {
@@ -69,10 +105,8 @@ async fn an_operator_lists_agents_and_sends_one_away() {
         eventually("the agent is sent away", async || agent.log().contains(reason)).await;
         // Its proof is as good as before.
         deployment.until_joined(2).await;
-        let unknown = run(&socket, &["evict", "unknown"]).await;
-        assert_eq!(unknown.status.code(), Some(1));
-        let text = String::from_utf8(unknown.stderr).unwrap();
-        assert!(text.contains("no such agent is connected"), "{text}");
+        let unknown = failure(&socket, &["evict", "unknown"]).await;
+        assert!(unknown.contains("no such agent is connected"), "{unknown}");
     })
     .await;
 }
@@ -83,16 +117,157 @@ async fn is_used(socket: &Path, agent: &str) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn streams_are_listed_with_their_agent_target_and_bytes() {
+    within(async {
+        let (deployment, socket) = operated().await;
+        let _agent = deployment.start_agent(Culvert, "agent", &[]).await;
+        deployment.until_joined(1).await;
+        assert_eq!(json(&socket, &["streams", "--json"]).await["total"], 0);
+        let target = targets::echo().await.unwrap();
+        let mut streams = Vec::new();
+        for _ in 0..3 {
+            let mut stream = deployment.dial(target.address()).await.unwrap();
+            echo(&mut stream, b"twelve bytes").await.unwrap();
+            streams.push(stream);
+        }
+        let list = json(&socket, &["streams", "--json"]).await;
+        assert_eq!((&list["total"], list["streams"].as_array().unwrap().len()), (&3.into(), 3));
+        let stream = &list["streams"][0];
+        assert_eq!(stream["peer"], "agent");
+        assert_eq!(stream["target"], target.address().to_string());
+        assert_eq!(
+            (&stream["bytes_to_target"], &stream["bytes_from_target"]),
+            (&12.into(), &12.into())
+        );
+        assert_eq!((&stream["sending"], &stream["receiving"]), (&"input".into(), &"input".into()));
+        let table = printed(&socket, &["streams", "--limit=2"]).await;
+        assert!(table.starts_with("DIAL") && table.ends_with("1 more, see --limit\n"), "{table}");
+        assert!(table.contains("12B"), "{table}");
+        let one = json(&socket, &["streams", "--agent=agent", "--limit=1", "--json"]).await;
+        assert_eq!((&one["total"], one["streams"].as_array().unwrap().len()), (&3.into(), 1));
+        assert_eq!(json(&socket, &["streams", "--agent=other", "--json"]).await["total"], 0);
+        let refused = failure(&socket, &["streams", "--limit=20001"]).await;
+        assert!(refused.contains("the limit must be a number up to 20000"), "{refused}");
+        drop(streams);
+        eventually("the streams are gone", async || {
+            json(&socket, &["streams", "--json"]).await["total"] == 0
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drained_agent_keeps_its_streams_and_gets_no_new_ones() {
+    within(async {
+        let (deployment, socket) = operated().await;
+        let _agent = deployment.start_agent(Culvert, "agent", &[]).await;
+        deployment.until_joined(1).await;
+        let target = targets::echo().await.unwrap();
+        let mut before = deployment.dial(target.address()).await.unwrap();
+        let _other = deployment.start_agent(Culvert, "other", &[]).await;
+        deployment.until_joined(2).await;
+        let unknown = failure(&socket, &["drain", "--agent=unknown"]).await;
+        assert!(unknown.contains("no such agent is connected"), "{unknown}");
+        printed(&socket, &["drain", "--agent=agent"]).await;
+        let mut after = Vec::new();
+        for _ in 0..20 {
+            after.push(deployment.dial(target.address()).await.unwrap());
+        }
+        echo(&mut before, b"goes on").await.unwrap();
+        let streams = json(&socket, &["streams", "--agent=agent", "--json"]).await;
+        assert_eq!(streams["total"], 1);
+        let listed = agents(&socket).await;
+        let found = listed.iter().find(|entry| entry["agent"] == "agent").unwrap();
+        assert_eq!(found["state"], "draining");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drained_server_ends_as_at_sigterm() {
+    within(async {
+        let (mut deployment, socket) = operated().await;
+        let agent = deployment.start_agent(Culvert, "agent", &[]).await;
+        deployment.until_joined(1).await;
+        printed(&socket, &["drain"]).await;
+        let ended = deployment.server().ended().await.unwrap();
+        assert_eq!(ended.code(), Some(0));
+        assert!(!socket.exists());
+        eventually("the agent knows", async || agent.log().contains("the server stops")).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn konnectivity_agents_and_their_streams_are_listed() {
+    if !can_run(&[Konnectivity]).await {
+        return;
+    }
+    within(async {
+        let (deployment, socket) = operated().await;
+        let _agent = deployment.start_agent(Konnectivity, "agent", &[]).await;
+        deployment.until_joined(1).await;
+        let listed = agents(&socket).await;
+        assert_eq!(
+            (&listed[0]["agent"], &listed[0]["transport"]),
+            (&"agent".into(), &"grpc".into())
+        );
+        assert!(listed[0]["software"].as_str().unwrap().contains("grpc-go"), "{listed:?}");
+        let target = targets::echo().await.unwrap();
+        let mut stream = deployment.dial(target.address()).await.unwrap();
+        echo(&mut stream, b"bytes").await.unwrap();
+        let list = json(&socket, &["streams", "--agent=agent", "--json"]).await;
+        assert_eq!(list["streams"][0]["carrier"], "grpc");
+        assert_eq!(list["streams"][0]["bytes_from_target"], 5);
+        assert_eq!(list["tunnels"][0]["rtt_millis"], Value::Null);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_live_agents_with_one_id_are_reported() {
+    within(async {
+        let (deployment, socket) = operated().await;
+        let _one = deployment.start_agent(Culvert, "agent", &[]).await;
+        let _two = deployment.start_agent(Culvert, "agent", &[]).await;
+        let duplicates = "culvert_server_duplicate_agents";
+        eventually("the id is counted", async || deployment.server_metric(duplicates).await == 1.0)
+            .await;
+        let table = printed(&socket, &["agents"]).await;
+        assert_eq!(table.matches("used, duplicate id").count(), 2, "{table}");
+        let event = "several live agents have one id";
+        eventually("the id is logged", async || deployment.server_log().contains(event)).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_admin_port_has_no_commands() {
     within(async {
         let mut deployment = Deployment::without_server(Connect);
         deployment.start_server(Culvert, &[]).await;
-        let answer = deployment.server().get("/agents").await.unwrap();
-        assert_eq!(answer.status, 404);
-        let output = run(Path::new("/nowhere"), &["agents"]).await;
-        assert_eq!(output.status.code(), Some(1));
-        let text = String::from_utf8(output.stderr).unwrap();
-        assert!(text.contains("--operator-socket"), "{text}");
+        for path in ["/agents", "/streams", "/drain"] {
+            assert_eq!(deployment.server().get(path).await.unwrap().status, 404);
+        }
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_that_cannot_be_reached_is_reported_with_the_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("operator.sock");
+    let missing = failure(&path, &["agents"]).await;
+    assert!(missing.contains("does the process have --operator-socket"), "{missing}");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    // Root may connect all the same, and then waits for an answer.
+    if fs::metadata(&path).unwrap().uid() != 0 {
+        fs::set_permissions(&path, fs::Permissions::from_mode(0)).unwrap();
+        let denied = failure(&path, &["streams"]).await;
+        assert!(denied.contains("run this as the user of the process"), "{denied}");
+    }
+    drop(listener);
+    let refused = failure(&path, &["drain"]).await;
+    assert!(refused.contains("no process listens there"), "{refused}");
 }

@@ -2,14 +2,14 @@
 
 use std::{io::ErrorKind, net::SocketAddr, time::Duration};
 
-use culvert_process::rate_limited;
+use culvert_process::{rate_limited, version::software};
 use culvert_transport::{
     ConnectError, TransportFault, Tunnel, TunnelLost,
     control::{ControlError, ControlStream},
 };
 use culvert_wire::{
     AgentId, CloseCode,
-    bounded::List,
+    bounded::{List, Text},
     control::{ControlMessage, Hello, Welcome},
     extension::{Extensions, UnknownExtension},
     version::{Features, REVISION},
@@ -371,7 +371,7 @@ fn welcome(hello: &Hello, context: &AgentContext) -> Welcome {
         server_count: context.server_count,
         servers: List::default(),
         max_streams: context.max_streams,
-        extensions: Extensions::default(),
+        extensions: Extensions::software_alone(&Text::truncated(software("culvert-server"))),
     }
 }
 

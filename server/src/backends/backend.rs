@@ -199,6 +199,14 @@ impl Backend {
         self.silent.load(Ordering::Relaxed)
     }
 
+    /// Whether something came from the agent this long after a newer tunnel did.
+    pub(super) fn is_heard_since(&self, newer: &Self, time: Duration) -> bool {
+        match self.tunnel.carrier() {
+            Carrier::Quic | Carrier::Tcp => self.heard.last() > newer.since + time,
+            Carrier::Grpc => newer.since.elapsed() > GRPC_LIFE_SIGN + time,
+        }
+    }
+
     /// Share of the packets to the agent that were lost in the last minute, in percent; `None` where
     /// that is not known.
     pub(crate) fn loss_percent(&self) -> Option<u8> {

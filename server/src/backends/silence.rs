@@ -17,6 +17,8 @@ use super::{Backend, Backends};
 
 /// Interval of the looks at all tunnels.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// Interval of the reports about ids that several agents have.
+const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 /// Minimum time for the answer to a keep-alive: a lost one is sent again within it.
 const ANSWER_LIMIT: Duration = Duration::from_millis(1500);
 /// Minimum time for the answer, in round trips.
@@ -32,7 +34,7 @@ pub(crate) async fn watch(backends: Backends, keep_alive_interval: Option<Durati
     };
     let mut looks = interval(LOOK_INTERVAL);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut last_look = Instant::now();
+    let (mut last_look, mut last_report) = (Instant::now(), Instant::now());
     loop {
         looks.tick().await;
         let since_last = last_look.elapsed();
@@ -44,6 +46,10 @@ pub(crate) async fn watch(backends: Backends, keep_alive_interval: Option<Durati
                 look(&backends, backend, keep_alive_interval, has_paused);
             }
             yield_now().await;
+        }
+        if last_report.elapsed() >= REPORT_INTERVAL {
+            last_report = Instant::now();
+            backends.report_duplicates();
         }
     }
 }
@@ -77,6 +83,12 @@ impl Heard {
     /// The last look that found something new, or when the tunnel began.
     pub(super) fn last(&self) -> Instant {
         self.0.lock().1
+    }
+
+    /// Records that something came.
+    #[cfg(test)]
+    pub(super) fn hear(&self) {
+        self.0.lock().1 = Instant::now();
     }
 
     /// Counts from now on, as if the agent had just been heard.

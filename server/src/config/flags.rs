@@ -3,7 +3,7 @@
 use clap::Parser;
 use culvert_process::{
     admin_flags::AdminFlags, channel_flags, go_duration::GoDuration,
-    kubernetes_flags::KubernetesFlags, tls_flags::TlsFlags, tunnel_flags::TunnelFlags,
+    kubernetes_flags::KubernetesFlags, tls_flags::TlsFlags, tunnel_flags::TunnelFlags, version,
 };
 
 /// Konnectivity's default of `--xfr-channel-size`.
@@ -16,7 +16,7 @@ pub(super) const DEFAULT_CHANNEL_SIZE: i64 = 10;
 /// (a Unix socket, or TCP with client certificates), for agents (UDP and TCP),
 /// for health checks, and for administration.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "culvert-server", version, max_term_width = 100)]
+#[command(name = "culvert-server", version = version::text(), max_term_width = 100)]
 pub struct Flags {
     /// Protocol of kube-apiserver's requests, as in its egress selector configuration
     #[arg(
@@ -274,8 +274,8 @@ pub struct Flags {
     #[arg(long, help_heading = "Health and administration", value_name = "PORT")]
     pub admin_port: Option<i64>,
 
-    /// Path of a Unix socket for culvert-server agents and culvert-server evict, to which its owner
-    /// alone may connect; empty means none
+    /// Path of a Unix socket for the commands culvert-server agents, streams, top, drain and evict,
+    /// to which its owner alone may connect; empty means none
     #[arg(
         long,
         help_heading = "Health and administration",

@@ -202,7 +202,8 @@ impl Dialer {
             }
             error => error,
         })?;
-        Ok(Dialed { id: request.id, trace: request.trace, stream, permit, reply })
+        let DialRequest { id, trace, target, kind, .. } = request;
+        Ok(Dialed { id, trace, target, kind, stream, permit, reply })
     }
 
     /// Asks the agent and takes its positive reply for granted.
@@ -219,7 +220,8 @@ impl Dialer {
             _pending: (self.metrics.dial_pending(), backend.dial_pending()),
         };
         let (stream, reply) = (pending.into_stream(), Reply::Expected(Box::new(expected)));
-        Ok(Dialed { id: request.id, trace: request.trace, stream, permit, reply })
+        let DialRequest { id, trace, target, kind, .. } = request;
+        Ok(Dialed { id, trace, target, kind, stream, permit, reply })
     }
 
     fn request(&self, parameters: &DialParameters) -> DialRequest {

@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use culvert_process::operator::streams::{LiveStream, LiveStreams};
 use culvert_transport::splice::{self, Abort, Cut, HalfEnd, Local, LocalRead, LocalWrite};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, field::display};
@@ -26,6 +27,8 @@ pub(crate) struct FrontendContext {
     pub(crate) metrics: Arc<ServerMetrics>,
     /// Protocol of the frontend.
     pub(crate) mode: Mode,
+    /// The spliced streams.
+    pub(crate) streams: LiveStreams,
     /// Whether frontends reach the server.
     pub(crate) reach: Reach,
     /// Time for a TLS handshake, and for the head of a request.
@@ -50,7 +53,7 @@ impl FrontendContext {
         local: Local<R, W, A>,
         dialed: Dialed,
     ) -> Result<(HalfEnd, HalfEnd), Cut> {
-        let Dialed { id, trace, stream, permit, reply } = dialed;
+        let Dialed { id, trace, target, kind, stream, permit, reply } = dialed;
         let started = Instant::now();
         let agent_id = permit.backend().agent_id().as_str();
         let (trace, timing) = (trace.as_ref().map(display), reply.timing());
@@ -60,9 +63,18 @@ impl FrontendContext {
             connect_micros = timing.map(|timing| timing.connect_micros), trace, "spliced",
         );
         let open = self.metrics.stream_open();
+        let listed = self.streams.enter(LiveStream {
+            dial: id,
+            peer: agent_id.to_owned(),
+            target,
+            kind,
+            tunnel: permit.backend().tunnel.clone(),
+            progress: stream.0.progress().clone(),
+            since: tokio::time::Instant::now(),
+        });
         let splice = Box::pin(splice::splice_after(reply, local, stream, &self.metrics.meter));
         let outcome = splice.await;
-        drop(open);
+        drop((open, listed));
         self.metrics.stream_ended(started, &outcome);
         let (up, down) = (outcome.to_tunnel, outcome.from_tunnel);
         let seconds = started.elapsed().as_secs_f64();

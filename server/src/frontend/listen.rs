@@ -2,7 +2,11 @@
 
 use std::{fmt, io, net::SocketAddr, path::PathBuf, sync::Arc};
 
-use culvert_process::{accept::Acceptor, listen};
+use culvert_process::{
+    accept::Acceptor,
+    listen,
+    unix_socket::{self, SocketFile},
+};
 use culvert_transport::{
     splice,
     tls::{ServerCredentials, Tls12, TlsError},
@@ -27,7 +31,6 @@ use super::{
 use crate::{
     config::{FrontendConfig, FrontendListen, Mode},
     metrics::{FrontendKind, FrontendRefusal},
-    unix_socket::{self, SocketFile},
 };
 
 /// Owner and group may connect: kube-apiserver and the server share one or the other.

@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
-use culvert_process::{rate_limited, threads::on_thread};
+use culvert_process::{
+    rate_limited,
+    threads::on_thread,
+    unix_socket::{Found, SocketFile},
+};
 use parking_lot::Mutex;
 use tokio::{net::UnixListener, time::sleep};
 use tracing::{info, warn};
-
-use crate::unix_socket::{Found, SocketFile};
 
 /// Time without a new connection after which the file is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
@@ -77,7 +79,7 @@ mod tests {
     use tokio::{join, net::UnixStream};
 
     use super::*;
-    use crate::unix_socket::bind;
+    use culvert_process::unix_socket::bind;
 
     const MODE: u32 = 0o770;
 

@@ -63,6 +63,12 @@ pub(super) const READY_BACKENDS: Family = Family::new(
     "konnectivity_network_proxy_server_ready_backends",
     "Number of konnectivity agent connected to the proxy server",
 );
+pub(super) const AGENTS_BY_VERSION: Family = Family::new(
+    "culvert_server_agents_by_version",
+    "Connected agents by the name and version of their software.",
+);
+pub(super) const DUPLICATE_AGENTS: Family =
+    Family::new("culvert_server_duplicate_agents", "Ids that several live agents have.");
 pub(super) const READY_CONNECTIONS: Family = Family::new(
     "konnectivity_network_proxy_server_ready_backend_connections",
     "Number of konnectivity agent connected to the proxy server. DEPRECATED, please \

@@ -2,11 +2,14 @@
 
 use std::{fmt::Write as _, sync::Arc};
 
-use culvert_process::kubernetes::Timestamp;
+use culvert_process::{
+    kubernetes::Timestamp,
+    operator::table::{Table, left, or_dash},
+};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use crate::backends::{Backend, Backends, registry::Candidate as _};
+use crate::backends::{Backend, Backends, duplicates::duplicates, registry::Candidate as _};
 
 /// One tunnel of an agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +38,8 @@ pub(super) struct AgentEntry {
     age_seconds: u64,
     /// `used`, `silent`, or `draining`.
     state: String,
+    /// Whether several live processes have its name.
+    duplicate: bool,
     /// Streams being dialed or spliced.
     streams: usize,
     /// Identifiers that it has, as `key=value`.
@@ -45,10 +50,13 @@ pub(super) struct AgentEntry {
 
 /// All tunnels, in the order of arrival.
 pub(super) fn list(backends: &Backends) -> Vec<AgentEntry> {
-    backends.all().iter().map(|backend| entry(backend, backends)).collect()
+    let all = backends.all();
+    let duplicates = duplicates(&all);
+    let is_duplicate = |backend: &Backend| duplicates.contains(backend.agent_id());
+    all.iter().map(|backend| entry(backend, is_duplicate(backend), backends)).collect()
 }
 
-fn entry(backend: &Arc<Backend>, backends: &Backends) -> AgentEntry {
+fn entry(backend: &Arc<Backend>, duplicate: bool, backends: &Backends) -> AgentEntry {
     let claims = &backend.claims;
     let held = backends.waits_for(backend);
     let pair = |key: &str, value: &str| format!("{key}={value}");
@@ -76,6 +84,7 @@ fn entry(backend: &Arc<Backend>, backends: &Backends) -> AgentEntry {
             (false, true) => "silent".into(),
             (false, false) => "used".into(),
         },
+        duplicate,
         streams: backend.open_streams(),
         identifiers: identifiers.iter().map(|found| pair(&found.key, &found.value)).collect(),
         refused: refused.map(|found| pair(&found.key, &found.value)).collect(),
@@ -89,64 +98,40 @@ fn hexadecimal(bytes: &[u8]) -> String {
     })
 }
 
-const TITLES: [&str; 9] = [
-    "AGENT",
-    "IDENTITY",
-    "EXPIRES",
-    "TRANSPORT",
-    "REMOTE",
-    "STATE",
-    "STREAMS",
-    "IDENTIFIERS",
-    "REFUSED",
-];
-
-/// The entries as a table for a terminal. What agents say is escaped.
+/// The entries as a table for a terminal.
 pub(super) fn table(entries: &[AgentEntry], now: Timestamp) -> String {
-    let list = |items: &[String]| match items {
-        [] => "-".to_owned(),
-        items => items.join(","),
-    };
-    let row = |entry: &AgentEntry| {
-        [
+    let list = |items: &[String]| or_dash(Some(&items.join(",")));
+    let mut table = Table::new([
+        "AGENT",
+        "IDENTITY",
+        "EXPIRES",
+        "TRANSPORT",
+        "REMOTE",
+        "STATE",
+        "STREAMS",
+        "SOFTWARE",
+        "IDENTIFIERS",
+        "REFUSED",
+    ]);
+    for entry in entries {
+        let state = match entry.duplicate {
+            true => format!("{}, duplicate id", entry.state),
+            false => entry.state.clone(),
+        };
+        table.push([
             entry.agent.clone(),
             entry.identity.clone(),
             entry.expires.as_deref().map_or_else(|| "never".into(), |time| left(time, now)),
             entry.transport.clone(),
             entry.remote.clone(),
-            entry.state.clone(),
+            state,
             entry.streams.to_string(),
+            or_dash(Some(&entry.software)),
             list(&entry.identifiers),
             list(&entry.refused),
-        ]
-        .map(|cell| cell.escape_debug().to_string().replace("\\\"", "\""))
-    };
-    let rows: Vec<_> =
-        std::iter::once(TITLES.map(str::to_owned)).chain(entries.iter().map(row)).collect();
-    let mut text = String::new();
-    for row in &rows {
-        for (column, cell) in row.iter().enumerate() {
-            if column + 1 == row.len() {
-                let _ = writeln!(text, "{cell}");
-            } else {
-                let cells = rows.iter().map(|row| row[column].chars().count());
-                let _ = write!(text, "{cell:<width$}  ", width = cells.max().unwrap_or_default());
-            }
-        }
+        ]);
     }
-    text
-}
-
-/// The time that is left, in a form that people read.
-fn left(time: &str, now: Timestamp) -> String {
-    let Ok(time) = time.parse::<Timestamp>() else { return time.into() };
-    match time.as_second() - now.as_second() {
-        seconds @ ..0 => format!("{}s ago", -seconds),
-        seconds @ 0..120 => format!("{seconds}s"),
-        seconds @ 120..7200 => format!("{}m", seconds / 60),
-        seconds @ 7200..172_800 => format!("{}h", seconds / 3600),
-        seconds => format!("{}d", seconds / 86_400),
-    }
+    table.render()
 }
 
 #[cfg(test)]
@@ -187,19 +172,9 @@ mod tests {
         assert!(lines[0].starts_with("AGENT        IDENTITY   EXPIRES  TRANSPORT"), "{text}");
         assert!(lines[1].starts_with("a            anonymous  never    tcp"), "{text}");
         assert!(lines[1].contains("host=x\\u{1b}[31m\\ny"), "{text}");
-        assert!(lines[2].ends_with(&format!("0        -{}  -", " ".repeat(18))), "{text}");
-    }
-
-    #[test]
-    fn the_time_that_is_left_has_one_unit() {
-        let now = Timestamp::from_second(1_000_000).unwrap();
-        let left = |seconds: i64| {
-            left(&Timestamp::from_second(1_000_000 + seconds).unwrap().to_string(), now)
-        };
-        for (seconds, text) in
-            [(-5, "5s ago"), (0, "0s"), (119, "119s"), (120, "2m"), (7200, "2h"), (200_000, "2d")]
-        {
-            assert_eq!(left(seconds), text);
-        }
+        assert!(
+            lines[2].ends_with(&format!("0        test      -{}  -", " ".repeat(18))),
+            "{text}"
+        );
     }
 }

@@ -1,34 +1,29 @@
 //! The operator's side: commands that ask a running server.
 
-use std::{
-    ffi::OsString,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    time::Duration,
-};
+use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
-use bytes::Bytes;
 use clap::{Command, CommandFactory as _, Parser};
 use culvert_process::{
     go_flags::{self, Exit},
     kubernetes::Timestamp,
+    operator::{
+        client::{self, Client, pretty},
+        streams::{DEFAULT_LIMIT, StreamList, stream_table},
+        table::escape,
+    },
+    version,
 };
-use form_urlencoded::byte_serialize;
-use http_body_util::{BodyExt as _, Empty, Limited};
-use hyper::{Method, Request, StatusCode, client::conn::http1, header::HOST};
-use hyper_util::rt::TokioIo;
-use tokio::{net::UnixStream, runtime::Builder, time::timeout};
 
-use super::agents::{AgentEntry, table};
+use super::{
+    agents::{AgentEntry, table},
+    answers::Concerned,
+};
 
-/// Time for the server to answer.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-/// Maximum size of an answer, in bytes.
-const MAX_ANSWER: usize = 256 << 20;
+const PROGRAM: &str = "culvert-server";
 
 /// Lists the agents of the server on this host, one line for each tunnel.
 #[derive(Debug, Parser)]
-#[command(name = "culvert-server agents", version, max_term_width = 100)]
+#[command(name = "culvert-server agents", version = version::text(), max_term_width = 100)]
 struct Agents {
     #[command(flatten)]
     server: RunningServer,
@@ -38,10 +33,49 @@ struct Agents {
     json: bool,
 }
 
+/// Lists the live streams of the server on this host, the oldest first.
+#[derive(Debug, Parser)]
+#[command(name = "culvert-server streams", version = version::text(), max_term_width = 100)]
+struct Streams {
+    #[command(flatten)]
+    server: RunningServer,
+
+    /// Print JSON, with class and state of each stream and measurements of its tunnel
+    #[arg(long)]
+    json: bool,
+
+    /// List the streams of this agent alone
+    #[arg(long, value_name = "AGENT")]
+    agent: Option<String>,
+
+    /// Maximum number of streams in the list, up to 20000
+    #[arg(long, value_name = "COUNT", default_value_t = DEFAULT_LIMIT)]
+    limit: usize,
+}
+
+/// With --agent: gives the agent no new dials while another one can take them. Its streams go on, it
+/// stays connected, and it is not informed. This lasts until its tunnels end: an agent that connects
+/// again gets dials again.
+///
+/// Without --agent: drains and ends the server, as SIGTERM does. It is no longer ready, takes no new
+/// agents and no new connections of kube-apiserver, and asks its agents to drain. Open connections
+/// have --graceful-shutdown-timeout to end (0 by default: they are cut at once); then the process
+/// exits with 0. The command does not wait for that.
+#[derive(Debug, Parser)]
+#[command(name = "culvert-server drain", version = version::text(), max_term_width = 100)]
+struct Drain {
+    #[command(flatten)]
+    server: RunningServer,
+
+    /// Name of the agent to drain, instead of the server
+    #[arg(long, value_name = "AGENT")]
+    agent: Option<String>,
+}
+
 /// Ends the tunnels of an agent: it is asked to drain, and its tunnels are closed when their streams
 /// have ended, or after 30 s. It may connect again if it still has a proof of its identity.
 #[derive(Debug, Parser)]
-#[command(name = "culvert-server evict", version, max_term_width = 100)]
+#[command(name = "culvert-server evict", version = version::text(), max_term_width = 100)]
 struct Evict {
     #[command(flatten)]
     server: RunningServer,
@@ -63,84 +97,69 @@ struct RunningServer {
     socket: PathBuf,
 }
 
+impl RunningServer {
+    fn client(&self) -> Client<'_> {
+        Client { program: PROGRAM, socket: &self.socket }
+    }
+}
+
 /// The commands, for help and completion scripts.
 pub(crate) fn commands() -> Vec<Command> {
-    vec![Agents::command().name("agents"), Evict::command().name("evict")]
+    vec![
+        Agents::command().name("agents"),
+        Streams::command().name("streams"),
+        Drain::command().name("drain"),
+        Evict::command().name("evict"),
+    ]
 }
 
 /// Runs the command that these arguments name, the program's path first; `None` if they name none.
 pub(crate) fn run(args: &[OsString]) -> Option<ExitCode> {
-    let name = args.get(1)?.to_str()?;
-    // Help and errors name the whole command.
-    let program = OsString::from(format!("culvert-server {name}"));
-    let rest = std::iter::once(program).chain(args.iter().skip(2).cloned());
-    let result = match name {
-        "agents" => go_flags::try_parse_from(rest).and_then(|flags| agents(&flags)),
-        "evict" => go_flags::try_parse_from(rest).and_then(|flags| evict(&flags)),
-        _ => return None,
-    };
-    let exit = match result {
-        Ok(text) => Exit { code: 0, text },
-        Err(exit) => exit,
-    };
-    Some(exit.print())
+    client::run(PROGRAM, args, |name, rest| {
+        Some(match name {
+            "agents" => go_flags::try_parse_from(rest).and_then(|flags| agents(&flags)),
+            "streams" => go_flags::try_parse_from(rest).and_then(|flags| streams(&flags)),
+            "drain" => go_flags::try_parse_from(rest).and_then(|flags| drain(&flags)),
+            "evict" => go_flags::try_parse_from(rest).and_then(|flags| evict(&flags)),
+            _ => return None,
+        })
+    })
 }
 
 fn agents(flags: &Agents) -> Result<String, Exit> {
-    let answer = ask(&flags.server, Method::GET, "/agents")?;
-    let entries: Vec<AgentEntry> =
-        serde_json::from_slice(&answer).map_err(|error| failed(&error))?;
-    if flags.json {
-        let text = serde_json::to_string_pretty(&entries).map_err(|error| failed(&error))?;
-        return Ok(text + "\n");
+    let entries: Vec<AgentEntry> = flags.server.client().get("/agents", &[])?;
+    match flags.json {
+        true => pretty(PROGRAM, &entries),
+        false => Ok(table(&entries, Timestamp::now())),
     }
-    Ok(table(&entries, Timestamp::now()))
+}
+
+fn streams(flags: &Streams) -> Result<String, Exit> {
+    let limit = flags.limit.to_string();
+    let mut parameters = vec![("limit", limit.as_str())];
+    parameters.extend(flags.agent.as_deref().map(|agent| ("peer", agent)));
+    let list: StreamList = flags.server.client().get("/streams", &parameters)?;
+    match flags.json {
+        true => pretty(PROGRAM, &list),
+        false => Ok(stream_table(&list, "AGENT")),
+    }
+}
+
+fn drain(flags: &Drain) -> Result<String, Exit> {
+    let parameters: Vec<_> =
+        flags.agent.as_deref().map(|agent| ("agent", agent)).into_iter().collect();
+    let Concerned { tunnels } = flags.server.client().post("/drain", &parameters)?;
+    Ok(match &flags.agent {
+        Some(agent) => {
+            format!("agent {} drains: no new dials on {tunnels} tunnels\n", escape(agent))
+        }
+        None => format!("the server drains {tunnels} tunnels and ends\n"),
+    })
 }
 
 fn evict(flags: &Evict) -> Result<String, Exit> {
-    let agent: String = byte_serialize(flags.agent.as_bytes()).collect();
-    ask(&flags.server, Method::POST, &format!("/evict?agent={agent}"))?;
-    Ok(format!("agent {} is sent away\n", flags.agent.escape_debug()))
-}
-
-/// The body of the server's answer.
-fn ask(server: &RunningServer, method: Method, path: &str) -> Result<Bytes, Exit> {
-    let runtime = Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| failed(&error))?;
-    let answer = async {
-        timeout(ANSWER_TIMEOUT, request(&server.socket, method, path))
-            .await
-            .unwrap_or_else(|_| Err(failed(&format!("no answer within {ANSWER_TIMEOUT:?}"))))
-    };
-    match runtime.block_on(answer)? {
-        (StatusCode::OK, body) => Ok(body),
-        (_, body) => {
-            let reason: String = serde_json::from_slice(&body).unwrap_or_default();
-            Err(failed(&reason))
-        }
-    }
-}
-
-async fn request(socket: &Path, method: Method, path: &str) -> Result<(StatusCode, Bytes), Exit> {
-    let stream = UnixStream::connect(socket).await.map_err(|error| {
-        failed(&format!(
-            "cannot reach the server at {}: {error}; is its --operator-socket that path?",
-            socket.display()
-        ))
-    })?;
-    let (mut requests, connection) =
-        http1::handshake(TokioIo::new(stream)).await.map_err(|error| failed(&error))?;
-    let _driver = culvert_transport::task::owned(connection);
-    let request = Request::builder().method(method).uri(path).header(HOST, "operator");
-    let request = request.body(Empty::<Bytes>::new()).map_err(|error| failed(&error))?;
-    let response = requests.send_request(request).await.map_err(|error| failed(&error))?;
-    let status = response.status();
-    let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
-    Ok((status, body.map_err(|error| failed(&error))?.to_bytes()))
-}
-
-fn failed(error: &dyn std::fmt::Display) -> Exit {
-    Exit { code: 1, text: format!("culvert-server: {error}\n") }
+    let _: Concerned = flags.server.client().post("/evict", &[("agent", &flags.agent)])?;
+    Ok(format!("agent {} is sent away\n", escape(&flags.agent)))
 }
 
 #[cfg(test)]
@@ -157,8 +176,11 @@ mod tests {
         assert_eq!(code(&["culvert-server"]), None);
         assert_eq!(code(&["culvert-server", "--help"]), None);
         assert_eq!(code(&["culvert-server", "--uds-name=agents"]), None);
-        assert_eq!(code(&["culvert-server", "agents", "--help"]), Some(0));
+        for name in ["agents", "streams", "drain", "evict"] {
+            assert_eq!(code(&["culvert-server", name, "--help"]), Some(0), "{name}");
+        }
         assert_eq!(code(&["culvert-server", "agents", "--socket=/nowhere"]), Some(1));
+        assert_eq!(code(&["culvert-server", "drain", "--socket=/nowhere"]), Some(1));
         assert_eq!(code(&["culvert-server", "evict"]), Some(1));
         assert_eq!(code(&["culvert-server", "evict", "a", "b"]), Some(1));
     }

@@ -6,7 +6,10 @@
 //!   collects what is wrong with them, [`tunnel_flags`], [`admin_flags`], [`kubernetes_flags`] and
 //!   [`channel_flags`] are those that both sides share, and [`invocation`] chooses default ports.
 //! - Operation: [`logging`], [`metrics`], [`admin`], [`signals`] and [`supervision`].
-//! - Sockets: [`listen`] opens listeners as Go does, and [`accept`] is the one accept loop.
+//! - Sockets: [`listen`] opens listeners as Go does, [`unix_socket`] makes Unix sockets, and
+//!   [`accept`] is the one accept loop.
+//! - Operators: [`operator`] has the socket by which commands reach a running process, their side
+//!   of it, and what they print. [`version`] says what was built.
 //! - Files: [`reload`] reads certificates, keys, tokens and kubeconfigs, and reads them again.
 //! - [`kubernetes`] sets up kube-apiserver's client.
 //!
@@ -33,6 +36,7 @@ pub mod listen;
 pub mod logging;
 mod memory_limit;
 pub mod metrics;
+pub mod operator;
 pub mod reload;
 pub mod signals;
 pub mod supervision;
@@ -42,3 +46,5 @@ pub mod test_util;
 pub mod threads;
 pub mod tls_flags;
 pub mod tunnel_flags;
+pub mod unix_socket;
+pub mod version;

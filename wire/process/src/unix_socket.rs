@@ -17,11 +17,11 @@ const PATH_LIMIT: usize = 107;
 
 /// A socket file, removed when dropped unless another process has replaced it by its own.
 #[derive(Debug)]
-pub(crate) struct SocketFile(Mark);
+pub struct SocketFile(Mark);
 
 /// Where a socket file was made, and what tells it from another file there.
 #[derive(Clone, Debug)]
-pub(crate) struct Mark {
+pub struct Mark {
     path: PathBuf,
     inode: (u64, u64),
     mode: u32,
@@ -29,7 +29,7 @@ pub(crate) struct Mark {
 
 /// What is at the path of a socket file.
 #[derive(Debug)]
-pub(crate) enum Found {
+pub enum Found {
     /// The file itself.
     Own,
     /// Another file, in most cases another process's socket.
@@ -40,12 +40,12 @@ pub(crate) enum Found {
 
 impl SocketFile {
     /// Path of the socket.
-    pub(crate) fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         &self.0.path
     }
 
     /// Where the file was made.
-    pub(crate) fn mark(&self) -> Mark {
+    pub fn mark(&self) -> Mark {
         self.0.clone()
     }
 }
@@ -56,7 +56,7 @@ impl Mark {
     ///
     /// # Errors
     /// When the file system does not answer the question.
-    pub(crate) fn look(&self) -> io::Result<Found> {
+    pub fn look(&self) -> io::Result<Found> {
         match fs::symlink_metadata(&self.path) {
             Ok(metadata) if inode(&metadata) == self.inode => Ok(Found::Own),
             Ok(_) => Ok(Found::Other),
@@ -78,7 +78,7 @@ fn inode(metadata: &fs::Metadata) -> (u64, u64) {
 ///
 /// # Errors
 /// When the path cannot be bound, with the remedy.
-pub(crate) fn bind(
+pub fn bind(
     path: &Path,
     delete_existing: bool,
     mode: u32,

@@ -1,9 +1,9 @@
-//! The server's side of the operator's socket.
+//! The process's side of the operator's socket.
 
 use std::{
     collections::VecDeque,
     convert::Infallible,
-    io,
+    fmt, io,
     path::Path,
     sync::{
         Arc,
@@ -13,11 +13,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use culvert_process::accept::Acceptor;
 use http_body_util::Full;
 use hyper::{
-    Method, Request, Response, StatusCode,
-    body::Incoming,
+    Method, Response, StatusCode,
     header::{CONTENT_TYPE, HeaderValue},
     server::conn::http1,
     service::service_fn,
@@ -29,11 +27,10 @@ use tokio::{
     task::{AbortHandle, JoinSet},
     time::timeout,
 };
-use tracing::{debug, info};
+use tracing::debug;
 
-use super::agents;
 use crate::{
-    backends::Backends,
+    accept::Acceptor,
     unix_socket::{self, SocketFile},
 };
 
@@ -48,32 +45,97 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(30);
 /// Maximum size of a request's head, in bytes.
 const MAX_HEAD: usize = 16 << 10;
 
-/// The answer to an eviction.
-#[derive(Debug, Serialize)]
-struct Evicted {
-    /// Number of tunnels that end.
-    tunnels: usize,
+/// A request of an operator.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// Path, such as `/agents`.
+    pub path: &'a str,
+    /// Whether it may change something: POST, not GET.
+    pub changes: bool,
+    query: &'a str,
+}
+
+impl<'a> Request<'a> {
+    /// The request for a path with a query, such as `/evict?agent=a`.
+    pub fn new(path_and_query: &'a str, changes: bool) -> Self {
+        let (path, query) = path_and_query.split_once('?').unwrap_or((path_and_query, ""));
+        Self { path, changes, query }
+    }
+
+    /// A parameter of the query.
+    pub fn parameter(&self, name: &str) -> Option<String> {
+        form_urlencoded::parse(self.query.as_bytes())
+            .find_map(|(key, value)| (key == name).then(|| value.into_owned()))
+    }
+}
+
+/// Why a request is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The path is unknown, or what a parameter names.
+    NotFound(&'static str),
+    /// A parameter is missing or malformed.
+    Invalid(&'static str),
+    /// The request changes something and came by GET, or the other way round.
+    OtherMethod,
+}
+
+impl Refusal {
+    /// The refusal of a path that the process does not know.
+    pub const NO_SUCH_PATH: Self =
+        Self::NotFound("no such path; is the process of another version?");
+
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::Invalid(_) => StatusCode::BAD_REQUEST,
+            Self::OtherMethod => StatusCode::METHOD_NOT_ALLOWED,
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NotFound(text) | Self::Invalid(text) => text,
+            Self::OtherMethod => "another method",
+        })
+    }
+}
+
+/// A JSON text, or why there is none.
+pub type Answer = Result<Vec<u8>, Refusal>;
+
+/// Answers requests, at once.
+pub type Answers = Arc<dyn Fn(&Request<'_>) -> Answer + Send + Sync>;
+
+/// The answer that `value` is.
+///
+/// # Errors
+/// None; it is for the end of a function that answers.
+pub fn json<T: Serialize + ?Sized>(value: &T) -> Answer {
+    Ok(serde_json::to_vec(value).unwrap_or_default())
 }
 
 /// Serves operators on a Unix socket, which is removed when this is dropped.
 #[derive(Debug)]
-pub(crate) struct OperatorSocket {
+pub struct OperatorSocket {
     acceptor: Acceptor<UnixListener>,
     _file: SocketFile,
 }
 
 impl OperatorSocket {
-    /// Listens at this path. A socket that a crash left behind is replaced.
+    /// Listens at this path. A socket that a crash left behind is replaced. Needs a tokio runtime.
     ///
     /// # Errors
     /// When the path cannot be bound.
-    pub(crate) fn bind(path: &Path) -> io::Result<Self> {
+    pub fn bind(path: &Path) -> io::Result<Self> {
         let (listener, file) = unix_socket::bind(path, true, SOCKET_MODE)?;
         Ok(Self { acceptor: Acceptor::new("operator", listener), _file: file })
     }
 
     /// Serves operators until the future is dropped.
-    pub(crate) async fn run(mut self, backends: Backends) {
+    pub async fn run(mut self, answers: Answers) {
         let mut connections = JoinSet::new();
         let mut by_age = VecDeque::new();
         loop {
@@ -81,7 +143,7 @@ impl OperatorSocket {
             while connections.try_join_next().is_some() {}
             make_room(&mut by_age);
             let has_asked = Arc::<AtomicBool>::default();
-            let serving = serve(socket, backends.clone(), has_asked.clone());
+            let serving = serve(socket, answers.clone(), has_asked.clone());
             let task = connections.spawn(async move {
                 if timeout(CONNECTION_TIMEOUT, serving).await.is_err() {
                     debug!("an operator's connection took too long");
@@ -111,11 +173,16 @@ fn make_room(by_age: &mut VecDeque<Open>) {
     }
 }
 
-async fn serve(socket: UnixStream, backends: Backends, has_asked: Arc<AtomicBool>) {
-    let service = service_fn(move |request| {
+async fn serve(socket: UnixStream, answers: Answers, has_asked: Arc<AtomicBool>) {
+    let service = service_fn(move |request: hyper::Request<_>| {
         has_asked.store(true, Relaxed);
-        let response = answer(&request, &backends);
-        async move { Ok::<_, Infallible>(response) }
+        let path = request.uri().path_and_query().map_or("", |path| path.as_str());
+        let answer = match *request.method() {
+            Method::GET => answers(&Request::new(path, false)),
+            Method::POST => answers(&Request::new(path, true)),
+            _ => Err(Refusal::OtherMethod),
+        };
+        async move { Ok::<_, Infallible>(response(answer)) }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -129,36 +196,14 @@ async fn serve(socket: UnixStream, backends: Backends, has_asked: Arc<AtomicBool
     }
 }
 
-fn answer(request: &Request<Incoming>, backends: &Backends) -> Response<Full<Bytes>> {
-    let query = request.uri().query().unwrap_or_default();
-    respond(request.method(), request.uri().path(), query, backends)
-}
-
-fn respond(method: &Method, path: &str, query: &str, backends: &Backends) -> Response<Full<Bytes>> {
-    match (method, path) {
-        (&Method::GET, "/agents") => json(StatusCode::OK, &agents::list(backends)),
-        (&Method::POST, "/evict") => {
-            let agent = form_urlencoded::parse(query.as_bytes())
-                .find_map(|(key, value)| (key == "agent").then_some(value));
-            let agent = agent.and_then(|name| name.parse().ok());
-            let Some(agent_id) = agent else {
-                return json(StatusCode::BAD_REQUEST, "?agent= must name an agent");
-            };
-            match backends.evict(&agent_id) {
-                0 => json(StatusCode::NOT_FOUND, "no such agent is connected"),
-                tunnels => {
-                    info!(%agent_id, tunnels, "an operator evicts an agent");
-                    json(StatusCode::OK, &Evicted { tunnels })
-                }
-            }
+fn response(answer: Answer) -> Response<Full<Bytes>> {
+    let (status, body) = match answer {
+        Ok(body) => (StatusCode::OK, body),
+        Err(refusal) => {
+            let body = serde_json::to_vec(&refusal.to_string()).unwrap_or_default();
+            (refusal.status(), body)
         }
-        (_, "/agents" | "/evict") => json(StatusCode::METHOD_NOT_ALLOWED, "another method"),
-        _ => json(StatusCode::NOT_FOUND, "no such path"),
-    }
-}
-
-fn json<T: Serialize + ?Sized>(status: StatusCode, body: &T) -> Response<Full<Bytes>> {
-    let body = serde_json::to_vec(body).unwrap_or_default();
+    };
     let mut response = Response::new(Full::from(body));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -175,12 +220,18 @@ mod tests {
     };
 
     use super::*;
-    use crate::{
-        backends::{Dismissal, Strategy},
-        testing::TestAgent,
-    };
 
     const REQUEST: &[u8] = b"GET /agents HTTP/1.1\r\nHost: operator\r\n\r\n";
+
+    #[test]
+    fn a_request_has_a_path_and_parameters() {
+        let request = Request::new("/evict?agent=a%2Fb+c&agent=d&empty=", true);
+        assert_eq!((request.path, request.changes), ("/evict", true));
+        assert_eq!(request.parameter("agent").unwrap(), "a/b c");
+        assert_eq!(request.parameter("empty").unwrap(), "");
+        assert_eq!(request.parameter("other"), None);
+        assert_eq!(Request::new("/agents", false).parameter("agent"), None);
+    }
 
     #[tokio::test]
     async fn the_socket_is_for_its_owner_alone() {
@@ -198,8 +249,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("operator.sock");
         let socket = OperatorSocket::bind(&path).unwrap();
-        let _serving =
-            culvert_transport::task::owned(socket.run(Backends::new(&[Strategy::Default])));
+        let answers: Answers = Arc::new(|_| json("yes"));
+        let _serving = culvert_transport::task::owned(socket.run(answers));
         // One that has asked and does not read its answer is not the one to go.
         let mut asks = UnixStream::connect(&path).await.unwrap();
         asks.write_all(REQUEST).await.unwrap();
@@ -220,26 +271,5 @@ mod tests {
         // The last one has a few seconds, and no more.
         silent.pop().unwrap().read_to_end(&mut Vec::new()).await.unwrap();
         assert_eq!(begun.elapsed().as_secs(), HEAD_TIMEOUT.as_secs());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn an_eviction_dismisses_every_tunnel_of_the_agent_and_no_other() {
-        let backends = Backends::new(&[Strategy::Default]);
-        let one = TestAgent::join(&backends, "a/b c").await;
-        let two = TestAgent::join(&backends, "a/b c").await;
-        let other = TestAgent::join(&backends, "other").await;
-        let evict = |method: &Method, query: &str| {
-            respond(method, "/evict", query, &backends).status().as_u16()
-        };
-        assert_eq!(evict(&Method::GET, "agent=other"), 405);
-        assert_eq!(evict(&Method::POST, ""), 400);
-        assert_eq!(evict(&Method::POST, "agent=%0a"), 400);
-        assert_eq!(evict(&Method::POST, "agent=nobody"), 404);
-        assert_eq!(evict(&Method::POST, "agent=a%2Fb+c"), 200);
-        for agent in [&one, &two] {
-            assert_eq!(agent.backend.dismissed().await, Dismissal::Evicted);
-        }
-        let dismissed = timeout(Duration::from_secs(1), other.backend.dismissed()).await;
-        assert!(dismissed.is_err());
     }
 }

@@ -1,0 +1,15 @@
+//! Commands of an operator, who asks a running process.
+//!
+//! ```text
+//!  socket     the process's side: a Unix socket that its owner alone may connect to
+//!  client     the operator's side: one request, one answer
+//!  streams    live streams: their registry, and the list that crosses the socket
+//!  table      lists for a terminal
+//! ```
+//!
+//! The socket speaks HTTP: a request line without a body, answered by one JSON text.
+
+pub mod client;
+pub mod socket;
+pub mod streams;
+pub mod table;
