@@ -5,6 +5,7 @@
 mod addresses;
 mod agent_lifecycle;
 mod backpressure;
+mod configuration;
 mod conformance;
 mod connect_bytes;
 mod demo;

@@ -40,8 +40,8 @@ pub struct TunnelFlags {
 
     /// Maximum number of bytes that this process holds for peers that do not read or acknowledge; 0
     /// sets no limit, else at least 1Mi. Streams wait before they exceed it, and at the limit the
-    /// stream that holds most is cut. Default: 40 percent of the memory limit of the control group,
-    /// or 25 percent of the machine's memory without one
+    /// stream that holds most is cut [default: 40 percent of the memory limit of the control group,
+    /// or 25 percent of the machine's memory without one]
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory_limit: Option<ByteSize>,
 
