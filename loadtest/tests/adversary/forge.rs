@@ -33,6 +33,8 @@ pub(crate) enum Forgery {
     Padded,
     /// What quinn wrote, without acknowledgements.
     Unacknowledged,
+    /// Pings of one byte, as many as fit in a packet, on streams of either side.
+    Pings,
 }
 
 /// A forgery, which begins when it is switched on.
@@ -65,7 +67,12 @@ impl Forger {
 
     /// Whether quinn has to be wrong about the server's windows, because less is sent.
     pub(crate) fn sends_less(&self) -> bool {
-        matches!(self.forgery, Forgery::OneByte | Forgery::Padded)
+        matches!(self.forgery, Forgery::OneByte | Forgery::Padded | Forgery::Pings)
+    }
+
+    /// Whether the peer sends without a congestion window.
+    pub(crate) fn heeds_nothing(&self) -> bool {
+        self.forgery == Forgery::Pings
     }
 
     fn forge(&self, payload: &mut [u8]) {
@@ -77,6 +84,9 @@ impl Forger {
             match frame.kind {
                 Kind::Ack if self.forgery == Forgery::Unacknowledged => {
                     payload[at..frame.end].fill(0);
+                }
+                Kind::Stream { .. } if self.forgery == Forgery::Pings => {
+                    payload[at..frame.end].fill(1);
                 }
                 Kind::Stream { id, offset } if id & 1 == 1 => {
                     self.forge_stream(&mut payload[at..frame.end], id, offset);
@@ -97,7 +107,7 @@ impl Forger {
         let sent = streams.entry(id).or_insert(Sent { next: offset + 1, limit });
         let count = match self.forgery {
             Forgery::Gap if !is_first => return,
-            Forgery::Gap | Forgery::Unacknowledged => 0,
+            Forgery::Gap | Forgery::Unacknowledged | Forgery::Pings => 0,
             Forgery::Padded => 1,
             Forgery::OneByte => usize::MAX,
         };
@@ -247,9 +257,11 @@ impl Session for ForgingSession {
 
     /// Remembers the server's window, and raises it where quinn is to write more than is sent.
     fn transport_parameters(&self) -> Result<Option<TransportParameters>, TransportError> {
-        /// Windows of the connection, and of streams that the server opens.
+        /// Windows of the connection, of streams that the server opens, and of the peer's.
         const MAX_DATA: u64 = 4;
         const MAX_STREAM_DATA: u64 = 5;
+        const MAX_STREAM_DATA_PEER: u64 = 6;
+        let is_window = |id| matches!(id, MAX_DATA | MAX_STREAM_DATA | MAX_STREAM_DATA_PEER);
         let Some(parameters) = self.session.transport_parameters()? else { return Ok(None) };
         let (mut bytes, mut raised) = (Vec::new(), Vec::new());
         parameters.write(&mut bytes);
@@ -262,7 +274,7 @@ impl Session for ForgingSession {
                 let window = Reader { payload: value, at: 0 }.int().unwrap_or_default();
                 self.forger.window.store(window, Relaxed);
             }
-            if self.forger.sends_less() && matches!(id, MAX_DATA | MAX_STREAM_DATA) {
+            if self.forger.sends_less() && is_window(id) {
                 put(&mut raised, 8);
                 put(&mut raised, 1 << 50);
             } else {

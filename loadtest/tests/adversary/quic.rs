@@ -1,9 +1,10 @@
 //! A peer over QUIC that sends what it is given, with limits of its own.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{any::Any, net::SocketAddr, sync::Arc, time::Duration};
 
 use quinn::{
     ClientConfig, Connection, Endpoint, RecvStream, SendStream, TransportConfig, VarInt,
+    congestion::{Controller, ControllerFactory},
     crypto::rustls::QuicClientConfig,
 };
 
@@ -63,17 +64,26 @@ pub(crate) fn config(victim: &Victim, grants: Grants) -> ClientConfig {
     forging(victim, grants, None)
 }
 
-fn forging(victim: &Victim, grants: Grants, forger: Option<Arc<Forger>>) -> ClientConfig {
+/// The same, by a client whose packets are forged.
+pub(crate) fn forging(
+    victim: &Victim,
+    grants: Grants,
+    forger: Option<Arc<Forger>>,
+) -> ClientConfig {
     let tls = QuicClientConfig::try_from(victim.tls(&[b"culvert/1"])).unwrap();
     let mut client: Arc<dyn quinn::crypto::ClientConfig> = Arc::new(tls);
+    let mut transport = TransportConfig::default();
     let mut send_window = 1 << 30;
     if let Some(forger) = forger {
         // What is on the way waits in quinn as packets, however little is in them.
-        send_window = if forger.sends_less() { MIB } else { send_window };
+        send_window =
+            if forger.sends_less() && !forger.heeds_nothing() { MIB } else { send_window };
+        if forger.heeds_nothing() {
+            transport.congestion_controller_factory(Arc::new(NoWindow));
+        }
         client = Arc::new(ForgingClient { client, forger });
     }
     let mut config = ClientConfig::new(client);
-    let mut transport = TransportConfig::default();
     transport
         .stream_receive_window(VarInt::from_u64(grants.stream_window).unwrap())
         .receive_window(VarInt::MAX)
@@ -82,4 +92,43 @@ fn forging(victim: &Victim, grants: Grants, forger: Option<Arc<Forger>>) -> Clie
         .max_idle_timeout(Some(Duration::from_secs(60).try_into().unwrap()));
     config.transport_config(Arc::new(transport));
     config
+}
+
+/// A congestion controller that holds nothing back.
+#[derive(Clone, Debug)]
+struct NoWindow;
+
+impl ControllerFactory for NoWindow {
+    fn build(self: Arc<Self>, _now: std::time::Instant, _mtu: u16) -> Box<dyn Controller> {
+        Box::new(Self)
+    }
+}
+
+impl Controller for NoWindow {
+    fn on_congestion_event(
+        &mut self,
+        _now: std::time::Instant,
+        _sent: std::time::Instant,
+        _is_persistent: bool,
+        _lost_bytes: u64,
+    ) {
+    }
+
+    fn on_mtu_update(&mut self, _mtu: u16) {}
+
+    fn window(&self) -> u64 {
+        1 << 40
+    }
+
+    fn clone_box(&self) -> Box<dyn Controller> {
+        Box::new(Self)
+    }
+
+    fn initial_window(&self) -> u64 {
+        1 << 40
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
 }

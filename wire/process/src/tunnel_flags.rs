@@ -149,6 +149,8 @@ pub struct TunnelConfig {
 const MIN_IDLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Minimum stream window, in bytes: a smaller one makes each TLS record wait for a window update.
 const MIN_STREAM_WINDOW: u64 = 16 << 10;
+/// Least number of bytes of packets that may wait for their connections: 500 full packets.
+const MIN_PACKET_BACKLOG: u64 = 1 << 20;
 /// Minimum of a memory limit other than 0, in bytes: room for two hundred streams to go on.
 const MIN_MEMORY_LIMIT: u64 = 1 << 20;
 /// Number of stream windows that the memory for peers must hold.
@@ -210,7 +212,17 @@ impl TunnelConfig {
         let stream_receive_window = window.min(u32::try_from(share).unwrap_or(window));
         // As much as the streams of one tunnel may hold together.
         let tunnel_receive_window = (self.memory_limit > 0).then_some(self.memory_limit / 2);
-        Settings { max_streams, stream_receive_window, tunnel_receive_window, ..self.transport }
+        let packet_backlog = match self.memory_limit {
+            0 => Settings::MAX_PACKET_BACKLOG,
+            limit => (limit / 4).clamp(MIN_PACKET_BACKLOG, Settings::MAX_PACKET_BACKLOG),
+        };
+        Settings {
+            max_streams,
+            stream_receive_window,
+            tunnel_receive_window,
+            packet_backlog,
+            ..self.transport
+        }
     }
 
     /// The memory that the process has for its peers.

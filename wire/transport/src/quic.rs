@@ -9,6 +9,7 @@ mod hedge;
 pub(crate) mod icmp;
 mod receive_window;
 mod reset_key;
+mod rounds;
 mod settings;
 pub(crate) mod udp;
 
@@ -20,10 +21,7 @@ use std::{
 };
 
 use culvert_wire::code::CloseCode;
-use quinn::{
-    TokioRuntime,
-    crypto::rustls::{QuicClientConfig, QuicServerConfig},
-};
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 
 pub use self::connection::Connection;
 pub use self::reset_key::ResetKey;
@@ -81,11 +79,11 @@ impl Listener {
         let bind_error = |error| BindError::new(address, error);
         let local_address = bound.socket.local_addr().map_err(bind_error)?;
         let reset_key = reset_key.map(|key| ListenerKey::new(key, local_address));
-        let endpoint = quinn::Endpoint::new_with_abstract_socket(
+        let endpoint = rounds::endpoint(
             settings.endpoint(reset_key),
             Some(config.clone()),
             bound.socket,
-            Arc::new(TokioRuntime),
+            bound.rounds,
         )
         .map_err(bind_error)?;
         let icmp_router = Arc::new(IcmpRouter::default());
@@ -241,13 +239,8 @@ pub async fn connect(
     };
     let local = SocketAddr::new(any, 0);
     let bound = udp::bind(local, settings, udp_health, WhenBroken::End)?;
-    let endpoint = quinn::Endpoint::new_with_abstract_socket(
-        settings.endpoint(None),
-        None,
-        bound.socket,
-        Arc::new(TokioRuntime),
-    )
-    .map_err(|error| BindError::new(local, error))?;
+    let endpoint = rounds::endpoint(settings.endpoint(None), None, bound.socket, bound.rounds)
+        .map_err(|error| BindError::new(local, error))?;
     let icmp_router = Arc::new(IcmpRouter::default());
 
     let crypto = QuicClientConfig::try_from(tls).map_err(|_| ConnectError::CipherSuites)?;

@@ -38,6 +38,9 @@ pub struct Settings {
     pub gso: bool,
     /// Kernel buffer requested for each direction of the UDP socket, in bytes.
     pub udp_buffer_size: usize,
+    /// Maximum number of bytes of packets that were received on a UDP socket and wait for their
+    /// connections. What comes beyond is dropped.
+    pub packet_backlog: u64,
     /// The congestion controller of the tunnel; QUIC only.
     pub congestion: Congestion,
 }
@@ -55,12 +58,17 @@ impl Default for Settings {
             mtu_cap: 6500,
             gso: true,
             udp_buffer_size: 8 * 1024 * 1024,
+            packet_backlog: Self::MAX_PACKET_BACKLOG,
             congestion: Congestion::Auto,
         }
     }
 }
 
 impl Settings {
+    /// Bytes of packets that wait for their connections, at most, whatever memory there is: 20 000
+    /// full packets.
+    pub const MAX_PACKET_BACKLOG: u64 = 32 * 1024 * 1024;
+
     /// These settings for tunnels whose peers have to be admitted.
     #[must_use]
     pub fn with_unadmitted_window(self, window: u32) -> Self {

@@ -128,6 +128,10 @@ impl Exposition {
         self.family(&name("fallbacks_total"), Kind::Counter, help, rows);
         let help = "UDP packets that the kernel refused to send.";
         self.counter(&name("send_errors_total"), help, stats.send_errors);
+        let help = "Times that a UDP socket stopped to receive until packets were processed.";
+        self.counter(&name("receive_pauses_total"), help, stats.receive_pauses);
+        let help = "UDP packets that were dropped, because their tunnel had many to process.";
+        self.counter(&name("receive_drops_total"), help, stats.packets_dropped);
     }
 
     /// Adds what the process holds for its peers, in families whose names begin with `prefix`.

@@ -4,6 +4,7 @@ mod calls;
 #[cfg(test)]
 mod download_tests;
 mod health;
+mod intake;
 mod joined;
 mod receiving;
 mod socket;
@@ -23,10 +24,11 @@ use socket2::{Domain, Protocol, Socket, Type};
 pub use self::health::{UdpHealth, UdpStats};
 use self::{
     calls::KernelCalls,
+    intake::Intake,
     socket::{Abilities, Socket as QuicSocket},
 };
 pub(super) use self::{calls::socket_address, socket::WhenBroken, vanishing::Watching};
-use super::icmp::ErrorQueue;
+use super::{icmp::ErrorQueue, rounds::Rounds};
 use crate::{Settings, socket::lacks_ipv6};
 
 /// Maximum payload of a UDP datagram over IPv4, in bytes, and so of a batch that the kernel
@@ -71,6 +73,8 @@ pub(super) struct Bound {
     pub(super) socket: Arc<dyn AsyncUdpSocket>,
     pub(super) errors: Option<ErrorQueue>,
     pub(super) buffer_sizes: BufferSizes,
+    /// What the socket's connections have to process; for the endpoint on it.
+    pub(super) rounds: Arc<Rounds>,
 }
 
 /// Binds a UDP port. An unspecified IPv6 address takes IPv4 as well, and falls back to IPv4 alone
@@ -100,8 +104,10 @@ pub(super) fn bind(
         health.set_segments(batch > 1);
         let may_fragment = calls.may_fragment();
         let abilities = Abilities { batch, joins: joined > 1, may_fragment, when_broken };
-        let socket = Arc::new(QuicSocket::new(io, calls, abilities, health.clone()));
-        Ok(Bound { socket, errors, buffer_sizes })
+        let rounds = Arc::new(Rounds::default());
+        let intake = Intake::new(rounds.clone(), settings.packet_backlog);
+        let socket = Arc::new(QuicSocket::new(io, calls, abilities, health.clone(), intake));
+        Ok(Bound { socket, errors, buffer_sizes, rounds })
     };
     result.and_then(prepare).map_err(|source| BindError::new(address, source))
 }

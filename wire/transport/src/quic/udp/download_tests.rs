@@ -9,7 +9,6 @@ use std::{
 
 use parking_lot::Mutex;
 use quinn::{
-    TokioRuntime,
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
     udp::{RecvMeta, Transmit},
 };
@@ -18,11 +17,15 @@ use tokio::net::UdpSocket;
 use super::{
     UdpHealth, UdpStats, WhenBroken,
     calls::{Calls, KernelCalls},
+    intake::Intake,
     socket::{Abilities, Socket},
 };
 use crate::{
     Settings,
-    quic::path_config,
+    quic::{
+        path_config,
+        rounds::{self, Rounds},
+    },
     tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
 };
 
@@ -105,16 +108,11 @@ async fn download(path: Path, settings: &Settings) -> (Duration, UdpStats) {
     let batch = if settings.gso { segments } else { 1 };
     let when_broken = WhenBroken::Stay;
     let abilities = Abilities { batch, joins: joined > 1, may_fragment: false, when_broken };
-    let socket = Socket::new(io, OverPath { kernel, path }, abilities, health.clone());
+    let rounds = Arc::<Rounds>::default();
+    let intake = Intake::new(rounds.clone(), settings.packet_backlog);
+    let socket = Socket::new(io, OverPath { kernel, path }, abilities, health.clone(), intake);
     let endpoint = settings.endpoint(None);
-    let socket = Arc::new(socket);
-    let server = quinn::Endpoint::new_with_abstract_socket(
-        endpoint,
-        Some(config),
-        socket,
-        Arc::new(TokioRuntime),
-    )
-    .unwrap();
+    let server = rounds::endpoint(endpoint, Some(config), Arc::new(socket), rounds).unwrap();
 
     let client = quinn::Endpoint::client(client_address).unwrap();
     let crypto = QuicClientConfig::try_from(client_tls).unwrap();

@@ -31,6 +31,8 @@ pub struct UdpHealth {
     gso_refused: AtomicU64,
     gso_lost: AtomicU64,
     send_errors: AtomicU64,
+    receive_pauses: AtomicU64,
+    packets_dropped: AtomicU64,
     logs: [LogLimit; 3],
 }
 
@@ -54,6 +56,12 @@ pub struct UdpStats {
     pub gso_lost: u64,
     /// Number of packets that the kernel refused to send, without those larger than the path.
     pub send_errors: u64,
+    /// Number of times that a socket stopped to receive, because its connections had too many
+    /// packets to process.
+    pub receive_pauses: u64,
+    /// Number of packets that were received and dropped, because their connection had too many to
+    /// process.
+    pub packets_dropped: u64,
 }
 
 /// Limits the lines of one kind.
@@ -83,6 +91,8 @@ impl UdpHealth {
             gso_refused: self.gso_refused.load(Ordering::Relaxed),
             gso_lost: self.gso_lost.load(Ordering::Relaxed),
             send_errors: self.send_errors.load(Ordering::Relaxed),
+            receive_pauses: self.receive_pauses.load(Ordering::Relaxed),
+            packets_dropped: self.packets_dropped.load(Ordering::Relaxed),
         }
     }
 
@@ -157,6 +167,16 @@ impl UdpHealth {
     /// Records that the kernel refused to send a packet.
     pub(super) fn send_failed(&self) {
         self.send_errors.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Records that a socket stops to receive until its connections have processed packets.
+    pub(super) fn receive_paused(&self) {
+        self.receive_pauses.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Records that a packet of a connection that has many to process is dropped.
+    pub(super) fn packet_dropped(&self) {
+        self.packets_dropped.fetch_add(1, Ordering::Relaxed);
     }
 }
 

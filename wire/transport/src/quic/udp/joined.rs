@@ -4,7 +4,10 @@
 //! a packet whose bytes wait for their reader keeps up to 63 others alive. Handed on one by one,
 //! each packet is an allocation of its own, for a copy of it.
 
-use std::io::{self, IoSliceMut};
+use std::{
+    io::{self, IoSliceMut},
+    net::SocketAddr,
+};
 
 use quinn::udp::RecvMeta;
 
@@ -53,8 +56,13 @@ impl Joined {
 
     /// Copies the next packets into the front of `bufs`, each with its message's marks and
     /// addresses; their number. One that is longer than its buffer is dropped: the peer was sent the
-    /// limit.
-    pub(super) fn hand_on(&mut self, bufs: &mut [IoSliceMut<'_>], metas: &mut [RecvMeta]) -> usize {
+    /// limit. So is one that is not admitted.
+    pub(super) fn hand_on(
+        &mut self,
+        bufs: &mut [IoSliceMut<'_>],
+        metas: &mut [RecvMeta],
+        mut admits: impl FnMut(&[u8], SocketAddr) -> bool,
+    ) -> usize {
         let room = bufs.len().min(metas.len());
         let mut handed_on = 0;
         while handed_on < room && self.message < self.count {
@@ -65,6 +73,7 @@ impl Joined {
             let packet = &rest[..stride.min(rest.len())];
             if let Some(buf) = bufs[handed_on].get_mut(..packet.len())
                 && !packet.is_empty()
+                && admits(packet, meta.addr)
             {
                 buf.copy_from_slice(packet);
                 metas[handed_on] = RecvMeta { len: packet.len(), stride: packet.len(), ..meta };
@@ -116,7 +125,7 @@ mod tests {
             let mut bufs = vec![[0; 1500]; room];
             let mut metas = vec![RecvMeta::default(); room];
             let mut slices: Vec<_> = bufs.iter_mut().map(|buf| IoSliceMut::new(buf)).collect();
-            let count = joined.hand_on(&mut slices, &mut metas);
+            let count = joined.hand_on(&mut slices, &mut metas, |_, _| true);
             packets.extend((0..count).map(|at| (metas[at], bufs[at][..metas[at].len].to_vec())));
         }
         packets

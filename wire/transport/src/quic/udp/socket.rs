@@ -30,6 +30,7 @@ use tokio_util::sync::ReusableBoxFuture;
 use super::{
     calls::Calls,
     health::UdpHealth,
+    intake::Intake,
     joined::Joined,
     receiving::{Call, Next, Receiving},
 };
@@ -79,9 +80,10 @@ pub(super) struct Socket<C> {
 }
 
 /// The state of receiving, and the pause that it makes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Receiver {
     receiving: Receiving,
+    intake: Intake,
     /// `None` where the kernel joins no packets.
     joined: Option<Joined>,
     pause: Option<Pin<Box<Sleep>>>,
@@ -102,9 +104,11 @@ impl<C: Calls> Socket<C> {
         calls: C,
         abilities: Abilities,
         health: Arc<UdpHealth>,
+        intake: Intake,
     ) -> Self {
         let joined = abilities.joins.then(Joined::new);
-        let receiver = Mutex::new(Receiver { joined, ..Receiver::default() });
+        let (receiving, pause, broken) = Default::default();
+        let receiver = Mutex::new(Receiver { receiving, intake, joined, pause, broken });
         Self { io, calls, abilities, health, receiver, partial: Mutex::default() }
     }
 
@@ -233,9 +237,11 @@ impl<C: Calls> AsyncUdpSocket for Socket<C> {
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
         let mut receiver = self.receiver.lock();
+        let receiver = &mut *receiver;
         for _ in 0..MAX_CALLS {
+            ready!(self.poll_room(receiver, cx));
             // Without a wake-up: quinn calls again until there is none.
-            let handed_on = receiver.joined.as_mut().map_or(0, |joined| joined.hand_on(bufs, meta));
+            let handed_on = self.hand_on(receiver, bufs, meta);
             if handed_on > 0 {
                 return Poll::Ready(Ok(handed_on));
             }
@@ -255,15 +261,16 @@ impl<C: Calls> AsyncUdpSocket for Socket<C> {
             });
             match received {
                 Ok(count) => {
-                    self.receive_worked(&mut receiver, call);
+                    self.receive_worked(receiver, call);
                     if count > 0 {
+                        self.choose(&mut receiver.intake, bufs, &mut meta[..count]);
                         return Poll::Ready(Ok(count));
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.receive_worked(&mut receiver, call);
+                    self.receive_worked(receiver, call);
                 }
-                Err(error) => self.receive_failed(&mut receiver, call, error)?,
+                Err(error) => self.receive_failed(receiver, call, error)?,
             }
         }
         cx.waker().wake_by_ref();
@@ -288,6 +295,43 @@ impl<C: Calls> AsyncUdpSocket for Socket<C> {
 }
 
 impl<C: Calls> Socket<C> {
+    /// Waits until the connections have processed enough of what was handed on.
+    fn poll_room(&self, receiver: &mut Receiver, cx: &Context<'_>) -> Poll<()> {
+        let was_paused = receiver.intake.is_paused;
+        let room = receiver.intake.poll_room(cx);
+        if room.is_pending() && !was_paused {
+            self.health.receive_paused();
+        }
+        room
+    }
+
+    /// Hands on packets that the kernel has joined; their number.
+    fn hand_on(
+        &self,
+        receiver: &mut Receiver,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> usize {
+        let Some(joined) = &mut receiver.joined else { return 0 };
+        joined.hand_on(bufs, meta, |packet, source| {
+            let admitted = receiver.intake.admit(packet, source.ip());
+            if !admitted {
+                self.health.packet_dropped();
+            }
+            admitted
+        })
+    }
+
+    /// Empties the packets that are not to be handed on; quinn passes over them.
+    fn choose(&self, intake: &mut Intake, bufs: &[IoSliceMut<'_>], meta: &mut [RecvMeta]) {
+        for (buf, meta) in bufs.iter().zip(meta) {
+            if !intake.admit(&buf[..meta.len], meta.addr.ip()) {
+                self.health.packet_dropped();
+                meta.len = 0;
+            }
+        }
+    }
+
     fn receive_worked(&self, receiver: &mut Receiver, call: Call) {
         let recovered = receiver.receiving.worked(call);
         if recovered.many {

@@ -92,7 +92,8 @@ async fn socket(address: &str, when_broken: WhenBroken, script: Script) -> TestS
     let abilities = Abilities { batch, joins: joined > 1, may_fragment: false, when_broken };
     let script = Mutex::new(script);
     let calls = Scripted { kernel, script, received: AtomicUsize::new(0), sent: Mutex::default() };
-    Socket::new(io, calls, abilities, Arc::default())
+    let intake = Intake::new(Arc::default(), 1 << 20);
+    Socket::new(io, calls, abilities, Arc::default(), intake)
 }
 
 /// The next packet that the socket receives.
@@ -346,5 +347,41 @@ async fn a_full_buffer_repeats_no_packet() {
         let sizes: Vec<_> = socket.calls.sent.lock().iter().map(|(_, size)| *size).collect();
         assert_eq!(sizes, [1000, 1000, 1000, 1000, 500], "{errno}");
         assert!(socket.partial.lock().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_socket_stops_to_receive_while_its_connections_are_behind() {
+    const PACKETS: usize = 2000;
+    let socket = socket("127.0.0.1:0", WhenBroken::End, Script::default()).await;
+    let rounds = socket.receiver.lock().intake.rounds().clone();
+    let working = rounds.current();
+    rounds.enter(working);
+    let sender = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let mut received = 0;
+    for number in 0..PACKETS {
+        // Each of another connection.
+        let mut packet = vec![0x40; 1200];
+        packet[1..9].copy_from_slice(&(number as u64).to_le_bytes());
+        sender.send_to(&packet, socket.local_addr().unwrap()).await.unwrap();
+        tokio::select! {
+            biased;
+            packet = receive(&socket) => { packet.unwrap(); received += 1; }
+            () = paused(&socket) => break,
+        }
+    }
+    assert!(received > 100 && received < 1000, "{received}");
+    assert_eq!(socket.health.stats().receive_pauses, 1);
+    let mut reader = std::pin::pin!(receive(&socket));
+    assert!(std::future::poll_fn(|cx| Poll::Ready(reader.as_mut().poll(cx).is_pending())).await);
+    rounds.leave(working);
+    assert_eq!(reader.await.unwrap().0.len(), 1200);
+    assert_eq!(socket.health.stats().receive_pauses, 1);
+}
+
+/// Waits until the socket does not receive.
+async fn paused(socket: &TestSocket) {
+    while !socket.receiver.lock().intake.is_paused {
+        tokio::task::yield_now().await;
     }
 }
