@@ -216,7 +216,7 @@ impl ProcessConfig for Config {
     }
 
     fn log(&self) -> LogConfig {
-        self.log
+        self.log.clone()
     }
 
     fn warnings(&self) -> &[String] {

@@ -28,7 +28,7 @@ fn run(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
     let first = number(&mut args).context("the number of the first agent is missing")?;
     let count = number(&mut args).context("the number of agents is missing")?;
     let config: Config = flags::config(args)?;
-    logging::init(config.log)?;
+    logging::init(&config.log)?;
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     Runtime::new()?.block_on(async {

@@ -42,7 +42,7 @@ pub trait ProcessConfig: Sized {
 
     /// Log settings.
     fn log(&self) -> LogConfig {
-        LogConfig { format: LogFormat::Text, verbosity: 0 }
+        LogConfig { format: LogFormat::Text, verbosity: 0, file: None }
     }
 
     /// Warnings for the operator, to be logged at start.
@@ -123,7 +123,7 @@ pub fn main<P: Program>(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(config) => config,
         Err(faults) => return fail::<P>(&faults),
     };
-    if let Err(error) = logging::init(config.log()) {
+    if let Err(error) = logging::init(&config.log()) {
         return fail::<P>(&error);
     }
     scopeguard::defer!(logging::flush()); // after a panic too

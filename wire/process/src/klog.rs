@@ -1,11 +1,16 @@
 //! The flags of klog. Konnectivity's binaries have them, so manifests pass them.
 //!
-//! Only the verbosity has an effect. Culvert logs to standard error and leaves files, rotation and
-//! headers to the log collector.
+//! Those of the verbosity and of the log's files have an effect. Headers are Culvert's own, and one
+//! file has all severities.
+
+use std::{ffi::OsStr, path::PathBuf};
 
 use clap::Args;
 
-use super::faults::Faults;
+use super::{
+    faults::Faults,
+    logging::{self, LogFileConfig},
+};
 
 /// The flags of klog, with klog's names (hyphens for underscores) and Konnectivity's defaults.
 #[derive(Debug, Clone, Args)]
@@ -20,11 +25,11 @@ pub(crate) struct KlogFlags {
     #[arg(long, value_name = "PATTERN=LEVEL,…", default_value = "")]
     pub(crate) vmodule: String,
 
-    /// Log to standard error. Accepted and ignored: the log always goes there
+    /// Log to standard error, and not to --log-file or --log-dir
     #[arg(long, default_value_t = true)]
     pub(crate) logtostderr: bool,
 
-    /// Log to files and to standard error. Accepted and ignored
+    /// With --log-file or --log-dir, log to standard error as well
     #[arg(long)]
     pub(crate) alsologtostderr: bool,
 
@@ -40,15 +45,17 @@ pub(crate) struct KlogFlags {
     #[arg(long, default_value_t = true)]
     pub(crate) legacy_stderr_threshold_behavior: bool,
 
-    /// File to log to. Accepted and ignored: the log goes to standard error
+    /// File to log to, with --logtostderr=false. It is opened again when another program renames it
     #[arg(long, value_name = "FILE", default_value = "")]
     pub(crate) log_file: String,
 
-    /// Size at which a new log file begins, in MiB. Accepted and ignored
+    /// Size at which the log file is renamed to its name with .1 and a new one begins, in MiB; 0 is
+    /// without limit
     #[arg(long, value_name = "MIB", default_value_t = 1800)]
     pub(crate) log_file_max_size: u64,
 
-    /// Directory of log files. Accepted and ignored: the log goes to standard error
+    /// Directory of the log file, with --logtostderr=false and without --log-file; its name is that
+    /// of the program with .log
     #[arg(long, value_name = "DIR", default_value = "")]
     pub(crate) log_dir: String,
 
@@ -74,17 +81,42 @@ pub(crate) struct KlogFlags {
 }
 
 impl KlogFlags {
-    /// Adds a warning for each flag that would send the log elsewhere.
-    pub(crate) fn check(&self, faults: &mut Faults) {
-        const ELSEWHERE: &str = "has no effect, the log goes to standard error";
-        if !self.log_file.is_empty() {
-            faults.warn("log-file", ELSEWHERE);
-        }
-        if !self.log_dir.is_empty() {
-            faults.warn("log-dir", ELSEWHERE);
-        }
+    /// The file that the log goes to; `None` is standard error. Adds a warning for each flag without
+    /// effect, and a fault for a file that cannot be opened.
+    pub(crate) fn check(&self, faults: &mut Faults) -> Option<LogFileConfig> {
         if !self.vmodule.is_empty() {
             faults.warn("vmodule", "has no effect, set RUST_LOG instead");
         }
+        if self.logtostderr {
+            const UNUSED: &str = "has no effect without --logtostderr=false";
+            for (flag, value) in [("log-file", &self.log_file), ("log-dir", &self.log_dir)] {
+                if !value.is_empty() {
+                    faults.warn(flag, UNUSED);
+                }
+            }
+            return None;
+        }
+        let (flag, path) = match (self.log_file.as_str(), self.log_dir.as_str()) {
+            ("", "") => {
+                let text = "the log goes to standard error, as no --log-file or --log-dir is given";
+                faults.warn("logtostderr", text);
+                return None;
+            }
+            ("", folder) => ("log-dir", PathBuf::from(folder).join(file_name())),
+            (file, _) => ("log-file", PathBuf::from(file)),
+        };
+        if let Err(error) = logging::open(&path) {
+            let text = format!("cannot be opened for appending: {}: {error}", path.display());
+            faults.add(flag, text);
+        }
+        let max_size = self.log_file_max_size.saturating_mul(1 << 20);
+        Some(LogFileConfig { path, max_size, also_stderr: self.alsologtostderr })
     }
+}
+
+/// The name of a log file in a directory.
+fn file_name() -> String {
+    let program = std::env::args_os().next().map(PathBuf::from);
+    let name = program.as_deref().and_then(|path| path.file_name()).and_then(OsStr::to_str);
+    format!("{}.log", name.unwrap_or("culvert"))
 }

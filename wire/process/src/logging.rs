@@ -1,9 +1,10 @@
 //! The log of a process: its format, its verbosity, and a rate limit for repeated events.
 //!
-//! To log never waits and never fails, whatever standard error is: lines go into a bounded queue,
+//! To log never waits and never fails, whatever standard error or the file is: lines go into a bounded queue,
 //! and a thread of its own writes them. Lines that do not fit, or that cannot be written, are
 //! counted.
 
+mod file;
 mod panics;
 mod queue;
 mod rate_limit;
@@ -12,6 +13,7 @@ mod writer;
 use std::{
     fmt,
     io::{self, IsTerminal, Write as _},
+    path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
@@ -27,7 +29,13 @@ pub use tracing;
 use tracing::Subscriber;
 use tracing_subscriber::{EnvFilter, filter::ParseError, fmt::MakeWriter};
 
-use self::{queue::Queue, writer::Writer};
+pub use self::file::LogFileConfig;
+pub(crate) use self::file::open;
+use self::{
+    file::LogFile,
+    queue::Queue,
+    writer::{Sinks, Writer},
+};
 
 /// Environment variable that takes precedence over `-v`, in tracing-subscriber's notation.
 const FILTER_VARIABLE: &str = "RUST_LOG";
@@ -38,6 +46,8 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 static QUEUE: Queue = Queue::new();
 /// Whether the thread that writes them runs.
 static WRITER_RUNS: AtomicBool = AtomicBool::new(false);
+/// Whether the log goes to a file and not to standard error.
+static FILE_ALONE: AtomicBool = AtomicBool::new(false);
 
 /// Format of the log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -49,12 +59,14 @@ pub enum LogFormat {
 }
 
 /// Log settings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogConfig {
     /// Format of the lines.
     pub format: LogFormat,
     /// Verbosity as in klog: 0 to 4 is info, 5 to 9 is debug, 10 and more is trace.
     pub verbosity: i32,
+    /// File that the log goes to in place of standard error.
+    pub file: Option<LogFileConfig>,
 }
 
 /// The log cannot be set up.
@@ -66,27 +78,46 @@ pub enum LogError {
     /// The process has a log already.
     #[error("the log was set up twice")]
     Twice(#[from] tracing::subscriber::SetGlobalDefaultError),
+    /// The file of the log cannot be opened.
+    #[error("the log file {} cannot be opened for appending: {error}", path.display())]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
     /// The thread that writes the log cannot be started.
     #[error("the thread that writes the log cannot be started: {0}")]
     Thread(#[source] io::Error),
 }
 
-/// Sends the log of the whole process to standard error, panics included.
+/// Sends the log of the whole process to standard error or a file, panics included.
 ///
 /// # Errors
-/// If `RUST_LOG` cannot be parsed, if no thread can be started, or at the second call.
-pub fn init(config: LogConfig) -> Result<(), LogError> {
+/// If `RUST_LOG` cannot be parsed, if the file cannot be opened, if no thread can be started, or at
+/// the second call.
+pub fn init(config: &LogConfig) -> Result<(), LogError> {
     let filter = std::env::var(FILTER_VARIABLE).ok();
-    let coloured = io::stderr().is_terminal() && config.format == LogFormat::Text;
-    let lines = move || Line { escaped: config.format == LogFormat::Text, coloured };
+    let format = config.format;
+    let to_stderr = config.file.as_ref().is_none_or(|file| file.also_stderr);
+    let coloured = io::stderr().is_terminal() && format == LogFormat::Text && config.file.is_none();
+    let file = config.file.as_ref().map(open_file).transpose()?;
+    let lines = move || Line { escaped: format == LogFormat::Text, coloured };
     let subscriber = subscriber(config, filter.as_deref(), lines, coloured)?;
     tracing::subscriber::set_global_default(subscriber)?;
-    let writer = Writer::new(&QUEUE, io::stderr(), config.format);
+    FILE_ALONE.store(!to_stderr, Ordering::Relaxed);
+    let sinks = Sinks::new(to_stderr.then(io::stderr), file);
+    let writer = Writer::new(&QUEUE, sinks, format);
     let thread = thread::Builder::new().name("log".to_owned());
     thread.spawn(move || writer.run()).map_err(LogError::Thread)?;
     WRITER_RUNS.store(true, Ordering::Relaxed);
     panics::log_panics();
     Ok(())
+}
+
+fn open_file(config: &LogFileConfig) -> Result<LogFile, LogError> {
+    let opened = LogFile::new(config);
+    opened.map_err(|error| LogError::File { path: config.path.clone(), error })
 }
 
 /// Number of log lines of this process that could not be written since its start: the queue was
@@ -95,12 +126,14 @@ pub fn dropped_lines() -> u64 {
     QUEUE.dropped()
 }
 
-/// Writes text to standard error behind the log's lines, in any format of its own. For what a
-/// process that cannot go on reports; an error of the sink is ignored.
+/// Writes text to the log behind its lines, in any format of its own, and always to standard error.
+/// For what a process that cannot go on reports; errors are ignored.
 pub fn print(text: fmt::Arguments<'_>) {
-    if WRITER_RUNS.load(Ordering::Relaxed) {
+    let writer_runs = WRITER_RUNS.load(Ordering::Relaxed);
+    if writer_runs {
         QUEUE.push(text.to_string().into_bytes());
-    } else {
+    }
+    if !writer_runs || FILE_ALONE.load(Ordering::Relaxed) {
         let _ = io::stderr().write_fmt(text);
     }
 }
@@ -181,7 +214,7 @@ fn filter_of(verbosity: i32) -> &'static str {
 }
 
 fn subscriber<W>(
-    config: LogConfig,
+    config: &LogConfig,
     filter: Option<&str>,
     writer: W,
     coloured: bool,
@@ -233,8 +266,8 @@ mod tests {
     ) -> String {
         let captured = Captured::default();
         let writer = captured.clone();
-        let config = LogConfig { format, verbosity };
-        let subscriber = subscriber(config, filter, move || writer.clone(), false).unwrap();
+        let config = LogConfig { format, verbosity, file: None };
+        let subscriber = subscriber(&config, filter, move || writer.clone(), false).unwrap();
         tracing::subscriber::with_default(subscriber, log);
         let bytes = captured.0.lock().clone();
         String::from_utf8(bytes).unwrap()
@@ -266,8 +299,8 @@ mod tests {
     fn the_environment_takes_precedence_over_verbosity() {
         assert_eq!(logged(LogFormat::Text, 10, Some("off")), "");
         assert_eq!(logged(LogFormat::Text, 4, Some("")).lines().count(), 2);
-        let config = LogConfig { format: LogFormat::Text, verbosity: 4 };
-        let refused = subscriber(config, Some("a=b=c"), io::sink, false).map(drop).unwrap_err();
+        let config = LogConfig { format: LogFormat::Text, verbosity: 4, file: None };
+        let refused = subscriber(&config, Some("a=b=c"), io::sink, false).map(drop).unwrap_err();
         assert!(refused.to_string().contains("RUST_LOG"), "{refused}");
     }
 

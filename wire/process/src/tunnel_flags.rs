@@ -239,7 +239,7 @@ impl TunnelConfig {
 impl TunnelFlags {
     /// The checked options. Faults of the flags go to `faults`.
     pub fn check(&self, faults: &mut Faults) -> (TunnelConfig, LogConfig) {
-        self.klog.check(faults);
+        let file = self.klog.check(faults);
         let (idle_timeout, keep_alive_interval) = self.timers(faults);
         let stream_receive_window =
             size("stream-receive-window", self.stream_receive_window, MIN_STREAM_WINDOW, faults);
@@ -269,7 +269,7 @@ impl TunnelFlags {
         };
         let key_exchange = self.tls_key_exchange.into();
         let tunnel = TunnelConfig { transport, memory_limit, hedge_rate, key_exchange };
-        (tunnel, LogConfig { format: self.log_format, verbosity: self.klog.v })
+        (tunnel, LogConfig { format: self.log_format, verbosity: self.klog.v, file })
     }
 
     /// Idle timeout and keep-alive interval.
@@ -307,6 +307,7 @@ mod tests {
 
     use super::*;
     use crate::go_flags;
+    use crate::logging::LogFileConfig;
 
     #[derive(Debug, clap::Parser)]
     struct Flags {
@@ -335,7 +336,7 @@ mod tests {
         for default in ["25s", "5s", "2Mi", "8Mi", "6500", "auto", "128Ki", "text"] {
             assert!(help.contains(&format!("[default: {default}]")), "{default} in {help}");
         }
-        assert_eq!(log, LogConfig { format: LogFormat::Text, verbosity: 4 });
+        assert_eq!(log, LogConfig { format: LogFormat::Text, verbosity: 4, file: None });
         assert!(warnings.is_empty());
     }
 
@@ -373,7 +374,7 @@ mod tests {
             key_exchange: KeyExchange::Classic,
         };
         assert_eq!(tunnel, expected);
-        assert_eq!(log, LogConfig { format: LogFormat::Json, verbosity: 8 });
+        assert_eq!(log, LogConfig { format: LogFormat::Json, verbosity: 8, file: None });
     }
 
     #[test]
@@ -427,8 +428,8 @@ mod tests {
     }
 
     #[test]
-    fn klog_flags_are_accepted_and_those_that_would_send_the_log_elsewhere_cause_a_warning() {
-        let (_, _, warnings) = check(&[
+    fn klog_flags_are_accepted_and_files_without_effect_cause_a_warning() {
+        let (_, log, warnings) = check(&[
             "--logtostderr=true",
             "--alsologtostderr",
             "--alsologtostderrthreshold=2",
@@ -446,6 +447,31 @@ mod tests {
         ])
         .unwrap();
         let flags: Vec<_> = warnings.iter().filter_map(|text| text.split(':').next()).collect();
-        assert_eq!(flags, ["--log-file", "--log-dir", "--vmodule"]);
+        assert_eq!(flags, ["--vmodule", "--log-file", "--log-dir"]);
+        assert_eq!(log.file, None);
+    }
+
+    #[test]
+    fn the_log_goes_to_a_file_where_klog_writes_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path().to_str().unwrap();
+        let file = |args: &[&str]| check(args).unwrap().1.file;
+        let path = format!("--log-file={folder}/server.log");
+        let expected = LogFileConfig {
+            path: format!("{folder}/server.log").into(),
+            max_size: 1800 << 20,
+            also_stderr: false,
+        };
+        assert_eq!(file(&["--logtostderr=false", &path]), Some(expected.clone()));
+        let unlimited = LogFileConfig { max_size: 0, also_stderr: true, ..expected };
+        let flags = ["--logtostderr=false", &path, "--log-file-max-size=0", "--alsologtostderr"];
+        assert_eq!(file(&flags), Some(unlimited));
+        let in_folder = file(&["--logtostderr=false", &format!("--log-dir={folder}")]).unwrap();
+        assert_eq!(in_folder.path.parent(), Some(folder.as_ref()));
+        let (_, log, warnings) = check(&["--logtostderr=false"]).unwrap();
+        assert_eq!((log.file, warnings.len()), (None, 1));
+        let missing = format!("--log-file={folder}/missing/server.log");
+        let fault = check(&["--logtostderr=false", &missing]).unwrap_err();
+        assert!(fault.contains("--log-file: cannot be opened for appending"), "{fault}");
     }
 }

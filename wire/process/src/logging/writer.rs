@@ -1,4 +1,4 @@
-//! The thread that writes the log, the only one that waits for standard error.
+//! The thread that writes the log, the only one that waits for where the log goes.
 
 use std::{
     fmt,
@@ -16,7 +16,7 @@ use tracing_subscriber::fmt::{
     time::{FormatTime, SystemTime},
 };
 
-use super::{LogFormat, queue::Queue, rate_limit};
+use super::{LogFormat, file::LogFile, queue::Queue, rate_limit};
 
 /// Minimum time between two lines about dropped lines, and between two looks at limited events.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -25,11 +25,32 @@ const DROPPED_EVENT: &str = "log lines were dropped";
 /// Target of that event.
 const TARGET: &str = module_path!();
 
-/// Writes the lines of a queue to a sink.
+/// Where the log goes: standard error, a file, or both.
+#[derive(Debug)]
+pub(super) struct Sinks<S> {
+    stream: Option<Stream<S>>,
+    file: Option<LogFile>,
+}
+
+impl<S: AsFd> Sinks<S> {
+    pub(super) fn new(stream: Option<S>, file: Option<LogFile>) -> Self {
+        let stream = stream.map(|fd| Stream { fd, torn: false });
+        Self { stream, file }
+    }
+
+    /// Writes a line; whether all of it was written everywhere.
+    fn write(&mut self, line: &[u8]) -> bool {
+        let to_stream = self.stream.as_mut().is_none_or(|stream| stream.write(line));
+        let to_file = self.file.as_mut().is_none_or(|file| file.write(line));
+        to_stream && to_file
+    }
+}
+
+/// Writes the lines of a queue to where the log goes.
 #[derive(Debug)]
 pub(super) struct Writer<S> {
     queue: &'static Queue,
-    sink: Sink<S>,
+    sinks: Sinks<S>,
     format: LogFormat,
     /// Number of dropped lines that a line has reported.
     reported: u64,
@@ -39,9 +60,8 @@ pub(super) struct Writer<S> {
 }
 
 impl<S: AsFd> Writer<S> {
-    pub(super) fn new(queue: &'static Queue, sink: S, format: LogFormat) -> Self {
-        let sink = Sink { fd: sink, torn: false };
-        Self { queue, sink, format, reported: 0, last_report: None, last_look: None }
+    pub(super) fn new(queue: &'static Queue, sinks: Sinks<S>, format: LogFormat) -> Self {
+        Self { queue, sinks, format, reported: 0, last_report: None, last_look: None }
     }
 
     /// Writes for as long as the process lives.
@@ -57,7 +77,7 @@ impl<S: AsFd> Writer<S> {
         let is_reported = self.queue.dropped() == self.reported;
         let limit = (watching || !is_reported).then_some(REPORT_INTERVAL);
         if let Some(line) = self.queue.next(limit)
-            && !self.sink.write(&line)
+            && !self.sinks.write(&line)
         {
             self.queue.count_dropped();
         }
@@ -78,7 +98,7 @@ impl<S: AsFd> Writer<S> {
         }
         self.last_report = Some(now);
         let line = dropped_line(self.format, dropped - self.reported);
-        if self.sink.write(line.as_bytes()) {
+        if self.sinks.write(line.as_bytes()) {
             self.reported = dropped;
         }
     }
@@ -105,13 +125,13 @@ fn dropped_line(format: LogFormat, dropped: u64) -> String {
 
 /// A file, pipe or terminal that may be full, slow or gone.
 #[derive(Debug)]
-struct Sink<S> {
+struct Stream<S> {
     fd: S,
     /// Whether a line was cut, so that the next must begin on a line of its own.
     torn: bool,
 }
 
-impl<S: AsFd> Sink<S> {
+impl<S: AsFd> Stream<S> {
     /// Writes a line; whether all of it was written. Waits while the sink is full.
     fn write(&mut self, line: &[u8]) -> bool {
         if self.torn && self.write_all(b"\n").is_err() {
@@ -163,7 +183,7 @@ mod tests {
 
     use socket2::SockRef;
 
-    use super::*;
+    use super::{super::file::LogFileConfig, *};
 
     fn queue() -> &'static Queue {
         Box::leak(Box::new(Queue::new()))
@@ -171,7 +191,11 @@ mod tests {
 
     fn piped() -> (PipeReader, Writer<PipeWriter>) {
         let (reader, writer) = pipe().unwrap();
-        (reader, Writer::new(queue(), writer, LogFormat::Text))
+        (reader, to_stream(writer))
+    }
+
+    fn to_stream<S: AsFd>(stream: S) -> Writer<S> {
+        Writer::new(queue(), Sinks::new(Some(stream), None), LogFormat::Text)
     }
 
     /// What the writer wrote. It must have ended.
@@ -215,9 +239,9 @@ mod tests {
     fn a_sink_that_fails_costs_its_lines_alone() {
         let (reader, writer) = pipe().unwrap();
         drop(reader);
-        let broken = Writer::new(queue(), writer.into(), LogFormat::Text);
+        let broken = to_stream(writer.into());
         let full = File::options().write(true).open("/dev/full").unwrap();
-        let full = Writer::new(queue(), full.into(), LogFormat::Text);
+        let full = to_stream(full.into());
         for mut writer in [broken, full] as [Writer<std::os::fd::OwnedFd>; 2] {
             for _ in 0..5 {
                 writer.queue.push(b"lost\n".to_vec());
@@ -231,7 +255,7 @@ mod tests {
     fn a_sink_in_non_blocking_mode_that_is_full_for_a_while_loses_nothing() {
         const LINES: usize = 5_000; // far more than a pipe holds
         let (reader, mut writer) = piped();
-        SockRef::from(&writer.sink.fd).set_nonblocking(true).unwrap();
+        SockRef::from(&writer.sinks.stream.as_ref().unwrap().fd).set_nonblocking(true).unwrap();
         let queue = writer.queue;
         for number in 0..LINES {
             queue.push(format!("{number:040}\n").into_bytes());
@@ -245,9 +269,31 @@ mod tests {
     }
 
     #[test]
+    fn the_log_goes_to_a_file_and_to_standard_error_and_what_fails_in_one_is_in_the_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let config = LogFileConfig { path: path.clone(), max_size: 0, also_stderr: true };
+        let (reader, stream) = pipe().unwrap();
+        let file = LogFile::new(&config).unwrap();
+        let sinks = Sinks::new(Some(stream), Some(file));
+        let mut writer = Writer::new(queue(), sinks, LogFormat::Text);
+        writer.queue.push(b"both\n".to_vec());
+        writer.step(false);
+        let mut text = [0; 5];
+        { &reader }.read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"both\n");
+        drop(reader);
+        writer.queue.push(b"one\n".to_vec());
+        writer.step(false);
+        let text = std::fs::read_to_string(path).unwrap();
+        assert!(text.starts_with("both\none\n"), "{text}");
+        assert_eq!(writer.queue.dropped(), 1);
+    }
+
+    #[test]
     fn a_line_that_was_cut_ends_before_the_next_begins() {
         let (reader, writer) = pipe().unwrap();
-        let mut sink = Sink { fd: writer, torn: true };
+        let mut sink = Stream { fd: writer, torn: true };
         assert!(sink.write(b"whole\n") && sink.write(b"next\n"));
         drop(sink);
         assert_eq!(read(reader), "\nwhole\nnext\n");
