@@ -164,6 +164,12 @@ impl Frame {
                 reader.at += length;
                 Kind::Stream { id, offset }
             }
+            0x18 => {
+                reader.ints(2)?;
+                let length = reader.byte()?;
+                reader.at += usize::from(length) + 16;
+                Kind::Other
+            }
             0x10 | 0x12..=0x14 | 0x16 | 0x17 | 0x19 => reader.ints(1)?,
             _ => return None,
         };
