@@ -1,12 +1,15 @@
 //! A whole agent: its ports bound, its tunnels kept until it is stopped, then drained.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use culvert_process::{
     admin::{AdminServer, Port, Routes},
     faults::ConfigErrors,
     metrics::{BuildError, Upkeep},
-    operator::streams::{LiveStreams, Side},
+    operator::{
+        socket::OperatorSocket,
+        streams::{LiveStreams, Side},
+    },
     reload::Reloads,
     supervision::{propagate_panic, until_panic},
 };
@@ -22,6 +25,7 @@ use crate::{
     leases::LeaseCount,
     lookups::SystemResolver,
     metrics::AgentMetrics,
+    operator::answers::Operated,
     readiness,
     tunnels::{
         ServerTunnels,
@@ -38,6 +42,14 @@ pub enum StartError {
     /// A file cannot be used.
     #[error(transparent)]
     Files(#[from] ConfigErrors),
+    /// The operator's socket cannot be bound.
+    #[error("--operator-socket: cannot listen on {path}: {source}")]
+    Operator {
+        /// Path of the socket.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
     /// A metric is misdeclared; the fault is ours.
     #[error(transparent)]
     Metrics(#[from] BuildError),
@@ -52,6 +64,7 @@ pub struct Agent {
     tunnels: Arc<ServerTunnels>,
     health: AdminServer,
     admin: AdminServer,
+    operator: Option<(OperatorSocket, Operated)>,
     metrics: Arc<AgentMetrics>,
     leases: Option<LeaseCount>,
     reloads: Reloads,
@@ -65,7 +78,7 @@ impl Agent {
     /// On the host's network another process may have the ports, and the tunnel matters more.
     ///
     /// # Errors
-    /// When a file cannot be used.
+    /// When a file cannot be used, or the operator's socket cannot be bound.
     pub fn bind(config: &Config) -> Result<Self, StartError> {
         let metrics = Arc::new(AgentMetrics::new()?);
         let memory = config.tunnel.memory();
@@ -74,6 +87,7 @@ impl Agent {
         let mut files = AgentFiles::read(config, metrics.inner())?;
         let certificate = files.identity.clone();
         let (token, reloads) = (files.token.clone(), files.reloads.clone());
+        let policy = files.policy.clone();
         let gate = Gate::new(files.policy.clone(), config.egress.audit, metrics.clone());
         let leases = config.sync.leases.as_ref().zip(files.leases.take());
         let leases = leases.map(|(config, client)| LeaseCount::new(config, client));
@@ -112,6 +126,24 @@ impl Agent {
             drain_timeout: config.drain_timeout,
             draining: CancellationToken::new(),
         });
+        let operated = Operated {
+            agent_id: config.agent_id.clone(),
+            since: Instant::now(),
+            transport: config.transport,
+            tunnels: tunnels.clone(),
+            streams,
+            certificate: connector.certificate.clone(),
+            token: context.token.clone(),
+            policy,
+            policy_source: config.egress.source(),
+            audit: config.egress.audit,
+            memory: context.memory.clone(),
+        };
+        let operator = config.operator_socket.as_ref().map(|path| {
+            let socket = OperatorSocket::bind(path);
+            socket.map_err(|source| StartError::Operator { path: path.clone(), source })
+        });
+        let operator = operator.transpose()?.map(|socket| (socket, operated));
         let upkeep = metrics.inner().spawn_upkeep();
         let health = start_health(config.health_address, &tunnels, &metrics);
         let routes = Routes::new().metrics_on_port(health.local_address().port());
@@ -125,6 +157,7 @@ impl Agent {
             tunnels,
             health,
             admin,
+            operator,
             metrics,
             leases,
             reloads,
@@ -166,11 +199,14 @@ impl Agent {
         let mut reloading = culvert_transport::task::owned(keep);
         let mut connecting =
             culvert_transport::task::owned(self.connector.run(self.context.clone()));
+        let mut operator = self.operator.map(|(socket, operated)| {
+            culvert_transport::task::owned(socket.run(operated.answers()))
+        });
         let supervised = [self.health.task(), self.admin.task(), &mut self.upkeep, &mut reloading];
         tokio::select! {
             () = stop => {}
             ended = &mut connecting => propagate_panic(ended),
-            never = until_panic(supervised.into_iter().chain(&mut counting)) => match never {},
+            never = until_panic(supervised.into_iter().chain(&mut counting).chain(&mut operator)) => match never {},
         }
         drop(counting);
         self.context.draining.cancel();

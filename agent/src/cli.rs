@@ -2,6 +2,7 @@
 
 use std::{ffi::OsString, process::ExitCode};
 
+use clap::Command;
 use culvert_process::{
     cli::{self, BoxError, Program},
     signals::ReloadSignal,
@@ -10,11 +11,13 @@ use tokio::runtime::Builder;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::{Agent, Config};
+use crate::{Agent, Config, operator};
 
-/// Runs an agent with these arguments, the program's path first; see [`cli::main`].
+/// Runs an agent with these arguments, the program's path first; see [`cli::main`]. With the name of
+/// an operator's command as the first argument, runs that instead.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    cli::main::<AgentProgram>(args)
+    let args: Vec<_> = args.into_iter().collect();
+    operator::run(&args).unwrap_or_else(|| cli::main::<AgentProgram>(args))
 }
 
 struct AgentProgram;
@@ -24,6 +27,10 @@ impl Program for AgentProgram {
     type Config = Config;
     /// That of Konnectivity's agent, which ends in order at its second signal.
     const SECOND_SIGNAL_EXIT_CODE: i32 = 0;
+
+    fn commands() -> Vec<Command> {
+        operator::commands()
+    }
 
     /// A single thread: a tunnel is one connection, which one thread drives at a time. A second
     /// thread is woken for every packet, which costs a third of the throughput.

@@ -50,7 +50,7 @@ use crate::{
     },
     metrics::{AgentMetrics, PANICKED},
     tunnels::{
-        AddOutcome, NewTunnel, Rank, ServerTunnel, ServerTunnels,
+        AddOutcome, NewTunnel, PeerVersion, Rank, ServerTunnel, ServerTunnels,
         session::{Joined, SessionContext},
     },
 };
@@ -91,7 +91,9 @@ impl<C: Connect> Connector<C> {
         let mut pending: Option<Pending> = None;
         loop {
             let goal = pending.as_ref().map(|pending| pending.goal);
-            let next = self.plan.next(&self.snapshot(), goal, Instant::now());
+            let (snapshot, now) = (self.snapshot(), Instant::now());
+            let next = self.plan.next(&snapshot, goal, now);
+            self.tunnels.quic().next_try = self.plan.next_probe(&snapshot, now);
             select! {
                 () = context.draining.cancelled() => break,
                 Some(ended) = sessions.join_next() => self.on_session_end(ended),
@@ -159,6 +161,9 @@ impl<C: Connect> Connector<C> {
         sessions: &mut Sessions,
         context: &Arc<SessionContext>,
     ) {
+        if let QuicOutcome::Failed(failure) = quic {
+            self.tunnels.quic().failed(failure.label(), Instant::now());
+        }
         match result {
             Ok(found) => {
                 self.metrics.connect_attempt("ok");
@@ -200,6 +205,7 @@ impl<C: Connect> Connector<C> {
             buffers,
             rank,
             reason,
+            version: PeerVersion { software: joined.welcome.extensions.software(), revision },
         };
         let (added, retired) = match self.tunnels.add(new, Instant::now()) {
             AddOutcome::New(added) => (added, None),

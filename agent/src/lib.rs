@@ -18,6 +18,7 @@ mod konnectivity;
 mod leases;
 mod lookups;
 mod metrics;
+mod operator;
 mod race;
 mod readiness;
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //! number of servers that there should be.
 
 pub(crate) mod liveness;
+mod quic_notes;
 mod server_tunnel;
 pub(crate) mod session;
 
@@ -14,7 +15,8 @@ use culvert_wire::ServerId;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::{sync::Notify, time::Instant};
 
-pub(crate) use self::server_tunnel::{NewTunnel, Rank, ServerTunnel, Suspicion};
+pub(crate) use self::quic_notes::QuicNotes;
+pub(crate) use self::server_tunnel::{NewTunnel, PeerVersion, Rank, ServerTunnel, Suspicion};
 use crate::config::CountSource;
 
 /// The outcome of [`ServerTunnels::add`].
@@ -43,6 +45,7 @@ pub struct ServerTunnels {
     /// Number of servers that hold Leases; 0 where Leases are not counted, or not yet.
     lease_count: AtomicU32,
     count_source: CountSource,
+    quic: Mutex<QuicNotes>,
     changed: Notify,
 }
 
@@ -153,6 +156,16 @@ impl ServerTunnels {
     /// The tunnels that dials arrive on, one for each server.
     pub(crate) fn in_use(&self) -> Vec<Arc<ServerTunnel>> {
         self.lock().iter().filter(|tunnel| !tunnel.is_retired()).cloned().collect()
+    }
+
+    /// All tunnels, those in use and those that a better one has replaced.
+    pub(crate) fn all(&self) -> Vec<Arc<ServerTunnel>> {
+        self.lock().clone()
+    }
+
+    /// What is known about QUIC on the path to the servers.
+    pub(crate) fn quic(&self) -> MutexGuard<'_, QuicNotes> {
+        self.quic.lock()
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<ServerTunnel>>> {

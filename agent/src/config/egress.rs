@@ -18,6 +18,17 @@ pub struct EgressConfig {
     pub audit: bool,
 }
 
+impl EgressConfig {
+    /// Where the rules come from, for people.
+    pub(crate) fn source(&self) -> String {
+        let flags = (!self.policy.is_empty()).then(|| "flags".to_owned());
+        let file = self.policy_file.as_ref().map(|file| file.display().to_string());
+        let sources: Vec<_> =
+            ["built-in rules".to_owned()].into_iter().chain(flags).chain(file).collect();
+        sources.join(", ")
+    }
+}
+
 pub(super) fn check(flags: &Flags, faults: &mut Faults) -> EgressConfig {
     let mut rules = |flag, lists: &[String]| {
         let mut rules = Vec::new();

@@ -172,22 +172,29 @@ impl Plan {
         let missing = tunnels.len() < (*server_count).max(1) as usize;
         let suspect = tunnels.iter().any(|tunnel| tunnel.suspicion.is_some());
         let outdated = tunnels.iter().any(|tunnel| tunnel.outdated);
-        let worst = tunnels.iter().map(|tunnel| tunnel.rank).min();
-        let improvable = match self.transport {
-            Transport::Auto => worst < Some(Rank::Quic),
-            Transport::Quic => worst == Some(Rank::SmallQuic),
-            Transport::Tcp => false,
-        };
+        let probe_at = self.next_probe(snapshot, now);
         [
             (suspect, Goal::Replace, self.replace_at),
             (missing || self.forever, Goal::Find, self.find_at),
             (outdated, Goal::Renew, self.renew_at),
-            (worst.is_some() && improvable, Goal::Probe, self.probe_due(worst, now)),
+            (probe_at.is_some(), Goal::Probe, probe_at.unwrap_or(now)),
         ]
         .into_iter()
         .filter(|(wanted, goal, _)| *wanted && pending.is_none_or(|pending| *goal > pending))
         .map(|(_, goal, at)| (goal, at.max(now)))
         .min_by_key(|(_, at)| *at)
+    }
+
+    /// The time of the next attempt to move a tunnel to a better carrier; `None` while each has the
+    /// best.
+    pub(crate) fn next_probe(&self, snapshot: &Snapshot, now: Instant) -> Option<Instant> {
+        let worst = snapshot.tunnels.iter().map(|tunnel| tunnel.rank).min();
+        let improvable = match self.transport {
+            Transport::Auto => worst < Some(Rank::Quic),
+            Transport::Quic => worst == Some(Rank::SmallQuic),
+            Transport::Tcp => false,
+        };
+        (worst.is_some() && improvable).then(|| self.probe_due(worst, now))
     }
 
     /// The time of the next probe, where `worst` is the lowest rank in use.

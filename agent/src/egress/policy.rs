@@ -45,6 +45,11 @@ pub(crate) enum Rule {
 }
 
 impl Policy {
+    /// Whether it has no rule.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.exempt.is_empty() && self.deny.is_empty() && self.allow.is_empty()
+    }
+
     /// Decides on one address and port: the built-in denials come first, then the deny list, then
     /// the allow list.
     ///

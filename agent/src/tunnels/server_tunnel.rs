@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use culvert_transport::{BufferSizes, Carrier, Tunnel};
-use culvert_wire::ServerId;
+use culvert_wire::{ServerId, bounded::Text};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
@@ -72,6 +72,17 @@ pub(crate) struct NewTunnel {
     pub(crate) rank: Rank,
     /// Why the tunnel has its carrier, as a metric label.
     pub(crate) reason: &'static str,
+    /// What the server says about its software.
+    pub(crate) version: PeerVersion,
+}
+
+/// What a server says about its software.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct PeerVersion {
+    /// Name and version; `None` if it does not say.
+    pub(crate) software: Option<Text<64>>,
+    /// Its revision of the protocol.
+    pub(crate) revision: u16,
 }
 
 /// A tunnel whose server has welcomed the agent.
@@ -87,6 +98,8 @@ pub(crate) struct ServerTunnel {
     pub(crate) rank: Rank,
     /// Why the tunnel has its carrier, as a metric label.
     pub(crate) reason: &'static str,
+    /// What the server says about its software.
+    pub(crate) version: PeerVersion,
     /// When the server welcomed the agent.
     pub(crate) since: Instant,
     retired: CancellationToken,
@@ -98,13 +111,14 @@ pub(crate) struct ServerTunnel {
 impl ServerTunnel {
     /// A tunnel in use, whose peer answers.
     pub(crate) fn new(new: NewTunnel, now: Instant) -> Self {
-        let NewTunnel { server_id, tunnel, buffers, rank, reason } = new;
+        let NewTunnel { server_id, tunnel, buffers, rank, reason, version } = new;
         Self {
             server_id,
             tunnel,
             buffers,
             rank,
             reason,
+            version,
             since: now,
             retired: CancellationToken::new(),
             outdated: AtomicBool::new(false),

@@ -19,6 +19,7 @@ fn new(server: &str, pair: &Pair, rank: Rank) -> NewTunnel {
         buffers: None,
         rank,
         reason: "first_choice",
+        version: PeerVersion::default(),
     }
 }
 

@@ -23,8 +23,13 @@ use crate::support::{
 
 /// Runs a command of the server's program.
 async fn run(socket: &Path, args: &[&str]) -> Output {
+    run_of("server", socket, args).await
+}
+
+/// Runs a command of the program of one side.
+async fn run_of(side: &str, socket: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_culvert-loadtest"))
-        .arg("server")
+        .arg(side)
         .args(args)
         .env("CULVERT_OPERATOR_SOCKET", socket)
         .output()
@@ -238,6 +243,80 @@ async fn two_live_agents_with_one_id_are_reported() {
         assert_eq!(table.matches("used, duplicate id").count(), 2, "{table}");
         let event = "several live agents have one id";
         eventually("the id is logged", async || deployment.server_log().contains(event)).await;
+    })
+    .await;
+}
+
+/// The JSON that a command of the agent's program prints.
+async fn agent_json(socket: &Path, args: &[&str]) -> Value {
+    let output = run_of("agent", socket, args).await;
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_shows_its_servers_proofs_policy_and_memory() {
+    within(async {
+        let (deployment, _) = operated().await;
+        let socket = deployment.certificates.folder().join("agent.sock");
+        let flag = format!("--operator-socket={}", socket.display());
+        let flags = [flag.as_str(), "--egress-deny=10.9.0.0/16,10.8.0.0/16:22"];
+        let _agent = deployment.start_agent(Culvert, "agent", &flags).await;
+        deployment.until_joined(1).await;
+        let target = targets::echo().await.unwrap();
+        let mut stream = deployment.dial(target.address()).await.unwrap();
+        echo(&mut stream, b"twelve bytes").await.unwrap();
+        let status = agent_json(&socket, &["status", "--json"]).await;
+        assert_eq!((&status["agent"], &status["server_count"]), (&"agent".into(), &1.into()));
+        let server = &status["servers"][0];
+        assert_eq!((&server["carrier"], &server["state"]), (&"quic".into(), &"used".into()));
+        assert_eq!(server["address"], deployment.tunnel().to_string());
+        assert_eq!(server["streams"], 1);
+        assert!(server["rtt_millis"].as_f64().unwrap() > 0.0, "{server}");
+        assert!(server["mtu"].as_u64().unwrap() >= 1200, "{server}");
+        let software = server["software"].as_str().unwrap();
+        assert!(software.starts_with(&format!("culvert-server {VERSION}")), "{software}");
+        assert_eq!(status["quic"]["in_use"], true);
+        assert_eq!(status["identity"]["certificate"], "CN=culvert loadtest agent");
+        assert!(status["identity"]["certificate_expires"].as_str().unwrap().ends_with('Z'));
+        assert_eq!(status["identity"]["token_expires"], Value::Null);
+        assert_eq!(status["egress"]["source"], "built-in rules, flags");
+        assert_eq!(status["egress"]["deny"], 2);
+        assert!(status["memory"]["limit_bytes"].as_u64().unwrap() > 0);
+        let text = run_of("agent", &socket, &["status"]).await;
+        let text = String::from_utf8(text.stdout).unwrap();
+        for part in ["servers  1 of 1", "quic     in use; no failure", "SERVER", "expires in"] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+        let list = agent_json(&socket, &["streams", "--json"]).await;
+        let stream = &list["streams"][0];
+        assert_eq!(stream["target"], target.address().to_string());
+        assert_eq!(stream["bytes_to_target"], 12);
+        assert_eq!(stream["bytes_from_target"], 12);
+        let missing = run_of("agent", Path::new("/nowhere"), &["status"]).await;
+        assert_eq!(missing.status.code(), Some(1));
+        let text = String::from_utf8(missing.stderr).unwrap();
+        assert!(text.contains("--operator-socket"), "{text}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_says_why_quic_is_not_in_use() {
+    within(async {
+        let (deployment, _) = operated().await;
+        let socket = deployment.certificates.folder().join("agent.sock");
+        let flag = format!("--operator-socket={}", socket.display());
+        let flags = [flag.as_str(), "--transport=tcp"];
+        let _agent = deployment.start_agent(Culvert, "agent", &flags).await;
+        deployment.until_joined(1).await;
+        let status = agent_json(&socket, &["status", "--json"]).await;
+        assert_eq!(status["servers"][0]["carrier"], "tcp");
+        assert_eq!(status["servers"][0]["mtu"], Value::Null);
+        assert_eq!(status["quic"]["in_use"], false);
+        let text = run_of("agent", &socket, &["status"]).await;
+        let text = String::from_utf8(text.stdout).unwrap();
+        assert!(text.contains("quic     not in use: --transport=tcp"), "{text}");
     })
     .await;
 }

@@ -274,8 +274,8 @@ pub struct Flags {
     #[arg(long, help_heading = "Health and administration", value_name = "PORT")]
     pub admin_port: Option<i64>,
 
-    /// Path of a Unix socket for the commands culvert-server agents, streams, top, drain and evict,
-    /// to which its owner alone may connect; empty means none
+    /// Path of a Unix socket for the commands of operators, to which its owner alone may connect; empty
+    /// means none
     #[arg(
         long,
         help_heading = "Health and administration",

@@ -234,6 +234,7 @@ async fn connected_to(server: &str, address: &str, carrier: Carrier) -> (ServerT
         buffers: None,
         rank: Rank::of(carrier, true),
         reason: "first_choice",
+        version: crate::tunnels::PeerVersion::default(),
     };
     assert!(matches!(tunnels.add(new, Instant::now()), AddOutcome::New(_)));
     (tunnels, end)

@@ -79,6 +79,7 @@ fn add(tunnels: &ServerTunnels, tunnel: &Tunnel, rank: Rank) -> Arc<ServerTunnel
         buffers: None,
         rank,
         reason: "first_choice",
+        version: crate::tunnels::PeerVersion::default(),
     };
     match tunnels.add(new, Instant::now()) {
         AddOutcome::New(added) | AddOutcome::Replaced { added, .. } => added,

@@ -85,6 +85,15 @@ impl LiveStreams {
         Listed { streams: self.streams.clone(), number }
     }
 
+    /// Number of streams of each tunnel, by [`Tunnel::key`].
+    pub fn by_tunnel(&self) -> HashMap<usize, usize> {
+        let mut counts = HashMap::new();
+        for stream in self.streams.lock().by_age.values() {
+            *counts.entry(stream.tunnel.key()).or_default() += 1;
+        }
+        counts
+    }
+
     /// The answer to a request with the parameters `peer` and `limit`, both optional.
     ///
     /// # Errors
