@@ -2,7 +2,7 @@
 
 use std::{fmt, time::Duration};
 
-use culvert_transport::{Carrier, ConnectError, tls::TlsError};
+use culvert_transport::{Carrier, ConnectError, TransportFault, TunnelLost, tls::TlsError};
 
 use crate::{metrics::PANICKED, tunnels::session::JoinError};
 
@@ -62,13 +62,61 @@ impl CarrierFailures {
     }
 }
 
+/// Each text once, with the carriers that it is of, and what to do about it.
 impl fmt::Display for CarrierFailures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, (carrier, error)) in self.0.iter().enumerate() {
-            let separator = if index == 0 { "" } else { "; " };
-            write!(f, "{separator}over {carrier}: {error}")?;
+        let mut texts: Vec<(String, String)> = Vec::new();
+        for (carrier, error) in &self.0 {
+            let text = error.to_string();
+            match texts.iter_mut().find(|(_, known)| *known == text) {
+                Some((carriers, _)) => *carriers += &format!(" and {carrier}"),
+                None => texts.push((format!("over {carrier}"), text)),
+            }
         }
-        Ok(())
+        for (index, (carriers, text)) in texts.iter().enumerate() {
+            let separator = if index == 0 { "" } else { "; " };
+            write!(f, "{separator}{carriers}: {text}")?;
+        }
+        let mut remedies: Vec<_> = self.0.iter().filter_map(|(_, error)| remedy(error)).collect();
+        remedies.dedup();
+        remedies.iter().try_for_each(|remedy| write!(f, "; {remedy}"))
+    }
+}
+
+/// What an operator can do about a failed handshake.
+fn remedy(error: &CarrierError) -> Option<&'static str> {
+    const NO_SERVER: &str = "is --proxy-server-port the agent port of a server?";
+    let CarrierError::Connect(error) = error else { return None };
+    let fault = match error {
+        ConnectError::Protocol => return Some(NO_SERVER),
+        ConnectError::Handshake(TunnelLost::Transport(fault)) => fault,
+        _ => return None,
+    };
+    match fault {
+        TransportFault::TlsRefused { alert: Some(42), reason } if reason.contains("for name") => {
+            Some("set --server-name to a name of the server's certificate")
+        }
+        TransportFault::TlsRefused { alert: Some(45), .. } => {
+            Some("renew the server's --cluster-cert, or set this node's clock")
+        }
+        TransportFault::TlsRefused { alert: Some(48), .. } => {
+            Some("set --ca-cert to the CA of the server's --cluster-cert")
+        }
+        TransportFault::TlsAlert { alert: 45, .. } => {
+            Some("renew --agent-cert, or set the server's clock")
+        }
+        TransportFault::TlsAlert { alert: 48 | 51, .. } => {
+            Some("set --agent-cert to a certificate of the server's --cluster-ca-cert")
+        }
+        TransportFault::TlsAlert { alert: 42 | 43 | 46, .. } => {
+            Some("set --agent-cert to a certificate for client authentication")
+        }
+        TransportFault::TlsAlert { alert: 116, .. } => {
+            Some("set --agent-cert and --agent-key, which the server's --cluster-ca-cert requires")
+        }
+        TransportFault::TlsAlert { alert: 40, .. } => Some("see --tls-key-exchange on both sides"),
+        TransportFault::TlsAlert { alert: 120, .. } => Some(NO_SERVER),
+        _ => None,
     }
 }
 
@@ -87,4 +135,58 @@ pub(crate) enum CarrierError {
     /// The handshake, or the welcome after it, took too long.
     #[error("nothing within {0:?}")]
     TimedOut(Duration),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(faults: Vec<(Carrier, TransportFault)>) -> String {
+        let errors =
+            faults.into_iter().map(|(carrier, fault)| (carrier, ConnectError::from(fault).into()));
+        CarrierFailures(errors.collect()).to_string()
+    }
+
+    #[test]
+    fn a_fault_of_both_carriers_is_reported_once_with_the_flag_to_change() {
+        let refused =
+            |reason: &str| TransportFault::TlsRefused { alert: Some(48), reason: reason.into() };
+        let text = shown(vec![
+            (Carrier::Quic, refused("error 48: invalid peer certificate: UnknownIssuer")),
+            (Carrier::Tcp, refused("invalid peer certificate: UnknownIssuer")),
+        ]);
+        let expected = "over quic and tcp: refused by this side: the peer's certificate is of no CA \
+                        that this side trusts; set --ca-cert to the CA of the server's --cluster-cert";
+        assert_eq!(text.to_lowercase(), expected.to_lowercase());
+    }
+
+    #[test]
+    fn a_refusal_by_the_server_names_the_agents_certificate() {
+        let alert = |alert| TransportFault::TlsAlert { alert, reason: "raw".into() };
+        for (number, expected) in [
+            (48, "set --agent-cert to a certificate of the server's --cluster-ca-cert"),
+            (116, "set --agent-cert and --agent-key"),
+            (45, "renew --agent-cert"),
+            (43, "for client authentication"),
+        ] {
+            let text =
+                shown(vec![(Carrier::Quic, alert(number)), (Carrier::Tcp, TransportFault::Ended)]);
+            assert!(text.contains("refused by the peer: "), "{text}");
+            assert_eq!(text.matches(expected).count(), 1, "{text}");
+            assert!(!text.contains("raw"), "{text}");
+        }
+        assert_eq!(shown(vec![(Carrier::Tcp, alert(80))]).matches(';').count(), 0);
+    }
+
+    #[test]
+    fn a_wrong_name_and_a_port_of_another_service_have_their_remedies() {
+        let reason = "invalid peer certificate: certificate not valid for name \"a.test\"; certificate \
+                      is only valid for DnsName(\"b.test\")";
+        let wrong = TransportFault::TlsRefused { alert: Some(42), reason: reason.into() };
+        let text = shown(vec![(Carrier::Quic, wrong)]);
+        assert!(text.contains("\"a.test\", but for b.test; set --server-name"), "{text}");
+        let other =
+            CarrierFailures(vec![(Carrier::Tcp, ConnectError::Protocol.into())]).to_string();
+        assert!(other.ends_with("is --proxy-server-port the agent port of a server?"), "{other}");
+    }
 }

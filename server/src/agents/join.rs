@@ -44,10 +44,33 @@ pub(crate) const JOIN_FAILURE_REASONS: [&str; 16] = [
     "too_many_tunnels",
 ];
 
+/// What an operator can do about a failed handshake, behind a semicolon.
+fn remedy(error: &ConnectError) -> &'static str {
+    let ConnectError::Handshake(TunnelLost::Transport(fault)) = error else { return "" };
+    match fault {
+        TransportFault::TlsRefused { alert: Some(48), .. } => {
+            "; the agent's --agent-cert must be of --cluster-ca-cert"
+        }
+        TransportFault::TlsRefused { alert: Some(116), .. } => {
+            "; the agent needs --agent-cert and --agent-key, because --cluster-ca-cert is given"
+        }
+        TransportFault::TlsRefused { alert: Some(45), .. } => "; renew the agent's --agent-cert",
+        TransportFault::TlsAlert { alert: 48 | 51, .. } => {
+            "; the agent's --ca-cert must be the CA of --cluster-cert"
+        }
+        TransportFault::TlsAlert { alert: 45, .. } => "; renew --cluster-cert",
+        TransportFault::TlsAlert { alert: 42, .. } => {
+            "; --cluster-cert must have the name by which the agent connects, or its --server-name"
+        }
+        TransportFault::TlsAlert { alert: 40, .. } => "; see --tls-key-exchange on both sides",
+        _ => "",
+    }
+}
+
 /// Why an agent did not become a backend.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum JoinError {
-    #[error("handshake: {0}")]
+    #[error("handshake: {0}{remedy}", remedy = remedy(.0))]
     Handshake(ConnectError),
     #[error("it sent {0}")]
     NotTls(&'static str),
@@ -382,6 +405,25 @@ mod tests {
     use culvert_wire::bounded::PeerText;
 
     use super::*;
+
+    #[test]
+    fn a_failed_handshake_names_whose_certificate_it_is_and_the_flag() {
+        let reason = || String::from("invalid peer certificate: UnknownIssuer");
+        for (fault, expected) in [
+            (
+                TransportFault::TlsRefused { alert: Some(48), reason: reason() },
+                "handshake: refused by this side: the peer's certificate is of no CA that this side \
+                 trusts; the agent's --agent-cert must be of --cluster-ca-cert",
+            ),
+            (
+                TransportFault::TlsAlert { alert: 48, reason: reason() },
+                "handshake: refused by the peer: this side's certificate is of no CA that it trusts \
+                 (TLS alert 48); the agent's --ca-cert must be the CA of --cluster-cert",
+            ),
+        ] {
+            assert_eq!(JoinError::from(ConnectError::from(fault)).to_string(), expected);
+        }
+    }
 
     #[test]
     fn only_a_handshake_that_a_fault_ended_is_a_failed_handshake() {

@@ -30,7 +30,10 @@ pub enum ListenerError {
     #[error("--agent-port: {0}")]
     Tunnel(#[from] ConnectError),
     /// The port cannot be bound over TCP.
-    #[error("--agent-port: cannot listen on {address} over TCP: {source}")]
+    #[error(
+        "--agent-port: cannot listen on {address} over TCP: {source}{}",
+        listen::remedy(source)
+    )]
     TunnelTcp {
         /// Address of the port.
         address: SocketAddr,

@@ -50,7 +50,7 @@ pub enum ListenError {
         source: io::Error,
     },
     /// The TCP port cannot be bound.
-    #[error("--server-port: cannot listen on {address}: {source}")]
+    #[error("--server-port: cannot listen on {address}: {source}{}", listen::remedy(source))]
     Tcp {
         /// Address of the port.
         address: SocketAddr,

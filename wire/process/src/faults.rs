@@ -294,7 +294,9 @@ impl Faults {
 
     /// A port to listen on, 1024 to 49151.
     pub fn registered_port(&mut self, flag: &'static str, port: i64) -> u16 {
-        if port > LAST_REGISTERED_PORT {
+        if !(0..=i64::from(u16::MAX)).contains(&port) {
+            self.add(flag, format!("{port} is not a port; use one from 1024 to 49151"));
+        } else if port > LAST_REGISTERED_PORT {
             self.add(flag, format!("{port} is an ephemeral port; use one up to 49151"));
         } else if port < FIRST_REGISTERED_PORT {
             self.add(flag, format!("{port} is a reserved port; use one from 1024 up"));

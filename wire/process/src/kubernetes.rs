@@ -54,14 +54,35 @@ pub struct KubernetesConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The kubeconfig cannot be used.
-    #[error("--kubeconfig: {}", with_causes(.0))]
-    Kubeconfig(#[from] KubeconfigError),
+    #[error("{}: cannot be used as a kubeconfig: {}", path.display(), in_one_line(source))]
+    Kubeconfig {
+        /// The file.
+        path: PathBuf,
+        /// The fault.
+        source: KubeconfigError,
+    },
     /// There is no kubeconfig, and the process is not in a pod with a service account.
-    #[error("--kubeconfig: none is given, and the pod's own service account cannot be used: {}", with_causes(.0))]
+    #[error("no kubeconfig is given, and this is no pod with a service account: {}", in_pod(.0))]
     InCluster(#[from] InClusterError),
     /// The kubeconfig is not valid for a client.
-    #[error("--kubeconfig: {}", with_causes(.0))]
+    #[error("the client of kube-apiserver cannot be set up: {}", with_causes(.0))]
     Client(#[from] kube::Error),
+}
+
+/// The error and its causes, without the excerpt of the file that YAML's errors have.
+fn in_one_line(error: &KubeconfigError) -> String {
+    let text = with_causes(error);
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    lines.take(1).collect()
+}
+
+fn in_pod(error: &InClusterError) -> String {
+    match error {
+        InClusterError::ReadEnvironmentVariable(_) => {
+            "KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set".into()
+        }
+        error => with_causes(error),
+    }
 }
 
 impl From<ClientError> for LoadError {
@@ -189,12 +210,13 @@ impl KubernetesConfig {
         // Bounded, and what later looks compare with. What is parsed below may be newer; the next
         // look finds that out.
         files.read(path)?;
-        let kubeconfig = Kubeconfig::read_from(path).map_err(ClientError::from)?;
+        let fault = |source| ClientError::Kubeconfig { path: path.clone(), source };
+        let kubeconfig = Kubeconfig::read_from(path).map_err(fault)?;
         let cluster = current_cluster(&kubeconfig);
         let proxy = cluster.and_then(|cluster| cluster.proxy_url.clone());
         let root_cert =
             cluster.map(|cluster| authorities(cluster, path, files)).transpose()?.flatten();
-        let mut config = from_kubeconfig(&kubeconfig).map_err(ClientError::from)?;
+        let mut config = from_kubeconfig(&kubeconfig).map_err(fault)?;
         config.root_cert = root_cert;
         let user = &config.auth_info;
         match (&user.client_certificate_data, &user.client_certificate) {
@@ -397,6 +419,17 @@ mod tests {
             }
             assert_eq!(received, begin, "{scheme}");
         }
+    }
+
+    #[test]
+    fn a_kubeconfig_that_cannot_be_parsed_is_named_in_one_line() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "clusters: [\nusers: }").unwrap();
+        let kubeconfig = Some(file.path().to_owned());
+        let config = KubernetesConfig { kubeconfig, ..KubernetesConfig::default() };
+        let error = config.config(&mut Files::default()).unwrap_err().to_string();
+        let start = format!("{}: cannot be used as a kubeconfig: ", file.path().display());
+        assert!(error.starts_with(&start) && !error.contains('\n'), "{error}");
     }
 
     #[test]

@@ -12,6 +12,17 @@ use tokio::net::TcpListener;
 /// Maximum number of connections that wait for accept. The kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 1024;
 
+/// What an operator can do where a port cannot be listened on, behind a semicolon.
+pub fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            "; another process has the port: end it, or choose another port or address"
+        }
+        io::ErrorKind::AddrNotAvailable => "; this host does not have the address",
+        _ => "",
+    }
+}
+
 /// A listener on `address`. `[::]` is both address families, or IPv4 alone on a machine without
 /// IPv6. Port 0 is any free port. Panics outside a tokio runtime.
 ///
@@ -55,9 +66,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_taken_port_is_refused() {
+    async fn a_taken_port_is_refused_and_the_remedy_is_another_port() {
         let first = tcp("127.0.0.1:0".parse().unwrap()).unwrap();
         let error = tcp(first.local_addr().unwrap()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        assert!(remedy(&error).contains("choose another port"));
     }
 }

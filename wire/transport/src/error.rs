@@ -3,6 +3,8 @@
 //! Every cause that a caller may have to distinguish is a variant or a number. Texts are for people
 //! alone: they may change, and nothing matches on them.
 
+mod tls;
+
 use std::{io, net::SocketAddr};
 
 use culvert_wire::{
@@ -152,19 +154,19 @@ pub enum TransportFault {
     #[error(transparent)]
     Io(#[from] IoFault),
     /// This side's TLS refused the peer: its certificate, its parameters or its bytes.
-    #[error("{}", Escaped(reason))]
+    #[error("refused by this side: {}", Escaped(&tls::refusal(reason)))]
     TlsRefused {
         /// The alert that the peer was sent (RFC 8446 §6), if one fits.
         alert: Option<u8>,
-        /// The fault, for people. It may quote names of the peer's certificate.
+        /// The fault, as the TLS library reports it. It may quote names of the peer's certificate.
         reason: String,
     },
     /// The peer's TLS refused this side.
-    #[error("{}", Escaped(reason))]
+    #[error("refused by the peer: {}", tls::alert(*alert))]
     TlsAlert {
         /// The alert that the peer sent (RFC 8446 §6).
         alert: u8,
-        /// The fault, for people.
+        /// The fault, as the TLS library reports it.
         reason: String,
     },
     /// The peer broke the carrier's protocol.

@@ -24,8 +24,8 @@ use rustls::{
 pub use self::{
     current::{Current, Replace},
     pem::{
-        Authorities, Identity, authorities, certificates, parse_chain, pem_fault, read_file,
-        system_authorities,
+        Authorities, Identity, authorities, certificates, parse_chain, pem_fault, pem_fault_of,
+        read_file, system_authorities,
     },
     serving::{ClientVerifier, ServerCredentials},
     tls12::Tls12,

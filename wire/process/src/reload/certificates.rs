@@ -2,7 +2,7 @@
 
 use std::{fmt, path::Path};
 
-use culvert_transport::tls::{Authorities, Identity, KeyExchange, parse_chain, pem_fault};
+use culvert_transport::tls::{Authorities, Identity, KeyExchange, parse_chain, pem_fault_of};
 use k8s_openapi::jiff::Timestamp;
 use rustls::{
     RootCertStore,
@@ -74,7 +74,7 @@ pub(crate) fn parse_private_key(
     pem: &[u8],
 ) -> Result<PrivateKeyDer<'static>, LoadError> {
     PrivateKeyDer::from_pem_slice(pem).map_err(|error| {
-        LoadError::new(format!("{}: {}", file.display(), pem_fault(&error, "private key")))
+        LoadError::new(format!("{}: {}", file.display(), pem_fault_of(&error, "private key", pem)))
     })
 }
 

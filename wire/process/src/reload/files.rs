@@ -7,6 +7,7 @@ use std::{
 
 use culvert_transport::tls::{TlsError, read_file};
 use culvert_wire::control::Secret;
+use nix::unistd::{getegid, geteuid};
 
 use super::{certificates::Validity, expiry::Expiries};
 use crate::descriptors::is_shortage;
@@ -65,7 +66,13 @@ impl Files {
         let (found, contents) = look_at(path);
         self.seen.push(Seen { path: path.into(), found });
         contents.map_err(|error| {
-            let text = format!("cannot read {}: {error}", path.display());
+            let who = match error.kind() {
+                io::ErrorKind::PermissionDenied => {
+                    format!("; this process is user {} and group {}", geteuid(), getegid())
+                }
+                _ => String::new(),
+            };
+            let text = format!("cannot read {}: {error}{who}", path.display());
             self.shortage = Some(error).filter(is_shortage).or_else(|| self.shortage.take());
             LoadError(text)
         })

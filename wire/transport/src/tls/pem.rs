@@ -68,6 +68,28 @@ pub fn pem_fault(error: &pem::Error, thing: &str) -> String {
     }
 }
 
+/// [`pem_fault`], and where nothing was found, what the text holds instead.
+pub fn pem_fault_of(error: &pem::Error, thing: &str, text: &[u8]) -> String {
+    let fault = pem_fault(error, thing);
+    let pem::Error::NoItemsFound = error else { return fault };
+    let holds = |label: &[u8]| text.windows(label.len()).any(|window| window == label);
+    let is_certificate = thing == "certificate";
+    let instead = if holds(b"-----BEGIN ENCRYPTED PRIVATE KEY-----") {
+        ", but one with a password; write it without, as openssl pkey -in FILE does"
+    } else if is_certificate && holds(b"PRIVATE KEY-----") {
+        ", but a private key; are the files of certificate and key swapped?"
+    } else if !is_certificate && holds(b"-----BEGIN CERTIFICATE-----") {
+        ", but a certificate; are the files of certificate and key swapped?"
+    } else if holds(b"-----BEGIN CERTIFICATE REQUEST-----") {
+        ", but a request for one, which a CA has to sign"
+    } else if text.is_empty() {
+        "; it is empty"
+    } else {
+        "; it must be PEM, with lines -----BEGIN …-----"
+    };
+    fault + instead
+}
+
 fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
     read_file(path).map_err(|source| TlsError::Read { path: path.into(), source })
 }
@@ -99,7 +121,7 @@ impl Identity {
         let (key_path, key_pem) = key;
         let key = PrivateKeyDer::from_pem_slice(key_pem).map_err(|error| TlsError::Pem {
             path: key_path.into(),
-            reason: pem_fault(&error, "private key"),
+            reason: pem_fault_of(&error, "private key", key_pem),
         })?;
         Ok(Self { chain: parse_chain(chain.0, chain.1)?, key })
     }
@@ -146,7 +168,7 @@ pub fn parse_chain(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| malformed(pem_fault(&error, "certificate")))?;
     if chain.is_empty() {
-        return Err(malformed("holds no certificate".into()));
+        return Err(malformed(pem_fault_of(&pem::Error::NoItemsFound, "certificate", pem)));
     }
     Ok(chain)
 }
@@ -202,7 +224,7 @@ impl Authorities {
         }
         if certificates.is_empty() {
             let reason = match left_out.first() {
-                None => "holds no certificate".into(),
+                None => pem_fault_of(&pem::Error::NoItemsFound, "certificate", pem),
                 Some(first) => format!("holds no certificate that can be used; {first}"),
             };
             return Err(TlsError::Pem { path: path.into(), reason });
@@ -274,6 +296,30 @@ mod tests {
         assert_eq!(fault(cut), "a.crt: the block CERTIFICATE has no end, the file is cut off");
         let begin = "a.crt: a line BEGIN does not end in five hyphens, or line breaks are missing";
         assert_eq!(fault("-----BEGIN CERTIFICATE\n"), begin);
+    }
+
+    #[test]
+    fn a_file_of_another_kind_is_named_as_what_it_is() {
+        let path = Path::new("a.pem");
+        let (chain, key) = (authority(), KeyPair::generate().unwrap().serialize_pem());
+        let fault = |chain: &str, key: &str| {
+            let pair = Identity::from_pem((path, chain.as_bytes()), (path, key.as_bytes()));
+            pair.unwrap_err().to_string()
+        };
+        let encrypted =
+            "-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----";
+        for (found, expected) in [
+            (
+                fault(&chain, &chain),
+                "a.pem: holds no private key, but a certificate; are the files",
+            ),
+            (fault(&key, &key), "a.pem: holds no certificate, but a private key; are the files"),
+            (fault(&chain, encrypted), "a.pem: holds no private key, but one with a password"),
+            (fault("", &key), "a.pem: holds no certificate; it is empty"),
+            (fault("x", &key), "a.pem: holds no certificate; it must be PEM"),
+        ] {
+            assert!(found.starts_with(expected), "{found}");
+        }
     }
 
     #[test]
