@@ -55,9 +55,9 @@ pub struct Welcome {
     pub server_id: ServerId,
     /// Number of replicas.
     pub server_count: u32,
-    /// The replicas that the server knows of, itself included. Servers of this revision send none,
-    /// and agents of this revision do not read it.
-    pub servers: List<ServerEntry, 64>,
+    /// The set of servers, if the server knows it and both offer [`Features::SERVER_SET`];
+    /// otherwise empty.
+    pub servers: ServerList,
     /// Maximum number of data streams that the server keeps open on this tunnel.
     pub max_streams: u32,
     /// Additions of later revisions.
@@ -68,13 +68,31 @@ impl Message for Welcome {
     const KIND: u8 = 0x02;
 }
 
+/// Servers, the sender included, at most 64. A server may be in it with several addresses.
+pub type ServerList = List<ServerEntry, 64>;
+
 /// One server replica and its address.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServerEntry {
     /// The replica's name.
     pub id: ServerId,
-    /// `host:port`, or empty when it is reached at the address that the agent already has.
+    /// An IPv4 address or an IPv6 address in brackets, and a port behind a colon; empty when the
+    /// sender does not know it, and the server is found at the address that the agent already has.
     pub address: Text<255>,
+}
+
+/// The set of servers has changed. Only servers send it, to agents that offer
+/// [`Features::SERVER_SET`]. It replaces what this server sent before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerSet {
+    /// Number of replicas.
+    pub server_count: u32,
+    /// As [`Welcome::servers`].
+    pub servers: ServerList,
+}
+
+impl Message for ServerSet {
+    const KIND: u8 = 0x08;
 }
 
 /// Asks the peer to answer at once with a pong that carries the same bytes.
@@ -179,6 +197,8 @@ pub enum ControlMessage {
     Goodbye(Goodbye),
     /// See [`Renewal`].
     Renewal(Renewal),
+    /// See [`ServerSet`].
+    ServerSet(Box<ServerSet>),
     /// A message of a later revision, which may be ignored.
     Unknown {
         /// The frame's first byte.
@@ -200,6 +220,7 @@ impl ControlMessage {
             Drain::KIND => Self::Drain(frame.message()?),
             Goodbye::KIND => Self::Goodbye(frame.message()?),
             Renewal::KIND => Self::Renewal(frame.message()?),
+            ServerSet::KIND => Self::ServerSet(Box::new(frame.message()?)),
             // Kinds from 0x10 to 0x1f head data streams and have no business here.
             found @ 0x10..=0x1f => {
                 return Err(FrameError::UnexpectedKind { found, expected: Hello::KIND });
@@ -221,6 +242,7 @@ impl ControlMessage {
             Self::Drain(message) => frame::encode(message),
             Self::Goodbye(message) => frame::encode(message),
             Self::Renewal(message) => frame::encode(message),
+            Self::ServerSet(message) => frame::encode(&**message),
             Self::Unknown { .. } => Ok(Bytes::new()),
         }
     }
@@ -246,7 +268,7 @@ mod tests {
             let expected = Hello::KIND;
             assert_eq!(decode(kind), Err(FrameError::UnexpectedKind { found: kind, expected }));
         }
-        for kind in [0x00, 0x08, 0x0f, 0x20, 0xff] {
+        for kind in [0x00, 0x09, 0x0f, 0x20, 0xff] {
             assert_eq!(decode(kind), Ok(ControlMessage::Unknown { kind }));
         }
     }

@@ -35,10 +35,12 @@ impl Features {
     /// Agents renew the proof of their identity before it expires, and servers understand
     /// [`Renewal`](crate::control::Renewal).
     pub const RENEWAL: Self = Self(1 << 3);
+    /// Servers send the set of servers with their addresses, and agents use it.
+    pub const SERVER_SET: Self = Self(1 << 4);
 
     /// Everything this build knows.
     pub const fn supported() -> Self {
-        Self(Self::PING.0 | Self::DRAIN.0 | Self::HEDGE.0 | Self::RENEWAL.0)
+        Self(Self::PING.0 | Self::DRAIN.0 | Self::HEDGE.0 | Self::RENEWAL.0 | Self::SERVER_SET.0)
     }
 
     /// The features in both sets.
@@ -65,6 +67,7 @@ impl Features {
             (Self::DRAIN, "drain"),
             (Self::HEDGE, "hedge"),
             (Self::RENEWAL, "renewal"),
+            (Self::SERVER_SET, "server_set"),
         ];
         known.into_iter().filter(move |(bit, _)| self.contains(*bit)).map(|(_, name)| name)
     }
@@ -96,8 +99,8 @@ mod tests {
         assert!(both.contains(Features::PING) && both.contains(Features::NONE));
         assert!(!both.contains(Features::DRAIN.union(Features::PING)));
         assert_eq!(both.intersection(Features::DRAIN), Features::NONE);
-        assert_eq!(Features::supported().bits(), 0b1111);
-        assert_eq!(Features::supported().names().count(), 4);
+        assert_eq!(Features::supported().bits(), 0b1_1111);
+        assert_eq!(Features::supported().names().count(), 5);
         assert_eq!(Features::DRAIN.names().collect::<Vec<_>>(), ["drain"]);
     }
 }

@@ -8,7 +8,8 @@ use culvert_wire::{
     bounded::{List, Text},
     codec::{EncodeError, MAX_BODY_LEN},
     control::{
-        ControlMessage, Drain, Goodbye, Hello, Ping, Pong, Renewal, Secret, ServerEntry, Welcome,
+        ControlMessage, Drain, Goodbye, Hello, Ping, Pong, Renewal, Secret, ServerEntry,
+        ServerList, ServerSet, Welcome,
     },
     dial::{
         DialErrorKind, DialFailure, DialReply, DialRequest, DialTiming, Network, StreamKind,
@@ -106,6 +107,7 @@ pub(crate) fn examples() -> Vec<Example> {
         control("drain", ControlMessage::Drain(Drain { deadline_millis: 30_000 }), "050003fb3075"),
         control("goodbye", ControlMessage::Goodbye(goodbye()), GOODBYE),
         control("renewal", ControlMessage::Renewal(renewal()), "07000605746f6b656e"),
+        control("server-set", ControlMessage::ServerSet(Box::new(server_set())), SERVER_SET),
         request("dial-request", dial_request(), DIAL_REQUEST),
         request("dial-request-bare", bare_dial_request(), DIAL_REQUEST_BARE),
         reply("dial-reply", dial_reply(), DIAL_REPLY),
@@ -118,6 +120,8 @@ const HELLO: &str = "0100440103066e6f64652d31000102030405060708090a0b0c0d0e0f010
 const HELLO_BARE: &str = "010018010001610000000000000000000000000000000000000000";
 const WELCOME: &str = "0200320103087365727665722d610202087365727665722d6100087365727665722d620d31302e302e30\
     2e323a38313332fb001000";
+const SERVER_SET: &str =
+    "0800230202087365727665722d6100087365727665722d620d31302e302e302e323a38313332";
 const PONG_WIDE: &str = "040009fdefcdab8967452301";
 const GOODBYE: &str = "06000901075349475445524d";
 const DIAL_REQUEST: &str = "10005efdefcdab8967452301000831302e302e302e39fb0a2801fb1027013730302d3061663736353139\
@@ -156,17 +160,25 @@ pub(crate) fn bare_hello() -> Hello {
     }
 }
 
-pub(crate) fn welcome() -> Welcome {
+fn servers() -> ServerList {
     let servers = vec![
         ServerEntry { id: "server-a".parse().unwrap(), address: text("") },
         ServerEntry { id: "server-b".parse().unwrap(), address: text("10.0.0.2:8132") },
     ];
+    List::try_from(servers).unwrap()
+}
+
+pub(crate) fn server_set() -> ServerSet {
+    ServerSet { server_count: 2, servers: servers() }
+}
+
+pub(crate) fn welcome() -> Welcome {
     Welcome {
         revision: 1,
         features: Features::PING.union(Features::DRAIN),
         server_id: "server-a".parse().unwrap(),
         server_count: 2,
-        servers: List::try_from(servers).unwrap(),
+        servers: servers(),
         max_streams: 4096,
         extensions: Extensions::default(),
     }

@@ -3,7 +3,7 @@
 use culvert_wire::{
     CloseCode, StreamCode,
     codec::{self},
-    control::{Drain, Goodbye, Hello, Ping, Pong, Renewal, Welcome},
+    control::{Drain, Goodbye, Hello, Ping, Pong, Renewal, ServerSet, Welcome},
     dial::{DialErrorKind, DialReply, DialRequest, StreamKind},
     frame::Message as _,
     version::Features,
@@ -31,10 +31,11 @@ fn every_kind_has_its_number() {
         Drain::KIND,
         Goodbye::KIND,
         Renewal::KIND,
+        ServerSet::KIND,
         DialRequest::KIND,
         DialReply::KIND,
     ];
-    assert_eq!(kinds, [0x01, 0x02, 0x03, 0x04, 0x05, 0x06, 0x07, 0x10, 0x11]);
+    assert_eq!(kinds, [0x01, 0x02, 0x03, 0x04, 0x05, 0x06, 0x07, 0x08, 0x10, 0x11]);
 }
 
 #[test]
@@ -115,6 +116,8 @@ fn features_have_their_bits() {
     assert_eq!(Features::PING.bits(), 1);
     assert_eq!(Features::DRAIN.bits(), 2);
     assert_eq!(Features::HEDGE.bits(), 4);
+    assert_eq!(Features::RENEWAL.bits(), 8);
+    assert_eq!(Features::SERVER_SET.bits(), 16);
     assert_eq!(culvert_wire::version::ALPN, b"culvert/1");
     assert_eq!(culvert_wire::version::REVISION, 1);
 }

@@ -5,7 +5,8 @@ use culvert_wire::{
     bounded::{List, Text, misleads},
     codec::{self},
     control::{
-        ControlMessage, Drain, Goodbye, Hello, Ping, Pong, Renewal, Secret, ServerEntry, Welcome,
+        ControlMessage, Drain, Goodbye, Hello, Ping, Pong, Renewal, Secret, ServerEntry,
+        ServerList, ServerSet, Welcome,
     },
     dial::{
         DialErrorKind, DialFailure, DialReply, DialRequest, DialTiming, Network, StreamKind,
@@ -97,12 +98,16 @@ fn arb_hello() -> impl Strategy<Value = Message> {
     )
 }
 
-fn arb_welcome() -> impl Strategy<Value = Message> {
+fn arb_servers() -> impl Strategy<Value = ServerList> {
     let server = (name(), arb_text())
         .prop_map(|(id, address)| ServerEntry { id: ServerId::try_from(id).unwrap(), address });
-    let servers = length(64)
+    length(64)
         .prop_flat_map(move |count| vec(server.clone(), count))
-        .prop_map(|servers| List::try_from(servers).unwrap());
+        .prop_map(|servers| List::try_from(servers).unwrap())
+}
+
+fn arb_welcome() -> impl Strategy<Value = Message> {
+    let servers = arb_servers();
     let head = (any::<u16>(), arb_features(), name(), any::<u32>());
     (head, servers, any::<u32>(), arb_extensions()).prop_map(
         |((revision, features, id, server_count), servers, max_streams, extensions)| {
@@ -126,6 +131,9 @@ fn arb_small_control() -> impl Strategy<Value = Message> {
         any::<u32>().prop_map(|deadline_millis| ControlMessage::Drain(Drain { deadline_millis })),
         (any::<u32>(), arb_text())
             .prop_map(|(code, reason)| ControlMessage::Goodbye(Goodbye { code, reason })),
+        (any::<u32>(), arb_servers()).prop_map(|(server_count, servers)| {
+            ControlMessage::ServerSet(Box::new(ServerSet { server_count, servers }))
+        }),
         string(8192, |_| true).prop_map(|token| {
             ControlMessage::Renewal(Renewal { token: Secret::new(&token).unwrap() })
         }),

@@ -84,6 +84,11 @@ impl Reference {
                 out.integer(goodbye.code).text(&goodbye.reason)
             }
             Message::Control(ControlMessage::Renewal(renewal)) => out.text(renewal.token.expose()),
+            Message::Control(ControlMessage::ServerSet(set)) => {
+                out.integer(set.server_count).list(&set.servers, |out, server| {
+                    out.text(server.id.as_str()).text(&server.address)
+                })
+            }
             Message::Control(ControlMessage::Unknown { .. }) => out,
             Message::Request(request) => out
                 .integer(request.id.0)

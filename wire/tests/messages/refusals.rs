@@ -141,7 +141,7 @@ fn a_message_of_another_place_is_refused() {
 
 #[test]
 fn a_control_message_of_a_later_revision_is_distinguished_from_a_broken_one() {
-    for kind in (0x00..=0xff).filter(|kind| !(0x01..=0x07).contains(kind) && kind >> 4 != 1) {
+    for kind in (0x00..=0xff).filter(|kind| !(0x01..=0x08).contains(kind) && kind >> 4 != 1) {
         let read = ControlMessage::decode(&frame(kind, [0xff; 9]));
         assert_eq!(read, Ok(ControlMessage::Unknown { kind }));
     }
