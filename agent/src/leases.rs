@@ -1,9 +1,12 @@
 //! The number of servers, counted by their Leases.
 
-use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use culvert_process::{
-    kubernetes::{self, CurrentClient, Timestamp, lease_expiry},
+    kubernetes::{
+        CurrentClient, Timestamp,
+        leases::{Leases, watch_error},
+    },
     rate_limited,
 };
 use k8s_openapi::api::coordination::v1::Lease;
@@ -73,14 +76,15 @@ async fn count(
                     Event::InitDone => metrics.leases_listed(list_begun),
                     _ => {}
                 }
-                if let Some(count) = leases.on_event(event, Timestamp::now()) {
+                leases.on_event(event);
+                if let Some(count) = valid(leases, Timestamp::now()) {
                     servers.set_lease_count(count);
                 }
             }
             Err(error) => {
                 failed();
                 metrics.leases_failed(&error);
-                let error = reason(&error);
+                let error = watch_error(&error);
                 rate_limited!(
                     FAILURE_LOG_INTERVAL,
                     WARN,
@@ -92,56 +96,10 @@ async fn count(
     }
 }
 
-fn reason(error: &watcher::Error) -> String {
-    match error {
-        watcher::Error::InitialListFailed(error)
-        | watcher::Error::WatchStartFailed(error)
-        | watcher::Error::WatchFailed(error) => kubernetes::reason(error),
-        watcher::Error::WatchError(status) => kubernetes::status_text(status),
-        error => error.to_string(),
-    }
-}
-
-/// The servers' Leases by name, each with its expiry.
-#[derive(Debug, Default)]
-struct Leases {
-    /// `None` before the first list.
-    known: Option<HashMap<String, Timestamp>>,
-    /// A list that is not complete yet.
-    listed: HashMap<String, Timestamp>,
-}
-
-impl Leases {
-    /// Number of Leases that have not expired after this event, at least 1; `None` before the first
-    /// list.
-    ///
-    /// There is no timer for expiry. Live servers renew their Leases, and the next such event shows
-    /// that another one has expired. Without any event kube-apiserver does not answer, neither to
-    /// the agent nor to the servers that renew, and the last count stays.
-    fn on_event(&mut self, event: Event<Lease>, now: Timestamp) -> Option<u32> {
-        match event {
-            Event::Init => self.listed.clear(),
-            Event::InitApply(lease) => record(&mut self.listed, lease),
-            Event::InitDone => self.known = Some(std::mem::take(&mut self.listed)),
-            Event::Apply(lease) => record(self.known.get_or_insert_default(), lease),
-            Event::Delete(lease) => {
-                if let (Some(known), Some(name)) = (&mut self.known, lease.metadata.name) {
-                    known.remove(&name);
-                }
-            }
-        }
-        let holding = self.known.as_ref()?.values().filter(|expiry| **expiry > now).count();
-        Some(u32::try_from(holding).unwrap_or(u32::MAX).max(1))
-    }
-}
-
-/// Records a Lease. One without an expiry counts as none.
-fn record(leases: &mut HashMap<String, Timestamp>, lease: Lease) {
-    let Some(name) = lease.metadata.name else { return };
-    match lease.spec.as_ref().and_then(lease_expiry) {
-        Some(expiry) => leases.insert(name, expiry),
-        None => leases.remove(&name),
-    };
+/// Number of Leases that have not expired, at least 1; `None` before the first list.
+fn valid(leases: &Leases, now: Timestamp) -> Option<u32> {
+    let holding = leases.valid(now)?.count();
+    Some(u32::try_from(holding).unwrap_or(u32::MAX).max(1))
 }
 
 #[cfg(test)]
@@ -157,69 +115,37 @@ mod tests {
         Timestamp::from_second(second).unwrap()
     }
 
-    fn lease(name: &str, renewed: Option<i64>) -> Lease {
+    fn lease(name: &str, renewed: i64) -> Lease {
         Lease {
             metadata: ObjectMeta { name: Some(name.into()), ..ObjectMeta::default() },
             spec: Some(LeaseSpec {
-                renew_time: renewed.map(at).map(MicroTime),
+                renew_time: Some(MicroTime(at(renewed))),
                 lease_duration_seconds: Some(30),
                 ..LeaseSpec::default()
             }),
         }
     }
 
-    /// What is counted after a list at this second.
-    fn list(all: &mut Leases, second: i64, leases: impl IntoIterator<Item = Lease>) -> Option<u32> {
-        all.on_event(Event::Init, at(second));
-        for lease in leases {
-            all.on_event(Event::InitApply(lease), at(second));
-        }
-        all.on_event(Event::InitDone, at(second))
-    }
-
-    #[test]
-    fn nothing_is_counted_before_the_list_is_complete() {
-        let mut leases = Leases::default();
-        assert_eq!(leases.on_event(Event::Init, at(100)), None);
-        assert_eq!(leases.on_event(Event::InitApply(lease("a", Some(100))), at(100)), None);
-        assert_eq!(leases.on_event(Event::InitDone, at(100)), Some(1));
-    }
-
-    #[test]
-    fn valid_leases_are_counted_as_they_come_and_go() {
-        let mut leases = Leases::default();
-        let three = [lease("a", Some(100)), lease("b", Some(110)), lease("c", None)];
-        assert_eq!(list(&mut leases, 120, three), Some(2));
-        assert_eq!(leases.on_event(Event::Apply(lease("c", Some(120))), at(120)), Some(3));
-        assert_eq!(leases.on_event(Event::Delete(lease("b", Some(110))), at(120)), Some(2));
-    }
-
     #[test]
     fn the_renewal_of_one_lease_shows_that_another_has_expired() {
         let mut leases = Leases::default();
-        assert_eq!(list(&mut leases, 120, [lease("a", Some(100)), lease("b", Some(110))]), Some(2));
-        assert_eq!(leases.on_event(Event::Apply(lease("b", Some(129))), at(129)), Some(2));
-        assert_eq!(leases.on_event(Event::Apply(lease("b", Some(144))), at(144)), Some(1));
-        assert_eq!(leases.on_event(Event::Apply(lease("a", Some(150))), at(150)), Some(2));
+        assert_eq!(valid(&leases, at(120)), None);
+        leases.on_list([lease("a", 100), lease("b", 110)]);
+        assert_eq!(valid(&leases, at(120)), Some(2));
+        leases.on_event(Event::Apply(lease("b", 129)));
+        assert_eq!(valid(&leases, at(129)), Some(2));
+        leases.on_event(Event::Apply(lease("b", 144)));
+        assert_eq!(valid(&leases, at(144)), Some(1));
+        leases.on_event(Event::Apply(lease("a", 150)));
+        assert_eq!(valid(&leases, at(150)), Some(2));
     }
 
     #[test]
     fn without_a_valid_lease_there_is_one_server() {
         let mut leases = Leases::default();
-        assert_eq!(list(&mut leases, 500, [lease("a", Some(100))]), Some(1));
-        assert_eq!(list(&mut leases, 500, []), Some(1));
-    }
-
-    #[test]
-    fn a_new_list_replaces_the_one_before() {
-        let mut leases = Leases::default();
-        list(&mut leases, 100, [lease("a", Some(100)), lease("b", Some(100))]);
-        assert_eq!(
-            leases.on_event(Event::Init, at(101)),
-            Some(2),
-            "the list before stays until the new one is complete"
-        );
-        leases.on_event(Event::InitApply(lease("a", Some(100))), at(101));
-        assert_eq!(leases.on_event(Event::InitDone, at(101)), Some(1));
+        leases.on_list([lease("a", 100)]);
+        assert_eq!(valid(&leases, at(500)), Some(1));
+        leases.on_list([]);
+        assert_eq!(valid(&leases, at(500)), Some(1));
     }
 }

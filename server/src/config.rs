@@ -8,6 +8,7 @@ mod agents;
 mod claims;
 mod flags;
 mod frontend;
+mod server_set;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -23,6 +24,8 @@ pub use agents::{AgentIdentity, AgentsConfig, DialConfig, ExpireAgents, TokenCon
 pub use claims::{AllowedRoute, ClaimRules};
 pub use flags::Flags;
 pub use frontend::{FrontendConfig, FrontendListen, Mode};
+pub(crate) use server_set::MAX_SERVERS;
+pub use server_set::ServerSetConfig;
 
 /// File descriptors besides those of frontends: listeners, tunnels over TCP, health and metrics.
 const OTHER_DESCRIPTORS: u64 = 512;
@@ -34,6 +37,8 @@ pub struct Config {
     pub server_id: ServerId,
     /// Number of servers, which agents are sent; at least 1.
     pub server_count: u32,
+    /// Addresses of servers, which agents are sent.
+    pub server_set: ServerSetConfig,
     /// Listener for kube-apiserver.
     pub frontend: FrontendConfig,
     /// Listener for agents, and what is asked of them.
@@ -106,6 +111,8 @@ impl ProcessConfig for Config {
         faults.distinct_ports(&ports, &spare);
         let server_id = faults.id("server-id", flags.server_id.as_deref());
         let server_count = faults.count("server-count", flags.server_count, 0).max(1);
+        let agent_port = agents.as_ref().map_or(0, |agents| agents.address.port());
+        let server_set = server_set::check(&flags, &server_id, agent_port, &mut faults);
         let graceful_shutdown_timeout =
             faults.duration("graceful-shutdown-timeout", flags.graceful_shutdown_timeout);
         let operator_socket = Some(PathBuf::from(&flags.operator_socket));
@@ -116,6 +123,7 @@ impl ProcessConfig for Config {
         Ok(Self {
             server_id,
             server_count,
+            server_set,
             frontend: frontend.expect("a frontend without a listener is a fault"),
             agents: agents.expect("agents without --cluster-cert are a fault"),
             tunnel,

@@ -1,16 +1,22 @@
-//! The Lease by which agents count this server, and the removal of those that other servers left.
+//! The Lease by which agents count this server and other servers know it, and the removal of those
+//! that other servers left.
 //!
 //! Names, times and labels are Konnectivity's (`pkg/server/leases`), so that Konnectivity servers
 //! and ours count as one set.
 
 use std::{
     collections::BTreeMap,
+    convert::Infallible,
+    pin::pin,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use culvert_process::{
-    kubernetes::{self, CurrentClient, Timestamp, lease_expiry},
+    kubernetes::{
+        self, CurrentClient, Timestamp, lease_expiry,
+        leases::{ADDRESS_ANNOTATION, Leases, watch_error},
+    },
     rate_limited,
 };
 use culvert_wire::ServerId;
@@ -21,14 +27,21 @@ use k8s_openapi::{
 use kube::{
     Api,
     api::{DeleteParams, ListParams, PostParams, Preconditions},
+    runtime::{
+        WatchStreamExt as _,
+        watcher::{self, Event, watcher},
+    },
 };
+use parking_lot::Mutex;
 use tokio::time::{sleep, timeout};
+use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
 use crate::{
     config::LeaseConfig,
     metrics::{LeaseRequest, ServerMetrics},
+    server_set::ServerSet,
 };
 
 /// Time after its last renewal until a Lease expires, in seconds.
@@ -42,7 +55,10 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Minimum time between two log lines about one repeating failure.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Keeps the Lease of one server, and removes expired ones of others.
+/// Annotations of a Lease.
+type Annotations = BTreeMap<String, String>;
+
+/// Keeps the Lease of one server, follows those of others, and removes expired ones of others.
 #[derive(Debug)]
 pub(crate) struct LeaseController {
     client: CurrentClient,
@@ -50,6 +66,9 @@ pub(crate) struct LeaseController {
     name: String,
     server_id: String,
     labels: BTreeMap<String, String>,
+    /// The Leases of the set, from lists and from the watch.
+    leases: Mutex<Leases>,
+    server_set: Arc<ServerSet>,
     metrics: Arc<ServerMetrics>,
 }
 
@@ -59,6 +78,7 @@ impl LeaseController {
         client: CurrentClient,
         config: &LeaseConfig,
         server_id: &ServerId,
+        server_set: Arc<ServerSet>,
         metrics: Arc<ServerMetrics>,
     ) -> Self {
         Self {
@@ -67,6 +87,8 @@ impl LeaseController {
             name: format!("konnectivity-proxy-server-{server_id}"),
             server_id: server_id.to_string(),
             labels: config.labels.iter().cloned().collect(),
+            leases: Mutex::default(),
+            server_set,
             metrics,
         }
     }
@@ -74,8 +96,14 @@ impl LeaseController {
     /// Publishes and renews the Lease and removes expired ones, until `stop` is cancelled; then
     /// removes its own, so that no agent looks for a server that stops.
     pub(crate) async fn keep(self, stop: CancellationToken) {
+        let rounds = async {
+            loop {
+                self.round().await;
+            }
+        };
         // A request in progress does not delay the stop.
-        while stop.run_until_cancelled(self.round()).await.is_some() {}
+        let both = async { tokio::join!(rounds, self.watch()) };
+        stop.run_until_cancelled(both).await;
         match answered(self.api().delete(&self.name, &DeleteParams::default())).await {
             Ok(_) => debug!(lease = self.name, "the server's Lease is taken back"),
             Err(error) => {
@@ -139,6 +167,7 @@ impl LeaseController {
             name: Some(self.name.clone()),
             namespace: None,
             labels: Some(self.labels.clone()),
+            annotations: self.annotations(lease.metadata.annotations),
             ..lease.metadata
         };
         lease.spec = Some(LeaseSpec {
@@ -150,15 +179,74 @@ impl LeaseController {
         lease
     }
 
-    /// Removes the Leases of this set that have expired, unless they are renewed meanwhile.
-    async fn cull(&self, now: Timestamp) -> Result<(), String> {
+    /// The annotations with this server's address, if it has one to advertise.
+    fn annotations(&self, others: Option<Annotations>) -> Option<Annotations> {
+        let mut annotations = others.unwrap_or_default();
+        annotations.remove(ADDRESS_ANNOTATION);
+        let address = self.server_set.advertised().map(|address| address.to_string());
+        annotations.extend(address.map(|address| (ADDRESS_ANNOTATION.to_owned(), address)));
+        (!annotations.is_empty()).then_some(annotations)
+    }
+
+    fn selector(&self) -> String {
         let labels: Vec<_> =
             self.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        labels.join(",")
+    }
+
+    /// Follows the Leases of the set, so that agents are sent changes within seconds. Without the
+    /// permission to watch, the list of each round is what they are sent.
+    async fn watch(&self) -> Infallible {
+        let selected = watcher::Config::default().labels(&self.selector());
+        let mut client = self.client.clone();
+        loop {
+            let events = pin!(watcher(self.api(), selected.clone()).default_backoff());
+            tokio::select! {
+                () = self.follow(events) => {}
+                () = client.replaced() => {}
+            }
+        }
+    }
+
+    async fn follow(
+        &self,
+        mut events: impl Stream<Item = Result<Event<Lease>, watcher::Error>> + Unpin,
+    ) {
+        while let Some(event) = events.next().await {
+            match event {
+                Ok(event) => self.record(|leases| leases.on_event(event)),
+                Err(error) => {
+                    self.client.failed();
+                    let error = watch_error(&error);
+                    rate_limited!(
+                        LOG_INTERVAL,
+                        WARN,
+                        error,
+                        "the servers' Leases are not watched, they are listed every 15 s"
+                    );
+                }
+            }
+        }
+    }
+
+    /// Records Leases, and what they say about the set of servers.
+    fn record(&self, change: impl FnOnce(&mut Leases)) {
+        let mut leases = self.leases.lock();
+        change(&mut leases);
+        if let Some(holders) = leases.valid(Timestamp::now()) {
+            self.server_set.set_leased(holders);
+        }
+    }
+
+    /// Removes the Leases of this set that have expired, unless they are renewed meanwhile.
+    async fn cull(&self, now: Timestamp) -> Result<(), String> {
         let begun = Instant::now();
         let listed =
-            answered(self.api().list(&ListParams::default().labels(&labels.join(",")))).await;
+            answered(self.api().list(&ListParams::default().labels(&self.selector()))).await;
         self.count(LeaseRequest::List, begun, listed.as_ref().err());
-        for lease in listed.map_err(|error| error.to_string())?.items {
+        let listed = listed.map_err(|error| error.to_string())?.items;
+        self.record(|leases| leases.on_list(listed.clone()));
+        for lease in listed {
             let expiry = lease.spec.as_ref().and_then(lease_expiry);
             let (false, Some(name)) = (expiry > Some(now), lease.metadata.name) else { continue };
             let resource_version = lease.metadata.resource_version;

@@ -22,6 +22,7 @@ mod operator;
 mod readiness;
 mod reset_key;
 mod server;
+mod server_set;
 #[cfg(test)]
 mod testing;
 

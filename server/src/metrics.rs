@@ -33,8 +33,8 @@ use self::families::{
     EJECTIONS, ESTABLISHED, FRONTENDS_REFUSED, Family, GRPC_CONNECTIONS, HISTOGRAMS,
     HTTP_CONNECTIONS, IDENTITY_CONFLICTS, JOIN_FAILURES, LEASE_DELETE_LATENCY, LEASE_DELETES,
     LEASE_LIST_LATENCY, LEASE_LISTS, LEASE_RENEWALS, OPEN_STREAMS, OPTIMISTIC_DIALS, PENDING_DIALS,
-    PROOF_RENEWALS, READY_BACKENDS, READY_CONNECTIONS, STREAM_BYTES, STREAM_ENDS, STREAMS,
-    TOKEN_RECHECKS, TOKEN_REVIEWS, TUNNELS, TUNNELS_LOST, UDP_BUFFER, UNADMITTED,
+    PROOF_RENEWALS, READY_BACKENDS, READY_CONNECTIONS, SET_SERVERS, STREAM_BYTES, STREAM_ENDS,
+    STREAMS, TOKEN_RECHECKS, TOKEN_REVIEWS, TUNNELS, TUNNELS_LOST, UDP_BUFFER, UNADMITTED,
 };
 use self::versions::KnownVersions;
 use crate::{
@@ -46,6 +46,7 @@ use crate::{
     },
     backends::{Backend, Backends, duplicates::duplicates, registry::Candidate},
     dial::DialError,
+    server_set::ServerSet,
 };
 
 /// Reason of a dial that its frontend gave up.
@@ -112,6 +113,7 @@ pub struct ServerMetrics {
     versions: KnownVersions,
     udp_health: OnceLock<Arc<UdpHealth>>,
     memory: OnceLock<Arc<MemoryBudget>>,
+    servers: OnceLock<Arc<ServerSet>>,
     /// Bytes spliced in either direction.
     pub meter: Meter,
 }
@@ -145,6 +147,7 @@ impl ServerMetrics {
             versions: KnownVersions::default(),
             udp_health: OnceLock::new(),
             memory: OnceLock::new(),
+            servers: OnceLock::new(),
             stream_ends: StreamEnds::new(&metrics, STREAM_ENDS, DIRECTIONS),
             meter: Meter::default(),
             metrics,
@@ -168,6 +171,12 @@ impl ServerMetrics {
     pub(crate) fn set_memory(&self, memory: &Arc<MemoryBudget>) {
         // There is one budget.
         let _ = self.memory.set(memory.clone());
+    }
+
+    /// Adds the set of servers.
+    pub(crate) fn set_servers(&self, servers: &Arc<ServerSet>) {
+        // There is one set.
+        let _ = self.servers.set(servers.clone());
     }
 
     /// Counts a dial as pending until the guard is dropped.
@@ -329,6 +338,11 @@ impl ServerMetrics {
             }
             if let Some(memory) = self.memory.get() {
                 exposition.memory("culvert_server", memory);
+            }
+            if let Some(servers) = self.servers.get() {
+                let counts = servers.counts().into_iter();
+                let rows = counts.map(|(state, count)| (vec![("address", state.into())], count));
+                exposition.family(SET_SERVERS.name, Kind::Gauge, SET_SERVERS.help, rows);
             }
         })
     }

@@ -38,6 +38,7 @@ use crate::{
     metrics::ServerMetrics,
     operator::answers::Operated,
     readiness::readiness,
+    server_set::ServerSet,
 };
 
 /// Time for the last packets of closed tunnels, and for tasks to end.
@@ -130,8 +131,17 @@ impl Server {
         };
         let nodes = files.nodes.map(Nodes::new);
         let authenticator = authenticator.with_rules(config.agents.claims.clone(), nodes);
+        let server_set = Arc::new(ServerSet::new(
+            config.server_id.clone(),
+            agents.address()?.port(),
+            &config.server_set,
+            config.server_count,
+            config.leases.is_some(),
+        ));
+        metrics.set_servers(&server_set);
         let leases = config.leases.as_ref().zip(files.leases).map(|(leases, client)| {
-            LeaseController::new(client, leases, &config.server_id, metrics.clone())
+            let (id, metrics) = (&config.server_id, metrics.clone());
+            LeaseController::new(client, leases, id, server_set.clone(), metrics)
         });
         let agent_context = Arc::new(AgentContext {
             backends: backends.clone(),
@@ -140,6 +150,7 @@ impl Server {
             metrics: metrics.clone(),
             server_id: config.server_id.clone(),
             server_count: config.server_count,
+            server_set,
             max_streams: config.agents.max_streams,
             memory,
             hedge_rate: config.tunnel.hedge_rate,

@@ -41,8 +41,9 @@ use crate::{
         identity::{Certificate, Claims, Identity},
     },
     backends::{Backend, Backends, Registration, Strategy},
-    config::{AgentIdentity, ClaimRules, ExpireAgents, TokenConfig},
+    config::{AgentIdentity, ClaimRules, ExpireAgents, ServerSetConfig, TokenConfig},
     metrics::ServerMetrics,
+    server_set::ServerSet,
 };
 
 /// Both ends of a new tunnel, which lives however long it is idle.
@@ -97,6 +98,13 @@ fn new_context(authenticator: Authenticator) -> AgentContext {
         metrics,
         server_id: "server".parse().unwrap(),
         server_count: 3,
+        server_set: Arc::new(ServerSet::new(
+            "server".parse().unwrap(),
+            8132,
+            &ServerSetConfig::default(),
+            3,
+            false,
+        )),
         max_streams: 10,
         memory: MemoryBudget::new(0),
         hedge_rate: 1000,

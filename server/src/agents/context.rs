@@ -7,7 +7,9 @@ use culvert_wire::ServerId;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{admission::Authenticator, unadmitted::UnadmittedTable};
-use crate::{backends::Backends, config::ExpireAgents, metrics::ServerMetrics};
+use crate::{
+    backends::Backends, config::ExpireAgents, metrics::ServerMetrics, server_set::ServerSet,
+};
 
 /// What the connections of all agents of one server share.
 #[derive(Debug)]
@@ -22,8 +24,10 @@ pub(crate) struct AgentContext {
     pub(crate) metrics: Arc<ServerMetrics>,
     /// Name of this server, which agents are sent.
     pub(crate) server_id: ServerId,
-    /// Number of servers, which agents are sent.
+    /// Number of servers, which Konnectivity agents are sent.
     pub(crate) server_count: u32,
+    /// The set of servers, which Culvert agents are sent.
+    pub(crate) server_set: Arc<ServerSet>,
     /// Maximum number of streams that one agent carries at once.
     pub(crate) max_streams: u32,
     /// What the process may hold for its peers.

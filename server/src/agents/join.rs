@@ -1,6 +1,6 @@
 //! The introduction of an agent on its tunnel: hello, admission, welcome.
 
-use std::{io::ErrorKind, net::SocketAddr, time::Duration};
+use std::{io::ErrorKind, net::SocketAddr, sync::Arc, time::Duration};
 
 use culvert_process::{rate_limited, version::software};
 use culvert_transport::{
@@ -9,11 +9,12 @@ use culvert_transport::{
 };
 use culvert_wire::{
     AgentId, CloseCode,
-    bounded::{List, Text},
-    control::{ControlMessage, Hello, Welcome},
+    bounded::Text,
+    control::{ControlMessage, Hello, ServerList, ServerSet, Welcome},
     extension::{Extensions, UnknownExtension},
     version::{Features, REVISION},
 };
+use tokio::sync::watch;
 use tracing::debug;
 
 use super::{
@@ -258,6 +259,9 @@ pub(super) fn record_failure(remote: SocketAddr, error: &JoinError, context: &Ag
     );
 }
 
+/// Changes of the set of servers; `None` for an agent that does not use it.
+pub(super) type SetChanges = Option<watch::Receiver<Arc<ServerSet>>>;
+
 /// An agent that was admitted and welcomed.
 #[derive(Debug)]
 pub(super) struct Joined {
@@ -265,6 +269,8 @@ pub(super) struct Joined {
     /// The token with which it was admitted; `None` where agents need none.
     pub(super) token: Option<AcceptedToken>,
     pub(super) control: ControlStream,
+    /// The changes of the set of servers since the welcome.
+    pub(super) servers: SetChanges,
 }
 
 /// Reads the hello, admits the agent and answers with the welcome, within the attempt's time. An
@@ -287,8 +293,8 @@ pub(super) async fn join(
     let opened = attempt.within(async { Ok(tunnel.accept().await?) });
     let mut control = ControlStream::new(tunnel.clone(), opened.await.map_err(refuse)?);
     let introduced = introduce(tunnel, authenticated, attempt, &mut control, context).await;
-    let (backend, token) = introduced.map_err(refuse)?;
-    Ok(Joined { backend, token, control })
+    let (backend, token, servers) = introduced.map_err(refuse)?;
+    Ok(Joined { backend, token, control, servers })
 }
 
 async fn introduce(
@@ -297,7 +303,7 @@ async fn introduce(
     attempt: &Attempt,
     control: &mut ControlStream,
     context: &AgentContext,
-) -> Result<(Backend, Option<AcceptedToken>), JoinError> {
+) -> Result<(Backend, Option<AcceptedToken>, SetChanges), JoinError> {
     let (hello, mut authenticated) = tokio::select! {
         biased;
         identified = identify(&tunnel, authenticated, attempt, control, context) => identified?,
@@ -308,14 +314,14 @@ async fn introduce(
     attempt.admit();
     tunnel.admit();
     tunnel.set_memory(&context.memory);
-    let welcome = welcome(&hello, context);
+    let (welcome, servers) = welcome(&hello, context);
     if welcome.features.contains(Features::HEDGE) {
         tunnel.hedge(context.hedge_rate);
     }
     let welcome = ControlMessage::Welcome(Box::new(welcome));
     attempt.within(async { Ok(control.send(&welcome).await?) }).await?;
     let token = authenticated.take_token();
-    Ok((Backend::new(tunnel, hello, claims, context.max_streams), token))
+    Ok((Backend::new(tunnel, hello, claims, context.max_streams), token, servers))
 }
 
 /// What the agent may say about itself.
@@ -386,16 +392,26 @@ async fn admit(
     }
 }
 
-fn welcome(hello: &Hello, context: &AgentContext) -> Welcome {
-    Welcome {
+/// The welcome of an agent, and the changes of what it says about servers.
+fn welcome(hello: &Hello, context: &AgentContext) -> (Welcome, SetChanges) {
+    let features = hello.features.intersection(Features::supported());
+    let mut changes =
+        features.contains(Features::SERVER_SET).then(|| context.server_set.subscribe());
+    let set = changes.as_mut().map(|changes| changes.borrow_and_update().clone());
+    let (server_count, servers) = match set {
+        Some(set) => (set.server_count, set.servers.clone()),
+        None => (context.server_count, ServerList::default()),
+    };
+    let welcome = Welcome {
         revision: REVISION,
-        features: hello.features.intersection(Features::supported()),
+        features,
         server_id: context.server_id.clone(),
-        server_count: context.server_count,
-        servers: List::default(),
+        server_count,
+        servers,
         max_streams: context.max_streams,
         extensions: Extensions::software_alone(&Text::truncated(software("culvert-server"))),
-    }
+    };
+    (welcome, changes)
 }
 
 #[cfg(test)]

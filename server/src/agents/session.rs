@@ -13,7 +13,7 @@ use culvert_transport::{
 use culvert_wire::{
     CloseCode,
     bounded::Text,
-    control::{ControlMessage, Drain, Goodbye, Renewal},
+    control::{ControlMessage, Drain, Goodbye, Renewal, ServerSet},
 };
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{info, warn};
@@ -23,7 +23,7 @@ use super::{
     AgentContext,
     admission::Authenticated,
     identity::ClaimFault,
-    join::{self, Joined},
+    join::{self, Joined, SetChanges},
     unadmitted::Attempt,
 };
 use crate::backends::{Backend, Dismissal, registry::Candidate};
@@ -48,7 +48,7 @@ pub(super) async fn serve(
         Err(error) => return join::record_failure(remote, &error, &context),
     };
     drop(attempt);
-    let Joined { backend, token, control } = joined;
+    let Joined { backend, token, control, servers } = joined;
     let backend = Arc::new(backend);
     let agent_id = backend.agent_id().clone();
     let registration = match context.backends.register(backend.clone()) {
@@ -68,7 +68,7 @@ pub(super) async fn serve(
     );
     record_conflicts(&backend, registration.held(), &context);
     let proof = ProofKeeper::new(&backend, token, &context);
-    let lost = drive(&backend, control, proof, &context).await;
+    let lost = drive(&backend, control, (proof, servers), &context).await;
     registration.end(&lost);
     context.metrics.tunnel_lost(lost.label());
     context.unadmitted.remember(backend.tunnel.remote_address().ip());
@@ -98,7 +98,7 @@ fn record_conflicts(backend: &Backend, held: &[String], context: &AgentContext) 
 async fn drive(
     backend: &Backend,
     mut control: ControlStream,
-    proof: ProofKeeper<'_>,
+    watched: (ProofKeeper<'_>, SetChanges),
     context: &AgentContext,
 ) -> TunnelLost {
     let tunnel = &backend.tunnel;
@@ -110,7 +110,7 @@ async fn drive(
         () = context.closing.cancelled() => {
             goodbye(&mut control, tunnel, CloseCode::SHUTDOWN, "the server stops").await
         }
-        result = converse(backend, &mut control, proof, context) => match result {
+        result = converse(backend, &mut control, watched, context) => match result {
             Ok(dismissal) => {
                 let (code, reason) = (dismissal.close_code(), dismissal.reason());
                 goodbye(&mut control, tunnel, code, reason).await
@@ -129,11 +129,11 @@ async fn drive(
 }
 
 /// Answers the agent's messages, asks a suspected agent whether it is alive, and sends the server's
-/// drain. Ends with an error, or when the backend was dismissed and its streams have ended.
+/// drain and changes of the set of servers. Ends with an error, or when the backend was dismissed and its streams have ended.
 async fn converse(
     backend: &Backend,
     control: &mut ControlStream,
-    mut proof: ProofKeeper<'_>,
+    (mut proof, mut servers): (ProofKeeper<'_>, SetChanges),
     context: &AgentContext,
 ) -> Result<Dismissal, ControlError> {
     let mut drain_sent = false;
@@ -159,6 +159,9 @@ async fn converse(
                 // A second introduction, or a message that only servers send.
                 _ => return Err(ControlError::Unexpected),
             },
+            set = changed(&mut servers) => {
+                control.send(&ControlMessage::ServerSet(Box::new(set))).await?;
+            }
             () = backend.suspected() => control.ask(SUSPECT_LIMIT).await?,
             () = context.draining.cancelled(), if !drain_sent => {
                 drain_sent = true;
@@ -179,6 +182,16 @@ async fn converse(
             dismissal = emptied(backend, leaving) => return Ok(dismissal),
         }
     }
+}
+
+/// Completes with the set of servers when it has changed; never for an agent that does not use it.
+async fn changed(servers: &mut SetChanges) -> ServerSet {
+    if let Some(servers) = servers
+        && servers.changed().await.is_ok()
+    {
+        return ServerSet::clone(&servers.borrow_and_update());
+    }
+    std::future::pending().await
 }
 
 fn log_end_of_proof(backend: &Backend, dismissal: Dismissal) {

@@ -503,3 +503,76 @@ fn a_configuration_file_has_the_checks_of_the_flags() {
     }
     assert_eq!(text.lines().count(), 6, "{text}");
 }
+
+fn server_set(files: &Files, flags: &[&str]) -> Result<ServerSetConfig, String> {
+    files.config(flags).map(|config| config.server_set)
+}
+
+#[test]
+fn servers_have_addresses_with_the_agent_port_by_default() {
+    let files = Files::new();
+    assert_eq!(server_set(&files, &[]), Ok(ServerSetConfig::default()));
+    for (text, address) in [
+        ("192.0.2.7", "192.0.2.7:8132"),
+        ("192.0.2.7:443", "192.0.2.7:443"),
+        ("2001:db8::7", "[2001:db8::7]:8132"),
+        ("[2001:db8::7]", "[2001:db8::7]:8132"),
+        ("[2001:db8::7]:443", "[2001:db8::7]:443"),
+        ("::ffff:192.0.2.7", "192.0.2.7:8132"),
+    ] {
+        let set = server_set(&files, &[&format!("--advertise-address={text}")]).unwrap();
+        assert_eq!(set.advertised, Some(address.parse().unwrap()), "{text}");
+    }
+    let list = "--server-addresses=a=192.0.2.1, b=[2001:db8::2]:443,";
+    let flags = [list, "--server-addresses=c=192.0.2.3", "--agent-port=9000", "--server-id=b"];
+    let set = server_set(&files, &flags).unwrap();
+    let addresses: Vec<_> =
+        set.addresses.iter().map(|(id, address)| (id.as_str(), address.to_string())).collect();
+    let expected = [("a", "192.0.2.1:9000"), ("b", "[2001:db8::2]:443"), ("c", "192.0.2.3:9000")];
+    assert_eq!(addresses, expected.map(|(id, address)| (id, address.to_owned())));
+    assert_eq!(set.advertised, Some("[2001:db8::2]:443".parse().unwrap()), "from the list");
+}
+
+#[test]
+fn all_faults_of_the_addresses_of_servers_are_reported_together() {
+    let files = Files::new();
+    let flags = [
+        "--server-id=a",
+        "--advertise-address=server-1.example.com:8132",
+        "--server-addresses=b,c=0.0.0.0,d=192.0.2.1:0,e=[fe80::1%2]:1,=192.0.2.1",
+        "--server-addresses=f=192.0.2.1,f=192.0.2.2,g=ff02::1",
+    ];
+    let faults = server_set(&files, &flags).unwrap_err();
+    for part in [
+        "--advertise-address: \"server-1.example.com:8132\" is neither an address",
+        "\"b\" is not ID=ADDRESS:PORT",
+        "\"0.0.0.0\" is no address of one server",
+        "\"192.0.2.1:0\" has no port",
+        "\"[fe80::1%2]:1\" has a zone",
+        "\"=192.0.2.1\"",
+        "\"f\" is named twice",
+        "\"ff02::1\" is no address of one server",
+    ] {
+        assert!(faults.contains(part), "{part} in {faults}");
+    }
+    let many: Vec<_> = (0..65).map(|number| format!("s{number}=192.0.2.1")).collect();
+    let many = format!("--server-addresses={}", many.join(","));
+    assert!(server_set(&files, &[&many]).unwrap_err().contains("more than 64 servers"));
+    let differs =
+        ["--server-id=a", "--advertise-address=192.0.2.1", "--server-addresses=a=192.0.2.2"];
+    let fault = server_set(&files, &differs).unwrap_err();
+    assert!(fault.contains("must not differ from 192.0.2.2:8132"), "{fault}");
+}
+
+#[test]
+fn a_list_that_does_not_name_the_server_is_a_warning() {
+    let files = Files::new();
+    let warnings = |flags: &[&str]| files.config(flags).unwrap().warnings;
+    let list = "--server-addresses=a=192.0.2.1";
+    let warned = |flags: &[&str]| {
+        warnings(flags).iter().any(|warning| warning.contains("does not name this server"))
+    };
+    assert!(warned(&[list, "--server-id=b"]));
+    assert!(!warned(&[list, "--server-id=a"]));
+    assert!(!warned(&[list, "--server-id=b", "--advertise-address=192.0.2.2"]));
+}

@@ -80,6 +80,10 @@ pub(super) const STREAM_ENDS: &str = "culvert_server_stream_ends_total";
 pub(super) const STREAM_BYTES: &str = "culvert_server_stream_bytes_total";
 pub(super) const OPEN_STREAMS: Family =
     Family::new("culvert_server_tunnel_open_streams", "Streams being dialed or spliced, by agent.");
+pub(super) const SET_SERVERS: Family = Family::new(
+    "culvert_server_set_servers",
+    "Servers of the set that agents are sent, by whether their address is known.",
+);
 pub(super) const TUNNELS: Family =
     Family::new("culvert_server_tunnels", "Tunnels of agents that have joined.");
 pub(super) const IDENTITY_CONFLICTS: Family = Family::new(

@@ -1,6 +1,7 @@
 //! Set-up of kube-apiserver's client.
 
 mod answers;
+pub mod leases;
 mod proxy;
 
 use std::{

@@ -18,6 +18,7 @@ use crate::{
     agents::admission::Authenticator,
     backends::{Backends, Strategy},
     config::{AgentIdentity, ClaimRules},
+    server_set::tests::lease,
     testing::{
         TestAgent, accepted, authenticator, context, context_with, context_with_room_for, hello,
         identity, metric, pair, token,
@@ -122,6 +123,28 @@ async fn the_features_that_both_sides_offer_are_agreed_on() {
     assert_eq!(welcome(hello("a", &[])).await.features, Features::default());
     let offers_all = Hello { features: Features::supported(), ..hello("a", &[]) };
     assert_eq!(welcome(offers_all).await.features, Features::supported());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_set_of_servers_and_its_changes_are_sent_to_agents_that_offered_the_feature() {
+    for offered in [true, false] {
+        let (served, mut control) = Served::with_control().await;
+        lease(&served.context.server_set, &[("b", Some("10.0.0.2:8132"))]);
+        let features = if offered { Features::SERVER_SET } else { Features::NONE };
+        let hello = Hello { features, ..hello("a", &[]) };
+        control.send(&ControlMessage::Hello(Box::new(hello))).await.unwrap();
+        let ControlMessage::Welcome(welcome) = control.next().await.unwrap() else { panic!() };
+        assert_eq!((welcome.server_count, welcome.servers.len()), (3, if offered { 2 } else { 0 }));
+        let others: Vec<_> = ["b", "c", "d"].map(|id| (id, Some("10.0.0.2:8132"))).into();
+        lease(&served.context.server_set, &others);
+        match timeout(Duration::from_secs(60), control.next()).await {
+            Ok(Ok(ControlMessage::ServerSet(set))) if offered => {
+                assert_eq!((set.server_count, set.servers.len()), (4, 4));
+            }
+            Err(_) if !offered => {}
+            other => panic!("{other:?}"),
+        }
+    }
 }
 
 #[tokio::test(start_paused = true)]
