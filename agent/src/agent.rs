@@ -18,8 +18,8 @@ use tokio::time::{Instant, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    config::Config,
-    connector::{Connector, NetworkConnect, Plan, ServerName},
+    config::{Config, ServersConfig},
+    connector::{Connector, Direct, NetworkConnect, Plan, ServerName},
     egress::{Egress, Gate},
     files::AgentFiles,
     leases::LeaseCount,
@@ -109,6 +109,7 @@ impl Agent {
         let connector = Connector {
             connect: Arc::new(connect),
             plan: Plan::new(config, Instant::now()),
+            direct: Direct::new(&config.sync),
             certificate,
             tunnels: tunnels.clone(),
             metrics: metrics.clone(),
@@ -124,6 +125,10 @@ impl Agent {
             hedge_rate: config.tunnel.hedge_rate,
             keep_alive_interval: config.tunnel.transport.keep_alive_interval,
             drain_timeout: config.drain_timeout,
+            uses_proxy: {
+                let ServersConfig { host, port, .. } = &config.servers;
+                config.proxies.proxy_for(host, *port).is_some()
+            },
             draining: CancellationToken::new(),
         });
         let operated = Operated {

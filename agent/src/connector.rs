@@ -1,9 +1,12 @@
 //! Keeps a tunnel to every server: finds servers, replaces tunnels whose peer is suspect, and moves
-//! tunnels to better carriers. [`plan`] decides what comes next and when; this module does it.
+//! tunnels to better carriers. [`plan`] decides what comes next and when, and [`direct`] which
+//! servers are dialed at their own addresses; this module does it.
 
 mod attempt;
 mod backoff;
 mod connect;
+mod dials;
+mod direct;
 mod error;
 mod key_exchange;
 mod options;
@@ -32,6 +35,7 @@ use tracing::{debug, error, info, warn};
 pub(crate) use self::options::CarrierOrder;
 pub(crate) use self::{
     connect::{Connect, Connected, NetworkConnect},
+    direct::Direct,
     plan::Plan,
     resolve::ServerName,
 };
@@ -42,7 +46,8 @@ pub(crate) use self::{
 };
 use crate::{
     connector::{
-        attempt::{Attempted, Found, attempt},
+        attempt::{Attempted, Found, Places, attempt},
+        dials::Dials,
         error::AttemptError,
         options::AttemptOptions,
         plan::{Gain, Goal, LossCause, Snapshot, Success, TunnelState},
@@ -65,6 +70,8 @@ pub(crate) struct Connector<C> {
     pub(crate) connect: Arc<C>,
     /// Decides what comes next.
     pub(crate) plan: Plan,
+    /// Decides which servers are dialed at their own addresses, and when.
+    pub(crate) direct: Direct,
     /// The agent's certificate, if it has one.
     pub(crate) certificate: Option<Current<Identity>>,
     /// The tunnels, shared with metrics and readiness.
@@ -89,7 +96,9 @@ impl<C: Connect> Connector<C> {
     pub(crate) async fn run(mut self, context: Arc<SessionContext>) {
         let mut sessions = Sessions::new();
         let mut pending: Option<Pending> = None;
+        let mut dials = Dials::new();
         loop {
+            let next_dial = self.begin_dials(&mut dials, &context);
             let goal = pending.as_ref().map(|pending| pending.goal);
             let (snapshot, now) = (self.snapshot(), Instant::now());
             let next = self.plan.next(&snapshot, goal, now);
@@ -97,6 +106,10 @@ impl<C: Connect> Connector<C> {
             select! {
                 () = context.draining.cancelled() => break,
                 Some(ended) = sessions.join_next() => self.on_session_end(ended),
+                Some(dialed) = dials.join_next() => {
+                    self.on_dialed(dialed, &mut sessions, &context);
+                }
+                () = reached(next_dial) => {}
                 (goal, options, attempted) = finished(&mut pending) => {
                     self.on_attempted(goal, options, attempted, &mut sessions, &context);
                 }
@@ -116,7 +129,7 @@ impl<C: Connect> Connector<C> {
                 goal = due(next) => pending = Some(self.begin(goal, context.clone())),
             }
         }
-        drop(pending);
+        drop((pending, dials));
         // Each session ends within the time for draining.
         while let Some(ended) = sessions.join_next().await {
             self.on_session_end(ended);
@@ -133,6 +146,7 @@ impl<C: Connect> Connector<C> {
         Snapshot {
             tunnels: self.tunnels.in_use().iter().map(state).collect(),
             server_count: self.tunnels.count(),
+            promising: self.direct.promising(&self.tunnels.connected_servers(), Instant::now()),
         }
     }
 
@@ -148,9 +162,25 @@ impl<C: Connect> Connector<C> {
         let (goal_name, order) = (goal.name(), order.name());
         debug!(goal = goal_name, order, large_packets, at_once, "an attempt to get a tunnel");
         let (connect, tunnels) = (self.connect.clone(), self.tunnels.clone());
-        let attempt = async move { attempt(&*connect, options, &tunnels, &context).await };
+        let places = self.places(goal);
+        let attempt = async move { attempt(&*connect, options, &places, &tunnels, &context).await };
         let task = culvert_transport::task::owned(Box::pin(attempt));
         Pending { goal, options, task }
+    }
+
+    /// Where an attempt looks: for the server of a certain tunnel at its own addresses first.
+    fn places(&self, goal: Goal) -> Places {
+        let tunnels = self.tunnels.in_use();
+        let mut tunnels = tunnels.iter();
+        let tunnel = match goal {
+            Goal::Find => None,
+            Goal::Replace => tunnels.find(|tunnel| tunnel.is_suspect()),
+            Goal::Renew => tunnels.find(|tunnel| tunnel.is_outdated()),
+            Goal::Probe => tunnels.min_by_key(|tunnel| tunnel.rank),
+        };
+        let known = self.tunnels.known();
+        let addresses = tunnel.map(|tunnel| known.addresses(&tunnel.server_id).to_vec());
+        Places { addresses: addresses.unwrap_or_default(), by_name: true }
     }
 
     fn on_attempted(
@@ -170,7 +200,7 @@ impl<C: Connect> Connector<C> {
                 let (rank, gain) = match found {
                     Found::Server(joined, rank) => {
                         let reason = reason(goal, self.suspect_rank(), options.order, quic, rank);
-                        (rank, self.add(*joined, rank, reason, sessions, context))
+                        (rank, self.add(*joined, rank, reason, "name", sessions, context))
                     }
                     Found::Duplicate(rank) => (rank, Gain::Nothing),
                 };
@@ -192,6 +222,7 @@ impl<C: Connect> Connector<C> {
         joined: Joined,
         rank: Rank,
         reason: &'static str,
+        found_by: &'static str,
         sessions: &mut Sessions,
         context: &Arc<SessionContext>,
     ) -> Gain {
@@ -206,6 +237,7 @@ impl<C: Connect> Connector<C> {
             rank,
             reason,
             version: PeerVersion { software: joined.welcome.extensions.software(), revision },
+            servers: context.accept_servers(&joined.welcome.servers, &tunnel),
         };
         let (added, retired) = match self.tunnels.add(new, Instant::now()) {
             AddOutcome::New(added) => (added, None),
@@ -220,7 +252,8 @@ impl<C: Connect> Connector<C> {
         let from = retired.as_ref().map_or("none", |retired| retired.tunnel.carrier().name());
         self.metrics.transport_switched(from, carrier.name(), reason);
         info!(
-            %server_id, %address, transport = %carrier, from, reason, revision, "server connected",
+            %server_id, %address, transport = %carrier, from, reason, found_by, revision,
+            "server connected",
         );
         if let Some(buffers) = buffers.filter(|buffers| buffers.is_small()) {
             warn!(
@@ -271,6 +304,7 @@ impl<C: Connect> Connector<C> {
                 _ => LossCause::Server,
             };
             self.plan.on_lost(cause, Instant::now(), fastrand::f64());
+            self.direct.on_lost(server_id, cause, Instant::now(), fastrand::f64());
         }
     }
 }
@@ -348,6 +382,14 @@ fn panic_text(error: JoinError) -> String {
         Err(panic) => panic.downcast_ref::<&str>().unwrap_or(&"without a message").to_string(),
     };
     error.try_into_panic().map_or_else(|error| error.to_string(), text)
+}
+
+/// Completes at this time; never without one.
+async fn reached(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Completes with the next goal when its time has come; never when there is none.

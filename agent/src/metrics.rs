@@ -50,6 +50,8 @@ const RETIRED: &str = "culvert_agent_tunnels_retired";
 const TASKS: &str = "culvert_agent_tasks";
 const LOOKUPS: &str = "culvert_agent_lookups_total";
 const LOOKUPS_PENDING: &str = "culvert_agent_lookups_pending";
+const SET_SERVERS: &str = "culvert_agent_set_servers";
+const DIRECT_DIALS: &str = "culvert_agent_direct_dials_total";
 const UDP_BUFFER: &str = "culvert_agent_udp_buffer_bytes";
 
 /// What comes of a denial of the egress policy.
@@ -59,6 +61,8 @@ const AUDITED: &str = "audited";
 /// Every result of an attempt to get a tunnel.
 const CONNECT_RESULTS: [&str; 6] =
     ["ok", "unresolvable", "tls_files", "connect_failed", "join_failed", PANICKED];
+/// Every result of a dial of a server at its own address.
+const DIRECT_RESULTS: [&str; 4] = ["ok", "connected_already", "other_server", "failed"];
 /// Result of an attempt, and reason of a lost tunnel, whose task panicked.
 pub(crate) const PANICKED: &str = "panicked";
 
@@ -120,6 +124,9 @@ impl AgentMetrics {
         metrics
             .describe_histogram(LEASE_LIST_LATENCY, "Latency of server lease listing in seconds");
         metrics.register_counters(DIAL_FAILURE_KINDS, "kind", DialErrorKind::NAMES);
+        metrics
+            .describe_counter(DIRECT_DIALS, "Dials of servers at their own addresses, by result.");
+        metrics.register_counters(DIRECT_DIALS, "result", DIRECT_RESULTS);
         metrics.register_counters(CONNECT_ATTEMPTS, "result", CONNECT_RESULTS);
         let lost = TunnelLost::labels().chain([PANICKED]);
         metrics.register_counters(TUNNELS_LOST, "reason", lost);
@@ -184,6 +191,12 @@ impl AgentMetrics {
         self.metrics.counter(CONNECT_ATTEMPTS, &[("result", result)]).increment(1);
     }
 
+    /// Counts a dial of a server at its own address.
+    pub(crate) fn direct_dial(&self, result: &'static str) {
+        debug_assert!(DIRECT_RESULTS.contains(&result), "{result}");
+        self.metrics.counter(DIRECT_DIALS, &[("result", result)]).increment(1);
+    }
+
     /// Counts a tunnel that was added: `from` is the carrier of the one that it replaced, or
     /// `none`.
     pub(crate) fn transport_switched(
@@ -242,6 +255,10 @@ impl AgentMetrics {
             exposition.gauge(OPEN_TARGETS, help, self.open_targets.get());
             let help = "Current number of servers that the agent knows of.";
             exposition.gauge(KNOWN_SERVERS, help, servers.count());
+            let counts = servers.known().counts().into_iter();
+            let rows = counts.map(|(state, count)| (vec![("address", state.into())], count));
+            let help = "Servers of the set that servers sent, by whether their address is known.";
+            exposition.family(SET_SERVERS, Kind::Gauge, help, rows);
             let streams = self.streams.load(Ordering::Relaxed);
             exposition.counter(STREAMS, "Streams that were spliced.", streams);
             exposition.meter(STREAM_BYTES, &self.meter, DIRECTIONS);

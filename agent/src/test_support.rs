@@ -26,8 +26,8 @@ use culvert_transport::{
 };
 use culvert_wire::{
     InstanceId,
-    bounded::List,
-    control::{ControlMessage, Hello, Secret, Welcome},
+    bounded::{List, Text},
+    control::{ControlMessage, Hello, Secret, ServerEntry, ServerList, Welcome},
     extension::Extensions,
     identifiers::Identifiers,
     version::{Features, REVISION},
@@ -80,6 +80,7 @@ pub(crate) fn context(token: Option<&str>) -> SessionContext {
         hedge_rate: 0,
         keep_alive_interval: None,
         drain_timeout: Duration::from_secs(20),
+        uses_proxy: false,
         draining: CancellationToken::new(),
     }
 }
@@ -137,6 +138,23 @@ pub(crate) fn welcome(server: &str, count: u32) -> ControlMessage {
     }))
 }
 
+/// The welcome of `server`, which knows this set of servers: ids and addresses.
+fn welcome_with(server: &str, set: &[(String, String)]) -> ControlMessage {
+    let ControlMessage::Welcome(mut welcome) = welcome(server, 1) else { unreachable!() };
+    welcome.features = Features::supported();
+    (welcome.server_count, welcome.servers) = (u32::try_from(set.len()).unwrap(), entries(set));
+    ControlMessage::Welcome(welcome)
+}
+
+/// Servers with these ids and addresses, as they are sent.
+pub(crate) fn entries(set: &[(String, String)]) -> ServerList {
+    let entry = |(id, address): &(String, String)| ServerEntry {
+        id: id.parse().unwrap(),
+        address: Text::truncated(address.clone()),
+    };
+    set.iter().map(entry).collect::<Vec<_>>().try_into().unwrap()
+}
+
 /// What happens when an attempt connects.
 #[derive(Clone, Debug)]
 pub(crate) enum Step {
@@ -144,6 +162,8 @@ pub(crate) enum Step {
     Connect { millis: u64, carrier: Carrier },
     /// The handshake succeeds after `millis`, and the server welcomes the agent.
     Welcome { millis: u64, carrier: Carrier, server: String, count: u32 },
+    /// The same over QUIC, and the server sends this set of servers: ids and addresses.
+    Member { server: String, set: Vec<(String, String)> },
     /// The handshake is refused after `millis`.
     Refuse { millis: u64 },
     /// There is no answer.
@@ -215,15 +235,15 @@ impl Scripted {
         &self,
         millis: u64,
         carrier: Carrier,
-        welcomed_by: Option<(String, u32)>,
+        answer: Option<ControlMessage>,
     ) -> Connected {
         sleep(Duration::from_millis(millis)).await;
         let (connected, end) = connect(carrier).await;
-        if let Some((server, count)) = welcomed_by {
+        if let Some(answer) = answer {
             let end = ServerEnd { tunnel: end.tunnel.clone(), line: end.line.clone() };
             culvert_transport::test_util::detached(async move {
                 let (mut control, _) = end.hello().await;
-                control.send(&welcome(&server, count)).await.unwrap();
+                control.send(&answer).await.unwrap();
                 while control.next().await.is_ok() {}
             });
         }
@@ -255,6 +275,14 @@ impl Connect for Scripted {
         Ok(self.addresses.iter().map(candidate).collect())
     }
 
+    fn direct(&self, addresses: &[SocketAddr], order: CarrierOrder) -> Vec<Candidate> {
+        let candidate = |address: &SocketAddr| {
+            let address = ServerAddress { quic: Some(*address), tcp: Route::Direct(*address) };
+            Candidate { address, order, is_last: false }
+        };
+        addresses.iter().map(candidate).collect()
+    }
+
     async fn connect(
         &self,
         carrier: Carrier,
@@ -273,7 +301,11 @@ impl Connect for Scripted {
         match (self.script)(&call) {
             Step::Connect { millis, carrier } => Ok(self.tunnel(millis, carrier, None).await),
             Step::Welcome { millis, carrier, server, count } => {
-                Ok(self.tunnel(millis, carrier, Some((server, count))).await)
+                Ok(self.tunnel(millis, carrier, Some(welcome(&server, count))).await)
+            }
+            Step::Member { server, set } => {
+                let answer = Some(welcome_with(&server, &set));
+                Ok(self.tunnel(5, Carrier::Quic, answer).await)
             }
             Step::Refuse { millis } => {
                 sleep(Duration::from_millis(millis)).await;

@@ -1,22 +1,31 @@
 //! The agent's tunnels, by server: the one in use, those that a better one has replaced, and the
-//! number of servers that there should be.
+//! servers that there should be.
 
 pub(crate) mod liveness;
 mod quic_notes;
+mod server_set;
 mod server_tunnel;
 pub(crate) mod session;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering},
+use std::{
+    cmp::Reverse,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
 };
 
+use culvert_process::rate_limited;
 use culvert_wire::ServerId;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::{sync::Notify, time::Instant};
 
-pub(crate) use self::quic_notes::QuicNotes;
-pub(crate) use self::server_tunnel::{NewTunnel, PeerVersion, Rank, ServerTunnel, Suspicion};
+pub(crate) use self::{
+    quic_notes::QuicNotes,
+    server_set::KnownServers,
+    server_tunnel::{NewTunnel, PeerVersion, Rank, ServerTunnel, Suspicion},
+};
 use crate::config::CountSource;
 
 /// The outcome of [`ServerTunnels::add`].
@@ -46,6 +55,8 @@ pub struct ServerTunnels {
     lease_count: AtomicU32,
     count_source: CountSource,
     quic: Mutex<QuicNotes>,
+    /// The set of servers: what those with tunnels sent last or, without any, the last set.
+    known: Mutex<Arc<KnownServers>>,
     changed: Notify,
 }
 
@@ -66,13 +77,15 @@ impl ServerTunnels {
         let added = Arc::new(ServerTunnel::new(new, now));
         tunnels.push(added.clone());
         drop(tunnels);
-        match in_use {
+        let outcome = match in_use {
             None => AddOutcome::New(added),
             Some(retired) => {
                 retired.retire();
                 AddOutcome::Replaced { added, retired }
             }
-        }
+        };
+        self.update_known();
+        outcome
     }
 
     /// Whether the server has a tunnel that is as good as one of `rank`, and answers: another one
@@ -84,6 +97,48 @@ impl ServerTunnels {
     /// Removes a tunnel that has ended.
     pub(crate) fn remove(&self, tunnel: &Arc<ServerTunnel>) {
         self.lock().retain(|other| !Arc::ptr_eq(other, tunnel));
+        self.update_known();
+    }
+
+    /// Records that the server of a tunnel sent another set of servers, and their number. One that
+    /// is empty changes nothing.
+    pub(crate) fn set_servers(&self, tunnel: &ServerTunnel, servers: KnownServers, count: u32) {
+        self.set_reported_count(count);
+        if !servers.is_empty() {
+            tunnel.set_servers(servers);
+            self.update_known();
+        }
+        self.changed.notify_one();
+    }
+
+    /// The set of servers, as far as servers sent it.
+    pub(crate) fn known(&self) -> Arc<KnownServers> {
+        self.known.lock().clone()
+    }
+
+    fn update_known(&self) {
+        let mut sets: Vec<_> = self.in_use().iter().map(|tunnel| tunnel.servers()).collect();
+        sets.retain(|(_, servers)| !servers.is_empty());
+        if sets.is_empty() {
+            return;
+        }
+        sets.sort_by_key(|(since, _)| Reverse(*since));
+        let union = KnownServers::union(sets.iter().map(|(_, servers)| servers));
+        let mut known = self.known.lock();
+        if **known == union {
+            return;
+        }
+        let [(_, addresses), (_, others)] = union.counts();
+        *known = Arc::new(union);
+        drop(known);
+        let servers = addresses + others;
+        rate_limited!(
+            Duration::from_secs(1),
+            INFO,
+            servers,
+            addresses,
+            "the set of servers has changed"
+        );
     }
 
     /// Records that the peer of a tunnel is suspected to be gone, or that it answers.
@@ -101,7 +156,8 @@ impl ServerTunnels {
         renewable.for_each(|tunnel| tunnel.outdate());
     }
 
-    /// Completes when a tunnel became suspect or answers again, or the number of Leases changed.
+    /// Completes when a tunnel became suspect or answers again, or the number of servers or their
+    /// set changed.
     ///
     /// # Cancel safety
     /// Cancel safe: a change while no caller waited completes the next call. It is for one caller
@@ -135,6 +191,11 @@ impl ServerTunnels {
     /// Number of servers that the agent has a tunnel to.
     pub fn connected(&self) -> u32 {
         u32::try_from(self.in_use().len()).unwrap_or(u32::MAX)
+    }
+
+    /// The servers that the agent has a tunnel to.
+    pub(crate) fn connected_servers(&self) -> Vec<ServerId> {
+        self.in_use().iter().map(|tunnel| tunnel.server_id.clone()).collect()
     }
 
     /// Whether the agent has a tunnel to any server: Konnectivity's condition for readiness.

@@ -1,7 +1,7 @@
 //! One attempt to get a tunnel to a server: addresses race, at each of them carriers race for the
 //! handshake, and the winner carries hello and welcome.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 use culvert_process::rate_limited;
 use culvert_transport::Carrier;
@@ -12,7 +12,7 @@ use tracing::debug;
 use crate::{
     connector::{
         connect::{Connect, Connected},
-        error::{AttemptError, CarrierError, CarrierFailures},
+        error::{AttemptError, CarrierError, CarrierFailures, ResolveError},
         options::{AttemptOptions, CarrierOrder},
         quic_outcome::{QuicFailure, QuicOutcome},
         resolve::{Candidate, Preference},
@@ -58,6 +58,15 @@ impl Attempted {
     }
 }
 
+/// Where an attempt looks for servers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Places {
+    /// The addresses of one server, which are tried first.
+    pub(crate) addresses: Vec<SocketAddr>,
+    /// Whether the servers' name is resolved, and its addresses are tried too.
+    pub(crate) by_name: bool,
+}
+
 /// Races the addresses of the servers until a server welcomes the agent. The address of a suspect
 /// tunnel comes first, and those with a tunnel last.
 ///
@@ -70,6 +79,7 @@ impl Attempted {
 pub(crate) async fn attempt<C: Connect>(
     connect: &C,
     options: AttemptOptions,
+    places: &Places,
     tunnels: &ServerTunnels,
     context: &SessionContext,
 ) -> Attempted {
@@ -77,12 +87,36 @@ pub(crate) async fn attempt<C: Connect>(
         Ok(tls) => tls,
         Err(error) => return Attempted::failed(error),
     };
-    let preference = preference(tunnels, options);
-    let candidates = match connect.resolve(options.order, &preference).await {
+    let candidates = match candidates(connect, options, places, tunnels).await {
         Ok(candidates) => candidates,
         Err(error) => return Attempted::failed(error),
     };
     Attempt { connect, tls: &tls, options, tunnels, context }.run(candidates).await
+}
+
+/// The addresses of one server first, then those of the servers' name.
+async fn candidates<C: Connect>(
+    connect: &C,
+    options: AttemptOptions,
+    places: &Places,
+    tunnels: &ServerTunnels,
+) -> Result<Vec<Candidate>, ResolveError> {
+    let mut candidates = connect.direct(&places.addresses, options.order);
+    if places.by_name {
+        let preference = preference(tunnels, options);
+        match connect.resolve(options.order, &preference).await {
+            Ok(mut found) => {
+                let addresses = &places.addresses;
+                let is_new = |address: SocketAddr| !addresses.contains(&address);
+                found.retain(|candidate| candidate.address.quic.is_none_or(is_new));
+                candidates.extend(found);
+            }
+            Err(error) if candidates.is_empty() => return Err(error),
+            // Those of the one server are left.
+            Err(error) => debug!(%error, "only the server's own addresses are tried"),
+        }
+    }
+    Ok(candidates)
 }
 
 /// The addresses to try first and last, given the tunnels.

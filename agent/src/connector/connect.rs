@@ -1,6 +1,6 @@
 //! The steps of an attempt that touch files and the network. Tests script them through [`Connect`].
 
-use std::{fmt, sync::Arc};
+use std::{fmt, net::SocketAddr, sync::Arc};
 
 use culvert_konnectivity::ALPN_H2;
 use culvert_transport::{
@@ -15,7 +15,7 @@ use crate::{
         error::{CarrierError, ResolveError},
         key_exchange::with_smaller_hello,
         options::CarrierOrder,
-        resolve::{Candidate, Preference, ServerAddress, ServerName},
+        resolve::{Candidate, Preference, ServerAddress, ServerName, direct_candidates},
         tls::{CarrierTls, ClientTls},
     },
     files::AgentFiles,
@@ -61,6 +61,9 @@ pub(crate) trait Connect: fmt::Debug + Send + Sync + 'static {
         order: CarrierOrder,
         preference: &Preference,
     ) -> impl Future<Output = Result<Vec<Candidate>, ResolveError>> + Send;
+
+    /// The addresses of one server as addresses to try, in their order.
+    fn direct(&self, addresses: &[SocketAddr], order: CarrierOrder) -> Vec<Candidate>;
 
     /// Makes a tunnel over one carrier. [`Carrier::Tcp`] leads to a tunnel over [`Carrier::Grpc`]
     /// where the server is Konnectivity's.
@@ -114,6 +117,10 @@ impl Connect for NetworkConnect {
         preference: &Preference,
     ) -> Result<Vec<Candidate>, ResolveError> {
         self.server_name.candidates(&self.files.proxies, order, preference).await
+    }
+
+    fn direct(&self, addresses: &[SocketAddr], order: CarrierOrder) -> Vec<Candidate> {
+        direct_candidates(addresses, &self.files.proxies, order)
     }
 
     async fn connect(

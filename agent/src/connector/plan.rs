@@ -79,6 +79,8 @@ pub(crate) struct Snapshot {
     pub(crate) tunnels: Vec<TunnelState>,
     /// Number of servers; 0 before it is known.
     pub(crate) server_count: u32,
+    /// Number of servers without a tunnel that are likely to be reached soon at their own addresses.
+    pub(crate) promising: usize,
 }
 
 /// What a new tunnel added to those in use.
@@ -168,8 +170,10 @@ impl Plan {
         pending: Option<Goal>,
         now: Instant,
     ) -> Option<(Goal, Instant)> {
-        let Snapshot { tunnels, server_count } = snapshot;
-        let missing = tunnels.len() < (*server_count).max(1) as usize;
+        let Snapshot { tunnels, server_count, promising } = snapshot;
+        // Without any tunnel the agent relies on no address that it was sent before.
+        let expected = if tunnels.is_empty() { 0 } else { tunnels.len() + promising };
+        let missing = expected < (*server_count).max(1) as usize;
         let suspect = tunnels.iter().any(|tunnel| tunnel.suspicion.is_some());
         let outdated = tunnels.iter().any(|tunnel| tunnel.outdated);
         let probe_at = self.next_probe(snapshot, now);
@@ -269,6 +273,17 @@ impl Plan {
         }
         if self.forever {
             self.find_at = self.find_at.max(now + self.interval);
+        }
+    }
+
+    /// Records that a dial of one server at its own address has led to a welcome.
+    pub(crate) fn on_dialed(&mut self, success: Success, now: Instant, random: f64) {
+        match success.gain {
+            // The search at the address of all servers goes on as it was.
+            Gain::Nothing => self.record_quic(success.quic, now, random),
+            Gain::Server | Gain::BetterTunnel => {
+                self.on_success(Goal::Find, success, now, random);
+            }
         }
     }
 

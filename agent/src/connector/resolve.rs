@@ -162,6 +162,24 @@ impl ServerName {
     }
 }
 
+/// The addresses of one server, in their order, for a server that `proxies` may stand before.
+pub(crate) fn direct_candidates(
+    addresses: &[SocketAddr],
+    proxies: &Proxies,
+    order: CarrierOrder,
+) -> Vec<Candidate> {
+    let candidate = |address: &SocketAddr| {
+        let (host, port) = (address.ip().to_string(), address.port());
+        let tcp = match proxies.proxy_for(&host, port) {
+            Some(proxy) => Route::Proxied { proxy, host, port },
+            None => Route::Direct(*address),
+        };
+        let address = ServerAddress { quic: Some(*address), tcp };
+        Candidate { address, order, is_last: false }
+    };
+    addresses.iter().map(candidate).collect()
+}
+
 /// The addresses that the last good lookup found, if there was one. Clones share them.
 #[derive(Clone, Debug, Default)]
 struct LastFound(Arc<Mutex<Option<Vec<SocketAddr>>>>);

@@ -40,6 +40,7 @@ fn run_with(
         certificate,
         connect: scripted.clone(),
         plan: Plan::new(&config(&[]), Instant::now()),
+        direct: Direct::new(&config(&[]).sync),
         tunnels: tunnels.clone(),
         metrics: metrics.clone(),
     };
@@ -249,6 +250,7 @@ async fn a_session_that_panics_is_counted_and_its_server_looked_for_after_a_dela
         certificate: None,
         connect: scripted,
         plan: Plan::new(&config(&[]), Instant::now()),
+        direct: Direct::new(&config(&[]).sync),
         tunnels: Arc::default(),
         metrics: Arc::new(AgentMetrics::new().unwrap()),
     };
@@ -315,4 +317,141 @@ async fn a_new_certificate_leads_to_a_new_tunnel_and_the_old_one_keeps_its_strea
     assert!(closed_with(&lost, CloseCode::SUPERSEDED), "{lost}");
     // It is made anew once.
     assert!(timeout(Duration::from_secs(600), new.tunnel.closed()).await.is_err());
+}
+
+/// The address of a server of the set.
+fn own_address(number: usize) -> String {
+    format!("10.1.0.{number}:8132")
+}
+
+/// The set of servers with these numbers.
+fn set(numbers: impl IntoIterator<Item = usize>) -> Vec<(String, String)> {
+    numbers.into_iter().map(|number| (format!("server-{number}"), own_address(number))).collect()
+}
+
+/// The number of the server whose own address was called.
+fn dialed(call: &Call) -> Option<usize> {
+    (1..100).find(|number| call.address == own_address(*number))
+}
+
+/// A server of the set, at its own address or, by turns, at the address of all.
+fn member(call: &Call, numbers: impl IntoIterator<Item = usize>) -> Step {
+    let set = set(numbers);
+    let number = dialed(call).unwrap_or(1 + call.number % set.len());
+    Step::Member { server: format!("server-{number}"), set }
+}
+
+fn direct(result: &str) -> String {
+    format!("culvert_agent_direct_dials_total{{result=\"{result}\"}}")
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_servers_of_the_set_are_dialed_at_their_own_addresses_at_once() {
+    let running = run(|call| member(call, 1..=20));
+    running.until_connected(20).await;
+    let calls = running.scripted.calls();
+    assert!(calls.last().unwrap().0 < 100, "{calls:?}");
+    let by_name = calls.iter().filter(|(_, _, address)| address == ADDRESS).count();
+    assert_eq!((by_name, calls.len()), (1, 20));
+    assert_eq!(running.metric(&direct("ok")), 19);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(running.scripted.calls().len(), 20);
+}
+
+#[tokio::test(start_paused = true)]
+async fn servers_that_are_lost_together_come_back_together() {
+    let mut running = run(|call| match (dialed(call), call.millis) {
+        // The servers start again after a moment.
+        (_, 10_000..11_000) => Step::Refuse { millis: 0 },
+        _ => member(call, 1..=20),
+    });
+    running.until_connected(20).await;
+    tokio::time::sleep(Duration::from_millis(9_900)).await;
+    for _ in 0..20 {
+        running.ends.recv().await.unwrap().tunnel.close(CloseCode::SHUTDOWN, "restart");
+    }
+    running.until_connected(0).await;
+    running.until_connected(20).await;
+    let (back, ..) = *running.scripted.calls().last().unwrap();
+    assert!(back < 13_000, "{back}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn servers_that_cannot_be_reached_directly_are_looked_for_at_the_address_of_all() {
+    for step in [Step::Refuse { millis: 0 }, Step::Hang] {
+        let running = run(move |call| match dialed(call) {
+            Some(_) => step.clone(),
+            None => member(call, 1..=5),
+        });
+        running.until_connected(5).await;
+        let (connected, ..) = *running.scripted.calls().last().unwrap();
+        assert!(connected < 3_000, "{connected}");
+        assert_eq!(running.metric(&direct("ok")), 0);
+        // Attempts that hang end by themselves, and others do not follow.
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let calls = running.scripted.calls().len();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(running.scripted.calls().len(), calls);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_address_that_leads_to_another_server_is_dialed_less_and_less_often() {
+    let running = run(|_| Step::Member { server: "server-1".into(), set: set([1, 2]) });
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(running.metric(&direct("other_server")) >= 8);
+    let calls = running.scripted.calls();
+    let times: Vec<_> = calls.iter().filter(|(_, _, address)| address != ADDRESS).collect();
+    let last: Vec<_> = times.windows(2).map(|pair| pair[1].0 - pair[0].0).collect();
+    assert!(*last.last().unwrap() > 4_500, "{last:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_changed_set_is_followed_within_seconds() {
+    let mut running = run(|call| member(call, if dialed(call) == Some(3) { 1..=3 } else { 1..=2 }));
+    running.until_connected(2).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let end = running.ends.recv().await.unwrap();
+    let send = async |numbers: std::ops::RangeInclusive<usize>| {
+        let tunnel = running.tunnels.in_use().remove(0);
+        let servers = crate::test_support::entries(&set(numbers.clone()));
+        let servers = running.context.accept_servers(&servers, &tunnel.tunnel);
+        running.tunnels.set_servers(&tunnel, servers, u32::try_from(numbers.count()).unwrap());
+    };
+    let begun = Instant::now();
+    send(1..=3).await;
+    running.until_connected(3).await;
+    assert!(begun.elapsed() <= Duration::from_millis(1100), "{:?}", begun.elapsed());
+    assert_eq!(running.metric("culvert_agent_set_servers{address=\"known\"}"), 3);
+    drop(end);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_left_the_set_is_not_dialed_any_more() {
+    let mut running = run(|call| member(call, 1..=2));
+    running.until_connected(2).await;
+    let ends = [running.ends.recv().await.unwrap(), running.ends.recv().await.unwrap()];
+    for tunnel in running.tunnels.in_use() {
+        let servers = crate::test_support::entries(&set([1]));
+        let servers = running.context.accept_servers(&servers, &tunnel.tunnel);
+        running.tunnels.set_servers(&tunnel, servers, 1);
+    }
+    let calls = running.scripted.calls().len();
+    ends[1].tunnel.close(CloseCode::SHUTDOWN, "scaled down");
+    running.until_connected(1).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(running.scripted.calls().len(), calls);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_server_is_replaced_at_its_own_address() {
+    let mut running = run(|call| match (dialed(call), call.number) {
+        (None, 0) => member(call, [1]),
+        // The address of all leads to another server.
+        (None, _) => Step::Member { server: "server-7".into(), set: set([1]) },
+        _ => member(call, [1]),
+    });
+    let (_end, elapsed) = replaced_when_silent(&mut running).await;
+    assert!(elapsed < Duration::from_secs(4), "{elapsed:?}");
+    assert_eq!(running.scripted.last_call().address, own_address(1));
 }

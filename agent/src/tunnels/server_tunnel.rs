@@ -8,6 +8,8 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 
+use super::KnownServers;
+
 /// Quality of a tunnel. A tunnel is replaced by one of the same server with a higher rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Rank {
@@ -74,6 +76,8 @@ pub(crate) struct NewTunnel {
     pub(crate) reason: &'static str,
     /// What the server says about its software.
     pub(crate) version: PeerVersion,
+    /// The set of servers that the server sent; empty when it sent none.
+    pub(crate) servers: KnownServers,
 }
 
 /// What a server says about its software.
@@ -106,12 +110,14 @@ pub(crate) struct ServerTunnel {
     /// Whether it was made with a certificate that was replaced since.
     outdated: AtomicBool,
     peer: Mutex<PeerState>,
+    /// The set of servers that the server sent last, and when.
+    servers: Mutex<(Instant, KnownServers)>,
 }
 
 impl ServerTunnel {
     /// A tunnel in use, whose peer answers.
     pub(crate) fn new(new: NewTunnel, now: Instant) -> Self {
-        let NewTunnel { server_id, tunnel, buffers, rank, reason, version } = new;
+        let NewTunnel { server_id, tunnel, buffers, rank, reason, version, servers } = new;
         Self {
             server_id,
             tunnel,
@@ -123,7 +129,18 @@ impl ServerTunnel {
             retired: CancellationToken::new(),
             outdated: AtomicBool::new(false),
             peer: Mutex::new(PeerState::Answering),
+            servers: Mutex::new((now, servers)),
         }
+    }
+
+    /// The set of servers that the server sent last, and when.
+    pub(super) fn servers(&self) -> (Instant, KnownServers) {
+        self.servers.lock().clone()
+    }
+
+    /// Records that the server sent another set of servers.
+    pub(super) fn set_servers(&self, servers: KnownServers) {
+        *self.servers.lock() = (Instant::now(), servers);
     }
 
     /// Why the peer is suspected to be gone; `None` while it answers.

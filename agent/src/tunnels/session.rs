@@ -4,7 +4,7 @@ use std::{convert::Infallible, mem, sync::Arc, time::Duration};
 
 use culvert_process::version::software;
 use culvert_transport::{
-    BufferSizes, Tunnel, TunnelLost,
+    BufferSizes, Carrier, Tunnel, TunnelLost,
     budget::MemoryBudget,
     control::{ControlError, ControlStream, Event},
     tls::Current,
@@ -12,7 +12,7 @@ use culvert_transport::{
 use culvert_wire::{
     AgentId, CloseCode, InstanceId, ServerId, StreamCode,
     bounded::Text,
-    control::{ControlMessage, Drain, Goodbye, Hello, Renewal, Secret, Welcome},
+    control::{ControlMessage, Drain, Goodbye, Hello, Renewal, Secret, ServerList, Welcome},
     extension::Extensions,
     identifiers::Identifiers,
     version::{Features, REVISION},
@@ -25,7 +25,7 @@ use crate::{
     connector::Connected,
     egress::{Egress, Origin},
     tunnels::{
-        Rank, ServerTunnel, ServerTunnels, Suspicion,
+        KnownServers, Rank, ServerTunnel, ServerTunnels, Suspicion,
         liveness::{Liveness, Verdict},
     },
 };
@@ -62,8 +62,20 @@ pub(crate) struct SessionContext {
     pub(crate) keep_alive_interval: Option<Duration>,
     /// Time for streams to end once the agent drains.
     pub(crate) drain_timeout: Duration,
+    /// Whether connections over TCP go through a proxy, whose address they have.
+    pub(crate) uses_proxy: bool,
     /// Cancelled when the agent drains.
     pub(crate) draining: CancellationToken,
+}
+
+impl SessionContext {
+    /// What the list of the server at the other end of `tunnel` says, without the addresses that
+    /// are refused.
+    pub(crate) fn accept_servers(&self, servers: &ServerList, tunnel: &Tunnel) -> KnownServers {
+        let is_direct = tunnel.carrier() == Carrier::Quic || !self.uses_proxy;
+        let reporter = is_direct.then(|| tunnel.remote_address().ip());
+        KnownServers::accept(servers, reporter)
+    }
 }
 
 /// Why the server did not welcome the agent.
@@ -180,9 +192,12 @@ async fn introduce(session: &mut Session, context: &SessionContext) -> Result<We
     };
     control.send(&ControlMessage::Hello(Box::new(hello))).await?;
     match control.next().await {
-        Ok(ControlMessage::Welcome(welcome)) => {
+        Ok(ControlMessage::Welcome(mut welcome)) => {
             if welcome.features.contains(Features::HEDGE) {
                 tunnel.hedge(context.hedge_rate);
+            }
+            if !welcome.features.contains(Features::SERVER_SET) {
+                welcome.servers = ServerList::default();
             }
             if !welcome.features.contains(Features::RENEWAL) {
                 *current = None;
@@ -337,6 +352,10 @@ async fn watch_control(
                     if !mem::replace(&mut has_left, true) {
                         info!(reason = %goodbye.reason, "the server says goodbye");
                     }
+                }
+                Event::Message(ControlMessage::ServerSet(set)) => {
+                    let servers = context.accept_servers(&set.servers, &entry.tunnel);
+                    tunnels.set_servers(entry, servers, set.server_count);
                 }
                 // A second welcome, or a hello from the wrong side.
                 Event::Message(_) => return Err(ControlError::Unexpected),

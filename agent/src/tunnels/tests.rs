@@ -20,6 +20,7 @@ fn new(server: &str, pair: &Pair, rank: Rank) -> NewTunnel {
         rank,
         reason: "first_choice",
         version: PeerVersion::default(),
+        servers: Default::default(),
     }
 }
 

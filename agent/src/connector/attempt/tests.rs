@@ -21,6 +21,10 @@ fn welcome(millis: u64, carrier: Carrier) -> Step {
     Step::Welcome { millis, carrier, server: "server-0".into(), count: 1 }
 }
 
+fn by_name() -> Places {
+    Places { addresses: Vec::new(), by_name: true }
+}
+
 /// The result of one attempt.
 struct Run {
     attempted: Attempted,
@@ -45,8 +49,9 @@ async fn run_beside(
     script: impl Fn(&Call) -> Step + Send + Sync + 'static,
 ) -> Run {
     let (scripted, ends) = Scripted::new(addresses, script);
+    let places = by_name();
     let begun = Instant::now();
-    let attempted = attempt(&*scripted, options, tunnels, &context(None)).await;
+    let attempted = attempt(&*scripted, options, &places, tunnels, &context(None)).await;
     Run { attempted, millis: begun.elapsed().as_millis(), calls: scripted.calls(), ends }
 }
 
@@ -146,7 +151,7 @@ async fn the_size_of_packets_is_an_option() {
         let (scripted, _ends) = Scripted::new(&[A], |_| welcome(0, Carrier::Quic));
         let options = AttemptOptions { large_packets, ..options(CarrierOrder::Quic) };
         let tunnels = ServerTunnels::default();
-        attempt(&*scripted, options, &tunnels, &context(None)).await.result.unwrap();
+        attempt(&*scripted, options, &by_name(), &tunnels, &context(None)).await.result.unwrap();
         assert_eq!(scripted.last_call().large_packets, large_packets);
     }
 }
@@ -235,6 +240,7 @@ async fn connected_to(server: &str, address: &str, carrier: Carrier) -> (ServerT
         rank: Rank::of(carrier, true),
         reason: "first_choice",
         version: crate::tunnels::PeerVersion::default(),
+        servers: Default::default(),
     };
     assert!(matches!(tunnels.add(new, Instant::now()), AddOutcome::New(_)));
     (tunnels, end)
@@ -335,7 +341,8 @@ async fn a_refused_agent_is_reported_and_not_asked_about_over_another_carrier() 
         end.tunnel.closed().await;
     };
     let (context, tunnels) = (context(None), ServerTunnels::default());
-    let attempt = attempt(&*scripted, options(CarrierOrder::QuicFirst), &tunnels, &context);
+    let (options, places) = (options(CarrierOrder::QuicFirst), by_name());
+    let attempt = attempt(&*scripted, options, &places, &tunnels, &context);
     let (attempted, ()) = tokio::join!(attempt, refuse);
     let error = attempted.result.unwrap_err();
     assert_eq!(error.label(), "join_failed");

@@ -13,7 +13,7 @@ fn snapshot(server_count: u32, tunnels: &[(Rank, bool, Instant)]) -> Snapshot {
         suspicion: silent.then_some(Suspicion::Silent),
         since: *since,
     };
-    Snapshot { tunnels: tunnels.iter().map(tunnel).collect(), server_count }
+    Snapshot { tunnels: tunnels.iter().map(tunnel).collect(), server_count, promising: 0 }
 }
 
 /// A tunnel over QUIC if that worked, and over TCP otherwise.
@@ -49,6 +49,17 @@ fn as_many_servers_are_looked_for_as_are_known_to_exist() {
         Some((Goal::Find, now))
     );
     assert_eq!(plan.next(&snapshot(1, &[(Rank::Quic, false, now)]), None, now), None);
+}
+
+#[test]
+fn servers_that_will_be_reached_at_their_own_addresses_are_not_looked_for() {
+    let (mut plan, now) = plan(Transport::Auto);
+    plan.on_success(Goal::Find, success(QuicOutcome::Worked, Gain::Server), now, 1.0);
+    let with = |promising, tunnels: &[_]| Snapshot { promising, ..snapshot(3, tunnels) };
+    let one = [(Rank::Quic, false, now)];
+    assert_eq!(plan.next(&with(2, &one), None, now), None);
+    assert_eq!(plan.next(&with(1, &one), None, now), Some((Goal::Find, now)));
+    assert_eq!(plan.next(&with(3, &[]), None, now), Some((Goal::Find, now)), "without a tunnel");
 }
 
 #[test]

@@ -80,6 +80,7 @@ fn add(tunnels: &ServerTunnels, tunnel: &Tunnel, rank: Rank) -> Arc<ServerTunnel
         rank,
         reason: "first_choice",
         version: crate::tunnels::PeerVersion::default(),
+        servers: Default::default(),
     };
     match tunnels.add(new, Instant::now()) {
         AddOutcome::New(added) | AddOutcome::Replaced { added, .. } => added,
