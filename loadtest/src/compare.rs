@@ -1,6 +1,5 @@
 //! The same load through every peer, one after another, and a report.
 
-mod balancer;
 mod collect;
 mod fleet;
 pub mod goals;

@@ -9,6 +9,7 @@
 //! - [`frontend`] is a client of a server's frontend, as kube-apiserver is, by gRPC or HTTP
 //!   CONNECT.
 
+pub mod balancer;
 pub mod carrier;
 pub mod certificates;
 pub mod compare;

@@ -85,7 +85,7 @@ impl Peer {
         if self == Self::Direct {
             return Ok(direct::start());
         }
-        let server = self.start_server(topology, 0, 1, Ports::DEFAULT).await?;
+        let server = self.start_server(topology, 0, 1, Ports::DEFAULT, None).await?;
         let start = Instant::now();
         let agent = match self {
             Self::Culvert(_) => culvert::start_agent(topology),
@@ -102,27 +102,32 @@ impl Peer {
         })
     }
 
-    /// Starts one of several servers and waits until it answers.
+    /// Starts one of several servers and waits until it answers. A server of Culvert has the
+    /// addresses of the set.
     pub(crate) async fn start_server(
         self,
         topology: &Topology,
         number: usize,
         count: u32,
         ports: Ports,
+        set: Option<&str>,
     ) -> anyhow::Result<Process> {
         let protocol = self.frontend().ok_or_else(|| anyhow::anyhow!("direct has no servers"))?;
-        let args = ServerFlags {
+        let mut args = ServerFlags {
             certificates: &topology.certificates,
             socket: &topology.socket(number),
             frontend: protocol,
             address: topology.server_address,
             ports,
-            id: &format!("server-{number}"),
+            id: &server_id(number),
             count,
         }
         .args();
         let server = match self {
-            Self::Culvert(_) => culvert::start_server(topology, args, ports),
+            Self::Culvert(_) => {
+                args.extend(set.map(|set| format!("--server-addresses={set}")));
+                culvert::start_server(topology, args, ports)
+            }
             Self::Konnectivity(_) | Self::Direct => {
                 konnectivity::start_server(topology, args, ports)
             }
@@ -143,6 +148,11 @@ impl Peer {
             Self::Direct => anyhow::bail!("direct has no agents"),
         }
     }
+}
+
+/// The name of one of several servers.
+pub(crate) fn server_id(number: usize) -> String {
+    format!("server-{number}")
 }
 
 impl fmt::Display for Peer {

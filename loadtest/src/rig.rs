@@ -109,7 +109,7 @@ impl Rig {
     /// When a part cannot start, or an agent does not join in time.
     pub async fn start(self) -> anyhow::Result<Running> {
         let certificates = Arc::new(Certificates::generate()?);
-        let (server, server_task) = self.start_server(&certificates, "server-0")?;
+        let (server, server_task) = self.start_server(&certificates, "server-0", |_| ())?;
         let mut running = Running {
             server,
             server_task,
@@ -160,8 +160,11 @@ impl Rig {
         &self,
         certificates: &Certificates,
         id: &str,
+        configure: impl FnOnce(&mut culvert_server::Config),
     ) -> anyhow::Result<(RunningServer, Task)> {
-        let server = Server::bind(&self.server_config(certificates, id)?)?;
+        let mut config = self.server_config(certificates, id)?;
+        configure(&mut config);
+        let server = Server::bind(&config)?;
         let running = RunningServer {
             frontend: server.frontend_address()?,
             tunnel: server.tunnel_address()?,
@@ -281,7 +284,19 @@ impl Running {
     /// # Errors
     /// When it cannot start.
     pub fn add_server(&mut self, id: &str) -> anyhow::Result<RunningServer> {
-        let (server, task) = self.rig.start_server(&self.certificates, id)?;
+        self.add_server_with(id, |_| ())
+    }
+
+    /// The same with another configuration.
+    ///
+    /// # Errors
+    /// When it cannot start.
+    pub fn add_server_with(
+        &mut self,
+        id: &str,
+        configure: impl FnOnce(&mut culvert_server::Config),
+    ) -> anyhow::Result<RunningServer> {
+        let (server, task) = self.rig.start_server(&self.certificates, id, configure)?;
         self.other_servers.push(task);
         Ok(server)
     }

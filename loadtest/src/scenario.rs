@@ -91,6 +91,9 @@ pub struct Fleet {
     pub agents: u32,
     /// Number of servers, behind one address when there are several.
     pub servers: u32,
+    /// Whether servers of Culvert have one another's addresses. Konnectivity has no such thing.
+    #[serde(default)]
+    pub addresses: bool,
 }
 
 /// Congestion control of the kernel's TCP.

@@ -8,11 +8,11 @@ use std::{
 
 use tokio::time::{Instant, interval, sleep, timeout};
 
-use super::balancer::Balancer;
 use crate::{
+    balancer::Balancer,
     flags::Ports,
     http,
-    peer::{Peer, Topology},
+    peer::{Peer, Topology, server_id},
     process::Process,
     report::FleetResult,
     scenario::Fleet,
@@ -39,9 +39,11 @@ pub(super) async fn run(
     idle: Duration,
 ) -> anyhow::Result<FleetResult> {
     let ports: Vec<_> = (0..fleet.servers).map(|number| ports(number, fleet.servers)).collect();
+    let addresses = fleet.addresses.then(|| addresses(&ports));
+    let set = addresses.as_deref();
     let mut servers = Vec::new();
     for (number, ports) in ports.iter().enumerate() {
-        servers.push(peer.start_server(topology, number, fleet.servers, *ports).await?);
+        servers.push(peer.start_server(topology, number, fleet.servers, *ports, set).await?);
     }
     let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let behind = ports.iter().map(|ports| local(ports.tunnel)).collect();
@@ -87,6 +89,14 @@ fn ports(number: u32, servers: u32) -> Ports {
     let number = u16::try_from(number).unwrap_or_default();
     let tunnel = if servers == 1 { TUNNEL_PORT } else { FIRST_TUNNEL_PORT + number };
     Ports { tunnel, admin: FIRST_ADMIN_PORT + number, health: FIRST_HEALTH_PORT + number }
+}
+
+/// The servers' own addresses, as `--server-addresses` takes them.
+fn addresses(ports: &[Ports]) -> String {
+    let entry = |(number, ports): (usize, &Ports)| {
+        format!("{}={}:{}", server_id(number), Ipv4Addr::LOCALHOST, ports.tunnel)
+    };
+    ports.iter().enumerate().map(entry).collect::<Vec<_>>().join(",")
 }
 
 fn memory(servers: &[Process]) -> io::Result<u64> {

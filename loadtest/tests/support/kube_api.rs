@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     convert::Infallible,
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -112,6 +112,11 @@ impl KubeApi {
     /// The flag with the kubeconfig.
     pub(crate) fn flag(&self) -> String {
         format!("--kubeconfig={}", self.kubeconfig.display())
+    }
+
+    /// Path of the kubeconfig.
+    pub(crate) fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
     }
 
     /// Accepts `token` from now on as that of `user`, for `audience`.

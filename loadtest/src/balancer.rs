@@ -1,8 +1,8 @@
-//! One address in front of several servers, as a load balancer has it: every new TCP connection,
-//! and every new UDP sender, goes to the next server.
+//! One address in front of several servers, as a load balancer has it, for TCP and UDP.
 
 use std::{collections::HashMap, io, net::SocketAddr, sync::Arc};
 
+use parking_lot::Mutex;
 use tokio::{
     net::{TcpListener, TcpStream, UdpSocket},
     task::JoinSet,
@@ -13,25 +13,44 @@ const MAX_DATAGRAM: usize = 65_535;
 
 /// A running balancer. It stops when dropped.
 #[derive(Debug)]
-pub(super) struct Balancer(#[expect(dead_code, reason = "its end is what counts")] JoinSet<()>);
+pub struct Balancer(#[expect(dead_code, reason = "its end is what counts")] JoinSet<()>);
+
+/// Chooses the server of a new TCP connection or a new UDP sender; `None` ends the balancer.
+type Choose = Arc<Mutex<dyn FnMut() -> Option<SocketAddr> + Send>>;
 
 impl Balancer {
-    /// Listens on TCP and UDP, in the calling task's runtime and host.
-    pub(super) async fn start(address: SocketAddr, servers: Vec<SocketAddr>) -> io::Result<Self> {
+    /// Sends each new TCP connection, and each new UDP sender, to the next server.
+    ///
+    /// # Errors
+    /// As [`start_with`](Self::start_with).
+    pub async fn start(address: SocketAddr, servers: Vec<SocketAddr>) -> io::Result<Self> {
+        let mut next = servers.into_iter().cycle();
+        Self::start_with(address, move || next.next()).await
+    }
+
+    /// Sends each new TCP connection, and each new UDP sender, to the server that `choose` returns.
+    /// Listens in the calling task's runtime and host.
+    ///
+    /// # Errors
+    /// When the address cannot be bound.
+    pub async fn start_with(
+        address: SocketAddr,
+        choose: impl FnMut() -> Option<SocketAddr> + Send + 'static,
+    ) -> io::Result<Self> {
         let tcp = TcpListener::bind(address).await?;
         let udp = Arc::new(UdpSocket::bind(address).await?);
+        let choose: Choose = Arc::new(Mutex::new(choose));
+        let choose_for_udp = choose.clone();
         let mut tasks = JoinSet::new();
-        let mut next = servers.clone().into_iter().cycle();
         tasks.spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((socket, _)) = tcp.accept().await {
-                let Some(server) = next.next() else { return };
+                let Some(server) = choose.lock()() else { return };
                 connections.spawn(relay(socket, server));
                 while connections.try_join_next().is_some() {}
             }
         });
         tasks.spawn(async move {
-            let mut next = servers.into_iter().cycle();
             let mut paths: HashMap<SocketAddr, Arc<UdpSocket>> = HashMap::new();
             let mut replies = JoinSet::new();
             let mut datagram = vec![0; MAX_DATAGRAM];
@@ -39,7 +58,7 @@ impl Balancer {
                 let path = match paths.get(&from) {
                     Some(path) => Arc::clone(path),
                     None => {
-                        let Some(server) = next.next() else { return };
+                        let Some(server) = choose_for_udp.lock()() else { return };
                         let Ok(path) = path(server).await else { continue };
                         paths.insert(from, Arc::clone(&path));
                         replies.spawn(answer(Arc::clone(&path), Arc::clone(&udp), from));
