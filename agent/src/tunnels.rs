@@ -180,7 +180,9 @@ impl ServerTunnels {
 
     /// Number of servers, as far as the agent knows; 0 before it knows any.
     pub fn count(&self) -> u32 {
-        let reported = self.reported_count.load(Ordering::Relaxed);
+        let known = u32::try_from(self.known.lock().len()).unwrap_or(u32::MAX);
+        // The last server to welcome the agent may be the one that knows of no others.
+        let reported = self.reported_count.load(Ordering::Relaxed).max(known);
         match (self.lease_count.load(Ordering::Relaxed), self.count_source) {
             (0, _) => reported,
             (leases, CountSource::Leases) => leases,

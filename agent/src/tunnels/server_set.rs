@@ -67,6 +67,11 @@ impl KnownServers {
         self.0.is_empty()
     }
 
+    /// Number of servers.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// The addresses of a server; none when they are not known.
     pub(crate) fn addresses(&self, id: &ServerId) -> &[SocketAddr] {
         self.0.get(id).map_or(&[], Vec::as_slice)

@@ -24,6 +24,22 @@ fn new(server: &str, pair: &Pair, rank: Rank) -> NewTunnel {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn as_many_servers_are_looked_for_as_any_server_names() {
+    let tunnels = ServerTunnels::default();
+    let entry = |id: &str| (id.to_owned(), "10.0.0.1:8132".to_owned());
+    let three = crate::test_support::entries(&["a", "b", "c"].map(entry));
+    let pair = pair(Carrier::Quic).await;
+    let servers = KnownServers::accept(&three, None);
+    let new = NewTunnel { servers, ..new("a", &pair, Rank::Quic) };
+    let tunnel = added(tunnels.add(new, Instant::now()));
+    tunnels.set_reported_count(1);
+    assert_eq!(tunnels.count(), 3);
+    // What the last server to be connected sent stays.
+    tunnels.remove(&tunnel);
+    assert_eq!((tunnels.count(), tunnels.connected()), (3, 0));
+}
+
 fn added(outcome: AddOutcome) -> Arc<ServerTunnel> {
     match outcome {
         AddOutcome::New(added) | AddOutcome::Replaced { added, .. } => added,
