@@ -151,7 +151,9 @@ impl Agent {
         let operator = operator.transpose()?.map(|socket| (socket, operated));
         let upkeep = metrics.inner().spawn_upkeep();
         let health = start_health(config.health_address, &tunnels, &metrics);
-        let routes = Routes::new().metrics_on_port(health.local_address().port());
+        let routes = Routes::new()
+            .metrics_on_port(health.local_address().port())
+            .profiling(config.profiling);
         let (listener, flag) = ("admin", "admin-server-port");
         let port = Port { listener, flag, address: config.admin_address };
         let admin = AdminServer::start(port, routes, metrics.inner());
@@ -238,7 +240,7 @@ fn start_health(
             let lines = if request.is_verbose() { ready.describe() } else { Vec::new() };
             readiness::answer(ready.is_connected(), request.is_verbose(), &lines)
         })
-        .metrics(move || counted.render(&rendered));
+        .metrics(metrics.inner(), move || counted.render(&rendered));
     let port = Port { listener: "health", flag: "health-server-port", address };
     AdminServer::start(port, routes, metrics.inner())
 }

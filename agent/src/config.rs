@@ -66,6 +66,8 @@ pub struct Config {
     pub admin_address: SocketAddr,
     /// Unix socket for operators; `None` for no such socket.
     pub operator_socket: Option<PathBuf>,
+    /// Whether the admin port serves profiles.
+    pub profiling: bool,
     /// Form and verbosity of the log.
     pub log: LogConfig,
     /// Lines to log as warnings at start.
@@ -215,6 +217,7 @@ impl ProcessConfig for Config {
             drain_timeout,
             health_address,
             admin_address,
+            profiling: flags.admin.enable_profiling,
             log,
             warnings,
         })

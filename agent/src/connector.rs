@@ -297,6 +297,9 @@ impl<C: Connect> Connector<C> {
         let (server_id, carrier) = (&tunnel.server_id, tunnel.tunnel.carrier());
         let retired = tunnel.is_retired();
         self.metrics.tunnel_lost(lost.label());
+        if lost.is_failure() {
+            self.metrics.server_failed();
+        }
         info!(%server_id, transport = %carrier, reason = %lost, retired, "server gone");
         if !retired {
             let cause = match lost {

@@ -10,7 +10,10 @@ mod scripted;
 
 use std::{sync::Arc, time::Duration};
 
-use culvert_process::operator::streams::{LiveStream, LiveStreams};
+use culvert_process::{
+    metrics::{PacketType, Segment},
+    operator::streams::{LiveStream, LiveStreams},
+};
 use culvert_transport::{
     RecvHalf, SendHalf, Tunnel,
     splice::{self, Backlog, Cut},
@@ -71,6 +74,11 @@ impl Egress {
         Self { network: TargetNetwork::Host { lookups }, gate, dial_timeout, metrics, streams }
     }
 
+    /// The agent's metrics.
+    pub(crate) fn metrics(&self) -> &AgentMetrics {
+        &self.metrics
+    }
+
     /// Serves one stream to its end.
     ///
     /// # Cancel safety
@@ -82,6 +90,7 @@ impl Egress {
             Ok(Err(error)) => return refuse(send, recv, StreamCode::MALFORMED, &error),
             Err(_) => return refuse(send, recv, StreamCode::MALFORMED, "no dial request in time"),
         };
+        self.metrics.packet(Segment::ToAgent, PacketType::DialReq);
         let header_micros = DialTiming::micros(arrived.elapsed());
         let mut timing = DialTiming { header_micros, ..DialTiming::default() };
         let mut backlog = Backlog::new(&send);
@@ -89,6 +98,7 @@ impl Egress {
             dialed = self.dial(&request, &mut timing) => dialed,
             // The server gave up, so nothing is left to reply to.
             code = abandoned(&send, &mut recv, &mut backlog) => {
+                self.metrics.packet(Segment::ToAgent, PacketType::DialCls);
                 let trace = request.trace.as_ref().map(display);
                 debug!(dial = %request.id, dial_target = %request.target, trace, "dial abandoned");
                 send.reset(code);
@@ -111,6 +121,7 @@ impl Egress {
             let reason = "the reply does not fit its frame";
             return refuse(send, recv, StreamCode::ABANDONED, reason);
         };
+        self.metrics.packet(Segment::FromAgent, PacketType::DialRsp);
         if let Err(error) = send.write_chunk(reply).await {
             return debug!(dial = %request.id, %error, "the dial's reply was not sent");
         }
@@ -144,7 +155,7 @@ impl Egress {
             timing,
         )
         .await?;
-        self.metrics.dial_duration.record(started.elapsed());
+        self.metrics.dial_succeeded(started.elapsed());
         Ok(target)
     }
 

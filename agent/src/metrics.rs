@@ -4,19 +4,25 @@
 //! begin with `culvert_agent_`. Gauges are read from the state itself at each scrape, so they
 //! cannot go stale.
 
-use std::sync::{
-    Arc, OnceLock,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use culvert_process::{
     kubernetes,
-    metrics::{BuildError, Counted, Exposition, Kind, LiveCount, Metrics, StreamEnds},
+    metrics::{
+        BuildError, Counted, Exposition, Kind, LiveCount, Metrics, PacketType, Segment, StreamEnds,
+        StreamErrors, StreamPackets,
+    },
 };
 use culvert_transport::{
     BufferSizes, TunnelLost, UdpHealth,
     budget::MemoryBudget,
-    splice::{Meter, Outcome},
+    splice::{Cut, Meter, Outcome},
 };
 use culvert_wire::dial::DialErrorKind;
 use kube::runtime::watcher;
@@ -27,6 +33,10 @@ use crate::egress::policy::Rule;
 use crate::tunnels::{ServerTunnel, ServerTunnels};
 
 const DIAL_DURATION: &str = "konnectivity_network_proxy_agent_dial_duration_seconds";
+const DIAL_DURATION_FINE: &str = "culvert_agent_dial_duration_seconds";
+const SERVER_FAILURES: &str = "konnectivity_network_proxy_agent_server_connection_failure_count";
+const STREAM_PACKETS: &str = "konnectivity_network_proxy_agent_stream_packets_total";
+const STREAM_ERRORS: &str = "konnectivity_network_proxy_agent_stream_errors_total";
 /// Without values until a dial has failed, as in Konnectivity, whose tests compare the whole family.
 const DIAL_FAILURES: &str = "konnectivity_network_proxy_agent_endpoint_dial_failure_total";
 const OPEN_SERVERS: &str = "konnectivity_network_proxy_agent_open_server_connections";
@@ -58,6 +68,9 @@ const UDP_BUFFER: &str = "culvert_agent_udp_buffer_bytes";
 const REFUSED: &str = "refused";
 const AUDITED: &str = "audited";
 
+/// Label of failures to receive from a server.
+const FROM_SERVER: &str = "from_server";
+
 /// Every result of an attempt to get a tunnel.
 const CONNECT_RESULTS: [&str; 6] =
     ["ok", "unresolvable", "tls_files", "connect_failed", "join_failed", PANICKED];
@@ -66,7 +79,13 @@ const DIRECT_RESULTS: [&str; 4] = ["ok", "connected_already", "other_server", "f
 /// Result of an attempt, and reason of a lost tunnel, whose task panicked.
 pub(crate) const PANICKED: &str = "panicked";
 
-/// Bounds of dial durations: Konnectivity's, with the range of a node's own network made finer.
+/// Code of gRPC, as Go spells it, of a stream whose server has gone.
+const UNAVAILABLE: &str = "Unavailable";
+
+/// Bounds of Konnectivity's durations, in seconds. They are exactly its own: buckets of agents of
+/// both makes are added up.
+const LATENCY_BUCKETS: &[f64] = &[0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 30.0];
+/// Bounds of dial durations, in seconds, finer in the range of a node's own network.
 const DIAL_BUCKETS: &[f64] =
     &[0.0001, 0.0005, 0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 
@@ -74,8 +93,11 @@ const DIAL_BUCKETS: &[f64] =
 #[derive(Debug)]
 pub struct AgentMetrics {
     metrics: Metrics,
-    /// Duration of the lookup and connection of each dial that succeeded.
-    pub(crate) dial_duration: Histogram,
+    dial_durations: [Histogram; 2],
+    /// Dials, their replies, and the ends of connections, as the packets that Konnectivity would
+    /// have for them.
+    packets: StreamPackets,
+    errors: StreamErrors,
     /// Bytes spliced in either direction.
     pub(crate) meter: Meter,
     open_targets: LiveCount,
@@ -96,9 +118,19 @@ impl AgentMetrics {
     /// # Errors
     /// When a histogram has no bounds; the fault is ours.
     pub(crate) fn new() -> Result<Self, BuildError> {
-        let buckets: &[(&str, &[f64])] =
-            &[(DIAL_DURATION, DIAL_BUCKETS), (LEASE_LIST_LATENCY, DIAL_BUCKETS)];
+        let buckets: &[(&str, &[f64])] = &[
+            (DIAL_DURATION, LATENCY_BUCKETS),
+            (DIAL_DURATION_FINE, DIAL_BUCKETS),
+            (LEASE_LIST_LATENCY, LATENCY_BUCKETS),
+        ];
         let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), buckets)?;
+        let help = "Time to look up and connect to a target, in seconds.";
+        metrics.describe_histogram(DIAL_DURATION_FINE, help);
+        metrics.describe_counter(
+            SERVER_FAILURES,
+            "Count of failures to send to or receive from the proxy server, labeled by the direction (from_server or to_server). DEPRECATED, please use stream_events_error_total",
+        );
+        metrics.register_counters(SERVER_FAILURES, "direction", ["to_server", FROM_SERVER]);
         metrics
             .describe_histogram(DIAL_DURATION, "Latency of dial to the remote endpoint in seconds");
         metrics.describe_counter(
@@ -119,7 +151,7 @@ impl AgentMetrics {
         );
         metrics.describe_counter(
             LEASE_WATCHES,
-            "Watches of the servers' Leases that failed, by kube-apiserver's answer.",
+            "Count of server lease watch calls made by the agent to the k8s apiserver, labeled by HTTP response code and reason",
         );
         metrics
             .describe_histogram(LEASE_LIST_LATENCY, "Latency of server lease listing in seconds");
@@ -143,7 +175,10 @@ impl AgentMetrics {
         Ok(Self {
             target_lookups: LookupMetrics::new(&metrics, "target"),
             server_lookups: LookupMetrics::new(&metrics, "server"),
-            dial_duration: metrics.histogram(DIAL_DURATION, &[]),
+            dial_durations: [DIAL_DURATION, DIAL_DURATION_FINE]
+                .map(|name| metrics.histogram(name, &[])),
+            packets: StreamPackets::default(),
+            errors: StreamErrors::new(&metrics, STREAM_ERRORS, &[(Segment::ToAgent, UNAVAILABLE)]),
             meter: Meter::default(),
             open_targets: LiveCount::default(),
             streams: AtomicU64::new(0),
@@ -158,6 +193,16 @@ impl AgentMetrics {
     pub(crate) fn set_memory(&self, memory: &Arc<MemoryBudget>) {
         // There is one budget.
         let _ = self.memory.set(memory.clone());
+    }
+
+    /// Counts a dial that succeeded after this time for its lookup and connection.
+    pub(crate) fn dial_succeeded(&self, duration: Duration) {
+        self.dial_durations.iter().for_each(|histogram| histogram.record(duration));
+    }
+
+    /// Counts what Konnectivity would have a packet for.
+    pub(crate) fn packet(&self, segment: Segment, packet: PacketType) {
+        self.packets.record(segment, packet);
     }
 
     /// Counts a dial that failed. Konnectivity's metric distinguishes time-outs alone.
@@ -183,6 +228,10 @@ impl AgentMetrics {
     /// Counts how a splice ended.
     pub(crate) fn stream_ended(&self, outcome: &Outcome) {
         self.stream_ends.record(outcome);
+        if !matches!(outcome.end, Err(Cut::Lost(_))) {
+            self.packet(Segment::ToAgent, PacketType::CloseReq);
+            self.packet(Segment::FromAgent, PacketType::CloseRsp);
+        }
     }
 
     /// Counts an attempt to get a tunnel.
@@ -208,6 +257,12 @@ impl AgentMetrics {
         self.metrics
             .counter(SWITCHES, &[("from", from), ("to", to), ("reason", reason)])
             .increment(1);
+    }
+
+    /// Counts a tunnel that ended because it, or its server, failed.
+    pub(crate) fn server_failed(&self) {
+        self.metrics.counter(SERVER_FAILURES, &[("direction", FROM_SERVER)]).increment(1);
+        self.errors.record(Segment::ToAgent, UNAVAILABLE, None);
     }
 
     /// Counts a tunnel that ended.
@@ -253,12 +308,18 @@ impl AgentMetrics {
             exposition.gauge(OPEN_SERVERS, help, servers.connected());
             let help = "Current number of open endpoint connections.";
             exposition.gauge(OPEN_TARGETS, help, self.open_targets.get());
-            let help = "Current number of servers that the agent knows of.";
-            exposition.gauge(KNOWN_SERVERS, help, servers.count());
+            let help = "Current number of servers agent is trying to connect to.";
+            // Until a server has reported their number, the agent looks for one.
+            exposition.gauge(KNOWN_SERVERS, help, servers.count().max(1));
             let counts = servers.known().counts().into_iter();
             let rows = counts.map(|(state, count)| (vec![("address", state.into())], count));
             let help = "Servers of the set that servers sent, by whether their address is known.";
             exposition.family(SET_SERVERS, Kind::Gauge, help, rows);
+            let segments = [
+                (Segment::FromAgent, self.meter.writes_to_tunnel()),
+                (Segment::ToAgent, self.meter.writes_from_tunnel()),
+            ];
+            self.packets.collect(STREAM_PACKETS, &segments, exposition);
             let streams = self.streams.load(Ordering::Relaxed);
             exposition.counter(STREAMS, "Streams that were spliced.", streams);
             exposition.meter(STREAM_BYTES, &self.meter, DIRECTIONS);

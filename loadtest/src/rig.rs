@@ -234,7 +234,7 @@ impl RunningServer {
 
     /// Dials that failed for this reason.
     pub fn dial_failures(&self, reason: &str) -> f64 {
-        let name = "konnectivity_network_proxy_server_dial_failure_count";
+        let name = "culvert_server_dial_failures_total";
         self.metric(&format!("{name}{{reason=\"{reason}\"}}"))
     }
 

@@ -55,6 +55,8 @@ pub struct Config {
     pub health_address: SocketAddr,
     /// Address of the admin port.
     pub admin_address: SocketAddr,
+    /// Whether the admin port serves profiles.
+    pub profiling: bool,
     /// Unix socket for operators; `None` for no such socket.
     pub operator_socket: Option<PathBuf>,
     /// Time for open connections to end at shutdown; zero ends them at once.
@@ -132,6 +134,7 @@ impl ProcessConfig for Config {
             leases,
             health_address,
             admin_address,
+            profiling: flags.admin.enable_profiling,
             operator_socket,
             graceful_shutdown_timeout,
             log,

@@ -23,7 +23,7 @@ use culvert_wire::{
 };
 
 pub(crate) use dialer::Dialer;
-pub(crate) use error::DialError;
+pub(crate) use error::{DialError, KonnectivityFailure};
 
 use crate::backends::StreamPermit;
 use optimistic::ExpectedReply;

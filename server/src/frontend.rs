@@ -17,6 +17,7 @@ mod context;
 mod grpc;
 mod hints;
 pub mod listen;
+mod observed;
 mod reach;
 mod socket;
 mod tls;

@@ -5,6 +5,7 @@
 //! What describes the current state is read when it is scraped, so it cannot go stale.
 
 mod families;
+mod flow;
 mod versions;
 
 use std::{
@@ -13,11 +14,12 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use culvert_process::metrics::{
-    BuildError, Counted, Exposition, Kind, Labels, LiveCount, Metrics, StreamEnds,
+    BuildError, Counted, Exposition, Kind, Labels, LiveCount, Metrics, PacketType, Segment,
+    StreamEnds,
 };
 use culvert_transport::{
     BufferSizes, Carrier, TunnelLost, UdpHealth,
@@ -29,13 +31,15 @@ use metrics::Histogram;
 
 use self::families::{
     ADDRESS_VALIDATIONS, AGENTS_BY_VERSION, CONNECTION_DURATION, COUNTERS, CULLED_LEASES,
-    DIAL_DURATION, DIAL_FAILURES, DIALS_MOVED, DIALS_WAITED, DIRECTIONS, DUPLICATE_AGENTS,
-    EJECTIONS, ESTABLISHED, FRONTENDS_REFUSED, Family, GRPC_CONNECTIONS, HISTOGRAMS,
-    HTTP_CONNECTIONS, IDENTITY_CONFLICTS, JOIN_FAILURES, LEASE_DELETE_LATENCY, LEASE_DELETES,
-    LEASE_LIST_LATENCY, LEASE_LISTS, LEASE_RENEWALS, OPEN_STREAMS, OPTIMISTIC_DIALS, PENDING_DIALS,
-    PROOF_RENEWALS, READY_BACKENDS, READY_CONNECTIONS, SET_SERVERS, STREAM_BYTES, STREAM_ENDS,
-    STREAMS, TOKEN_RECHECKS, TOKEN_REVIEWS, TUNNELS, TUNNELS_LOST, UDP_BUFFER, UNADMITTED,
+    DIAL_DURATION, DIAL_DURATION_FINE, DIAL_FAILURES, DIALS_FAILED, DIALS_MOVED, DIALS_WAITED,
+    DIRECTIONS, DUPLICATE_AGENTS, EJECTIONS, ESTABLISHED, FRONTENDS_REFUSED, Family,
+    GRPC_CONNECTIONS, HISTOGRAMS, HTTP_CONNECTIONS, IDENTITY_CONFLICTS, JOIN_FAILURES,
+    LEASE_DELETE_LATENCY, LEASE_DELETES, LEASE_LIST_LATENCY, LEASE_LISTS, LEASE_RENEWALS,
+    OPEN_STREAMS, OPTIMISTIC_DIALS, PENDING_DIALS, PROOF_RENEWALS, READY_BACKENDS,
+    READY_CONNECTIONS, SET_SERVERS, STREAM_BYTES, STREAM_ENDS, STREAMS, TOKEN_RECHECKS,
+    TOKEN_REVIEWS, TUNNELS, TUNNELS_LOST, UDP_BUFFER, UNADMITTED,
 };
+pub(crate) use self::flow::Flow;
 use self::versions::KnownVersions;
 use crate::{
     agents::{
@@ -45,12 +49,12 @@ use crate::{
         session::{recheck::RECHECK_RESULTS, renewal::RENEWAL_RESULTS},
     },
     backends::{Backend, Backends, duplicates::duplicates, registry::Candidate},
-    dial::DialError,
+    dial::{DialError, KonnectivityFailure},
     server_set::ServerSet,
 };
 
 /// Reason of a dial that its frontend gave up.
-pub(crate) const FRONTEND_CLOSE: &str = "frontend_close";
+const FRONTEND_CLOSE: &str = "frontend_close";
 
 /// Number of live tasks.
 const TASKS: &str = "culvert_server_tasks";
@@ -100,8 +104,9 @@ pub(crate) enum LeaseRequest {
 #[derive(Debug)]
 pub struct ServerMetrics {
     metrics: Metrics,
-    /// Time from a dial's start to a positive answer.
-    pub(crate) dial_duration: Histogram,
+    /// What flows between frontends and agents.
+    pub(crate) flow: Flow,
+    dial_durations: [Histogram; 2],
     connection_duration: Histogram,
     pending_dials: LiveCount,
     established: LiveCount,
@@ -135,7 +140,9 @@ impl ServerMetrics {
         metrics.describe_gauge(UDP_BUFFER.name, UDP_BUFFER.help);
         register_counters(&metrics);
         Ok(Self {
-            dial_duration: metrics.histogram(DIAL_DURATION.name, &[]),
+            flow: Flow::new(&metrics),
+            dial_durations: [DIAL_DURATION, DIAL_DURATION_FINE]
+                .map(|family| metrics.histogram(family.name, &[])),
             connection_duration: metrics.histogram(CONNECTION_DURATION.name, &[]),
             pending_dials: LiveCount::default(),
             established: LiveCount::default(),
@@ -184,10 +191,29 @@ impl ServerMetrics {
         self.pending_dials.enter()
     }
 
+    /// Counts a dial that an agent has agreed to after this time.
+    pub(crate) fn dial_succeeded(&self, duration: Duration) {
+        self.dial_durations.iter().for_each(|histogram| histogram.record(duration));
+    }
+
     /// Counts a dial that failed.
-    pub(crate) fn dial_failed(&self, reason: &'static str) {
-        debug_assert!(DialError::REASONS.contains(&reason) || reason == FRONTEND_CLOSE);
-        self.metrics.counter(DIAL_FAILURES.name, &[("reason", reason)]).increment(1);
+    pub(crate) fn dial_failed(&self, error: &DialError) {
+        self.metrics.counter(DIALS_FAILED.name, &[("reason", error.reason())]).increment(1);
+        if let Some(failure) = error.konnectivity_failure() {
+            self.konnectivity_dial_failed(failure);
+        }
+    }
+
+    /// Counts a dial that its frontend gave up.
+    pub(crate) fn dial_given_up(&self) {
+        self.metrics.counter(DIALS_FAILED.name, &[("reason", FRONTEND_CLOSE)]).increment(1);
+        self.konnectivity_dial_failed(KonnectivityFailure::FrontendClose);
+        self.flow.packet(Segment::ToAgent, PacketType::DialCls);
+    }
+
+    /// Counts a failed dial in Konnectivity's family alone.
+    pub(crate) fn konnectivity_dial_failed(&self, failure: KonnectivityFailure) {
+        self.metrics.counter(DIAL_FAILURES.name, &[("reason", failure.label())]).increment(1);
     }
 
     /// Counts a dial that is made again on another tunnel.
@@ -321,14 +347,15 @@ impl ServerMetrics {
     pub fn render(&self, backends: &Backends) -> String {
         self.metrics.render(|exposition| {
             exposition.tasks(TASKS);
-            self.collect_connections(exposition);
+            let agents = backends.all();
+            self.collect_connections(agents.len(), exposition);
+            self.flow.collect(&self.meter, exposition);
             collect_backends(backends, exposition);
-            let tunnels = backends.all();
-            collect_tunnels(&tunnels, exposition);
-            let versions = self.versions.count(&tunnels);
+            collect_tunnels(&agents, exposition);
+            let versions = self.versions.count(&agents);
             let (name, help) = (AGENTS_BY_VERSION.name, AGENTS_BY_VERSION.help);
             exposition.family(name, Kind::Gauge, help, versions);
-            let duplicates = duplicates(&tunnels).len();
+            let duplicates = duplicates(&agents).len();
             exposition.gauge(DUPLICATE_AGENTS.name, DUPLICATE_AGENTS.help, duplicates);
             let streams = self.streams.load(Ordering::Relaxed);
             exposition.counter(STREAMS.name, STREAMS.help, streams);
@@ -347,11 +374,12 @@ impl ServerMetrics {
         })
     }
 
-    fn collect_connections(&self, exposition: &mut Exposition) {
+    fn collect_connections(&self, agents: usize, exposition: &mut Exposition) {
         exposition.gauge(PENDING_DIALS.name, PENDING_DIALS.help, self.pending_dials.get());
         exposition.gauge(ESTABLISHED.name, ESTABLISHED.help, self.established.get());
-        let proxy = vec![("service_method", "Proxy".to_owned())];
-        let rows = [(proxy, self.grpc_connections.get())];
+        let method = |name: &str| vec![("service_method", name.to_owned())];
+        let rows =
+            [(method("Proxy"), self.grpc_connections.get()), (method("Connect"), agents as u64)];
         exposition.family(GRPC_CONNECTIONS.name, Kind::Gauge, GRPC_CONNECTIONS.help, rows);
         exposition.gauge(HTTP_CONNECTIONS.name, HTTP_CONNECTIONS.help, self.http_connections.get());
         let unadmitted = self
@@ -365,7 +393,12 @@ impl ServerMetrics {
 /// Begins every counter whose labels are known at 0, so that the first event is a rise.
 fn register_counters(metrics: &Metrics) {
     let families = [
-        (DIAL_FAILURES, "reason", [&DialError::REASONS[..], &[FRONTEND_CLOSE]].concat()),
+        (
+            DIAL_FAILURES,
+            "reason",
+            KonnectivityFailure::ALL.map(KonnectivityFailure::label).to_vec(),
+        ),
+        (DIALS_FAILED, "reason", [&DialError::REASONS[..], &[FRONTEND_CLOSE]].concat()),
         (JOIN_FAILURES, "reason", JOIN_FAILURE_REASONS.to_vec()),
         (IDENTITY_CONFLICTS, "reason", ClaimFault::LABELS.to_vec()),
         (FRONTENDS_REFUSED, "reason", FrontendRefusal::ALL.map(FrontendRefusal::label).to_vec()),

@@ -174,7 +174,8 @@ impl Server {
         let admin_port = port("admin", "admin-port", config.admin_address);
         let routes = || {
             let (metrics, backends) = (metrics.clone(), backends.clone());
-            Routes::new().metrics(move || metrics.render(&backends))
+            let counted = metrics.inner().clone();
+            Routes::new().metrics(&counted, move || metrics.render(&backends))
         };
         let (ready, frontends) = (backends.clone(), frontend_context.clone());
         let health_routes = routes().healthz().readyz(move |_| {
@@ -183,7 +184,11 @@ impl Server {
         });
         Ok(Self {
             health: AdminServer::start(health_port, health_routes, metrics.inner()),
-            admin: AdminServer::start(admin_port, routes(), metrics.inner()),
+            admin: AdminServer::start(
+                admin_port,
+                routes().profiling(config.profiling),
+                metrics.inner(),
+            ),
             frontend,
             frontend_context,
             agents,

@@ -228,14 +228,20 @@ fn several_faults_are_reported_together() {
 }
 
 #[test]
+fn profiles_are_of_the_processor_alone() {
+    let files = Files::new();
+    assert!(!files.config(&[]).unwrap().profiling);
+    let profiling = files.config(&["--enable-profiling"]).unwrap();
+    assert!(profiling.profiling && profiling.warnings.is_empty(), "{:?}", profiling.warnings);
+    let flags = ["--enable-profiling", "--enable-contention-profiling"];
+    let warnings = files.config(&flags).unwrap().warnings;
+    assert!(warnings[0].starts_with("--enable-contention-profiling: "), "{warnings:?}");
+}
+
+#[test]
 fn a_flag_without_effect_causes_a_warning() {
     let files = Files::new();
-    for arg in [
-        "--enable-profiling",
-        "--xfr-channel-size=20",
-        "--log-dir=/var/log",
-        "--admin-server-port=8136",
-    ] {
+    for arg in ["--xfr-channel-size=20", "--log-dir=/var/log", "--admin-server-port=8136"] {
         let flag = arg.split('=').next().unwrap();
         let warnings = files.config(&[arg]).unwrap().warnings;
         assert_eq!(warnings.len(), 1, "{arg}: {warnings:?}");

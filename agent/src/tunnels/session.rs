@@ -2,7 +2,10 @@
 
 use std::{convert::Infallible, mem, sync::Arc, time::Duration};
 
-use culvert_process::version::software;
+use culvert_process::{
+    metrics::{PacketType, Segment},
+    version::software,
+};
 use culvert_transport::{
     BufferSizes, Carrier, Tunnel, TunnelLost,
     budget::MemoryBudget,
@@ -292,6 +295,7 @@ impl Joined {
         };
         let ending = async {
             let Session { tunnel, control, token } = &mut self.session;
+            context.egress.metrics().packet(Segment::FromAgent, PacketType::Drain);
             control.send(&ControlMessage::Drain(Drain { deadline_millis })).await?;
             streams.close();
             let linger = DRAIN_LINGER + tunnel.stats().rtt * 2;

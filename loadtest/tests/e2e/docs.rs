@@ -219,13 +219,14 @@ async fn every_counter_with_documented_labels_exists_from_the_start() {
         ("culvert_server_optimistic_dials_total", "result"),
         ("culvert_server_join_failures_total", "reason"),
         ("culvert_server_lease_renewals_total", "result"),
+        ("konnectivity_network_proxy_server_dial_failure_count", "reason"),
         ("culvert_agent_connect_attempts_total", "result"),
         ("culvert_agent_dial_failures_total", "kind"),
     ] {
         let words = words_of_row(&operations, metric);
         expected.extend(words.into_iter().map(|word| (metric, label, word)));
     }
-    let dials = "konnectivity_network_proxy_server_dial_failure_count";
+    let dials = "culvert_server_dial_failures_total";
     expected.extend(reasons_of_dials(&operations).into_iter().map(|word| (dials, "reason", word)));
     for metric in ["culvert_server_tunnels_lost_total", "culvert_agent_tunnels_lost_total"] {
         let others = ["timed_out", "peer_restarted", "transport"];

@@ -20,6 +20,7 @@ mod identity;
 mod interop;
 mod keepalive;
 mod konnectivity_agent;
+mod konnectivity_metrics;
 mod konnectivity_suite;
 mod leases;
 mod limits;

@@ -5,7 +5,10 @@ pub(crate) mod renewal;
 
 use std::{mem, sync::Arc, time::Duration};
 
-use culvert_process::rate_limited;
+use culvert_process::{
+    metrics::{PacketType, Segment},
+    rate_limited,
+};
 use culvert_transport::{
     Tunnel, TunnelLost,
     control::{ControlError, ControlStream},
@@ -71,6 +74,9 @@ pub(super) async fn serve(
     let lost = drive(&backend, control, (proof, servers), &context).await;
     registration.end(&lost);
     context.metrics.tunnel_lost(lost.label());
+    if lost.is_failure() {
+        context.metrics.flow.canceled(Segment::FromAgent, None);
+    }
     context.unadmitted.remember(backend.tunnel.remote_address().ip());
     let cut = backend.open_streams();
     info!(agent_id = %agent_id, %remote, reason = %lost, cut, "agent gone");
@@ -146,6 +152,7 @@ async fn converse(
                 ControlMessage::Drain(Drain { deadline_millis }) => {
                     if !mem::replace(&mut has_drained, true) {
                         context.backends.drain(backend);
+                        context.metrics.flow.packet(Segment::FromAgent, PacketType::Drain);
                         info!(agent_id = %backend.agent_id(), deadline_millis, "agent drains");
                     }
                 }

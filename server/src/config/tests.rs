@@ -384,12 +384,22 @@ fn several_faults_are_reported_together() {
 }
 
 #[test]
+fn profiles_are_of_the_processor_alone() {
+    let files = Files::new();
+    assert!(!files.config(&[]).unwrap().profiling);
+    let profiling = files.config(&["--enable-profiling"]).unwrap();
+    assert!(profiling.profiling && profiling.warnings.is_empty(), "{:?}", profiling.warnings);
+    let flags = ["--enable-profiling", "--enable-contention-profiling"];
+    let warnings = files.config(&flags).unwrap().warnings;
+    assert!(warnings[0].starts_with("--enable-contention-profiling: "), "{warnings:?}");
+}
+
+#[test]
 fn what_has_no_effect_is_warned_of() {
     let files = Files::new();
     for arg in [
         "--cipher-suites=TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA",
         "--tls-min-version=VersionTLS10",
-        "--enable-profiling",
         "--xfr-channel-size=20",
         "--log-file=/var/log/server.log",
         "--admin-port=8132",

@@ -3,7 +3,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use culvert_process::rate_limited;
+use culvert_process::{
+    metrics::{PacketType, Segment},
+    rate_limited,
+};
 use culvert_transport::TunnelLost;
 use culvert_wire::{CloseCode, DialId, Target, dial::DialRequest, extension::Extensions};
 use tokio::time::{Instant, timeout_at};
@@ -192,7 +195,9 @@ impl Dialer {
         let (asked, received_before) = (Instant::now(), backend.tunnel.stats().received_bytes);
         let exchange = async {
             let mut pending = until(dial.deadline, PendingStream::open(&permit)).await?;
+            self.metrics.flow.packet(Segment::ToAgent, PacketType::DialReq);
             let reply = pending.exchange(backend, &request, dial.deadline).await?;
+            self.metrics.flow.packet(Segment::FromAgent, PacketType::DialRsp);
             reply.outcome?;
             Ok((pending.into_stream(), Reply::Received(reply.timing)))
         };
@@ -211,6 +216,7 @@ impl Dialer {
         let permit = permit(backend)?;
         let request = self.request(&dial.parameters);
         let mut pending = until(dial.deadline, PendingStream::open(&permit)).await?;
+        self.metrics.flow.packet(Segment::ToAgent, PacketType::DialReq);
         pending.send(backend, &request, dial.deadline).await?;
         let expected = ExpectedReply {
             dialer: self.clone(),
@@ -252,13 +258,13 @@ impl Dialer {
         let reached = backend.map(|backend| &backend.recently_reached);
         match result {
             Ok(_) => {
-                self.metrics.dial_duration.record(started.elapsed());
+                self.metrics.dial_succeeded(started.elapsed());
                 if let Some(reached) = reached.filter(|_| self.config.optimistic) {
                     reached.note(target, Instant::now());
                 }
             }
             Err(error) => {
-                self.metrics.dial_failed(error.reason());
+                self.metrics.dial_failed(error);
                 if let Some(reached) = reached {
                     reached.forget(target);
                 }

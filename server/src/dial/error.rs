@@ -174,7 +174,7 @@ impl DialError {
         "overloaded",
         "refused",
         "unrecognized_response",
-        "send_rsp",
+        "send_req",
     ];
 
     /// Whether the agent, or its target by its account, did not answer in time.
@@ -186,8 +186,7 @@ impl DialError {
         }
     }
 
-    /// The value of the `reason` label of Konnectivity's `dial_failure_count` metric, or one of our
-    /// own where Konnectivity has none.
+    /// The value of the `reason` label of `culvert_server_dial_failures_total`, and of log lines.
     pub(crate) fn reason(&self) -> &'static str {
         match self {
             Self::NoAgent(_) => "no_agent",
@@ -197,7 +196,68 @@ impl DialError {
             Self::Overloaded(_) => "overloaded",
             Self::Refused { .. } => "refused",
             Self::Malformed { .. } => "unrecognized_response",
-            Self::Request(_) => "send_rsp",
+            Self::Request(_) => "send_req",
+        }
+    }
+
+    /// What Konnectivity would count. Its HTTP CONNECT frontend does not count a dial that finds no
+    /// agent, so its gRPC frontend counts that by itself.
+    pub(crate) fn konnectivity_failure(&self) -> Option<KonnectivityFailure> {
+        match self {
+            Self::NoAgent(_) => None,
+            Self::Address(_)
+            | Self::Network(_)
+            | Self::Failed(_)
+            | Self::Overloaded(_)
+            | Self::Refused { .. } => Some(KonnectivityFailure::ErrorResponse),
+            Self::TimedOut(_) => Some(KonnectivityFailure::BackendDialTimeout),
+            Self::Lost { .. } | Self::Request(_) => Some(KonnectivityFailure::BackendClose),
+            Self::Malformed { .. } => Some(KonnectivityFailure::UnrecognizedResponse),
+        }
+    }
+}
+
+/// Why a dial failed, as Konnectivity counts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum KonnectivityFailure {
+    /// No agent is connected for the target.
+    NoAgent,
+    /// The agent reports a failure.
+    ErrorResponse,
+    /// The agent sent a reply to no dial.
+    UnrecognizedResponse,
+    /// The frontend did not take the positive reply.
+    SendResponse,
+    /// The agent was lost before its reply, or could not be asked.
+    BackendClose,
+    /// The agent did not reply in time.
+    BackendDialTimeout,
+    /// The frontend gave the dial up.
+    FrontendClose,
+}
+
+impl KonnectivityFailure {
+    /// Every one.
+    pub(crate) const ALL: [Self; 7] = [
+        Self::NoAgent,
+        Self::ErrorResponse,
+        Self::UnrecognizedResponse,
+        Self::SendResponse,
+        Self::BackendClose,
+        Self::BackendDialTimeout,
+        Self::FrontendClose,
+    ];
+
+    /// The value of the `reason` label of Konnectivity's `dial_failure_count`.
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::NoAgent => "no_agent",
+            Self::ErrorResponse => "error_response",
+            Self::UnrecognizedResponse => "unrecognized_response",
+            Self::SendResponse => "send_rsp",
+            Self::BackendClose => "backend_close",
+            Self::BackendDialTimeout => "backend_dial_timeout",
+            Self::FrontendClose => "frontend_close",
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use culvert_process::metrics::Counted;
+use culvert_process::metrics::{Counted, PacketType, Segment};
 use culvert_transport::{RecvHalf, splice::Cut};
 use culvert_wire::{StreamCode, Target};
 use tokio::time::Instant;
@@ -35,7 +35,10 @@ impl ExpectedReply {
         let Self { dialer, backend, target, deadline, .. } = self;
         let started = Instant::now();
         let reply = until(deadline, read_reply(&backend, recv));
-        let result = suspecting(&backend, reply).await.and_then(|reply| Ok(reply.outcome?));
+        let result = suspecting(&backend, reply).await.and_then(|reply| {
+            dialer.metrics.flow.packet(Segment::FromAgent, PacketType::DialRsp);
+            Ok(reply.outcome?)
+        });
         dialer.record(&target, Some(&backend), started, &result);
         dialer.metrics.optimistic_dial(result.is_ok());
         result.map_err(cut)

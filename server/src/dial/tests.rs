@@ -34,7 +34,7 @@ mod moves;
 mod optimistic;
 
 const LIMIT: Duration = Duration::from_secs(10);
-const FAILURES: &str = "konnectivity_network_proxy_server_dial_failure_count";
+const FAILURES: &str = "culvert_server_dial_failures_total";
 
 /// A dialer, and what it dials through.
 struct Dialing {

@@ -65,7 +65,9 @@ pub(super) async fn serve<S: FrontendSocket>(mut socket: S, context: &FrontendCo
             Some(Ok(dialed)) => {
                 return establish(socket, buffer.freeze(), dialed, context).await;
             }
-            Some(Err(error)) => refusal(&error),
+            Some(Err(error)) => {
+                return context.metrics.flow.timed(refuse(socket, &refusal(&error))).await;
+            }
             None => return debug!("a frontend left while its dial was pending"),
         },
         Err(bad) => bad.answer(),
@@ -127,13 +129,20 @@ async fn dial<S: FrontendSocket>(
 ) -> Option<Result<Dialed, DialError>> {
     let target: Target = match request.address.parse() {
         Ok(target) => target,
-        Err(error) => return Some(Err(DialError::Address(error))),
+        Err(error) => {
+            let error = DialError::Address(error);
+            context.metrics.dial_failed(&error);
+            return Some(Err(error));
+        }
     };
     let RequestHints { kind, trace } = request.hints;
     let parameters = DialParameters { network: Network::Tcp, target, kind, trace };
     tokio::select! {
         result = context.dialer.dial(parameters) => Some(result),
-        () = gone(socket, buffer) => None,
+        () = gone(socket, buffer) => {
+            context.metrics.dial_given_up();
+            None
+        }
     }
 }
 
@@ -161,7 +170,7 @@ async fn establish<S: FrontendSocket>(
         socket.write_all(established).await?;
         socket.flush().await
     };
-    if let Err(error) = written.await {
+    if let Err(error) = context.metrics.flow.timed(written).await {
         return debug!(%error, "a frontend left before it was answered");
     }
     // The end was counted and logged.

@@ -10,7 +10,10 @@ use culvert_transport::splice::{self, Abort, Cut, HalfEnd, Local, LocalRead, Loc
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, field::display};
 
-use super::reach::Reach;
+use super::{
+    observed::{ObservedRead, ObservedWrite},
+    reach::Reach,
+};
 use crate::{
     backends::registry::Candidate,
     config::Mode,
@@ -72,9 +75,16 @@ impl FrontendContext {
             progress: stream.0.progress().clone(),
             since: tokio::time::Instant::now(),
         });
+        let flow = &self.metrics.flow;
+        let local = local
+            .map_reader(|reader| ObservedRead::new(reader, flow))
+            .map_writer(|writer| ObservedWrite::new(writer, flow));
         let splice = Box::pin(splice::splice_after(reply, local, stream, &self.metrics.meter));
         let outcome = splice.await;
         drop((open, listed));
+        if !matches!(outcome.end, Err(Cut::Lost(_))) {
+            flow.closed();
+        }
         self.metrics.stream_ended(started, &outcome);
         let (up, down) = (outcome.to_tunnel, outcome.from_tunnel);
         let seconds = started.elapsed().as_secs_f64();

@@ -6,6 +6,7 @@
 
 pub(super) mod authority;
 mod connection;
+mod counted;
 mod proxy;
 mod service;
 

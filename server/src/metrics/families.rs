@@ -16,14 +16,34 @@ pub(super) const DIAL_DURATION: Family = Family::new(
     "konnectivity_network_proxy_server_dial_duration_seconds",
     "Latency of dial to the remote endpoint in seconds",
 );
+pub(super) const DIAL_DURATION_FINE: Family = Family::new(
+    "culvert_server_dial_duration_seconds",
+    "Time from a dial's start to the agent's positive reply, in seconds.",
+);
 pub(super) const CONNECTION_DURATION: Family = Family::new(
     "konnectivity_network_proxy_server_connection_duration_seconds",
-    "Time a spliced connection lived, in seconds.",
+    "Duration in seconds a proxied end-to-end connection was established (post-dial) before being \
+     closed.",
 );
+pub(super) const FRONTEND_WRITES: Family = Family::new(
+    "konnectivity_network_proxy_server_frontend_write_duration_seconds",
+    "Latency of write to the frontend in seconds",
+);
+pub(super) const FULL_CHANNELS: Family = Family::new(
+    "konnectivity_network_proxy_server_full_receive_channels",
+    "Number of current connections blocked by a full receive channel, partitioned by service \
+     method.",
+);
+pub(super) const STREAM_PACKETS: &str = "konnectivity_network_proxy_server_stream_packets_total";
+pub(super) const STREAM_ERRORS: &str = "konnectivity_network_proxy_server_stream_errors_total";
 pub(super) const DIAL_FAILURES: Family = Family::new(
     "konnectivity_network_proxy_server_dial_failure_count",
     "Number of dial failures observed. Multiple failures can occur for a single dial \
      request.",
+);
+pub(super) const DIALS_FAILED: Family = Family::new(
+    "culvert_server_dial_failures_total",
+    "Dials that failed or were given up, by reason.",
 );
 pub(super) const OPTIMISTIC_DIALS: Family = Family::new(
     "culvert_server_optimistic_dials_total",
@@ -131,19 +151,21 @@ pub(super) const LEASE_RENEWALS: Family = Family::new(
 );
 pub(super) const LEASE_LISTS: Family = Family::new(
     "konnectivity_network_proxy_server_lease_list_total",
-    "Lists of Leases, by kube-apiserver's answer.",
+    "Count of lease deletion calls by the garbage collection controller. Labeled by HTTP status \
+     code and reason.",
 );
 pub(super) const LEASE_LIST_LATENCY: Family = Family::new(
     "konnectivity_network_proxy_server_lease_list_latency_seconds",
-    "Latency of lease list calls in seconds.",
+    "Latency of lease list calls by the garbage collection controller in seconds.",
 );
 pub(super) const LEASE_DELETES: Family = Family::new(
     "konnectivity_network_proxy_server_lease_delete_total",
-    "Removals of Leases, by kube-apiserver's answer.",
+    "Count of lease delection calls by the garbage collection controller. Labeled by HTTP status \
+     code and reason.",
 );
 pub(super) const LEASE_DELETE_LATENCY: Family = Family::new(
     "konnectivity_network_proxy_server_lease_delete_latency_seconds",
-    "Latency of lease deletion calls in seconds.",
+    "Latency of lease deletion calls by the garbage collection controller in seconds.",
 );
 pub(super) const UDP_BUFFER: Family = Family::new(
     "culvert_server_udp_buffer_bytes",
@@ -151,8 +173,9 @@ pub(super) const UDP_BUFFER: Family = Family::new(
 );
 
 /// Families that count events.
-pub(super) const COUNTERS: [Family; 15] = [
+pub(super) const COUNTERS: [Family; 16] = [
     DIAL_FAILURES,
+    DIALS_FAILED,
     OPTIMISTIC_DIALS,
     DIALS_MOVED,
     DIALS_WAITED,
@@ -169,19 +192,24 @@ pub(super) const COUNTERS: [Family; 15] = [
     LEASE_DELETES,
 ];
 /// Families of durations, and the bounds of their buckets.
-pub(super) const HISTOGRAMS: [(Family, &[f64]); 4] = [
-    (DIAL_DURATION, DIAL_BUCKETS),
+pub(super) const HISTOGRAMS: [(Family, &[f64]); 5] = [
+    (DIAL_DURATION, LATENCY_BUCKETS),
+    (DIAL_DURATION_FINE, DIAL_BUCKETS),
     (CONNECTION_DURATION, CONNECTION_BUCKETS),
-    (LEASE_LIST_LATENCY, DIAL_BUCKETS),
-    (LEASE_DELETE_LATENCY, DIAL_BUCKETS),
+    (LEASE_LIST_LATENCY, REQUEST_BUCKETS),
+    (LEASE_DELETE_LATENCY, REQUEST_BUCKETS),
 ];
 /// Labels of the bytes to the tunnel and of those from it.
 pub(super) const DIRECTIONS: [&str; 2] = ["to_agent", "from_agent"];
 
-/// Bounds of dial durations, in seconds: Konnectivity's, and finer ones in the range of tunnels.
-pub(super) const DIAL_BUCKETS: &[f64] = &[
-    1e-6, 1e-5, 1e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 12.5,
-];
+/// Bounds of Konnectivity's durations of dials and writes, in seconds. They are exactly its own:
+/// buckets of servers of both makes are added up.
+pub(super) const LATENCY_BUCKETS: &[f64] = &[1e-6, 1e-5, 1e-4, 0.005, 0.025, 0.1, 0.5, 2.5, 12.5];
+/// Bounds of requests to kube-apiserver, in seconds: those of Go's client library.
+const REQUEST_BUCKETS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+/// Bounds of dial durations, in seconds, finer in the range of tunnels.
+const DIAL_BUCKETS: &[f64] =
+    &[1e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 12.5];
 /// Bounds of connection durations, in seconds: Konnectivity's.
-pub(super) const CONNECTION_BUCKETS: &[f64] =
+const CONNECTION_BUCKETS: &[f64] =
     &[1.0, 5.0, 15.0, 30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 14_400.0, 43_200.0, 86_400.0];

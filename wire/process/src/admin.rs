@@ -4,6 +4,7 @@
 //! process. So everything that a client can hold is bounded, and a new connection ends the oldest
 //! one when too many are open: a client that opens many cannot keep the kubelet out.
 
+mod profiling;
 mod rendering;
 
 use std::{
@@ -46,6 +47,10 @@ const MAX_CONNECTIONS: usize = 256;
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// First and last interval between attempts to listen on a port that is not available.
 const BIND_INTERVALS: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
+
+/// The profiles that there are.
+const PROFILES: &str = "/debug/pprof/profile?seconds=30: processor time, in the format of pprof\n\
+    Profiles of Go's heap, goroutines and locks do not exist here.\n";
 
 /// A response.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,7 +109,9 @@ enum Handler {
     /// Answers at once.
     Answer(Box<dyn Fn(AdminRequest<'_>) -> AdminResponse + Send + Sync>),
     /// Metrics, which cost time.
-    Metrics(Rendering),
+    Metrics(Rendering, Metrics),
+    /// Profiles of the processor.
+    Profile,
 }
 
 /// Paths and their handlers; every other path is a 404.
@@ -152,9 +159,14 @@ impl Routes {
 
     /// Adds `/metrics` with the text of `render`, in Prometheus' text format. It takes
     /// at most a tenth of one thread: a request waits for the text that is being rendered, and
-    /// requests that wait share it.
-    pub fn metrics(mut self, render: impl Fn() -> String + Send + Sync + 'static) -> Self {
-        self.table.push(("/metrics", Handler::Metrics(Rendering::new(render))));
+    /// requests that wait share it. The requests are counted in `metrics`.
+    pub fn metrics(
+        mut self,
+        metrics: &Metrics,
+        render: impl Fn() -> String + Send + Sync + 'static,
+    ) -> Self {
+        let handler = Handler::Metrics(Rendering::new(render), metrics.clone());
+        self.table.push(("/metrics", handler));
         self
     }
 
@@ -168,6 +180,18 @@ impl Routes {
         })
     }
 
+    /// Adds the profiles of `--enable-profiling`, if it is set: `/debug/pprof/profile`, of which one
+    /// is taken at a time. Go's others say what is there instead.
+    pub fn profiling(mut self, is_enabled: bool) -> Self {
+        if !is_enabled {
+            return self;
+        }
+        self.table.push(("/debug/pprof/profile", Handler::Profile));
+        let index = "/debug/pprof/";
+        self.on("/debug/pprof", |_| AdminResponse::redirect("/debug/pprof/".to_owned()))
+            .on(index, |_| AdminResponse::text(StatusCode::OK, PROFILES))
+    }
+
     async fn answer<B>(&self, request: Request<B>) -> Response<Full<Bytes>> {
         let path = request.uri().path();
         let handler = self.table.iter().find(|(known, _)| *known == path);
@@ -177,16 +201,30 @@ impl Routes {
                 let query = request.uri().query().unwrap_or_default();
                 answer(AdminRequest { query, host: host.unwrap_or_default() }).into_response()
             }
-            Some(Handler::Metrics(rendering)) => AdminResponse {
+            Some(Handler::Metrics(rendering, metrics)) => AdminResponse {
                 content_type: "text/plain; version=0.0.4; charset=utf-8",
-                ..AdminResponse::text(StatusCode::OK, rendering.text().await)
+                ..AdminResponse::text(StatusCode::OK, scrape(rendering, metrics).await)
             }
             .into_response(),
+            Some(Handler::Profile) => {
+                let query = request.uri().query().unwrap_or_default();
+                profiling::cpu(query).await.into_response()
+            }
             None => {
                 AdminResponse::text(StatusCode::NOT_FOUND, "404 page not found\n").into_response()
             }
         }
     }
+}
+
+/// The metrics of now. The request counts as in flight until it is answered or given up.
+async fn scrape(rendering: &Rendering, metrics: &Metrics) -> Bytes {
+    let in_flight = metrics.scrapes_in_flight();
+    in_flight.increment(1.0);
+    let _ended = scopeguard::guard((), |()| in_flight.decrement(1.0));
+    let text = rendering.text().await;
+    metrics.scrapes().increment(1);
+    text
 }
 
 /// The host without its port. IPv6 addresses have brackets when a port follows.

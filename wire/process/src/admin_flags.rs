@@ -14,7 +14,7 @@ pub struct AdminFlags {
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
     pub admin_bind_address: String,
 
-    /// Serve Go's profiler on the admin port. Accepted and ignored
+    /// Serve CPU profiles in pprof's format on the admin port, at /debug/pprof/profile
     #[arg(long)]
     pub enable_profiling: bool,
 
@@ -31,8 +31,8 @@ impl AdminFlags {
             "enable-contention-profiling",
             "needs --enable-profiling",
         );
-        if self.enable_profiling {
-            faults.warn("enable-profiling", "has no effect, there is no Go profiler here");
+        if self.enable_contention_profiling {
+            faults.warn("enable-contention-profiling", "has no effect, only CPU time is profiled");
         }
         faults.bind_address("admin-bind-address", &self.admin_bind_address, port)
     }

@@ -13,10 +13,17 @@ use metrics_exporter_prometheus::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
+use self::go_number::go_number;
+
+mod durations;
 mod exposition;
+mod go_number;
+mod packets;
 mod streams;
 
+pub use durations::Durations;
 pub use exposition::{Exposition, Kind, Labels, TunnelRow};
+pub use packets::{PacketType, Segment, StreamErrors, StreamPackets};
 pub use streams::{Counted, LiveCount, StreamEnds};
 
 /// Whether a port cannot be listened on, by the listener's name.
@@ -25,6 +32,10 @@ const LISTENER_UNAVAILABLE: &str = "culvert_listener_unavailable";
 /// Interval at which samples of histograms are added to their buckets. Without it, and without
 /// scrapes, the samples would pile up in memory.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Requests of metrics by status, and those without an answer yet, as in Go's client library.
+const SCRAPES: &str = "promhttp_metric_handler_requests_total";
+const SCRAPES_IN_FLIGHT: &str = "promhttp_metric_handler_requests_in_flight";
 
 const METADATA: Metadata<'static> = Metadata::new("culvert", Level::INFO, None);
 
@@ -37,6 +48,8 @@ const METADATA: Metadata<'static> = Metadata::new("culvert", Level::INFO, None);
 pub struct Metrics {
     recorder: Arc<PrometheusRecorder>,
     handle: PrometheusHandle,
+    /// Bounds of buckets as the recorder spells them, and as Go does, where that differs.
+    bounds: Arc<[(String, String)]>,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -57,17 +70,32 @@ impl Metrics {
             builder = builder.set_buckets_for_metric(Matcher::Full((*name).to_owned()), bounds)?;
         }
         let recorder = builder.build_recorder();
-        let metrics = Self { handle: recorder.handle(), recorder: Arc::new(recorder) };
+        let bounds = respelled(buckets.iter().flat_map(|(_, bounds)| *bounds));
+        let metrics = Self { handle: recorder.handle(), recorder: Arc::new(recorder), bounds };
         metrics.describe_gauge("culvert_build_info", "Always 1; the label tells the version.");
         metrics.gauge("culvert_build_info", &[("version", version)]).set(1.0);
         let help = "1 while the port of the listener cannot be listened on, else 0.";
         metrics.describe_gauge(LISTENER_UNAVAILABLE, help);
+        metrics.describe_counter(SCRAPES, "Total number of scrapes by HTTP status code.");
+        metrics.register_counters(SCRAPES, "code", ["200", "500", "503"]);
+        metrics.describe_gauge(SCRAPES_IN_FLIGHT, "Current number of scrapes being served.");
+        let _ = metrics.scrapes_in_flight();
         Ok(metrics)
     }
 
     /// The gauge that is 1 while this listener's port is not available.
     pub(crate) fn listener_unavailable(&self, listener: &'static str) -> Gauge {
         self.gauge(LISTENER_UNAVAILABLE, &[("listener", listener)])
+    }
+
+    /// Number of requests of metrics that were answered.
+    pub(crate) fn scrapes(&self) -> Counter {
+        self.counter(SCRAPES, &[("code", "200")])
+    }
+
+    /// Number of requests of metrics that have no answer yet.
+    pub(crate) fn scrapes_in_flight(&self) -> Gauge {
+        self.gauge(SCRAPES_IN_FLIGHT, &[])
     }
 
     /// Gives a counter its HELP text.
@@ -115,7 +143,11 @@ impl Metrics {
     /// All metrics in Prometheus' text format 0.0.4: the counted ones, the `process_*` metrics, and
     /// those that `collect` adds. The last two are read now, so they are never stale.
     pub fn render(&self, collect: impl FnOnce(&mut Exposition)) -> String {
-        let mut exposition = Exposition::new(self.handle.render());
+        let mut text = self.handle.render();
+        for (spelled, in_go) in &*self.bounds {
+            text = text.replace(spelled, in_go);
+        }
+        let mut exposition = Exposition::new(text);
         exposition.process();
         collect(&mut exposition);
         exposition.into_text()
@@ -133,6 +165,18 @@ impl Metrics {
             }
         })
     }
+}
+
+/// The `le` labels that the recorder spells differently from Go, each with Go's spelling.
+fn respelled<'a>(bounds: impl Iterator<Item = &'a f64>) -> Arc<[(String, String)]> {
+    let mut labels: Vec<_> = bounds
+        .map(|bound| (bound.to_string(), go_number(*bound)))
+        .filter(|(spelled, in_go)| spelled != in_go)
+        .map(|(spelled, in_go)| (format!("le=\"{spelled}\""), format!("le=\"{in_go}\"")))
+        .collect();
+    labels.sort();
+    labels.dedup();
+    labels.into()
 }
 
 /// The upkeep task; dropping this ends it.
@@ -183,7 +227,7 @@ mod tests {
         let text = metrics.render(|_| {});
         for line in [
             "# TYPE dial_duration_seconds histogram",
-            "dial_duration_seconds_bucket{le=\"0.00001\"} 0",
+            "dial_duration_seconds_bucket{le=\"1e-05\"} 0",
             "dial_duration_seconds_bucket{le=\"0.5\"} 1",
             "dial_duration_seconds_bucket{le=\"+Inf\"} 1",
             "dial_duration_seconds_count 1",

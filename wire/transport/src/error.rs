@@ -133,6 +133,16 @@ impl TunnelLost {
         codes.chain(["unknown", "timed_out", "peer_restarted", "transport"])
     }
 
+    /// Whether neither side has closed the tunnel on purpose: the path, the carrier or the peer's
+    /// process has failed.
+    pub fn is_failure(&self) -> bool {
+        match self {
+            Self::ClosedByPeer { .. } => false,
+            Self::ClosedHere { code, .. } => *code == CloseCode::UNRESPONSIVE,
+            Self::TimedOut | Self::PeerRestarted | Self::Transport(_) => true,
+        }
+    }
+
     /// The cause as a metric label.
     pub fn label(&self) -> &'static str {
         match self {

@@ -32,7 +32,11 @@ use tonic::Streaming;
 use tracing::debug;
 
 use super::{AgentStream, keepalive::TooManyPings};
-use crate::agents::{AgentContext, admission::Authenticated, session, unadmitted::Attempt};
+use crate::{
+    agents::{AgentContext, admission::Authenticated, session, unadmitted::Attempt},
+    dial::KonnectivityFailure,
+    metrics::ServerMetrics,
+};
 
 /// Why a Konnectivity agent could not be introduced on its tunnel.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +82,7 @@ impl BridgeEnd {
 pub(super) struct Bridge {
     tunnel: Tunnel,
     control: ControlStream,
+    metrics: Arc<ServerMetrics>,
 }
 
 impl Bridge {
@@ -104,7 +109,7 @@ impl Bridge {
             }
         };
         match timeout_at(deadline, introduced).await {
-            Ok(Ok(control)) => Ok(Self { tunnel, control }),
+            Ok(Ok(control)) => Ok(Self { tunnel, control, metrics: context.metrics.clone() }),
             // The close of our own end names the cause.
             Ok(Err(IntroductionError::Control(ControlError::Read(_)))) => {
                 Err(tunnel.closed().await.into())
@@ -116,13 +121,14 @@ impl Bridge {
 
     /// Carries dials and connections until the agent's stream ends or the tunnel is lost.
     pub(super) async fn run(self, stream: AgentStream) {
-        let Self { tunnel, mut control } = self;
+        let Self { tunnel, mut control, metrics } = self;
         let AgentStream { inbound, outbound, too_many_pings } = stream;
         let connected = Arc::new(Connected {
             outbound,
             connections: Connections::new(tunnel.memory()),
             dials: Mutex::default(),
             drained: Notify::new(),
+            metrics,
         });
         let mut accepting = pin!(accept(&tunnel, &connected));
         let ended = tokio::select! {
@@ -170,6 +176,7 @@ struct Connected {
     dials: Mutex<HashMap<i64, oneshot::Sender<Answer>>>,
     /// Notified when the agent drains.
     drained: Notify,
+    metrics: Arc<ServerMetrics>,
 }
 
 impl Connected {
@@ -206,6 +213,9 @@ impl Connected {
 
     fn dialed(&self, response: DialResponse) -> Result<(), PeerNotReading> {
         let waiting = self.dials.lock().remove(&response.random);
+        if waiting.is_none() {
+            self.metrics.konnectivity_dial_failed(KonnectivityFailure::UnrecognizedResponse);
+        }
         if !response.error.is_empty() {
             if let Some(waiting) = waiting {
                 // A dial that was given up needs no answer.

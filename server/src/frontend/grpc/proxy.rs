@@ -19,8 +19,9 @@ use std::{
 };
 
 use culvert_konnectivity::packet::{DialRequest, Packet, PacketMessage};
+use culvert_process::metrics::{PacketType, Segment};
 use culvert_transport::splice::{Cut, HalfEnd, Local};
-use culvert_wire::{Target, bounded::Text, dial::Network};
+use culvert_wire::{StreamCode, Target, bounded::Text, dial::Network};
 use tokio::{sync::SetOnce, time::timeout};
 use tonic::{Status, Streaming};
 use tracing::debug;
@@ -32,8 +33,8 @@ use super::{
     second_dial_refused,
 };
 use crate::{
-    dial::{DialError, DialParameters, Dialed},
-    metrics::{FRONTEND_CLOSE, FrontendKind, FrontendRefusal},
+    dial::{DialError, DialParameters, Dialed, KonnectivityFailure},
+    metrics::{FrontendKind, FrontendRefusal, ServerMetrics},
 };
 
 /// Id of the next connection of this process, from 1; 0 stands for no connection on the wire.
@@ -72,9 +73,12 @@ pub(super) async fn serve(
         match dialed {
             Ok(dialed) => return connected(&context, random, *dialed, inbound, outbound).await,
             Err(error) => {
+                if matches!(error, DialError::NoAgent(_)) {
+                    context.metrics.konnectivity_dial_failed(KonnectivityFailure::NoAgent);
+                }
                 let answer = Packet::dial_response(random, Err(error.to_string()));
                 // A frontend that is gone needs no answer.
-                let _ = outbound.send(Ok(answer)).await;
+                let _ = context.metrics.flow.timed(outbound.send(Ok(answer))).await;
                 break;
             }
         }
@@ -123,7 +127,10 @@ async fn dial(
 ) -> Dialing {
     let parameters = match parameters(hints, &request) {
         Ok(parameters) => parameters,
-        Err(error) => return Dialing::Done(Err(error)),
+        Err(error) => {
+            context.metrics.dial_failed(&error);
+            return Dialing::Done(Err(error));
+        }
     };
     let mut dialing = pin!(context.dialer.dial(parameters));
     loop {
@@ -132,12 +139,13 @@ async fn dial(
             packet = inbound.message() => packet,
         };
         let Ok(Some(packet)) = packet else {
-            context.metrics.dial_failed(FRONTEND_CLOSE);
+            context.metrics.dial_given_up();
+            context.metrics.flow.canceled(Segment::FromClient, None);
             return Dialing::Left;
         };
         let refusal = match packet.into() {
             PacketMessage::CancelDial(random) if random == request.random => {
-                context.metrics.dial_failed(FRONTEND_CLOSE);
+                context.metrics.dial_given_up();
                 return Dialing::Cancelled;
             }
             PacketMessage::Dial(second) => second_dial_refused(second.random),
@@ -171,13 +179,20 @@ async fn connected(
     outbound: Outbound,
 ) {
     let id = NEXT_CONNECT_ID.fetch_add(1, Ordering::Relaxed);
-    if outbound.send(Ok(Packet::dial_response(random, Ok(id)))).await.is_err() {
+    let ServerMetrics { flow, .. } = &*context.metrics;
+    let answer = outbound.send(Ok(Packet::dial_response(random, Ok(id))));
+    if flow.timed(answer).await.is_err() {
+        context.metrics.konnectivity_dial_failed(KonnectivityFailure::SendResponse);
+        flow.canceled(Segment::ToClient, Some(PacketType::DialRsp));
         return debug!("a frontend left before its dial was answered");
     }
     let registration = Registration::begin();
     let (reader, writer, abort) = connection::halves(id, inbound, outbound.clone(), registration);
     let CutOnDrop(close) = &CutOnDrop(writer.close());
     let end = context.carry(Local::new(reader, writer, abort), dialed).await;
+    if matches!(&end, Err(Cut::Local(fault)) if fault.code == StreamCode::CANCELLED) {
+        flow.canceled(Segment::FromClient, None);
+    }
     let error = match end {
         Ok((_, HalfEnd::Finished)) => return, // the writer has sent CLOSE_RSP
         Ok((HalfEnd::Finished, _)) => String::new(),

@@ -2,11 +2,7 @@
 
 use std::{convert::Infallible, future::Ready, pin::Pin, sync::Arc};
 
-use culvert_konnectivity::{
-    PROXY,
-    codec::{MAX_PACKET_LEN, SmallBuffers},
-    packet::Packet,
-};
+use culvert_konnectivity::{PROXY, codec::MAX_PACKET_LEN, packet::Packet};
 use http::{Request, Response};
 use hyper::{body::Incoming, service::Service};
 use tokio::sync::{SetOnce, mpsc};
@@ -19,6 +15,7 @@ use tonic::{
 
 use super::{
     super::{FrontendContext, hints::RequestHints},
+    counted::Counted,
     proxy,
 };
 
@@ -54,7 +51,8 @@ impl Service<Request<Incoming>> for ProxyService {
                     Status::unimplemented(format!("unknown method {}", request.uri().path()));
                 return Ok(status.into_http());
             }
-            let mut grpc = Grpc::new(SmallBuffers).max_decoding_message_size(MAX_PACKET_LEN);
+            let codec = Counted(method.0.context.metrics.clone());
+            let mut grpc = Grpc::new(codec).max_decoding_message_size(MAX_PACKET_LEN);
             Ok(grpc.streaming(method, request).await)
         })
     }

@@ -55,8 +55,18 @@ fn a_query_is_verbose_with_that_key_alone() {
 
 #[tokio::test]
 async fn metrics_come_as_text_or_from_another_port() {
-    let server = serve_on_free_port(Routes::new().metrics(|| "a 1\n".to_owned()));
+    let metrics = Metrics::new("1", &[]).unwrap();
+    let routes = Routes::new().metrics(&metrics, || "a 1\n".to_owned());
+    let server = serve_on_free_port(routes);
     let answer = exchange(&server, "GET /metrics HTTP/1.0\r\n\r\n").await;
+    let text = metrics.render(|_| {});
+    for line in [
+        "promhttp_metric_handler_requests_total{code=\"200\"} 1",
+        "promhttp_metric_handler_requests_total{code=\"503\"} 0",
+        "promhttp_metric_handler_requests_in_flight 0",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} in {text}");
+    }
     assert!(answer.contains("content-type: text/plain; version=0.0.4"), "{answer}");
     assert!(answer.ends_with("\r\n\r\na 1\n"), "{answer}");
 
@@ -139,4 +149,29 @@ fn the_fault_of_a_port_names_its_flag() {
     let error = Port { listener: "admin", flag: "admin-port", address }.bind().unwrap_err();
     let text = error.to_string();
     assert!(text.starts_with("--admin-port: cannot listen on 127.0.0.1:"), "{text}");
+}
+
+#[tokio::test]
+async fn a_profile_is_served_behind_its_flag_and_one_at_a_time() {
+    let without = serve_on_free_port(Routes::new().profiling(false));
+    assert_eq!(get(&without, "/debug/pprof/profile?seconds=1").await.0, 404);
+    let server = serve_on_free_port(Routes::new().profiling(true));
+    assert_eq!(get(&server, "/debug/pprof/profile?seconds=61").await.0, 400);
+    assert!(get(&server, "/debug/pprof/").await.1.contains("/debug/pprof/profile"));
+    let request = "GET /debug/pprof/profile?seconds=1 HTTP/1.0\r\n\r\n";
+    let taken = async || {
+        let mut stream = TcpStream::connect(server.local_address()).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.unwrap();
+        let head = answer.windows(4).position(|end| end == b"\r\n\r\n").unwrap();
+        (String::from_utf8_lossy(&answer[9..12]).into_owned(), answer.len() - head - 4)
+    };
+    let (one, other) = tokio::join!(taken(), taken());
+    let mut statuses = [&*one.0, &*other.0];
+    statuses.sort_unstable();
+    assert_eq!(statuses, ["200", "500"]);
+    let profile = if one.0 == "200" { one.1 } else { other.1 };
+    assert!(profile > 10, "{profile} bytes");
+    assert_eq!(get(&server, "/debug/pprof/heap").await.0, 404);
 }

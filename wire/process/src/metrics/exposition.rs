@@ -10,6 +10,7 @@ use culvert_transport::{
 use metrics_process::collector;
 use tokio::runtime::Handle;
 
+use super::{durations::Durations, go_number::go_number};
 use crate::logging;
 
 /// Kind of a family's values.
@@ -87,6 +88,19 @@ impl Exposition {
     /// Adds a counter without labels.
     pub fn counter(&mut self, name: &str, help: &str, value: impl Display) {
         self.family(name, Kind::Counter, help, [(vec![], value)]);
+    }
+
+    /// Adds a histogram without labels.
+    pub fn histogram(&mut self, name: &str, help: &str, durations: &Durations) {
+        // Writing to a String cannot fail.
+        let text = &mut self.text;
+        let _ = write!(text, "# HELP {name} {help}\n# TYPE {name} histogram\n");
+        let mut count = 0;
+        for (bound, sum) in durations.cumulative() {
+            let _ = writeln!(text, "{name}_bucket{{le=\"{}\"}} {sum}", go_number(bound));
+            count = sum;
+        }
+        let _ = write!(text, "{name}_sum {}\n{name}_count {count}\n\n", durations.sum());
     }
 
     /// Adds the number of live tasks of the calling thread's runtime; nothing outside a runtime.
@@ -213,6 +227,12 @@ impl Exposition {
             "Virtual memory size in bytes.",
             process.virtual_memory_bytes,
         );
+        gauge(
+            "process_virtual_memory_max_bytes",
+            "Maximum amount of virtual memory available in bytes.",
+            // The library says 0 where there is no limit, and Go's the largest number.
+            process.virtual_memory_max_bytes.map(|bytes| if bytes == 0 { u64::MAX } else { bytes }),
+        );
         gauge("process_open_fds", "Number of open file descriptors.", process.open_fds);
         gauge("process_max_fds", "Maximum number of open file descriptors.", process.max_fds);
         gauge(
@@ -224,9 +244,28 @@ impl Exposition {
             let help = "Total user and system CPU time spent in seconds.";
             self.counter("process_cpu_seconds_total", help, seconds);
         }
+        if let Some([received, sent]) = network_bytes() {
+            let help = "Number of bytes received by the process over the network.";
+            self.counter("process_network_receive_bytes_total", help, received);
+            let help = "Number of bytes sent by the process over the network.";
+            self.counter("process_network_transmit_bytes_total", help, sent);
+        }
         let help = "Log lines that were lost: the queue was full, or they could not be written.";
         self.counter("culvert_log_lines_dropped_total", help, logging::dropped_lines());
     }
+}
+
+/// Number of bytes received and sent by the process's network namespace, as in Go's client library.
+fn network_bytes() -> Option<[u64; 2]> {
+    let netstat = std::fs::read_to_string("/proc/self/net/netstat").ok()?;
+    let mut rows = netstat.lines().filter_map(|line| line.strip_prefix("IpExt: "));
+    let (names, values) = (rows.next()?, rows.next()?);
+    let columns: Vec<_> = names.split(' ').zip(values.split(' ')).collect();
+    let value = |wanted| {
+        let (_, value) = columns.iter().find(|(name, _)| *name == wanted)?;
+        value.parse().ok()
+    };
+    Some([value("InOctets")?, value("OutOctets")?])
 }
 
 fn escape(value: &str) -> String {
@@ -246,6 +285,18 @@ mod tests {
         let rows = [(vec![("agent_id", "a\"b\\c\nd".to_owned()), ("b", "c".to_owned())], 1)];
         exposition.family("x", Kind::Gauge, "Help.", rows);
         let text = "# HELP x Help.\n# TYPE x gauge\nx{agent_id=\"a\\\"b\\\\c\\nd\",b=\"c\"} 1\n\n";
+        assert_eq!(exposition.into_text(), text);
+    }
+
+    #[test]
+    fn a_histogram_counts_up_to_each_bound() {
+        let durations = Durations::new(&[1e-6, 0.5]);
+        let micros = [1, 2, 500_000, 500_001];
+        micros.into_iter().for_each(|it| durations.record(std::time::Duration::from_micros(it)));
+        let mut exposition = Exposition::new(String::new());
+        exposition.histogram("d", "Help.", &durations);
+        let text = "# HELP d Help.\n# TYPE d histogram\nd_bucket{le=\"1e-06\"} 1\n\
+                    d_bucket{le=\"0.5\"} 3\nd_bucket{le=\"+Inf\"} 4\nd_sum 1.000004\nd_count 4\n\n";
         assert_eq!(exposition.into_text(), text);
     }
 
@@ -292,6 +343,10 @@ mod tests {
         };
         assert!(value("process_resident_memory_bytes") > 1e5);
         assert!(value("process_virtual_memory_bytes") >= value("process_resident_memory_bytes"));
+        let max = value("process_virtual_memory_max_bytes");
+        assert!(max >= value("process_virtual_memory_bytes"));
+        assert!(value("process_network_receive_bytes_total") >= 0.0);
+        assert!(value("process_network_transmit_bytes_total") >= 0.0);
         assert!(value("process_open_fds") >= 3.0);
         assert!(value("process_max_fds") >= value("process_open_fds"));
         assert!(value("process_cpu_seconds_total") >= 0.0);

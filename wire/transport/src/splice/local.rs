@@ -137,6 +137,20 @@ impl<R: LocalRead, W: LocalWrite, A: Abort> Local<R, W, A> {
         Self { reader, writer, guard, stuck_timeout: STUCK_TIMEOUT }
     }
 
+    /// The same connection with another writer, which `wrap` makes of this one.
+    #[must_use]
+    pub fn map_writer<W2: LocalWrite>(self, wrap: impl FnOnce(W) -> W2) -> Local<R, W2, A> {
+        let Self { reader, writer, guard, stuck_timeout } = self;
+        Local { reader, writer: wrap(writer), guard, stuck_timeout }
+    }
+
+    /// The same connection with another reader, which `wrap` makes of this one.
+    #[must_use]
+    pub fn map_reader<R2: LocalRead>(self, wrap: impl FnOnce(R) -> R2) -> Local<R2, W, A> {
+        let Self { reader, writer, guard, stuck_timeout } = self;
+        Local { reader: wrap(reader), writer, guard, stuck_timeout }
+    }
+
     /// Sets how long a local peer may take no byte after the other side has closed. The other side
     /// may take no byte for five times as long after the local peer has closed. What was sent is kept
     /// until then; after that the splice ends with [`Cut::Stuck`](super::Cut::Stuck). The default is

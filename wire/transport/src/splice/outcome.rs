@@ -11,22 +11,47 @@ use culvert_wire::code::StreamCode;
 use super::LocalFault;
 use crate::{ReadError, TunnelLost};
 
-/// Bytes carried by many splices, added up.
+/// What many splices have carried, added up.
 #[derive(Debug, Default)]
 pub struct Meter {
-    pub(super) to_tunnel: AtomicU64,
-    pub(super) from_tunnel: AtomicU64,
+    pub(super) to_tunnel: Carried,
+    pub(super) from_tunnel: Carried,
+}
+
+/// What one direction has carried.
+#[derive(Debug, Default)]
+pub(super) struct Carried {
+    bytes: AtomicU64,
+    writes: AtomicU64,
+}
+
+impl Carried {
+    /// Adds one write of this many bytes.
+    pub(super) fn add(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.writes.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 impl Meter {
     /// Number of bytes read from local connections and written to streams.
     pub fn to_tunnel(&self) -> u64 {
-        self.to_tunnel.load(Ordering::Relaxed)
+        self.to_tunnel.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Number of writes to streams, each of what was read from a local connection at once.
+    pub fn writes_to_tunnel(&self) -> u64 {
+        self.to_tunnel.writes.load(Ordering::Relaxed)
     }
 
     /// Number of bytes read from streams and written to local connections.
     pub fn from_tunnel(&self) -> u64 {
-        self.from_tunnel.load(Ordering::Relaxed)
+        self.from_tunnel.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Number of writes to local connections, each of what was read from a stream at once.
+    pub fn writes_from_tunnel(&self) -> u64 {
+        self.from_tunnel.writes.load(Ordering::Relaxed)
     }
 }
 

@@ -91,12 +91,12 @@ impl<'a> Pumps<'a> {
 
     fn count_sent(&self, bytes: usize) {
         self.progress.add_to_tunnel(bytes as u64);
-        self.meter.to_tunnel.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.meter.to_tunnel.add(bytes);
     }
 
     fn count_received(&self, bytes: usize) {
         self.progress.add_from_tunnel(bytes as u64);
-        self.meter.from_tunnel.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.meter.from_tunnel.add(bytes);
     }
 
     /// Pumps from the local side to the tunnel until the local side ends or the other side stops.
