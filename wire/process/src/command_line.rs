@@ -64,8 +64,8 @@ impl<F: Parser> CommandLine<F> {
                 Err(error) => faults.push(fault_of_argument(&flag, &error)),
             }
         }
-        let path = given.iter().filter_map(|flag| flag.to_str()?.strip_prefix("--config="));
-        let path = path.last().filter(|path| !path.is_empty()).map(PathBuf::from);
+        let mut paths = given.iter().filter_map(|flag| flag.to_str()?.strip_prefix("--config="));
+        let path = paths.next_back().filter(|path| !path.is_empty()).map(PathBuf::from);
         let (mut from_file, mut args) = (None, vec![program]);
         if let Some(path) = path {
             let file = ConfigFile::read(&path, command, &mut faults);

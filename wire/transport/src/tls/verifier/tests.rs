@@ -106,7 +106,7 @@ fn a_certificate_for_any_extended_key_usage_is_accepted_by_go_s_rules_alone() {
     };
     assert_accepted(&root, &with(ExtendedKeyUsagePurpose::Any, IsCa::ExplicitNoCa), &[]);
     for is_ca in [IsCa::ExplicitNoCa, IsCa::Ca(BasicConstraints::Unconstrained)] {
-        let other = with(ExtendedKeyUsagePurpose::CodeSigning, is_ca.clone());
+        let other = with(ExtendedKeyUsagePurpose::CodeSigning, is_ca);
         assert_refused(&root, &other, &[]);
         let of_servers = with(ExtendedKeyUsagePurpose::ServerAuth, is_ca);
         let [server, client] = verified(&root, &of_servers, &[], CertificateRules::Go);
