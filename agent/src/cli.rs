@@ -5,6 +5,7 @@ use std::{ffi::OsString, process::ExitCode};
 use clap::Command;
 use culvert_process::{
     cli::{self, BoxError, Program},
+    precheck,
     signals::ReloadSignal,
 };
 use tokio::runtime::Builder;
@@ -17,7 +18,9 @@ use crate::{Agent, Config, operator};
 /// an operator's command as the first argument, runs that instead.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Vec<_> = args.into_iter().collect();
-    operator::run(&args).unwrap_or_else(|| cli::main::<AgentProgram>(args))
+    operator::run(&args)
+        .or_else(|| precheck::run::<AgentProgram>(&args, crate::precheck::check))
+        .unwrap_or_else(|| cli::main::<AgentProgram>(args))
 }
 
 struct AgentProgram;
@@ -29,7 +32,9 @@ impl Program for AgentProgram {
     const SECOND_SIGNAL_EXIT_CODE: i32 = 0;
 
     fn commands() -> Vec<Command> {
-        operator::commands()
+        let mut commands = operator::commands();
+        commands.push(precheck::command::<Self>());
+        commands
     }
 
     /// A single thread: a tunnel is one connection, which one thread drives at a time. A second

@@ -37,12 +37,12 @@ pub(crate) use self::{
     connect::{Connect, Connected, NetworkConnect},
     direct::Direct,
     plan::Plan,
-    resolve::ServerName,
+    resolve::{Candidate, Preference, ServerName},
 };
 #[cfg(test)]
 pub(crate) use self::{
     error::{CarrierError, ResolveError},
-    resolve::{Candidate, Preference, ServerAddress},
+    resolve::ServerAddress,
 };
 use crate::{
     connector::{

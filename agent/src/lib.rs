@@ -19,6 +19,7 @@ mod leases;
 mod lookups;
 mod metrics;
 mod operator;
+mod precheck;
 mod race;
 mod readiness;
 #[cfg(test)]

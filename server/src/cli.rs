@@ -5,6 +5,7 @@ use std::{ffi::OsString, process::ExitCode};
 use clap::Command;
 use culvert_process::{
     cli::{self, BoxError, Program},
+    precheck,
     signals::ReloadSignal,
 };
 use tokio_util::sync::CancellationToken;
@@ -16,7 +17,9 @@ use crate::{Config, Server, operator};
 /// of an operator's command as the first argument, runs that instead.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Vec<_> = args.into_iter().collect();
-    operator::run(&args).unwrap_or_else(|| cli::main::<ServerProgram>(args))
+    operator::run(&args)
+        .or_else(|| precheck::run::<ServerProgram>(&args, crate::precheck::check))
+        .unwrap_or_else(|| cli::main::<ServerProgram>(args))
 }
 
 struct ServerProgram;
@@ -26,7 +29,9 @@ impl Program for ServerProgram {
     type Config = Config;
 
     fn commands() -> Vec<Command> {
-        operator::commands()
+        let mut commands = operator::commands();
+        commands.push(precheck::command::<Self>());
+        commands
     }
 
     async fn run(

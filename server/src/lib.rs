@@ -19,6 +19,7 @@ mod http2_frames;
 mod leases;
 pub mod metrics;
 mod operator;
+mod precheck;
 mod readiness;
 mod reset_key;
 mod server;

@@ -8,7 +8,8 @@ use culvert_process::{
     kubernetes::Timestamp,
     operator::{
         client::{self, Client, pretty},
-        streams::{DEFAULT_LIMIT, StreamList, stream_table},
+        streams::{DEFAULT_LIMIT, Side, StreamList, stream_table},
+        top::{self, TopFlags},
     },
     version,
 };
@@ -50,6 +51,18 @@ struct Streams {
     limit: usize,
 }
 
+/// Lists the busiest live streams of the agent on this host once per second: class of what the agent
+/// sends, rates, round-trip time and lost packets of the tunnel, and what each stream waits for.
+#[derive(Debug, Parser)]
+#[command(name = "culvert-agent top", version = version::text(), max_term_width = 100)]
+struct Top {
+    #[command(flatten)]
+    agent: RunningAgent,
+
+    #[command(flatten)]
+    top: TopFlags,
+}
+
 #[derive(Debug, clap::Args)]
 struct RunningAgent {
     /// Path of the agent's --operator-socket
@@ -70,7 +83,11 @@ impl RunningAgent {
 
 /// The commands, for help and completion scripts.
 pub(crate) fn commands() -> Vec<Command> {
-    vec![StatusFlags::command().name("status"), Streams::command().name("streams")]
+    vec![
+        StatusFlags::command().name("status"),
+        Streams::command().name("streams"),
+        Top::command().name("top"),
+    ]
 }
 
 /// Runs the command that these arguments name, the program's path first; `None` if they name none.
@@ -79,6 +96,8 @@ pub(crate) fn run(args: &[OsString]) -> Option<ExitCode> {
         Some(match name {
             "status" => go_flags::try_parse_from(rest).and_then(|flags| status(&flags)),
             "streams" => go_flags::try_parse_from(rest).and_then(|flags| streams(&flags)),
+            "top" => go_flags::try_parse_from(rest)
+                .and_then(|flags: Top| top::run(&flags.agent.client(), &flags.top, Side::Agent)),
             _ => return None,
         })
     })

@@ -31,6 +31,7 @@ mod memory;
 mod operable;
 mod operator;
 mod optimistic;
+mod precheck;
 mod replicas;
 mod reset;
 mod rotation;

@@ -10,7 +10,7 @@ use std::{
 use culvert_loadtest::{frontend::Protocol::Connect, targets};
 use culvert_process::version::VERSION;
 use serde_json::Value;
-use tokio::process::Command;
+use tokio::{io::AsyncWriteExt as _, process::Command};
 
 use crate::support::{
     deployment::{
@@ -158,6 +158,36 @@ async fn streams_are_listed_with_their_agent_target_and_bytes() {
             json(&socket, &["streams", "--json"]).await["total"] == 0
         })
         .await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_is_not_read_is_shown_with_what_it_waits_for() {
+    within(async {
+        let (deployment, socket) = operated().await;
+        let _agent = deployment.start_agent(Culvert, "agent", &[]).await;
+        deployment.until_joined(1).await;
+        let (target, mut accepted) = targets::handed_over().await.unwrap();
+        let _frontend = deployment.dial(target.address()).await.unwrap();
+        let mut target = accepted.recv().await.unwrap();
+        // More than all windows and sockets take: the client never reads.
+        let _writing = culvert_transport::task::owned(async move {
+            let chunk = vec![0; 1 << 16];
+            while target.write_all(&chunk).await.is_ok() {}
+        });
+        eventually("the client has to read", async || {
+            let top = json(&socket, &["top", "--once", "--json"]).await;
+            top[0]["waits_for"] == "client to read"
+        })
+        .await;
+        let table = printed(&socket, &["top", "--once"]).await;
+        assert!(
+            table.starts_with("1 streams\nDIAL") && table.contains("client to read"),
+            "{table}"
+        );
+        let missing = failure(Path::new("/nowhere"), &["top"]).await;
+        assert!(missing.contains("--operator-socket"), "{missing}");
     })
     .await;
 }

@@ -8,8 +8,9 @@ use culvert_process::{
     kubernetes::Timestamp,
     operator::{
         client::{self, Client, pretty},
-        streams::{DEFAULT_LIMIT, StreamList, stream_table},
+        streams::{DEFAULT_LIMIT, Side, StreamList, stream_table},
         table::escape,
+        top::{self, TopFlags},
     },
     version,
 };
@@ -85,6 +86,18 @@ struct Evict {
     agent: String,
 }
 
+/// Lists the busiest live streams of the server on this host once per second: class of what the server
+/// sends, rates, round-trip time and lost packets of the tunnel, and what each stream waits for.
+#[derive(Debug, Parser)]
+#[command(name = "culvert-server top", version = version::text(), max_term_width = 100)]
+struct Top {
+    #[command(flatten)]
+    server: RunningServer,
+
+    #[command(flatten)]
+    top: TopFlags,
+}
+
 #[derive(Debug, clap::Args)]
 struct RunningServer {
     /// Path of the server's --operator-socket
@@ -108,6 +121,7 @@ pub(crate) fn commands() -> Vec<Command> {
     vec![
         Agents::command().name("agents"),
         Streams::command().name("streams"),
+        Top::command().name("top"),
         Drain::command().name("drain"),
         Evict::command().name("evict"),
     ]
@@ -121,6 +135,8 @@ pub(crate) fn run(args: &[OsString]) -> Option<ExitCode> {
             "streams" => go_flags::try_parse_from(rest).and_then(|flags| streams(&flags)),
             "drain" => go_flags::try_parse_from(rest).and_then(|flags| drain(&flags)),
             "evict" => go_flags::try_parse_from(rest).and_then(|flags| evict(&flags)),
+            "top" => go_flags::try_parse_from(rest)
+                .and_then(|flags: Top| top::run(&flags.server.client(), &flags.top, Side::Server)),
             _ => return None,
         })
     })

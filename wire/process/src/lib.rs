@@ -8,6 +8,7 @@
 //! - Operation: [`logging`], [`metrics`], [`admin`], [`signals`] and [`supervision`].
 //! - Sockets: [`listen`] opens listeners as Go does, [`unix_socket`] makes Unix sockets, and
 //!   [`accept`] is the one accept loop.
+//! - [`precheck`] checks with the flags of a process whether it would work.
 //! - Operators: [`operator`] has the socket by which commands reach a running process, their side
 //!   of it, and what they print. [`version`] says what was built.
 //! - Files: [`reload`] reads certificates, keys, tokens and kubeconfigs, and reads them again.
@@ -37,6 +38,7 @@ pub mod logging;
 mod memory_limit;
 pub mod metrics;
 pub mod operator;
+pub mod precheck;
 pub mod reload;
 pub mod signals;
 pub mod supervision;

@@ -5,6 +5,7 @@
 //!  client     the operator's side: one request, one answer
 //!  proofs     what certificates and tokens say of themselves
 //!  streams    live streams: their registry, and the list that crosses the socket
+//!  top        which streams are busy, and what each waits for
 //!  table      lists for a terminal
 //! ```
 //!
@@ -15,3 +16,4 @@ pub mod proofs;
 pub mod socket;
 pub mod streams;
 pub mod table;
+pub mod top;

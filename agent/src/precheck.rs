@@ -1,0 +1,184 @@
+//! `culvert-agent precheck`: whether this agent would get a tunnel, step by step.
+
+use std::{sync::Arc, time::Duration};
+
+use culvert_process::precheck::{Report, steps};
+use culvert_transport::{Carrier, tcp::Route};
+use culvert_wire::CloseCode;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::task::TaskTracker;
+
+use crate::{
+    config::{Config, Transport},
+    connector::{
+        Candidate, CarrierOrder, Connect as _, Connected, NetworkConnect, Preference, ServerName,
+    },
+    files::AgentFiles,
+    lookups::SystemResolver,
+    metrics::AgentMetrics,
+    tunnels::session::FIRST_STREAM_LIMIT,
+};
+
+/// Maximum number of addresses that are tried.
+const MAX_ADDRESSES: usize = 8;
+/// Time for one handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time in which QUIC finds out what the path carries.
+const MTU_TIME: Duration = Duration::from_secs(1);
+/// UDP payload of a path below which its packets are small, in bytes.
+const USUAL_MTU: u16 = 1400;
+
+/// Makes all steps.
+pub(crate) async fn check(config: Config, report: &mut Report) {
+    steps::udp_buffers(report);
+    if let Some(path) = &config.operator_socket {
+        steps::socket_folder("--operator-socket", path, report);
+    }
+    steps::port("--health-server-port", config.health_address, false, report);
+    steps::port("--admin-server-port", config.admin_address, false, report);
+    let Ok(metrics) = AgentMetrics::new() else { return };
+    let files = match AgentFiles::read(&config, metrics.inner()) {
+        Ok(files) => files,
+        Err(faults) => {
+            let remedy = "mend the file; nothing that needs it was checked";
+            return faults.iter().for_each(|fault| report.fail("files", fault, remedy));
+        }
+    };
+    report.ok("files", "can be read");
+    check_proofs(&files, report);
+    let connect = NetworkConnect {
+        servers: config.servers.clone(),
+        server_name: ServerName::new(
+            &config.servers,
+            SystemResolver,
+            metrics.server_lookups.clone(),
+        ),
+        settings: config.tunnel.settings(FIRST_STREAM_LIMIT.min(config.max_streams)),
+        key_exchange: config.tunnel.key_exchange,
+        files,
+        udp_health: Arc::clone(&metrics.udp_health),
+        bridges: TaskTracker::new(),
+    };
+    let order = match config.transport {
+        Transport::Auto => CarrierOrder::QuicFirst,
+        Transport::Quic => CarrierOrder::Quic,
+        Transport::Tcp => CarrierOrder::Tcp,
+    };
+    let host = &config.servers.host;
+    let candidates = match connect.resolve(order, &Preference::default()).await {
+        Ok(candidates) => candidates,
+        Err(error) => {
+            let remedy = "check --proxy-server-host and the host's resolver";
+            return report.fail("name resolution", format!("{host}: {error}"), remedy);
+        }
+    };
+    let addresses: Vec<_> = candidates.iter().map(|found| found.address.to_string()).collect();
+    report.ok("name resolution", format!("{host}: {}", addresses.join(", ")));
+    check_proxy(&candidates, report);
+    for candidate in candidates.iter().take(MAX_ADDRESSES) {
+        check_address(&connect, candidate, config.transport, report).await;
+    }
+}
+
+fn check_proofs(files: &AgentFiles, report: &mut Report) {
+    match &files.identity {
+        Some(identity) => {
+            steps::certificate("certificate", identity.get().chain.first(), report);
+        }
+        None => report.skip("certificate", "no --agent-cert"),
+    }
+    match &files.token {
+        Some(token) => steps::token(token.get().expose(), None, report),
+        None => report.skip("token", "no --service-account-token-path"),
+    }
+    if files.identity.is_none() && files.token.is_none() {
+        let remedy = "give --agent-cert or --service-account-token-path";
+        report.warn("proof of identity", "neither a certificate nor a token", remedy);
+    }
+}
+
+fn check_proxy(candidates: &[Candidate], report: &mut Report) {
+    let is_proxied =
+        candidates.iter().any(|found| matches!(found.address.tcp, Route::Proxied { .. }));
+    match is_proxied {
+        true => report.ok("HTTPS proxy", "TCP goes through the proxy of the environment"),
+        false => report.skip("HTTPS proxy", "none for this address"),
+    }
+}
+
+async fn check_address(
+    connect: &NetworkConnect,
+    candidate: &Candidate,
+    transport: Transport,
+    report: &mut Report,
+) {
+    let address = &candidate.address;
+    let mut reached = Vec::new();
+    for (carrier, name) in [(Carrier::Quic, "UDP (QUIC)"), (Carrier::Tcp, "TCP (TLS)")] {
+        let step = format!("{name} to {address}");
+        let is_wanted = match carrier {
+            Carrier::Quic => transport != Transport::Tcp,
+            _ => transport != Transport::Quic,
+        };
+        if !is_wanted || (carrier == Carrier::Quic && address.quic.is_none()) {
+            report.skip(step, "not a carrier of this agent");
+            continue;
+        }
+        let tls = match connect.read_tls().await {
+            Ok(tls) => tls,
+            Err(error) => return report.fail(step, error, "mend the certificate or the CA"),
+        };
+        let begun = Instant::now();
+        let handshake = connect.connect(carrier, address, &tls, true);
+        let error = match timeout(HANDSHAKE_TIMEOUT, handshake).await {
+            Ok(Ok(connected)) => {
+                let millis = begun.elapsed().as_millis();
+                let carrier = connected.tunnel.carrier();
+                report.ok(&step, format!("a handshake over {carrier} took {millis} ms"));
+                check_tunnel(&connected, &step, reached.is_empty(), report).await;
+                connected.tunnel.close(CloseCode::DONE, "a precheck");
+                connected.tunnel.flushed(Duration::from_secs(1)).await;
+                reached.push(carrier);
+                continue;
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {HANDSHAKE_TIMEOUT:?}"),
+        };
+        // With --transport=auto TCP is enough.
+        match (carrier, transport) {
+            (Carrier::Quic, Transport::Auto) => {
+                report.warn(step, error, "let UDP pass to this port; TCP is used meanwhile");
+            }
+            (_, Transport::Auto) if !reached.is_empty() => {
+                report.warn(step, error, "let TCP pass to this port, for when UDP does not");
+            }
+            _ => {
+                let remedy = "check firewalls and load balancers, --ca-cert and --server-name";
+                report.fail(step, error, remedy);
+            }
+        }
+    }
+}
+
+/// What a tunnel shows: the server's certificate, and what the path carries.
+async fn check_tunnel(connected: &Connected, step: &str, is_first: bool, report: &mut Report) {
+    if is_first && let Some(chain) = connected.tunnel.peer_certificates() {
+        steps::certificate("certificate of the server", chain.first(), report);
+    }
+    if connected.tunnel.carrier() != Carrier::Quic {
+        return;
+    }
+    sleep(MTU_TIME).await;
+    let stats = connected.tunnel.stats();
+    let step = step.replace("UDP (QUIC)", "path MTU");
+    let detail = format!("{} bytes of UDP payload, RTT {:.1?}", stats.mtu, stats.rtt);
+    match stats.mtu < USUAL_MTU {
+        true => report.warn(step, detail, "large packets do not pass; transfers cost more packets"),
+        false => report.ok(step, detail),
+    }
+    if let Some(buffers) = connected.buffers.filter(|buffers| buffers.is_small()) {
+        let detail = format!("receive {}, send {}", buffers.receive, buffers.send);
+        let remedy = "raise net.core.rmem_max and net.core.wmem_max to 8 MiB";
+        report.warn("UDP buffers of the socket", detail, remedy);
+    }
+}
