@@ -155,7 +155,7 @@ impl Server {
             reason: tunnel.reason.to_owned(),
             state: tunnel.state().to_owned(),
             age_seconds: tunnel.since.elapsed().as_secs(),
-            rtt_millis: (!stats.rtt.is_zero()).then(|| stats.rtt.as_secs_f64() * 1000.0),
+            rtt_millis: (!stats.rtt.is_zero()).then_some(stats.rtt.as_secs_f64() * 1000.0),
             loss_percent: is_quic.then_some(loss),
             mtu: is_quic.then_some(stats.mtu),
             streams,

@@ -372,7 +372,7 @@ async fn a_socket_that_cannot_be_reached_is_reported_with_the_remedy() {
     let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
     // Root may connect all the same, and then waits for an answer.
     if fs::metadata(&path).unwrap().uid() != 0 {
-        fs::set_permissions(&path, fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();
         let denied = failure(&path, &["streams"]).await;
         assert!(denied.contains("run this as the user of the process"), "{denied}");
     }

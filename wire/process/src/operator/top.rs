@@ -54,6 +54,11 @@ struct Row {
     waits_for: &'static str,
 }
 
+#[expect(clippy::disallowed_methods, reason = "a command, which has no runtime")]
+fn pause() {
+    sleep(INTERVAL);
+}
+
 /// Prints lists until the process cannot be asked, or once.
 ///
 /// # Errors
@@ -63,7 +68,7 @@ pub fn run(client: &Client<'_>, flags: &TopFlags, side: Side) -> Result<String, 
     let list = || client.get::<StreamList>("/streams", &[("limit", &limit)]);
     let (mut before, mut at) = (list()?, Instant::now());
     loop {
-        sleep(INTERVAL);
+        pause();
         let after = list()?;
         let now = Instant::now();
         let mut rows = rows(&before, &after, now - at, side);
