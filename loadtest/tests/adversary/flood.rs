@@ -36,7 +36,7 @@ use crate::{
 /// Length of the packets of a flood, in bytes, at least.
 const LENGTH: usize = 1200;
 /// Time that a flood lasts.
-const FLOOD: Duration = Duration::from_secs(6);
+const FLOOD: Duration = Duration::from_secs(3);
 /// Growth of the server's memory by a flood, beyond the limit: what the honest agents and the dials
 /// of the test cost, and what the allocator keeps.
 const MARGIN: u64 = 8 * MIB;
