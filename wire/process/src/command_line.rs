@@ -1,6 +1,6 @@
 //! Flags from the command line and from a configuration file, with all their faults.
 //!
-//! [`go_flags`](crate::go_flags) has the rules for a single argument. Here every argument and every
+//! [`go_flags`] has the rules for a single argument. Here every argument and every
 //! key of the file is read alone, so that a value that cannot be parsed hides no other fault.
 
 mod config_file;
