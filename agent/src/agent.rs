@@ -19,18 +19,14 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     config::{Config, ServersConfig},
-    connector::{Connector, Direct, NetworkConnect, Plan, ServerName},
+    connector::{Connector, Direct, NetworkConnect, Plan},
     egress::{Egress, Gate},
     files::AgentFiles,
     leases::LeaseCount,
-    lookups::SystemResolver,
     metrics::AgentMetrics,
     operator::answers::Operated,
     readiness,
-    tunnels::{
-        ServerTunnels,
-        session::{FIRST_STREAM_LIMIT, SessionContext},
-    },
+    tunnels::{ServerTunnels, session::SessionContext},
 };
 
 /// Time for the connections to Konnectivity servers to close once their tunnels have ended.
@@ -91,19 +87,7 @@ impl Agent {
         let gate = Gate::new(files.policy.clone(), config.egress.audit, metrics.clone());
         let leases = config.sync.leases.as_ref().zip(files.leases.take());
         let leases = leases.map(|(config, client)| LeaseCount::new(config, client));
-        let connect = NetworkConnect {
-            servers: config.servers.clone(),
-            server_name: ServerName::new(
-                &config.servers,
-                SystemResolver,
-                metrics.server_lookups.clone(),
-            ),
-            settings: config.tunnel.settings(FIRST_STREAM_LIMIT.min(config.max_streams)),
-            key_exchange: config.tunnel.key_exchange,
-            files,
-            udp_health: metrics.udp_health.clone(),
-            bridges: bridges.clone(),
-        };
+        let connect = NetworkConnect::new(config, files, &metrics, bridges.clone());
         let streams = LiveStreams::new(Side::Agent);
         let tunnels = Arc::new(ServerTunnels::new(config.sync.count_source));
         let connector = Connector {

@@ -37,7 +37,7 @@ pub(crate) use self::{
     connect::{Connect, Connected, NetworkConnect},
     direct::Direct,
     plan::Plan,
-    resolve::{Candidate, Preference, ServerName},
+    resolve::{Candidate, Preference},
 };
 #[cfg(test)]
 pub(crate) use self::{

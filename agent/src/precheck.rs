@@ -1,6 +1,6 @@
 //! `culvert-agent precheck`: whether this agent would get a tunnel, step by step.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use culvert_process::precheck::{Report, steps};
 use culvert_transport::{Carrier, tcp::Route};
@@ -10,13 +10,9 @@ use tokio_util::task::TaskTracker;
 
 use crate::{
     config::{Config, Transport},
-    connector::{
-        Candidate, CarrierOrder, Connect as _, Connected, NetworkConnect, Preference, ServerName,
-    },
+    connector::{Candidate, CarrierOrder, Connect as _, Connected, NetworkConnect, Preference},
     files::AgentFiles,
-    lookups::SystemResolver,
     metrics::AgentMetrics,
-    tunnels::session::FIRST_STREAM_LIMIT,
 };
 
 /// Maximum number of addresses that are tried.
@@ -46,19 +42,7 @@ pub(crate) async fn check(config: Config, report: &mut Report) {
     };
     report.ok("files", "can be read");
     check_proofs(&files, report);
-    let connect = NetworkConnect {
-        servers: config.servers.clone(),
-        server_name: ServerName::new(
-            &config.servers,
-            SystemResolver,
-            metrics.server_lookups.clone(),
-        ),
-        settings: config.tunnel.settings(FIRST_STREAM_LIMIT.min(config.max_streams)),
-        key_exchange: config.tunnel.key_exchange,
-        files,
-        udp_health: Arc::clone(&metrics.udp_health),
-        bridges: TaskTracker::new(),
-    };
+    let connect = NetworkConnect::new(&config, files, &metrics, TaskTracker::new());
     let order = match config.transport {
         Transport::Auto => CarrierOrder::QuicFirst,
         Transport::Quic => CarrierOrder::Quic,

@@ -14,6 +14,7 @@ pub mod cli;
 pub mod config;
 mod dial;
 mod files;
+mod filtered;
 pub mod frontend;
 mod http2_frames;
 mod leases;

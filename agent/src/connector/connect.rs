@@ -10,7 +10,7 @@ use culvert_transport::{
 use tokio_util::task::TaskTracker;
 
 use crate::{
-    config::ServersConfig,
+    config::{Config, ServersConfig},
     connector::{
         error::{CarrierError, ResolveError},
         key_exchange::with_smaller_hello,
@@ -20,6 +20,9 @@ use crate::{
     },
     files::AgentFiles,
     konnectivity,
+    lookups::SystemResolver,
+    metrics::AgentMetrics,
+    tunnels::session::FIRST_STREAM_LIMIT,
 };
 
 /// UDP payload that every path carries that carries QUIC at all, in bytes (RFC 9000 §14).
@@ -86,19 +89,42 @@ pub(crate) trait Connect: fmt::Debug + Send + Sync + 'static {
 #[derive(Debug)]
 pub(crate) struct NetworkConnect {
     /// The servers' address and identity.
-    pub(crate) servers: ServersConfig,
+    servers: ServersConfig,
     /// The servers' name, and where it leads.
-    pub(crate) server_name: ServerName,
+    server_name: ServerName,
     /// Certificates, keys and CAs.
-    pub(crate) files: AgentFiles,
+    files: AgentFiles,
     /// Settings of every tunnel.
-    pub(crate) settings: Settings,
+    settings: Settings,
     /// Key exchanges that are offered.
-    pub(crate) key_exchange: KeyExchange,
+    key_exchange: KeyExchange,
     /// What the UDP sockets have found out about the kernel and about paths.
-    pub(crate) udp_health: Arc<UdpHealth>,
+    udp_health: Arc<UdpHealth>,
     /// Owner of the tasks that bridge Konnectivity servers. Each ends with its tunnel.
-    pub(crate) bridges: TaskTracker,
+    bridges: TaskTracker,
+}
+
+impl NetworkConnect {
+    /// Connects to the servers of this configuration. `bridges` gets the tasks that bridge
+    /// Konnectivity servers.
+    pub(crate) fn new(
+        config: &Config,
+        files: AgentFiles,
+        metrics: &AgentMetrics,
+        bridges: TaskTracker,
+    ) -> Self {
+        let servers = config.servers.clone();
+        let lookups = metrics.server_lookups.clone();
+        Self {
+            server_name: ServerName::new(&servers, SystemResolver, lookups),
+            servers,
+            files,
+            settings: config.tunnel.settings(FIRST_STREAM_LIMIT.min(config.max_streams)),
+            key_exchange: config.tunnel.key_exchange,
+            udp_health: metrics.udp_health.clone(),
+            bridges,
+        }
+    }
 }
 
 impl Connect for NetworkConnect {

@@ -11,14 +11,16 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use tokio::io::{AsyncRead, AsyncWrite, Join, ReadBuf, ReadHalf, WriteHalf, join, split};
+use tokio::io::{AsyncRead, ReadBuf};
 use tokio_util::sync::CancellationToken;
+
+use crate::filtered::{Filtered, ReadFilter};
 
 /// Maximum number of bytes that a peer may send before it is admitted.
 const MAX_BYTES: usize = 64 * 1024;
 
 /// A byte stream on which a peer may send a little until it is admitted, and then anything.
-pub(in crate::agents) type Limited<IO> = Join<Allowance<ReadHalf<IO>>, WriteHalf<IO>>;
+pub(in crate::agents) type Limited<IO> = Filtered<IO, Allowance>;
 
 /// Limits a byte stream at its beginning, until `admitted` is cancelled. `exceeded` is cancelled
 /// when the peer has sent more than it may; nothing of the stream is read any more then.
@@ -26,46 +28,44 @@ pub(super) fn limited<IO>(
     io: IO,
     admitted: CancellationToken,
     exceeded: CancellationToken,
-) -> Limited<IO>
-where
-    IO: AsyncRead + AsyncWrite,
-{
-    let (reader, writer) = split(io);
-    join(Allowance { reader, read: 0, admitted, exceeded }, writer)
+) -> Limited<IO> {
+    Filtered::new(io, Allowance { read: 0, lifted: false, admitted, exceeded })
 }
 
-/// The reader of such a byte stream.
+/// What is left of what the peer may send.
 #[derive(Debug)]
-pub(in crate::agents) struct Allowance<R> {
-    reader: R,
+pub(in crate::agents) struct Allowance {
     /// Number of bytes that were read before the peer was admitted.
     read: usize,
+    /// Whether the peer was found to be admitted: the token is not asked again, which takes a lock.
+    lifted: bool,
     admitted: CancellationToken,
     exceeded: CancellationToken,
 }
 
-impl<R: AsyncRead + Unpin> AsyncRead for Allowance<R> {
-    fn poll_read(
-        self: Pin<&mut Self>,
+impl ReadFilter for Allowance {
+    fn poll_read<IO: AsyncRead + Unpin>(
+        &mut self,
+        io: &mut IO,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        if this.read > MAX_BYTES {
+        if self.read > MAX_BYTES {
             // The owner of the attempt ends the connection.
             return Poll::Pending;
         }
         let before = buf.filled().len();
-        ready!(Pin::new(&mut this.reader).poll_read(cx, buf))?;
-        if this.admitted.is_cancelled() {
+        ready!(Pin::new(io).poll_read(cx, buf))?;
+        self.lifted = self.lifted || self.admitted.is_cancelled();
+        if self.lifted {
             return Poll::Ready(Ok(()));
         }
-        this.read += buf.filled().len() - before;
-        if this.read <= MAX_BYTES {
+        self.read += buf.filled().len() - before;
+        if self.read <= MAX_BYTES {
             return Poll::Ready(Ok(()));
         }
         buf.set_filled(before);
-        this.exceeded.cancel();
+        self.exceeded.cancel();
         Poll::Pending
     }
 }

@@ -3,10 +3,7 @@
 
 use culvert_transport::Carrier;
 use parking_lot::Mutex;
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    time::{Instant, sleep_until, timeout_at},
-};
+use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 #[cfg(test)]
@@ -96,7 +93,7 @@ impl Attempt {
     }
 
     /// Lets the peer send no more than an introduction on its byte stream until it is admitted.
-    pub(in crate::agents) fn limit<IO: AsyncRead + AsyncWrite>(&self, io: IO) -> Limited<IO> {
+    pub(in crate::agents) fn limit<IO>(&self, io: IO) -> Limited<IO> {
         limited(io, self.admitted.clone(), self.exceeded.clone())
     }
 

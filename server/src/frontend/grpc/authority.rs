@@ -15,9 +15,12 @@ use std::{
 };
 
 use bytes::{Buf, BytesMut};
-use tokio::io::{AsyncRead, AsyncWrite, Join, ReadBuf, ReadHalf, WriteHalf, join, split};
+use tokio::io::{AsyncRead, ReadBuf};
 
-use crate::http2_frames::{FrameHead, Heads, Part, kind};
+use crate::{
+    filtered::{Filtered, ReadFilter},
+    http2_frames::{FrameHead, Heads, Part, kind},
+};
 
 /// Maximum length of a frame's payload that h2 accepts, in bytes (RFC 9113 §4.2). Longer frames
 /// are not parsed.
@@ -27,62 +30,51 @@ const READ_LEN: usize = 16 * 1024;
 
 /// Has the HEADERS frames of a connection come out with a legal `:authority`. Call it at the very
 /// beginning of the connection.
-pub(super) fn legalized<IO>(io: IO) -> Join<LegalAuthority<ReadHalf<IO>>, WriteHalf<IO>>
-where
-    IO: AsyncRead + AsyncWrite,
-{
-    let (reader, writer) = split(io);
-    join(LegalAuthority::new(reader), writer)
+pub(super) fn legalized<IO>(io: IO) -> Filtered<IO, LegalAuthority> {
+    Filtered::new(io, LegalAuthority::default())
 }
 
-/// The reader of such a connection.
-#[derive(Debug)]
-pub(super) struct LegalAuthority<R> {
-    inner: R,
+/// The filter of such a connection.
+#[derive(Debug, Default)]
+pub(super) struct LegalAuthority {
     frames: Frames,
     /// Bytes that have passed and were not read yet.
     output: BytesMut,
 }
 
-impl<R> LegalAuthority<R> {
-    fn new(inner: R) -> Self {
-        Self { inner, frames: Frames::default(), output: BytesMut::new() }
-    }
-}
-
-impl<R: AsyncRead + Unpin> AsyncRead for LegalAuthority<R> {
-    fn poll_read(
-        self: Pin<&mut Self>,
+impl ReadFilter for LegalAuthority {
+    fn poll_read<IO: AsyncRead + Unpin>(
+        &mut self,
+        io: &mut IO,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
         loop {
-            if this.output.has_remaining() {
-                let length = this.output.len().min(buf.remaining());
-                buf.put_slice(&this.output[..length]);
-                this.output.advance(length);
+            if self.output.has_remaining() {
+                let length = self.output.len().min(buf.remaining());
+                buf.put_slice(&self.output[..length]);
+                self.output.advance(length);
                 return Poll::Ready(Ok(()));
             }
-            let straight = this.frames.straight().min(buf.remaining());
+            let straight = self.frames.straight().min(buf.remaining());
             if straight > 0 {
                 // Inside a frame that passes unchanged: read without a copy.
                 let mut part = ReadBuf::new(buf.initialize_unfilled_to(straight));
-                ready!(Pin::new(&mut this.inner).poll_read(cx, &mut part))?;
-                this.frames.passed(part.filled());
+                ready!(Pin::new(&mut *io).poll_read(cx, &mut part))?;
+                self.frames.passed(part.filled());
                 let length = part.filled().len();
                 buf.advance(length);
                 return Poll::Ready(Ok(()));
             }
             // An idle connection has no buffer.
-            this.output = BytesMut::new();
+            self.output = BytesMut::new();
             let mut input = [MaybeUninit::uninit(); READ_LEN];
             let mut read = ReadBuf::uninit(&mut input);
-            ready!(Pin::new(&mut this.inner).poll_read(cx, &mut read))?;
+            ready!(Pin::new(&mut *io).poll_read(cx, &mut read))?;
             if read.filled().is_empty() {
                 return Poll::Ready(Ok(()));
             }
-            this.frames.push(read.filled(), &mut this.output);
+            self.frames.push(read.filled(), &mut self.output);
         }
     }
 }
