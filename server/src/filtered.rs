@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 /// What happens to the bytes that are read.
 pub(crate) trait ReadFilter {
     /// Reads from the stream what comes out of the filter, as
-    /// [`AsyncRead::poll_read`](AsyncRead::poll_read) does.
+    /// [`AsyncRead::poll_read`] does.
     ///
     /// # Errors
     /// Those of the stream.
