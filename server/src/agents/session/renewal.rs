@@ -147,13 +147,30 @@ impl<'a> ProofKeeper<'a> {
         if self.review.is_some() {
             return None;
         }
-        let new = self.new.as_ref().map(|new| new.at.max(self.next_review));
-        new.or_else(|| self.recheck.at())
+        self.next_of_new().into_iter().chain(self.recheck.at()).min()
+    }
+
+    /// When the review of a new token may begin; `None` without one.
+    fn next_of_new(&self) -> Option<Instant> {
+        self.new.as_ref().map(|new| new.at.max(self.next_review))
+    }
+
+    /// Whether the review that is due first is of the accepted token. An agent that sends token after
+    /// token must not put that off.
+    fn is_recheck_first(&self) -> bool {
+        match (self.recheck.at(), self.next_of_new()) {
+            (Some(recheck), Some(new)) => recheck <= new,
+            (recheck, _) => recheck.is_some(),
+        }
     }
 
     fn begin_review(&mut self) {
         let authenticator = &self.context.authenticator;
-        if let Some(new) = self.new.take() {
+        if self.is_recheck_first() {
+            let Some(token) = self.recheck.begin(Instant::now()) else { return };
+            let again = async move { Reviewed::Again(authenticator.check_again(&token).await) };
+            self.review = Some(Box::pin(again));
+        } else if let Some(new) = self.new.take() {
             let tunnel = self.backend.tunnel.clone();
             self.next_review = Instant::now() + MIN_REVIEW_INTERVAL;
             self.review = Some(Box::pin(async move {
@@ -165,11 +182,6 @@ impl<'a> ProofKeeper<'a> {
                 let result = authenticator.admit(proof).await;
                 Reviewed::New(new, result)
             }));
-        } else if let Some(token) = self.recheck.begin(Instant::now()) {
-            self.review =
-                Some(Box::pin(
-                    async move { Reviewed::Again(authenticator.check_again(&token).await) },
-                ));
         }
     }
 

@@ -328,3 +328,20 @@ async fn a_token_that_has_expired_is_not_reviewed_again() {
     assert!(is_about(drained, GRACE), "{drained:?}");
     assert!(agent.reviews.load(Ordering::Relaxed) <= reviews + 1);
 }
+
+#[tokio::test(start_paused = true)]
+async fn tokens_that_are_refused_do_not_keep_the_accepted_one_from_its_review() {
+    let mut agent = Expiring::join_rechecked(RECHECK, LIFE * 100).await;
+    *agent.answer.lock() = Ok(not_accepted());
+    let begun = Instant::now();
+    let mut number = 0;
+    let drained = loop {
+        agent.renew(&number.to_string(), LIFE * 100).await;
+        number += 1;
+        match timeout(Duration::from_secs(1), agent.control.next()).await {
+            Ok(message) => break message,
+            Err(_) => assert!(begun.elapsed() < RECHECK * 10, "the agent stays"),
+        }
+    };
+    assert!(matches!(drained, Ok(ControlMessage::Drain(_)) | Err(_)), "{drained:?}");
+}
