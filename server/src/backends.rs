@@ -60,6 +60,10 @@ use crate::agents::identity::{Claims, Identity};
 /// behind for as long as that has streams; more than these are of an agent that fails again and
 /// again. Agents that share an id by mistake are several processes, and do not end one another.
 const MAX_TUNNELS_PER_PROCESS: usize = 32;
+/// Maximum number of tunnels of one id that its agent has proved to be, in all processes. Without it
+/// the credential of one node could take the tunnels of all others, in the name of ever new
+/// processes.
+const MAX_TUNNELS_PER_ID: usize = 128;
 
 /// Time for which the start of the server may be why no agent is connected.
 const RECENT_START: Duration = Duration::from_secs(120);
@@ -148,7 +152,7 @@ impl Backends {
     /// Gives dials to this backend until the returned guard is dropped.
     ///
     /// Older tunnels of the same agent are suspected: most often a restart left them behind. The
-    /// oldest is dismissed when there are too many.
+    /// oldest are dismissed when there are too many.
     ///
     /// # Errors
     /// As [`admit`](Self::admit).
@@ -166,8 +170,11 @@ impl Backends {
             older.iter().filter(|older| process.continues(&older.process())).collect();
         of_process.iter().for_each(|older| older.renew(expiry));
         of_process.iter().for_each(|older| older.supersede());
-        if of_process.len() >= MAX_TUNNELS_PER_PROCESS {
-            of_process[0].dismiss(Dismissal::Crowded);
+        dismiss_oldest(&of_process, MAX_TUNNELS_PER_PROCESS);
+        if backend.claims.is_id_proven {
+            let of_identity: Vec<_> =
+                older.iter().filter(|older| backend.may_replace(older)).collect();
+            dismiss_oldest(&of_identity, MAX_TUNNELS_PER_ID);
         }
         older.iter().for_each(|backend| backend.suspect());
         self.0.changed.notify_waiters();
@@ -366,6 +373,13 @@ impl Backends {
     fn registry(&self) -> MutexGuard<'_, Registry<Backend>> {
         self.0.registry.lock()
     }
+}
+
+/// Dismisses the oldest of these tunnels, so that with a new one `most` are left. Those that were
+/// dismissed before may still be among them.
+fn dismiss_oldest(older: &[&Arc<Backend>], most: usize) {
+    let excess = (older.len() + 1).saturating_sub(most);
+    older[..excess].iter().for_each(|backend| backend.dismiss(Dismissal::Crowded));
 }
 
 /// Keeps a backend registered for as long as it lives. A backend whose registration is dropped

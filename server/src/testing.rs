@@ -263,9 +263,31 @@ impl TestAgent {
         Self::with(backends, hello(name, hosts), identity, pair().await)
     }
 
+    /// An agent with a certificate of this name, which is its id by this rule, in a process of its
+    /// own.
+    pub(crate) async fn join_by_rule(
+        backends: &Backends,
+        rule: AgentIdentity,
+        name: &str,
+        instance: u8,
+    ) -> Self {
+        let hello = Hello { instance: InstanceId([instance; 16]), ..hello(name, &[]) };
+        Self::with_rule(backends, hello, identity(name), pair().await, rule)
+    }
+
     fn with(backends: &Backends, hello: Hello, identity: Identity, pair: Pair) -> Self {
+        Self::with_rule(backends, hello, identity, pair, AgentIdentity::Any)
+    }
+
+    fn with_rule(
+        backends: &Backends,
+        hello: Hello,
+        identity: Identity,
+        pair: Pair,
+        rule: AgentIdentity,
+    ) -> Self {
         let Pair { agent: tunnel, server, .. } = pair;
-        let rules = ClaimRules { identity: AgentIdentity::Any, allowed: Vec::new() };
+        let rules = ClaimRules { identity: rule, allowed: Vec::new() };
         let agent_id = hello.agent_id.clone();
         let identifiers = &hello.identifiers;
         let claims = Claims::new(identity.into(), &rules, None, agent_id, identifiers).unwrap();

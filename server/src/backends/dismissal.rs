@@ -8,7 +8,8 @@ use tokio_util::sync::CancellationToken;
 /// Why this server ends a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Dismissal {
-    /// The agent's process has more tunnels than one may have, and this is the oldest.
+    /// The agent has more tunnels than it may have, in one process or in all, and this is one of the
+    /// oldest.
     Crowded,
     /// An operator sent the agent away.
     Evicted,

@@ -222,6 +222,42 @@ async fn the_oldest_of_too_many_tunnels_of_a_process_is_dismissed() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn each_tunnel_beyond_the_limit_of_a_process_dismisses_another_one() {
+    let backends = backends();
+    let mut tunnels = Vec::new();
+    // Those that were dismissed are still there: their agent does not read the goodbye.
+    for _ in 0..MAX_TUNNELS_PER_PROCESS + 5 {
+        tunnels.push(TestAgent::join(&backends, "a").await);
+    }
+    assert_eq!(dismissed(&tunnels).await, 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_whose_id_is_proven_has_few_tunnels_in_however_many_processes() {
+    for (rule, expected) in [(AgentIdentity::Certificate, 5), (AgentIdentity::Any, 0)] {
+        let backends = backends();
+        let mut tunnels = Vec::new();
+        for number in 0..MAX_TUNNELS_PER_ID + 5 {
+            let instance = u8::try_from(number).unwrap();
+            tunnels.push(TestAgent::join_by_rule(&backends, rule, "a", instance).await);
+        }
+        assert_eq!(dismissed(&tunnels).await, expected, "{rule:?}");
+    }
+}
+
+/// Number of tunnels that were dismissed, which are the oldest.
+async fn dismissed(tunnels: &[TestAgent]) -> usize {
+    let mut count = 0;
+    for tunnel in tunnels {
+        if !is_ready(tunnel.backend.dismissed()).await {
+            break;
+        }
+        count += 1;
+    }
+    count
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_backend_is_empty_once_its_last_stream_has_ended() {
     let backends = backends();
     let agent = TestAgent::join(&backends, "a").await;

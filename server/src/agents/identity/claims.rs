@@ -53,6 +53,8 @@ pub(crate) struct Claims {
     pub(crate) identity: Arc<Identity>,
     /// Name of the agent.
     pub(crate) agent_id: AgentId,
+    /// Whether the rule lets it have no other id than those that it has proved to be.
+    pub(crate) is_id_proven: bool,
     /// Identifiers that the rule lets it have.
     pub(crate) identifiers: Identifiers,
     /// Identifiers that the rule does not let it have.
@@ -103,7 +105,8 @@ impl Claims {
                 (proven.try_into().expect("no more than were announced"), not_proven)
             }
         };
-        Ok(Self { identity, agent_id, identifiers, not_proven })
+        let is_id_proven = names.is_some();
+        Ok(Self { identity, agent_id, is_id_proven, identifiers, not_proven })
     }
 }
 
