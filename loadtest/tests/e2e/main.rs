@@ -12,6 +12,7 @@ mod demo;
 mod deploy;
 mod dial;
 mod docs;
+mod ejection;
 mod expiry;
 mod grpc_packets;
 mod half_close;
