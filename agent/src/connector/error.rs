@@ -1,6 +1,6 @@
 //! Why an attempt to get a tunnel failed.
 
-use std::{fmt, time::Duration};
+use std::{fmt, io::ErrorKind, time::Duration};
 
 use culvert_transport::{Carrier, ConnectError, TransportFault, TunnelLost, tls::TlsError};
 
@@ -88,6 +88,10 @@ fn remedy(error: &CarrierError) -> Option<&'static str> {
     const NO_SERVER: &str = "is --proxy-server-port the agent port of a server?";
     let CarrierError::Connect(error) = error else { return None };
     let fault = match error {
+        ConnectError::Unreachable(fault) if fault.kind == ErrorKind::PermissionDenied => {
+            return Some("a packet filter of this node forbids it");
+        }
+        ConnectError::Unreachable(_) => return Some("see this node's routes to the server"),
         ConnectError::Protocol => return Some(NO_SERVER),
         ConnectError::Handshake(TunnelLost::Transport(fault)) => fault,
         _ => return None,

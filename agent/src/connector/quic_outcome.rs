@@ -18,7 +18,7 @@ pub(crate) enum QuicOutcome {
 /// How QUIC failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum QuicFailure {
-    /// The network reports that no process listens.
+    /// The network reports that no process listens, or that no packet gets to the server.
     Refused,
     /// No answer came in time.
     Silent,
@@ -40,7 +40,9 @@ impl QuicFailure {
 impl From<&CarrierError> for QuicFailure {
     fn from(error: &CarrierError) -> Self {
         match error {
-            CarrierError::Connect(ConnectError::Refused) => Self::Refused,
+            CarrierError::Connect(ConnectError::Refused | ConnectError::Unreachable(_)) => {
+                Self::Refused
+            }
             CarrierError::Connect(ConnectError::Handshake(TunnelLost::TimedOut))
             | CarrierError::Join(JoinError::Lost(TunnelLost::TimedOut))
             | CarrierError::TimedOut(_) => Self::Silent,
@@ -76,7 +78,10 @@ mod tests {
     #[test]
     fn a_failure_is_a_refusal_silence_or_a_rejection() {
         let handshake = |lost| CarrierError::Connect(ConnectError::Handshake(lost));
+        let unreachable = std::io::Error::from(std::io::ErrorKind::NetworkUnreachable);
+        let unreachable = CarrierError::Connect(ConnectError::Unreachable(unreachable.into()));
         for (error, failure, label) in [
+            (unreachable, QuicFailure::Refused, "quic_refused"),
             (CarrierError::Connect(ConnectError::Refused), QuicFailure::Refused, "quic_refused"),
             (handshake(TunnelLost::TimedOut), QuicFailure::Silent, "quic_silent"),
             (CarrierError::TimedOut(LIMIT), QuicFailure::Silent, "quic_silent"),

@@ -29,6 +29,7 @@ mod logging;
 mod malformed;
 mod matrix;
 mod memory;
+mod no_route;
 mod operable;
 mod operator;
 mod optimistic;

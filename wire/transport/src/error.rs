@@ -39,6 +39,10 @@ pub enum ConnectError {
     /// The network reports that no process listens at the server's address.
     #[error("connection refused")]
     Refused,
+    /// This host or the network reports that no packet gets to the server: there is no route, or a
+    /// packet filter forbids it.
+    #[error("{0}")]
+    Unreachable(IoFault),
     /// The proxy in front of the server did not let the connection through.
     #[error("proxy {proxy}: {fault}")]
     Proxy {

@@ -21,15 +21,16 @@ use std::{
 };
 
 use culvert_wire::code::CloseCode;
+use nix::errno::Errno;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 
 pub use self::connection::Connection;
 pub use self::reset_key::ResetKey;
 use self::{
     close_reason::lost,
-    icmp::IcmpRouter,
+    icmp::{IcmpRouter, Unreachable},
     reset_key::ListenerKey,
-    udp::{BindError, BufferSizes, UdpHealth, Watching, WhenBroken},
+    udp::{BindError, Bound, BufferSizes, UdpHealth, Watching, WhenBroken},
 };
 pub(crate) use self::{
     connection::{RecvStream, SendStream},
@@ -221,8 +222,8 @@ impl Incoming {
 /// finds out goes to `udp_health`, which is meant for all sockets of a process.
 ///
 /// # Errors
-/// When the socket cannot be opened, no process listens at the address, or the handshake fails; it
-/// gives up after the idle time-out.
+/// When the socket cannot be opened, no process listens at the address, no packet gets there, or the
+/// handshake fails; it gives up after the idle time-out.
 ///
 /// # Cancel safety
 /// Cancel safe: dropping the future ends the handshake.
@@ -239,7 +240,8 @@ pub async fn connect(
     };
     let local = SocketAddr::new(any, 0);
     let bound = udp::bind(local, settings, udp_health, WhenBroken::End)?;
-    let endpoint = rounds::endpoint(settings.endpoint(None), None, bound.socket, bound.rounds)
+    let (socket, rounds) = (bound.socket.clone(), bound.rounds.clone());
+    let endpoint = rounds::endpoint(settings.endpoint(None), None, socket, rounds)
         .map_err(|error| BindError::new(local, error))?;
     let icmp_router = Arc::new(IcmpRouter::default());
 
@@ -249,7 +251,7 @@ pub async fn connect(
     let connecting = endpoint.connect_with(client, remote, server_name).map_err(not_begun)?;
     let connection = tokio::select! {
         connected = connecting => connected.map_err(|error| ConnectError::Handshake(lost(error)))?,
-        () = refused(bound.errors.as_ref()) => return Err(ConnectError::Refused),
+        error = undeliverable(&bound) => return Err(error),
     };
     icmp_router.listen(bound.errors);
     let window = settings.tunnel_receive_window;
@@ -287,12 +289,27 @@ fn path_config(
     config
 }
 
-/// Completes when a packet of the handshake could not be delivered. The socket has one peer, so
-/// every error is the server's.
-async fn refused(errors: Option<&icmp::ErrorQueue>) {
-    match errors {
-        Some(errors) if errors.next().await.is_some() => {}
-        _ => std::future::pending().await,
+/// Completes when a packet of the handshake cannot be delivered. The socket has one peer, so every
+/// error is the server's.
+async fn undeliverable(bound: &Bound) -> ConnectError {
+    let reported = async {
+        match &bound.errors {
+            Some(errors) => errors.next().await,
+            None => None,
+        }
+    };
+    let report = async {
+        match reported.await {
+            Some((_, Unreachable::Port)) => ConnectError::Refused,
+            Some((_, Unreachable::Host)) => {
+                ConnectError::Unreachable(io::Error::from(Errno::EHOSTUNREACH).into())
+            }
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        error = report => error,
+        error = bound.unsendable.error() => ConnectError::Unreachable(error.into()),
     }
 }
 

@@ -106,10 +106,24 @@ async fn in_time<T>(
         Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
             return Err(ConnectError::Refused);
         }
+        Ok(Err(error)) if is_unreachable(&error) => {
+            return Err(ConnectError::Unreachable(error.into()));
+        }
         Ok(Err(error)) => error.into(),
         Err(_) => TunnelLost::TimedOut,
     };
     Err(ConnectError::Handshake(lost))
+}
+
+/// Whether there is no route, or a packet filter forbids the connection.
+fn is_unreachable(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NetworkUnreachable
+            | io::ErrorKind::HostUnreachable
+            | io::ErrorKind::NetworkDown
+            | io::ErrorKind::PermissionDenied
+    )
 }
 
 /// The byte stream of a connection to a server, direct or through a proxy.

@@ -4,7 +4,11 @@
 
 mod carriers;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use culvert_transport::{
@@ -265,6 +269,24 @@ async fn an_attempt_at_a_port_without_a_listener_fails_at_once() {
         let attempt =
             connect(gone, "127.0.0.1", tls.into(), &Settings::default(), &Arc::default()).await;
         assert!(matches!(attempt, Err(ConnectError::Refused)));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_attempt_whose_packets_the_kernel_refuses_fails_at_once() {
+    within(async {
+        // Only a socket with the option for it may send to the broadcast address.
+        let forbidden = SocketAddr::from((Ipv4Addr::BROADCAST, 8132));
+        let authority = Authority::new();
+        let tls = tunnel_client(authority.roots(), None, KeyExchange::Hybrid).unwrap();
+        let begun = Instant::now();
+        let (settings, health) = (Settings::default(), Arc::default());
+        let attempt = connect(forbidden, "127.0.0.1", tls.into(), &settings, &health).await;
+        let Err(ConnectError::Unreachable(fault)) = attempt else { panic!("{attempt:?}") };
+        assert_eq!(fault.kind, std::io::ErrorKind::PermissionDenied);
+        // The other results come with the handshake's time-out, 10 s, or later.
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     })
     .await;
 }

@@ -9,6 +9,7 @@ mod joined;
 mod receiving;
 mod socket;
 mod unsegmented;
+mod unsendable;
 mod vanishing;
 
 use std::{
@@ -27,7 +28,9 @@ use self::{
     intake::Intake,
     socket::{Abilities, Socket as QuicSocket},
 };
-pub(super) use self::{calls::socket_address, socket::WhenBroken, vanishing::Watching};
+pub(super) use self::{
+    calls::socket_address, socket::WhenBroken, unsendable::Unsendable, vanishing::Watching,
+};
 use super::{icmp::ErrorQueue, rounds::Rounds};
 use crate::{Settings, socket::lacks_ipv6};
 
@@ -72,6 +75,8 @@ impl BufferSizes {
 pub(super) struct Bound {
     pub(super) socket: Arc<dyn AsyncUdpSocket>,
     pub(super) errors: Option<ErrorQueue>,
+    /// Why nothing can be sent; for a socket with one peer.
+    pub(super) unsendable: Arc<Unsendable>,
     pub(super) buffer_sizes: BufferSizes,
     /// What the socket's connections have to process; for the endpoint on it.
     pub(super) rounds: Arc<Rounds>,
@@ -106,8 +111,9 @@ pub(super) fn bind(
         let abilities = Abilities { batch, joins: joined > 1, may_fragment, when_broken };
         let rounds = Arc::new(Rounds::default());
         let intake = Intake::new(rounds.clone(), settings.packet_backlog);
-        let socket = Arc::new(QuicSocket::new(io, calls, abilities, health.clone(), intake));
-        Ok(Bound { socket, errors, buffer_sizes, rounds })
+        let socket = QuicSocket::new(io, calls, abilities, health.clone(), intake);
+        let (unsendable, socket) = (socket.unsendable(), Arc::new(socket));
+        Ok(Bound { socket, errors, unsendable, buffer_sizes, rounds })
     };
     result.and_then(prepare).map_err(|source| BindError::new(address, source))
 }

@@ -33,6 +33,7 @@ use super::{
     intake::Intake,
     joined::Joined,
     receiving::{Call, Next, Receiving},
+    unsendable::Unsendable,
 };
 
 /// Number of packets from which they are sent as a batch. Fewer are sent one by one, loss probes
@@ -75,6 +76,7 @@ pub(super) struct Socket<C> {
     calls: C,
     abilities: Abilities,
     health: Arc<UdpHealth>,
+    unsendable: Arc<Unsendable>,
     receiver: Mutex<Receiver>,
     partial: Mutex<HashMap<SocketAddr, Partial>>,
 }
@@ -109,7 +111,13 @@ impl<C: Calls> Socket<C> {
         let joined = abilities.joins.then(Joined::new);
         let (receiving, pause, broken) = Default::default();
         let receiver = Mutex::new(Receiver { receiving, intake, joined, pause, broken });
-        Self { io, calls, abilities, health, receiver, partial: Mutex::default() }
+        let (unsendable, partial) = Default::default();
+        Self { io, calls, abilities, health, unsendable, receiver, partial }
+    }
+
+    /// Why nothing can be sent. Only for a socket with one peer.
+    pub(super) fn unsendable(&self) -> Arc<Unsendable> {
+        self.unsendable.clone()
     }
 
     /// Sends a packet or a batch. A call that fails for another peer's sake is repeated; the failed
@@ -134,6 +142,7 @@ impl<C: Calls> Socket<C> {
         // Larger than the path carries: MTU discovery tries that.
         if error.raw_os_error() != Some(Errno::EMSGSIZE as i32) {
             self.health.send_failed();
+            self.unsendable.refused(&error);
         }
         Ok(false)
     }
