@@ -36,14 +36,12 @@ pub(crate) use self::options::CarrierOrder;
 pub(crate) use self::{
     connect::{Connect, Connected, NetworkConnect},
     direct::Direct,
+    error::CarrierError,
     plan::Plan,
     resolve::{Candidate, Preference},
 };
 #[cfg(test)]
-pub(crate) use self::{
-    error::{CarrierError, ResolveError},
-    resolve::ServerAddress,
-};
+pub(crate) use self::{error::ResolveError, resolve::ServerAddress};
 use crate::{
     connector::{
         attempt::{Attempted, Found, Places, attempt},

@@ -2,15 +2,17 @@
 
 use std::time::Duration;
 
-use culvert_process::precheck::{Report, steps};
-use culvert_transport::{Carrier, tcp::Route};
+use culvert_process::precheck::{Report, access::Access, steps};
+use culvert_transport::{Carrier, ConnectError, tcp::Route};
 use culvert_wire::CloseCode;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::TaskTracker;
 
 use crate::{
     config::{Config, Transport},
-    connector::{Candidate, CarrierOrder, Connect as _, Connected, NetworkConnect, Preference},
+    connector::{
+        Candidate, CarrierError, CarrierOrder, Connect as _, Connected, NetworkConnect, Preference,
+    },
     files::AgentFiles,
     metrics::AgentMetrics,
 };
@@ -42,6 +44,9 @@ pub(crate) async fn check(config: Config, report: &mut Report) {
     };
     report.ok("files", "can be read");
     check_proofs(&files, report);
+    if let (Some(client), Some(leases)) = (&files.leases, &config.sync.leases) {
+        Access::leases(&leases.namespace, &["list", "watch"], &[]).check(client, report).await;
+    }
     let connect = NetworkConnect::new(&config, files, &metrics, TaskTracker::new());
     let order = match config.transport {
         Transport::Auto => CarrierOrder::QuicFirst,
@@ -114,6 +119,7 @@ async fn check_address(
         };
         let begun = Instant::now();
         let handshake = connect.connect(carrier, address, &tls, true);
+        let mut remedy = "check firewalls and load balancers, --ca-cert and --server-name";
         let error = match timeout(HANDSHAKE_TIMEOUT, handshake).await {
             Ok(Ok(connected)) => {
                 let millis = begun.elapsed().as_millis();
@@ -125,7 +131,12 @@ async fn check_address(
                 reached.push(carrier);
                 continue;
             }
-            Ok(Err(error)) => error.to_string(),
+            Ok(Err(error)) => {
+                if matches!(error, CarrierError::Connect(ConnectError::Proxy { .. })) {
+                    remedy = "check HTTPS_PROXY, or add the servers to NO_PROXY";
+                }
+                error.to_string()
+            }
             Err(_) => format!("no answer within {HANDSHAKE_TIMEOUT:?}"),
         };
         // With --transport=auto TCP is enough.
@@ -136,10 +147,7 @@ async fn check_address(
             (_, Transport::Auto) if !reached.is_empty() => {
                 report.warn(step, error, "let TCP pass to this port, for when UDP does not");
             }
-            _ => {
-                let remedy = "check firewalls and load balancers, --ca-cert and --server-name";
-                report.fail(step, error, remedy);
-            }
+            _ => report.fail(step, error, remedy),
         }
     }
 }

@@ -1,25 +1,12 @@
 //! `culvert-server precheck`: whether this server would work, step by step.
 
-use std::time::Duration;
-
-use culvert_process::{
-    kubernetes::CurrentClient,
-    precheck::{Report, steps},
-};
-use k8s_openapi::api::authorization::v1::{
-    ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec,
-};
-use kube::{Api, api::PostParams};
-use tokio::time::timeout;
+use culvert_process::precheck::{Report, access::Access, steps};
 
 use crate::{
     config::{Config, FrontendListen},
     files::ServerFiles,
     metrics::ServerMetrics,
 };
-
-/// Time for kube-apiserver to answer one question.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Makes all steps.
 pub(crate) async fn check(config: Config, report: &mut Report) {
@@ -67,63 +54,25 @@ fn check_ports(config: &Config, report: &mut Report) {
 
 async fn check_kubernetes(config: &Config, files: &ServerFiles, report: &mut Report) {
     let namespace = config.leases.as_ref().map(|leases| leases.namespace.as_str());
-    let leases = ["create", "get", "list", "update", "delete"];
-    let questions = [
-        (&files.reviews, "authentication.k8s.io", "tokenreviews", &["create"][..], None),
-        (&files.leases, "coordination.k8s.io", "leases", &leases[..], namespace),
-        (&files.nodes, "", "nodes", &["get"][..], None),
-    ];
-    if questions.iter().all(|(client, ..)| client.is_none()) {
+    let reviews = Access {
+        group: "authentication.k8s.io",
+        resource: "tokenreviews",
+        namespace: None,
+        verbs: &["create"],
+        optional: &[],
+    };
+    let nodes = Access { group: "", resource: "nodes", verbs: &["get"], ..reviews };
+    let verbs = &["create", "get", "list", "update", "delete"];
+    let leases = Access::leases(namespace.unwrap_or_default(), verbs, &["watch"]);
+    let clients = [(&files.reviews, reviews), (&files.leases, leases), (&files.nodes, nodes)];
+    if clients.iter().all(|(client, _)| client.is_none()) {
         report.skip("kube-apiserver", "no flag needs it");
     }
-    for (client, group, resource, verbs, namespace) in questions {
-        let Some(client) = client else { continue };
-        for verb in verbs {
-            let attributes = ResourceAttributes {
-                group: Some(group.into()),
-                resource: Some(resource.into()),
-                verb: Some((*verb).into()),
-                namespace: namespace.map(str::to_owned),
-                ..ResourceAttributes::default()
-            };
-            let step = format!("kube-apiserver: {verb} {resource}");
-            if !may(client, attributes, step, report).await {
-                // It is not reached, so that further questions have no answer.
-                return;
-            }
+    for (client, access) in clients {
+        if let Some(client) = client
+            && !access.check(client, report).await
+        {
+            return;
         }
     }
-}
-
-/// Adds whether kube-apiserver permits something. Returns whether it answered.
-async fn may(
-    client: &CurrentClient,
-    attributes: ResourceAttributes,
-    step: String,
-    report: &mut Report,
-) -> bool {
-    let api: Api<SelfSubjectAccessReview> = Api::all(client.get());
-    let spec = SelfSubjectAccessReviewSpec {
-        resource_attributes: Some(attributes),
-        ..SelfSubjectAccessReviewSpec::default()
-    };
-    let review = SelfSubjectAccessReview { spec, ..SelfSubjectAccessReview::default() };
-    let remedy = "check --kubeconfig, its address and its credentials";
-    match timeout(ANSWER_TIMEOUT, api.create(&PostParams::default(), &review)).await {
-        Ok(Ok(answer)) if answer.status.as_ref().is_some_and(|status| status.allowed) => {
-            report.ok(step, "permitted");
-        }
-        Ok(Ok(_)) => {
-            report.fail(step, "not permitted", "bind the roles of deploy/kubernetes/rbac.yaml");
-        }
-        Ok(Err(error)) => {
-            report.fail(step, culvert_process::kubernetes::reason(&error), remedy);
-            return false;
-        }
-        Err(_) => {
-            report.fail(step, format!("no answer within {ANSWER_TIMEOUT:?}"), remedy);
-            return false;
-        }
-    }
-    true
 }

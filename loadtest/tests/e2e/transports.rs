@@ -1,6 +1,6 @@
 //! Tunnels over TCP, and agents that change between QUIC and TCP.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{io, time::Duration};
 
 use culvert_loadtest::{
     frontend::{
@@ -13,15 +13,13 @@ use culvert_loadtest::{
 };
 use culvert_transport::tcp::Proxies;
 use rstest::rstest;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
-    net::{TcpListener, TcpStream},
-    time::timeout,
-};
+use tokio::time::timeout;
 
 use crate::support::{
     Carrier::{Quic, Tcp},
-    echo, eventually, noise, rig,
+    echo, eventually, noise,
+    proxy::proxy,
+    rig,
     shaped_path::ShapedPath,
     within,
 };
@@ -257,37 +255,20 @@ async fn a_tunnel_whose_udp_is_refused_later_is_replaced_by_one_over_tcp() {
     .await;
 }
 
-/// An egress proxy that forwards every request to this server.
-async fn proxy_to(server: SocketAddr) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    culvert_transport::test_util::detached(async move {
-        while let Ok((mut near, _)) = listener.accept().await {
-            let mut head = Vec::new();
-            while !head.ends_with(b"\r\n\r\n") {
-                head.push(near.read_u8().await.unwrap());
-            }
-            assert!(head.starts_with(b"CONNECT server.test:8132 HTTP/1.1\r\n"));
-            near.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
-            let mut far = TcpStream::connect(server).await.unwrap();
-            culvert_transport::test_util::detached(async move {
-                copy_bidirectional(&mut near, &mut far).await
-            });
-        }
-    });
-    address
-}
-
 #[tokio::test]
 async fn an_agent_behind_a_proxy_connects_through_it_to_a_name_that_it_cannot_resolve() {
     within(async {
+        let mut used_proxy = None;
         let rig = rig_with_agent(async |rig, config| {
-            let proxy = proxy_to(rig.server.tunnel).await.to_string();
+            let proxy = proxy(Ok(rig.server.tunnel)).await;
             (config.servers.host, config.servers.port) = ("server.test".into(), 8132);
-            let environment = |name| (name == "HTTPS_PROXY").then(|| proxy.clone());
+            let environment = |name| (name == "HTTPS_PROXY").then(|| proxy.address.to_string());
             config.proxies = Proxies::from_env(environment).unwrap();
+            used_proxy = Some(proxy);
         });
         let rig = rig.await;
+        let asked = used_proxy.as_mut().unwrap().requests.recv().await.unwrap();
+        assert_eq!(asked, "CONNECT server.test:8132 HTTP/1.1");
         assert_eq!(Tunnels::of(&rig), Tunnels { tcp: 1, quic: 0 });
         let target = targets::echo().await.unwrap();
         used(&rig, &target).await;

@@ -1,7 +1,7 @@
 //! The parts of kube-apiserver that tokens and Leases need, over TLS.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     convert::Infallible,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -42,6 +42,7 @@ pub(crate) const ACCOUNT: &str = "system:serviceaccount:kube-system:konnectivity
 /// Token in the file that the kubeconfig names, which every request has to show.
 const ASKER: &str = "the-asker";
 const REVIEWS: &str = "/apis/authentication.k8s.io/v1/tokenreviews";
+const ACCESS: &str = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews";
 const NODES: &str = "/api/v1/nodes/";
 const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases";
 
@@ -59,6 +60,8 @@ struct State {
     tokens: HashMap<String, Value>,
     /// The specs of all reviews.
     reviews: Vec<Value>,
+    /// What is not permitted, as a verb and a resource.
+    forbidden: HashSet<(String, String)>,
     /// The addresses of nodes, by name.
     nodes: HashMap<String, Vec<String>>,
     /// Reason with which every request is refused.
@@ -142,6 +145,11 @@ impl KubeApi {
     pub(crate) fn put_node(&self, name: &str, addresses: &[&str]) {
         let addresses = addresses.iter().map(|address| (*address).to_owned()).collect();
         self.state().nodes.insert(name.into(), addresses);
+    }
+
+    /// Answers from now on that this is not permitted.
+    pub(crate) fn forbid(&self, verb: &str, resource: &str) {
+        self.state().forbidden.insert((verb.into(), resource.into()));
     }
 
     /// Delays every answer from now on.
@@ -246,6 +254,7 @@ async fn answer(
             failure(StatusCode::FORBIDDEN, state.refusal.as_deref().unwrap_or_default())
         }
         (&Method::POST, REVIEWS) => (StatusCode::CREATED, state.review(&body)),
+        (&Method::POST, ACCESS) => (StatusCode::CREATED, state.access(&body)),
         (&Method::GET, LEASES) if query.contains_key("sendInitialEvents") => {
             failure(StatusCode::UNPROCESSABLE_ENTITY, "only what comes is watched")
         }
@@ -376,6 +385,14 @@ impl State {
             "status": { "addresses": addresses },
         });
         (StatusCode::OK, node)
+    }
+
+    fn access(&self, body: &[u8]) -> Value {
+        let mut review: Value = serde_json::from_slice(body).unwrap();
+        let text = |key: &str| review["spec"]["resourceAttributes"][key].as_str().unwrap().into();
+        let allowed = !self.forbidden.contains(&(text("verb"), text("resource")));
+        review["status"] = json!({ "allowed": allowed });
+        review
     }
 
     fn review(&mut self, body: &[u8]) -> Value {

@@ -7,6 +7,7 @@ mod proxy;
 use std::{
     fmt,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -189,8 +190,13 @@ impl KubernetesConfig {
                 Duration::from_secs_f64(f64::from(burst) / f64::from(qps)),
             )
         });
+        // A URL may have credentials.
+        let url = &config.cluster_url;
+        let (host, port) = (url.host().unwrap_or_default(), url.port_u16().unwrap_or(443));
+        let address: Arc<str> = format!("{host}:{port}").into();
         let builder = ClientBuilder::try_from(config).map_err(ClientError::from)?;
-        Ok(builder.with_layer(&layer_fn(Answers)).with_layer(&option_layer(rate)).build())
+        let answers = layer_fn(move |service| Answers::new(service, address.clone()));
+        Ok(builder.with_layer(&answers).with_layer(&option_layer(rate)).build())
     }
 
     /// Reads the kubeconfig and the files that it names, or those of the pod. What a program of the
@@ -343,6 +349,7 @@ fn read_token(files: &mut Files, user: &mut AuthInfo, kubeconfig: &Path) -> Resu
 pub fn reason(error: &kube::Error) -> String {
     match error {
         kube::Error::Api(status) => status_text(status),
+        kube::Error::Service(error) => with_causes(error.as_ref()),
         error => with_causes(error),
     }
 }

@@ -1,8 +1,9 @@
 //! `precheck`: checks with the flags of a process whether it would work, without running it.
 //!
 //! Each step has a result and, where it is not good, a remedy. The steps that both processes have
-//! are in `steps`.
+//! are in `steps`, and questions to kube-apiserver in `access`.
 
+pub mod access;
 pub mod steps;
 
 use std::{ffi::OsString, io::Write as _, process::ExitCode, time::Duration};

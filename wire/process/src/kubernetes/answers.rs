@@ -2,6 +2,7 @@
 
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -29,10 +30,28 @@ const MESSAGE_LIMIT: usize = 1024;
 #[error("kube-apiserver's answer is larger than {LIMIT} bytes")]
 struct TooLarge;
 
+/// kube-apiserver did not answer.
+#[derive(Debug, thiserror::Error)]
+#[error("kube-apiserver at {address} did not answer")]
+struct Unanswered {
+    address: Arc<str>,
+    source: BoxError,
+}
+
 /// A client's service whose answers are bounded. Errors of kube-apiserver always have their HTTP
-/// status, whether or not their body is a `Status` object.
+/// status, whether or not their body is a `Status` object, and others have its address.
 #[derive(Clone, Debug)]
-pub(super) struct Answers<S>(pub(super) S);
+pub(super) struct Answers<S> {
+    service: S,
+    address: Arc<str>,
+}
+
+impl<S> Answers<S> {
+    /// The answers of a service that asks kube-apiserver at this address, which is for texts alone.
+    pub(super) fn new(service: S, address: Arc<str>) -> Self {
+        Self { service, address }
+    }
+}
 
 impl<S> Service<Request<Body>> for Answers<S>
 where
@@ -44,14 +63,19 @@ where
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.0.poll_ready(context)
+        self.service.poll_ready(context)
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let is_watch = is_watch(&request);
-        let answer = self.0.call(request);
+        let answer = self.service.call(request);
+        let address = self.address.clone();
         Box::pin(async move {
-            let answer = answer.await?;
+            let answer = answer.await.map_err(|source| match source.is::<kube::Error>() {
+                // A program or file that should have given a credential: no request was sent.
+                true => source,
+                false => Unanswered { address, source }.into(),
+            })?;
             let status = answer.status();
             let is_error = status.is_client_error() || status.is_server_error();
             let by_event = is_watch && !is_error;
@@ -157,7 +181,7 @@ mod tests {
             let answer = Response::builder().status(code).body(body()).unwrap();
             async { Ok::<_, BoxError>(answer) }
         };
-        Client::new(Answers(service_fn(answer)), "default")
+        Client::new(Answers::new(service_fn(answer), "192.0.2.1".into()), "default")
     }
 
     fn text(text: &'static str) -> Box<DynBody> {
@@ -191,6 +215,17 @@ mod tests {
             let reason = super::super::reason(&error);
             assert_eq!(reason, format!("kube-apiserver answered {expected}"));
         }
+    }
+
+    #[tokio::test]
+    async fn a_request_without_an_answer_names_the_address_once() {
+        let refuse = |_: Request<Body>| async {
+            Err::<Response<Box<DynBody>>, _>(BoxError::from("connection refused"))
+        };
+        let client = Client::new(Answers::new(service_fn(refuse), "192.0.2.1:6443".into()), "x");
+        let error = client.request_text(get("/")).await.unwrap_err();
+        let expected = "kube-apiserver at 192.0.2.1:6443 did not answer: connection refused";
+        assert_eq!(super::super::reason(&error), expected);
     }
 
     #[tokio::test]
