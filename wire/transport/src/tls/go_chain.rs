@@ -1,8 +1,8 @@
 //! Chains of certificates that Go's `crypto/x509` accepts and webpki refuses: of a CA that presents
 //! its own certificate, of X.509 version 1, and for `anyExtendedKeyUsage`.
 //!
-//! Validity, critical extensions, key usages, path lengths and signatures are checked as in Go, with
-//! webpki's algorithms for signatures. One rule is stricter: a chain with name constraints is left
+//! Validity, extensions, key usages, path lengths and signatures are checked as in Go, with webpki's
+//! algorithms for signatures. One rule is stricter: a chain with name constraints is left
 //! to webpki, which knows them.
 
 use rustls::{CertificateError, Error, RootCertStore};
@@ -15,7 +15,7 @@ use x509_parser::{
         OID_X509_EXT_BASIC_CONSTRAINTS, OID_X509_EXT_EXTENDED_KEY_USAGE, OID_X509_EXT_KEY_USAGE,
         OID_X509_EXT_NAME_CONSTRAINTS, OID_X509_EXT_SUBJECT_ALT_NAME,
     },
-    prelude::{X509Certificate, X509Version},
+    prelude::{X509Certificate, X509Extension, X509Version},
 };
 
 /// Maximum number of signatures to check for one chain, which the peer chooses; Go's.
@@ -138,6 +138,13 @@ fn check(
     let is_unknown = |oid: &Oid<'_>| !KNOWN_EXTENSIONS.contains(oid);
     if extensions.iter().any(|extension| extension.critical && is_unknown(&extension.oid)) {
         return Err(CertificateError::UnhandledCriticalExtension.into());
+    }
+    // One that says nothing here may be one that restricts.
+    let is_malformed = |extension: &X509Extension<'_>| {
+        !is_unknown(&extension.oid) && extension.parsed_extension().error().is_some()
+    };
+    if certificate.extensions_map().is_err() || extensions.iter().any(is_malformed) {
+        return Err(CertificateError::BadEncoding.into());
     }
     if extensions.iter().any(|extension| extension.oid == OID_X509_EXT_NAME_CONSTRAINTS) {
         return Err(other("name constraints"));

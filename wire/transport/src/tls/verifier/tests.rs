@@ -212,6 +212,35 @@ fn a_certificate_of_a_ca_must_be_valid_known_and_signed() {
 }
 
 #[test]
+fn a_certificate_has_each_extension_once_and_in_its_form() {
+    let root = self_signed(authority("root", |_| {}));
+    let (alternative_name, key_usage, own) =
+        ([2, 5, 29, 17], [2, 5, 29, 15], [1, 3, 6, 1, 4, 1, 9]);
+    let signed = |oid: &[u64], contents: &[&[u8]]| {
+        root.sign(authority("leaf", |params| {
+            params.subject_alt_names.clear();
+            for content in contents {
+                params
+                    .custom_extensions
+                    .push(CustomExtension::from_oid_content(oid, content.to_vec()));
+            }
+        }))
+    };
+    // A name, bits, and anything.
+    for (oid, content) in [
+        (&alternative_name[..], &b"\x30\x0b\x82\x09localhost"[..]),
+        (&key_usage, b"\x03\x02\x02\x04"),
+        (&own, b"\x05\x00"),
+    ] {
+        let [_, client] = verified(&root, &signed(oid, &[content]), &[], CertificateRules::Go);
+        assert_eq!(client, Ok(()), "{oid:?}");
+        assert_refused(&root, &signed(oid, &[content, content]), &[]);
+    }
+    assert_refused(&root, &signed(&alternative_name, &[b"\x05\x00"]), &[]);
+    assert_refused(&root, &signed(&key_usage, &[b"\x05\x00"]), &[]);
+}
+
+#[test]
 fn a_root_with_name_constraints_is_webpki_s_alone() {
     let root = self_signed(authority("root", |params| {
         let permitted_subtrees = vec![GeneralSubtree::DnsName("localhost".into())];
