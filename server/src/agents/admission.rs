@@ -163,6 +163,9 @@ pub(crate) enum Refusal {
     /// The agent sent no token.
     #[error("no token, and this server asks for one: see the agent's --service-account-token-path")]
     NoToken,
+    /// The agent's certificate was verified, and does not say who it is.
+    #[error("the names or the dates of its certificate cannot be read")]
+    CertificateUnreadable,
     /// What the agent sent is no token; the text is Konnectivity's.
     #[error("{0}")]
     NotAToken(String),
@@ -190,9 +193,11 @@ impl Refusal {
     /// The reason as a metric label.
     pub(crate) fn label(&self) -> &'static str {
         match self {
-            Self::NoToken | Self::NotAToken(_) | Self::Invalid(_) | Self::Refused(_) => {
-                "unauthenticated"
-            }
+            Self::CertificateUnreadable
+            | Self::NoToken
+            | Self::NotAToken(_)
+            | Self::Invalid(_)
+            | Self::Refused(_) => "unauthenticated",
             Self::NotReviewed(_) => "token_not_reviewed",
             Self::NodeUnknown(_) => "node_not_looked_up",
         }
@@ -203,6 +208,7 @@ impl Refusal {
         let inner = match self {
             Self::NoToken => return "Authentication context was not found in metadata".into(),
             Self::NotAToken(reason) => return reason.clone(),
+            Self::CertificateUnreadable => return self.to_string(),
             Self::NotReviewed(reason) | Self::NodeUnknown(reason) => {
                 format!("Failed to authenticate request. err:{reason}")
             }
@@ -278,11 +284,16 @@ impl Authenticator {
     /// Admits the agent with this proof.
     ///
     /// # Errors
-    /// When the token is refused, or not reviewed within 8 s.
+    /// When the certificate cannot be read, and when the token is refused, or not reviewed within
+    /// 8 s.
     ///
     /// # Cancel safety
     /// Cancel safe: a review that has begun goes on, and its result is remembered.
     pub(crate) async fn admit(&self, proof: Proof<'_>) -> Result<Authenticated, Refusal> {
+        let leaf = proof.certificates.and_then(<[_]>::first);
+        let certificate =
+            leaf.map(|leaf| Certificate::of(leaf).ok_or(Refusal::CertificateUnreadable));
+        let certificate = certificate.transpose()?;
         let account = match &self.reviewer {
             None => None,
             Some(reviewer) => {
@@ -291,7 +302,6 @@ impl Authenticator {
                 Some(reviewer.check(token, turn, proof.is_admitted).await?)
             }
         };
-        let certificate = proof.certificates.and_then(|chain| Certificate::of(chain.first()?));
         let identity = Arc::new(Identity { certificate, account });
         let token = proof.token.filter(|_| self.needs_tokens()).map(|token| {
             let expiry = identity.expires(Instant::now());

@@ -69,6 +69,22 @@ async fn refused(authenticator: &Authenticator, token: &Secret) -> (Refusal, Dur
     (refusal, begun.elapsed())
 }
 
+#[tokio::test]
+async fn an_agent_whose_certificate_does_not_say_who_it_is_is_refused() {
+    // The handshake reads no alternative names of a client.
+    let mut params = rcgen::CertificateParams::new([]).unwrap();
+    let names = rcgen::CustomExtension::from_oid_content(&[2, 5, 29, 17], b"\x05\x00".to_vec());
+    params.custom_extensions.push(names);
+    let unreadable = params.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().into();
+    let admitted = |chain: Vec<_>| async move {
+        let proof = Proof { certificates: Some(&chain), ..NOTHING };
+        Authenticator::open().admit(proof).await.map(|authenticated| authenticated.identity.clone())
+    };
+    assert_eq!(admitted(vec![unreadable]).await, Err(Refusal::CertificateUnreadable));
+    assert!(admitted(vec![certificate("a", &[])]).await.unwrap().certificate.is_some());
+    assert!(admitted(vec![]).await.unwrap().certificate.is_none());
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_accepted_token_is_reviewed_once_in_a_while() {
     let (authenticator, reviewed) = reviewing(Ok(accepted()), Duration::from_secs(4));
