@@ -31,6 +31,9 @@ pub struct CommandLine<F> {
     faults: Vec<ConfigError>,
     /// The configuration file, and the flags whose value is from it.
     from_file: Option<(PathBuf, HashSet<String>)>,
+    /// The flags of the command line, where the configuration file could not be read: others may be
+    /// in the file.
+    only: Option<HashSet<String>>,
 }
 
 /// The command of a process with these flags, which may have a configuration file.
@@ -58,7 +61,7 @@ impl<F: Parser> CommandLine<F> {
         let mut faults = Vec::new();
         let mut given = Vec::new();
         for flag in flags {
-            match check(command, &flag) {
+            match check(command, &program, &flag) {
                 Ok(_) => given.push(flag),
                 Err(error) if is_request(&error) => return Err(error.into()),
                 Err(error) => faults.push(fault_of_argument(&flag, &error)),
@@ -67,8 +70,10 @@ impl<F: Parser> CommandLine<F> {
         let mut paths = given.iter().filter_map(|flag| flag.to_str()?.strip_prefix("--config="));
         let path = paths.next_back().filter(|path| !path.is_empty()).map(PathBuf::from);
         let (mut from_file, mut args) = (None, vec![program]);
+        let mut only = None;
         if let Some(path) = path {
             let file = ConfigFile::read(&path, command, &mut faults);
+            only = file.is_unread.then(|| given.iter().filter_map(name_of).collect());
             let named: HashSet<_> = given.iter().filter_map(|flag| id_of(command, flag)).collect();
             let entries = file.entries.into_iter().filter(|entry| {
                 let is_set = entry.variable.as_deref().is_some_and(|name| {
@@ -88,18 +93,21 @@ impl<F: Parser> CommandLine<F> {
         if let Some(exit) = go_flags::completion_of(command, &matches) {
             return Err(exit);
         }
-        Ok(Self { flags: F::from_arg_matches(&matches)?, words, faults, from_file })
+        let flags = F::from_arg_matches(&matches)?;
+        Ok(Self { flags, words, faults, from_file, only })
     }
 
     /// The configuration that `check` makes of the flags, if it and the flags have no fault.
     ///
     /// # Errors
-    /// With all faults. A flag whose value could not be read has no other fault.
+    /// With all faults, and the words that belong to no flag. A flag whose value could not be read
+    /// has no other fault, and where the configuration file could not be read the flags of the
+    /// command line alone have one.
     pub fn configuration<C>(
         self,
         check: impl FnOnce(F) -> Result<C, ConfigErrors>,
     ) -> Result<(C, Vec<OsString>), ConfigErrors> {
-        let Self { flags, words, mut faults, from_file } = self;
+        let Self { flags, words, mut faults, from_file, only } = self;
         let errors = match check(flags) {
             Ok(config) if faults.is_empty() => return Ok((config, words)),
             Ok(_) => Vec::new(),
@@ -107,7 +115,8 @@ impl<F: Parser> CommandLine<F> {
         };
         let unread: HashSet<_> = faults.iter().map(|fault| fault.flag.to_string()).collect();
         for mut error in errors {
-            if unread.contains(&*error.flag) {
+            let is_elsewhere = only.as_ref().is_some_and(|only| !only.contains(&*error.flag));
+            if unread.contains(&*error.flag) || is_elsewhere {
                 continue;
             }
             if let Some((path, keys)) = &from_file
@@ -117,13 +126,29 @@ impl<F: Parser> CommandLine<F> {
             }
             faults.push(error);
         }
+        // Alone they are no fault, but a command whose name is mistyped is one of them.
+        faults.extend(words.iter().map(|word| ConfigError {
+            flag: format!("{word:?}").into(),
+            origin: Origin::Argument,
+            reason: "is no command and belongs to no flag; see --help".into(),
+        }));
         Err(ConfigErrors::from(faults))
     }
 }
 
-/// The fault of one argument alone.
-fn check(command: &mut Command, flag: &OsString) -> Result<ArgMatches, clap::Error> {
-    command.try_get_matches_from_mut([OsString::from("x"), flag.clone()])
+/// The fault of one argument alone. Help names the program as `program` does.
+fn check(
+    command: &mut Command,
+    program: &OsString,
+    flag: &OsString,
+) -> Result<ArgMatches, clap::Error> {
+    command.try_get_matches_from_mut([program, flag])
+}
+
+/// The name in a normalised flag.
+fn name_of(flag: &OsString) -> Option<String> {
+    let name = flag.to_str()?.strip_prefix("--")?.split('=').next()?;
+    Some(name.to_owned())
 }
 
 /// Whether this is no fault, but a text that was asked for.

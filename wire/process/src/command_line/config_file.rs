@@ -15,10 +15,12 @@ use crate::{
 };
 
 /// What a configuration file has, without what cannot be used.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct ConfigFile {
     /// Its keys, sorted.
     pub(super) entries: Vec<Entry>,
+    /// Whether it could not be read as a whole.
+    pub(super) is_unread: bool,
 }
 
 /// A key of the file, as arguments.
@@ -41,7 +43,7 @@ impl ConfigFile {
             Ok(table) => table,
             Err(reason) => {
                 faults.push(ConfigError { flag: CONFIG.into(), origin: Origin::Flag, reason });
-                return Self::default();
+                return Self { entries: Vec::new(), is_unread: true };
             }
         };
         let mut entries: Vec<Entry> = Vec::new();
@@ -62,7 +64,7 @@ impl ConfigFile {
                 }),
             }
         }
-        Self { entries }
+        Self { entries, is_unread: false }
     }
 }
 
@@ -88,17 +90,22 @@ fn entry(command: &mut Command, key: &str, value: &Value) -> Result<Entry, Strin
         return Err("belongs on the command line".into());
     }
     let Some(arg) = arg_of(command, &name).cloned() else {
-        let error = check(command, &joined(&name, None)).err();
+        let error = check(command, &program(), &joined(&name, None)).err();
         return Err(error.map_or_else(|| "is unknown".into(), |error| reason(&error, "")));
     };
     let long = arg.get_long().unwrap_or(&name).to_owned();
     let args: Vec<_> =
         texts(&arg, &long, value)?.iter().map(|text| joined(&long, Some(text.as_ref()))).collect();
     for arg in &args {
-        check(command, arg).map_err(|error| reason(&error, ""))?;
+        check(command, &program(), arg).map_err(|error| reason(&error, ""))?;
     }
     let variable = arg.get_env().and_then(|name| name.to_str()).map(str::to_owned);
     Ok(Entry { key: long, id: arg.get_id().to_string(), variable, args })
+}
+
+/// The program of a check, whose faults do not name it.
+fn program() -> OsString {
+    "program".into()
 }
 
 /// The type of a flag's value.

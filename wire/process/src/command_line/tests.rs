@@ -127,6 +127,26 @@ fn help_and_version_are_printed_although_there_are_faults() {
 }
 
 #[test]
+fn help_names_the_program() {
+    for (program, usage) in [("/usr/bin/proxy-x", "proxy-x"), ("sample precheck", "sample precheck")]
+    {
+        let args = [program, "--help"].map(OsString::from);
+        let help = CommandLine::<Sample>::read(&mut command::<Sample>(), args).unwrap_err().text;
+        assert!(help.contains(&format!("Usage: {usage} [OPTIONS]")), "{help}");
+    }
+}
+
+#[test]
+fn words_are_named_beside_the_faults_of_flags() {
+    let expected = [
+        "\"statsu\": is no command and belongs to no flag; see --help",
+        "--port: must be above 0",
+    ];
+    assert_eq!(faults(read(&["statsu", "--port=0"])), expected);
+    assert_eq!(faults(read(&["--port=x", "statsu"])).len(), 2);
+}
+
+#[test]
 fn keys_of_the_file_are_flags() {
     let text = "
         # a comment
@@ -221,4 +241,21 @@ fn a_file_that_cannot_be_used_is_a_fault_beside_the_others() {
     let found = faults(read_file("port = 1\nport = 2", &[]));
     assert!(found[0].starts_with("--config: FILE, line 2: not TOML: duplicate key"), "{found:?}");
     read(&["--config="]).unwrap();
+}
+
+#[test]
+fn nothing_counts_as_missing_where_the_file_cannot_be_read() {
+    let missing = |args: &[&str]| {
+        let args = ["sample"].iter().chain(args).map(OsString::from);
+        let line = CommandLine::<Sample>::read(&mut command::<Sample>(), args).unwrap();
+        let checked = line.configuration(|flags| {
+            let mut faults = Faults::new();
+            faults.require(!flags.cargo.is_empty(), "cargo", "must be given");
+            faults.finish().map(|_| ())
+        });
+        faults(Err(checked.unwrap_err().to_string()))
+    };
+    assert_eq!(missing(&[]), ["--cargo: must be given"]);
+    let found = missing(&["--config=/no/such/file.toml"]);
+    assert!(found.len() == 1 && found[0].starts_with("--config: cannot read "), "{found:?}");
 }
