@@ -295,8 +295,13 @@ fn proxies(
 /// An address, which may be in brackets, or a DNS name; `None` only along with a fault.
 fn server_name(flag: &'static str, text: &str, faults: &mut Faults) -> Option<ServerName<'static>> {
     let name = ServerName::try_from(without_brackets(text).to_owned()).ok();
+    // It may be an address with a port, or a URL.
+    let remedy = match text.contains(':') {
+        true => "; write it without a scheme and a port, which belongs to --proxy-server-port",
+        false => "",
+    };
     let reason = format!(
-        "{text:?} is neither an IPv4 address, an IPv6 address without a zone, nor a DNS name"
+        "{text:?} is neither an IPv4 address, an IPv6 address without a zone, nor a DNS name{remedy}"
     );
     faults.require(name.is_some(), flag, reason);
     name

@@ -290,6 +290,13 @@ impl Backends {
         }
     }
 
+    /// Whether the process of a backend that is registered has another one.
+    pub(crate) fn has_another(&self, backend: &Backend) -> bool {
+        let registry = self.registry();
+        let of_agent = registry.of_agent(backend.agent_id()).iter();
+        of_agent.filter(|other| other.instance() == backend.instance()).count() > 1
+    }
+
     /// Completes when every backend of this agent is gone or drains.
     ///
     /// # Cancel safety

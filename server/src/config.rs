@@ -10,7 +10,11 @@ mod flags;
 mod frontend;
 mod server_set;
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 pub use culvert_process::faults::{CertificatePair, ConfigError, ConfigErrors};
 use culvert_process::{
@@ -119,6 +123,9 @@ impl ProcessConfig for Config {
             faults.duration("graceful-shutdown-timeout", flags.graceful_shutdown_timeout);
         let operator_socket = Some(PathBuf::from(&flags.operator_socket));
         let operator_socket = operator_socket.filter(|path| !path.as_os_str().is_empty());
+        let is_taken = operator_socket.as_deref() == Some(Path::new(&flags.uds_name));
+        let reason = "is the path of --uds-name too; give it a path of its own";
+        faults.require(!is_taken, "operator-socket", reason);
         let (tunnel, log) = flags.tunnel.check(&mut faults);
         let warnings = faults.finish()?;
         // Without faults every part is there; the expectations below name the check.

@@ -86,17 +86,23 @@ impl fmt::Display for CarrierFailures {
 /// What an operator can do about a failed handshake.
 fn remedy(error: &CarrierError) -> Option<&'static str> {
     const NO_SERVER: &str = "is --proxy-server-port the agent port of a server?";
-    let CarrierError::Connect(error) = error else { return None };
     let fault = match error {
-        ConnectError::Unreachable(fault) if fault.kind == ErrorKind::PermissionDenied => {
+        CarrierError::Connect(ConnectError::Unreachable(fault))
+            if fault.kind == ErrorKind::PermissionDenied =>
+        {
             return Some("a packet filter of this node forbids it");
         }
-        ConnectError::Unreachable(_) => return Some("see this node's routes to the server"),
-        ConnectError::Protocol => return Some(NO_SERVER),
-        ConnectError::Handshake(TunnelLost::Transport(fault)) => fault,
+        CarrierError::Connect(ConnectError::Unreachable(_)) => {
+            return Some("see this node's routes to the server");
+        }
+        CarrierError::Connect(ConnectError::Protocol) => return Some(NO_SERVER),
+        // With TLS 1.3 the agent's handshake is over before the server judges its certificate.
+        CarrierError::Connect(ConnectError::Handshake(TunnelLost::Transport(fault)))
+        | CarrierError::Join(JoinError::Lost(TunnelLost::Transport(fault))) => fault,
         _ => return None,
     };
     match fault {
+        fault if fault.is_not_tls() => Some(NO_SERVER),
         TransportFault::TlsRefused { alert: Some(42), reason } if reason.contains("for name") => {
             Some("set --server-name to a name of the server's certificate")
         }
@@ -105,6 +111,9 @@ fn remedy(error: &CarrierError) -> Option<&'static str> {
         }
         TransportFault::TlsRefused { alert: Some(48), .. } => {
             Some("set --ca-cert to the CA of the server's --cluster-cert")
+        }
+        TransportFault::TlsRefused { alert: Some(43), .. } => {
+            Some("the server's --cluster-cert must be for server authentication")
         }
         TransportFault::TlsAlert { alert: 45, .. } => {
             Some("renew --agent-cert, or set the server's clock")
@@ -178,6 +187,9 @@ mod tests {
             assert!(text.contains("refused by the peer: "), "{text}");
             assert_eq!(text.matches(expected).count(), 1, "{text}");
             assert!(!text.contains("raw"), "{text}");
+            let lost = JoinError::Lost(TunnelLost::Transport(alert(number)));
+            let text = CarrierFailures(vec![(Carrier::Quic, lost.into())]).to_string();
+            assert_eq!(text.matches(expected).count(), 1, "after the handshake: {text}");
         }
         assert_eq!(shown(vec![(Carrier::Tcp, alert(80))]).matches(';').count(), 0);
     }
@@ -191,6 +203,10 @@ mod tests {
         assert!(text.contains("\"a.test\", but for b.test; set --server-name"), "{text}");
         let other =
             CarrierFailures(vec![(Carrier::Tcp, ConnectError::Protocol.into())]).to_string();
-        assert!(other.ends_with("is --proxy-server-port the agent port of a server?"), "{other}");
+        let expected = "is --proxy-server-port the agent port of a server?";
+        assert!(other.ends_with(expected), "{other}");
+        let reason = "received corrupt message of type InvalidContentType".into();
+        let text = shown(vec![(Carrier::Tcp, TransportFault::TlsRefused { alert: None, reason })]);
+        assert!(text.ends_with(&format!("the peer's answer is not TLS; {expected}")), "{text}");
     }
 }

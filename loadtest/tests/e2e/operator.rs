@@ -244,10 +244,7 @@ async fn konnectivity_agents_and_their_streams_are_listed() {
         let _agent = deployment.start_agent(Konnectivity, "agent", &[]).await;
         deployment.until_joined(1).await;
         let listed = agents(&socket).await;
-        assert_eq!(
-            (&listed[0]["agent"], &listed[0]["transport"]),
-            (&"agent".into(), &"grpc".into())
-        );
+        assert_eq!((&listed[0]["agent"], &listed[0]["carrier"]), (&"agent".into(), &"grpc".into()));
         assert!(listed[0]["software"].as_str().unwrap().contains("grpc-go"), "{listed:?}");
         let target = targets::echo().await.unwrap();
         let mut stream = deployment.dial(target.address()).await.unwrap();

@@ -56,6 +56,9 @@ fn remedy(error: &ConnectError) -> &'static str {
             "; the agent needs --agent-cert and --agent-key, because --cluster-ca-cert is given"
         }
         TransportFault::TlsRefused { alert: Some(45), .. } => "; renew the agent's --agent-cert",
+        TransportFault::TlsRefused { alert: Some(43), .. } => {
+            "; the agent's --agent-cert must be for client authentication"
+        }
         TransportFault::TlsAlert { alert: 48 | 51, .. } => {
             "; the agent's --ca-cert must be the CA of --cluster-cert"
         }

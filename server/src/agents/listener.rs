@@ -1,6 +1,6 @@
 //! The listener for agents: one port number, over UDP and over TCP.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{error::Error as _, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use culvert_konnectivity::ALPN_H2;
 use culvert_process::{accept::Acceptor, listen, supervision::propagate_panic};
@@ -27,7 +27,7 @@ const MAX_ATTEMPTS: usize = 16;
 #[derive(Debug, thiserror::Error)]
 pub enum ListenerError {
     /// The port cannot be bound over UDP.
-    #[error("--agent-port: {0}")]
+    #[error("--agent-port: {0}{remedy}", remedy = remedy(.0))]
     Tunnel(#[from] ConnectError),
     /// The port cannot be bound over TCP.
     #[error(
@@ -49,6 +49,13 @@ pub enum ListenerError {
     /// The kernel does not report the bound address.
     #[error(transparent)]
     Address(#[from] io::Error),
+}
+
+/// What an operator can do where the port cannot be bound over UDP.
+fn remedy(error: &ConnectError) -> &'static str {
+    let ConnectError::Bind(error) = error else { return "" };
+    let source = error.source().and_then(|source| source.downcast_ref());
+    source.map_or("", listen::remedy)
 }
 
 /// Both listeners of the port, bound and not accepting yet.

@@ -19,7 +19,7 @@ use culvert_wire::{
     control::{ControlMessage, Drain, Goodbye, Renewal, ServerSet},
 };
 use tokio::time::{Instant, timeout, timeout_at};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use self::renewal::ProofKeeper;
 use super::{
@@ -34,6 +34,10 @@ use crate::backends::{Backend, Dismissal, registry::Candidate};
 /// Time for a suspected agent to prove that it is alive before its tunnel is closed: well above the
 /// pause of a busy node, well below what a person waits for.
 const SUSPECT_LIMIT: Duration = Duration::from_millis(1500);
+/// Time in which an agent leaves that looks for other servers and meets this one again. Its tunnel is
+/// not logged as one that came and went: while a server of the set is missing, each agent does that
+/// every few seconds.
+const MEETING_TIME: Duration = Duration::from_secs(1);
 /// Time for the last packets of a closed tunnel.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -62,24 +66,53 @@ pub(super) async fn serve(
             return join::record_failure(remote, &error, &context);
         }
     };
-    info!(
-        agent_id = %agent_id, %remote, transport = %backend.tunnel.carrier(),
-        instance = %backend.instance(), software = %backend.software(),
-        revision = backend.revision(), identity = %backend.claims.identity,
-        expires = %backend.claims.identity.expiry().map_or_else(|| "never".into(), |at| at.to_string()),
-        "agent connected",
-    );
+    let has_another = context.backends.has_another(&backend);
+    if !has_another {
+        log_connected(&backend);
+    }
     record_conflicts(&backend, registration.held(), &context);
     let proof = ProofKeeper::new(&backend, token, &context);
-    let lost = drive(&backend, control, (proof, servers), &context).await;
+    let driving = drive(&backend, control, (proof, servers), &context);
+    tokio::pin!(driving);
+    let early = match has_another {
+        true => timeout(MEETING_TIME, &mut driving).await.ok(),
+        false => None,
+    };
+    let met_again = early.as_ref().is_some_and(|(lost, _)| is_done(lost));
+    if has_another && !met_again {
+        log_connected(&backend);
+    }
+    let (lost, cut) = match early {
+        Some(ended) => ended,
+        None => driving.await,
+    };
     registration.end(&lost);
     context.metrics.tunnel_lost(lost.label());
     if lost.is_failure() {
         context.metrics.flow.canceled(Segment::FromAgent, None);
     }
     context.unadmitted.remember(backend.tunnel.remote_address().ip());
-    let cut = backend.open_streams();
-    info!(agent_id = %agent_id, %remote, reason = %lost, cut, "agent gone");
+    match met_again {
+        true => debug!(%agent_id, %remote, "an agent met this server again"),
+        false => info!(%agent_id, %remote, reason = %lost, cut, "agent gone"),
+    }
+}
+
+fn log_connected(backend: &Backend) {
+    let expiry = backend.claims.identity.expiry();
+    info!(
+        agent_id = %backend.agent_id(), remote = %backend.tunnel.remote_address(),
+        transport = %backend.tunnel.carrier(), instance = %backend.instance(),
+        software = %backend.software(), revision = backend.revision(),
+        identity = %backend.claims.identity,
+        expires = %expiry.map_or_else(|| "never".into(), |at| at.to_string()),
+        "agent connected",
+    );
+}
+
+/// Whether the agent has closed the tunnel in order.
+fn is_done(lost: &TunnelLost) -> bool {
+    matches!(lost, TunnelLost::ClosedByPeer { code, .. } if *code == CloseCode::DONE)
 }
 
 /// Counts and logs the identifiers that the agent announces and does not get.
@@ -100,38 +133,39 @@ fn record_conflicts(backend: &Backend, held: &[String], context: &AgentContext) 
     }
 }
 
-/// Runs the control stream until the tunnel is lost; why it was.
+/// Runs the control stream until the tunnel is lost; why it was, and the number of streams that were
+/// open then.
 async fn drive(
     backend: &Backend,
     mut control: ControlStream,
     watched: (ProofKeeper<'_>, SetChanges),
     context: &AgentContext,
-) -> TunnelLost {
+) -> (TunnelLost, usize) {
     let tunnel = &backend.tunnel;
     // The server has no other path to the agent: ICMP makes it ask, and no less patient.
     control.set_report_limit(SUSPECT_LIMIT);
-    let result = tokio::select! {
+    let (result, cut) = tokio::select! {
         biased;
-        lost = tunnel.closed() => return lost,
+        lost = tunnel.closed() => return (lost, backend.open_streams()),
         () = context.closing.cancelled() => {
-            goodbye(&mut control, tunnel, CloseCode::SHUTDOWN, "the server stops").await
+            goodbye(&mut control, backend, CloseCode::SHUTDOWN, "the server stops").await
         }
         result = converse(backend, &mut control, watched, context) => match result {
             Ok(dismissal) => {
                 let (code, reason) = (dismissal.close_code(), dismissal.reason());
-                goodbye(&mut control, tunnel, code, reason).await
+                goodbye(&mut control, backend, code, reason).await
             }
-            Err(error) => Err(error),
+            Err(error) => (Err(error), backend.open_streams()),
         },
     };
     if let Err(error) = result {
         // The control stream may notice first that the tunnel is lost, and knows why.
         if let Some(lost) = error.lost() {
-            return lost.clone();
+            return (lost.clone(), cut);
         }
         tunnel.close(error.close_code(), &error.to_string());
     }
-    tunnel.closed().await
+    (tunnel.closed().await, cut)
 }
 
 /// Answers the agent's messages, asks a suspected agent whether it is alive, and sends the server's
@@ -228,19 +262,22 @@ async fn emptied(backend: &Backend, leaving: Option<(Dismissal, Instant)>) -> Di
     }
 }
 
+/// Closes the tunnel. Returns whether the agent could be notified, and the number of streams that
+/// were open: they end while the last packets are sent.
 async fn goodbye(
     control: &mut ControlStream,
-    tunnel: &Tunnel,
+    backend: &Backend,
     code: CloseCode,
     reason: &str,
-) -> Result<(), ControlError> {
+) -> (Result<(), ControlError>, usize) {
     let goodbye = Goodbye { code: code.as_u32(), reason: Text::truncated(reason.into()) };
     let goodbye = ControlMessage::Goodbye(goodbye);
     let sent = timeout(FLUSH_TIMEOUT, control.send(&goodbye)).await;
-    tunnel.close(code, reason);
-    tunnel.flushed(FLUSH_TIMEOUT).await;
+    let cut = backend.open_streams();
+    backend.tunnel.close(code, reason);
+    backend.tunnel.flushed(FLUSH_TIMEOUT).await;
     // An agent that does not take the goodbye reads the close.
-    sent.unwrap_or(Ok(()))
+    (sent.unwrap_or(Ok(())), cut)
 }
 
 #[cfg(test)]

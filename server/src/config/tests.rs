@@ -323,6 +323,7 @@ fn each_rule_names_its_flag() {
         &["--admin-port=65536"],
         &["--health-port=443"],
         &["--health-port=50000"],
+        &["--operator-socket=/a.sock", "--uds-name=/a.sock"],
         &["--agent-bind-address=no such host"],
         &["--admin-bind-address=no such host"],
         &["--health-bind-address=no such host"],

@@ -25,7 +25,7 @@ pub(super) struct AgentEntry {
     /// When the proof expires; `None` for one that does not.
     expires: Option<String>,
     /// What carries the tunnel.
-    transport: String,
+    carrier: String,
     /// Address that the agent's packets come from.
     remote: String,
     /// Name and version of its software, as it says.
@@ -73,7 +73,7 @@ fn entry(backend: &Arc<Backend>, duplicate: bool, backends: &Backends) -> AgentE
         certificate_sha256: certificate.map(|certificate| hexadecimal(&certificate.fingerprint)),
         pod: claims.identity.account.as_ref().and_then(|account| account.pod.clone()),
         expires: expiry.map(|expiry| expiry.time.to_string()),
-        transport: backend.tunnel.carrier().to_string(),
+        carrier: backend.tunnel.carrier().to_string(),
         remote: backend.tunnel.remote_address().to_string(),
         software: backend.software().to_string(),
         revision: backend.revision(),
@@ -105,7 +105,7 @@ pub(super) fn table(entries: &[AgentEntry], now: Timestamp) -> String {
         "AGENT",
         "IDENTITY",
         "EXPIRES",
-        "TRANSPORT",
+        "CARRIER",
         "REMOTE",
         "STATE",
         "STREAMS",
@@ -122,7 +122,7 @@ pub(super) fn table(entries: &[AgentEntry], now: Timestamp) -> String {
             entry.agent.clone(),
             entry.identity.clone(),
             entry.expires.as_deref().map_or_else(|| "never".into(), |time| left(time, now)),
-            entry.transport.clone(),
+            entry.carrier.clone(),
             entry.remote.clone(),
             state,
             entry.streams.to_string(),
@@ -169,7 +169,7 @@ mod tests {
         let text = table(&list(&backends), Timestamp::now());
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(lines.len(), 3, "{text}");
-        assert!(lines[0].starts_with("AGENT        IDENTITY   EXPIRES  TRANSPORT"), "{text}");
+        assert!(lines[0].starts_with("AGENT        IDENTITY   EXPIRES  CARRIER"), "{text}");
         assert!(lines[1].starts_with("a            anonymous  never    tcp"), "{text}");
         assert!(lines[1].contains("host=x\\u{1b}[31m\\ny"), "{text}");
         assert!(

@@ -77,7 +77,9 @@ fn agent(request: &Request<'_>) -> Result<AgentId, Refusal> {
 
 fn concerned(tunnels: usize) -> Answer {
     match tunnels {
-        0 => Err(Refusal::NotFound("no such agent is connected")),
+        0 => Err(Refusal::NotFound(
+            "no such agent is connected to this server; see culvert-server agents",
+        )),
         tunnels => json(&Concerned { tunnels }),
     }
 }

@@ -63,15 +63,22 @@ pub fn command<F: Parser>() -> Command {
 }
 
 impl Exit {
-    /// Prints the text and returns the exit code.
+    /// Prints the text and returns the exit code: 1 if standard output does not take it, but for a
+    /// reader that has left.
     pub fn print(&self) -> ExitCode {
-        // Nothing is left to be done where the text cannot be written.
-        let _ = if self.code == 0 {
-            io::stdout().write_all(self.text.as_bytes())
-        } else {
-            io::stderr().write_all(self.text.as_bytes())
-        };
-        ExitCode::from(self.code)
+        if self.code != 0 {
+            // Nothing is left to be done where the text cannot be written.
+            let _ = io::stderr().write_all(self.text.as_bytes());
+            return ExitCode::from(self.code);
+        }
+        let mut output = io::stdout();
+        match output.write_all(self.text.as_bytes()).and_then(|()| output.flush()) {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                let _ = writeln!(io::stderr(), "cannot write to standard output: {error}");
+                ExitCode::FAILURE
+            }
+            _ => ExitCode::SUCCESS,
+        }
     }
 }
 

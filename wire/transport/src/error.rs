@@ -205,6 +205,13 @@ pub enum TransportFault {
     Exhausted,
 }
 
+impl TransportFault {
+    /// Whether the peer's bytes are no TLS: another service has the port.
+    pub fn is_not_tls(&self) -> bool {
+        matches!(self, Self::TlsRefused { reason, .. } if tls::is_not_tls(reason))
+    }
+}
+
 impl From<io::Error> for TransportFault {
     /// Finds the TLS fault behind an I/O error of a TLS stream.
     fn from(error: io::Error) -> Self {

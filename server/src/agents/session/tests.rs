@@ -1,3 +1,5 @@
+use std::io;
+
 use bytes::Bytes;
 use culvert_transport::{
     RecvHalf, SendHalf,
@@ -11,7 +13,11 @@ use culvert_wire::{
     version::Features,
 };
 use k8s_openapi::api::authentication::v1::TokenReviewStatus;
-use tokio::time::{Instant, sleep, timeout};
+use parking_lot::Mutex;
+use tokio::{
+    task::yield_now,
+    time::{Instant, sleep, timeout},
+};
 
 use super::{super::unadmitted::JOIN_TIMEOUT, *};
 use crate::{
@@ -460,6 +466,62 @@ async fn a_backend_that_is_dismissed_is_closed_with_the_reason() {
     served.context.tasks.close();
     served.context.tasks.wait().await;
     assert_eq!(served.tunnels_lost("superseded"), 1.0);
+}
+
+/// Lines of the log.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_is_met_again_and_again_does_not_fill_the_log() {
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
+    let _guard = tracing::subscriber::set_default(subscriber);
+    let logged = |event: &str| {
+        let text = String::from_utf8(lines.0.lock().clone()).unwrap();
+        text.lines().filter(|line| line.contains(event)).count()
+    };
+    let context = context();
+    let join = async || {
+        let served = Served::new(context.clone()).await;
+        let mut control = ControlStream::new(served.tunnel.clone(), served.open().await);
+        control.send(&ControlMessage::Hello(Box::new(hello("a", &[])))).await.unwrap();
+        let ControlMessage::Welcome(_) = control.next().await.unwrap() else { panic!("welcome") };
+        (served, control)
+    };
+    let tunnels = async |count| {
+        while context.backends.all().len() != count {
+            yield_now().await;
+        }
+    };
+    let (_first, _control) = join().await;
+    for _ in 0..3 {
+        let (again, _control) = join().await;
+        tunnels(2).await;
+        again.tunnel.close(CloseCode::DONE, "a duplicate");
+        tunnels(1).await;
+    }
+    assert_eq!((logged("agent connected"), logged("agent gone")), (1, 0));
+    // A tunnel that replaces another one stays.
+    let (replacing, _control) = join().await;
+    sleep(MEETING_TIME + Duration::from_millis(1)).await;
+    assert_eq!(logged("agent connected"), 2);
+    replacing.tunnel.close(CloseCode::DONE, "");
+    tunnels(1).await;
+    yield_now().await;
+    assert_eq!(logged("agent gone"), 1);
 }
 
 mod expiry;

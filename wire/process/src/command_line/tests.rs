@@ -128,7 +128,8 @@ fn help_and_version_are_printed_although_there_are_faults() {
 
 #[test]
 fn help_names_the_program() {
-    for (program, usage) in [("/usr/bin/proxy-x", "proxy-x"), ("sample precheck", "sample precheck")]
+    for (program, usage) in
+        [("/usr/bin/proxy-x", "proxy-x"), ("sample precheck", "sample precheck")]
     {
         let args = [program, "--help"].map(OsString::from);
         let help = CommandLine::<Sample>::read(&mut command::<Sample>(), args).unwrap_err().text;
@@ -138,10 +139,8 @@ fn help_names_the_program() {
 
 #[test]
 fn words_are_named_beside_the_faults_of_flags() {
-    let expected = [
-        "\"statsu\": is no command and belongs to no flag; see --help",
-        "--port: must be above 0",
-    ];
+    let expected =
+        ["\"statsu\": is no command and belongs to no flag; see --help", "--port: must be above 0"];
     assert_eq!(faults(read(&["statsu", "--port=0"])), expected);
     assert_eq!(faults(read(&["--port=x", "statsu"])).len(), 2);
 }

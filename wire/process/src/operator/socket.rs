@@ -82,8 +82,9 @@ pub enum Refusal {
 
 impl Refusal {
     /// The refusal of a path that the process does not know.
-    pub const NO_SUCH_PATH: Self =
-        Self::NotFound("no such path; is the process of another version?");
+    pub const NO_SUCH_PATH: Self = Self::NotFound(
+        "no such path; is this the socket of the other program, or of another version?",
+    );
 
     fn status(&self) -> StatusCode {
         match self {

@@ -8,6 +8,7 @@ use std::{
 };
 
 use serde::Serialize;
+use terminal_size::{Height, Width, terminal_size};
 
 use super::{
     client::{Client, failed},
@@ -82,13 +83,25 @@ pub fn run(client: &Client<'_>, flags: &TopFlags, side: Side) -> Result<String, 
         if flags.once {
             return Ok(text);
         }
-        let clear = if stdout().is_terminal() && !flags.json { CLEAR } else { "" };
-        if write!(stdout(), "{clear}{text}").and_then(|()| stdout().flush()).is_err() {
+        let text = match stdout().is_terminal() && !flags.json {
+            true => format!("{CLEAR}{}", clipped(&text, terminal_size())),
+            false => text,
+        };
+        if write!(stdout(), "{text}").and_then(|()| stdout().flush()).is_err() {
             // The reader has left.
             return Ok(String::new());
         }
         (before, at) = (after, now);
     }
+}
+
+/// The part of a list that a terminal of this size shows without scrolling: the busiest streams.
+fn clipped(text: &str, size: Option<(Width, Height)>) -> String {
+    let Some((Width(width), Height(height))) = size else { return text.to_owned() };
+    // The cursor stays on the last line.
+    let lines = text.lines().take(usize::from(height).saturating_sub(1));
+    let clip = |line: &str| line.chars().take(usize::from(width)).chain(['\n']).collect::<String>();
+    lines.map(clip).collect()
 }
 
 /// The streams of `after`, the busiest first.
@@ -238,6 +251,16 @@ mod tests {
         assert_eq!(rates, [("b", 4500), ("a", 50)]);
         assert_eq!(rows[0].lost_packets, 3);
         assert!(table(&rows, 2, Side::Server).starts_with("2 streams\nDIAL"));
+    }
+
+    #[test]
+    fn a_list_fits_the_terminal() {
+        let text = "5 streams\nDIAL  AGENT\na1  node\nb2  node\n";
+        let size = |width, height| Some((Width(width), Height(height)));
+        assert_eq!(clipped(text, size(7, 4)), "5 strea\nDIAL  A\na1  nod\n");
+        assert_eq!(clipped(text, size(200, 50)), text);
+        assert_eq!(clipped(text, size(0, 0)), "");
+        assert_eq!(clipped(text, None), text);
     }
 
     #[test]

@@ -5,10 +5,14 @@ use x509_parser::time::ASN1Time;
 /// Why this side refused the peer, from what rustls reports.
 pub(super) fn refusal(reason: &str) -> String {
     let Some((_, fault)) = reason.split_once("invalid peer certificate: ") else {
-        return match reason.contains("peer sent no certificates") {
-            true => "the peer presents no certificate".into(),
-            false => reason.into(),
+        let known = if reason.contains("peer sent no certificates") {
+            "the peer presents no certificate"
+        } else if is_not_tls(reason) {
+            "the peer's answer is not TLS"
+        } else {
+            reason
         };
+        return known.into();
     };
     if fault == "UnknownIssuer" {
         return "the peer's certificate is of no CA that this side trusts".into();
@@ -28,11 +32,18 @@ pub(super) fn refusal(reason: &str) -> String {
     format!("the peer's certificate cannot be accepted: {fault}")
 }
 
+/// Whether a refusal is of bytes that are no record of TLS: another service has the port.
+pub(super) fn is_not_tls(reason: &str) -> bool {
+    reason.contains("message of type InvalidContentType")
+}
+
 /// The date of the seconds since 1970 that follow this text.
 fn date_after(fault: &str, text: &str) -> Option<String> {
     let (_, rest) = fault.split_once(text)?;
     let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
-    ASN1Time::from_timestamp(digits.parse().ok()?).ok().map(|date| date.to_string())
+    let date = ASN1Time::from_timestamp(digits.parse().ok()?).ok()?.to_datetime();
+    let (hour, minute, second) = date.to_hms();
+    Some(format!("{}T{hour:02}:{minute:02}:{second:02}Z", date.date()))
 }
 
 /// Why the peer refused this side, from the alert that it sent (RFC 8446 §6.2).
@@ -76,9 +87,9 @@ mod tests {
         let at = |seconds| UnixTime::since_unix_epoch(Duration::from_secs(seconds));
         let (time, past, future) = (at(1_800_000_000), at(1_706_745_600), at(1_900_000_000));
         let expired = words(CertificateError::ExpiredContext { time, not_after: past });
-        assert!(expired.contains("certificate expired at Feb  1 00:00:00 2024"), "{expired}");
+        assert!(expired.contains("certificate expired at 2024-02-01T00:00:00Z"), "{expired}");
         let early = words(CertificateError::NotValidYetContext { time, not_before: future });
-        assert!(early.contains("is not valid before Mar 17 17:46:40 2030"), "{early}");
+        assert!(early.contains("is not valid before 2030-03-17T17:46:40Z"), "{early}");
         let other = words(CertificateError::NotValidForNameContext {
             expected: ServerName::try_from("wrong.test").unwrap(),
             presented: vec!["IpAddress(127.0.0.1)".into(), "DnsName(\"localhost\")".into()],
@@ -91,6 +102,8 @@ mod tests {
         assert!(words(CertificateError::Revoked).contains("cannot be accepted: "));
         let none = refusal(&Error::NoCertificatesPresented.to_string());
         assert_eq!(none, "the peer presents no certificate");
+        let other = Error::from(rustls::InvalidMessage::InvalidContentType).to_string();
+        assert_eq!(refusal(&other), "the peer's answer is not TLS");
         let misbehaved = Error::DecryptError.to_string();
         assert_eq!(refusal(&misbehaved), misbehaved);
     }

@@ -68,14 +68,23 @@ pub fn pem_fault(error: &pem::Error, thing: &str) -> String {
     }
 }
 
+/// What to do about a key with a password.
+const WITHOUT_PASSWORD: &str = "; write it without, as openssl pkey -in FILE does";
+
 /// [`pem_fault`], and where nothing was found, what the text holds instead.
 pub fn pem_fault_of(error: &pem::Error, thing: &str, text: &[u8]) -> String {
-    let fault = pem_fault(error, thing);
-    let pem::Error::NoItemsFound = error else { return fault };
     let holds = |label: &[u8]| text.windows(label.len()).any(|window| window == label);
+    // The older form of a key with a password has headers, which are no base64.
+    let fault = match error {
+        pem::Error::Base64Decode(_) if holds(b"Proc-Type: 4,ENCRYPTED") => {
+            return format!("holds no {thing}, but one with a password{WITHOUT_PASSWORD}");
+        }
+        error => pem_fault(error, thing),
+    };
+    let pem::Error::NoItemsFound = error else { return fault };
     let is_certificate = thing == "certificate";
     let instead = if holds(b"-----BEGIN ENCRYPTED PRIVATE KEY-----") {
-        ", but one with a password; write it without, as openssl pkey -in FILE does"
+        return format!("{fault}, but one with a password{WITHOUT_PASSWORD}");
     } else if is_certificate && holds(b"PRIVATE KEY-----") {
         ", but a private key; are the files of certificate and key swapped?"
     } else if !is_certificate && holds(b"-----BEGIN CERTIFICATE-----") {
@@ -308,6 +317,8 @@ mod tests {
         };
         let encrypted =
             "-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----";
+        let older = "-----BEGIN EC PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,00\n\n\
+                     AAAA\n-----END EC PRIVATE KEY-----";
         for (found, expected) in [
             (
                 fault(&chain, &chain),
@@ -315,6 +326,7 @@ mod tests {
             ),
             (fault(&key, &key), "a.pem: holds no certificate, but a private key; are the files"),
             (fault(&chain, encrypted), "a.pem: holds no private key, but one with a password"),
+            (fault(&chain, older), "a.pem: holds no private key, but one with a password"),
             (fault("", &key), "a.pem: holds no certificate; it is empty"),
             (fault("x", &key), "a.pem: holds no certificate; it must be PEM"),
         ] {
