@@ -1,6 +1,11 @@
 //! `culvert-loadtest`: demo and measurements for an operator before a migration.
 
-use std::{fs, path::PathBuf, process::ExitCode};
+use std::{
+    fs,
+    io::{self, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
@@ -130,10 +135,17 @@ fn run_soak(options: &soak::Options) -> anyhow::Result<ExitCode> {
 }
 
 fn list_scenarios() -> anyhow::Result<ExitCode> {
+    let mut lines = String::new();
     for name in Scenario::names() {
-        println!("{name:24} {}", Scenario::load(name)?.title);
+        lines += &format!("{name:24} {}\n", Scenario::load(name)?.title);
     }
+    print(&lines);
     Ok(ExitCode::SUCCESS)
+}
+
+/// Prints a text. A reader that leaves before its end, such as `head`, is no fault.
+fn print(text: &str) {
+    let _ = io::stdout().write_all(text.as_bytes());
 }
 
 fn render(options: &Render) -> anyhow::Result<ExitCode> {
@@ -155,7 +167,7 @@ fn render(options: &Render) -> anyhow::Result<ExitCode> {
     if options.markdown {
         print!("{}", markdown(&reports));
     } else {
-        reports.iter().for_each(|report| println!("{}", table(report)));
+        reports.iter().for_each(|report| print(&format!("{}\n", table(report))));
     }
     Ok(ExitCode::SUCCESS)
 }
