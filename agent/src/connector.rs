@@ -36,7 +36,7 @@ pub(crate) use self::options::CarrierOrder;
 pub(crate) use self::{
     connect::{Connect, Connected, NetworkConnect},
     direct::Direct,
-    error::CarrierError,
+    error::{CarrierError, CarrierFailures},
     plan::Plan,
     resolve::{Candidate, Preference},
 };

@@ -3,15 +3,16 @@
 use std::time::Duration;
 
 use culvert_process::precheck::{Report, access::Access, steps};
-use culvert_transport::{Carrier, ConnectError, tcp::Route};
+use culvert_transport::{Carrier, ConnectError, TunnelLost, tcp::Route};
 use culvert_wire::CloseCode;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, timeout};
 use tokio_util::task::TaskTracker;
 
 use crate::{
     config::{Config, Transport},
     connector::{
-        Candidate, CarrierError, CarrierOrder, Connect as _, Connected, NetworkConnect, Preference,
+        Candidate, CarrierError, CarrierFailures, CarrierOrder, Connect as _, Connected,
+        NetworkConnect, Preference,
     },
     files::AgentFiles,
     metrics::AgentMetrics,
@@ -21,6 +22,8 @@ use crate::{
 const MAX_ADDRESSES: usize = 8;
 /// Time for one handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time in which a server over TCP refuses the agent's certificate.
+const JUDGEMENT_TIME: Duration = Duration::from_millis(200);
 /// Time in which QUIC finds out what the path carries.
 const MTU_TIME: Duration = Duration::from_secs(1);
 /// UDP payload of a path below which its packets are small, in bytes.
@@ -121,46 +124,69 @@ async fn check_address(
         let handshake = connect.connect(carrier, address, &tls, true);
         let mut remedy = "check firewalls and load balancers, --ca-cert and --server-name";
         let error = match timeout(HANDSHAKE_TIMEOUT, handshake).await {
-            Ok(Ok(connected)) => {
-                let millis = begun.elapsed().as_millis();
-                let carrier = connected.tunnel.carrier();
-                report.ok(&step, format!("a handshake over {carrier} took {millis} ms"));
-                check_tunnel(&connected, &step, reached.is_empty(), report).await;
-                connected.tunnel.close(CloseCode::DONE, "a precheck");
-                connected.tunnel.flushed(Duration::from_secs(1)).await;
-                reached.push(carrier);
-                continue;
-            }
-            Ok(Err(error)) => {
-                if matches!(error, CarrierError::Connect(ConnectError::Proxy { .. })) {
-                    remedy = "check HTTPS_PROXY, or add the servers to NO_PROXY";
+            Ok(Ok(connected)) => match refusal(&connected).await {
+                None => {
+                    let millis = begun.elapsed().as_millis();
+                    let carrier = connected.tunnel.carrier();
+                    report.ok(&step, format!("a handshake over {carrier} took {millis} ms"));
+                    check_tunnel(&connected, &step, reached.is_empty(), report);
+                    connected.tunnel.close(CloseCode::DONE, "a precheck");
+                    connected.tunnel.flushed(Duration::from_secs(1)).await;
+                    reached.push(carrier);
+                    continue;
                 }
-                error.to_string()
-            }
-            Err(_) => format!("no answer within {HANDSHAKE_TIMEOUT:?}"),
+                Some(lost) => CarrierError::Join(lost.into()),
+            },
+            Ok(Err(error)) => error,
+            Err(_) => CarrierError::TimedOut(HANDSHAKE_TIMEOUT),
         };
-        // With --transport=auto TCP is enough.
+        let is_of_tls = error.is_of_tls();
+        if is_of_tls {
+            remedy = "";
+        } else if matches!(error, CarrierError::Connect(ConnectError::Proxy { .. })) {
+            remedy = "check HTTPS_PROXY, or add the servers to NO_PROXY";
+        }
+        let detail = match is_of_tls {
+            // With the flag to change.
+            true => CarrierFailures(vec![(carrier, error)]).to_string(),
+            false => error.to_string(),
+        };
+        // With --transport=auto one carrier is enough.
         match (carrier, transport) {
+            (_, Transport::Auto)
+                if is_of_tls && (carrier == Carrier::Quic || !reached.is_empty()) =>
+            {
+                report.warn(step, detail, "");
+            }
             (Carrier::Quic, Transport::Auto) => {
-                report.warn(step, error, "let UDP pass to this port; TCP is used meanwhile");
+                report.warn(step, detail, "let UDP pass to this port; TCP is used meanwhile");
             }
             (_, Transport::Auto) if !reached.is_empty() => {
-                report.warn(step, error, "let TCP pass to this port, for when UDP does not");
+                report.warn(step, detail, "let TCP pass to this port, for when UDP does not");
             }
-            _ => report.fail(step, error, remedy),
+            _ => report.fail(step, detail, remedy),
         }
     }
 }
 
+/// Why the server closes the tunnel at once, if it does. With TLS 1.3 the handshake of this side is
+/// over before the server judges its certificate. Waits until QUIC has found out what the path carries.
+async fn refusal(connected: &Connected) -> Option<TunnelLost> {
+    let limit = match connected.tunnel.carrier() {
+        Carrier::Quic => MTU_TIME,
+        _ => JUDGEMENT_TIME,
+    };
+    timeout(limit, connected.tunnel.closed()).await.ok()
+}
+
 /// What a tunnel shows: the server's certificate, and what the path carries.
-async fn check_tunnel(connected: &Connected, step: &str, is_first: bool, report: &mut Report) {
+fn check_tunnel(connected: &Connected, step: &str, is_first: bool, report: &mut Report) {
     if is_first && let Some(chain) = connected.tunnel.peer_certificates() {
         steps::certificate("certificate of the server", chain.first(), report);
     }
     if connected.tunnel.carrier() != Carrier::Quic {
         return;
     }
-    sleep(MTU_TIME).await;
     let stats = connected.tunnel.stats();
     let step = step.replace("UDP (QUIC)", "path MTU");
     let detail = format!("{} bytes of UDP payload, RTT {:.1?}", stats.mtu, stats.rtt);

@@ -150,6 +150,19 @@ pub(crate) enum CarrierError {
     TimedOut(Duration),
 }
 
+impl CarrierError {
+    /// Whether one side's TLS refused the other.
+    pub(crate) fn is_of_tls(&self) -> bool {
+        let (Self::Connect(ConnectError::Handshake(lost)) | Self::Join(JoinError::Lost(lost))) =
+            self
+        else {
+            return false;
+        };
+        let TunnelLost::Transport(fault) = lost else { return false };
+        matches!(fault, TransportFault::TlsRefused { .. } | TransportFault::TlsAlert { .. })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -94,6 +94,26 @@ async fn an_agent_checks_the_path_to_its_server() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_agent_whose_certificate_the_server_refuses_does_not_work() {
+    within(async {
+        let mut deployment = Deployment::without_server(Connect);
+        deployment.start_server(Culvert, &[]).await;
+        let mut args = agent_args(&deployment);
+        args.retain(|arg| !arg.starts_with("--agent-cert") && !arg.starts_with("--agent-key"));
+        let (code, steps) = precheck("agent", args).await;
+        assert_eq!(code, Some(1), "{steps:?}");
+        for (name, expected) in
+            [("UDP (QUIC) to 127.0.0.1", "warning"), ("TCP (TLS) to 127.0.0.1", "failed")]
+        {
+            assert_eq!(result(&steps, name), expected, "{steps:?}");
+            let detail = step(&steps, name)["detail"].as_str().unwrap();
+            assert!(detail.contains("set --agent-cert and --agent-key"), "{detail}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn faults_of_flags_and_files_are_steps() {
     within(async {
         let deployment = Deployment::without_server(Connect);
