@@ -124,24 +124,24 @@ impl Backends {
 
     /// Whether a backend of an agent with these claims may be registered.
     ///
+    /// An agent of another identity that has the id is not suspected for it: a claim, repeated, would
+    /// make each pause of that agent's path the end of its tunnel, and the id free.
+    ///
     /// # Errors
-    /// When it may not. Then the agent that has its id is suspected: it may be gone.
+    /// When it may not.
     pub(crate) fn admit(&self, claims: &Claims) -> Result<(), RegisterError> {
         self.check(&self.registry(), claims)
     }
 
     fn check(&self, registry: &Registry<Backend>, claims: &Claims) -> Result<(), RegisterError> {
-        let holders = registry.of_agent(&claims.agent_id).iter().filter(|holder| {
+        let holder = registry.of_agent(&claims.agent_id).iter().rfind(|holder| {
             let holder_claims = &holder.claims;
             !holder.is_draining() && !claims.identity.may_replace(&holder_claims.identity)
         });
-        let mut held = None;
-        for holder in holders {
-            holder.suspect();
-            held = Some(holder.claims.identity.to_string());
-        }
-        match held {
-            Some(holder) => Err(RegisterError::IdHeld { holder }),
+        match holder {
+            Some(holder) => {
+                Err(RegisterError::IdHeld { holder: holder.claims.identity.to_string() })
+            }
             None if registry.all().len() >= self.0.max_tunnels => {
                 Err(RegisterError::TooManyTunnels(registry.all().len()))
             }
