@@ -118,6 +118,7 @@ pub fn main<P: Program>(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(line) => line,
         Err(exit) => return exit.print(),
     };
+    let sources = line.sources();
     let config = line.configuration(|flags| P::Config::from_flags(flags, invocation));
     let (config, words) = match config {
         Ok(config) => config,
@@ -130,7 +131,7 @@ pub fn main<P: Program>(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     words.iter().for_each(|word| {
         warn!("{word:?} belongs to no flag and is ignored; a BOOL takes its value after =");
     });
-    config.warnings().iter().for_each(|warning| warn!("{warning}"));
+    config.warnings().iter().for_each(|warning| warn!("{}", sources.locate(warning)));
     descriptors::report(limit, config.descriptors());
     let result = runtime::<P>().and_then(|runtime| {
         // Dropped, it would wait for blocking work without a limit.
@@ -141,7 +142,7 @@ pub fn main<P: Program>(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail::<P>(&with_causes(&*error)),
+        Err(error) => fail::<P>(&sources.locate(&with_causes(&*error))),
     }
 }
 

@@ -5,11 +5,13 @@
 
 mod config_file;
 mod reason;
+mod sources;
 
 use std::{collections::HashSet, ffi::OsString, path::PathBuf};
 
 use clap::{Arg, ArgMatches, Command, Parser, error::ErrorKind};
 
+pub use self::sources::Sources;
 use self::{config_file::ConfigFile, reason::reason};
 use crate::{
     faults::{ConfigError, ConfigErrors, Origin},
@@ -29,8 +31,8 @@ pub struct CommandLine<F> {
     pub words: Vec<OsString>,
     /// Faults that were found while the flags were read.
     faults: Vec<ConfigError>,
-    /// The configuration file, and the flags whose value is from it.
-    from_file: Option<(PathBuf, HashSet<String>)>,
+    /// Where the values are from that are not on the command line.
+    sources: Sources,
     /// The flags of the command line, where the configuration file could not be read: others may be
     /// in the file.
     only: Option<HashSet<String>>,
@@ -93,8 +95,14 @@ impl<F: Parser> CommandLine<F> {
         if let Some(exit) = go_flags::completion_of(command, &matches) {
             return Err(exit);
         }
+        let sources = Sources::new(command, &matches, from_file);
         let flags = F::from_arg_matches(&matches)?;
-        Ok(Self { flags, words, faults, from_file, only })
+        Ok(Self { flags, words, faults, sources, only })
+    }
+
+    /// Where the values are from that are not on the command line, for texts about them.
+    pub fn sources(&self) -> Sources {
+        self.sources.clone()
     }
 
     /// The configuration that `check` makes of the flags, if it and the flags have no fault.
@@ -107,7 +115,7 @@ impl<F: Parser> CommandLine<F> {
         self,
         check: impl FnOnce(F) -> Result<C, ConfigErrors>,
     ) -> Result<(C, Vec<OsString>), ConfigErrors> {
-        let Self { flags, words, mut faults, from_file, only } = self;
+        let Self { flags, words, mut faults, sources, only } = self;
         let errors = match check(flags) {
             Ok(config) if faults.is_empty() => return Ok((config, words)),
             Ok(_) => Vec::new(),
@@ -119,11 +127,7 @@ impl<F: Parser> CommandLine<F> {
             if unread.contains(&*error.flag) || is_elsewhere {
                 continue;
             }
-            if let Some((path, keys)) = &from_file
-                && keys.contains(&*error.flag)
-            {
-                error.origin = Origin::File(path.clone());
-            }
+            sources.set_origin(&mut error);
             faults.push(error);
         }
         // Alone they are no fault, but a command whose name is mistyped is one of them.

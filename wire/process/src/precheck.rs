@@ -159,10 +159,12 @@ pub fn run<P: Program>(
         Err(exit) => return Some(exit.print()),
     };
     let mut report = Report::default();
+    let sources = line.sources();
     match line.configuration(|flags| P::Config::from_flags(flags, invocation)) {
         Err(faults) => faults.iter().for_each(|fault| report.fail("flags", fault, "")),
         Ok((config, words)) => {
-            config.warnings().iter().for_each(|warning| report.warn("flags", warning, ""));
+            let warnings = config.warnings().iter().map(|warning| sources.locate(warning));
+            warnings.for_each(|warning| report.warn("flags", warning, ""));
             for word in words {
                 report.warn("flags", format!("{word:?} belongs to no flag"), "remove it");
             }

@@ -48,6 +48,7 @@ fn read(args: &[&str]) -> Outcome {
         let mut faults = Faults::new();
         faults.require(flags.port > 0, "port", "must be above 0");
         faults.require(flags.name != "bad", "name", "must not be bad");
+        faults.require(flags.name != "bad-path", "path", "must not be bad");
         faults.finish().map(|_| flags)
     });
     checked.map_err(|errors| errors.to_string())
@@ -228,6 +229,27 @@ fn a_fault_of_the_configuration_names_the_place_of_its_value() {
     assert_eq!(faults(read_file("port = 1", &["--port=0"])), ["--port: must be above 0"]);
     let both = faults(read_file("name = 'bad'", &["--port=0"]));
     assert_eq!(both, ["--port: must be above 0", "FILE: name: must not be bad"]);
+    // PATH is a variable of every process.
+    let of_variable = faults(read_file("name = 'bad-path'\npath = 'x'", &[]));
+    assert_eq!(of_variable, ["PATH: must not be bad"]);
+    let on_the_line = faults(read(&["--name=bad-path", "--path=x"]));
+    assert_eq!(on_the_line, ["--path: must not be bad"]);
+}
+
+#[test]
+fn a_later_text_about_a_flag_names_the_place_of_its_value() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sample.toml");
+    fs::write(&path, "port = 7\noff = true").unwrap();
+    let config = format!("--config={}", path.display());
+    let args = ["sample", &config, "--off=false"].map(OsString::from);
+    let line = CommandLine::<Sample>::read(&mut command::<Sample>(), args).unwrap();
+    let located = |text| line.sources().locate(text).replace(&path.display().to_string(), "FILE");
+    assert_eq!(located("--port: cannot listen: in use"), "FILE: port: cannot listen: in use");
+    assert_eq!(located("--path: is unused"), "PATH: is unused");
+    let text = "faults:\n  --port: is --off's\n  --off: is set\nsee --port: there";
+    let expected = "faults:\n  FILE: port: is --off's\n  --off: is set\nsee --port: there";
+    assert_eq!(located(text), expected);
 }
 
 #[test]
