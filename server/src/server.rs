@@ -1,6 +1,8 @@
 //! A whole server: every part bound at once, run until it is stopped, then shut down in order.
 
-use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    future::pending, io, net::SocketAddr, path::PathBuf, pin::pin, sync::Arc, time::Duration,
+};
 
 use culvert_process::{
     admin::{AdminServer, Port, Routes},
@@ -15,7 +17,7 @@ use culvert_process::{
     supervision::{propagate_panic, until_panic},
 };
 use culvert_wire::CloseCode;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
@@ -242,9 +244,11 @@ impl Server {
         self.admin.local_address()
     }
 
-    /// Serves until `stop` completes or an operator drains the server, then drains for the configured time and closes everything:
-    /// the server is no longer ready, it takes no new tunnels and no new requests, agents are sent
-    /// a goodbye, frontends still open are cut off, the Unix socket is removed.
+    /// Serves until `stop` completes or an operator drains the server, then drains for the
+    /// configured time and closes everything: the server is no longer ready, it takes no new tunnels
+    /// and no new requests, agents are sent a goodbye, frontends still open are cut off, the Unix
+    /// socket is removed. If `stop` completes while an operator's drain is under way, the
+    /// configured time begins anew.
     ///
     /// # Errors
     /// When agents could no longer be accepted over QUIC; then everything was closed as well.
@@ -279,8 +283,12 @@ impl Server {
         let mut reviews = self.agent_context.authenticator.take_task();
         let supervised = [self.health.task(), self.admin.task()].into_iter().chain(own);
         let supervised = supervised.chain(&mut lease_task).chain(&mut reviews).chain(&mut operator);
+        let (mut stop, mut is_stopped) = (pin!(stop), false);
         let ended = tokio::select! {
-            () = stop => Ok(()),
+            () = &mut stop => {
+                is_stopped = true;
+                Ok(())
+            }
             () = stop_by_operator.cancelled() => Ok(()),
             error = agents.failed() => Err(error),
             never = until_panic(supervised) => match never {},
@@ -295,7 +303,8 @@ impl Server {
         tasks.close();
         if !self.grace.is_zero() && !tasks.is_empty() {
             info!(open = tasks.len(), grace_seconds = self.grace.as_secs_f64(), "draining");
-            let _ = timeout(self.grace, tasks.wait()).await;
+            let stop = async { if is_stopped { pending().await } else { stop.await } };
+            drain(tasks, self.grace, stop).await;
         }
         let cut = tasks.len();
         if cut > 0 {
@@ -315,5 +324,59 @@ impl Server {
         self.health.stop().await;
         self.admin.stop().await;
         ended
+    }
+}
+
+/// Waits until all tasks have ended, for `grace` at most. When `stop` completes meanwhile, `grace`
+/// begins anew: what has sent the signal grants as much.
+///
+/// # Cancel safety
+/// Cancel safe.
+async fn drain(tasks: &TaskTracker, grace: Duration, stop: impl Future<Output = ()>) {
+    tokio::select! {
+        biased;
+        () = tasks.wait() => return,
+        () = stop => {}
+        () = sleep(grace) => return,
+    }
+    info!(open = tasks.len(), grace_seconds = grace.as_secs_f64(), "draining");
+    let _ = timeout(grace, tasks.wait()).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::ready;
+
+    use tokio::time::Instant;
+
+    use super::*;
+
+    const GRACE: Duration = Duration::from_secs(10);
+
+    /// Time of a drain with a task that ends after `task`, and a signal after `signal`.
+    async fn drained(task: Option<u64>, signal: Option<u64>) -> u64 {
+        let (tasks, start) = (TaskTracker::new(), Instant::now());
+        let after = |seconds: Option<u64>| async move {
+            match seconds {
+                Some(seconds) => sleep(Duration::from_secs(seconds)).await,
+                None => pending().await,
+            }
+        };
+        let task = tasks.spawn(after(task));
+        tasks.close();
+        drain(&tasks, GRACE, after(signal)).await;
+        task.abort();
+        start.elapsed().as_secs()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_ends_with_its_last_task_or_its_time_which_a_signal_begins_anew() {
+        assert_eq!(drained(Some(3), None).await, 3);
+        assert_eq!(drained(None, None).await, 10);
+        assert_eq!(drained(None, Some(4)).await, 14);
+        assert_eq!(drained(Some(12), Some(4)).await, 12);
+        let tasks = TaskTracker::new();
+        tasks.close();
+        drain(&tasks, GRACE, ready(())).await;
     }
 }
