@@ -7,7 +7,7 @@ use std::{
     process::Output,
 };
 
-use culvert_loadtest::{frontend::Protocol::Connect, targets};
+use culvert_loadtest::{frontend::Protocol::Connect, process::Signal, targets};
 use culvert_process::version::VERSION;
 use serde_json::Value;
 use tokio::{io::AsyncWriteExt as _, process::Command};
@@ -63,10 +63,15 @@ async fn agents(socket: &Path) -> Vec<Value> {
 
 /// A deployment whose server has an operator's socket.
 async fn operated() -> (Deployment, PathBuf) {
+    operated_with(&[]).await
+}
+
+/// The same with more flags.
+async fn operated_with(more: &[&str]) -> (Deployment, PathBuf) {
     let mut deployment = Deployment::without_server(Connect);
     let socket = deployment.certificates.folder().join("operator.sock");
     let flag = format!("--operator-socket={}", socket.display());
-    deployment.start_server(Culvert, &[&flag]).await;
+    deployment.start_server(Culvert, &[&[flag.as_str()], more].concat()).await;
     (deployment, socket)
 }
 
@@ -235,6 +240,27 @@ async fn a_drained_server_ends_as_at_sigterm() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_signal_during_a_drain_begins_the_grace_period_and_the_second_one_ends_the_server() {
+    within(async {
+        let grace = "--graceful-shutdown-timeout=1h";
+        let (mut deployment, socket) = operated_with(&[grace]).await;
+        let _agent = deployment.start_agent(Culvert, "agent", &[]).await;
+        deployment.until_joined(1).await;
+        let (_target, mut connection) = deployment.open_echo().await;
+        printed(&socket, &["drain"]).await;
+        let graces =
+            |deployment: &Deployment| deployment.server_log().matches("grace_seconds=3600").count();
+        eventually("the drain begins", async || graces(&deployment) == 1).await;
+        deployment.server().signal(Signal::Terminate).await.unwrap();
+        eventually("the grace period begins", async || graces(&deployment) == 2).await;
+        echo(&mut connection, b"goes on").await.unwrap();
+        deployment.server().signal(Signal::Terminate).await.unwrap();
+        assert_eq!(deployment.server().ended().await.unwrap().code(), Some(1));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn konnectivity_agents_and_their_streams_are_listed() {
     if !can_run(&[Konnectivity]).await {
         return;
@@ -260,7 +286,8 @@ async fn konnectivity_agents_and_their_streams_are_listed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn two_live_agents_with_one_id_are_reported() {
     within(async {
-        let (deployment, socket) = operated().await;
+        // Also by a server that sends no keep-alives of its own.
+        let (deployment, socket) = operated_with(&["--tunnel-keep-alive-interval=0s"]).await;
         let _one = deployment.start_agent(Culvert, "agent", &[]).await;
         let _two = deployment.start_agent(Culvert, "agent", &[]).await;
         let duplicates = "culvert_server_duplicate_agents";
@@ -287,7 +314,8 @@ async fn an_agent_shows_its_servers_proofs_policy_and_memory() {
         let (deployment, _) = operated().await;
         let socket = deployment.certificates.folder().join("agent.sock");
         let flag = format!("--operator-socket={}", socket.display());
-        let flags = [flag.as_str(), "--egress-deny=10.9.0.0/16,10.8.0.0/16:22"];
+        // Not TCP, which takes over on a machine that is busy.
+        let flags = [flag.as_str(), "--transport=quic", "--egress-deny=10.9.0.0/16,10.8.0.0/16:22"];
         let _agent = deployment.start_agent(Culvert, "agent", &flags).await;
         deployment.until_joined(1).await;
         let target = targets::echo().await.unwrap();

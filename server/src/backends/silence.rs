@@ -26,12 +26,10 @@ const ANSWER_ROUND_TRIPS: u32 = 6;
 /// Number of tunnels that are looked at before other tasks run.
 const BATCH: usize = 256;
 
-/// Records which agents are silent, for as long as it is polled. Each tunnel is pinged once it was
-/// idle for `keep_alive_interval`; without it no agent is silent.
+/// Records which agents are silent, and reports ids that several live agents have, for as long as it
+/// is polled. Each tunnel is pinged once it was idle for `keep_alive_interval`; without it no agent
+/// is silent.
 pub(crate) async fn watch(backends: Backends, keep_alive_interval: Option<Duration>) {
-    let Some(keep_alive_interval) = keep_alive_interval else {
-        return std::future::pending().await;
-    };
     let mut looks = interval(LOOK_INTERVAL);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut last_look, mut last_report) = (Instant::now(), Instant::now());
@@ -55,7 +53,12 @@ pub(crate) async fn watch(backends: Backends, keep_alive_interval: Option<Durati
 }
 
 /// Records whether one agent is silent. After a pause its clock starts again, and its state stays.
-fn look(backends: &Backends, backend: &Backend, keep_alive_interval: Duration, has_paused: bool) {
+fn look(
+    backends: &Backends,
+    backend: &Backend,
+    keep_alive_interval: Option<Duration>,
+    has_paused: bool,
+) {
     // A bridge to a Konnectivity agent lives in this process, and sends nothing while it is idle.
     if backend.tunnel.carrier() == Carrier::Grpc {
         return;
@@ -66,8 +69,10 @@ fn look(backends: &Backends, backend: &Backend, keep_alive_interval: Duration, h
         return backend.heard.restart(&stats, Instant::now());
     }
     let quiet_for = backend.heard.quiet_for(&stats, Instant::now());
-    let limit = keep_alive_interval + ANSWER_LIMIT.max(stats.rtt * ANSWER_ROUND_TRIPS);
-    backends.set_silent(backend, quiet_for > limit);
+    if let Some(keep_alive_interval) = keep_alive_interval {
+        let limit = keep_alive_interval + ANSWER_LIMIT.max(stats.rtt * ANSWER_ROUND_TRIPS);
+        backends.set_silent(backend, quiet_for > limit);
+    }
 }
 
 /// When something last came from an agent, as far as the looks show.
