@@ -54,7 +54,10 @@ use absence::{Departed, Departures};
 use departure::{Departure, START_LIMIT};
 use registry::{Candidate, Registry};
 
-use crate::agents::identity::{Claims, Identity};
+use crate::agents::{
+    admission::AcceptedToken,
+    identity::{Claims, Identity},
+};
 
 /// Maximum number of tunnels of one agent process. One that moves between carriers leaves a tunnel
 /// behind for as long as that has streams; more than these are of an agent that fails again and
@@ -164,11 +167,11 @@ impl Backends {
             let held = registry.add(&backend);
             (older, held)
         };
-        let expiry = *backend.expiry().borrow();
+        let (expiry, token) = (*backend.expiry().borrow(), backend.token());
         let process = backend.process();
         let of_process: Vec<_> =
             older.iter().filter(|older| process.continues(&older.process())).collect();
-        of_process.iter().for_each(|older| older.renew(expiry));
+        of_process.iter().for_each(|older| older.renew(expiry, token.as_ref()));
         of_process.iter().for_each(|older| older.supersede());
         dismiss_oldest(&of_process, MAX_TUNNELS_PER_PROCESS);
         if backend.claims.is_id_proven {
@@ -181,16 +184,21 @@ impl Backends {
         Ok(Registration { backends: self.clone(), backend, held })
     }
 
-    /// Renews the proof of all tunnels of a backend's process. Returns whether `identity` is that of
-    /// the backend.
-    pub(crate) fn renew(&self, backend: &Backend, identity: &Identity) -> bool {
+    /// Renews the proof of all tunnels of a backend's process with this token. Returns whether
+    /// `identity` is that of the backend.
+    pub(crate) fn renew(
+        &self,
+        backend: &Backend,
+        identity: &Identity,
+        token: Option<&AcceptedToken>,
+    ) -> bool {
         let is_same = identity.may_replace(&backend.claims.identity);
         if is_same {
             let expiry = identity.expires(Instant::now());
             let tunnels = self.registry().of_agent(backend.agent_id()).to_vec();
             let process = backend.process();
             let of_process = tunnels.iter().filter(|tunnel| process.continues(&tunnel.process()));
-            of_process.for_each(|tunnel| tunnel.renew(expiry));
+            of_process.for_each(|tunnel| tunnel.renew(expiry, token));
         }
         is_same
     }

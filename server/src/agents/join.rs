@@ -19,7 +19,7 @@ use tracing::debug;
 
 use super::{
     AgentContext,
-    admission::{AcceptedToken, Authenticated, Proof, Refusal},
+    admission::{Authenticated, Proof, Refusal},
     identity::{ClaimFault, Claims},
     unadmitted::{Attempt, FIRST_BYTES_TIMEOUT, JOIN_TIMEOUT, Source},
 };
@@ -270,8 +270,6 @@ pub(super) type SetChanges = Option<watch::Receiver<Arc<ServerSet>>>;
 #[derive(Debug)]
 pub(super) struct Joined {
     pub(super) backend: Backend,
-    /// The token with which it was admitted; `None` where agents need none.
-    pub(super) token: Option<AcceptedToken>,
     pub(super) control: ControlStream,
     /// The changes of the set of servers since the welcome.
     pub(super) servers: SetChanges,
@@ -297,8 +295,8 @@ pub(super) async fn join(
     let opened = attempt.within(async { Ok(tunnel.accept().await?) });
     let mut control = ControlStream::new(tunnel.clone(), opened.await.map_err(refuse)?);
     let introduced = introduce(tunnel, authenticated, attempt, &mut control, context).await;
-    let (backend, token, servers) = introduced.map_err(refuse)?;
-    Ok(Joined { backend, token, control, servers })
+    let (backend, servers) = introduced.map_err(refuse)?;
+    Ok(Joined { backend, control, servers })
 }
 
 async fn introduce(
@@ -307,7 +305,7 @@ async fn introduce(
     attempt: &Attempt,
     control: &mut ControlStream,
     context: &AgentContext,
-) -> Result<(Backend, Option<AcceptedToken>, SetChanges), JoinError> {
+) -> Result<(Backend, SetChanges), JoinError> {
     let (hello, mut authenticated) = tokio::select! {
         biased;
         identified = identify(&tunnel, authenticated, attempt, control, context) => identified?,
@@ -325,7 +323,8 @@ async fn introduce(
     let welcome = ControlMessage::Welcome(Box::new(welcome));
     attempt.within(async { Ok(control.send(&welcome).await?) }).await?;
     let token = authenticated.take_token();
-    Ok((Backend::new(tunnel, hello, claims, context.max_streams), token, servers))
+    let backend = Backend::new(tunnel, hello, claims, context.max_streams);
+    Ok((backend.with_token(token), servers))
 }
 
 /// What the agent may say about itself.

@@ -55,7 +55,7 @@ pub(super) async fn serve(
         Err(error) => return join::record_failure(remote, &error, &context),
     };
     drop(attempt);
-    let Joined { backend, token, control, servers } = joined;
+    let Joined { backend, control, servers } = joined;
     let backend = Arc::new(backend);
     let agent_id = backend.agent_id().clone();
     let registration = match context.backends.register(backend.clone()) {
@@ -71,7 +71,7 @@ pub(super) async fn serve(
         log_connected(&backend);
     }
     record_conflicts(&backend, registration.held(), &context);
-    let proof = ProofKeeper::new(&backend, token, &context);
+    let proof = ProofKeeper::new(&backend, &context);
     let driving = drive(&backend, control, (proof, servers), &context);
     tokio::pin!(driving);
     let early = match has_another {

@@ -12,6 +12,7 @@ use culvert_transport::{Carrier, Tunnel};
 use culvert_wire::{
     AgentId, InstanceId, bounded::Text, control::Hello, identifiers::Identifiers, version::Features,
 };
+use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore, SetOnce, watch},
     time::Instant,
@@ -26,7 +27,10 @@ use super::{
     registry::Candidate,
     silence::Heard,
 };
-use crate::agents::identity::{Claims, Expiry, Identity};
+use crate::agents::{
+    admission::AcceptedToken,
+    identity::{Claims, Expiry, Identity},
+};
 
 /// One process of one agent: an agent that is started again is another one.
 ///
@@ -84,6 +88,8 @@ pub struct Backend {
     dismissed: Dismissed,
     /// When the proof of the identity expires; `None` for one that does not.
     expiry: watch::Sender<Option<Expiry>>,
+    /// The token that this expiry is of; `None` where agents need none.
+    token: Mutex<Option<AcceptedToken>>,
     renews: bool,
     /// Notified when the last open stream has ended.
     emptied: Notify,
@@ -115,9 +121,16 @@ impl Backend {
             silent: AtomicBool::new(false),
             dismissed: Dismissed::default(),
             expiry: watch::Sender::new(expiry),
+            token: Mutex::default(),
             renews: hello.features.contains(Features::RENEWAL),
             emptied: Notify::new(),
         }
+    }
+
+    /// The same, of an agent that was admitted with this token.
+    #[must_use]
+    pub(crate) fn with_token(self, token: Option<AcceptedToken>) -> Self {
+        Self { token: Mutex::new(token), ..self }
     }
 
     /// The agent process, which differs after each restart of the same agent.
@@ -223,8 +236,13 @@ impl Backend {
         self.expiry.subscribe()
     }
 
-    /// Renews the proof, unless the one that it has is better.
-    pub(super) fn renew(&self, renewed: Option<Expiry>) {
+    /// The token that the proof's expiry is of; `None` where agents need none.
+    pub(crate) fn token(&self) -> Option<AcceptedToken> {
+        self.token.lock().clone()
+    }
+
+    /// Renews the proof with this token, unless the one that it has is better.
+    pub(super) fn renew(&self, renewed: Option<Expiry>, token: Option<&AcceptedToken>) {
         self.expiry.send_if_modified(|expiry| {
             let is_longer = match (&*expiry, &renewed) {
                 (Some(old), Some(new)) => new.at > old.at,
@@ -233,6 +251,7 @@ impl Backend {
             };
             if is_longer {
                 *expiry = renewed;
+                *self.token.lock() = token.cloned();
             }
             is_longer
         });

@@ -298,8 +298,8 @@ async fn a_process_is_one_of_an_identity_an_id_and_an_instance() {
     assert_ne!(owner.backend.process(), other.backend.process());
     assert_eq!(expiry(), before, "another identity's join renews nothing");
     assert!(!is_ready(owner.backend.superseded()).await);
-    assert!(backends.renew(&other.backend, &of_account("other", HOUR * 3)));
-    assert!(!backends.renew(&other.backend, &of_account("owner", HOUR * 3)));
+    assert!(backends.renew(&other.backend, &of_account("other", HOUR * 3), None));
+    assert!(!backends.renew(&other.backend, &of_account("owner", HOUR * 3), None));
     assert_eq!(expiry(), before, "another identity's token renews nothing");
     let mut tunnels = Vec::new();
     for _ in 0..MAX_TUNNELS_PER_PROCESS {

@@ -12,14 +12,18 @@ use std::{future, pin::Pin, time::Duration};
 
 use culvert_process::rate_limited;
 use culvert_wire::control::Secret;
-use tokio::time::{Instant, sleep_until};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
 use tracing::debug;
 
 use super::recheck::Recheck;
 use crate::{
     agents::{
         AgentContext,
-        admission::{AcceptedToken, Authenticated, Proof, Refusal},
+        admission::{Authenticated, Proof, Refusal},
+        identity::Expiry,
     },
     backends::{Backend, Dismissal, registry::Candidate as _},
     config::ExpireAgents,
@@ -50,6 +54,8 @@ pub(crate) const RENEWAL_RESULTS: [&str; 4] = ["accepted", "refused", "failed", 
 pub(super) struct ProofKeeper<'a> {
     backend: &'a Backend,
     context: &'a AgentContext,
+    /// The expiry of the proof, which other tunnels of the process renew as well.
+    expiry: watch::Receiver<Option<Expiry>>,
     /// The agent's newest token, until it is accepted or never can be.
     new: Option<NewToken>,
     review: Option<Review<'a>>,
@@ -78,21 +84,18 @@ enum Reviewed {
 }
 
 impl<'a> ProofKeeper<'a> {
-    /// Keeps the proof of an agent that was admitted with this token.
-    pub(super) fn new(
-        backend: &'a Backend,
-        accepted: Option<AcceptedToken>,
-        context: &'a AgentContext,
-    ) -> Self {
+    /// Keeps the proof of an agent that was admitted.
+    pub(super) fn new(backend: &'a Backend, context: &'a AgentContext) -> Self {
         let now = Instant::now();
         Self {
             backend,
             context,
+            expiry: backend.expiry(),
             new: None,
             review: None,
             next_review: now,
             is_unreviewed: false,
-            recheck: Recheck::new(context.recheck_interval, accepted, now),
+            recheck: Recheck::new(context.recheck_interval, backend.token(), now),
         }
     }
 
@@ -112,10 +115,10 @@ impl<'a> ProofKeeper<'a> {
     /// # Cancel safety
     /// Cancel safe: the next call goes on.
     pub(super) async fn ended(&mut self) -> Dismissal {
-        let mut expiry = self.backend.expiry();
         loop {
-            let end = expiry
-                .borrow_and_update()
+            let end = self
+                .expiry
+                .borrow()
                 .filter(|_| self.ends_expired())
                 .map(|expiry| expiry.at + if self.is_unreviewed { EXTENSION } else { GRACE });
             let begin = self.next_begin();
@@ -126,10 +129,18 @@ impl<'a> ProofKeeper<'a> {
                         return Dismissal::Revoked;
                     }
                 }
-                Ok(()) = expiry.changed() => {}
+                Ok(()) = self.expiry.changed() => self.use_renewed(),
                 () = until(begin) => self.begin_review(),
                 () = until(end) => return Dismissal::Expired,
             }
+        }
+    }
+
+    /// Has the token that renewed the proof reviewed from now on: another tunnel of the process may
+    /// have brought it, and be gone when it is revoked.
+    fn use_renewed(&mut self) {
+        if let Some(token) = self.backend.token() {
+            self.recheck.replace(Some(token), Instant::now());
         }
     }
 
@@ -239,14 +250,15 @@ impl<'a> ProofKeeper<'a> {
 
     fn accept(&mut self, mut authenticated: Authenticated) -> &'static str {
         let identity = authenticated.identity().clone();
-        if !self.context.backends.renew(self.backend, &identity) {
+        let token = authenticated.take_token();
+        if !self.context.backends.renew(self.backend, &identity, token.as_ref()) {
             self.log("it is the proof of another identity");
             return "refused";
         }
         self.is_unreviewed = false;
         let agent_id = self.backend.agent_id();
         debug!(%agent_id, %identity, "an agent has renewed its proof of identity");
-        self.recheck.replace(authenticated.take_token(), Instant::now());
+        self.recheck.replace(token, Instant::now());
         "accepted"
     }
 

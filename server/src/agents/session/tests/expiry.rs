@@ -345,3 +345,22 @@ async fn tokens_that_are_refused_do_not_keep_the_accepted_one_from_its_review() 
     };
     assert!(matches!(drained, Ok(ControlMessage::Drain(_)) | Err(_)), "{drained:?}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn the_token_by_which_another_tunnel_renewed_the_proof_is_reviewed_too() {
+    let mut agent = Expiring::join_rechecked(RECHECK, LIFE).await;
+    let Pair { agent: tunnel, server, .. } = pair().await;
+    let attempt = Attempt::of_stranger(&agent.served.context.unadmitted).await;
+    agent.served.context.tasks.spawn(serve(server, None, attempt, agent.served.context.clone()));
+    let mut control = ControlStream::new(tunnel.clone(), tunnel.open().await.unwrap());
+    let token = Some(expiring("second", LIFE * 1000));
+    let hello = Hello { token, features: Features::RENEWAL, ..hello("a", &[]) };
+    control.send(&ControlMessage::Hello(Box::new(hello))).await.unwrap();
+    control.next().await.unwrap();
+    assert!(timeout(LIFE * 2, agent.control.next()).await.is_err());
+    tunnel.close(CloseCode::DONE, "");
+    agent.served.context.backends.until(1).await;
+    *agent.answer.lock() = Ok(not_accepted());
+    let drained = timeout(RECHECK * 10, agent.control.next()).await;
+    assert!(drained.is_ok(), "it stays");
+}
