@@ -488,6 +488,8 @@ async fn a_server_that_is_met_again_and_again_does_not_fill_the_log() {
     let lines = Lines::default();
     let writer = lines.clone();
     let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
+    // With one dispatcher in the process, an event that another test logs first is off for all.
+    let _second = tracing::Dispatch::new(tracing_subscriber::fmt().with_writer(io::sink).finish());
     let _guard = tracing::subscriber::set_default(subscriber);
     let logged = |event: &str| {
         let text = String::from_utf8(lines.0.lock().clone()).unwrap();
