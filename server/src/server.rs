@@ -16,6 +16,7 @@ use culvert_process::{
     reload::Reloads,
     supervision::{propagate_panic, until_panic},
 };
+use culvert_transport::budget::StreamMemory;
 use culvert_wire::CloseCode;
 use tokio::time::{sleep, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -114,6 +115,7 @@ impl Server {
         let frontend_context = Arc::new(FrontendContext {
             dialer: Dialer::new(backends.clone(), config.agents.dial, metrics.clone()),
             metrics: metrics.clone(),
+            memory: StreamMemory::of(&memory),
             streams: LiveStreams::new(Side::Server),
             mode: config.frontend.mode,
             reach: Default::default(),

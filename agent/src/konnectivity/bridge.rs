@@ -96,7 +96,7 @@ async fn serve(
     let ControlMessage::Hello(hello) = control.next().await? else { return Err(Ended::NotHello) };
     let (outbound, packets) = outbound();
     let Call { server_id, server_count, mut inbound } = tokio::select! {
-        called = call(requests, &hello, packets) => called?,
+        called = call(requests, &hello, packets, tunnel.memory()) => called?,
         // A Konnectivity server may leave a call without an answer.
         lost = tunnel.closed() => return Err(lost.into()),
     };

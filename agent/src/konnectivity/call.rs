@@ -2,15 +2,17 @@
 
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
 use culvert_konnectivity::{
-    CONNECT, Packets,
+    CONNECT, Packets, Partial,
     codec::{MAX_PACKET_LEN, SmallBuffers},
     header,
     packet::Packet,
 };
+use culvert_transport::budget::StreamMemory;
 use culvert_wire::{ServerId, bounded::PeerText, control::Hello};
 use http::uri::PathAndQuery;
 use hyper::client::conn::http2;
@@ -50,6 +52,7 @@ pub(super) struct Call {
 }
 
 /// Calls the server with the metadata of `hello`; `packets` become the agent's half of the stream.
+/// Packets that have arrived in part are held by `memory`.
 ///
 /// # Errors
 /// When the server refuses the call or does not name itself.
@@ -60,12 +63,13 @@ pub(super) async fn call(
     requests: http2::SendRequest<Body>,
     hello: &Hello,
     packets: Packets,
+    memory: &Arc<StreamMemory>,
 ) -> Result<Call, CallError> {
     let mut request = tonic::Request::new(packets);
     introduce(request.metadata_mut(), hello)?;
     let origin = http::Uri::from_static("https://konnectivity-server");
-    let mut grpc =
-        Grpc::with_origin(Requests(requests), origin).max_decoding_message_size(MAX_PACKET_LEN);
+    let mut grpc = Grpc::with_origin(Requests { http: requests, memory: memory.clone() }, origin)
+        .max_decoding_message_size(MAX_PACKET_LEN);
     grpc.ready().await?;
     let path = PathAndQuery::from_static(CONNECT);
     let response = grpc.streaming(request, path, SmallBuffers).await.map_err(CallError::Refused)?;
@@ -106,19 +110,24 @@ fn one<'a>(metadata: &'a MetadataMap, key: &str) -> Result<&'a str, CallError> {
 
 /// Hyper's request sender as the service that tonic needs.
 #[derive(Clone, Debug)]
-struct Requests(http2::SendRequest<Body>);
+struct Requests {
+    http: http2::SendRequest<Body>,
+    /// Holds packets that have arrived in part.
+    memory: Arc<StreamMemory>,
+}
 
 impl tower_service::Service<http::Request<Body>> for Requests {
-    type Response = http::Response<hyper::body::Incoming>;
+    type Response = http::Response<Partial<hyper::body::Incoming>>;
     type Error = hyper::Error;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.0.poll_ready(cx)
+        self.http.poll_ready(cx)
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        Box::pin(self.0.send_request(request))
+        let (response, memory) = (self.http.send_request(request), self.memory.clone());
+        Box::pin(async move { Ok(response.await?.map(|body| Partial::new(body, memory))) })
     }
 }
 

@@ -35,6 +35,8 @@ pub(crate) enum Forgery {
     Unacknowledged,
     /// Pings of one byte, as many as fit in a packet, on streams of either side.
     Pings,
+    /// Retirements of a connection id that is not used, in the same form.
+    Retirements,
 }
 
 /// A forgery, which begins when it is switched on.
@@ -67,12 +69,12 @@ impl Forger {
 
     /// Whether quinn has to be wrong about the server's windows, because less is sent.
     pub(crate) fn sends_less(&self) -> bool {
-        matches!(self.forgery, Forgery::OneByte | Forgery::Padded | Forgery::Pings)
+        !matches!(self.forgery, Forgery::Gap | Forgery::Unacknowledged)
     }
 
     /// Whether the peer sends without a congestion window.
     pub(crate) fn heeds_nothing(&self) -> bool {
-        self.forgery == Forgery::Pings
+        matches!(self.forgery, Forgery::Pings | Forgery::Retirements)
     }
 
     fn forge(&self, payload: &mut [u8]) {
@@ -87,6 +89,11 @@ impl Forger {
                 }
                 Kind::Stream { .. } if self.forgery == Forgery::Pings => {
                     payload[at..frame.end].fill(1);
+                }
+                Kind::Stream { .. } if self.forgery == Forgery::Retirements => {
+                    let frame = &mut payload[at..frame.end];
+                    frame.fill(0);
+                    frame.chunks_exact_mut(2).for_each(|frame| frame.copy_from_slice(&[0x19, 1]));
                 }
                 Kind::Stream { id, offset } if id & 1 == 1 => {
                     self.forge_stream(&mut payload[at..frame.end], id, offset);
@@ -107,7 +114,7 @@ impl Forger {
         let sent = streams.entry(id).or_insert(Sent { next: offset + 1, limit });
         let count = match self.forgery {
             Forgery::Gap if !is_first => return,
-            Forgery::Gap | Forgery::Unacknowledged | Forgery::Pings => 0,
+            Forgery::Gap | Forgery::Unacknowledged | Forgery::Pings | Forgery::Retirements => 0,
             Forgery::Padded => 1,
             Forgery::OneByte => usize::MAX,
         };

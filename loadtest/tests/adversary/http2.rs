@@ -1,10 +1,20 @@
 //! A peer that speaks HTTP/2 frame by frame, as a Konnectivity agent does (RFC 9113).
 
+use std::convert::Infallible;
+
+use bytes::Bytes;
+use http::Request;
+use http_body_util::{BodyExt as _, StreamBody, combinators::UnsyncBoxBody};
+use hyper::{body::Frame, client::conn::http2::SendRequest};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
     io::{self, AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
+    sync::mpsc,
+    task::JoinSet,
 };
 use tokio_rustls::client::TlsStream;
+use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use crate::{qmux::tls, victim::Victim};
 
@@ -68,6 +78,41 @@ impl Peer {
         let mut buffer = [0; 4096];
         while self.socket.read(&mut buffer).await.is_ok_and(|count| count > 0) {}
     }
+}
+
+/// Makes the call of an agent, and sends these bytes once it is admitted, but not the end of the
+/// call, which the result keeps.
+pub(crate) async fn incomplete_call(
+    sender: &mut SendRequest<Body>,
+    agent: &str,
+    token: &str,
+    bytes: Bytes,
+) -> impl Sized + use<> {
+    let (frames, body) = mpsc::unbounded_channel();
+    let body = StreamBody::new(UnboundedReceiverStream::new(body)).boxed_unsync();
+    let request = Request::post(format!("https://localhost{CONNECT}"))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .header("agentid", agent)
+        .header("authorization", format!("Bearer {token}"))
+        .body(body)
+        .unwrap();
+    sender.ready().await.unwrap();
+    let response = sender.send_request(request).await.unwrap();
+    frames.send(Ok(Frame::data(bytes))).unwrap();
+    (response, frames)
+}
+
+pub(crate) type Body = UnsyncBoxBody<Bytes, Infallible>;
+
+/// A connection of HTTP/2 with a window, whose task ends with the result.
+pub(crate) async fn client(victim: &Victim) -> (SendRequest<Body>, JoinSet<()>) {
+    let socket = TokioIo::new(tls(victim, b"h2").await);
+    let (sender, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), socket).await.unwrap();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move { drop(connection.await) });
+    (sender, tasks)
 }
 
 /// A string literal without Huffman code (RFC 7541 §5.2).

@@ -8,6 +8,7 @@ mod agents;
 mod flood;
 mod forge;
 mod http2;
+mod initial;
 mod memory;
 mod qmux;
 mod quic;

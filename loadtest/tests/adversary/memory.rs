@@ -3,7 +3,8 @@
 
 use std::{sync::Arc, time::Duration};
 
-use culvert_loadtest::frontend::Connection;
+use bytes::Bytes;
+use culvert_loadtest::{frontend::Connection, targets};
 use culvert_wire::{
     dial::{DialReply, DialTiming},
     extension::Extensions,
@@ -11,16 +12,26 @@ use culvert_wire::{
 };
 use rstest::rstest;
 use tokio::{
+    sync::broadcast,
     task::JoinSet,
     time::{sleep, timeout},
 };
 
 use crate::{
     forge::{Forger, Forgery},
+    http2,
     quic::{self, EVERYTHING},
-    strangers::hello,
-    support::{eventually, within},
-    victim::{MIB, Proof::Certificate, Victim},
+    strangers::{hello, hello_of},
+    support::{
+        eventually,
+        kube_api::{ACCOUNT, AUDIENCE},
+        within,
+    },
+    victim::{
+        MIB,
+        Proof::{self, Certificate, Token},
+        Victim, token,
+    },
 };
 
 /// Memory of a stream that holds nothing, at most: tasks, sockets, what quinn has for it. About
@@ -117,9 +128,79 @@ async fn what_a_peer_sends_ahead_of_readers_stays_within_the_limit(
         let _ = timeout(Duration::from_secs(8 + count / 200), looks).await;
         let series = "culvert_server_memory_cuts_total";
         let cuts = victim.deployment.server_metric(series).await;
-        println!("{forgery:?}: {cuts} cut");
+        println!("{forgery:?}: {cuts} cut, closed: {:?}", peer.connection.close_reason());
         assert_bounded(&mut victim, limit, count, most);
+        println!("LOG {}", victim.deployment.server_log());
         drop((frontends, peer));
+    })
+    .await;
+}
+
+/// Several peers leave out the first frame of each stream. What waits behind the gaps of all of them
+/// stays within the limit, and another agent goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_several_peers_send_behind_gaps_stays_within_the_limit() {
+    const PEERS: u8 = 6;
+    const STREAMS: u64 = 70 * PEERS as u64;
+    const LIMIT: u64 = 32;
+    within(async {
+        let flags = ["--memory-limit=32Mi", "--proxy-strategies=destHost,default"];
+        let mut victim = Victim::start_with(Certificate, &flags).await;
+        let (timing, extensions) = (DialTiming::default(), Extensions::default());
+        let reply = frame::encode(&DialReply { outcome: Ok(()), timing, extensions }).unwrap();
+        let (begin, _) = broadcast::channel(1);
+        let (mut peers, mut sending, mut forgers) = (Vec::new(), JoinSet::new(), Vec::new());
+        for number in 0..PEERS {
+            let forger = Forger::new(Forgery::Gap);
+            let mut peer =
+                quic::Peer::connect_forging(&victim, EVERYTHING, Some(forger.clone())).await;
+            let id = [&b"greedy-"[..], &[b'0' + number]].concat();
+            let hello = hello_of(&id.try_into().unwrap(), "");
+            peer.send.write_all(&hello).await.unwrap();
+            let (connection, begin, reply) =
+                (peer.connection.clone(), begin.clone(), reply.clone());
+            sending.spawn(async move {
+                let mut streams = JoinSet::new();
+                while let Ok((mut send, recv)) = connection.accept_bi().await {
+                    send.write_all(&reply).await.unwrap();
+                    let mut begun = begin.subscribe();
+                    streams.spawn(async move {
+                        let chunk = vec![7; 16 << 10];
+                        let _ = begun.recv().await;
+                        while send.write_all(&chunk).await.is_ok() {}
+                        drop(recv);
+                    });
+                }
+                streams.join_all().await;
+            });
+            peers.push(peer);
+            forgers.push(forger);
+        }
+        victim.deployment.until_joined(PEERS.into()).await;
+        let mut frontends = Vec::new();
+        for _ in 0..STREAMS {
+            frontends.push(victim.deployment.dial("10.0.0.9:10250").await.unwrap());
+        }
+        forgers.iter().for_each(|forger| forger.begin());
+        begin.send(()).unwrap();
+        let here = ["--agent-identifiers=ipv4=127.0.0.1"];
+        let (_agent, _) = victim.honest_agent_joins_with("here", &here).await;
+        let echo = targets::echo().await.unwrap();
+        let _ = timeout(Duration::from_secs(8), async {
+            loop {
+                victim.deployment.touch(&echo).await.unwrap();
+                sleep(Duration::from_millis(200)).await;
+            }
+        })
+        .await;
+        let cut = peers.iter().filter(|peer| peer.connection.close_reason().is_some()).count();
+        println!("{cut} peers were cut");
+        let held = held(&victim).await;
+        assert_bounded(&mut victim, LIMIT, STREAMS, held);
+        assert!((1..usize::from(PEERS)).contains(&cut), "{cut}");
+        let log = victim.deployment.server_log();
+        assert!(log.contains("overloaded") && !log.contains("agent gone agent_id=here"), "{log}");
+        drop((frontends, peers));
     })
     .await;
 }
@@ -153,6 +234,80 @@ async fn what_is_sent_to_a_peer_that_acknowledges_nothing_stays_within_the_limit
         let held = held(&victim).await;
         assert_bounded(&mut victim, LIMIT, STREAMS, held);
         drop((frontends, peer));
+    })
+    .await;
+}
+
+/// Agents of Konnectivity that were admitted send most of a large packet each, and not its end.
+#[tokio::test(flavor = "multi_thread")]
+async fn packets_of_konnectivity_that_are_incomplete_stay_within_the_limit() {
+    const CONNECTIONS: u32 = 7;
+    const CALLS: u32 = 4;
+    const LIMIT: u64 = 32;
+    /// 140 MiB in all: a packet of a length that is allowed, without its last byte.
+    const LENGTH: u32 = 5 << 20;
+    within(async {
+        let mut victim = Victim::start_with(Token, &["--memory-limit=32Mi"]).await;
+        let mut packet = vec![0];
+        packet.extend(LENGTH.to_be_bytes());
+        packet.resize(4 + LENGTH as usize, 7);
+        let packet = Bytes::from(packet);
+        let (mut calls, mut connections) = (Vec::new(), Vec::new());
+        for connection in 0..CONNECTIONS {
+            let (mut sender, tasks) = http2::client(&victim).await;
+            for call in 0..CALLS {
+                let number = connection * CALLS + call;
+                victim.api.accept(&token(number), ACCOUNT, AUDIENCE);
+                let (agent, token) = (format!("partial-{number}"), token(number));
+                calls.push(
+                    http2::incomplete_call(&mut sender, &agent, &token, packet.clone()).await,
+                );
+            }
+            connections.push(tasks);
+        }
+        let series = "culvert_server_memory_cuts_total";
+        let cut = async || victim.deployment.server_metric(series).await > 0.0;
+        eventually("packets are given up", cut).await;
+        let (_agent, _) = victim.honest_agent_joins("honest").await;
+        let peak = victim.cost().peak_memory;
+        println!("{} MiB", peak / MIB);
+        // What was given up stays with the allocator for a while.
+        assert!(peak < 2 * LIMIT * MIB + PACKETS, "{} MiB", peak / MIB);
+        drop((calls, connections));
+    })
+    .await;
+}
+
+/// Each retirement of a connection id is reported to the task that reads the socket, also one that
+/// repeats another. A peer that has done that too often is gone.
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn retirements_of_connection_ids_cost_little_memory(
+    #[values(Token, Certificate)] proof: Proof,
+) {
+    const PEERS: usize = 8;
+    within(async {
+        let mut victim = Victim::start_with(proof, &["-v=5"]).await;
+        let mut sending = JoinSet::new();
+        for _ in 0..PEERS {
+            let forger = Forger::new(Forgery::Retirements);
+            let mut peer =
+                quic::Peer::connect_forging(&victim, EVERYTHING, Some(forger.clone())).await;
+            forger.begin();
+            sending.spawn(async move {
+                let chunk = vec![7; 16 << 10];
+                let sent = async { while peer.send.write_all(&chunk).await.is_ok() {} };
+                let _ = timeout(Duration::from_secs(3), sent).await;
+                peer.connection.close_reason()
+            });
+        }
+        let closed = sending.join_all().await;
+        let (_agent, _) = victim.honest_agent_joins("honest").await;
+        let peak = victim.cost().peak_memory;
+        println!("{proof:?}: {} KiB, {closed:?}", peak >> 10);
+        assert!(peak < 6 * MIB, "{} MiB", peak / MIB);
+        let logged = async || victim.deployment.server_log().contains("RETIRE_CONNECTION_ID");
+        eventually("the reason is logged", logged).await;
     })
     .await;
 }

@@ -5,13 +5,13 @@ use std::{net::SocketAddr, time::Duration};
 use rstest::rstest;
 use serde_json::json;
 use tokio::{
-    net::{TcpSocket, TcpStream},
+    net::{TcpSocket, TcpStream, UdpSocket},
     task::JoinSet,
     time::{Instant, timeout},
 };
 
 use crate::{
-    http2, qmux,
+    http2, initial, qmux,
     quic::{self, EVERYTHING, Grants},
     support::{
         Carrier,
@@ -218,6 +218,42 @@ async fn quic_handshakes_that_never_end_do_not_keep_agents_out() {
     .await;
 }
 
+/// Bytes of TLS that wait behind a gap, in pieces of one byte, repeated, or alone in their packets.
+#[rstest]
+#[case::in_many_pieces(usize::MAX)]
+#[case::one_in_a_packet(1)]
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_of_a_handshake_behind_gaps_cost_little_memory(#[case] pieces: usize) {
+    /// Below the number from which addresses have to be validated.
+    const STRANGERS: u64 = 200;
+    const PACKETS: usize = 100;
+    /// Cost of a stranger, at most: quinn keeps 16 KiB of TLS, and what it takes to join its pieces.
+    const EACH: u64 = 96 << 10;
+    within(async {
+        let mut victim = Victim::start(Certificate).await;
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        socket.connect(victim.deployment.tunnel()).await.unwrap();
+        let mut strangers: Vec<_> =
+            (0..STRANGERS).map(|number| initial::Stranger::new(&victim, number)).collect();
+        let mut offsets = (1_u16..16_000).step_by(16).cycle();
+        for _ in 0..PACKETS {
+            let frames: Vec<_> =
+                offsets.by_ref().take(pieces.min(220)).flat_map(initial::crypto).collect();
+            for stranger in &mut strangers {
+                stranger.send(&socket, &frames).await;
+            }
+        }
+        let series = "culvert_server_unadmitted_connections{transport=\"quic\"}";
+        println!("{} strangers", victim.deployment.server_metric(series).await);
+        let (_agent, took) = victim.honest_agent_joins_with("honest", &["--transport=quic"]).await;
+        assert!(took < JOIN_TIME, "{took:?}");
+        let peak = victim.cost().peak_memory;
+        println!("{} KiB for each stranger", (peak / STRANGERS) >> 10);
+        assert!(peak < STRANGERS * EACH, "{} MiB", peak / MIB);
+    })
+    .await;
+}
+
 /// A reason with line breaks, escape sequences and other control characters stays in its line.
 #[rstest]
 #[tokio::test(flavor = "multi_thread")]
@@ -284,10 +320,15 @@ async fn fail_from(source: &str, server: SocketAddr) {
 
 /// The hello of an agent with this token, byte by byte (docs/protocol.md §5).
 pub(crate) fn hello(token: &str) -> Vec<u8> {
+    hello_of(b"stranger", token)
+}
+
+/// The hello of the agent with this id.
+pub(crate) fn hello_of(id: &[u8; 8], token: &str) -> Vec<u8> {
     // Revision, features, agent id, instance, no identifiers.
     let mut body = vec![1, 7, 8];
-    body.extend(b"stranger");
-    body.extend([7; 16]);
+    body.extend(id);
+    body.extend([id[7]; 16]);
     body.push(0);
     match token {
         "" => body.push(0),

@@ -20,13 +20,13 @@ use std::{
 };
 
 use culvert_konnectivity::{
-    self as konnectivity, CONNECT, Outbound, Packets,
+    self as konnectivity, CONNECT, Outbound, Packets, Partial,
     codec::{MAX_PACKET_LEN, SmallBuffers},
     header,
     packet::Packet,
 };
 use culvert_process::rate_limited;
-use culvert_transport::qmux::Peer;
+use culvert_transport::{budget::StreamMemory, qmux::Peer};
 use culvert_wire::{control::Hello, identifiers::MAX_IDENTIFIERS};
 use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
@@ -140,6 +140,8 @@ async fn answer(
         return Ok(status.into_http());
     }
     let mut grpc = Grpc::new(SmallBuffers).max_decoding_message_size(MAX_PACKET_LEN);
+    let memory = StreamMemory::of(&connect.context.memory);
+    let request = request.map(|body| Partial::new(body, memory));
     Ok(grpc.streaming(connect, request).await)
 }
 

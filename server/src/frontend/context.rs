@@ -6,7 +6,10 @@ use std::{
 };
 
 use culvert_process::operator::streams::{LiveStream, LiveStreams};
-use culvert_transport::splice::{self, Abort, Cut, HalfEnd, Local, LocalRead, LocalWrite};
+use culvert_transport::{
+    budget::StreamMemory,
+    splice::{self, Abort, Cut, HalfEnd, Local, LocalRead, LocalWrite},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, field::display};
 
@@ -28,6 +31,8 @@ pub(crate) struct FrontendContext {
     pub(crate) dialer: Dialer,
     /// Metrics.
     pub(crate) metrics: Arc<ServerMetrics>,
+    /// Holds packets of frontends that have arrived in part.
+    pub(crate) memory: Arc<StreamMemory>,
     /// Protocol of the frontend.
     pub(crate) mode: Mode,
     /// The spliced streams.

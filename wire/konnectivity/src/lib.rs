@@ -13,7 +13,8 @@
 //! The bridges are in the server and in the agent. This crate has what both need: [`packet`] and
 //! [`codec`] are the messages, [`Connections`] holds an [`Inbox`] for each connection,
 //! [`outbound()`] is the queue to the peer, and [`carry`] splices a connection and a stream.
-//! [`DataWriter`] serves the gRPC frontend too.
+//! [`Partial`] counts packets that have arrived in part. It and [`DataWriter`] serve the gRPC frontend
+//! too.
 
 //= docs/protocol.md#11-konnectivity-peers
 
@@ -23,11 +24,13 @@ mod data;
 mod inbox;
 mod outbound;
 pub mod packet;
+mod partial;
 
 pub use connection::{Connections, NoAbort, Side, carry};
 pub use data::DataWriter;
 pub use inbox::{End, Inbox};
 pub use outbound::{Outbound, Packets, PeerNotReading, outbound};
+pub use partial::Partial;
 
 /// The method between agent and server.
 pub const CONNECT: &str = "/AgentService/Connect";

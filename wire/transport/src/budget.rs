@@ -17,6 +17,8 @@
 //! thresholds, Choudhury and Hahne 1998). A holder has room for [`MINIMUM`] as long as the process
 //! is below its limit. At the limit all wait, and those that hold most are cut.
 
+mod unread;
+
 use std::{
     fmt,
     sync::{
@@ -34,6 +36,9 @@ use tokio::{
     sync::{Notify, SetOnce},
     time::{Instant, sleep},
 };
+
+pub(crate) use self::unread::TunnelUnread;
+use self::unread::Unread;
 
 /// Bytes that a stream may hold however little is left, below the limit: enough that it goes on.
 pub const MINIMUM: u64 = 4 * 1024;
@@ -83,6 +88,7 @@ pub struct MemoryBudget {
     waits: AtomicU64,
     cuts: AtomicU64,
     holders: Mutex<Holders>,
+    unread: Unread,
 }
 
 #[derive(Default)]
@@ -111,6 +117,7 @@ impl MemoryBudget {
             waits: AtomicU64::new(0),
             cuts: AtomicU64::new(0),
             holders: Mutex::default(),
+            unread: Unread::default(),
         })
     }
 
@@ -129,7 +136,7 @@ impl MemoryBudget {
         self.waits.load(Relaxed)
     }
 
-    /// Number of streams that were cut because the limit was reached.
+    /// Number of streams and tunnels that were cut because the limit was reached.
     pub fn cuts(&self) -> u64 {
         self.cuts.load(Relaxed)
     }
@@ -235,6 +242,13 @@ impl TunnelMemory {
 pub struct StreamMemory(OnceLock<Arc<TunnelMemory>>);
 
 impl StreamMemory {
+    /// The memory of streams that belong to no tunnel.
+    pub fn of(budget: &Arc<MemoryBudget>) -> Arc<Self> {
+        let memory = Arc::<Self>::default();
+        memory.set(budget);
+        memory
+    }
+
     /// Takes the memory from this budget, unless a splice has begun before.
     pub(crate) fn set(&self, budget: &Arc<MemoryBudget>) {
         self.0.get_or_init(|| TunnelMemory::new(budget));

@@ -7,6 +7,7 @@ mod close_reason;
 mod connection;
 mod hedge;
 pub(crate) mod icmp;
+mod inspection;
 mod receive_window;
 mod reset_key;
 mod rounds;
@@ -29,6 +30,7 @@ pub use self::reset_key::ResetKey;
 use self::{
     close_reason::lost,
     icmp::{IcmpRouter, Unreachable},
+    inspection::Inspected,
     reset_key::ListenerKey,
     udp::{BindError, Bound, BufferSizes, UdpHealth, Watching, WhenBroken},
 };
@@ -76,7 +78,7 @@ impl Listener {
     ) -> Result<Self, ConnectError> {
         let health = Arc::new(UdpHealth::default());
         let bound = udp::bind(address, settings, &health, WhenBroken::Stay)?;
-        let config = server_config(tls)?;
+        let config = server_config(tls, settings)?;
         let bind_error = |error| BindError::new(address, error);
         let local_address = bound.socket.local_addr().map_err(bind_error)?;
         let reset_key = reset_key.map(|key| ListenerKey::new(key, local_address));
@@ -246,7 +248,7 @@ pub async fn connect(
     let icmp_router = Arc::new(IcmpRouter::default());
 
     let crypto = QuicClientConfig::try_from(tls).map_err(|_| ConnectError::CipherSuites)?;
-    let mut client = quinn::ClientConfig::new(Arc::new(crypto));
+    let mut client = quinn::ClientConfig::new(Arc::new(Inspected::new(crypto, settings)));
     client.transport_config(Arc::new(path_config(settings, remote, udp_health)));
     let connecting = endpoint.connect_with(client, remote, server_name).map_err(not_begun)?;
     let connection = tokio::select! {
@@ -326,9 +328,12 @@ fn not_begun(error: quinn::ConnectError) -> ConnectError {
     }
 }
 
-fn server_config(tls: Arc<rustls::ServerConfig>) -> Result<quinn::ServerConfig, ConnectError> {
+fn server_config(
+    tls: Arc<rustls::ServerConfig>,
+    settings: &Settings,
+) -> Result<quinn::ServerConfig, ConnectError> {
     let crypto = QuicServerConfig::try_from(tls).map_err(|_| ConnectError::CipherSuites)?;
-    let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    let mut server = quinn::ServerConfig::with_crypto(Arc::new(Inspected::new(crypto, settings)));
     server
         .max_incoming(MAX_QUEUED)
         .incoming_buffer_size(INCOMING_BUFFER)

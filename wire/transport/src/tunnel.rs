@@ -112,6 +112,9 @@ impl Tunnel {
     /// first call counts. Without it there is no limit.
     pub fn set_memory(&self, budget: &Arc<MemoryBudget>) {
         self.memory.set(budget);
+        if let Connection::Quic(connection) = &self.connection {
+            connection.set_memory(budget);
+        }
     }
 
     /// Closes the tunnel at once; what is in flight on any stream is lost.

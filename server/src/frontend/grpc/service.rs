@@ -2,7 +2,7 @@
 
 use std::{convert::Infallible, future::Ready, pin::Pin, sync::Arc};
 
-use culvert_konnectivity::{PROXY, codec::MAX_PACKET_LEN, packet::Packet};
+use culvert_konnectivity::{PROXY, Partial, codec::MAX_PACKET_LEN, packet::Packet};
 use http::{Request, Response};
 use hyper::{body::Incoming, service::Service};
 use tokio::sync::{SetOnce, mpsc};
@@ -53,6 +53,8 @@ impl Service<Request<Incoming>> for ProxyService {
             }
             let codec = Counted(method.0.context.metrics.clone());
             let mut grpc = Grpc::new(codec).max_decoding_message_size(MAX_PACKET_LEN);
+            let memory = method.0.context.memory.clone();
+            let request = request.map(|body| Partial::new(body, memory));
             Ok(grpc.streaming(method, request).await)
         })
     }

@@ -8,28 +8,40 @@ use culvert_wire::{
 };
 use quinn::VarInt;
 
+use super::inspection::Inbound;
 use crate::{ReadError, TransportFault, TunnelLost};
 
 /// The code and the reason with which this side closed the connection. Its streams report them when
 /// they end for it.
-#[derive(Clone, Debug, Default)]
-pub(super) struct CloseReason(Arc<OnceLock<(CloseCode, String)>>);
+#[derive(Clone, Debug)]
+pub(super) struct CloseReason {
+    closed: Arc<OnceLock<(CloseCode, String)>>,
+    /// Knows why packets of the peer were refused.
+    inbound: Arc<Inbound>,
+}
 
 impl CloseReason {
+    pub(super) fn new(inbound: Arc<Inbound>) -> Self {
+        Self { closed: Arc::default(), inbound }
+    }
+
     /// Closes the connection, and remembers the reason.
     pub(super) fn close(&self, connection: &quinn::Connection, code: CloseCode, reason: &str) {
         // Only the first close counts, for the peer too.
-        let _ = self.0.set((code, reason.to_owned()));
+        let _ = self.closed.set((code, reason.to_owned()));
         connection.close(code.as_u32().into(), reason.as_bytes());
     }
 
     /// Why the tunnel ended.
     pub(super) fn lost(&self, error: quinn::ConnectionError) -> TunnelLost {
-        match (lost(error), self.0.get()) {
-            (TunnelLost::ClosedHere { .. }, Some((code, reason))) => {
+        match (lost(error), self.closed.get(), self.inbound.violation()) {
+            (TunnelLost::ClosedHere { .. }, Some((code, reason)), _) => {
                 TunnelLost::ClosedHere { code: *code, reason: reason.clone() }
             }
-            (lost, _) => lost,
+            (TunnelLost::Transport(TransportFault::Protocol(_)), _, Some(violation)) => {
+                TunnelLost::Transport(TransportFault::Protocol(violation.to_owned()))
+            }
+            (lost, ..) => lost,
         }
     }
 

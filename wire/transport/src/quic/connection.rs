@@ -12,7 +12,7 @@ use culvert_wire::{
     code::{CloseCode, StreamCode},
     version::ALPN,
 };
-use quinn::{VarInt, crypto::rustls::HandshakeData};
+use quinn::VarInt;
 use rustls_pki_types::CertificateDer;
 use tokio::{select, time::sleep};
 
@@ -20,10 +20,12 @@ use super::{
     close_reason::{CloseReason, stream_code},
     hedge::{Copies, Hedging},
     icmp::{IcmpRouter, Reachability},
+    inspection::{Inbound, Negotiated},
     receive_window::{ReceiveWindow, Widened},
 };
 use crate::{
-    ReadError, TunnelLost, TunnelStats, Unreachable, WriteError, canonical, chunks::advance,
+    ReadError, TunnelLost, TunnelStats, Unreachable, WriteError, budget::MemoryBudget, canonical,
+    chunks::advance,
 };
 
 /// How often a stream with unread bytes is checked for a reset by the peer: soon enough for the
@@ -40,6 +42,7 @@ pub struct Connection {
     hedging: Arc<OnceLock<Hedging>>,
     reachability: Arc<Reachability>,
     window: Arc<ReceiveWindow>,
+    inbound: Arc<Inbound>,
     /// Keeps the socket's error queue read for as long as a connection uses it.
     _icmp_router: Arc<IcmpRouter>,
 }
@@ -53,21 +56,23 @@ impl Connection {
         icmp_router: Arc<IcmpRouter>,
         window: Option<u64>,
     ) -> Option<Self> {
-        let data =
-            connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
-        if data.and_then(|data| data.protocol).as_deref() != Some(ALPN) {
-            connection.close(CloseCode::INCOMPATIBLE.as_u32().into(), b"no protocol agreed on");
-            return None;
-        }
+        let inbound = match Negotiated::of(&connection) {
+            Some((Some(protocol), inbound)) if protocol == ALPN => inbound,
+            _ => {
+                connection.close(CloseCode::INCOMPATIBLE.as_u32().into(), b"no protocol agreed on");
+                return None;
+            }
+        };
         let reachability = icmp_router.add(canonical(connection.remote_address()));
-        let window = ReceiveWindow::new(connection.clone(), window);
+        let window = ReceiveWindow::new(connection.clone(), window, inbound.clone());
         Some(Self {
             connection,
             endpoint,
-            close_reason: CloseReason::default(),
+            close_reason: CloseReason::new(inbound.clone()),
             hedging: Arc::default(),
             reachability,
             window,
+            inbound,
             _icmp_router: icmp_router,
         })
     }
@@ -91,8 +96,9 @@ impl Connection {
         let send = SendStream { stream: send, connection, close_reason, hedging, written: 0 };
         let (connection, close_reason) = (self.connection.clone(), self.close_reason.clone());
         let copies = self.hedging.get().map(|hedging| hedging.expect(number(recv.id())));
-        let window = self.window.clone();
-        (send, RecvStream { stream: recv, connection, close_reason, copies, window })
+        let (window, inbound) = (self.window.clone(), self.inbound.clone());
+        inbound.begin(number(recv.id()));
+        (send, RecvStream { stream: recv, connection, close_reason, copies, window, inbound })
     }
 
     pub(crate) fn hedge(&self, rate: u32) {
@@ -105,7 +111,29 @@ impl Connection {
     }
 
     pub(crate) async fn closed(&self) -> TunnelLost {
-        self.close_reason.lost(self.connection.closed().await)
+        let error = select! {
+            error = self.connection.closed() => error,
+            () = self.cut() => {
+                self.close(CloseCode::OVERLOADED, "too much has arrived that waits for lost packets");
+                self.connection.closed().await
+            }
+        };
+        self.close_reason.lost(error)
+    }
+
+    /// Completes when the process is to hold no more of what has arrived.
+    async fn cut(&self) {
+        match self.inbound.unread() {
+            Some(unread) => unread.cut().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Counts in this budget what arrives and is not read.
+    pub(crate) fn set_memory(&self, budget: &Arc<MemoryBudget>) {
+        if budget.limit().is_some() {
+            self.inbound.count(budget.count_unread());
+        }
     }
 
     pub(crate) async fn flushed(&self, limit: Duration) {
@@ -132,6 +160,7 @@ impl Connection {
     }
 
     pub(crate) fn admit(&self) {
+        self.inbound.admit();
         self.window.open();
     }
 
@@ -246,6 +275,7 @@ pub(crate) struct RecvStream {
     /// The peer's second copies, where they were agreed on.
     copies: Option<Copies>,
     window: Arc<ReceiveWindow>,
+    inbound: Arc<Inbound>,
 }
 
 impl RecvStream {
@@ -254,11 +284,10 @@ impl RecvStream {
         chunks: &mut [Bytes],
     ) -> Result<Option<usize>, ReadError> {
         let Some(copies) = &mut self.copies else {
-            return self
-                .stream
-                .read_chunks(chunks)
-                .await
-                .map_err(|e| self.close_reason.read_error(e));
+            let read = self.stream.read_chunks(chunks).await;
+            let count = read.map_err(|error| self.close_reason.read_error(error))?;
+            self.note_read(&chunks[..count.unwrap_or(0)]);
+            return Ok(count);
         };
         loop {
             let read = select! {
@@ -272,13 +301,20 @@ impl RecvStream {
             let Some(count) = read.map_err(|error| self.close_reason.read_error(error))? else {
                 return Ok(None);
             };
-            let stale = copies.stale(chunks[..count].iter().map(Bytes::len).sum());
+            let bytes = chunks[..count].iter().map(Bytes::len).sum();
+            self.inbound.read(number(self.stream.id()), bytes as u64);
+            let stale = copies.stale(bytes);
             let used = advance(&mut chunks[..count], stale);
             chunks[..count].rotate_left(used);
             if used < count {
                 return Ok(Some(count - used));
             }
         }
+    }
+
+    fn note_read(&self, chunks: &[Bytes]) {
+        let bytes = chunks.iter().map(Bytes::len).sum::<usize>();
+        self.inbound.read(number(self.stream.id()), bytes as u64);
     }
 
     /// Widens the connection's window until the result is dropped: `bytes` of the stream are counted
@@ -316,6 +352,12 @@ impl RecvStream {
                 error = &mut closed => return ReadError::Lost(self.close_reason.lost(error)),
             }
         }
+    }
+}
+
+impl Drop for RecvStream {
+    fn drop(&mut self) {
+        self.inbound.end(number(self.stream.id()));
     }
 }
 

@@ -1,7 +1,6 @@
 //! The window of a connection: how much its peer may send ahead of the readers of all its streams.
 //!
-//! quinn reports nothing of bytes that wait behind a gap, and nobody can read them. This window
-//! bounds them. It is wide, because a connection that has used it up stands still, and when room is
+//! Nobody can read bytes that wait behind a gap. This window bounds them. It is wide, because a connection that has used it up stands still, and when room is
 //! made, the writer that came last goes on first. What is known to wait for a reader that stalls is
 //! counted elsewhere, and widens the window for as long as it waits.
 
@@ -10,20 +9,28 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use quinn::VarInt;
 
+use super::inspection::Inbound;
+
 /// The window of a connection.
 #[derive(Debug)]
 pub(super) struct ReceiveWindow {
     connection: quinn::Connection,
     /// Number of bytes beside those that are counted elsewhere; `None` without a limit.
     own: Option<u64>,
+    /// Has to know how many bytes are counted elsewhere.
+    inbound: Arc<Inbound>,
     /// Number of bytes that are counted elsewhere.
     widened: Mutex<u64>,
 }
 
 impl ReceiveWindow {
     /// The window of a connection that was made with it, or with a smaller one.
-    pub(super) fn new(connection: quinn::Connection, own: Option<u64>) -> Arc<Self> {
-        Arc::new(Self { connection, own, widened: Mutex::new(0) })
+    pub(super) fn new(
+        connection: quinn::Connection,
+        own: Option<u64>,
+        inbound: Arc<Inbound>,
+    ) -> Arc<Self> {
+        Arc::new(Self { connection, own, inbound, widened: Mutex::new(0) })
     }
 
     /// Opens the window, if it was smaller.
@@ -49,6 +56,9 @@ impl ReceiveWindow {
     fn set(&self, widened: &u64) {
         let size = self.own.map_or(u64::MAX, |own| own.saturating_add(*widened));
         self.connection.set_receive_window(VarInt::from_u64(size).unwrap_or(VarInt::MAX));
+        if let Some(unread) = self.inbound.unread() {
+            unread.set_counted(*widened);
+        }
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! What is handed on is counted by [rounds](Rounds), each of which begins once all packets of the
 //! one before the last were processed. A round that is half full, and cannot end, takes no more
-//! packets of those connections that have a large part of it; a full one takes none, so that the
+//! packets of those connections that have a large part of it: an eighth of what is left of it, so
+//! that there is room for others however many connections flood. A full one takes none, so that the
 //! kernel's buffer fills and drops what follows. No packet is waited for that is not processed.
 
 use std::{
@@ -17,8 +18,9 @@ use crate::quic::rounds::Rounds;
 const FLOWS: usize = 512;
 /// Bytes that a packet costs beside its own: its event in the queue, and two allocations.
 const OVERHEAD: u64 = 384;
-/// Part of a round above which a connection's packets are dropped from a half full one.
-const LARGE_PART: u64 = 16;
+/// Part of what is left of a round above which a connection's packets are dropped from a half full
+/// one.
+const LARGE_PART: u64 = 8;
 /// Length of the connection ids of our endpoints, in bytes: quinn's default.
 const ID: usize = 8;
 
@@ -60,7 +62,8 @@ impl Intake {
         let must_choose = self.taken >= self.limit / 2 && !self.begin_round();
         let flow = flow(packet, source).wrapping_mul(self.factor);
         let taken = &mut self.flows[(flow >> (64 - FLOWS.ilog2())) as usize];
-        if must_choose && *taken >= self.limit / LARGE_PART {
+        let left = self.limit.saturating_sub(self.taken);
+        if must_choose && *taken > 0 && *taken >= left / LARGE_PART {
             return false;
         }
         let cost = packet.len() as u64 + OVERHEAD;
@@ -182,6 +185,23 @@ mod tests {
         assert!(socket.receive(50, |number| number << 32 | 1) >= 45);
         socket.rounds.leave(working);
         assert!(socket.receive(10_000, |_| 7) == 10_000);
+    }
+
+    #[test]
+    fn connections_that_flood_leave_room_for_others_however_many_they_are() {
+        for flooders in [1, 10, 30, 100] {
+            let mut socket = Socket::new();
+            let working = socket.rounds.current();
+            socket.rounds.enter(working);
+            // Repeated, as the first of them have rounds of their own.
+            let flood = |number: u64| (number % flooders) << 32 | 1;
+            socket.receive(20_000, flood);
+            assert_eq!(socket.receive(100, flood), 0);
+            assert!(!socket.intake.is_paused, "{flooders}");
+            // Some share the counter of a flooder.
+            let others = socket.receive(30, |number| number << 32 | 2);
+            assert!(others >= 15, "{others} beside {flooders}");
+        }
     }
 
     #[test]

@@ -1,0 +1,232 @@
+//! What the frames that a connection received are measured by.
+
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use quinn::Side;
+
+use super::{
+    frames::{Frame, Frames},
+    unread::Streams,
+};
+use crate::budget::TunnelUnread;
+
+/// Number of retirements of connection ids that a peer may send at once: more than it has ids, with
+/// repetitions of lost ones.
+const RETIREMENTS: u32 = 64;
+/// Maximum number of pieces of TLS in a packet, and of streams before the peer is admitted. quinn
+/// joins what waits behind a gap again and again when it comes in small pieces, which takes more time
+/// than a stranger may cost. It sends one or two itself.
+const MAX_PIECES: usize = 16;
+/// Frame type that does not exist, for which quinn closes a connection.
+const NO_FRAME: u8 = 0x3f;
+
+/// Why packets of a connection are refused, for the log.
+const EXCESS: &str = "more RETIRE_CONNECTION_ID frames than the peer has connection ids";
+
+/// The frames that a connection has received.
+#[derive(Debug)]
+pub(crate) struct Inbound {
+    retirements: Mutex<Allowance>,
+    /// Whether the peer is a stranger.
+    is_stranger: AtomicBool,
+    /// Why the peer's packets are refused from now on.
+    violation: OnceLock<&'static str>,
+    streams: Mutex<Streams>,
+    /// The part of the streams' bytes in the process's, once the peer is admitted.
+    unread: OnceLock<Arc<TunnelUnread>>,
+}
+
+impl Inbound {
+    /// The frames of a connection whose end here this is. Its peer may be a stranger, which
+    /// [`Self::admit`] ends.
+    pub(super) fn new(side: Side, stream_window: u32, is_stranger: bool) -> Self {
+        Self {
+            is_stranger: is_stranger.into(),
+            retirements: Mutex::new(Allowance::new(RETIREMENTS, Instant::now())),
+            violation: OnceLock::new(),
+            streams: Mutex::new(Streams::new(side, stream_window)),
+            unread: OnceLock::new(),
+        }
+    }
+
+    /// Looks at the frames of a packet; whether quinn may have it. Replaces it by one that ends the
+    /// connection, if the peer does what it may not.
+    pub(super) fn inspect(&self, payload: &mut [u8]) -> bool {
+        let is_cut = self.unread.get().is_some_and(|unread| unread.is_cut());
+        if is_cut || !has_few_pieces(payload, self.is_stranger.load(Relaxed)) {
+            return false;
+        }
+        if self.violation.get().is_none() {
+            Frames::of(payload).for_each(|frame| self.note(frame));
+        }
+        if self.violation.get().is_some() {
+            payload.iter_mut().take(1).for_each(|byte| *byte = NO_FRAME);
+        }
+        true
+    }
+
+    /// The peer is no stranger any more.
+    pub(crate) fn admit(&self) {
+        self.is_stranger.store(false, Relaxed);
+    }
+
+    fn note(&self, frame: Frame) {
+        let retirements = match frame {
+            Frame::Retirement => 1,
+            Frame::Unknown { retirements } => u32::try_from(retirements).unwrap_or(u32::MAX),
+            Frame::Stream { id, end } => return self.receive(id, end),
+            Frame::Crypto | Frame::Other => return,
+        };
+        if retirements > 0 && !self.retirements.lock().take(retirements, Instant::now()) {
+            let _ = self.violation.set(EXCESS);
+        }
+    }
+
+    fn receive(&self, id: u64, end: u64) {
+        // Locked for as long as it counts, so that `count` counts nothing twice.
+        let mut streams = self.streams.lock();
+        let new = streams.receive(id, end);
+        if let Some(unread) = self.unread.get().filter(|_| new > 0) {
+            unread.add(new);
+        }
+    }
+
+    /// A stream that was opened or accepted.
+    pub(crate) fn begin(&self, id: u64) {
+        self.streams.lock().begin(id);
+    }
+
+    /// Bytes of a stream that were read.
+    pub(crate) fn read(&self, id: u64, count: u64) {
+        self.remove(|streams| streams.read(id, count));
+    }
+
+    /// A stream that has ended.
+    pub(crate) fn end(&self, id: u64) {
+        self.remove(|streams| streams.end(id));
+    }
+
+    fn remove(&self, gone: impl FnOnce(&mut Streams) -> u64) {
+        let mut streams = self.streams.lock();
+        let gone = gone(&mut streams);
+        if let Some(unread) = self.unread.get() {
+            unread.remove(gone);
+        }
+    }
+
+    /// Counts what arrives from now on, and what has arrived, in the process's bytes.
+    pub(crate) fn count(&self, unread: Arc<TunnelUnread>) {
+        let streams = self.streams.lock();
+        if self.unread.get().is_none() {
+            unread.add(streams.bytes());
+            let _ = self.unread.set(unread);
+        }
+    }
+
+    /// The bytes of the connection in the process's; `None` before the peer is admitted.
+    pub(crate) fn unread(&self) -> Option<&TunnelUnread> {
+        self.unread.get().map(Arc::as_ref)
+    }
+
+    /// What the peer did that it may not, after which the connection was closed.
+    pub(crate) fn violation(&self) -> Option<&'static str> {
+        self.violation.get().copied()
+    }
+}
+
+/// Whether a packet has few pieces of TLS, and few of streams if it is a stranger's.
+pub(super) fn has_few_pieces(payload: &[u8], is_stranger: bool) -> bool {
+    let is_piece = |frame: &Frame| match frame {
+        Frame::Crypto => true,
+        Frame::Stream { .. } => is_stranger,
+        _ => false,
+    };
+    Frames::of(payload).filter(is_piece).nth(MAX_PIECES).is_none()
+}
+
+/// A number of events, of which one more is allowed each second.
+#[derive(Debug)]
+struct Allowance {
+    most: u32,
+    left: u32,
+    /// The time up to which events were added.
+    since: Instant,
+}
+
+impl Allowance {
+    fn new(most: u32, now: Instant) -> Self {
+        Self { most, left: most, since: now }
+    }
+
+    /// Takes a number of events; whether so many are left.
+    fn take(&mut self, count: u32, now: Instant) -> bool {
+        let seconds = now.saturating_duration_since(self.since).as_secs();
+        self.since += Duration::from_secs(seconds);
+        let more = u32::try_from(seconds).unwrap_or(u32::MAX);
+        self.left = self.left.saturating_add(more).min(self.most);
+        let is_left = count <= self.left;
+        self.left = self.left.saturating_sub(count);
+        is_left
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_allowance_grows_by_one_each_second_up_to_its_most() {
+        let begun = Instant::now();
+        let mut allowance = Allowance::new(10, begun);
+        assert!(allowance.take(10, begun));
+        assert!(!allowance.take(1, begun + Duration::from_millis(999)));
+        assert!(allowance.take(1, begun + Duration::from_millis(1001)));
+        assert!(allowance.take(1, begun + Duration::from_millis(2000)));
+        assert!(!allowance.take(1, begun + Duration::from_millis(2500)));
+        assert!(!allowance.take(11, begun + Duration::from_secs(3600)));
+        assert!(allowance.take(10, begun + Duration::from_secs(7200)));
+    }
+
+    #[test]
+    fn a_packet_has_few_pieces_of_tls_and_a_strangers_few_of_streams() {
+        let crypto = |count| [6, 4, 1, 7].repeat(count);
+        let stream = |count| [0x0e, 0, 4, 1, 7].repeat(count);
+        let inbound = Inbound::new(Side::Server, 1 << 20, true);
+        assert!(
+            inbound.inspect(&mut crypto(MAX_PIECES)) && inbound.inspect(&mut stream(MAX_PIECES))
+        );
+        for mut excess in [crypto(MAX_PIECES + 1), stream(MAX_PIECES + 1)] {
+            assert!(!inbound.inspect(&mut excess));
+        }
+        inbound.admit();
+        assert!(inbound.inspect(&mut stream(MAX_PIECES + 1)));
+        assert!(!inbound.inspect(&mut crypto(MAX_PIECES + 1)));
+    }
+
+    #[test]
+    fn packets_are_refused_once_a_peer_has_retired_too_many_ids() {
+        let inbound = Inbound::new(Side::Server, 1 << 20, false);
+        let mut allowed = [0x19, 1].repeat(RETIREMENTS as usize);
+        let original = allowed.clone();
+        assert!(inbound.inspect(&mut allowed));
+        assert_eq!(allowed, original);
+        assert_eq!(inbound.violation(), None);
+        let mut ping = [1];
+        inbound.inspect(&mut ping);
+        assert_eq!(ping, [1]);
+
+        let mut excess = [0x19, 1, 0x19, 1];
+        inbound.inspect(&mut excess);
+        assert_eq!((excess[0], inbound.violation()), (NO_FRAME, Some(EXCESS)));
+        inbound.inspect(&mut ping);
+        assert_eq!(ping, [NO_FRAME]);
+        assert!(inbound.inspect(&mut []));
+    }
+}
