@@ -152,7 +152,16 @@ impl Frame {
     fn parse(payload: &[u8], at: usize) -> Option<Self> {
         let mut reader = Reader { payload, at };
         let kind = match reader.byte()? {
-            0x00 | 0x01 => Kind::Other,
+            0x00 | 0x01 | 0x1e | 0x1f => Kind::Other,
+            // ACK_FREQUENCY, in two bytes
+            0x40 => {
+                reader.byte().filter(|kind| *kind == 0xaf)?;
+                reader.ints(4)?
+            }
+            0x1a | 0x1b => {
+                reader.at += 8;
+                Kind::Other
+            }
             ack @ 0x02..=0x03 => {
                 reader.ints(2)?;
                 let ranges = reader.int()?;
