@@ -5,7 +5,8 @@ use crate::faults::Faults;
 
 /// Help of `--xfr-channel-size`.
 pub const CHANNEL_SIZE: &str = "Length of Konnectivity's queue of packets. Accepted and ignored: \
-                                each stream has a window, see --stream-receive-window";
+                                --stream-receive-window bounds what waits for one connection, \
+                                and --memory-limit what waits for all";
 
 /// Help of `--warn-on-channel-limit`.
 pub const WARN_ON_CHANNEL_LIMIT: &str =
@@ -16,6 +17,6 @@ pub fn check_channel_size(size: i64, default: i64, faults: &mut Faults) {
     const FLAG: &str = "xfr-channel-size";
     faults.require(size > 0, FLAG, format!("must be greater than 0, got {size}"));
     if size != default {
-        faults.warn(FLAG, "has no effect, see --stream-receive-window");
+        faults.warn(FLAG, "has no effect, see --stream-receive-window and --memory-limit");
     }
 }

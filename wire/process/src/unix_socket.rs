@@ -123,7 +123,7 @@ fn remove_existing(path: &Path) -> io::Result<()> {
 }
 
 /// Whether a process accepts connections at the socket.
-fn is_listened_on(path: &Path) -> bool {
+pub(crate) fn is_listened_on(path: &Path) -> bool {
     let connect = || {
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
         socket.set_nonblocking(true)?;

@@ -16,6 +16,7 @@ use crate::{
         proofs::{CertificateText, TokenText},
         table::{bytes, seconds},
     },
+    unix_socket::is_listened_on,
 };
 
 /// Time before the expiry of a proof from which on it is a warning, in seconds.
@@ -134,7 +135,8 @@ pub fn port(flag: &str, address: SocketAddr, udp: bool, report: &mut Report) {
     }
 }
 
-/// Whether a Unix socket can be made at a path: its folder is there and can be written to.
+/// Whether a Unix socket can be made at a path: its folder is there and can be written to, and no
+/// other process listens there.
 pub fn socket_folder(flag: &str, path: &Path, report: &mut Report) {
     let step = format!("folder of {flag}");
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
@@ -144,6 +146,11 @@ pub fn socket_folder(flag: &str, path: &Path, report: &mut Report) {
         folder,
         nix::unistd::AccessFlags::W_OK | nix::unistd::AccessFlags::X_OK,
     ) {
+        Ok(()) if is_listened_on(path) => {
+            let detail = format!("another process listens on {}", path.display());
+            let remedy = "stop it, or give another path: a process that starts takes a socket over";
+            report.warn(step, detail, remedy);
+        }
         Ok(()) => report.ok(step, format!("{shown} can be written to")),
         Err(error) => {
             let remedy = "make the folder, or mount it writable for this user";
@@ -154,6 +161,8 @@ pub fn socket_folder(flag: &str, path: &Path, report: &mut Report) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixListener;
+
     use super::*;
 
     /// The result of the only step.
@@ -177,6 +186,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let line = only(|report| socket_folder("--uds-name", &folder.path().join("s"), report));
         assert!(line.contains(" ok "), "{line}");
+        let _listener = UnixListener::bind(folder.path().join("s")).unwrap();
+        let line = only(|report| socket_folder("--uds-name", &folder.path().join("s"), report));
+        assert!(line.contains("warning") && line.contains("another process listens"), "{line}");
         let missing = folder.path().join("missing/s");
         let line = only(|report| socket_folder("--uds-name", &missing, report));
         assert!(line.contains("FAILED"), "{line}");
