@@ -1,6 +1,6 @@
 //! What Konnectivity's manifests may have and Culvert must take: each test runs with both.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, path::Path, process::Command, sync::Arc};
 
 use culvert_konnectivity::ALPN_H2;
 use culvert_loadtest::{frontend::Protocol::Connect, targets};
@@ -8,13 +8,14 @@ use culvert_transport::tls::{Identity, KeyExchange, authorities, certificates};
 use culvert_wire::version::ALPN;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 use rstest::rstest;
-use rustls::{ClientConfig, ProtocolVersion, SupportedProtocolVersion, version};
+use rustls::{ClientConfig, ProtocolVersion, ServerConfig, SupportedProtocolVersion, version};
 use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, TcpStream},
     task::JoinSet,
 };
-use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::support::{
     deployment::{
@@ -22,7 +23,7 @@ use crate::support::{
         Implementation::{self, Culvert, Konnectivity},
         can_run,
     },
-    eventually, within,
+    eventually, has_program, within,
 };
 
 /// Starts a server and an agent with more flags, and waits until a dial works.
@@ -99,6 +100,18 @@ async fn connect(
     versions: &[&'static SupportedProtocolVersion],
     protocol: &[u8],
 ) -> std::io::Result<TlsStream<TcpStream>> {
+    let tls = client_tls(deployment, versions, protocol);
+    let socket = TcpStream::connect(deployment.tunnel()).await.unwrap();
+    let name = deployment.tunnel().ip().into();
+    TlsConnector::from(tls).connect(name, socket).await
+}
+
+/// TLS of an agent with these versions and this protocol.
+fn client_tls(
+    deployment: &Deployment,
+    versions: &[&'static SupportedProtocolVersion],
+    protocol: &[u8],
+) -> Arc<ClientConfig> {
     let pair = deployment.certificates.agent();
     let identity = Identity::from_pem_files(&pair.certificate, &pair.key).unwrap();
     let roots = authorities(&certificates(&deployment.certificates.ca()).unwrap()).unwrap();
@@ -109,9 +122,114 @@ async fn connect(
         .with_client_auth_cert(identity.chain, identity.key)
         .unwrap();
     tls.alpn_protocols = vec![protocol.to_vec()];
-    let socket = TcpStream::connect(deployment.tunnel()).await.unwrap();
-    let name = deployment.tunnel().ip().into();
-    TlsConnector::from(Arc::new(tls)).connect(name, socket).await
+    Arc::new(tls)
+}
+
+/// A relay before the port for agents that has TLS 1.2 alone, and Konnectivity's protocol, on both
+/// sides: its address.
+async fn tls_1_2_relay(deployment: &Deployment) -> (SocketAddr, AbortOnDropHandle<()>) {
+    let pair = deployment.certificates.server();
+    let identity = Identity::from_pem_files(&pair.certificate, &pair.key).unwrap();
+    let mut tls = ServerConfig::builder_with_provider(KeyExchange::Classic.provider())
+        .with_protocol_versions(&[&version::TLS12])
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(identity.chain, identity.key)
+        .unwrap();
+    tls.alpn_protocols = vec![ALPN_H2.to_vec()];
+    let acceptor = TlsAcceptor::from(Arc::new(tls));
+    let connector = TlsConnector::from(client_tls(deployment, &[&version::TLS12], ALPN_H2));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, server) = (listener.local_addr().unwrap(), deployment.tunnel());
+    let relaying = culvert_transport::task::owned(async move {
+        let mut relayed = JoinSet::new();
+        while let Ok((agent, _)) = listener.accept().await {
+            let (acceptor, connector) = (acceptor.clone(), connector.clone());
+            relayed.spawn(async move {
+                // An agent may give up.
+                let Ok(mut agent) = acceptor.accept(agent).await else { return };
+                let socket = TcpStream::connect(server).await.unwrap();
+                let mut server = connector.connect(server.ip().into(), socket).await.unwrap();
+                let _ = copy_bidirectional(&mut agent, &mut server).await;
+            });
+        }
+    });
+    (address, relaying)
+}
+
+#[rstest]
+#[case::agent(Konnectivity, Culvert)]
+#[case::server(Culvert, Konnectivity)]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_konnectivity_peer_with_tls_1_2_alone_is_used(
+    #[case] agent: Implementation,
+    #[case] server: Implementation,
+) {
+    if !can_run(&[Konnectivity]).await {
+        return;
+    }
+    within(async {
+        let deployment = Deployment::start(server, Connect, &[]).await;
+        let (relay, _relaying) = tls_1_2_relay(&deployment).await;
+        let port = format!("--proxy-server-port={}", relay.port());
+        let _agent = deployment.start_agent(agent, "agent", &[&port]).await;
+        let target = targets::echo().await.unwrap();
+        deployment.until_dials_work(&target).await;
+    })
+    .await;
+}
+
+/// Runs openssl in a folder.
+fn openssl(folder: &Path, args: &str) -> String {
+    let words = args.split_whitespace();
+    let output = Command::new("openssl").args(words).current_dir(folder).output().unwrap();
+    assert!(output.status.success(), "openssl {args}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// `openssl x509 -req` without extensions makes certificates of version 1.
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_with_a_certificate_of_version_1_joins_unless_certificates_are_strict(
+    #[values(Culvert, Konnectivity)] agent: Implementation,
+) {
+    if !has_program("openssl") || !can_run(&[agent]).await {
+        return;
+    }
+    within(async {
+        let mut deployment = Deployment::without_server(Connect);
+        let folder = deployment.certificates.folder().to_owned();
+        for args in [
+            "ecparam -name prime256v1 -genkey -noout -out v1-ca.key",
+            "req -x509 -new -key v1-ca.key -subj /CN=agents -days 2 -out v1-ca.crt",
+            "ecparam -name prime256v1 -genkey -noout -out v1.key",
+            "req -new -key v1.key -subj /CN=node-1 -out v1.csr",
+            "x509 -req -in v1.csr -CA v1-ca.crt -CAkey v1-ca.key -CAcreateserial -days 2 -out v1.crt",
+        ] {
+            openssl(&folder, args);
+        }
+        let text = openssl(&folder, "x509 -in v1.crt -noout -text");
+        assert!(text.contains("Version: 1 (0x0)"), "{text}");
+        let ca = format!("--cluster-ca-cert={}", folder.join("v1-ca.crt").display());
+        deployment.start_server(Culvert, &[&ca]).await;
+        let pair = ["cert", "key"].map(|what| {
+            let file = if what == "cert" { "v1.crt" } else { "v1.key" };
+            format!("--agent-{what}={}", folder.join(file).display())
+        });
+        let flags: Vec<_> = pair.iter().map(String::as_str).collect();
+        let joined = deployment.start_agent(agent, "agent", &flags).await;
+        deployment.touch(&targets::echo().await.unwrap()).await.unwrap();
+        drop(joined);
+
+        deployment.server().kill().await.unwrap();
+        deployment.start_server(Culvert, &[&ca, "--strict-certificates"]).await;
+        let _refused = deployment.spawn_agent(agent, "refused", true, pair).await;
+        let refusals = "culvert_server_join_failures_total{reason=\"handshake\"}";
+        let is_refused = async || deployment.server_metric(refusals).await >= 1.0;
+        eventually("the agent is refused", is_refused).await;
+        assert_eq!(deployment.ready_backends().await, 0.0);
+    })
+    .await;
 }
 
 #[rstest]

@@ -26,6 +26,7 @@ use crate::support::{
     },
     echo, eventually,
     kube_api::{ACCOUNT, AUDIENCE, KubeApi, jwt},
+    proxy::proxy,
     within,
 };
 
@@ -115,6 +116,25 @@ async fn with_guarded(
     if can_run(&[agent, server]).await {
         within(async { test(Guarded::start(server).await).await }).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_are_reviewed_through_the_proxy_of_the_kubeconfig() {
+    within(async {
+        let mut deployment = Deployment::without_server(Protocol::Connect);
+        let api = KubeApi::start(&deployment.certificates).await;
+        let mut proxy = proxy(Ok(api.address())).await;
+        api.go_through(proxy.address);
+        let flags = api.token_flags();
+        let flags: Vec<_> = flags.iter().map(String::as_str).collect();
+        deployment.start_server(Culvert, &flags).await;
+        let guarded = Guarded { deployment, api };
+        guarded.accept("good", ACCOUNT);
+        let _agent = guarded.start_agent(Culvert, "agent", "good").await;
+        guarded.deployment.until_joined(1).await;
+        assert_eq!(proxy.requests.recv().await.unwrap(), "CONNECT 192.0.2.1:6443 HTTP/1.1");
+    })
+    .await;
 }
 
 #[rstest]

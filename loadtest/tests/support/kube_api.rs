@@ -117,6 +117,27 @@ impl KubeApi {
         format!("--kubeconfig={}", self.kubeconfig.display())
     }
 
+    /// Has the kubeconfig name an address that this proxy alone reaches.
+    pub(crate) fn go_through(&self, proxy: SocketAddr) {
+        let mut config = self.read_kubeconfig();
+        let cluster = &mut config["clusters"][0]["cluster"];
+        cluster["server"] = json!("https://192.0.2.1:6443");
+        cluster["tls-server-name"] = json!("localhost");
+        cluster["proxy-url"] = json!(format!("http://{proxy}"));
+        std::fs::write(&self.kubeconfig, config.to_string()).unwrap();
+    }
+
+    /// Its address, as the kubeconfig names it.
+    pub(crate) fn address(&self) -> SocketAddr {
+        let config = self.read_kubeconfig();
+        let url = config["clusters"][0]["cluster"]["server"].as_str().unwrap();
+        url.trim_start_matches("https://").parse().unwrap()
+    }
+
+    fn read_kubeconfig(&self) -> Value {
+        serde_json::from_str(&std::fs::read_to_string(&self.kubeconfig).unwrap()).unwrap()
+    }
+
     /// Path of the kubeconfig.
     pub(crate) fn kubeconfig(&self) -> &Path {
         &self.kubeconfig
