@@ -28,8 +28,8 @@ pub use agents::{AgentIdentity, AgentsConfig, DialConfig, ExpireAgents, TokenCon
 pub use claims::{AllowedRoute, ClaimRules};
 pub use flags::Flags;
 pub use frontend::{FrontendConfig, FrontendListen, Mode};
-pub(crate) use server_set::MAX_SERVERS;
 pub use server_set::ServerSetConfig;
+pub(crate) use server_set::{MAX_ADDRESSES, MAX_SERVERS};
 
 /// File descriptors besides those of frontends: listeners, tunnels over TCP, health and metrics.
 const OTHER_DESCRIPTORS: u64 = 512;

@@ -183,8 +183,8 @@ impl LeaseController {
     fn annotations(&self, others: Option<Annotations>) -> Option<Annotations> {
         let mut annotations = others.unwrap_or_default();
         annotations.remove(ADDRESS_ANNOTATION);
-        let address = self.server_set.advertised().map(|address| address.to_string());
-        annotations.extend(address.map(|address| (ADDRESS_ANNOTATION.to_owned(), address)));
+        let addresses = self.server_set.advertised();
+        annotations.extend(addresses.map(|address| (ADDRESS_ANNOTATION.to_owned(), address)));
         (!annotations.is_empty()).then_some(annotations)
     }
 

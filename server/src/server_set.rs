@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tracing::info;
 
-use crate::config::{MAX_SERVERS, ServerSetConfig};
+use crate::config::{MAX_ADDRESSES, MAX_SERVERS, ServerSetConfig};
 
 /// Maximum length of the entries of one message, in bytes: with the other fields of a welcome they
 /// fit a message.
@@ -31,9 +31,9 @@ type Servers = BTreeMap<ServerId, BTreeSet<SocketAddr>>;
 #[derive(Debug)]
 pub(crate) struct ServerSet {
     own: ServerId,
-    advertised: Option<SocketAddr>,
+    advertised: BTreeSet<SocketAddr>,
     /// The servers that flags name.
-    fixed: BTreeMap<ServerId, SocketAddr>,
+    fixed: Servers,
     /// Number of servers that a flag says, at least 1.
     count: u32,
     /// The servers that hold Leases; `None` before they were listed.
@@ -55,10 +55,10 @@ impl ServerSet {
             0 => SocketAddr::new(address.ip(), port),
             _ => address,
         };
-        let advertised = config.advertised.map(with_port);
+        let advertised: BTreeSet<_> = config.advertised.iter().copied().map(with_port).collect();
         let mut fixed = config.addresses.clone();
-        if !leases {
-            fixed.extend(advertised.map(|address| (own.clone(), address)));
+        if !leases && !advertised.is_empty() {
+            fixed.insert(own.clone(), advertised.clone());
         }
         let nothing = Arc::new(control::ServerSet { server_count: 0, servers: List::default() });
         let set = Self {
@@ -73,9 +73,11 @@ impl ServerSet {
         set
     }
 
-    /// This server's own address for agents.
-    pub(crate) fn advertised(&self) -> Option<SocketAddr> {
-        self.advertised
+    /// This server's own addresses for agents, separated by commas, as its Lease has them; `None`
+    /// without one.
+    pub(crate) fn advertised(&self) -> Option<String> {
+        let addresses: Vec<_> = self.advertised.iter().map(SocketAddr::to_string).collect();
+        (!addresses.is_empty()).then(|| addresses.join(","))
     }
 
     /// What agents are sent now, and each change of it.
@@ -95,8 +97,9 @@ impl ServerSet {
         let mut leased = Servers::new();
         for Holder { id, address, .. } in holders {
             let Ok(id) = id.parse::<ServerId>() else { continue };
-            let address = address.as_ref().and_then(|text| text.parse::<SocketAddr>().ok());
-            leased.entry(id).or_default().extend(address);
+            let addresses = address.iter().flat_map(|text| text.split(','));
+            let addresses = addresses.filter_map(|text| text.parse::<SocketAddr>().ok());
+            leased.entry(id).or_default().extend(addresses.take(MAX_ADDRESSES));
         }
         // Held until the message is out, so that an older set does not follow a newer one.
         let mut last = self.leased.lock();
@@ -118,18 +121,15 @@ impl ServerSet {
 
     /// All servers, this one included; none when the set is not known.
     fn servers(&self, leased: Option<&Servers>) -> Servers {
-        let mut servers = Servers::new();
-        for (id, address) in &self.fixed {
-            servers.insert(id.clone(), [*address].into());
-        }
+        let mut servers = self.fixed.clone();
         for (id, addresses) in leased.into_iter().flatten() {
             // A flag counts more than a Lease.
             servers.entry(id.clone()).or_insert_with(|| addresses.clone());
         }
         if leased.is_some() || !servers.is_empty() {
             let own = servers.entry(self.own.clone()).or_default();
-            if let Some(advertised) = self.advertised {
-                *own = [advertised].into();
+            if !self.advertised.is_empty() {
+                own.clone_from(&self.advertised);
             }
         }
         servers

@@ -23,6 +23,21 @@ fn the_server_takes_its_manifests_arguments() {
 }
 
 #[test]
+fn the_variables_in_arguments_are_set() {
+    for manifest in ["server-sidecar.yaml", "agent-daemonset.yaml"] {
+        let path =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/kubernetes").join(manifest);
+        let text = fs::read_to_string(path).unwrap();
+        let used = text.split("=$(").skip(1).map(|rest| rest.split(')').next().unwrap());
+        let used: Vec<_> = used.collect();
+        assert!(!used.is_empty(), "{manifest}");
+        for name in used {
+            assert!(text.contains(&format!("name: {name}")), "{name} in {manifest}");
+        }
+    }
+}
+
+#[test]
 fn the_agent_takes_its_manifests_arguments() {
     let parsed =
         go_flags::try_parse_from::<culvert_agent::config::Flags>(args("agent-daemonset.yaml"));

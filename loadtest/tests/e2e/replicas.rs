@@ -146,10 +146,11 @@ async fn a_flow_that_moves_to_another_server_is_a_silence_and_no_restart() {
 
 /// Adds a server that has an address of its own and knows these others.
 fn add_member(rig: &mut Running, id: &str, others: &[(&str, SocketAddr)]) -> RunningServer {
-    let addresses = others.iter().map(|(id, address)| (id.parse().unwrap(), *address)).collect();
+    let other = |(id, address): &(&str, SocketAddr)| (id.parse().unwrap(), [*address].into());
+    let addresses = others.iter().map(other).collect();
     rig.add_server_with(id, |config| {
         // The port is the one that the server gets.
-        let advertised = Some("127.0.0.1:0".parse().unwrap());
+        let advertised = ["127.0.0.1:0".parse().unwrap()].into();
         config.server_set = ServerSetConfig { advertised, addresses };
     })
     .unwrap()
@@ -239,7 +240,9 @@ async fn servers_whose_own_addresses_lead_nowhere_are_found_at_the_address_of_al
 fn add_leasing(rig: &mut Running, id: &str, api: &KubeApi) -> RunningServer {
     let kubeconfig = Some(api.kubeconfig().to_owned());
     rig.add_server_with(id, |config| {
-        config.server_set.advertised = Some("127.0.0.1:0".parse().unwrap());
+        // The second one leads nowhere; the agent gets to the server by the first.
+        config.server_set.advertised =
+            ["127.0.0.1:0", "[::1]:1"].map(|address| address.parse().unwrap()).into();
         config.kubernetes = KubernetesConfig { kubeconfig, ..KubernetesConfig::default() };
         config.leases = Some(LeaseConfig {
             namespace: "kube-system".into(),

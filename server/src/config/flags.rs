@@ -228,14 +228,15 @@ pub struct Flags {
     pub server_count: i64,
 
     /// This server's own address for agents, which reach it there and not by chance at the address
-    /// that all servers share: an IP address, with or without a port [default port: --agent-port].
-    /// Sent to agents, and to other servers with --enable-lease-controller; empty sends none
-    #[arg(long, help_heading = "Server set", value_name = "ADDRESS", default_value = "")]
+    /// that all servers share: an IP address, with or without a port [default port: --agent-port],
+    /// or two of them separated by a comma. Sent to agents, and to other servers with
+    /// --enable-lease-controller; empty sends none
+    #[arg(long, help_heading = "Server set", value_name = "LIST", default_value = "")]
     pub advertise_address: String,
 
     /// Servers and their addresses for agents, sent to agents: ID=ADDRESS or ID=ADDRESS:PORT,
-    /// separated by commas; at most 64. All servers can have the same list, which may name the
-    /// server itself. May be repeated. With --enable-lease-controller servers know one another
+    /// separated by commas; at most 64. A server with two addresses is named twice. All servers can
+    /// have the same list, which may name the server itself. May be repeated. With --enable-lease-controller servers know one another
     /// without it
     #[arg(long, help_heading = "Server set", value_name = "LIST")]
     pub server_addresses: Vec<String>,

@@ -1,7 +1,7 @@
 //! The addresses of this server and of the others, which agents are sent.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
@@ -10,17 +10,20 @@ use culvert_wire::ServerId;
 
 use super::Flags;
 
-/// Maximum number of servers whose addresses are sent.
+/// Maximum number of entries that are sent: addresses, and servers without one.
 pub(crate) const MAX_SERVERS: usize = 64;
+/// Maximum number of addresses of one server: one of each family.
+pub(crate) const MAX_ADDRESSES: usize = 2;
 
 /// The addresses of servers that flags name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ServerSetConfig {
-    /// This server's address for agents; `None` when it is not known. Port 0 is the port that the
-    /// server listens on.
-    pub advertised: Option<SocketAddr>,
-    /// The servers that `--server-addresses` names, at most 64, this one included.
-    pub addresses: BTreeMap<ServerId, SocketAddr>,
+    /// This server's addresses for agents, at most two; none when they are not known. Port 0 is the
+    /// port that the server listens on.
+    pub advertised: BTreeSet<SocketAddr>,
+    /// The servers that `--server-addresses` names with at most two addresses each and 64 in all,
+    /// this one included.
+    pub addresses: BTreeMap<ServerId, BTreeSet<SocketAddr>>,
 }
 
 /// Checks the flags of the server set, for a server with this id and port for agents.
@@ -32,9 +35,12 @@ pub(super) fn check(
 ) -> ServerSetConfig {
     const ADVERTISE: &str = "advertise-address";
     const ADDRESSES: &str = "server-addresses";
-    let own = Some(flags.advertise_address.trim()).filter(|text| !text.is_empty());
-    let own = own.and_then(|text| checked(parse(text, port), ADVERTISE, faults));
-    let mut addresses = BTreeMap::new();
+    let own = flags.advertise_address.split(',').map(str::trim).filter(|text| !text.is_empty());
+    let own = own.filter_map(|text| checked(parse(text, port), ADVERTISE, faults));
+    let own: BTreeSet<_> = own.collect();
+    let reason = format!("has more than {MAX_ADDRESSES} addresses");
+    faults.require(own.len() <= MAX_ADDRESSES, ADVERTISE, reason);
+    let mut addresses: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
     let entries = flags.server_addresses.iter().flat_map(|list| list.split(','));
     for entry in entries.map(str::trim).filter(|entry| !entry.is_empty()) {
         let Some((id, address)) = entry.rsplit_once('=') else {
@@ -45,17 +51,23 @@ pub(super) fn check(
         let id = checked(id, ADDRESSES, faults);
         let address = checked(parse(address, port), ADDRESSES, faults);
         let (Some(id), Some(address)) = (id, address) else { continue };
-        let is_new = addresses.insert(id.clone(), address).is_none();
-        faults.require(is_new, ADDRESSES, format!("{:?} is named twice", id.as_str()));
+        addresses.entry(id).or_default().insert(address);
     }
-    let reason = format!("names more than {MAX_SERVERS} servers");
-    faults.require(addresses.len() <= MAX_SERVERS, ADDRESSES, reason);
-    let listed = addresses.get(server_id).copied();
-    if let (Some(own), Some(listed)) = (own, listed) {
-        let reason = format!("must not differ from {listed}, which --server-addresses says");
+    for (id, _) in addresses.iter().filter(|(_, addresses)| addresses.len() > MAX_ADDRESSES) {
+        let reason = format!("{:?} has more than {MAX_ADDRESSES} addresses", id.as_str());
+        faults.add(ADDRESSES, reason);
+    }
+    let reason = format!("names more than {MAX_SERVERS} addresses");
+    let count = addresses.values().map(BTreeSet::len).sum::<usize>();
+    faults.require(count <= MAX_SERVERS, ADDRESSES, reason);
+    let listed = addresses.get(server_id).cloned().unwrap_or_default();
+    if !own.is_empty() && !listed.is_empty() {
+        let listed_text: Vec<_> = listed.iter().map(SocketAddr::to_string).collect();
+        let listed_text = listed_text.join(",");
+        let reason = format!("must not differ from {listed_text}, which --server-addresses says");
         faults.require(own == listed, ADVERTISE, reason);
     }
-    if !addresses.is_empty() && listed.is_none() && own.is_none() {
+    if !addresses.is_empty() && listed.is_empty() && own.is_empty() {
         faults.warn(
             ADDRESSES,
             format!(
@@ -64,7 +76,7 @@ pub(super) fn check(
             ),
         );
     }
-    ServerSetConfig { advertised: own.or(listed), addresses }
+    ServerSetConfig { advertised: if own.is_empty() { listed } else { own }, addresses }
 }
 
 fn checked<T>(result: Result<T, String>, flag: &'static str, faults: &mut Faults) -> Option<T> {

@@ -532,16 +532,20 @@ fn servers_have_addresses_with_the_agent_port_by_default() {
         ("::ffff:192.0.2.7", "192.0.2.7:8132"),
     ] {
         let set = server_set(&files, &[&format!("--advertise-address={text}")]).unwrap();
-        assert_eq!(set.advertised, Some(address.parse().unwrap()), "{text}");
+        assert_eq!(set.advertised, [address.parse().unwrap()].into(), "{text}");
     }
+    let both = server_set(&files, &["--advertise-address=192.0.2.7,2001:db8::7"]).unwrap();
+    let expected = ["192.0.2.7:8132", "[2001:db8::7]:8132"].map(|text| text.parse().unwrap());
+    assert_eq!(both.advertised, expected.into());
     let list = "--server-addresses=a=192.0.2.1, b=[2001:db8::2]:443,";
     let flags = [list, "--server-addresses=c=192.0.2.3", "--agent-port=9000", "--server-id=b"];
     let set = server_set(&files, &flags).unwrap();
-    let addresses: Vec<_> =
-        set.addresses.iter().map(|(id, address)| (id.as_str(), address.to_string())).collect();
+    let addresses = set.addresses.iter();
+    let addresses = addresses.flat_map(|(id, all)| all.iter().map(move |one| (id.as_str(), one)));
+    let addresses: Vec<_> = addresses.map(|(id, address)| (id, address.to_string())).collect();
     let expected = [("a", "192.0.2.1:9000"), ("b", "[2001:db8::2]:443"), ("c", "192.0.2.3:9000")];
     assert_eq!(addresses, expected.map(|(id, address)| (id, address.to_owned())));
-    assert_eq!(set.advertised, Some("[2001:db8::2]:443".parse().unwrap()), "from the list");
+    assert_eq!(set.advertised, ["[2001:db8::2]:443".parse().unwrap()].into(), "from the list");
 }
 
 #[test]
@@ -551,7 +555,7 @@ fn all_faults_of_the_addresses_of_servers_are_reported_together() {
         "--server-id=a",
         "--advertise-address=server-1.example.com:8132",
         "--server-addresses=b,c=0.0.0.0,d=192.0.2.1:0,e=[fe80::1%2]:1,=192.0.2.1",
-        "--server-addresses=f=192.0.2.1,f=192.0.2.2,g=ff02::1",
+        "--server-addresses=f=192.0.2.1,f=192.0.2.2,f=192.0.2.3,g=ff02::1",
     ];
     let faults = server_set(&files, &flags).unwrap_err();
     for part in [
@@ -561,14 +565,14 @@ fn all_faults_of_the_addresses_of_servers_are_reported_together() {
         "\"192.0.2.1:0\" has no port",
         "\"[fe80::1%2]:1\" has a zone",
         "\"=192.0.2.1\"",
-        "\"f\" is named twice",
+        "\"f\" has more than 2 addresses",
         "\"ff02::1\" is no address of one server",
     ] {
         assert!(faults.contains(part), "{part} in {faults}");
     }
     let many: Vec<_> = (0..65).map(|number| format!("s{number}=192.0.2.1")).collect();
     let many = format!("--server-addresses={}", many.join(","));
-    assert!(server_set(&files, &[&many]).unwrap_err().contains("more than 64 servers"));
+    assert!(server_set(&files, &[&many]).unwrap_err().contains("more than 64 addresses"));
     let differs =
         ["--server-id=a", "--advertise-address=192.0.2.1", "--server-addresses=a=192.0.2.2"];
     let fault = server_set(&files, &differs).unwrap_err();

@@ -10,11 +10,14 @@ use k8s_openapi::{
 use super::*;
 
 fn config(advertised: Option<&str>, addresses: &[(&str, &str)]) -> ServerSetConfig {
-    let address = |(id, address): &(&str, &str)| (id.parse().unwrap(), address.parse().unwrap());
-    ServerSetConfig {
-        advertised: advertised.map(|address| address.parse().unwrap()),
-        addresses: addresses.iter().map(address).collect(),
+    let mut config = ServerSetConfig::default();
+    let own = advertised.into_iter().flat_map(|text| text.split(','));
+    config.advertised.extend(own.map(|address| address.parse::<SocketAddr>().unwrap()));
+    for (id, address) in addresses {
+        let addresses = config.addresses.entry(id.parse().unwrap()).or_default();
+        addresses.insert(address.parse().unwrap());
     }
+    config
 }
 
 fn set(config: &ServerSetConfig, count: u32, leases: bool) -> ServerSet {
@@ -66,7 +69,29 @@ fn flags_name_this_server_and_others() {
     let set = set(&config, 1, false);
     let entries = entries_of(&[("b", "10.0.0.2:8132"), ("own", "10.0.0.1:8132")]);
     assert_eq!(sent(&set), (2, entries));
-    assert_eq!(set.advertised(), Some("10.0.0.1:8132".parse().unwrap()));
+    assert_eq!(set.advertised().unwrap(), "10.0.0.1:8132");
+}
+
+#[test]
+fn a_server_with_two_addresses_is_sent_with_both_from_flags_and_from_leases() {
+    let own = Some("10.0.0.1:0,[fd00::1]:0");
+    let fixed = config(own, &[("b", "10.0.0.2:8132"), ("b", "[fd00::2]:8132")]);
+    let fixed = set(&fixed, 1, false);
+    let [b, own_entries] =
+        [2, 1].map(|host| [format!("10.0.0.{host}:8132"), format!("[fd00::{host}]:8132")]);
+    let named = |id: &str, addresses: &[String; 2]| {
+        addresses.clone().map(|address| (id.to_owned(), address))
+    };
+    let both = [named("b", &b), named("own", &own_entries)].concat();
+    assert_eq!(sent(&fixed), (2, both));
+    assert_eq!(fixed.advertised().unwrap(), own_entries.join(","));
+    let leased = set(&config(own, &[]), 1, true);
+    let three = format!("{},192.0.2.9:1", b.join(","));
+    lease(&leased, &[("b", Some(&three)), ("c", Some("x,10.0.0.3:8132"))]);
+    let c = ("c".to_owned(), "10.0.0.3:8132".to_owned());
+    let all = [&named("b", &b)[..], &[c], &named("own", &own_entries)].concat();
+    assert_eq!(sent(&leased), (3, all));
+    assert_eq!(leased.counts(), [("known", 3), ("unknown", 0)]);
 }
 
 #[test]

@@ -7,7 +7,8 @@ use kube::runtime::watcher::{self, Event};
 
 use super::{lease_expiry, reason, status_text};
 
-/// Annotation of a server's Lease with its address for agents: an address and a port.
+/// Annotation of a server's Lease with its addresses for agents: an address and a port, or several
+/// separated by commas.
 pub const ADDRESS_ANNOTATION: &str = "culvert/agent-address";
 
 /// Maximum length of a holder's name and of its address, in bytes.
