@@ -1,46 +1,43 @@
-//! The server's metrics; `families` has their names and HELP texts.
+//! The server's metrics: `families` has their names and HELP texts, `scrape` what is read at a
+//! scrape, and a file for each topic what is recorded as it happens.
 //!
 //! Where Konnectivity has a metric for the same thing, its name and HELP text are kept, so that
 //! dashboards and alerts go on working; the names of all others begin with `culvert_server_`.
 //! What describes the current state is read when it is scraped, so it cannot go stale.
 
+mod agents;
+mod dials;
 mod families;
 mod flow;
+mod frontends;
+mod leases;
+mod scrape;
 mod versions;
 
-use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::{Duration, Instant},
-};
+use std::sync::{Arc, OnceLock, atomic::AtomicU64};
 
-use culvert_process::metrics::{
-    BuildError, Counted, Exposition, Kind, Labels, LiveCount, Metrics, PacketType, Segment,
-    StreamEnds,
-};
+use culvert_process::metrics::{BuildError, LiveCount, Metrics, StreamEnds};
 use culvert_transport::{
-    BufferSizes, Carrier, TunnelLost, UdpHealth,
-    budget::MemoryBudget,
-    splice::{Meter, Outcome},
+    BufferSizes, Carrier, TunnelLost, UdpHealth, budget::MemoryBudget, splice::Meter,
 };
-use culvert_wire::AgentId;
 use metrics::Histogram;
 
-use self::families::{
-    ADDRESS_VALIDATIONS, AGENTS_BY_VERSION, CONNECTION_DURATION, COUNTERS, CULLED_LEASES,
-    DIAL_DURATION, DIAL_DURATION_FINE, DIAL_FAILURES, DIALS_FAILED, DIALS_MOVED, DIALS_WAITED,
-    DIRECTIONS, DUPLICATE_AGENTS, EJECTIONS, ESTABLISHED, FRONTENDS_REFUSED, Family,
-    GRPC_CONNECTIONS, HISTOGRAMS, HTTP_CONNECTIONS, IDENTITY_CONFLICTS, JOIN_FAILURES,
-    LEASE_DELETE_LATENCY, LEASE_DELETES, LEASE_LIST_LATENCY, LEASE_LISTS, LEASE_RENEWALS,
-    OPEN_STREAMS, OPTIMISTIC_DIALS, PENDING_DIALS, PROOF_RENEWALS, READY_BACKENDS,
-    READY_CONNECTIONS, SET_SERVERS, STREAM_BYTES, STREAM_ENDS, STREAMS, TOKEN_RECHECKS,
-    TOKEN_REVIEWS, TUNNELS, TUNNELS_LOST, UDP_BUFFER, UNADMITTED,
+use self::{
+    dials::FRONTEND_CLOSE,
+    families::{
+        ADDRESS_VALIDATIONS, CONNECTION_DURATION, COUNTERS, CULLED_LEASES, DIAL_DURATION,
+        DIAL_DURATION_FINE, DIAL_FAILURES, DIALS_FAILED, DIALS_MOVED, DIALS_WAITED, DIRECTIONS,
+        EJECTIONS, FRONTENDS_REFUSED, Family, HISTOGRAMS, IDENTITY_CONFLICTS, JOIN_FAILURES,
+        LEASE_RENEWALS, OPTIMISTIC_DIALS, PROOF_RENEWALS, STREAM_ENDS, TOKEN_RECHECKS,
+        TOKEN_REVIEWS, TUNNELS_LOST, UDP_BUFFER,
+    },
+    versions::KnownVersions,
 };
-pub(crate) use self::flow::Flow;
-use self::versions::KnownVersions;
+pub(crate) use self::{
+    flow::Flow,
+    frontends::{FrontendKind, FrontendRefusal},
+    leases::LeaseRequest,
+};
 use crate::{
     agents::{
         JOIN_FAILURE_REASONS,
@@ -48,57 +45,9 @@ use crate::{
         identity::ClaimFault,
         session::{recheck::RECHECK_RESULTS, renewal::RENEWAL_RESULTS},
     },
-    backends::{Backend, Backends, duplicates::duplicates, registry::Candidate},
     dial::{DialError, KonnectivityFailure},
     server_set::ServerSet,
 };
-
-/// Reason of a dial that its frontend gave up.
-const FRONTEND_CLOSE: &str = "frontend_close";
-
-/// Number of live tasks.
-const TASKS: &str = "culvert_server_tasks";
-
-/// Why a frontend was refused before its request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum FrontendRefusal {
-    /// Its certificate has none of the names of `--server-client-names`.
-    ClientName,
-    /// Its TLS handshake failed.
-    Handshake,
-    /// Its handshake, or its request, took too long.
-    TimedOut,
-}
-
-impl FrontendRefusal {
-    const ALL: [Self; 3] = [Self::ClientName, Self::Handshake, Self::TimedOut];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::ClientName => "client_name",
-            Self::Handshake => "handshake",
-            Self::TimedOut => "timed_out",
-        }
-    }
-}
-
-/// Kind of a frontend's connection.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum FrontendKind {
-    /// One `Proxy` stream of the gRPC frontend.
-    Grpc,
-    /// One connection of the HTTP CONNECT frontend.
-    Connect,
-}
-
-/// Kind of a request about Leases.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum LeaseRequest {
-    /// Lists them.
-    List,
-    /// Removes one.
-    Delete,
-}
 
 /// The server's metrics.
 #[derive(Debug)]
@@ -186,207 +135,9 @@ impl ServerMetrics {
         let _ = self.servers.set(servers.clone());
     }
 
-    /// Counts a dial as pending until the guard is dropped.
-    pub(crate) fn dial_pending(&self) -> Counted {
-        self.pending_dials.enter()
-    }
-
-    /// Counts a dial that an agent has agreed to after this time.
-    pub(crate) fn dial_succeeded(&self, duration: Duration) {
-        self.dial_durations.iter().for_each(|histogram| histogram.record(duration));
-    }
-
-    /// Counts a dial that failed.
-    pub(crate) fn dial_failed(&self, error: &DialError) {
-        self.metrics.counter(DIALS_FAILED.name, &[("reason", error.reason())]).increment(1);
-        if let Some(failure) = error.konnectivity_failure() {
-            self.konnectivity_dial_failed(failure);
-        }
-    }
-
-    /// Counts a dial that its frontend gave up.
-    pub(crate) fn dial_given_up(&self) {
-        self.metrics.counter(DIALS_FAILED.name, &[("reason", FRONTEND_CLOSE)]).increment(1);
-        self.konnectivity_dial_failed(KonnectivityFailure::FrontendClose);
-        self.flow.packet(Segment::ToAgent, PacketType::DialCls);
-    }
-
-    /// Counts a failed dial in Konnectivity's family alone.
-    pub(crate) fn konnectivity_dial_failed(&self, failure: KonnectivityFailure) {
-        self.metrics.counter(DIAL_FAILURES.name, &[("reason", failure.label())]).increment(1);
-    }
-
-    /// Counts a dial that is made again on another tunnel.
-    pub(crate) fn dial_moved(&self) {
-        self.metrics.counter(DIALS_MOVED.name, &[]).increment(1);
-    }
-
-    /// Counts an agent that gets no dials for a while.
-    pub(crate) fn backend_ejected(&self) {
-        self.metrics.counter(EJECTIONS.name, &[]).increment(1);
-    }
-
-    /// Counts a dial that waited for an agent, and whether one appeared.
-    pub(crate) fn dial_waited(&self, came: bool) {
-        let result = if came { "came" } else { "failed" };
-        self.metrics.counter(DIALS_WAITED.name, &[("result", result)]).increment(1);
-    }
-
-    /// Counts a dial whose frontend was answered before the agent did, and whether it agreed.
-    pub(crate) fn optimistic_dial(&self, agreed: bool) {
-        let result = if agreed { "kept" } else { "broken" };
-        self.metrics.counter(OPTIMISTIC_DIALS.name, &[("result", result)]).increment(1);
-    }
-
-    /// Counts a frontend that was refused.
-    pub(crate) fn frontend_refused(&self, reason: FrontendRefusal) {
-        let labels = [("reason", reason.label())];
-        self.metrics.counter(FRONTENDS_REFUSED.name, &labels).increment(1);
-    }
-
-    /// Counts a frontend's connection as open until the guard is dropped.
-    pub(crate) fn frontend_open(&self, kind: FrontendKind) -> Counted {
-        match kind {
-            FrontendKind::Grpc => self.grpc_connections.enter(),
-            FrontendKind::Connect => self.http_connections.enter(),
-        }
-    }
-
-    /// Counts a stream as open until the guard is dropped.
-    pub(crate) fn stream_open(&self) -> Counted {
-        self.streams.fetch_add(1, Ordering::Relaxed);
-        self.established.enter()
-    }
-
-    /// Counts how a splice ended and how long it lived.
-    pub(crate) fn stream_ended(&self, started: Instant, outcome: &Outcome) {
-        self.connection_duration.record(started.elapsed());
-        self.stream_ends.record(outcome);
-    }
-
-    /// Counts a tunnel that ended.
-    pub(crate) fn tunnel_lost(&self, reason: &'static str) {
-        self.metrics.counter(TUNNELS_LOST.name, &[("reason", reason)]).increment(1);
-    }
-
-    /// Counts an agent that did not become a backend.
-    pub(crate) fn join_failed(&self, reason: &'static str) {
-        debug_assert!(JOIN_FAILURE_REASONS.contains(&reason));
-        self.metrics.counter(JOIN_FAILURES.name, &[("reason", reason)]).increment(1);
-    }
-
-    /// Counts an id or an identifier that an agent announced and did not get.
-    pub(crate) fn identity_conflict(&self, reason: &'static str) {
-        debug_assert!(ClaimFault::LABELS.contains(&reason));
-        self.metrics.counter(IDENTITY_CONFLICTS.name, &[("reason", reason)]).increment(1);
-    }
-
-    /// Counts a token with which a connected agent renewed its proof.
-    pub(crate) fn proof_renewed(&self, result: &'static str) {
-        debug_assert!(RENEWAL_RESULTS.contains(&result));
-        self.metrics.counter(PROOF_RENEWALS.name, &[("result", result)]).increment(1);
-    }
-
-    /// Counts a review of a token that was accepted before, of a connected agent.
-    pub(crate) fn token_rechecked(&self, result: &'static str) {
-        debug_assert!(RECHECK_RESULTS.contains(&result));
-        self.metrics.counter(TOKEN_RECHECKS.name, &[("result", result)]).increment(1);
-    }
-
-    /// Counts a token that kube-apiserver has reviewed, or has not in time.
-    pub(crate) fn token_reviewed(&self, result: &'static str) {
-        debug_assert!(REVIEW_RESULTS.contains(&result));
-        self.metrics.counter(TOKEN_REVIEWS.name, &[("result", result)]).increment(1);
-    }
-
-    /// Counts a peer as not admitted until the guard is dropped.
-    pub(crate) fn unadmitted(&self, carrier: Carrier) -> Counted {
-        let count = self.unadmitted.iter().find(|(counted, _)| *counted == carrier);
-        count.map_or_else(LiveCount::default, |(_, count)| count.clone()).enter()
-    }
-
-    /// Counts a QUIC client that has to prove its address.
-    pub(crate) fn address_validated(&self) {
-        self.metrics.counter(ADDRESS_VALIDATIONS.name, &[]).increment(1);
-    }
-
-    /// Counts a renewal of the server's own Lease.
-    pub(crate) fn lease_renewed(&self, done: bool) {
-        let result = if done { "ok" } else { "failed" };
-        self.metrics.counter(LEASE_RENEWALS.name, &[("result", result)]).increment(1);
-    }
-
-    /// Counts a request about Leases that was sent at `begun`, and its answer.
-    pub(crate) fn lease_request(
-        &self,
-        request: LeaseRequest,
-        begun: Instant,
-        code: &str,
-        reason: &str,
-    ) {
-        let (total, latency) = match request {
-            LeaseRequest::List => (LEASE_LISTS, LEASE_LIST_LATENCY),
-            LeaseRequest::Delete => (LEASE_DELETES, LEASE_DELETE_LATENCY),
-        };
-        let labels = [("http_status_code", code), ("reason", reason)];
-        self.metrics.counter(total.name, &labels).increment(1);
-        self.metrics.histogram(latency.name, &labels[..1]).record(begun.elapsed());
-    }
-
-    /// Counts an expired Lease that was removed.
-    pub(crate) fn lease_culled(&self) {
-        self.metrics.counter(CULLED_LEASES.name, &[]).increment(1);
-    }
-
     /// The metrics below, whose histograms need upkeep between scrapes.
     pub(crate) fn inner(&self) -> &Metrics {
         &self.metrics
-    }
-
-    /// All metrics in Prometheus' text format.
-    pub fn render(&self, backends: &Backends) -> String {
-        self.metrics.render(|exposition| {
-            exposition.tasks(TASKS);
-            let agents = backends.all();
-            self.collect_connections(agents.len(), exposition);
-            self.flow.collect(&self.meter, exposition);
-            collect_backends(backends, exposition);
-            collect_tunnels(&agents, exposition);
-            let versions = self.versions.count(&agents);
-            let (name, help) = (AGENTS_BY_VERSION.name, AGENTS_BY_VERSION.help);
-            exposition.family(name, Kind::Gauge, help, versions);
-            let duplicates = duplicates(&agents).len();
-            exposition.gauge(DUPLICATE_AGENTS.name, DUPLICATE_AGENTS.help, duplicates);
-            let streams = self.streams.load(Ordering::Relaxed);
-            exposition.counter(STREAMS.name, STREAMS.help, streams);
-            exposition.meter(STREAM_BYTES, &self.meter, DIRECTIONS);
-            if let Some(health) = self.udp_health.get() {
-                exposition.udp("culvert_server_udp", &health.stats());
-            }
-            if let Some(memory) = self.memory.get() {
-                exposition.memory("culvert_server", memory);
-            }
-            if let Some(servers) = self.servers.get() {
-                let counts = servers.counts().into_iter();
-                let rows = counts.map(|(state, count)| (vec![("address", state.into())], count));
-                exposition.family(SET_SERVERS.name, Kind::Gauge, SET_SERVERS.help, rows);
-            }
-        })
-    }
-
-    fn collect_connections(&self, agents: usize, exposition: &mut Exposition) {
-        exposition.gauge(PENDING_DIALS.name, PENDING_DIALS.help, self.pending_dials.get());
-        exposition.gauge(ESTABLISHED.name, ESTABLISHED.help, self.established.get());
-        let method = |name: &str| vec![("service_method", name.to_owned())];
-        let rows =
-            [(method("Proxy"), self.grpc_connections.get()), (method("Connect"), agents as u64)];
-        exposition.family(GRPC_CONNECTIONS.name, Kind::Gauge, GRPC_CONNECTIONS.help, rows);
-        exposition.gauge(HTTP_CONNECTIONS.name, HTTP_CONNECTIONS.help, self.http_connections.get());
-        let unadmitted = self
-            .unadmitted
-            .iter()
-            .map(|(carrier, count)| (vec![("transport", carrier.name().to_owned())], count.get()));
-        exposition.family(UNADMITTED.name, Kind::Gauge, UNADMITTED.help, unadmitted);
     }
 }
 
@@ -418,40 +169,11 @@ fn register_counters(metrics: &Metrics) {
     }
 }
 
-fn collect_backends(backends: &Backends, exposition: &mut Exposition) {
-    let counts = backends.counts();
-    let last = counts.last().map_or(0, |(_, count)| *count);
-    let rows = counts
-        .into_iter()
-        .map(|(strategy, count)| (vec![("proxy_strategy", strategy.name().to_owned())], count));
-    exposition.family(READY_BACKENDS.name, Kind::Gauge, READY_BACKENDS.help, rows);
-    exposition.gauge(READY_CONNECTIONS.name, READY_CONNECTIONS.help, last);
-}
-
-fn collect_tunnels(tunnels: &[Arc<Backend>], exposition: &mut Exposition) {
-    exposition.gauge(TUNNELS.name, TUNNELS.help, tunnels.len());
-    let agent = |id: &AgentId| ("agent_id", id.to_string());
-    let mut open: BTreeMap<_, usize> = BTreeMap::new();
-    for backend in tunnels {
-        *open.entry(backend.agent_id()).or_default() += backend.open_streams();
-    }
-    let rows = open.into_iter().map(|(id, open)| (Labels::from([agent(id)]), open));
-    exposition.family(OPEN_STREAMS.name, Kind::Gauge, OPEN_STREAMS.help, rows);
-    // An agent that moves to another tunnel has several; new dials take the newest.
-    let newest: BTreeMap<_, _> =
-        tunnels.iter().map(|backend| (backend.agent_id(), backend)).collect();
-    let paths: Vec<_> = newest
-        .into_iter()
-        .map(|(id, backend)| (agent(id), backend.tunnel.carrier(), backend.tunnel.stats()))
-        .collect();
-    exposition.tunnels("culvert_server_tunnel", &paths);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
-        backends::Strategy,
+        backends::{Backends, Strategy},
         testing::{TestAgent, metric},
     };
 
