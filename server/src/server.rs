@@ -330,7 +330,7 @@ impl Server {
 }
 
 /// Waits until all tasks have ended, for `grace` at most. When `stop` completes meanwhile, `grace`
-/// begins anew: what has sent the signal grants as much.
+/// begins anew, because the sender of the signal grants as much.
 ///
 /// # Cancel safety
 /// Cancel safe.
