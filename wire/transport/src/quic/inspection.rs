@@ -204,7 +204,7 @@ impl PacketKey for InspectingKey {
     ) -> Result<(), CryptoError> {
         self.key.decrypt(packet, header, payload)?;
         let is_accepted = match &self.inbound {
-            Some(inbound) => inbound.inspect(payload),
+            Some(inbound) => inbound.inspect(packet, payload),
             None => has_few_pieces(payload, true),
         };
         if is_accepted { Ok(()) } else { Err(CryptoError) }

@@ -1,6 +1,7 @@
 //! What the frames that a connection received are measured by.
 
 use std::{
+    collections::VecDeque,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -33,7 +34,7 @@ const EXCESS: &str = "more RETIRE_CONNECTION_ID frames than the peer has connect
 /// The frames that a connection has received.
 #[derive(Debug)]
 pub(crate) struct Inbound {
-    retirements: Mutex<Allowance>,
+    retirements: Mutex<Retirements>,
     /// Whether the peer is a stranger.
     is_stranger: AtomicBool,
     /// Why the peer's packets are refused from now on.
@@ -49,22 +50,26 @@ impl Inbound {
     pub(super) fn new(side: Side, stream_window: u32, is_stranger: bool) -> Self {
         Self {
             is_stranger: is_stranger.into(),
-            retirements: Mutex::new(Allowance::new(RETIREMENTS, Instant::now())),
+            retirements: Mutex::new(Retirements::new(Instant::now())),
             violation: OnceLock::new(),
             streams: Mutex::new(Streams::new(side, stream_window)),
             unread: OnceLock::new(),
         }
     }
 
-    /// Looks at the frames of a packet; whether quinn may have it. Replaces it by one that ends the
-    /// connection, if the peer does what it may not.
-    pub(super) fn inspect(&self, payload: &mut [u8]) -> bool {
+    /// Looks at the frames of the packet with this number; whether quinn may have it. Replaces it by
+    /// one that ends the connection, if the peer does what it may not.
+    pub(super) fn inspect(&self, number: u64, payload: &mut [u8]) -> bool {
         let is_cut = self.unread.get().is_some_and(|unread| unread.is_cut());
         if is_cut || !has_few_pieces(payload, self.is_stranger.load(Relaxed)) {
             return false;
         }
         if self.violation.get().is_none() {
-            Frames::of(payload).for_each(|frame| self.note(frame));
+            let count = Frames::of(payload)
+                .fold(0_u32, |count, frame| count.saturating_add(self.retirements_of(frame)));
+            if count > 0 && !self.retirements.lock().take(number, count, Instant::now()) {
+                let _ = self.violation.set(EXCESS);
+            }
         }
         if self.violation.get().is_some() {
             payload.iter_mut().take(1).for_each(|byte| *byte = NO_FRAME);
@@ -77,15 +82,16 @@ impl Inbound {
         self.is_stranger.store(false, Relaxed);
     }
 
-    fn note(&self, frame: Frame) {
-        let retirements = match frame {
+    /// Counts the bytes of a frame; how many retirements it is at most.
+    fn retirements_of(&self, frame: Frame) -> u32 {
+        match frame {
             Frame::Retirement => 1,
             Frame::Unknown { retirements } => u32::try_from(retirements).unwrap_or(u32::MAX),
-            Frame::Stream { id, end } => return self.receive(id, end),
-            Frame::Crypto | Frame::Other => return,
-        };
-        if retirements > 0 && !self.retirements.lock().take(retirements, Instant::now()) {
-            let _ = self.violation.set(EXCESS);
+            Frame::Stream { id, end } => {
+                self.receive(id, end);
+                0
+            }
+            Frame::Crypto | Frame::Other => 0,
         }
     }
 
@@ -151,6 +157,33 @@ pub(super) fn has_few_pieces(payload: &[u8], is_stranger: bool) -> bool {
     Frames::of(payload).filter(is_piece).nth(MAX_PIECES).is_none()
 }
 
+/// The retirements of connection ids that a peer may send.
+#[derive(Debug)]
+struct Retirements {
+    allowance: Allowance,
+    /// Numbers of the latest packets that had some, so that a packet counts once: an observer on the
+    /// path can repeat it. quinn drops repetitions after this.
+    packets: VecDeque<u64>,
+}
+
+impl Retirements {
+    fn new(now: Instant) -> Self {
+        Self { allowance: Allowance::new(RETIREMENTS, now), packets: VecDeque::new() }
+    }
+
+    /// Takes the retirements of a packet; whether so many are left.
+    fn take(&mut self, packet: u64, count: u32, now: Instant) -> bool {
+        if self.packets.contains(&packet) {
+            return true;
+        }
+        if self.packets.len() >= RETIREMENTS as usize {
+            self.packets.pop_front();
+        }
+        self.packets.push_back(packet);
+        self.allowance.take(count, now)
+    }
+}
+
 /// A number of events, of which one more is allowed each second.
 #[derive(Debug)]
 struct Allowance {
@@ -199,15 +232,15 @@ mod tests {
         let crypto = |count| [6, 4, 1, 7].repeat(count);
         let stream = |count| [0x0e, 0, 4, 1, 7].repeat(count);
         let inbound = Inbound::new(Side::Server, 1 << 20, true);
-        assert!(
-            inbound.inspect(&mut crypto(MAX_PIECES)) && inbound.inspect(&mut stream(MAX_PIECES))
-        );
+        for mut few in [crypto(MAX_PIECES), stream(MAX_PIECES)] {
+            assert!(inbound.inspect(0, &mut few));
+        }
         for mut excess in [crypto(MAX_PIECES + 1), stream(MAX_PIECES + 1)] {
-            assert!(!inbound.inspect(&mut excess));
+            assert!(!inbound.inspect(0, &mut excess));
         }
         inbound.admit();
-        assert!(inbound.inspect(&mut stream(MAX_PIECES + 1)));
-        assert!(!inbound.inspect(&mut crypto(MAX_PIECES + 1)));
+        assert!(inbound.inspect(0, &mut stream(MAX_PIECES + 1)));
+        assert!(!inbound.inspect(0, &mut crypto(MAX_PIECES + 1)));
     }
 
     #[test]
@@ -215,18 +248,20 @@ mod tests {
         let inbound = Inbound::new(Side::Server, 1 << 20, false);
         let mut allowed = [0x19, 1].repeat(RETIREMENTS as usize);
         let original = allowed.clone();
-        assert!(inbound.inspect(&mut allowed));
-        assert_eq!(allowed, original);
+        for _repetition in 0..3 {
+            assert!(inbound.inspect(7, &mut allowed));
+            assert_eq!(allowed, original);
+        }
         assert_eq!(inbound.violation(), None);
         let mut ping = [1];
-        inbound.inspect(&mut ping);
+        inbound.inspect(8, &mut ping);
         assert_eq!(ping, [1]);
 
         let mut excess = [0x19, 1, 0x19, 1];
-        inbound.inspect(&mut excess);
+        inbound.inspect(9, &mut excess);
         assert_eq!((excess[0], inbound.violation()), (NO_FRAME, Some(EXCESS)));
-        inbound.inspect(&mut ping);
+        inbound.inspect(10, &mut ping);
         assert_eq!(ping, [NO_FRAME]);
-        assert!(inbound.inspect(&mut []));
+        assert!(inbound.inspect(11, &mut []));
     }
 }
