@@ -10,7 +10,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::*;
 use crate::{
-    test_support::{ServerEnd, connect, connect_to, context, welcome},
+    test_support::{ServerEnd, connect, connect_to, context, entries, welcome},
     tunnels::{AddOutcome, NewTunnel, Rank},
 };
 
@@ -286,6 +286,24 @@ async fn a_message_that_does_not_belong_after_the_welcome_closes_the_tunnel() {
     let mut serving = serve(context(None)).await;
     serving.control.send(&welcome("server-0", 1)).await.unwrap();
     assert_eq!(serving.closed().await, CloseCode::PROTOCOL_VIOLATION);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_list_of_a_server_that_does_not_offer_server_sets_is_ignored() {
+    let context = context(None);
+    let list = [("b".to_owned(), "192.0.2.2:8132".to_owned())];
+    for (features, expected) in [(Features::NONE, 0), (Features::SERVER_SET, 1)] {
+        let (joined, _end) = join_with(&context, async |end: ServerEnd| {
+            let (mut control, hello) = end.hello().await;
+            assert!(hello.features.contains(Features::SERVER_SET));
+            let ControlMessage::Welcome(mut answer) = welcome("server-0", 1) else { panic!() };
+            (answer.features, answer.servers) = (features, entries(&list));
+            control.send(&ControlMessage::Welcome(answer)).await.unwrap();
+            (end, control)
+        })
+        .await;
+        assert_eq!(joined.unwrap().welcome.servers.len(), expected);
+    }
 }
 
 #[tokio::test(start_paused = true)]
