@@ -272,8 +272,8 @@ async fn packets_of_konnectivity_that_are_incomplete_stay_within_the_limit() {
         let (_agent, _) = victim.honest_agent_joins("honest").await;
         let peak = victim.cost().peak_memory;
         println!("{} MiB", peak / MIB);
-        // What was given up stays with the allocator for a while.
-        assert!(peak < 2 * LIMIT * MIB + PACKETS, "{} MiB", peak / MIB);
+        // What was given up stays with the allocator for a while. Without a limit it is 147 MiB.
+        assert!(peak < 3 * LIMIT * MIB, "{} MiB", peak / MIB);
         drop((calls, connections));
     })
     .await;
