@@ -297,6 +297,7 @@ impl<C: Connect> Connector<C> {
         self.metrics.tunnel_lost(lost.label());
         if lost.is_failure() {
             self.metrics.server_failed();
+            self.tunnels.on_server_lost(Instant::now());
         }
         info!(%server_id, transport = %carrier, reason = %lost, retired, "server gone");
         if !retired {

@@ -57,6 +57,8 @@ pub struct ServerTunnels {
     quic: Mutex<QuicNotes>,
     /// The set of servers: what those with tunnels sent last or, without any, the last set.
     known: Mutex<Arc<KnownServers>>,
+    /// When a server was last lost without a close.
+    server_lost_at: Mutex<Option<Instant>>,
     changed: Notify,
 }
 
@@ -146,6 +148,18 @@ impl ServerTunnels {
         if tunnel.set_suspicion(suspicion) {
             self.changed.notify_one();
         }
+    }
+
+    /// Records that a server was lost without a close: it crashed, or its path failed.
+    pub(crate) fn on_server_lost(&self, now: Instant) {
+        *self.server_lost_at.lock() = Some(now);
+    }
+
+    /// Whether a server was lost without a close within the last [`liveness::ALERT_TIME`]. Others
+    /// may be gone as well.
+    pub(crate) fn has_lost_server_lately(&self, now: Instant) -> bool {
+        let lost_at = *self.server_lost_at.lock();
+        lost_at.is_some_and(|at| now.saturating_duration_since(at) < liveness::ALERT_TIME)
     }
 
     /// Records that the agent's certificate was replaced: each tunnel is to be made anew.

@@ -377,6 +377,23 @@ async fn servers_that_are_lost_together_come_back_together() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_loss_of_one_server_shows_within_two_seconds_that_another_is_silent() {
+    let mut running = run(|call| member(call, 1..=2));
+    running.until_connected(2).await;
+    let crashed = running.ends.recv().await.unwrap();
+    let silent = running.ends.recv().await.unwrap();
+    silent.line.silence(Side::Server);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    // These tunnels have no keep-alive, and nothing else is sent.
+    assert_eq!((running.tunnels.connected(), running.tunnels.retired()), (2, 0));
+    let crashed_at = Instant::now();
+    crashed.line.cut();
+    running.until(|running| running.tunnels.retired() == 1).await;
+    let elapsed = crashed_at.elapsed();
+    assert!(elapsed < Duration::from_secs(2), "{elapsed:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn servers_that_cannot_be_reached_directly_are_looked_for_at_the_address_of_all() {
     for step in [Step::Refuse { millis: 0 }, Step::Hang] {
         let running = run(move |call| match dialed(call) {

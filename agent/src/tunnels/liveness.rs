@@ -7,7 +7,8 @@
 //! costs one handshake.
 //!
 //! An idle tunnel has nothing that could remain unacknowledged but its keep-alive, so the time until
-//! its silence is noticed is that interval, and at most two seconds more on short paths.
+//! its silence is noticed is that interval, and at most two seconds more on short paths. Servers are
+//! often lost together, so after the loss of one the others are pinged more often for a while.
 
 use std::time::Duration;
 
@@ -37,6 +38,11 @@ const REFUSED_INTERVAL_MIN: Duration = Duration::from_millis(1);
 const REFUSED_INTERVAL_MAX: Duration = Duration::from_millis(25);
 /// Time for which streams may be quiet before the peer is pinged.
 const QUIET_LIMIT: Duration = Duration::from_secs(2);
+/// The same for any tunnel, with or without streams, while servers are being lost. It is less than
+/// the interval of the checks, so each check finds that it has passed.
+const ALERT_QUIET_LIMIT: Duration = Duration::from_millis(400);
+/// Time for which the loss of one server lets the agent expect the loss of others.
+pub(crate) const ALERT_TIME: Duration = Duration::from_secs(5);
 
 /// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,8 +130,15 @@ impl Liveness {
         }
     }
 
-    /// Checks a tunnel that carries `streams` streams.
-    pub(crate) fn check(&mut self, now: Instant, stats: &TunnelStats, streams: usize) -> Verdict {
+    /// Checks a tunnel that carries `streams` streams. `alert` is whether another server was lost
+    /// within the last [`ALERT_TIME`].
+    pub(crate) fn check(
+        &mut self,
+        now: Instant,
+        stats: &TunnelStats,
+        streams: usize,
+        alert: bool,
+    ) -> Verdict {
         if let Some(Refused { at, rtt }) = self.refused
             && now.saturating_duration_since(at) < rtt.mul_f64(REFUSED_SHARE)
         {
@@ -147,6 +160,7 @@ impl Liveness {
         let quiet = now.saturating_duration_since(self.heard_at);
         let unanswered = stats.eliciting_frames != self.eliciting_frames;
         let quiet_limit = match streams {
+            _ if alert => Some(ALERT_QUIET_LIMIT),
             // The peer was due to answer the keep-alive.
             0 => self.keep_alive_interval.map(|interval| interval + limit),
             _ => Some(QUIET_LIMIT.max(limit)),
@@ -170,6 +184,7 @@ mod tests {
         liveness: Liveness,
         now: Instant,
         stats: TunnelStats,
+        alert: bool,
     }
 
     impl Watched {
@@ -178,7 +193,7 @@ mod tests {
             stats.rtt = Duration::from_millis(rtt_millis);
             let now = Instant::now();
             let liveness = Liveness::new(Carrier::Quic, now, &stats, Some(KEEP_ALIVE));
-            Self { liveness, now, stats }
+            Self { liveness, now, stats, alert: false }
         }
 
         /// The verdicts of `checks` checks other than `Fine`, each with the number of its check.
@@ -186,7 +201,7 @@ mod tests {
             let mut verdicts = Vec::new();
             for check in 1..=checks {
                 self.now += BUSY_INTERVAL;
-                let verdict = self.liveness.check(self.now, &self.stats, streams);
+                let verdict = self.liveness.check(self.now, &self.stats, streams, self.alert);
                 if verdict != Verdict::Fine {
                     verdicts.push((check, verdict));
                 }
@@ -238,6 +253,19 @@ mod tests {
     }
 
     #[test]
+    fn an_idle_tunnel_is_pinged_at_each_check_while_servers_are_being_lost() {
+        let mut tunnel = Watched::new(50);
+        tunnel.alert = true;
+        for _ in 0..3 {
+            assert_eq!(tunnel.check(2, 0), [(2, Verdict::Ask)]);
+            tunnel.stats.eliciting_frames += 1;
+            tunnel.stats.received_bytes += 40;
+            assert_eq!(tunnel.check(1, 0), []);
+        }
+        assert_eq!(tunnel.check(5, 0), [(2, Verdict::Ask), (5, Verdict::Silent)]);
+    }
+
+    #[test]
     fn a_peer_over_tcp_has_time_for_two_retransmissions() {
         for (streams, asked) in [(0, 24), (1, 8)] {
             let mut tunnel = Watched::new(50);
@@ -275,7 +303,7 @@ mod tests {
         let check = |tunnel: &mut Watched, millis, received| {
             tunnel.stats.received_bytes += received;
             let now = tunnel.now + Duration::from_millis(millis);
-            tunnel.liveness.check(now, &tunnel.stats, 1)
+            tunnel.liveness.check(now, &tunnel.stats, 1, false)
         };
         assert_eq!(check(&mut tunnel, 0, 0), Verdict::Refused);
         // What was in flight is no answer.

@@ -376,7 +376,9 @@ async fn watch_control(
             // watch its connection.
             () = sleep(liveness.interval(streams.len())), if entry.rank != Rank::Grpc => {
                 let stats = entry.tunnel.stats();
-                let verdict = liveness.check(Instant::now(), &stats, streams.len());
+                let now = Instant::now();
+                let alert = tunnels.has_lost_server_lately(now);
+                let verdict = liveness.check(now, &stats, streams.len(), alert);
                 tunnels.set_suspicion(entry, match verdict {
                     Verdict::Fine | Verdict::Ask => None,
                     Verdict::Silent => Some(Suspicion::Silent),
