@@ -13,8 +13,11 @@ mod error;
 mod exchange;
 mod optimistic;
 
+use std::sync::Arc;
+
 use culvert_transport::{
     RecvHalf, SendHalf,
+    budget::StreamCost,
     splice::{Cut, Preamble},
 };
 use culvert_wire::{
@@ -56,6 +59,8 @@ pub(crate) struct Dialed {
     pub(crate) stream: (SendHalf, RecvHalf),
     /// Permit that the stream uses.
     pub(crate) permit: StreamPermit,
+    /// Memory that the stream costs.
+    pub(crate) cost: Arc<StreamCost>,
     /// The agent's reply.
     pub(crate) reply: Reply,
 }

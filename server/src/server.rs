@@ -16,7 +16,7 @@ use culvert_process::{
     reload::Reloads,
     supervision::{propagate_panic, until_panic},
 };
-use culvert_transport::budget::StreamMemory;
+use culvert_transport::budget::{StreamMemory, StreamRoom};
 use culvert_wire::CloseCode;
 use tokio::time::{sleep, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -113,7 +113,12 @@ impl Server {
         let credentials = files.frontend.take();
         let frontend = FrontendListener::bind(&config.frontend, &config.tls.tls12, credentials)?;
         let frontend_context = Arc::new(FrontendContext {
-            dialer: Dialer::new(backends.clone(), config.agents.dial, metrics.clone()),
+            dialer: Dialer::new(
+                backends.clone(),
+                config.agents.dial,
+                metrics.clone(),
+                StreamRoom::new(&memory, config.frontend.mode.connection_cost()),
+            ),
             metrics: metrics.clone(),
             memory: StreamMemory::of(&memory),
             streams: LiveStreams::new(Side::Server),

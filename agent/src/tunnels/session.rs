@@ -8,7 +8,7 @@ use culvert_process::{
 };
 use culvert_transport::{
     BufferSizes, Carrier, Tunnel, TunnelLost,
-    budget::MemoryBudget,
+    budget::{MemoryBudget, StreamRoom},
     control::{ControlError, ControlStream, Event},
     tls::Current,
 };
@@ -412,24 +412,29 @@ async fn accept(
     streams: &TaskTracker,
 ) -> TunnelLost {
     let mut limit = FIRST_STREAM_LIMIT.min(context.max_streams);
+    let room = StreamRoom::new(&context.memory, 0);
     loop {
         let (mut send, mut recv) = match tunnel.accept().await {
             Ok(stream) => stream,
             Err(lost) => return lost,
         };
         let open = u32::try_from(streams.len()).unwrap_or(u32::MAX);
-        if open >= context.max_streams {
+        let cost = if open < context.max_streams { room.take() } else { None };
+        let Some(cost) = cost else {
             send.reset(StreamCode::OVERLOADED);
             recv.stop(StreamCode::OVERLOADED);
             continue;
-        }
+        };
         if open >= limit / 2 && limit < context.max_streams {
             limit = limit.saturating_mul(2).min(context.max_streams);
             tunnel.set_max_streams(limit);
         }
         let context = context.clone();
         let origin = Origin { server_id: server_id.clone(), tunnel: tunnel.clone() };
-        streams.spawn(async move { context.egress.serve((send, recv), origin).await });
+        streams.spawn(async move {
+            context.egress.serve((send, recv), origin).await;
+            drop(cost);
+        });
     }
 }
 

@@ -43,6 +43,17 @@ pub enum Mode {
     HttpConnect,
 }
 
+impl Mode {
+    /// Memory that a frontend's connection without bytes costs beside a socket, in bytes. Each gRPC
+    /// connection has buffers of its own.
+    pub(crate) fn connection_cost(self) -> u64 {
+        match self {
+            Self::Grpc => 24 * 1024,
+            Self::HttpConnect => 0,
+        }
+    }
+}
+
 /// Address of the frontend.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FrontendListen {

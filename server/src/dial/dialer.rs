@@ -7,7 +7,10 @@ use culvert_process::{
     metrics::{PacketType, Segment},
     rate_limited,
 };
-use culvert_transport::TunnelLost;
+use culvert_transport::{
+    TunnelLost,
+    budget::{StreamCost, StreamRoom},
+};
 use culvert_wire::{CloseCode, DialId, Target, dial::DialRequest, extension::Extensions};
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
@@ -37,6 +40,7 @@ pub(crate) struct Dialer {
     backends: Backends,
     config: DialConfig,
     pub(super) metrics: Arc<ServerMetrics>,
+    room: StreamRoom,
 }
 
 /// One dial: what is asked for, and since and until when.
@@ -44,6 +48,7 @@ struct Dial {
     parameters: DialParameters,
     started: Instant,
     deadline: Deadline,
+    cost: Arc<StreamCost>,
 }
 
 impl Dial {
@@ -53,15 +58,20 @@ impl Dial {
 }
 
 impl Dialer {
-    /// Dials through these backends.
-    pub(crate) fn new(backends: Backends, config: DialConfig, metrics: Arc<ServerMetrics>) -> Self {
-        Self { backends, config, metrics }
+    /// Dials through these backends, as long as there is room for streams.
+    pub(crate) fn new(
+        backends: Backends,
+        config: DialConfig,
+        metrics: Arc<ServerMetrics>,
+        room: StreamRoom,
+    ) -> Self {
+        Self { backends, config, metrics, room }
     }
 
     /// Dials a target.
     ///
     /// # Errors
-    /// When there is no backend, or the agent does not reach the target before the deadline.
+    /// When there is no room or no backend, or the agent does not reach the target before the deadline.
     ///
     /// # Cancel safety
     /// Dropping the future abandons the dial, and the agent gives it up.
@@ -69,7 +79,12 @@ impl Dialer {
         let started = Instant::now();
         // A limit beyond what the clock can represent is none.
         let deadline = self.config.limit.and_then(|limit| started.checked_add(limit));
-        let dial = Dial { parameters, started, deadline };
+        let Some(cost) = self.room.take() else {
+            let failed = Err(DialError::Memory);
+            self.record(&parameters.target, None, started, &failed);
+            return failed;
+        };
+        let dial = Dial { parameters, started, deadline, cost: Arc::new(cost) };
         let Some(backend) = self.choose(&dial).await else {
             let failed = Err(DialError::NoAgent(self.backends.absence(dial.target())));
             self.record(dial.target(), None, started, &failed);
@@ -208,7 +223,8 @@ impl Dialer {
             error => error,
         })?;
         let DialRequest { id, trace, target, kind, .. } = request;
-        Ok(Dialed { id, trace, target, kind, stream, permit, reply })
+        let cost = dial.cost.clone();
+        Ok(Dialed { id, trace, target, kind, stream, permit, cost, reply })
     }
 
     /// Asks the agent and takes its positive reply for granted.
@@ -227,7 +243,8 @@ impl Dialer {
         };
         let (stream, reply) = (pending.into_stream(), Reply::Expected(Box::new(expected)));
         let DialRequest { id, trace, target, kind, .. } = request;
-        Ok(Dialed { id, trace, target, kind, stream, permit, reply })
+        let cost = dial.cost.clone();
+        Ok(Dialed { id, trace, target, kind, stream, permit, cost, reply })
     }
 
     fn request(&self, parameters: &DialParameters) -> DialRequest {

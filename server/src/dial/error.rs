@@ -48,6 +48,9 @@ pub(crate) enum DialError {
     /// The agent carries as many streams as it may.
     #[error("agent {0} has too many open streams")]
     Overloaded(AgentId),
+    /// What open streams cost is half of the server's memory limit.
+    #[error("the server has too many open streams for its memory limit")]
+    Memory,
     /// The agent refused the stream without a reply.
     #[error("agent {agent_id} refused the dial: {code}")]
     Refused {
@@ -193,7 +196,7 @@ impl DialError {
             Self::Address(_) | Self::Network(_) | Self::Failed(_) => "error_response",
             Self::TimedOut(_) => "backend_dial_timeout",
             Self::Lost { .. } => "backend_close",
-            Self::Overloaded(_) => "overloaded",
+            Self::Overloaded(_) | Self::Memory => "overloaded",
             Self::Refused { .. } => "refused",
             Self::Malformed { .. } => "unrecognized_response",
             Self::Request(_) => "send_req",
@@ -209,6 +212,7 @@ impl DialError {
             | Self::Network(_)
             | Self::Failed(_)
             | Self::Overloaded(_)
+            | Self::Memory
             | Self::Refused { .. } => Some(KonnectivityFailure::ErrorResponse),
             Self::TimedOut(_) => Some(KonnectivityFailure::BackendDialTimeout),
             Self::Lost { .. } | Self::Request(_) => Some(KonnectivityFailure::BackendClose),

@@ -1,7 +1,10 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use culvert_transport::{ReadError, ReadFrameError, TunnelLost};
+use culvert_transport::{
+    ReadError, ReadFrameError, TunnelLost,
+    budget::{MemoryBudget, StreamRoom},
+};
 use culvert_wire::{
     CloseCode, StreamCode,
     bounded::List,
@@ -45,10 +48,16 @@ struct Dialing {
 
 impl Dialing {
     fn with(limit: Option<Duration>, optimistic: bool) -> Self {
+        Self::with_memory(limit, optimistic, 0)
+    }
+
+    /// The same with this limit of memory.
+    fn with_memory(limit: Option<Duration>, optimistic: bool, memory: u64) -> Self {
+        let room = StreamRoom::new(&MemoryBudget::new(memory), 0);
         let backends = Backends::new(&[Strategy::Default]);
         let metrics = Arc::new(ServerMetrics::new().unwrap());
         let config = DialConfig { limit, optimistic };
-        let dialer = Dialer::new(backends.clone(), config, metrics.clone());
+        let dialer = Dialer::new(backends.clone(), config, metrics.clone(), room);
         Self { dialer, backends, metrics }
     }
 
@@ -231,6 +240,20 @@ async fn an_agent_that_carries_as_many_streams_as_it_may_is_not_asked() {
     assert!(matches!(result, Err(DialError::Overloaded(_))), "{result:?}");
     assert_eq!(dialing.failures("overloaded"), 1.0);
     drop(permits);
+    let (dialed, _asked) = join!(dialing.dial(), accepting(&agent));
+    dialed.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn streams_that_cost_half_of_the_memory_leave_no_room_for_a_dial_until_one_ends() {
+    let dialing = Dialing::with_memory(Some(LIMIT), false, 50 << 10);
+    let agent = dialing.agent("a").await;
+    let (first, _first) = join!(dialing.dial(), accepting(&agent));
+    let (second, _second) = join!(dialing.dial(), accepting(&agent));
+    let refused = dialing.dial().await;
+    assert!(matches!(refused, Err(DialError::Memory)), "{refused:?}");
+    assert_eq!(dialing.failures("overloaded"), 1.0);
+    drop((first.unwrap(), second.unwrap()));
     let (dialed, _asked) = join!(dialing.dial(), accepting(&agent));
     dialed.unwrap();
 }

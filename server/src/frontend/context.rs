@@ -61,7 +61,7 @@ impl FrontendContext {
         local: Local<R, W, A>,
         dialed: Dialed,
     ) -> Result<(HalfEnd, HalfEnd), Cut> {
-        let Dialed { id, trace, target, kind, stream, permit, reply } = dialed;
+        let Dialed { id, trace, target, kind, stream, permit, cost, reply } = dialed;
         let started = Instant::now();
         let agent_id = permit.backend().agent_id().as_str();
         let (trace, timing) = (trace.as_ref().map(display), reply.timing());
@@ -86,7 +86,7 @@ impl FrontendContext {
             .map_writer(|writer| ObservedWrite::new(writer, flow));
         let splice = Box::pin(splice::splice_after(reply, local, stream, &self.metrics.meter));
         let outcome = splice.await;
-        drop((open, listed));
+        drop((open, listed, cost));
         if !matches!(outcome.end, Err(Cut::Lost(_))) {
             flow.closed();
         }

@@ -17,6 +17,7 @@
 //! thresholds, Choudhury and Hahne 1998). A holder has room for [`MINIMUM`] as long as the process
 //! is below its limit. At the limit all wait, and those that hold most are cut.
 
+mod streams;
 mod unread;
 
 use std::{
@@ -37,6 +38,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
+pub use self::streams::{StreamCost, StreamRoom};
 pub(crate) use self::unread::TunnelUnread;
 use self::unread::Unread;
 
@@ -61,11 +63,13 @@ pub enum Held {
     Receive,
     /// Bytes from Konnectivity's peers that were not read.
     Konnectivity,
+    /// What streams cost while they hold no bytes.
+    Streams,
 }
 
 impl Held {
     /// All kinds.
-    pub const ALL: [Self; 3] = [Self::Send, Self::Receive, Self::Konnectivity];
+    pub const ALL: [Self; 4] = [Self::Send, Self::Receive, Self::Konnectivity, Self::Streams];
 
     /// The kind as a metric label.
     pub fn label(self) -> &'static str {
@@ -73,6 +77,7 @@ impl Held {
             Self::Send => "send",
             Self::Receive => "receive",
             Self::Konnectivity => "konnectivity",
+            Self::Streams => "streams",
         }
     }
 }
@@ -365,7 +370,7 @@ impl Holder {
     pub fn relieve(&self) {
         match self.kind {
             Held::Receive => self.budget().relieve_received(),
-            Held::Send | Held::Konnectivity => self.budget().relieve(),
+            Held::Send | Held::Konnectivity | Held::Streams => self.budget().relieve(),
         }
     }
 

@@ -329,6 +329,20 @@ async fn streams_beyond_the_maximum_are_refused() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn streams_that_cost_half_of_the_memory_leave_no_room_for_another_until_one_ends() {
+    let memory = MemoryBudget::new(50 << 10);
+    let serving = serve(SessionContext { memory, ..context(None) }).await;
+    let _first = serving.open().await;
+    let second = serving.open().await;
+    let (_send, mut third) = serving.open().await;
+    assert_eq!(read(&mut third).await, Err(ReadError::Reset(StreamCode::OVERLOADED)));
+    drop(second);
+    sleep(secs(1)).await;
+    let (_send, mut again) = serving.open().await;
+    assert!(timeout(secs(1), read(&mut again)).await.is_err(), "the stream waits for its dial");
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_limit_of_streams_grows_as_they_are_used() {
     let serving = serve(context(None)).await;
     let mut streams = Vec::new();
