@@ -1,9 +1,10 @@
 //! `culvert-loadtest`: demo and measurements for an operator before a migration.
 
 use std::{
+    ffi::OsStr,
     fs,
     io::{self, Write as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
@@ -91,8 +92,18 @@ struct Render {
 }
 
 fn main() -> ExitCode {
-    // With the name of a side this is that side, with its own flags.
-    let mut args = std::env::args_os().skip(1);
+    // Under the name of a side's program, or with the name of a side, this is that side.
+    let mut args = std::env::args_os();
+    let program = args.next().map(PathBuf::from);
+    match program.as_deref().and_then(Path::file_name).and_then(OsStr::to_str) {
+        Some("culvert-server" | "proxy-server") => {
+            return culvert_server::cli::main(std::env::args_os());
+        }
+        Some("culvert-agent" | "proxy-agent") => {
+            return culvert_agent::cli::main(std::env::args_os());
+        }
+        _ => {}
+    }
     match args.next().as_deref().and_then(|side| side.to_str()) {
         Some("server") => culvert_server::cli::main(named("culvert-server", args)),
         Some("agent") => culvert_agent::cli::main(named("culvert-agent", args)),

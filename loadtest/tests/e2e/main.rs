@@ -18,6 +18,7 @@ mod grpc_packets;
 mod half_close;
 mod hello;
 mod identity;
+mod images;
 mod interop;
 mod keepalive;
 mod konnectivity_agent;

@@ -147,7 +147,8 @@ pub(crate) fn skips(variable: &str) -> bool {
     skips
 }
 
-fn print_skipped(why: &str) {
+/// Prints the name of a test that is skipped, and why.
+pub(crate) fn print_skipped(why: &str) {
     // libtest captures the output of `eprintln!` alone, and names a test's thread by the test.
     let thread = std::thread::current();
     let test = thread.name().unwrap_or("a test");
