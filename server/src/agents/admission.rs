@@ -172,6 +172,10 @@ pub(crate) enum Refusal {
     /// kube-apiserver did not review the token.
     #[error("the token could not be reviewed: {0}")]
     NotReviewed(String),
+    /// Too many other tokens waited for a review, of this source or in all. kube-apiserver may well
+    /// answer.
+    #[error("the token could not be reviewed: {0}")]
+    NoTurn(String),
     /// The addresses of the agent's node could not be looked up.
     #[error("the addresses of the agent's node could not be looked up: {0}")]
     NodeUnknown(String),
@@ -198,7 +202,7 @@ impl Refusal {
             | Self::NotAToken(_)
             | Self::Invalid(_)
             | Self::Refused(_) => "unauthenticated",
-            Self::NotReviewed(_) => "token_not_reviewed",
+            Self::NotReviewed(_) | Self::NoTurn(_) => "token_not_reviewed",
             Self::NodeUnknown(_) => "node_not_looked_up",
         }
     }
@@ -209,7 +213,7 @@ impl Refusal {
             Self::NoToken => return "Authentication context was not found in metadata".into(),
             Self::NotAToken(reason) => return reason.clone(),
             Self::CertificateUnreadable => return self.to_string(),
-            Self::NotReviewed(reason) | Self::NodeUnknown(reason) => {
+            Self::NotReviewed(reason) | Self::NoTurn(reason) | Self::NodeUnknown(reason) => {
                 format!("Failed to authenticate request. err:{reason}")
             }
             Self::Invalid(reason) | Self::Refused(reason) => format!("lookup failed: {reason}"),

@@ -230,7 +230,9 @@ fn refused(refusal: &Refusal) -> &'static str {
             "no token, and this server asks for one: see the agent's --service-account-token-path"
         }
         Refusal::CertificateUnreadable => "the certificate cannot be read: see the server's log",
-        Refusal::NotReviewed(_) => "the token could not be reviewed: see the server's log",
+        Refusal::NotReviewed(_) | Refusal::NoTurn(_) => {
+            "the token could not be reviewed: see the server's log"
+        }
         Refusal::NodeUnknown(_) => "the node could not be looked up: see the server's log",
         _ => "the token was refused: see the server's log",
     }

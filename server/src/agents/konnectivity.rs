@@ -235,7 +235,7 @@ fn public_message(refusal: &Refusal) -> String {
     ];
     const FAILED: &str = "Failed to validate authentication token, err:";
     match refusal {
-        Refusal::NotReviewed(_) | Refusal::NodeUnknown(_) => {
+        Refusal::NotReviewed(_) | Refusal::NoTurn(_) | Refusal::NodeUnknown(_) => {
             format!("{FAILED}Failed to authenticate request")
         }
         Refusal::Invalid(reason) | Refusal::Refused(reason)

@@ -235,7 +235,7 @@ impl Reviews {
         let reason = format!("no turn within {BEGIN_TIMEOUT:?}, others are reviewed");
         let answers = self.waiting.remove(digest).map(|waiting| waiting.answers);
         for answer in answers.unwrap_or_default() {
-            let _ = answer.send(Err(Refusal::NotReviewed(reason.clone())));
+            let _ = answer.send(Err(Refusal::NoTurn(reason.clone())));
         }
     }
 }

@@ -201,7 +201,7 @@ async fn more_tokens_than_may_be_reviewed_at_once_wait_for_a_moment() {
     }
     let (first, took) = reviews.join_next().await.unwrap().unwrap();
     let reason = "no turn within 3s, others are reviewed";
-    assert_eq!(first, Refusal::NotReviewed(reason.into()));
+    assert_eq!(first, Refusal::NoTurn(reason.into()));
     assert_eq!((took, reviewed.lock().len()), (BEGIN_TIMEOUT, MAX_REVIEWS));
     while let Some(review) = reviews.join_next().await {
         assert_eq!(review.unwrap().1, REVIEW_TIMEOUT);

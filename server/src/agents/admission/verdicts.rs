@@ -52,7 +52,7 @@ impl Verdicts {
                 self.refused.remove(&token);
                 self.accepted.insert(token, account.clone(), now, ACCEPTED_LIFE);
             }
-            Err(Refusal::NotReviewed(_)) => {}
+            Err(Refusal::NotReviewed(_) | Refusal::NoTurn(_)) => {}
             Err(refusal) => {
                 let before = self.refused.last(&token).map_or(0, |refused| refused.times);
                 let times = match refusal {

@@ -67,7 +67,7 @@ impl Recheck {
                 self.schedule(now, self.interval);
                 "accepted"
             }
-            Err(Refusal::NotReviewed(_)) => {
+            Err(Refusal::NotReviewed(_) | Refusal::NoTurn(_)) => {
                 let is_refused = self.refused_since.is_some();
                 let interval = if is_refused { Some(REFUSED_INTERVAL) } else { self.interval };
                 self.schedule(now, interval);

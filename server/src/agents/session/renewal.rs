@@ -234,6 +234,11 @@ impl<'a> ProofKeeper<'a> {
                 self.try_again(new, RETRY_INTERVAL);
                 "failed"
             }
+            // Whether kube-apiserver answers is not known: what held before still holds.
+            Refusal::NoTurn(_) => {
+                self.try_again(new, RETRY_INTERVAL);
+                "failed"
+            }
             Refusal::Refused(_) => {
                 self.is_unreviewed = false;
                 let interval = REFUSED_INTERVAL * 2_u32.pow(new.refusals.min(8));

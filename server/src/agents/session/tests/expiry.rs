@@ -12,7 +12,12 @@ use super::{
     super::{recheck::REVOKED_AFTER, renewal::*},
     *,
 };
-use crate::{config::ExpireAgents, testing::jwt};
+use crate::{
+    agents::admission::ReviewPace,
+    config::ExpireAgents,
+    metrics::ServerMetrics,
+    testing::{account, client, jwt},
+};
 
 /// An agent with a token that expires in this time, and its review.
 struct Expiring {
@@ -39,7 +44,7 @@ impl Expiring {
     }
 
     async fn join_as(features: Features, rule: ExpireAgents, status: TokenReviewStatus) -> Self {
-        Self::join_with(features, rule, status, None, LIFE).await
+        Self::join_with(features, rule, status, None, LIFE, ReviewPace::default()).await
     }
 
     async fn join_with(
@@ -48,15 +53,18 @@ impl Expiring {
         status: TokenReviewStatus,
         recheck_interval: Option<Duration>,
         life: Duration,
+        pace: ReviewPace,
     ) -> Self {
         let answer = Arc::new(Mutex::new(Ok(status)));
         let (answers, reviews) = (answer.clone(), Arc::<AtomicUsize>::default());
         let count = reviews.clone();
-        let authenticator = authenticator(move |_| {
+        let client = client(move |_| {
             count.fetch_add(1, Ordering::Relaxed);
             let answer = answers.lock().clone();
             async move { answer }
         });
+        let metrics = Arc::new(ServerMetrics::new().unwrap());
+        let authenticator = Authenticator::by_token(client, account(), pace, metrics);
         let context = context_with(authenticator);
         let context = AgentContext {
             expire_agents: rule,
@@ -150,6 +158,19 @@ async fn a_token_that_is_not_reviewed_extends_the_old_one_for_an_hour() {
     assert!(is_about(drained, EXTENSION), "{drained:?}");
     assert!(agent.renewals("failed") > 100.0, "it is tried again");
     assert_eq!(agent.renewals("accepted"), 0.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_waits_behind_others_for_its_review_extends_nothing() {
+    let (features, rule, status) = (Features::RENEWAL, ExpireAgents::Renewing, accepted());
+    // The first review uses up what may be reviewed.
+    let pace = ReviewPace { per_second: 1e-6, burst: 1 };
+    let mut agent = Expiring::join_with(features, rule, status, None, LIFE, pace).await;
+    sleep(LIFE / 2).await;
+    agent.renew("second", LIFE * 100).await;
+    let drained = agent.drained().await;
+    assert!(is_about(drained, GRACE), "{drained:?}");
+    assert!(agent.renewals("failed") > 10.0, "it is tried again");
 }
 
 #[tokio::test(start_paused = true)]
@@ -272,8 +293,9 @@ async fn a_newer_tunnel_of_the_same_process_renews_the_proof_of_the_older_one() 
 impl Expiring {
     /// The same with reviews of the token at this interval.
     async fn join_rechecked(interval: Duration, life: Duration) -> Self {
-        Self::join_with(Features::RENEWAL, ExpireAgents::Renewing, accepted(), Some(interval), life)
-            .await
+        let (features, rule, status) = (Features::RENEWAL, ExpireAgents::Renewing, accepted());
+        let pace = ReviewPace::default();
+        Self::join_with(features, rule, status, Some(interval), life, pace).await
     }
 }
 
