@@ -30,26 +30,40 @@ def write(path, images, registry, tags, facts):
     else:
         named = blob(blobs, INDEX, encode(index(manifests, annotations=images[0].labels)))
     side = path.name.removesuffix(".oci.tar")
+    names = [f"{registry.rstrip('/')}/{side}:{tag}" for tag in tags]
     entries = [
         {
             **named,
             "annotations": {
                 "org.opencontainers.image.ref.name": tag,
                 # The whole name, which `ctr`, `nerdctl` and `podman` prefer.
-                "io.containerd.image.name": f"{registry.rstrip('/')}/{side}:{tag}",
+                "io.containerd.image.name": name,
             },
         }
-        for tag in tags
+        for tag, name in zip(tags, names, strict=True)
     ]
-    files = {f"blobs/sha256/{name.removeprefix('sha256:')}": data for name, data in blobs.items()}
+    files = {blob_path(name): data for name, data in blobs.items()}
     files["oci-layout"] = encode({"imageLayoutVersion": "1.0.0"})
     files["index.json"] = encode(index(entries))
+    if len(images) == 1:
+        files["manifest.json"] = encode([for_docker(images[0], names)])
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for folder in ("blobs", "blobs/sha256"):
             add(tar, folder, facts, tarfile.DIRTYPE, 0o755)
         for name, data in sorted(files.items()):
             add(tar, name, facts, tarfile.REGTYPE, 0o644, data)
     return named["digest"]
+
+
+def blob_path(name):
+    """Path of a blob in the layout."""
+    return f"blobs/sha256/{name.removeprefix('sha256:')}"
+
+
+def for_docker(image, names):
+    """The entry of an image for `docker load` and `podman load`, which take no layout, or none with several tags."""
+    layers = [blob_path(digest(layer.data)) for layer in image.layers]
+    return {"Config": blob_path(digest(image.config)), "RepoTags": names, "Layers": layers}
 
 
 def add(tar, name, facts, kind, mode, data=b""):

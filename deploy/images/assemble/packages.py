@@ -109,7 +109,7 @@ class Apt:
     def __init__(self, arch, mirror, folder):
         program("apt-get", "apt")
         if not Path(KEYS).exists():
-            raise Fault(f"{KEYS} is missing: apt-get install debian-archive-keyring")
+            raise Unreachable(f"{KEYS} is missing: apt-get install debian-archive-keyring")
         self.folder = folder
         for part in ("state/lists/partial", "cache/archives/partial"):
             (folder / part).mkdir(parents=True)
@@ -123,6 +123,8 @@ class Apt:
             "APT::Sandbox::User": "",
             "Acquire::Languages": "none",
             "Acquire::Retries": "2",
+            "Dir::Etc::Preferences": "/dev/null",
+            "Dir::Etc::PreferencesParts": "/dev/null",
             "Dir::Etc::SourceList": folder / "sources.list",
             "Dir::Etc::SourceParts": "/dev/null",
             "Dir::State": folder / "state",

@@ -4,6 +4,7 @@
 //! The programs are this build's `culvert-loadtest`, which is a server or an agent under their names.
 
 use std::{
+    ffi::OsStr,
     fs,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
@@ -108,16 +109,21 @@ impl Layout {
     /// Path of the blob that a descriptor names, after a check of its size, digest and type.
     fn blob(&self, descriptor: &Value, media_type: &str) -> PathBuf {
         assert_eq!(descriptor["mediaType"], format!("application/vnd.oci.image.{media_type}"));
-        let digest = descriptor["digest"].as_str().unwrap().strip_prefix("sha256:").unwrap();
-        let path = self.0.path().join("blobs/sha256").join(digest);
+        let path = self.0.path().join(blob_path(descriptor));
+        let digest = path.file_name().and_then(OsStr::to_str);
         assert_eq!(descriptor["size"], fs::metadata(&path).unwrap().len());
-        assert_eq!(stdout("sha256sum", &[text(&path)]).split(' ').next(), Some(digest));
+        assert_eq!(stdout("sha256sum", &[text(&path)]).split(' ').next(), digest);
         path
     }
 
     fn blob_json(&self, descriptor: &Value, media_type: &str) -> Value {
         serde_json::from_slice(&fs::read(self.blob(descriptor, media_type)).unwrap()).unwrap()
     }
+}
+
+/// Path of the blob that a descriptor names, in the layout.
+fn blob_path(descriptor: &Value) -> String {
+    format!("blobs/{}", descriptor["digest"].as_str().unwrap().replace(':', "/"))
 }
 
 /// Checks the layout of an image, and unpacks its layers into a folder.
@@ -136,9 +142,14 @@ fn unpack(layout: &Layout, side: &str, folder: &Path) {
     let manifest = layout.blob_json(&entries[0], "manifest.v1+json");
     let config = layout.blob_json(&manifest["config"], "config.v1+json");
     check_config(&config, side);
+    // What `docker load` and `podman load` read.
+    let docker = &layout.json("manifest.json")[0];
+    assert_eq!(docker["RepoTags"], serde_json::json!(names));
+    assert_eq!(docker["Config"], blob_path(&manifest["config"]));
     let layers = manifest["layers"].as_array().unwrap();
     let diffs = config["rootfs"]["diff_ids"].as_array().unwrap();
     assert_eq!(layers.len(), diffs.len());
+    assert_eq!(docker["Layers"], layers.iter().map(blob_path).collect::<Value>());
     for (layer, diff) in layers.iter().zip(diffs) {
         let path = layout.blob(layer, "layer.v1.tar+gzip");
         let sum = stdout("sh", &["-c", "gzip -dc \"$0\" | sha256sum", text(&path)]);
