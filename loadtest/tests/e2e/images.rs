@@ -263,6 +263,18 @@ fn can_isolate() -> bool {
     done.status.success()
 }
 
+#[test]
+fn the_dockerfile_and_the_manifests_name_this_version() {
+    let version = env!("CARGO_PKG_VERSION");
+    let read = |path: &str| fs::read_to_string(root().join("deploy").join(path)).unwrap();
+    let label = format!("org.opencontainers.image.version={version} ");
+    assert_eq!(read("images/Dockerfile").matches(&label).count(), SIDES.len());
+    for (side, manifest) in SIDES.iter().zip(["server-sidecar", "agent-daemonset"]) {
+        let image = format!("image: localhost/{side}:{version} ");
+        assert!(read(&format!("kubernetes/{manifest}.yaml")).contains(&image), "{manifest}");
+    }
+}
+
 /// A build that cannot work: its exit code, and what it prints.
 fn fault(args: &[&str]) -> (Option<i32>, String) {
     let done = output(root().join("deploy/images/build"), args);
