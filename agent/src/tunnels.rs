@@ -6,6 +6,7 @@ mod quic_notes;
 mod server_set;
 mod server_tunnel;
 pub(crate) mod session;
+mod sweep;
 
 use std::{
     cmp::Reverse,
@@ -21,6 +22,7 @@ use culvert_wire::ServerId;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::{sync::Notify, time::Instant};
 
+use self::sweep::Sweep;
 pub(crate) use self::{
     quic_notes::QuicNotes,
     server_set::KnownServers,
@@ -57,8 +59,7 @@ pub struct ServerTunnels {
     quic: Mutex<QuicNotes>,
     /// The set of servers: what those with tunnels sent last or, without any, the last set.
     known: Mutex<Arc<KnownServers>>,
-    /// When a server was last lost without a close.
-    server_lost_at: Mutex<Option<Instant>>,
+    sweep: Mutex<Sweep>,
     changed: Notify,
 }
 
@@ -152,14 +153,25 @@ impl ServerTunnels {
 
     /// Records that a server was lost without a close: it crashed, or its path failed.
     pub(crate) fn on_server_lost(&self, now: Instant) {
-        *self.server_lost_at.lock() = Some(now);
+        self.sweep.lock().on_server_lost(now);
     }
 
-    /// Whether a server was lost without a close within the last [`liveness::ALERT_TIME`]. Others
-    /// may be gone as well.
-    pub(crate) fn has_lost_server_lately(&self, now: Instant) -> bool {
-        let lost_at = *self.server_lost_at.lock();
-        lost_at.is_some_and(|at| now.saturating_duration_since(at) < liveness::ALERT_TIME)
+    /// Whether a tunnel that was quiet for this time is to be pinged before its keep-alive of this
+    /// interval; the caller then does so.
+    pub(crate) fn is_ping_due(
+        &self,
+        tunnel: &ServerTunnel,
+        now: Instant,
+        quiet: Duration,
+        keep_alive_interval: Option<Duration>,
+    ) -> bool {
+        let tunnels = self.in_use();
+        let index = tunnels.iter().position(|other| std::ptr::eq(&**other, tunnel));
+        let count = |count| u32::try_from(count).unwrap_or(u32::MAX);
+        index.is_some_and(|index| {
+            let position = (count(index), count(tunnels.len()));
+            self.sweep.lock().is_due(now, quiet, position, keep_alive_interval)
+        })
     }
 
     /// Records that the agent's certificate was replaced: each tunnel is to be made anew.

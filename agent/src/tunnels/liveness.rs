@@ -8,7 +8,7 @@
 //!
 //! An idle tunnel has nothing that could remain unacknowledged but its keep-alive, so the time until
 //! its silence is noticed is that interval, and at most two seconds more on short paths. Servers are
-//! often lost together, so after the loss of one the others are pinged more often for a while.
+//! often lost together, so the pings of several are spread: see [`Sweep`](super::sweep::Sweep).
 
 use std::time::Duration;
 
@@ -38,11 +38,6 @@ const REFUSED_INTERVAL_MIN: Duration = Duration::from_millis(1);
 const REFUSED_INTERVAL_MAX: Duration = Duration::from_millis(25);
 /// Time for which streams may be quiet before the peer is pinged.
 const QUIET_LIMIT: Duration = Duration::from_secs(2);
-/// The same for any tunnel, with or without streams, while servers are being lost. It is less than
-/// the interval of the checks, so each check finds that it has passed.
-const ALERT_QUIET_LIMIT: Duration = Duration::from_millis(400);
-/// Time for which the loss of one server lets the agent expect the loss of others.
-pub(crate) const ALERT_TIME: Duration = Duration::from_secs(5);
 
 /// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,14 +125,14 @@ impl Liveness {
         }
     }
 
-    /// Checks a tunnel that carries `streams` streams. `alert` is whether another server was lost
-    /// within the last [`ALERT_TIME`].
+    /// Checks a tunnel that carries `streams` streams. `is_due` decides whether a peer that was quiet
+    /// for this time is to be pinged early.
     pub(crate) fn check(
         &mut self,
         now: Instant,
         stats: &TunnelStats,
         streams: usize,
-        alert: bool,
+        is_due: impl FnOnce(Duration) -> bool,
     ) -> Verdict {
         if let Some(Refused { at, rtt }) = self.refused
             && now.saturating_duration_since(at) < rtt.mul_f64(REFUSED_SHARE)
@@ -160,12 +155,14 @@ impl Liveness {
         let quiet = now.saturating_duration_since(self.heard_at);
         let unanswered = stats.eliciting_frames != self.eliciting_frames;
         let quiet_limit = match streams {
-            _ if alert => Some(ALERT_QUIET_LIMIT),
             // The peer was due to answer the keep-alive.
             0 => self.keep_alive_interval.map(|interval| interval + limit),
             _ => Some(QUIET_LIMIT.max(limit)),
         };
-        if (unanswered && quiet >= limit) || quiet_limit.is_some_and(|limit| quiet >= limit) {
+        if (unanswered && quiet >= limit)
+            || quiet_limit.is_some_and(|limit| quiet >= limit)
+            || is_due(quiet)
+        {
             self.asked_at = Some(now);
             return Verdict::Ask;
         }
@@ -184,7 +181,7 @@ mod tests {
         liveness: Liveness,
         now: Instant,
         stats: TunnelStats,
-        alert: bool,
+        early: bool,
     }
 
     impl Watched {
@@ -193,7 +190,7 @@ mod tests {
             stats.rtt = Duration::from_millis(rtt_millis);
             let now = Instant::now();
             let liveness = Liveness::new(Carrier::Quic, now, &stats, Some(KEEP_ALIVE));
-            Self { liveness, now, stats, alert: false }
+            Self { liveness, now, stats, early: false }
         }
 
         /// The verdicts of `checks` checks other than `Fine`, each with the number of its check.
@@ -201,7 +198,7 @@ mod tests {
             let mut verdicts = Vec::new();
             for check in 1..=checks {
                 self.now += BUSY_INTERVAL;
-                let verdict = self.liveness.check(self.now, &self.stats, streams, self.alert);
+                let verdict = self.liveness.check(self.now, &self.stats, streams, |_| self.early);
                 if verdict != Verdict::Fine {
                     verdicts.push((check, verdict));
                 }
@@ -253,16 +250,16 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_tunnel_is_pinged_at_each_check_while_servers_are_being_lost() {
+    fn an_idle_tunnel_is_pinged_early_where_that_is_due() {
         let mut tunnel = Watched::new(50);
-        tunnel.alert = true;
+        tunnel.early = true;
         for _ in 0..3 {
-            assert_eq!(tunnel.check(2, 0), [(2, Verdict::Ask)]);
+            assert_eq!(tunnel.check(1, 0), [(1, Verdict::Ask)]);
             tunnel.stats.eliciting_frames += 1;
             tunnel.stats.received_bytes += 40;
             assert_eq!(tunnel.check(1, 0), []);
         }
-        assert_eq!(tunnel.check(5, 0), [(2, Verdict::Ask), (5, Verdict::Silent)]);
+        assert_eq!(tunnel.check(4, 0), [(1, Verdict::Ask), (4, Verdict::Silent)]);
     }
 
     #[test]
@@ -303,7 +300,7 @@ mod tests {
         let check = |tunnel: &mut Watched, millis, received| {
             tunnel.stats.received_bytes += received;
             let now = tunnel.now + Duration::from_millis(millis);
-            tunnel.liveness.check(now, &tunnel.stats, 1, false)
+            tunnel.liveness.check(now, &tunnel.stats, 1, |_| false)
         };
         assert_eq!(check(&mut tunnel, 0, 0), Verdict::Refused);
         // What was in flight is no answer.

@@ -377,8 +377,8 @@ async fn watch_control(
             () = sleep(liveness.interval(streams.len())), if entry.rank != Rank::Grpc => {
                 let stats = entry.tunnel.stats();
                 let now = Instant::now();
-                let alert = tunnels.has_lost_server_lately(now);
-                let verdict = liveness.check(now, &stats, streams.len(), alert);
+                let is_due = |quiet| tunnels.is_ping_due(entry, now, quiet, keep_alive);
+                let verdict = liveness.check(now, &stats, streams.len(), is_due);
                 tunnels.set_suspicion(entry, match verdict {
                     Verdict::Fine | Verdict::Ask => None,
                     Verdict::Silent => Some(Suspicion::Silent),
