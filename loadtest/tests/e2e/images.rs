@@ -269,9 +269,9 @@ fn the_dockerfile_and_the_manifests_name_this_version() {
     let read = |path: &str| fs::read_to_string(root().join("deploy").join(path)).unwrap();
     let label = format!("org.opencontainers.image.version={version} ");
     assert_eq!(read("images/Dockerfile").matches(&label).count(), SIDES.len());
-    for (side, manifest) in SIDES.iter().zip(["server-sidecar", "agent-daemonset"]) {
-        let image = format!("image: localhost/{side}:{version} ");
-        assert!(read(&format!("kubernetes/{manifest}.yaml")).contains(&image), "{manifest}");
+    for side in SIDES {
+        let image = format!("image: localhost/{side}:{version}\n");
+        assert!(read("helm/rendered/kubeadm.yaml").contains(&image), "{side}");
     }
 }
 
