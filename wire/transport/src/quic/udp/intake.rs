@@ -35,15 +35,15 @@ pub(super) struct Intake {
     /// The same, by connection.
     flows: Box<[u64; FLOWS]>,
     /// What assigns counters to connections in this round.
-    factor: u64,
+    key: u64,
     pub(super) is_paused: bool,
 }
 
 impl Intake {
     /// `limit` is the maximum number of bytes that wait, which are those of two rounds.
     pub(super) fn new(rounds: Arc<Rounds>, limit: u64) -> Self {
-        let (limit, factor) = (limit / 2, fastrand::u64(..) | 1);
-        Self { rounds, limit, taken: 0, flows: Box::new([0; FLOWS]), factor, is_paused: false }
+        let (limit, key) = (limit / 2, fastrand::u64(..));
+        Self { rounds, limit, taken: 0, flows: Box::new([0; FLOWS]), key, is_paused: false }
     }
 
     /// Waits until packets may be received.
@@ -60,8 +60,7 @@ impl Intake {
     /// Takes a packet; whether it is to be handed on.
     pub(super) fn admit(&mut self, packet: &[u8], source: IpAddr) -> bool {
         let must_choose = self.taken >= self.limit / 2 && !self.begin_round();
-        let flow = flow(packet, source).wrapping_mul(self.factor);
-        let taken = &mut self.flows[(flow >> (64 - FLOWS.ilog2())) as usize];
+        let taken = &mut self.flows[counter(flow(packet, source), self.key)];
         let left = self.limit.saturating_sub(self.taken);
         if must_choose && *taken > 0 && *taken >= left / LARGE_PART {
             return false;
@@ -80,7 +79,7 @@ impl Intake {
     fn begin_round(&mut self) -> bool {
         let begun = self.rounds.begin_next();
         if begun {
-            (self.taken, *self.flows, self.factor) = (0, [0; FLOWS], fastrand::u64(..) | 1);
+            (self.taken, *self.flows, self.key) = (0, [0; FLOWS], fastrand::u64(..));
         }
         begun
     }
@@ -98,6 +97,15 @@ fn flow(packet: &[u8], source: IpAddr) -> u64 {
             IpAddr::V6(address) => (address.to_bits() >> 64) as u64,
         },
     }
+}
+
+/// The counter of a connection. Other ones share it under each key, whatever the ids have in common
+/// (the finalizer of SplitMix64, Steele and others 2014).
+fn counter(flow: u64, key: u64) -> usize {
+    let mixed = flow ^ key;
+    let mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    (mixed >> (64 - FLOWS.ilog2())) as usize
 }
 
 #[cfg(test)]
