@@ -205,7 +205,7 @@ impl PacketKey for InspectingKey {
         self.key.decrypt(packet, header, payload)?;
         let is_accepted = match &self.inbound {
             Some(inbound) => inbound.inspect(packet, payload),
-            None => has_few_pieces(payload, true),
+            None => has_few_pieces(payload),
         };
         if is_accepted { Ok(()) } else { Err(CryptoError) }
     }

@@ -60,14 +60,21 @@ impl Inbound {
     /// Looks at the frames of the packet with this number; whether quinn may have it. Replaces it by
     /// one that ends the connection, if the peer does what it may not.
     pub(super) fn inspect(&self, number: u64, payload: &mut [u8]) -> bool {
-        let is_cut = self.unread.get().is_some_and(|unread| unread.is_cut());
-        if is_cut || !has_few_pieces(payload, self.is_stranger.load(Relaxed)) {
+        if self.unread.get().is_some_and(|unread| unread.is_cut()) {
             return false;
         }
         if self.violation.get().is_none() {
-            let count = Frames::of(payload)
-                .fold(0_u32, |count, frame| count.saturating_add(self.retirements_of(frame)));
-            if count > 0 && !self.retirements.lock().take(number, count, Instant::now()) {
+            let is_stranger = self.is_stranger.load(Relaxed);
+            let (mut pieces, mut retirements) = (0, 0_u32);
+            for frame in Frames::of(payload) {
+                pieces += usize::from(is_piece(&frame, is_stranger));
+                if pieces > MAX_PIECES {
+                    return false;
+                }
+                retirements = retirements.saturating_add(self.retirements_of(frame));
+            }
+            if retirements > 0 && !self.retirements.lock().take(number, retirements, Instant::now())
+            {
                 let _ = self.violation.set(EXCESS);
             }
         }
@@ -147,14 +154,18 @@ impl Inbound {
     }
 }
 
-/// Whether a packet has few pieces of TLS, and few of streams if it is a stranger's.
-pub(super) fn has_few_pieces(payload: &[u8], is_stranger: bool) -> bool {
-    let is_piece = |frame: &Frame| match frame {
+/// Whether a stranger's packet has few pieces of TLS and of streams.
+pub(super) fn has_few_pieces(payload: &[u8]) -> bool {
+    Frames::of(payload).filter(|frame| is_piece(frame, true)).nth(MAX_PIECES).is_none()
+}
+
+/// Whether a packet may have [`MAX_PIECES`] of such frames.
+fn is_piece(frame: &Frame, is_stranger: bool) -> bool {
+    match frame {
         Frame::Crypto => true,
         Frame::Stream { .. } => is_stranger,
         _ => false,
-    };
-    Frames::of(payload).filter(is_piece).nth(MAX_PIECES).is_none()
+    }
 }
 
 /// The retirements of connection ids that a peer may send.
