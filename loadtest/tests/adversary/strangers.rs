@@ -32,11 +32,9 @@ const DEADLINE: Duration = Duration::from_secs(14);
 /// Growth of the server's memory that no attack of a few strangers may pass.
 const MEMORY: u64 = 24 * MIB;
 
-/// Number of peers that may be strangers at the same time.
-const PLACES: u64 = 1024;
-/// Cost of a stranger over QUIC, at most: its handshake, with 16 KiB of TLS and what it takes to join
-/// their pieces.
-const STRANGER: u64 = 96 << 10;
+/// Cost of a stranger over QUIC, at most: a handshake of 55 KiB, 16 KiB of TLS, the 32 KiB that quinn
+/// keeps in excess of its pieces before it joins them, and what the allocator adds.
+const STRANGER: u64 = 120 << 10;
 /// Number of calls that one connection may make before it is admitted.
 const CALLS_EACH: u32 = 4;
 
@@ -219,8 +217,7 @@ async fn quic_handshakes_that_never_end_do_not_keep_agents_out() {
         assert!(took < JOIN_TIME, "{took:?}");
         let cost = victim.cost();
         assert!(cost.log < 64 << 10, "{} bytes of log", cost.log);
-        let bound = PLACES * STRANGER;
-        assert!(cost.peak_memory < bound, "{} of {bound} bytes", cost.peak_memory);
+        assert!(cost.peak_memory < 70 * MIB, "{} bytes", cost.peak_memory);
     })
     .await;
 }

@@ -3,7 +3,7 @@
 pub(crate) mod recheck;
 pub(crate) mod renewal;
 
-use std::{mem, sync::Arc, time::Duration};
+use std::{mem, pin::pin, sync::Arc, time::Duration};
 
 use culvert_process::{
     metrics::{PacketType, Segment},
@@ -55,7 +55,13 @@ pub(super) async fn serve(
         Err(error) => return join::record_failure(remote, &error, &context),
     };
     drop(attempt);
-    let Joined { backend, control, servers } = joined;
+    // Allocated now, so that the task of a stranger has no room for what follows the admission.
+    Box::pin(serve_joined(joined, &context)).await;
+}
+
+/// Serves an agent that has joined until its tunnel is lost.
+async fn serve_joined(Joined { backend, control, servers }: Joined, context: &AgentContext) {
+    let remote = backend.tunnel.remote_address();
     let backend = Arc::new(backend);
     let agent_id = backend.agent_id().clone();
     let registration = match context.backends.register(backend.clone()) {
@@ -63,17 +69,16 @@ pub(super) async fn serve(
         Err(error) => {
             let error = join::not_registered(&backend.claims, error);
             backend.tunnel.close(error.close_code(), error.close_reason());
-            return join::record_failure(remote, &error, &context);
+            return join::record_failure(remote, &error, context);
         }
     };
     let has_another = context.backends.has_another(&backend);
     if !has_another {
         log_connected(&backend);
     }
-    record_conflicts(&backend, registration.held(), &context);
-    let proof = ProofKeeper::new(&backend, &context);
-    let driving = drive(&backend, control, (proof, servers), &context);
-    tokio::pin!(driving);
+    record_conflicts(&backend, registration.held(), context);
+    let proof = ProofKeeper::new(&backend, context);
+    let mut driving = pin!(drive(&backend, control, (proof, servers), context));
     let early = match has_another {
         true => timeout(MEETING_TIME, &mut driving).await.ok(),
         false => None,
