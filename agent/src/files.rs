@@ -6,7 +6,7 @@ use culvert_process::{
     faults::{ConfigErrors, Faults},
     kubernetes::CurrentClient,
     metrics::Metrics,
-    reload::{Files, LoadError, ReloadMetrics, Reloads},
+    reload::{Files, LifeMetrics, LoadError, ReloadMetrics, Reloads},
 };
 use culvert_transport::{
     tcp::Proxies,
@@ -21,7 +21,15 @@ use crate::config::{Config, EgressConfig, Policy};
 /// Names of the metrics.
 const METRICS: ReloadMetrics = ReloadMetrics {
     reloads: "culvert_agent_reload_total",
-    expiry: "culvert_agent_certificate_expiry_seconds",
+    failing: "culvert_agent_reload_failing",
+    certificate: LifeMetrics {
+        expiry: "culvert_agent_certificate_expiry_seconds",
+        lifetime: "culvert_agent_certificate_lifetime_seconds",
+    },
+    token: LifeMetrics {
+        expiry: "culvert_agent_token_expiry_seconds",
+        lifetime: "culvert_agent_token_lifetime_seconds",
+    },
 };
 
 /// What the agent's files hold, kept up to date.

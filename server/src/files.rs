@@ -6,7 +6,7 @@ use culvert_process::{
     faults::{CertificatePair, ConfigErrors, Faults},
     kubernetes::CurrentClient,
     metrics::Metrics,
-    reload::{Files, ReloadMetrics, Reloads},
+    reload::{Files, LifeMetrics, ReloadMetrics, Reloads},
 };
 use culvert_transport::{
     quic::ResetKey,
@@ -21,7 +21,15 @@ use crate::{
 /// Names of the metrics.
 const METRICS: ReloadMetrics = ReloadMetrics {
     reloads: "culvert_server_reload_total",
-    expiry: "culvert_server_certificate_expiry_seconds",
+    failing: "culvert_server_reload_failing",
+    certificate: LifeMetrics {
+        expiry: "culvert_server_certificate_expiry_seconds",
+        lifetime: "culvert_server_certificate_lifetime_seconds",
+    },
+    token: LifeMetrics {
+        expiry: "culvert_server_token_expiry_seconds",
+        lifetime: "culvert_server_token_lifetime_seconds",
+    },
 };
 
 /// What the server's files hold, kept up to date.

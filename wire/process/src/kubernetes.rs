@@ -229,11 +229,11 @@ impl KubernetesConfig {
         match (&user.client_certificate_data, &user.client_certificate) {
             (Some(data), _) => {
                 let pem = BASE64.decode(data).unwrap_or_default();
-                files.record_certificates(path, &pem);
+                files.record_chain(path, &pem);
             }
             (None, Some(file)) => {
                 let contents = files.read(Path::new(file))?;
-                files.record_certificates(Path::new(file), &contents);
+                files.record_chain(Path::new(file), &contents);
             }
             (None, None) => {}
         }
@@ -330,7 +330,11 @@ fn read_token(files: &mut Files, user: &mut AuthInfo, kubeconfig: &Path) -> Resu
         return Ok(());
     }
     let (file, token) = match (&user.token, &user.token_file) {
-        (Some(token), _) => (kubeconfig, token.expose_secret().trim().to_owned()),
+        (Some(token), _) => {
+            let token = token.expose_secret().trim().to_owned();
+            files.record_token(&token);
+            (kubeconfig, token)
+        }
         (None, Some(file)) => {
             let file = Path::new(file);
             (file, files.token(file)?.expose().to_owned())
@@ -362,7 +366,7 @@ fn record_authorities(files: &mut Files, path: &Path, pem: &[u8]) -> Result<(), 
     if CertificateDer::pem_slice_iter(pem).all(|certificate| certificate.is_err()) {
         return Err(LoadError::new(format!("{}: holds no certificate", path.display())));
     }
-    files.record_certificates(path, pem);
+    files.record_authorities(path, pem);
     Ok(())
 }
 

@@ -27,7 +27,10 @@ use tracing::info;
 
 pub(crate) use self::certificates::parse_private_key;
 pub use self::files::{Files, LoadError};
-use self::{expiry::Expiries, set::Set};
+use self::{
+    expiry::{Expiries, Life},
+    set::{Counts, Set},
+};
 use crate::{metrics::Metrics, rate_limited, threads::on_thread};
 
 /// Time between two looks at the files. kubelet takes a minute to update a Secret volume, and a
@@ -51,8 +54,45 @@ const UNSEEN_INTERVAL: Duration = Duration::from_secs(10);
 pub struct ReloadMetrics {
     /// Counter of reloads, by `file` and `result`.
     pub reloads: &'static str,
-    /// Gauge of the time until a certificate expires, by `file`.
+    /// Gauge that is above 0 while the contents of a file cannot be used, by `file`.
+    pub failing: &'static str,
+    /// Gauges of certificates.
+    pub certificate: LifeMetrics,
+    /// Gauges of tokens.
+    pub token: LifeMetrics,
+}
+
+/// Names of the metrics of what expires.
+#[derive(Clone, Copy, Debug)]
+pub struct LifeMetrics {
+    /// Gauge of the time until the expiry, in seconds, by `file`.
     pub expiry: &'static str,
+    /// Gauge of the time from the begin of the validity to its end, in seconds, by `file`.
+    pub lifetime: &'static str,
+}
+
+/// The gauges of one file.
+#[derive(Debug)]
+struct LifeGauges([Gauge; 2]);
+
+impl LifeGauges {
+    fn new(metrics: &Metrics, names: LifeMetrics, file: &str) -> Self {
+        Self([names.expiry, names.lifetime].map(|name| metrics.gauge(name, &[("file", file)])))
+    }
+
+    fn set(&self, life: Option<Life>, now: i64) {
+        for (gauge, seconds) in self.0.iter().zip(Life::seconds(life, now)) {
+            gauge.set(seconds);
+        }
+    }
+}
+
+/// What expires in one file. There are no gauges for what the file did not hold at first.
+#[derive(Debug)]
+struct Expiring {
+    expiries: Expiries,
+    certificate: Option<LifeGauges>,
+    token: Option<LifeGauges>,
 }
 
 /// The files that a process reads, and reads again. Clones share them.
@@ -60,7 +100,7 @@ pub struct ReloadMetrics {
 pub struct Reloads {
     sets: Arc<Mutex<Vec<Set>>>,
     /// Not behind the lock of `sets`, which is held while files are read.
-    expiries: Arc<SyncMutex<Vec<(Expiries, Gauge)>>>,
+    expiries: Arc<SyncMutex<Vec<Expiring>>>,
     asked: Arc<Notify>,
     metrics: Metrics,
     names: ReloadMetrics,
@@ -82,9 +122,24 @@ impl Reloads {
             "Files that had changed and were read again, by file and result.",
         );
         metrics.describe_gauge(
-            names.expiry,
-            "Time until the certificate in the file expires, in seconds; negative afterwards.",
+            names.failing,
+            "Above 0 while the contents of the file cannot be used and older ones are in use.",
         );
+        for (names, expiry, lifetime) in [
+            (
+                names.certificate,
+                "Time until the certificate in the file expires, in seconds; negative afterwards.",
+                "Time for which the certificate in the file is valid in all, in seconds.",
+            ),
+            (
+                names.token,
+                "Time until the token in the file expires, in seconds; negative afterwards.",
+                "Time for which the token in the file is valid in all, in seconds.",
+            ),
+        ] {
+            metrics.describe_gauge(names.expiry, expiry);
+            metrics.describe_gauge(names.lifetime, lifetime);
+        }
         Self {
             sets: Arc::default(),
             expiries: Arc::default(),
@@ -116,11 +171,15 @@ impl Reloads {
             counter
         };
         let now = (self.clock)();
-        let (set, current) = Set::load(file, load, (count("ok"), count("failed")), now)?;
+        let failing = self.metrics.gauge(self.names.failing, &[("file", &name)]);
+        let counts = Counts { ok: count("ok"), failed: count("failed"), failing };
+        let (set, current) = Set::load(file, load, counts, now)?;
         let expiries = set.expiries();
-        if expiries.next(now).is_some() {
-            let gauge = self.metrics.gauge(self.names.expiry, &[("file", &name)]);
-            self.expiries.lock().push((expiries, gauge));
+        let gauges = |names| LifeGauges::new(&self.metrics, names, &name);
+        let certificate = expiries.next(now).map(|_| gauges(self.names.certificate));
+        let token = expiries.token().map(|_| gauges(self.names.token));
+        if certificate.is_some() || token.is_some() {
+            self.expiries.lock().push(Expiring { expiries, certificate, token });
         }
         let mut sets = self.sets.try_lock().expect("no file is looked at before all are known");
         sets.push(set);
@@ -201,11 +260,13 @@ impl Reloads {
     /// Updates the gauges, and warns of certificates that expire soon.
     fn check_expiries(&self) {
         let now = (self.clock)();
-        for (expiries, gauge) in &*self.expiries.lock() {
+        for Expiring { expiries, certificate, token } in &*self.expiries.lock() {
             expiries.warn(now);
-            if let Some(expiry) = expiries.next(now) {
-                #[expect(clippy::cast_precision_loss, reason = "no date is 2^52 seconds away")]
-                gauge.set((expiry - now) as f64);
+            if let Some(gauges) = certificate {
+                gauges.set(expiries.next(now), now);
+            }
+            if let Some(gauges) = token {
+                gauges.set(expiries.token(), now);
             }
         }
     }

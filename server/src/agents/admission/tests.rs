@@ -2,7 +2,7 @@ use std::{collections::HashSet, time::Duration};
 
 use culvert_process::{
     metrics::Metrics,
-    reload::{Files, ReloadMetrics, Reloads},
+    reload::{Files, LifeMetrics, ReloadMetrics, Reloads},
 };
 use http::StatusCode;
 use k8s_openapi::api::authentication::v1::{TokenReviewSpec, TokenReviewStatus};
@@ -342,7 +342,13 @@ async fn the_files_are_looked_at_after_a_review_that_failed_or_was_not_answered(
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("kubeconfig");
         std::fs::write(&file, "old").unwrap();
-        let names = ReloadMetrics { reloads: "reloads", expiry: "expiry" };
+        let life = LifeMetrics { expiry: "expiry", lifetime: "lifetime" };
+        let names = ReloadMetrics {
+            reloads: "reloads",
+            failing: "failing",
+            certificate: life,
+            token: life,
+        };
         let reloads = Reloads::new(&Metrics::new("1", &[]).unwrap(), names);
         let watched = file.clone();
         let mut contents =

@@ -25,6 +25,8 @@ pub(super) struct Validity {
     pub(super) not_before: i64,
     /// The last second.
     pub(super) not_after: i64,
+    /// Whether it is the certificate of this process, not one of a CA.
+    pub(super) is_own: bool,
 }
 
 impl Validity {
@@ -40,6 +42,7 @@ impl Validity {
             subject: parsed.subject().to_string(),
             not_before: validity.not_before.timestamp(),
             not_after: validity.not_after.timestamp(),
+            is_own: false,
         })
     }
 
@@ -95,7 +98,8 @@ impl Files {
         // Both are read, so that a change of either is noticed.
         let (chain, key) = (self.read(file), self.read(key_file));
         let identity = Identity::from_pem((file, &chain?), (key_file, &key?))?;
-        let validities = validities(file, &identity.chain)?;
+        let mut validities = validities(file, &identity.chain)?;
+        validities[0].is_own = true;
         let leaf = validities[0].clone();
         // The algorithms of keys do not depend on the key exchange.
         let certified = identity.certified(&KeyExchange::Hybrid.provider()).map_err(|error| {
@@ -148,11 +152,22 @@ impl Files {
         Ok(found.roots)
     }
 
-    /// Records the certificates in a PEM text of a file, if it holds any: for expiry alone.
-    pub(crate) fn record_certificates(&mut self, file: &Path, pem: &[u8]) {
+    /// Records the CAs in a PEM text of a file, if it holds any: for expiry alone.
+    pub(crate) fn record_authorities(&mut self, file: &Path, pem: &[u8]) {
         if let Ok(found) = Authorities::from_pem(file, pem) {
             let validities = found.certificates.iter().map(|found| Validity::of(file, found));
             validities.flatten().for_each(|validity| self.record(validity));
+        }
+    }
+
+    /// Records the certificates in a PEM text of a file, if it holds any, of which the first is that
+    /// of this process: for expiry alone.
+    pub(crate) fn record_chain(&mut self, file: &Path, pem: &[u8]) {
+        let chain = parse_chain(file, pem).unwrap_or_default();
+        let validities = validities(file, &chain).unwrap_or_default();
+        for (index, mut validity) in validities.into_iter().enumerate() {
+            validity.is_own = index == 0;
+            self.record(validity);
         }
     }
 }

@@ -9,7 +9,10 @@ use culvert_transport::tls::{TlsError, read_file};
 use culvert_wire::control::Secret;
 use nix::unistd::{getegid, geteuid};
 
-use super::{certificates::Validity, expiry::Expiries};
+use super::{
+    certificates::Validity,
+    expiry::{Expiries, Life},
+};
 use crate::descriptors::is_shortage;
 
 /// Why a set of files cannot be used, with the name of the file.
@@ -36,6 +39,8 @@ pub struct Files {
     seen: Vec<Seen>,
     warnings: Vec<String>,
     certificates: Vec<Validity>,
+    /// When the token of the set is valid, if it has one with dates.
+    token: Option<Life>,
     /// When the certificate that this process presents is valid.
     presented: Option<Validity>,
     /// Why the files could not be looked at, which says nothing about them.
@@ -94,6 +99,7 @@ impl Files {
         if text.is_empty() {
             return Err(fault("holds no token".into()));
         }
+        self.record_token(text);
         Secret::new(text).map_err(|error| fault(error.to_string()))
     }
 
@@ -117,6 +123,11 @@ impl Files {
     /// Records until when a certificate of the set is valid.
     pub(super) fn record(&mut self, validity: Validity) {
         self.certificates.push(validity);
+    }
+
+    /// Records until when the token of the set is valid, if it says so.
+    pub(crate) fn record_token(&mut self, token: &str) {
+        self.token = Life::of_token(token);
     }
 
     /// Records the certificate that this process presents.
@@ -154,9 +165,14 @@ impl Files {
         self.presented.as_ref()
     }
 
-    /// The certificates of the set.
+    /// The certificates and the token of the set.
     pub(super) fn expiries(&self) -> Expiries {
-        Expiries::new(self.certificates.clone())
+        Expiries::new(&self.certificates, self.token)
+    }
+
+    /// When the token of the set is valid.
+    pub(super) fn token_life(&self) -> Option<Life> {
+        self.token
     }
 
     /// Whether the set has a certificate.

@@ -3,13 +3,23 @@
 use std::{fmt, io, path::PathBuf};
 
 use culvert_transport::tls::Current;
-use metrics::Counter;
+use metrics::{Counter, Gauge};
 use tracing::{info, warn};
 
 use super::{Files, LoadError, certificates::date, expiry::Expiries};
 
 /// Loads a set anew; the result replaces the current value when it is called.
 type Load = Box<dyn Fn(&mut Files) -> Result<Box<dyn FnOnce()>, LoadError> + Send>;
+
+/// What is recorded about the looks at one set.
+pub(super) struct Counts {
+    /// Changed sets that were taken.
+    pub(super) ok: Counter,
+    /// Changed sets that were reported, because they cannot be used.
+    pub(super) failed: Counter,
+    /// Number of sets of this name of which this was the last report.
+    pub(super) failing: Gauge,
+}
 
 /// A set of files, and what became of the last look at them.
 pub(super) struct Set {
@@ -20,8 +30,9 @@ pub(super) struct Set {
     /// What the last attempt that failed was made of.
     failed: Option<Failed>,
     expiries: Expiries,
-    ok: Counter,
-    failures: Counter,
+    counts: Counts,
+    /// Whether the set is one of those that [`Counts::failing`] counts.
+    is_failing: bool,
 }
 
 /// A changed set that cannot be used.
@@ -41,7 +52,7 @@ impl Set {
     pub(super) fn load<T: Send + Sync + 'static>(
         file: PathBuf,
         load: impl Fn(&mut Files) -> Result<T, LoadError> + Send + 'static,
-        (ok, failures): (Counter, Counter),
+        counts: Counts,
         now: i64,
     ) -> Result<(Self, Current<T>), LoadError> {
         let mut files = Files::default();
@@ -57,7 +68,9 @@ impl Set {
             warn!(fault, "a certificate is not valid yet");
         }
         let expiries = files.expiries();
-        let set = Self { file, load, current: files, failed: None, expiries, ok, failures };
+        counts.failing.increment(0.0);
+        let is_failing = false;
+        let set = Self { file, load, current: files, failed: None, expiries, counts, is_failing };
         set.log_warnings();
         Ok((set, value))
     }
@@ -75,15 +88,17 @@ impl Set {
         if self.current.are_unchanged()? {
             // Also after a failure: what was bad is gone, and the value in use is that of the files.
             self.failed = None;
+            self.set_failing(false);
             return Ok(true);
         }
         let mut files = Files::default();
         match (self.load)(&mut files).and_then(|replace| self.accept(&files, now).map(|()| replace))
         {
             Ok(replace) => {
-                self.expiries.replace(files.certificates());
+                self.expiries.replace(files.certificates(), files.token_life());
                 (self.current, self.failed) = (files, None);
-                self.ok.increment(1);
+                self.counts.ok.increment(1);
+                self.set_failing(false);
                 self.log_reload();
                 // Last, so that a task that waits for it finds it counted.
                 replace();
@@ -115,12 +130,22 @@ impl Set {
             let file = self.file.display();
             warn!(%file, %error, "a changed file cannot be used, the last good one stays in use");
             if !was_reported {
-                self.failures.increment(1);
+                self.counts.failed.increment(1);
             }
+            self.set_failing(true);
         }
         let is_reported = was_reported || report;
         self.failed = Some(Failed { files, is_reported });
         is_reported
+    }
+
+    /// Two sets may have one name, such as a CA of agents and of frontends.
+    fn set_failing(&mut self, is_failing: bool) {
+        match (std::mem::replace(&mut self.is_failing, is_failing), is_failing) {
+            (false, true) => self.counts.failing.increment(1.0),
+            (true, false) => self.counts.failing.decrement(1.0),
+            _ => {}
+        }
     }
 
     fn log_reload(&self) {

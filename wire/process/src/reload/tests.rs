@@ -6,6 +6,7 @@ use std::{
     time::SystemTime,
 };
 
+use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use rcgen::{CertificateParams, KeyPair, date_time_ymd};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -19,7 +20,12 @@ struct Rig {
     reloads: Reloads,
 }
 
-const NAMES: ReloadMetrics = ReloadMetrics { reloads: "reloads_total", expiry: "expiry_seconds" };
+const NAMES: ReloadMetrics = ReloadMetrics {
+    reloads: "reloads_total",
+    failing: "failing",
+    certificate: LifeMetrics { expiry: "expiry_seconds", lifetime: "lifetime_seconds" },
+    token: LifeMetrics { expiry: "token_expiry_seconds", lifetime: "token_lifetime_seconds" },
+};
 
 impl Rig {
     fn new() -> Self {
@@ -69,8 +75,18 @@ impl Rig {
     }
 
     fn expiry(&self, name: &str) -> i64 {
+        self.of_file(NAMES.certificate.expiry, name).parse().unwrap()
+    }
+
+    /// Whether the contents of this file cannot be used.
+    fn is_failing(&self, name: &str) -> bool {
+        self.of_file(NAMES.failing, name) == "1"
+    }
+
+    /// Value of this metric of a file.
+    fn of_file(&self, metric: &str, name: &str) -> String {
         let file = self.path(name).display().to_string();
-        self.value(&format!("{}{{file=\"{file}\"}} ", NAMES.expiry)).parse().unwrap()
+        self.value(&format!("{metric}{{file=\"{file}\"}} "))
     }
 
     fn value(&self, series: &str) -> String {
@@ -148,15 +164,18 @@ async fn the_last_good_contents_stay_in_use_until_others_are_good() {
     rig.write("a", "old");
     let mut value = rig.add("a");
     let _keep = rig.keep();
+    assert!(!rig.is_failing("a"));
     rig.write("a", "bad");
     assert!(timeout(NOTICED * 3, value.replaced()).await.is_err());
-    assert_eq!(rig.count("a"), (0, 1), "once for each contents");
+    assert_eq!((rig.count("a"), rig.is_failing("a")), ((0, 1), true), "once for each contents");
     fs::remove_file(rig.path("a")).unwrap();
     assert!(timeout(NOTICED * 3, value.replaced()).await.is_err());
     assert_eq!((value.get().as_str(), rig.count("a")), ("old", (0, 2)));
+    assert!(rig.is_failing("a"));
     rig.write("a", "new");
     timeout(NOTICED, value.replaced()).await.unwrap();
     assert_eq!((value.get().as_str(), rig.count("a")), ("new", (1, 2)));
+    assert!(!rig.is_failing("a"));
 }
 
 #[tokio::test(start_paused = true)]
@@ -180,8 +199,15 @@ async fn bad_contents_that_give_way_to_those_in_use_are_forgotten() {
     for text in ["bad", "old", "bad", "old"] {
         rig.write("a", text);
         rig.reloads.look_at_all(false).await;
+        assert!(!rig.is_failing("a"), "{text}");
     }
     assert_eq!(rig.count("a"), (0, 0));
+    rig.write("a", "bad");
+    rig.reloads.look_on_request().await;
+    assert!(rig.is_failing("a"));
+    rig.write("a", "old");
+    rig.reloads.look_at_all(false).await;
+    assert!(!rig.is_failing("a"));
 }
 
 #[tokio::test(start_paused = true)]
@@ -337,6 +363,55 @@ async fn the_expiry_of_the_current_certificate_is_a_metric() {
     write_pair(&rig, &bad.display().to_string(), "");
     rig.reloads.look().await;
     assert_eq!(rig.expiry("crt"), (364 + 365) * DAY);
+    assert_eq!(rig.of_file(NAMES.certificate.lifetime, "crt"), (3 * 365 * DAY).to_string());
+}
+
+/// A peer refuses a chain of which one certificate has expired.
+#[tokio::test(start_paused = true)]
+async fn a_chain_expires_with_the_first_of_its_certificates() {
+    let (leaf, intermediate) = (pair(2029, 2030), pair(2020, 2040));
+    let chain = (format!("{}{}", leaf.0, intermediate.0), leaf.1);
+    let (rig, _presented) = rig_with_pair(&chain, || NOW);
+    assert_eq!(rig.expiry("crt"), -DAY);
+    assert_eq!(rig.of_file(NAMES.certificate.lifetime, "crt"), (365 * DAY).to_string());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_ca_file_expires_with_the_next_of_its_certificates() {
+    let rig = Rig::at(|| NOW);
+    rig.write("ca", &[pair(2029, 2030).0, pair(2029, 2031).0, pair(2029, 2032).0].concat());
+    let path = rig.path("ca");
+    let _roots = rig.reloads.add(path.clone(), move |files: &mut Files| files.authorities(&path));
+    assert_eq!(rig.expiry("ca"), 364 * DAY);
+}
+
+/// A token with these claims.
+fn token(claims: &str) -> String {
+    let encode = |text: &str| BASE64_URL_SAFE_NO_PAD.encode(text);
+    format!("{}.{}.{}\n", encode("{}"), encode(claims), encode("s"))
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_expiry_and_the_lifetime_of_a_token_are_metrics_if_it_has_them() {
+    let rig = Rig::at(|| NOW);
+    let write = |issued: i64, expires: i64| {
+        rig.write("token", &token(&format!(r#"{{"iat":{issued},"exp":{expires}}}"#)));
+    };
+    write(NOW - 10, NOW + 20);
+    let path = rig.path("token");
+    let kept = rig.reloads.add(path.clone(), move |files: &mut Files| files.token(&path));
+    let _kept = kept.unwrap();
+    let values =
+        || [NAMES.token.expiry, NAMES.token.lifetime].map(|metric| rig.of_file(metric, "token"));
+    assert_eq!(values(), ["20", "30"]);
+    write(NOW, NOW + 60);
+    rig.reloads.look().await;
+    assert_eq!(values(), ["60", "60"]);
+    rig.write("token", "of another kind");
+    rig.reloads.look().await;
+    assert_eq!(values(), ["NaN", "NaN"]);
+    let scrape = rig.metrics.render(|_| {});
+    assert!(!scrape.contains("\nexpiry_seconds"), "{scrape}");
 }
 
 /// The seconds by which the clock of the next test is ahead of [`NOW`].
