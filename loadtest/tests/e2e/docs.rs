@@ -23,11 +23,11 @@ const SOURCES: [&str; 6] = [
 const PREFIXES: [&str; 4] =
     ["culvert_server_tunnel", "culvert_agent_tunnel", "culvert_server_udp", "culvert_agent_udp"];
 
-fn root() -> &'static Path {
+pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
 }
 
-fn read(path: impl AsRef<Path>) -> String {
+pub(crate) fn read(path: impl AsRef<Path>) -> String {
     fs::read_to_string(root().join(path)).unwrap()
 }
 
@@ -58,7 +58,7 @@ fn literals(source: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Whether this is the name of a metric of Culvert's.
-fn is_metric(name: &str) -> bool {
+pub(crate) fn is_metric(name: &str) -> bool {
     let prefixes = [
         "konnectivity_network_proxy_server_",
         "konnectivity_network_proxy_agent_",
@@ -80,7 +80,7 @@ fn scraped(scrape: &str) -> impl Iterator<Item = &str> {
 
 /// Names of the metrics in the first cells of a document's tables. `…_suffix` is the name of
 /// another metric of the same tunnel.
-fn documented(document: &str) -> BTreeSet<String> {
+pub(crate) fn documented(document: &str) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for row in document.lines().filter_map(|line| line.strip_prefix("| `")) {
         let cell = row.split(" | ").next().unwrap();

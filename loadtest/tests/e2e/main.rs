@@ -12,6 +12,7 @@ mod demo;
 mod deploy;
 mod dial;
 mod docs;
+mod docs_monitoring;
 mod ejection;
 mod expiry;
 mod grpc_packets;
