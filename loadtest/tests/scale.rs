@@ -99,7 +99,9 @@ async fn a_thousand_streams_at_once(
 ) {
     let _alone = ALONE.lock().await;
     within(async {
-        let rig = rig(frontend, carrier).start().await.unwrap();
+        // Handshakes of a thousand connections take longer than a dial may on a busy machine.
+        let patient = rig(frontend, carrier).server_flag("--backend-dial-timeout=60s");
+        let rig = patient.start().await.unwrap();
         let target = targets::echo().await.unwrap();
         let before = settled(&rig, &target).await;
         let rig = Arc::new(rig);
@@ -114,7 +116,13 @@ async fn a_thousand_streams_at_once(
         }
         let mut frontends = dials.join_all().await;
         // A client may have its answer a moment before it is counted.
-        eventually("a thousand are open", async || rig.server.established() == 1000.0).await;
+        let lost = "culvert_server_stream_ends_total\
+            {direction=\"both\",manner=\"reset\",code=\"tunnel_lost\"}";
+        eventually("a thousand are open", async || {
+            assert_eq!(rig.server.metric(lost), 0.0, "the tunnel was lost");
+            rig.server.established() == 1000.0
+        })
+        .await;
         for (frontend, index) in &mut frontends {
             assert_eq!(frontend.read_count(4).await.unwrap(), index.to_be_bytes());
         }

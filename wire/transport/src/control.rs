@@ -128,8 +128,10 @@ pub struct ControlStream {
     recv: RecvHalf,
     question: Option<Question>,
     pings: PingRate,
-    /// When the next report that the peer cannot be reached may cause a ping.
-    ask_from: Instant,
+    /// When the next ping may be sent: a peer that is pinged too often closes the tunnel.
+    ping_from: Instant,
+    /// Whether a ping waits for that time.
+    is_ping_due: bool,
     /// When the next report may cause a ping that has to be answered.
     question_from: Instant,
     /// Time left for the peer to grant credit for the messages of the writer.
@@ -193,7 +195,8 @@ impl ControlStream {
             recv,
             question: None,
             pings: PingRate::default(),
-            ask_from: Instant::now(),
+            ping_from: Instant::now(),
+            is_ping_due: false,
             question_from: Instant::now(),
             writing: None,
             next_echo: 0,
@@ -286,9 +289,8 @@ impl ControlStream {
         loop {
             let frame = select! {
                 frame = self.recv.read_frame(MAX_BODY_LEN) => frame?,
-                why = unreachable(&self.tunnel, self.ask_from) => {
+                why = unreachable(&self.tunnel, self.ping_from) => {
                     let now = Instant::now();
-                    self.ask_from = now + ping_rate::INTERVAL;
                     let limit = self.report_limit.unwrap_or(match why {
                         Unreachable::Port => REFUSED_LIMIT,
                         Unreachable::Host => UNREACHABLE_LIMIT,
@@ -304,6 +306,10 @@ impl ControlStream {
                 flushed = self.writer.flush(), if self.writing.is_some() => {
                     flushed?;
                     self.writing = None;
+                    continue;
+                }
+                () = sleep_until(self.ping_from), if self.is_ping_due => {
+                    self.nudge().await?;
                     continue;
                 }
                 () = overdue(self.question.as_ref().map(|question| &question.patience)) => {
@@ -340,13 +346,17 @@ impl ControlStream {
     /// this process does not run. While a ping is unanswered no second one is sent; its deadline
     /// only comes nearer. A ping that the peer does not take is unanswered as well.
     ///
+    /// It may be called as often as the caller likes: a ping that would be one too many for the
+    /// peer is sent during [`event`](Self::event), at most 50 ms later.
+    ///
     /// # Errors
     /// When the stream is lost, or the peer has taken no message for long.
     ///
     /// # Cancel safety
     /// Cancel safe: it does not wait.
     pub async fn ask(&mut self, limit: Duration) -> Result<(), ControlError> {
-        let patience = Patience::new(limit, &self.tunnel);
+        let delay = self.ping_from.saturating_duration_since(Instant::now());
+        let patience = Patience::new(limit + delay, &self.tunnel);
         if let Some(Question { patience: pending, .. }) = &mut self.question {
             pending.limit = pending.limit.min(patience.limit);
             pending.deadline = pending.deadline.min(patience.deadline);
@@ -357,7 +367,8 @@ impl ControlStream {
     }
 
     /// Sends a ping that the peer may leave unanswered: the answer only counts as something
-    /// received, for callers that watch [`Tunnel::stats`].
+    /// received, for callers that watch [`Tunnel::stats`]. It is delayed as that of
+    /// [`ask`](Self::ask).
     ///
     /// # Errors
     /// As [`ask`](Self::ask).
@@ -365,6 +376,12 @@ impl ControlStream {
     /// # Cancel safety
     /// As [`ask`](Self::ask).
     pub async fn nudge(&mut self) -> Result<(), ControlError> {
+        let now = Instant::now();
+        self.is_ping_due = now < self.ping_from;
+        if self.is_ping_due {
+            return Ok(());
+        }
+        self.ping_from = now + ping_rate::INTERVAL;
         let echo = self.next_echo;
         self.next_echo += 1;
         self.push(&ControlMessage::Ping(Ping { echo }))?;

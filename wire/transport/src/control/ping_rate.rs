@@ -6,8 +6,7 @@ use tokio::time::Instant;
 
 /// Number of pings that may come at once.
 const BURST: u32 = 100;
-/// Time after which one more may come. This side pings no more often on a report of the network, and
-/// otherwise a few times a second at most.
+/// Time after which one more may come, and between two pings of this side.
 pub(super) const INTERVAL: Duration = Duration::from_millis(50);
 
 /// Counts the pings of one peer. Pure.

@@ -441,6 +441,39 @@ async fn a_peer_that_pings_too_often_is_given_up() {
     assert_eq!(error.close_code(), CloseCode::TOO_MANY_PINGS);
 }
 
+/// A burst of dials that wait asks for each of them, and the agent answers within microseconds.
+#[tokio::test(start_paused = true)]
+async fn a_side_that_asks_without_end_pings_no_more_often_than_its_peer_admits() {
+    let (mut server, mut agent, _pair) = both().await;
+    let answering = crate::task::owned(async move { agent.next().await });
+    let start = Instant::now();
+    for _ in 0..10_000 {
+        server.ask(LIMIT).await.unwrap();
+        server.nudge().await.unwrap();
+        timeout(Duration::from_millis(1), server.next()).await.unwrap_err();
+    }
+    assert!(!answering.is_finished(), "the peer gave this side up");
+    let most = start.elapsed().div_duration_f64(ping_rate::INTERVAL) + 1.0;
+    assert!((most * 0.9..=most).contains(&(server.next_echo as f64)), "{}", server.next_echo);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_question_whose_ping_has_to_wait_has_the_whole_limit_for_its_answer() {
+    let (mut server, mut agent) = scripted().await;
+    server.nudge().await.unwrap();
+    agent.only_ping().await;
+    let asked = Instant::now();
+    server.ask(LIMIT).await.unwrap();
+    let (_, said) = unresponsive(&mut server).await;
+    let waited = asked.elapsed();
+    agent.only_ping().await;
+    assert!(waited >= LIMIT, "{waited:?}");
+    assert!(
+        said <= LIMIT + ping_rate::INTERVAL && waited <= LIMIT + ping_rate::INTERVAL,
+        "{said:?}"
+    );
+}
+
 #[tokio::test(start_paused = true)]
 async fn messages_stay_whole_when_their_senders_are_cancelled() {
     let (mut server, mut agent) = unread().await;
