@@ -227,7 +227,7 @@ async fn a_server_asks_kube_apiserver_what_it_may_do() {
         // Leases are listed where they cannot be watched.
         let watch = step(&steps, "kube-apiserver: watch leases");
         assert_eq!(watch["result"], "warning", "{watch}");
-        assert!(watch["remedy"].as_str().unwrap().contains("rbac.yaml"), "{watch}");
+        assert!(watch["remedy"].as_str().unwrap().contains("permissions.yaml"), "{watch}");
     })
     .await;
 }

@@ -1,3 +1,86 @@
+{{- define "culvert.isStatic" -}}
+{{- if eq .Values.server.kind "StaticPod" }}true{{ end }}
+{{- end }}
+
+{{- define "culvert.mode" -}}
+{{- $static := include "culvert.isStatic" . }}
+{{- if and (not $static) (eq .Values.server.mode "grpc") }}
+{{- fail "server.mode: kube-apiserver speaks gRPC over a Unix socket only: use http-connect, or server.kind StaticPod" }}
+{{- end }}
+{{- .Values.server.mode | default (ternary "grpc" "http-connect" (not (not $static))) }}
+{{- end }}
+
+{{- define "culvert.asksKubeApiserver" -}}
+{{- with .Values.server }}
+{{- if or (ne .authentication "certificate") .leases (eq .agentIdentity "node") }}true{{ end }}
+{{- end }}
+{{- end }}
+
+{{/* Path of the CA of agents' certificates, of a static Pod. */}}
+{{- define "culvert.agentCaPath" -}}
+{{- with .Values.server }}
+{{- $path := required "server.agentCa.path: set the path of the CA of the agents' certificates" .agentCa.path }}
+{{- if and (eq $path "/etc/kubernetes/pki/ca.crt") (eq .agentIdentity "any") }}
+{{- fail "server.agentCa.path: the cluster's CA signs the certificates of kubelets and users too, and each of them would be an agent's: use a CA of its own, tokens, or server.agentIdentity node" }}
+{{- end }}
+{{- $path }}
+{{- end }}
+{{- end }}
+
+{{/* Flags of both kinds of server. */}}
+{{- define "culvert.serverFlags" -}}
+{{- with .Values.server -}}
+{{- if ne .authentication "certificate" -}}
+- --agent-namespace={{ .agentNamespace }}
+- --agent-service-account=culvert-agent
+- --authentication-audience={{ $.Values.agent.token.audience }}
+{{ end -}}
+- --agent-identity={{ .agentIdentity }}
+- --server-count={{ .replicas }}
+{{- if .leases }}
+- --enable-lease-controller=true
+- --lease-namespace=kube-system
+{{- end }}
+{{- if .advertiseAddress }}
+- --advertise-address=$(POD_IP)
+{{- end }}
+- --agent-port={{ .ports.agent }}
+- --admin-port={{ .ports.admin }}
+- --health-port={{ .ports.health }}
+{{- if .operatorSocket }}
+- --operator-socket=/run/culvert-server/operator.sock
+{{- end }}
+- --graceful-shutdown-timeout={{ .gracefulShutdownTimeout }}
+- --log-format=json
+{{- range .extraArgs }}
+- {{ . | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Fields of both kinds of container, below its arguments. */}}
+{{- define "culvert.serverContainer" -}}
+{{- with .Values.server -}}
+env:
+- name: POD_IP
+  valueFrom: { fieldRef: { fieldPath: status.podIP } }
+# No readiness probe: a control plane starts before its nodes.
+livenessProbe:
+  httpGet: { path: /healthz, port: {{ .ports.health }}{{ if include "culvert.isStatic" $ }}, host: 127.0.0.1{{ end }} }
+  timeoutSeconds: 5
+resources: {{ toJson .resources }}
+securityContext:
+  {{- include "culvert.containerSecurity" . | nindent 2 }}
+ports:
+- { name: agent-udp, containerPort: {{ .ports.agent }}, protocol: UDP }
+- { name: agent-tcp, containerPort: {{ .ports.agent }}, protocol: TCP }
+- { name: health, containerPort: {{ .ports.health }} }
+{{- if not (include "culvert.isStatic" $) }}
+- { name: frontend, containerPort: {{ .frontend.port }} }
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "culvert.service" }}
 {{- $server := .root.Values.server }}
 ---
@@ -26,126 +109,4 @@ spec:
   {{- range .protocols }}
   - { name: agent-{{ lower . }}, protocol: {{ . }}, port: {{ $server.ports.agent }}, targetPort: {{ $server.ports.agent }} }
   {{- end }}
-{{- end }}
-
-{{- define "culvert.serverPod" -}}
-{{- $static := eq .Values.server.kind "StaticPod" }}
-{{- $needsKubeconfig := or (ne .Values.server.authentication "certificate") .Values.server.leases (eq .Values.server.agentIdentity "node") }}
-{{- with .Values.server -}}
-{{- if $static }}
-hostNetwork: true
-{{- else }}
-automountServiceAccountToken: false
-{{- with $.Values.imagePullSecrets }}
-imagePullSecrets: {{ toJson . }}
-{{- end }}
-{{- end }}
-priorityClassName: {{ .priorityClassName | default (ternary "system-node-critical" "" $static) | quote }}
-terminationGracePeriodSeconds: {{ .terminationGracePeriodSeconds }} # above --graceful-shutdown-timeout
-{{- if not $static }}
-{{- include "culvert.placement" . | nindent 0 }}
-{{- end }}
-securityContext:
-  {{- include "culvert.podSecurity" .runAsUser | nindent 2 }}
-containers:
-- name: culvert-server
-  image: {{ include "culvert.image" (dict "image" .image "chart" $.Chart) }}
-  imagePullPolicy: {{ .image.pullPolicy }}
-  command: ["/culvert-server"]
-  args:
-  - --mode={{ .mode }}
-  {{- if $static }}
-  - --uds-name={{ .socket }}
-  - --server-port=0
-  - --cluster-cert={{ .agentCertificate.certificate }}
-  - --cluster-key={{ .agentCertificate.key }}
-  {{- else }}
-  - --server-port={{ .frontend.port }}
-  - --server-cert=/etc/culvert/frontend/tls.crt
-  - --server-key=/etc/culvert/frontend/tls.key
-  - --server-ca-cert=/etc/culvert/frontend/ca.crt
-  {{- with .frontend.clientNames }}
-  - --server-client-names={{ . }}
-  {{- end }}
-  - --cluster-cert=/etc/culvert/server/tls.crt
-  - --cluster-key=/etc/culvert/server/tls.key
-  {{- end }}
-  {{- if ne .authentication "token" }}
-  - --cluster-ca-cert={{ ternary "/etc/kubernetes/pki/ca.crt" "/etc/culvert/agent-ca/ca.crt" $static }}
-  {{- end }}
-  {{- if ne .authentication "certificate" }}
-  - --agent-namespace={{ .agentNamespace }}
-  - --agent-service-account=culvert-agent
-  - --authentication-audience={{ $.Values.agent.token.audience }}
-  {{- end }}
-  {{- if $needsKubeconfig }}
-  - --kubeconfig={{ ternary .kubeconfig "/etc/culvert/kubeconfig/kubeconfig" $static }}
-  {{- end }}
-  - --agent-identity={{ .agentIdentity }}
-  - --server-count={{ .replicas }}
-  {{- if .leases }}
-  - --enable-lease-controller=true
-  - --lease-namespace=kube-system
-  {{- end }}
-  {{- if .advertiseAddress }}
-  - --advertise-address=$(POD_IP)
-  {{- end }}
-  - --agent-port={{ .ports.agent }}
-  - --admin-port={{ .ports.admin }}
-  - --health-port={{ .ports.health }}
-  - --graceful-shutdown-timeout={{ .gracefulShutdownTimeout }}
-  - --log-format=json
-  {{- range .extraArgs }}
-  - {{ . | quote }}
-  {{- end }}
-  env:
-  - name: POD_IP
-    valueFrom: { fieldRef: { fieldPath: status.podIP } }
-  ports:
-  - { name: agent-udp, containerPort: {{ .ports.agent }}, protocol: UDP }
-  - { name: agent-tcp, containerPort: {{ .ports.agent }}, protocol: TCP }
-  - { name: health, containerPort: {{ .ports.health }} }
-  {{- if not $static }}
-  - { name: frontend, containerPort: {{ .frontend.port }} }
-  {{- end }}
-  # No readiness probe: a control plane starts before its nodes.
-  livenessProbe:
-    httpGet: { path: /healthz, port: {{ .ports.health }}{{ if $static }}, host: 127.0.0.1{{ end }} }
-    timeoutSeconds: 5
-  resources: {{ toJson .resources }}
-  securityContext:
-    {{- include "culvert.containerSecurity" . | nindent 4 }}
-  volumeMounts:
-  {{- if $static }}
-  - { name: pki, mountPath: /etc/kubernetes/pki, readOnly: true }
-  {{- if $needsKubeconfig }}
-  - { name: kubeconfig, mountPath: {{ .kubeconfig }}, readOnly: true }
-  {{- end }}
-  - { name: socket, mountPath: {{ dir .socket }} }
-volumes:
-- { name: pki, hostPath: { path: /etc/kubernetes/pki, type: Directory } }
-{{- if $needsKubeconfig }}
-- { name: kubeconfig, hostPath: { path: {{ .kubeconfig }}, type: File } }
-{{- end }}
-- { name: socket, hostPath: { path: {{ dir .socket }}, type: DirectoryOrCreate } }
-  {{- else }}
-  - { name: frontend, mountPath: /etc/culvert/frontend, readOnly: true }
-  - { name: server, mountPath: /etc/culvert/server, readOnly: true }
-  {{- if ne .authentication "token" }}
-  - { name: agent-ca, mountPath: /etc/culvert/agent-ca, readOnly: true }
-  {{- end }}
-  {{- if $needsKubeconfig }}
-  - { name: kubeconfig, mountPath: /etc/culvert/kubeconfig, readOnly: true }
-  {{- end }}
-volumes:
-- { name: frontend, secret: { secretName: {{ .frontend.secret }} } }
-- { name: server, secret: { secretName: {{ .agentCertificate.secret }} } }
-{{- if ne .authentication "token" }}
-- { name: agent-ca, secret: { secretName: {{ required "server.agentCaSecret: set the Secret with ca.crt" .agentCaSecret }} } }
-{{- end }}
-{{- if $needsKubeconfig }}
-- { name: kubeconfig, secret: { secretName: {{ .kubeconfigSecret }} } }
-{{- end }}
-  {{- end }}
-{{- end }}
 {{- end }}

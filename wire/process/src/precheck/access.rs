@@ -47,7 +47,7 @@ impl Access<'_> {
         let optional = self.optional.iter().map(|verb| (*verb, false));
         for (verb, is_needed) in verbs.chain(optional) {
             let step = format!("kube-apiserver: {verb} {}", self.resource);
-            let remedy = "bind the roles of deploy/kubernetes/rbac.yaml";
+            let remedy = "bind the roles of deploy/helm/rendered/permissions.yaml";
             match self.permits(client, verb).await {
                 Ok(true) => report.ok(step, "permitted"),
                 Ok(false) if is_needed => report.fail(step, "not permitted", remedy),
