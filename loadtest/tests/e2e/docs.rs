@@ -1,5 +1,7 @@
 //! Documentation that matches the code: metrics, log events, sections, codes and examples.
 
+mod commands;
+
 use std::{
     collections::BTreeSet,
     fs,
@@ -362,7 +364,7 @@ fn flags_of_server_and_agent_with_one_name_have_one_text() {
 /// Every document for readers of the repository.
 fn documents() -> Vec<PathBuf> {
     let mut found = vec![PathBuf::from("README.md"), "CONTRIBUTING.md".into()];
-    for folder in ["docs", "docs/decisions", "deploy"] {
+    for folder in ["docs", "docs/decisions", "deploy", "deploy/recipes", "deploy/helm/culvert"] {
         for entry in fs::read_dir(root().join(folder)).unwrap() {
             let name = entry.unwrap().file_name();
             if Path::new(&name).extension().is_some_and(|extension| extension == "md") {

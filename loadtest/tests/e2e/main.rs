@@ -36,6 +36,7 @@ mod operable;
 mod operator;
 mod optimistic;
 mod precheck;
+mod recipes;
 mod replicas;
 mod reset;
 mod rotation;
