@@ -5,6 +5,7 @@ use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use culvert_process::{
     admin::{AdminServer, Port, Routes},
     faults::ConfigErrors,
+    listen::ListenFlags,
     metrics::{BuildError, Upkeep},
     operator::{
         socket::OperatorSocket,
@@ -138,8 +139,8 @@ impl Agent {
         let routes = Routes::new()
             .metrics_on_port(health.local_address().port())
             .profiling(config.profiling);
-        let (listener, flag) = ("admin", "admin-server-port");
-        let port = Port { listener, flag, address: config.admin_address };
+        let flags = ListenFlags { port: "admin-server-port", address: "admin-bind-address" };
+        let port = Port { listener: "admin", flags, address: config.admin_address };
         let admin = AdminServer::start(port, routes, metrics.inner());
         Ok(Self {
             connector,
@@ -225,6 +226,7 @@ fn start_health(
             readiness::answer(ready.is_connected(), request.is_verbose(), &lines)
         })
         .metrics(metrics.inner(), move || counted.render(&rendered));
-    let port = Port { listener: "health", flag: "health-server-port", address };
+    let flags = ListenFlags { port: "health-server-port", address: "health-server-host" };
+    let port = Port { listener: "health", flags, address };
     AdminServer::start(port, routes, metrics.inner())
 }

@@ -8,6 +8,7 @@ use culvert_process::{
     admin::{AdminServer, Port, Routes},
     descriptors,
     faults::ConfigErrors,
+    listen::ListenFlags,
     metrics::{BuildError, Upkeep},
     operator::{
         socket::OperatorSocket,
@@ -178,9 +179,10 @@ impl Server {
         });
         let operator = operator.transpose()?;
         let upkeep = metrics.inner().spawn_upkeep();
-        let port = |listener, flag, address| Port { listener, flag, address };
-        let health_port = port("health", "health-port", config.health_address);
-        let admin_port = port("admin", "admin-port", config.admin_address);
+        let flags = ListenFlags { port: "health-port", address: "health-bind-address" };
+        let health_port = Port { listener: "health", flags, address: config.health_address };
+        let flags = ListenFlags { port: "admin-port", address: "admin-bind-address" };
+        let admin_port = Port { listener: "admin", flags, address: config.admin_address };
         let routes = || {
             let (metrics, backends) = (metrics.clone(), backends.clone());
             let counted = metrics.inner().clone();

@@ -3,7 +3,11 @@
 use std::{error::Error as _, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use culvert_konnectivity::ALPN_H2;
-use culvert_process::{accept::Acceptor, listen, supervision::propagate_panic};
+use culvert_process::{
+    accept::Acceptor,
+    listen::{self, ListenFlags},
+    supervision::propagate_panic,
+};
 use culvert_transport::{
     BufferSizes, ConnectError, Settings, UdpHealth,
     quic::{self, ResetKey},
@@ -27,12 +31,12 @@ const MAX_ATTEMPTS: usize = 16;
 #[derive(Debug, thiserror::Error)]
 pub enum ListenerError {
     /// The port cannot be bound over UDP.
-    #[error("--agent-port: {0}{remedy}", remedy = remedy(.0))]
+    #[error("--{flag}: {0}{remedy}", flag = flag_of(.0), remedy = remedy(.0))]
     Tunnel(#[from] ConnectError),
     /// The port cannot be bound over TCP.
     #[error(
-        "--agent-port: cannot listen on {address} over TCP: {source}{}",
-        listen::remedy(source)
+        "--{}: cannot listen on {address} over TCP: {source}{}",
+        FLAGS.at_fault(source), listen::remedy(source)
     )]
     TunnelTcp {
         /// Address of the port.
@@ -51,11 +55,22 @@ pub enum ListenerError {
     Address(#[from] io::Error),
 }
 
+/// The flags of the port.
+const FLAGS: ListenFlags = ListenFlags { port: "agent-port", address: "agent-bind-address" };
+
+/// The flag to change where the port cannot be bound over UDP.
+fn flag_of(error: &ConnectError) -> &'static str {
+    kernel_error(error).map_or(FLAGS.port, |source| FLAGS.at_fault(source))
+}
+
 /// What an operator can do where the port cannot be bound over UDP.
 fn remedy(error: &ConnectError) -> &'static str {
-    let ConnectError::Bind(error) = error else { return "" };
-    let source = error.source().and_then(|source| source.downcast_ref());
-    source.map_or("", listen::remedy)
+    kernel_error(error).map_or("", listen::remedy)
+}
+
+fn kernel_error(error: &ConnectError) -> Option<&io::Error> {
+    let ConnectError::Bind(error) = error else { return None };
+    error.source()?.downcast_ref()
 }
 
 /// Both listeners of the port, bound and not accepting yet.

@@ -4,7 +4,7 @@ use std::{fmt, io, net::SocketAddr, path::PathBuf, sync::Arc};
 
 use culvert_process::{
     accept::Acceptor,
-    listen,
+    listen::{self, ListenFlags},
     unix_socket::{self, SocketFile},
 };
 use culvert_transport::{
@@ -35,6 +35,8 @@ use crate::{
 
 /// Owner and group may connect: kube-apiserver and the server share one or the other.
 const SOCKET_MODE: u32 = 0o770;
+/// The flags of the TCP port.
+const FLAGS: ListenFlags = ListenFlags { port: "server-port", address: "server-bind-address" };
 /// Name of the listener in log lines.
 const NAME: &str = "frontend";
 
@@ -50,7 +52,10 @@ pub enum ListenError {
         source: io::Error,
     },
     /// The TCP port cannot be bound.
-    #[error("--server-port: cannot listen on {address}: {source}{}", listen::remedy(source))]
+    #[error(
+        "--{}: cannot listen on {address}: {source}{}",
+        FLAGS.at_fault(source), listen::remedy(source)
+    )]
     Tcp {
         /// Address of the port.
         address: SocketAddr,

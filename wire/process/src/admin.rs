@@ -31,7 +31,11 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info, warn};
 
 use self::rendering::Rendering;
-use crate::{accept::Acceptor, listen, metrics::Metrics};
+use crate::{
+    accept::Acceptor,
+    listen::{self, ListenFlags},
+    metrics::Metrics,
+};
 
 /// Time for a client to send the head of a request, and between two requests; Konnectivity's value.
 const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(60);
@@ -239,7 +243,7 @@ fn host_without_port(host: &str) -> &str {
 #[derive(Debug, thiserror::Error)]
 #[error("--{flag}: cannot listen on {address}: {source}")]
 pub struct BindError {
-    /// The flag that chose the port, without its hyphens.
+    /// The flag to change, without its hyphens.
     pub flag: &'static str,
     /// Address that was to be bound.
     pub address: SocketAddr,
@@ -252,18 +256,21 @@ pub struct BindError {
 pub struct Port {
     /// Name in log lines and metrics.
     pub listener: &'static str,
-    /// The flag that chooses the port, without its hyphens.
-    pub flag: &'static str,
+    /// The flags that choose it.
+    pub flags: ListenFlags,
     /// Address to listen on; port 0 is any free port.
     pub address: SocketAddr,
 }
 
 impl Port {
+    fn fault(self, source: io::Error) -> BindError {
+        BindError { flag: self.flags.at_fault(&source), address: self.address, source }
+    }
+
     /// # Errors
     /// If the address cannot be bound. The error names the flag.
     fn bind(self) -> Result<TcpListener, BindError> {
-        let Self { flag, address, .. } = self;
-        listen::tcp(address).map_err(|source| BindError { flag, address, source })
+        listen::tcp(self.address).map_err(|source| self.fault(source))
     }
 }
 
@@ -283,7 +290,7 @@ impl AdminServer {
         let bound = port.bind();
         let bound = bound.and_then(|listener| match listener.local_addr() {
             Ok(local_address) => Ok((listener, local_address)),
-            Err(source) => Err(BindError { flag: port.flag, address: port.address, source }),
+            Err(source) => Err(port.fault(source)),
         });
         let (listener, local_address) = match bound {
             Ok((listener, local_address)) => (Some(listener), local_address),

@@ -12,6 +12,26 @@ use tokio::net::TcpListener;
 /// Maximum number of connections that wait for accept. The kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 1024;
 
+/// The flags of a listener, without their hyphens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListenFlags {
+    /// The one that chooses the port.
+    pub port: &'static str,
+    /// The one that chooses the address.
+    pub address: &'static str,
+}
+
+impl ListenFlags {
+    /// The flag to change where the kernel refuses to listen for this reason.
+    pub fn at_fault(self, error: &io::Error) -> &'static str {
+        match error.kind() {
+            io::ErrorKind::AddrNotAvailable => self.address,
+            _ if lacks_ipv6(error) => self.address,
+            _ => self.port,
+        }
+    }
+}
+
 /// What an operator can do where a port cannot be listened on, behind a semicolon.
 pub fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
@@ -63,6 +83,16 @@ mod tests {
         );
         connected.unwrap();
         accepted.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_address_of_another_host_is_the_fault_of_the_flag_of_the_address() {
+        let flags = ListenFlags { port: "port", address: "address" };
+        let error = tcp("192.0.2.1:0".parse().unwrap()).unwrap_err(); // of RFC 5737
+        assert_eq!(flags.at_fault(&error), "address", "{error}");
+        let first = tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+        let error = tcp(first.local_addr().unwrap()).unwrap_err();
+        assert_eq!(flags.at_fault(&error), "port", "{error}");
     }
 
     #[tokio::test]

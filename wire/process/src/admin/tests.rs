@@ -7,7 +7,8 @@ fn serve_on_free_port(routes: Routes) -> AdminServer {
 }
 
 fn serve_on(address: SocketAddr, routes: Routes, metrics: &Metrics) -> AdminServer {
-    let port = Port { listener: "health", flag: "health-port", address };
+    let flags = ListenFlags { port: "health-port", address: "health-bind-address" };
+    let port = Port { listener: "health", flags, address };
     AdminServer::start(port, routes, metrics)
 }
 
@@ -146,7 +147,8 @@ fn the_fault_of_a_port_names_its_flag() {
     let _entered = runtime.enter();
     let taken = listen::tcp("127.0.0.1:0".parse().unwrap()).unwrap();
     let address = taken.local_addr().unwrap();
-    let error = Port { listener: "admin", flag: "admin-port", address }.bind().unwrap_err();
+    let flags = ListenFlags { port: "admin-port", address: "admin-bind-address" };
+    let error = Port { listener: "admin", flags, address }.bind().unwrap_err();
     let text = error.to_string();
     assert!(text.starts_with("--admin-port: cannot listen on 127.0.0.1:"), "{text}");
 }
