@@ -141,10 +141,12 @@ impl<C: Connect> Connector<C> {
             outdated: tunnel.is_outdated(),
             since: tunnel.since,
         };
+        let connected = self.tunnels.connected_servers();
         Snapshot {
             tunnels: self.tunnels.in_use().iter().map(state).collect(),
             server_count: self.tunnels.count(),
-            promising: self.direct.promising(&self.tunnels.connected_servers(), Instant::now()),
+            promising: self.direct.promising(&connected, Instant::now()),
+            proven: self.direct.proven(&connected),
         }
     }
 

@@ -40,6 +40,8 @@ struct Target {
     pending: Option<Instant>,
     /// Whether the last dial did not lead to the server.
     failed: bool,
+    /// Whether any dial has led to the server.
+    has_worked: bool,
     delays: Backoff,
 }
 
@@ -82,6 +84,7 @@ impl Direct {
                 at,
                 pending: None,
                 failed: false,
+                has_worked: false,
                 delays: self.delays.clone(),
             });
         }
@@ -91,6 +94,12 @@ impl Direct {
     pub(crate) fn promising(&self, connected: &[ServerId], now: Instant) -> usize {
         let missing = self.targets.iter().filter(|(id, _)| !connected.contains(id));
         missing.filter(|(_, target)| target.is_promising(now)).count()
+    }
+
+    /// Number of servers without a tunnel that this agent has reached at their own addresses before.
+    pub(crate) fn proven(&self, connected: &[ServerId]) -> usize {
+        let missing = self.targets.iter().filter(|(id, _)| !connected.contains(id));
+        missing.filter(|(_, target)| target.has_worked).count()
     }
 
     /// When [`due`](Self::due) or [`promising`](Self::promising) will have another result; `None`
@@ -134,6 +143,7 @@ impl Direct {
         let Some(target) = self.targets.get_mut(id) else { return };
         target.pending = None;
         target.failed = !reached;
+        target.has_worked |= reached;
         if reached {
             target.delays.reset();
             target.at = now + target.delays.now(random);

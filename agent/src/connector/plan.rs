@@ -25,6 +25,9 @@ const DUPLICATE_DELAY: (f64, f64) = (0.03, 1.08);
 const REPLACE_INTERVAL: Duration = Duration::from_secs(1);
 /// Interval of the attempts to make a tunnel anew with a new certificate, give or take a half.
 const RENEW_INTERVAL: Duration = Duration::from_secs(30);
+/// Interval of the attempts to find a server at the address of all that was reached at its own
+/// before, give or take a half.
+const SPARE_SEARCH_INTERVAL: Duration = Duration::from_mins(1);
 /// Ratio of each delay after a probe without a result to the one before, up to
 /// [`QuicHealth::LONGEST`].
 const PROBE_GROWTH: f64 = 2.0;
@@ -81,6 +84,16 @@ pub(crate) struct Snapshot {
     pub(crate) server_count: u32,
     /// Number of servers without a tunnel that are likely to be reached soon at their own addresses.
     pub(crate) promising: usize,
+    /// Number of servers without a tunnel that were reached at their own addresses before.
+    pub(crate) proven: usize,
+}
+
+impl Snapshot {
+    /// Whether each missing server was reached at its own address before. It is most likely down,
+    /// and reached there again: a search at the address of all servers meets the others.
+    fn has_proven_addresses(&self) -> bool {
+        !self.tunnels.is_empty() && self.tunnels.len() + self.proven >= self.server_count as usize
+    }
 }
 
 /// What a new tunnel added to those in use.
@@ -127,6 +140,8 @@ pub(crate) struct Plan {
     /// Delays after probes that show nothing about QUIC and gain nothing.
     probes: Backoff,
     find_at: Instant,
+    /// When the search for servers with proven addresses goes on.
+    spare_find_at: Instant,
     probe_at: Instant,
     renew_at: Instant,
     replace_at: Instant,
@@ -154,6 +169,7 @@ impl Plan {
                 if sync.forever { sync.interval } else { sync.interval_cap },
             ),
             find_at: now,
+            spare_find_at: now,
             probe_at: now,
             renew_at: now,
             replace_at: now,
@@ -170,16 +186,20 @@ impl Plan {
         pending: Option<Goal>,
         now: Instant,
     ) -> Option<(Goal, Instant)> {
-        let Snapshot { tunnels, server_count, promising } = snapshot;
+        let Snapshot { tunnels, server_count, promising, .. } = snapshot;
         // Without any tunnel the agent relies on no address that it was sent before.
         let expected = if tunnels.is_empty() { 0 } else { tunnels.len() + promising };
         let missing = expected < (*server_count).max(1) as usize;
         let suspect = tunnels.iter().any(|tunnel| tunnel.suspicion.is_some());
         let outdated = tunnels.iter().any(|tunnel| tunnel.outdated);
+        let find_at = match !self.forever && snapshot.has_proven_addresses() {
+            true => self.find_at.max(self.spare_find_at),
+            false => self.find_at,
+        };
         let probe_at = self.next_probe(snapshot, now);
         [
             (suspect, Goal::Replace, self.replace_at),
-            (missing || self.forever, Goal::Find, self.find_at),
+            (missing || self.forever, Goal::Find, find_at),
             (outdated, Goal::Renew, self.renew_at),
             (probe_at.is_some(), Goal::Probe, probe_at.unwrap_or(now)),
         ]
@@ -216,6 +236,9 @@ impl Plan {
         now: Instant,
         random: f64,
     ) -> AttemptOptions {
+        if goal == Goal::Find {
+            self.spare_find_at = now + SPARE_SEARCH_INTERVAL.mul_f64(0.5 + random);
+        }
         let suspects = |suspicion| {
             let matches = move |tunnel: &&TunnelState| tunnel.suspicion == Some(suspicion);
             snapshot.tunnels.iter().filter(matches).filter(move |_| goal == Goal::Replace)

@@ -67,6 +67,20 @@ fn a_dial_that_takes_long_or_failed_is_no_reason_not_to_look_elsewhere() {
 }
 
 #[test]
+fn an_address_has_worked_once_a_dial_has_led_to_the_server_until_it_is_another() {
+    let (mut direct, now) = direct([1, 2]);
+    assert_eq!(direct.proven(&[]), 0);
+    direct.on_ended(&id(1), true, now, 0.5);
+    direct.on_ended(&id(2), false, now, 0.5);
+    assert_eq!((direct.proven(&[]), direct.proven(&[id(1)])), (1, 0));
+    direct.on_ended(&id(1), false, now, 0.5);
+    assert_eq!(direct.proven(&[]), 1);
+    direct.on_known(&known([2]), now, 0.5);
+    direct.on_known(&known([1, 2]), now, 0.5);
+    assert_eq!(direct.proven(&[]), 0);
+}
+
+#[test]
 fn a_lost_server_is_dialed_after_a_delay_and_a_lost_path_at_once() {
     let (mut direct, now) = direct([1]);
     direct.on_lost(&id(1), LossCause::Server, now, 0.0);

@@ -13,7 +13,8 @@ fn snapshot(server_count: u32, tunnels: &[(Rank, bool, Instant)]) -> Snapshot {
         suspicion: silent.then_some(Suspicion::Silent),
         since: *since,
     };
-    Snapshot { tunnels: tunnels.iter().map(tunnel).collect(), server_count, promising: 0 }
+    let tunnels = tunnels.iter().map(tunnel).collect();
+    Snapshot { tunnels, server_count, promising: 0, proven: 0 }
 }
 
 /// A tunnel over QUIC if that worked, and over TCP otherwise.
@@ -60,6 +61,35 @@ fn servers_that_will_be_reached_at_their_own_addresses_are_not_looked_for() {
     assert_eq!(plan.next(&with(2, &one), None, now), None);
     assert_eq!(plan.next(&with(1, &one), None, now), Some((Goal::Find, now)));
     assert_eq!(plan.next(&with(3, &[]), None, now), Some((Goal::Find, now)), "without a tunnel");
+}
+
+#[test]
+fn a_server_that_was_reached_at_its_own_address_is_rarely_looked_for_elsewhere() {
+    let attempts = |proven| {
+        let (mut plan, start) = plan(Transport::Auto);
+        let of_two = Snapshot { proven, ..snapshot(2, &[(Rank::Quic, false, start)]) };
+        let (mut now, mut attempts) = (start, 0);
+        loop {
+            let (goal, at) = plan.next(&of_two, None, now).unwrap();
+            now = at;
+            if now > start + 300 * SECOND {
+                return attempts;
+            }
+            plan.options(goal, &of_two, now, 0.5);
+            plan.on_success(goal, success(QuicOutcome::Worked, Gain::Nothing), now, 0.5);
+            attempts += 1;
+        }
+    };
+    let (unknown, proven) = (attempts(0), attempts(1));
+    assert!(unknown > 80 && proven == 6, "{unknown} and {proven}");
+}
+
+#[test]
+fn an_agent_without_any_tunnel_relies_on_no_address() {
+    let (mut plan, now) = plan(Transport::Auto);
+    let none = Snapshot { proven: 2, ..snapshot(2, &[]) };
+    plan.options(Goal::Find, &none, now, 0.5);
+    assert_eq!(plan.next(&none, None, now), Some((Goal::Find, now)));
 }
 
 #[test]
