@@ -6,7 +6,7 @@ use culvert_process::{
     faults::{ConfigErrors, Faults},
     kubernetes::CurrentClient,
     metrics::Metrics,
-    reload::{Files, LifeMetrics, LoadError, ReloadMetrics, Reloads},
+    reload::{Files, LifeMetrics, LoadError, ReloadMetrics, Reloads, Role},
 };
 use culvert_transport::{
     tcp::Proxies,
@@ -65,7 +65,7 @@ impl AgentFiles {
         let ca = faults.checked("ca-cert", ca);
         let identity = servers.certificate.clone().map(|pair| {
             let file = pair.certificate.clone();
-            reloads.add(file, move |files: &mut Files| Ok(files.identity(&pair)?.0))
+            reloads.add(file, move |files: &mut Files| Ok(files.identity(&pair, Role::Client)?.0))
         });
         let identity = identity.map(|result| faults.checked("agent-cert", result));
         let token = servers.token_file.clone().map(|file| add_token(&reloads, file));

@@ -6,7 +6,7 @@ use culvert_process::{
     faults::{CertificatePair, ConfigErrors, Faults},
     kubernetes::CurrentClient,
     metrics::Metrics,
-    reload::{Files, LifeMetrics, ReloadMetrics, Reloads},
+    reload::{Files, LifeMetrics, ReloadMetrics, Reloads, Role},
 };
 use culvert_transport::{
     quic::ResetKey,
@@ -101,7 +101,7 @@ fn credentials(
     faults: &mut Faults,
 ) -> Option<ServerCredentials> {
     let watched = pair.clone();
-    let load = move |files: &mut Files| Ok(files.identity(&watched)?.1);
+    let load = move |files: &mut Files| Ok(files.identity(&watched, Role::Server)?.1);
     let identity = faults.checked(certificate_flag, reloads.add(&pair.certificate, load));
     let client_ca = match client_ca {
         None => Some(None),

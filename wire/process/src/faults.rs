@@ -19,7 +19,7 @@ use uuid::Uuid;
 use crate::{
     go_duration::GoDuration,
     kubernetes::KubernetesConfig,
-    reload::{Files, LoadError},
+    reload::{Files, LoadError, Role},
 };
 
 /// Largest port that is not ephemeral (RFC 6335 §6); a Konnectivity server refuses higher ones.
@@ -276,7 +276,7 @@ impl Faults {
                 let chain_is_fit = self.reads(certificate_flag, &pair.certificate, chain);
                 let key = |files: &mut Files| files.private_key(&pair.key);
                 if self.reads(key_flag, &pair.key, key) && chain_is_fit {
-                    self.reads(key_flag, &pair.key, |files| files.identity(&pair));
+                    self.reads(key_flag, &pair.key, |files| files.identity(&pair, Role::Client));
                 }
                 Some(pair)
             }

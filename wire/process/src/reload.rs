@@ -25,6 +25,7 @@ use tokio::{
 };
 use tracing::info;
 
+pub use self::certificates::Role;
 pub(crate) use self::certificates::parse_private_key;
 pub use self::files::{Files, LoadError};
 use self::{

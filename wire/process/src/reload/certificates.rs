@@ -9,7 +9,10 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
     sign::CertifiedKey,
 };
-use x509_parser::prelude::{FromDer as _, X509Certificate};
+use x509_parser::{
+    extensions::ExtendedKeyUsage,
+    prelude::{FromDer as _, X509Certificate, X509Version},
+};
 
 use super::{Files, LoadError};
 use crate::faults::CertificatePair;
@@ -81,18 +84,64 @@ pub(crate) fn parse_private_key(
     })
 }
 
+/// Which side of TLS presents a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Clients compare its names with the name that they expect.
+    Server,
+    /// The names are free.
+    Client,
+}
+
+impl Role {
+    /// Why peers will most likely refuse a certificate in this role, one text for each fault.
+    fn faults_of(self, certificate: &X509Certificate<'_>) -> Vec<&'static str> {
+        let mut faults = Vec::new();
+        let names = certificate.subject_alternative_name().ok().flatten();
+        let has_name = names.is_some_and(|names| !names.value.general_names.is_empty());
+        if self == Self::Server && !has_name {
+            faults.push("has no subjectAltName: clients accept a server by its names there alone");
+        }
+        let usage = certificate.extended_key_usage().ok().flatten();
+        let is_for = |role: fn(&ExtendedKeyUsage<'_>) -> bool| {
+            usage.as_ref().is_none_or(|usage| usage.value.any || role(usage.value))
+        };
+        match self {
+            Self::Server if !is_for(|usage| usage.server_auth) => {
+                faults.push("is not for servers: its extendedKeyUsage lacks serverAuth");
+            }
+            Self::Client if !is_for(|usage| usage.client_auth) => {
+                faults.push("is not for clients: its extendedKeyUsage lacks clientAuth");
+            }
+            _ => {}
+        }
+        faults
+    }
+}
+
+/// Whether another CA has issued the certificate, and not as that of a CA. One that has issued
+/// itself may be meant as its own CA, and version 1 does not say.
+fn is_leaf(certificate: &X509Certificate<'_>) -> bool {
+    let constraints = certificate.basic_constraints().ok().flatten();
+    certificate.version() == X509Version::V3
+        && !constraints.is_some_and(|constraints| constraints.value.ca)
+        && certificate.subject() != certificate.issuer()
+}
+
 fn validities(file: &Path, chain: &[CertificateDer<'_>]) -> Result<Vec<Validity>, LoadError> {
     chain.iter().map(|certificate| Validity::of(file, certificate)).collect()
 }
 
 impl Files {
-    /// Reads a certificate chain and its key, which this process presents.
+    /// Reads a certificate chain and its key, which this process presents in this role. That peers
+    /// will refuse the certificate is a warning.
     ///
     /// # Errors
     /// When either cannot be read or parsed, or the key is not the certificate's.
     pub fn identity(
         &mut self,
         pair: &CertificatePair,
+        role: Role,
     ) -> Result<(Identity, CertifiedKey), LoadError> {
         let (file, key_file) = (pair.certificate.as_path(), pair.key.as_path());
         // Both are read, so that a change of either is noticed.
@@ -110,6 +159,11 @@ impl Files {
                 false => format!("{key}: the key cannot be used with {file}: {error}"),
             })
         })?;
+        if let Ok((_, parsed)) = X509Certificate::from_der(&identity.chain[0]) {
+            for fault in role.faults_of(&parsed) {
+                self.warn_of_use(format!("{}: the certificate {leaf} {fault}", file.display()));
+            }
+        }
         validities.into_iter().for_each(|validity| self.record(validity));
         self.record_presented(leaf);
         Ok((identity, certified))
@@ -133,7 +187,8 @@ impl Files {
         parse_private_key(file, &self.read(file)?)
     }
 
-    /// Reads a CA file. A block that cannot be used is left out, with a warning.
+    /// Reads a CA file. A block that cannot be used is left out, with a warning, and there is one for
+    /// a certificate that is not a CA's.
     ///
     /// # Errors
     /// When the file cannot be read, or no block of it can be used.
@@ -145,7 +200,17 @@ impl Files {
         for certificate in &found.certificates {
             // TLS takes a CA whose dates are odd, so this is no reason to refuse it.
             match Validity::of(file, certificate) {
-                Ok(validity) => self.record(validity),
+                Ok(validity) => {
+                    let parsed = X509Certificate::from_der(certificate);
+                    if parsed.is_ok_and(|(_, parsed)| is_leaf(&parsed)) {
+                        self.warn_of_use(format!(
+                            "{}: the certificate {validity} is not a CA's; \
+                             name the file of the CA that issued it",
+                            file.display()
+                        ));
+                    }
+                    self.record(validity);
+                }
                 Err(error) => self.warn(error.to_string()),
             }
         }

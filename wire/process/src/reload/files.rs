@@ -38,6 +38,7 @@ impl From<TlsError> for LoadError {
 pub struct Files {
     seen: Vec<Seen>,
     warnings: Vec<String>,
+    unfit: Vec<String>,
     certificates: Vec<Validity>,
     /// When the token of the set is valid, if it has one with dates.
     token: Option<Life>,
@@ -120,6 +121,11 @@ impl Files {
         self.warnings.push(text.into());
     }
 
+    /// Records why a certificate does not fit its use, which peers may or may not accept.
+    pub(super) fn warn_of_use(&mut self, text: String) {
+        self.unfit.push(text);
+    }
+
     /// Records until when a certificate of the set is valid.
     pub(super) fn record(&mut self, validity: Validity) {
         self.certificates.push(validity);
@@ -158,6 +164,11 @@ impl Files {
     /// The faults that do not keep the set from being used.
     pub(super) fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// Why certificates of the set do not fit their use.
+    pub(super) fn unfit(&self) -> &[String] {
+        &self.unfit
     }
 
     /// The certificate that this process presents, if the set has one.

@@ -164,5 +164,8 @@ impl Set {
         for fault in self.current.warnings() {
             warn!(fault, "a part of a file is left out");
         }
+        for fault in self.current.unfit() {
+            warn!(fault, "a certificate does not fit its use");
+        }
     }
 }
