@@ -282,7 +282,7 @@ impl LeaseController {
 enum Unanswered {
     #[error("{}", kubernetes::reason(.0))]
     Refused(#[from] kube::Error),
-    #[error("no answer within {CALL_TIMEOUT:?}")]
+    #[error("kube-apiserver did not answer within {CALL_TIMEOUT:?}")]
     Silent,
 }
 

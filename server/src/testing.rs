@@ -190,7 +190,7 @@ where
             Ok::<_, Box<dyn std::error::Error + Send + Sync>>(answer)
         }
     });
-    CurrentClient::fixed(kube::Client::new(service, "default"))
+    CurrentClient::fixed(kube::Client::new(service, "default"), "kubernetes:6443")
 }
 
 /// The account that agents' tokens must belong to.

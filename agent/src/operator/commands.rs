@@ -8,7 +8,7 @@ use culvert_process::{
     kubernetes::Timestamp,
     operator::{
         client::{self, Client, pretty},
-        streams::{DEFAULT_LIMIT, Side, StreamList, stream_table},
+        streams::{DEFAULT_LIMIT, Side, StreamList, parse_limit, stream_table},
         top::{self, TopFlags},
     },
     version,
@@ -47,7 +47,7 @@ struct Streams {
     server: Option<String>,
 
     /// Maximum number of streams in the list, up to 20000
-    #[arg(long, value_name = "COUNT", default_value_t = DEFAULT_LIMIT)]
+    #[arg(long, value_name = "COUNT", default_value_t = DEFAULT_LIMIT, value_parser = parse_limit)]
     limit: usize,
 }
 

@@ -8,7 +8,7 @@ use culvert_process::{
     kubernetes::Timestamp,
     operator::{
         client::{self, Client, pretty},
-        streams::{DEFAULT_LIMIT, Side, StreamList, stream_table},
+        streams::{DEFAULT_LIMIT, Side, StreamList, parse_limit, stream_table},
         table::escape,
         top::{self, TopFlags},
     },
@@ -50,7 +50,7 @@ struct Streams {
     agent: Option<String>,
 
     /// Maximum number of streams in the list, up to 20000
-    #[arg(long, value_name = "COUNT", default_value_t = DEFAULT_LIMIT)]
+    #[arg(long, value_name = "COUNT", default_value_t = DEFAULT_LIMIT, value_parser = parse_limit)]
     limit: usize,
 }
 
@@ -181,6 +181,13 @@ fn evict(flags: &Evict) -> Result<String, Exit> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_that_is_too_large_is_a_fault_of_its_flag() {
+        let error = Streams::try_parse_from(["streams", "--limit=99999"]).unwrap_err().to_string();
+        assert!(error.contains("--limit") && error.contains("up to 20000"), "{error}");
+        assert_eq!(Streams::try_parse_from(["streams", "--limit=20000"]).unwrap().limit, 20000);
+    }
 
     fn code(args: &[&str]) -> Option<u8> {
         let args: Vec<_> = args.iter().map(OsString::from).collect();

@@ -96,7 +96,7 @@ impl From<ClientError> for LoadError {
 /// A client of kube-apiserver, made anew when the files that it was made of have changed.
 #[derive(Clone)]
 pub struct CurrentClient {
-    clients: Current<Vec<Client>>,
+    clients: Current<Vec<(Client, Arc<str>)>>,
     index: usize,
     reloads: Option<Reloads>,
 }
@@ -108,9 +108,10 @@ impl fmt::Debug for CurrentClient {
 }
 
 impl CurrentClient {
-    /// A client that is never made anew.
-    pub fn fixed(client: Client) -> Self {
-        Self { clients: Current::fixed(vec![client]), index: 0, reloads: None }
+    /// A client that is never made anew, and the host and the port that it asks.
+    pub fn fixed(client: Client, address: &str) -> Self {
+        let clients = vec![(client, address.into())];
+        Self { clients: Current::fixed(clients), index: 0, reloads: None }
     }
 
     /// Has these files looked at when a request fails.
@@ -121,7 +122,13 @@ impl CurrentClient {
 
     /// The client as it is now.
     pub fn get(&self) -> Client {
-        self.clients.get()[self.index].clone()
+        self.clients.get()[self.index].0.clone()
+    }
+
+    /// Why a request to kube-apiserver has no result after this time, with the host and the port.
+    pub fn no_answer_within(&self, time: Duration) -> String {
+        let address = &self.clients.get()[self.index].1;
+        format!("kube-apiserver at {address} did not answer within {time:?}")
     }
 
     /// Completes when the client was made anew since the last call.
@@ -175,8 +182,8 @@ impl KubernetesConfig {
         authorities.into_iter().map(CertificateDer::from).collect()
     }
 
-    /// A client, made of the files as they are now.
-    fn client(&self, files: &mut Files, paced: bool) -> Result<Client, LoadError> {
+    /// A client, made of the files as they are now, and the host and the port that it asks.
+    fn client(&self, files: &mut Files, paced: bool) -> Result<(Client, Arc<str>), LoadError> {
         let mut config = self.config(files)?;
         config.connect_timeout = Some(CONNECT_TIMEOUT);
         config.read_timeout = Some(READ_TIMEOUT);
@@ -195,8 +202,9 @@ impl KubernetesConfig {
         let (host, port) = (url.host().unwrap_or_default(), url.port_u16().unwrap_or(443));
         let address: Arc<str> = format!("{host}:{port}").into();
         let builder = ClientBuilder::try_from(config).map_err(ClientError::from)?;
-        let answers = layer_fn(move |service| Answers::new(service, address.clone()));
-        Ok(builder.with_layer(&answers).with_layer(&option_layer(rate)).build())
+        let asked = address.clone();
+        let answers = layer_fn(move |service| Answers::new(service, asked.clone()));
+        Ok((builder.with_layer(&answers).with_layer(&option_layer(rate)).build(), address))
     }
 
     /// Reads the kubeconfig and the files that it names, or those of the pod. What a program of the
@@ -420,7 +428,7 @@ mod tests {
             std::fs::write(kubeconfig.path(), text).unwrap();
             let kubeconfig = Some(kubeconfig.path().to_owned());
             let config = KubernetesConfig { kubeconfig, ..KubernetesConfig::default() };
-            let client = config.client(&mut Files::default(), false).unwrap();
+            let (client, _) = config.client(&mut Files::default(), false).unwrap();
             let mut received = vec![0; begin.len()];
             tokio::select! {
                 answer = client.apiserver_version() => panic!("{answer:?}"),

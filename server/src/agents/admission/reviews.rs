@@ -277,7 +277,7 @@ async fn review(
     let failure = match timeout(REVIEW_TIMEOUT, api.create(&params, &review)).await {
         Ok(Ok(review)) => return Ok(review.status.unwrap_or_default()),
         Ok(Err(error)) => kubernetes::reason(&error),
-        Err(_) => format!("no answer within {REVIEW_TIMEOUT:?}"),
+        Err(_) => client.no_answer_within(REVIEW_TIMEOUT),
     };
     client.failed();
     Err(Refusal::NotReviewed(failure))

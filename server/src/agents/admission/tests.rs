@@ -176,7 +176,8 @@ async fn a_token_that_cannot_be_valid_is_refused_without_a_review() {
 async fn a_review_that_takes_too_long_is_given_up() {
     let (authenticator, _) = reviewing(Ok(accepted()), REVIEW_TIMEOUT * 2);
     let (refusal, took) = refused(&authenticator, &token("good")).await;
-    assert_eq!(refusal, Refusal::NotReviewed("no answer within 5s".into()));
+    let text = "kube-apiserver at kubernetes:6443 did not answer within 5s";
+    assert_eq!(refusal, Refusal::NotReviewed(text.into()));
     assert_eq!((refusal.label(), took), ("token_not_reviewed", REVIEW_TIMEOUT));
 }
 

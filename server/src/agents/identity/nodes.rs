@@ -75,7 +75,7 @@ impl Nodes {
                 self.client.failed();
                 let reason = match failed {
                     Ok(Err(error)) => kubernetes::reason(&error),
-                    _ => format!("no answer within {TIMEOUT:?}"),
+                    _ => self.client.no_answer_within(TIMEOUT),
                 };
                 let known = known.filter(|(_, at)| at.elapsed() < STALE_LIFE);
                 known.map(|(addresses, _)| addresses).ok_or(reason)
@@ -135,7 +135,7 @@ mod tests {
             let body = Body::from(serde_json::to_vec(&body).unwrap());
             async move { Response::builder().status(status).body(body) }
         });
-        let client = CurrentClient::fixed(kube::Client::new(service, "default"));
+        let client = CurrentClient::fixed(kube::Client::new(service, "default"), "kubernetes:6443");
         (Nodes::new(client), lookups)
     }
 

@@ -14,6 +14,9 @@ use crate::{
     go_flags::{arg_of, joined},
 };
 
+/// Number of keys with a fault after which the others are not looked at: it is another program's file.
+const MAX_FAULTS: usize = 100;
+
 /// What a configuration file has, without what cannot be used.
 #[derive(Debug)]
 pub(super) struct ConfigFile {
@@ -48,7 +51,17 @@ impl ConfigFile {
         };
         let mut entries: Vec<Entry> = Vec::new();
         let mut written: HashMap<String, String> = HashMap::new();
-        for (key, value) in &table {
+        let before = faults.len();
+        for (index, (key, value)) in table.iter().enumerate() {
+            if faults.len() - before == MAX_FAULTS {
+                let rest = table.len() - index;
+                let file = path.display();
+                let reason = format!(
+                    "{file} has {MAX_FAULTS} faults before {key}, and {rest} keys are unread"
+                );
+                faults.push(ConfigError { flag: CONFIG.into(), origin: Origin::Flag, reason });
+                return Self { entries, is_unread: true };
+            }
             let entry = entry(command, key, value).and_then(|entry| {
                 match written.insert(entry.id.clone(), key.clone()) {
                     Some(other) => Err(format!("is the same flag as {other}; keep one of them")),

@@ -253,6 +253,15 @@ fn a_later_text_about_a_flag_names_the_place_of_its_value() {
 }
 
 #[test]
+fn a_file_of_another_program_has_a_hundred_faults_at_most() {
+    let text: String = (0..10_000).map(|key| format!("key-{key:06} = 1\n")).collect();
+    let lines = faults(read_file(&text, &["--port=0"]));
+    assert_eq!(lines.len(), 102, "and the flag's own, and how many keys are left");
+    let rest = "--config: FILE has 100 faults before key-000100, and 9900 keys are unread";
+    assert_eq!(lines[0], rest);
+}
+
+#[test]
 fn a_file_that_cannot_be_used_is_a_fault_beside_the_others() {
     let found = faults(read(&["--config=/no/such/file.toml", "--port=0"]));
     assert!(found[0].starts_with("--config: cannot read /no/such/file.toml: "), "{found:?}");

@@ -21,6 +21,15 @@ pub const DEFAULT_LIMIT: usize = 1000;
 /// Maximum number of streams in one answer.
 pub const MAX_LIMIT: usize = 20_000;
 
+/// The value of a command's `--limit`.
+///
+/// # Errors
+/// When it is no number, or above [`MAX_LIMIT`].
+pub fn parse_limit(text: &str) -> Result<usize, String> {
+    let limit = text.parse().ok().filter(|limit| *limit <= MAX_LIMIT);
+    limit.ok_or_else(|| format!("write a number up to {MAX_LIMIT}"))
+}
+
 /// Which side of the tunnel the process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
@@ -99,14 +108,10 @@ impl LiveStreams {
     /// # Errors
     /// When the limit is no number, or above [`MAX_LIMIT`].
     pub fn answer(&self, request: &Request<'_>) -> Result<StreamList, Refusal> {
-        let limit = request.parameter("limit").map(|limit| limit.parse());
-        match limit.transpose() {
-            Ok(limit) if limit.is_none_or(|limit| limit <= MAX_LIMIT) => {
-                let peer = request.parameter("peer");
-                Ok(self.list(peer.as_deref(), limit.unwrap_or(DEFAULT_LIMIT)))
-            }
-            _ => Err(Refusal::Invalid("the limit must be a number up to 20000")),
-        }
+        let limit = request.parameter("limit").map(|limit| parse_limit(&limit)).transpose();
+        let limit = limit.map_err(|_| Refusal::Invalid("limit must be a number up to 20000"))?;
+        let peer = request.parameter("peer");
+        Ok(self.list(peer.as_deref(), limit.unwrap_or(DEFAULT_LIMIT)))
     }
 
     /// The streams, the oldest first; of one peer, or of all.

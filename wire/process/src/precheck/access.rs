@@ -77,7 +77,7 @@ impl Access<'_> {
         let review = SelfSubjectAccessReview { spec, ..SelfSubjectAccessReview::default() };
         let api: Api<SelfSubjectAccessReview> = Api::all(client.get());
         let asked = timeout(ANSWER_TIMEOUT, api.create(&PostParams::default(), &review)).await;
-        let answer = asked.map_err(|_| format!("no answer within {ANSWER_TIMEOUT:?}"))?;
+        let answer = asked.map_err(|_| client.no_answer_within(ANSWER_TIMEOUT))?;
         let answer = answer.map_err(|error| reason(&error))?;
         Ok(answer.status.is_some_and(|status| status.allowed))
     }
