@@ -227,6 +227,10 @@ impl ProcessConfig for Config {
         self.log.clone()
     }
 
+    fn profiling(&self) -> bool {
+        self.profiling
+    }
+
     fn warnings(&self) -> &[String] {
         &self.warnings
     }

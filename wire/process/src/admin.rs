@@ -53,8 +53,10 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 const BIND_INTERVALS: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 
 /// The profiles that there are.
-const PROFILES: &str = "/debug/pprof/profile?seconds=30: processor time, in the format of pprof\n\
-    Profiles of Go's heap, goroutines and locks do not exist here.\n";
+const PROFILES: &str = "In the format of pprof:\n\
+    /debug/pprof/profile?seconds=30: processor time\n\
+    /debug/pprof/heap: memory in use, in builds with --features heap-profiles\n\
+    Profiles of Go's goroutines and locks do not exist here, nor do allocs.\n";
 
 /// A response.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,7 +117,9 @@ enum Handler {
     /// Metrics, which cost time.
     Metrics(Rendering, Metrics),
     /// Profiles of the processor.
-    Profile,
+    CpuProfile,
+    /// Profiles of the memory.
+    HeapProfile,
 }
 
 /// Paths and their handlers; every other path is a 404.
@@ -184,13 +188,14 @@ impl Routes {
         })
     }
 
-    /// Adds the profiles of `--enable-profiling`, if it is set: `/debug/pprof/profile`, of which one
-    /// is taken at a time. Go's others say what is there instead.
+    /// Adds the profiles of `--enable-profiling`, if it is set: `/debug/pprof/profile` and
+    /// `/debug/pprof/heap`, of which one each is taken at a time.
     pub fn profiling(mut self, is_enabled: bool) -> Self {
         if !is_enabled {
             return self;
         }
-        self.table.push(("/debug/pprof/profile", Handler::Profile));
+        self.table.push(("/debug/pprof/profile", Handler::CpuProfile));
+        self.table.push(("/debug/pprof/heap", Handler::HeapProfile));
         let index = "/debug/pprof/";
         self.on("/debug/pprof", |_| AdminResponse::redirect("/debug/pprof/".to_owned()))
             .on(index, |_| AdminResponse::text(StatusCode::OK, PROFILES))
@@ -202,23 +207,25 @@ impl Routes {
         match handler.map(|(_, handler)| handler) {
             Some(Handler::Answer(answer)) => {
                 let host = request.headers().get(HOST).and_then(|host| host.to_str().ok());
-                let query = request.uri().query().unwrap_or_default();
-                answer(AdminRequest { query, host: host.unwrap_or_default() }).into_response()
+                let host = host.unwrap_or_default();
+                answer(AdminRequest { query: query(&request), host }).into_response()
             }
             Some(Handler::Metrics(rendering, metrics)) => AdminResponse {
                 content_type: "text/plain; version=0.0.4; charset=utf-8",
                 ..AdminResponse::text(StatusCode::OK, scrape(rendering, metrics).await)
             }
             .into_response(),
-            Some(Handler::Profile) => {
-                let query = request.uri().query().unwrap_or_default();
-                profiling::cpu(query).await.into_response()
-            }
+            Some(Handler::CpuProfile) => profiling::cpu(query(&request)).await.into_response(),
+            Some(Handler::HeapProfile) => profiling::heap(query(&request)).await.into_response(),
             None => {
                 AdminResponse::text(StatusCode::NOT_FOUND, "404 page not found\n").into_response()
             }
         }
     }
+}
+
+fn query<B>(request: &Request<B>) -> &str {
+    request.uri().query().unwrap_or_default()
 }
 
 /// The metrics of now. The request counts as in flight until it is answered or given up.

@@ -14,7 +14,8 @@ pub struct AdminFlags {
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
     pub admin_bind_address: String,
 
-    /// Serve CPU profiles in pprof's format on the admin port, at /debug/pprof/profile
+    /// Serve profiles in pprof's format on the admin port: of processor time at
+    /// /debug/pprof/profile, and in builds with heap profiles of memory at /debug/pprof/heap
     #[arg(long)]
     pub enable_profiling: bool,
 
@@ -32,7 +33,7 @@ impl AdminFlags {
             "needs --enable-profiling",
         );
         if self.enable_contention_profiling {
-            faults.warn("enable-contention-profiling", "has no effect, only CPU time is profiled");
+            faults.warn("enable-contention-profiling", "has no effect, locks are not profiled");
         }
         faults.bind_address("admin-bind-address", &self.admin_bind_address, port)
     }

@@ -18,6 +18,7 @@ use crate::{
     completions, descriptors,
     error::with_causes,
     faults::ConfigErrors,
+    heap_profiles::{self, HeapProfileError},
     invocation::Invocation,
     logging::{self, LogConfig, LogFormat},
     signals::{ReloadSignal, StopSignals, hold_reload_signal},
@@ -48,6 +49,11 @@ pub trait ProcessConfig: Sized {
     /// Warnings for the operator, to be logged at start.
     fn warnings(&self) -> &[String] {
         &[]
+    }
+
+    /// Whether the process lets operators take profiles of it.
+    fn profiling(&self) -> bool {
+        false
     }
 
     /// Number of file descriptors that the process needs to reach the limits of its connections.
@@ -133,6 +139,9 @@ pub fn main<P: Program>(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     });
     config.warnings().iter().for_each(|warning| warn!("{}", sources.locate(warning)));
     descriptors::report(limit, config.descriptors());
+    if config.profiling() {
+        sample_allocations();
+    }
     let result = runtime::<P>().and_then(|runtime| {
         // Dropped, it would wait for blocking work without a limit.
         let runtime = scopeguard::guard(runtime, |runtime| {
@@ -143,6 +152,15 @@ pub fn main<P: Program>(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail::<P>(&sources.locate(&with_causes(&*error))),
+    }
+}
+
+/// Has the allocator sample for the heap profiles of the admin port, in builds that have them.
+fn sample_allocations() {
+    match heap_profiles::activate() {
+        Ok(()) => info!("allocations are sampled"),
+        Err(HeapProfileError::NotBuilt) => {} // the answer of the admin port says so
+        Err(error) => warn!(%error, "allocations are not sampled"),
     }
 }
 

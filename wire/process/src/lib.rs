@@ -5,7 +5,7 @@
 //!   [`go_duration`], `byte_size` and `klog` read flags as Konnectivity reads them, [`faults`]
 //!   collects what is wrong with them, [`tunnel_flags`], [`admin_flags`], [`kubernetes_flags`] and
 //!   [`channel_flags`] are those that both sides share, and [`invocation`] chooses default ports.
-//! - Operation: [`logging`], [`metrics`], [`admin`], [`signals`] and [`supervision`].
+//! - Operation: [`logging`], [`metrics`], [`admin`], [`heap_profiles`], [`signals`] and [`supervision`].
 //! - Sockets: [`listen`] opens listeners as Go does, [`unix_socket`] makes Unix sockets, and
 //!   [`accept`] is the one accept loop.
 //! - [`precheck`] checks with the flags of a process whether it would work.
@@ -29,6 +29,7 @@ mod error;
 pub mod faults;
 pub mod go_duration;
 pub mod go_flags;
+pub mod heap_profiles;
 pub mod invocation;
 mod klog;
 pub mod kubernetes;

@@ -1,4 +1,4 @@
-//! CPU profiles on request, in the format of pprof.
+//! Profiles on request, in the format of pprof.
 
 use std::{
     io,
@@ -11,7 +11,10 @@ use pprof::{ProfilerGuard, ProfilerGuardBuilder, protos::Message as _};
 use tokio::time::sleep;
 
 use super::AdminResponse;
-use crate::threads::on_thread;
+use crate::{
+    heap_profiles::{self, HeapProfileError},
+    threads::on_thread,
+};
 
 /// Duration of a profile for which the request names none; that of Go.
 const DEFAULT_DURATION: Duration = Duration::from_secs(30);
@@ -45,6 +48,29 @@ pub(super) async fn cpu(query: &str) -> AdminResponse {
             let text = format!("Could not enable CPU profiling: {error}\n");
             AdminResponse::text(StatusCode::INTERNAL_SERVER_ERROR, text)
         }
+    }
+}
+
+/// Answers a request of a profile of the memory in use: with the profile, or with the fault.
+pub(super) async fn heap(query: &str) -> AdminResponse {
+    if query.split('&').any(|pair| pair.starts_with("seconds=")) {
+        let text = "seconds has no effect on what is in use now: take two profiles and compare \
+                    them, as in go tool pprof -base FIRST SECOND\n";
+        return AdminResponse::text(StatusCode::BAD_REQUEST, text);
+    }
+    match heap_profiles::take().await {
+        Ok(profile) => AdminResponse {
+            content_type: "application/octet-stream",
+            ..AdminResponse::text(StatusCode::OK, profile)
+        },
+        Err(error) => AdminResponse::text(status(&error), format!("{error}\n")),
+    }
+}
+
+fn status(error: &HeapProfileError) -> StatusCode {
+    match error {
+        HeapProfileError::NotBuilt => StatusCode::NOT_IMPLEMENTED,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
 

@@ -175,5 +175,17 @@ async fn a_profile_is_served_behind_its_flag_and_one_at_a_time() {
     assert_eq!(statuses, ["200", "500"]);
     let profile = if one.0 == "200" { one.1 } else { other.1 };
     assert!(profile > 10, "{profile} bytes");
-    assert_eq!(get(&server, "/debug/pprof/heap").await.0, 404);
+    assert_eq!(get(&server, "/debug/pprof/goroutine").await.0, 404);
+}
+
+#[cfg(not(feature = "heap-profiles"))]
+#[tokio::test]
+async fn a_build_without_heap_profiles_says_which_has_them() {
+    let without = serve_on_free_port(Routes::new().profiling(false));
+    assert_eq!(get(&without, "/debug/pprof/heap").await.0, 404);
+    let server = serve_on_free_port(Routes::new().profiling(true));
+    let (status, text) = get(&server, "/debug/pprof/heap").await;
+    assert!(status == 501 && text.contains("--features heap-profiles"), "{status} {text}");
+    let (status, text) = get(&server, "/debug/pprof/heap?seconds=30").await;
+    assert!(status == 400 && text.contains("-base"), "{status} {text}");
 }
