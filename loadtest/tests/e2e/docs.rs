@@ -1,6 +1,7 @@
 //! Documentation that matches the code: metrics, log events, sections, codes and examples.
 
 mod commands;
+mod links;
 
 use std::{
     collections::BTreeSet,
@@ -373,26 +374,4 @@ fn documents() -> Vec<PathBuf> {
         }
     }
     found
-}
-
-/// The paths in a document: targets of relative links, and source files in backticks.
-fn paths(document: &Path) -> Vec<PathBuf> {
-    let text = read(document);
-    let links = text.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
-    let links = links.filter(|link| !link.is_empty() && !link.contains("://"));
-    let links = links.map(|link| document.parent().unwrap().join(link));
-    let quoted = text.split('`').skip(1).step_by(2).filter(|path| path.ends_with(".rs"));
-    links.chain(quoted.map(PathBuf::from)).collect()
-}
-
-#[test]
-fn every_file_that_a_document_names_exists() {
-    let named: Vec<_> = documents()
-        .into_iter()
-        .flat_map(|document| paths(&document).into_iter().map(move |path| (document.clone(), path)))
-        .collect();
-    assert!(named.len() > 40, "only {} paths found", named.len());
-    for (document, path) in named {
-        assert!(root().join(&path).exists(), "{} of {}", path.display(), document.display());
-    }
 }

@@ -268,10 +268,12 @@ fn the_dockerfile_and_the_manifests_name_this_version() {
     let version = env!("CARGO_PKG_VERSION");
     let read = |path: &str| fs::read_to_string(root().join("deploy").join(path)).unwrap();
     let label = format!("org.opencontainers.image.version={version} ");
-    assert_eq!(read("images/Dockerfile").matches(&label).count(), SIDES.len());
+    let dockerfile = read("images/Dockerfile");
+    assert_eq!(dockerfile.matches(&label).count(), 1);
     for side in SIDES {
+        assert!(dockerfile.contains(&format!("FROM image AS {side}\n")), "{side}");
         let image = format!("image: localhost/{side}:{version}\n");
-        assert!(read("helm/rendered/kubeadm.yaml").contains(&image), "{side}");
+        assert!(read("helm/rendered/http-connect.yaml").contains(&image), "{side}");
     }
 }
 
@@ -307,6 +309,42 @@ fn a_build_without_programs_or_packages_names_the_remedy() {
     fs::write(folder.path().join("packages").join(name), "of an attacker").unwrap();
     let (code, text) = fault(&[&output[..], &binaries, &closed].concat());
     assert!(code == Some(1) && text.contains("SHA-256 differs"), "{code:?} {text}");
+}
+
+/// Cargo is replaced: a build of release programs takes ten minutes.
+#[test]
+fn a_build_without_binaries_has_cargo_build_both_programs() {
+    if !has_python() || !has_program("apt-get") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    fs::create_dir(path("tools")).unwrap();
+    fs::write(
+        path("tools/cargo"),
+        "#!/bin/sh\necho \"$CULVERT_COMMIT $*\" >\"$CARGO_LOG\"\nexit $CARGO_CODE\n",
+    )
+    .unwrap();
+    fs::set_permissions(path("tools/cargo"), fs::Permissions::from_mode(0o755)).unwrap();
+    let build = |code: &str| {
+        let tools = format!("{}:{}", path("tools").display(), std::env::var("PATH").unwrap());
+        let done = Command::new(root().join("deploy/images/build"))
+            .args(["--output", text(folder.path()), "--mirror=http://127.0.0.1:1"])
+            .env("PATH", tools)
+            .env("CULVERT_COMMIT", "0123abcd")
+            .envs([("CARGO_LOG", path("log")), ("CARGO_TARGET_DIR", path("built"))])
+            .env("CARGO_CODE", code)
+            .output()
+            .unwrap();
+        (done.status.code(), String::from_utf8(done.stderr).unwrap())
+    };
+    let (code, text) = build("1");
+    assert!(code == Some(1) && text.contains("cargo build --release failed"), "{code:?} {text}");
+    // The programs are looked at after the packages, for which there is no mirror.
+    let (code, text) = build("0");
+    assert_eq!(code, Some(UNREACHABLE), "{text}");
+    let line = fs::read_to_string(path("log")).unwrap();
+    assert_eq!(line, "0123abcd build --release --locked -p culvert-server -p culvert-agent\n");
 }
 
 #[test]
