@@ -2,6 +2,7 @@
 
 mod commands;
 mod links;
+mod texts;
 
 use std::{
     collections::BTreeSet,
