@@ -59,8 +59,9 @@ impl<'a> Frames<'a> {
 
     fn frame(&mut self) -> Option<Frame> {
         match self.int()? {
-            // PADDING, PING, HANDSHAKE_DONE, IMMEDIATE_ACK
-            0x00 | 0x01 | 0x1e | 0x1f => Some(Frame::Other),
+            0x00 => self.padding(),
+            // PING, HANDSHAKE_DONE, IMMEDIATE_ACK
+            0x01 | 0x1e | 0x1f => Some(Frame::Other),
             kind @ 0x02..=0x03 => self.ack(kind == 0x03),
             // RESET_STREAM, STOP_SENDING, MAX_STREAM_DATA, STREAM_DATA_BLOCKED
             0x04 => self.ints(3),
@@ -91,6 +92,12 @@ impl<'a> Frames<'a> {
             0xaf => self.ints(4),
             _ => None,
         }
+    }
+
+    /// A run of PADDING as one frame: a probe of the path's MTU is tens of thousands of them.
+    fn padding(&mut self) -> Option<Frame> {
+        let length = self.0.iter().position(|byte| *byte != 0).unwrap_or(self.0.len());
+        self.skip(length as u64)
     }
 
     fn ack(&mut self, has_counts: bool) -> Option<Frame> {
@@ -171,6 +178,12 @@ mod tests {
         }
         assert_eq!(frames(&[0x30, 0x19, 0x19]), [Frame::Other]);
         assert_eq!(frames(&[0x06, 0, 2, 0x19, 0x19, 1]), [Frame::Crypto, Frame::Other]);
+    }
+
+    #[test]
+    fn a_run_of_padding_is_one_frame() {
+        let payload = [&[0; 60_000][..], &[0x19, 7], &[0; 9]].concat();
+        assert_eq!(frames(&payload), [Frame::Other, Frame::Retirement, Frame::Other]);
     }
 
     #[test]
