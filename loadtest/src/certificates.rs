@@ -3,6 +3,7 @@
 use std::{
     fmt, fs, io,
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use culvert_process::faults::CertificatePair;
@@ -56,7 +57,30 @@ impl Certificates {
     /// # Errors
     /// When the files cannot be written.
     pub fn issue(&self, name: &str) -> io::Result<CertificatePair> {
-        let (certificate, key) = leaf(name, &self.ca)?;
+        self.issue_with(name, &|_| ())
+    }
+
+    /// The same for this time, from `from` to `until`.
+    ///
+    /// # Errors
+    /// When the files cannot be written.
+    pub fn issue_for(
+        &self,
+        name: &str,
+        from: SystemTime,
+        until: SystemTime,
+    ) -> io::Result<CertificatePair> {
+        self.issue_with(name, &|params| {
+            (params.not_before, params.not_after) = (from.into(), until.into());
+        })
+    }
+
+    fn issue_with(
+        &self,
+        name: &str,
+        change: &dyn Fn(&mut CertificateParams),
+    ) -> io::Result<CertificatePair> {
+        let (certificate, key) = leaf(name, &self.ca, change)?;
         let pair = self.pair(&format!("issued-{}", name.replace(':', "-")));
         fs::write(&pair.certificate, certificate)?;
         fs::write(&pair.key, key)?;
@@ -69,7 +93,7 @@ impl Certificates {
     /// # Errors
     /// When the files cannot be written.
     pub fn renew(&self, name: &str) -> io::Result<()> {
-        let (certificate, key) = leaf(&format!("culvert loadtest {name}"), &self.ca)?;
+        let (certificate, key) = leaf(&format!("culvert loadtest {name}"), &self.ca, &|_| ())?;
         let pair = self.pair(name);
         fs::write(pair.certificate, certificate)?;
         fs::write(pair.key, key)
@@ -122,13 +146,18 @@ impl Certificates {
     }
 }
 
-fn leaf(common_name: &str, ca: &CertifiedIssuer<'_, KeyPair>) -> io::Result<(String, String)> {
+fn leaf(
+    common_name: &str,
+    ca: &CertifiedIssuer<'_, KeyPair>,
+    change: &dyn Fn(&mut CertificateParams),
+) -> io::Result<(String, String)> {
     let mut names = ["localhost", "127.0.0.1", "::1"].map(str::to_owned).to_vec();
     names.push(link::SERVER.to_string());
     let mut params = CertificateParams::new(names).map_err(io::Error::other)?;
     params.distinguished_name.push(DnType::CommonName, common_name);
     params.extended_key_usages =
         vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    change(&mut params);
     let key = KeyPair::generate().map_err(io::Error::other)?;
     let certificate = params.signed_by(&key, ca).map_err(io::Error::other)?;
     Ok((certificate.pem(), key.serialize_pem()))

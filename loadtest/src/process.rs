@@ -3,6 +3,7 @@
 mod usage;
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io,
     net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
@@ -17,6 +18,7 @@ use nix::{
     sys::signal::{self, kill},
     unistd::Pid,
 };
+use parking_lot::Mutex;
 use serde::Deserialize;
 use tokio::{
     process::{Child, Command},
@@ -302,14 +304,19 @@ impl Looks {
     }
 }
 
-/// A port that is free on loopback for TCP and UDP, in the range that flags accept.
+/// Ports that [`free_port`] returned: their processes may not listen yet.
+static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+
+/// A port that is free on loopback for TCP and UDP, in the range that flags accept. This process
+/// gets each one once.
 ///
 /// # Errors
 /// When none is found.
 pub fn free_port() -> io::Result<u16> {
     for _ in 0..1000 {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, fastrand::u16(20_000..32_000)));
-        if TcpListener::bind(address).is_ok() && UdpSocket::bind(address).is_ok() {
+        let is_free = TcpListener::bind(address).is_ok() && UdpSocket::bind(address).is_ok();
+        if is_free && GIVEN.lock().insert(address.port()) {
             return Ok(address.port());
         }
     }

@@ -19,7 +19,7 @@ const AT_ONCE: usize = 8;
 const MAX_ROUNDS: usize = 20;
 
 /// Answers pings, as an agent that is alive. Dials get no answer.
-async fn answer_pings(mut control: ControlStream) {
+pub(crate) async fn answer_pings(mut control: ControlStream) {
     while let Ok(message) = control.next().await {
         if let ControlMessage::Ping(ping) = message {
             let pong = ControlMessage::Pong(Pong { echo: ping.echo });

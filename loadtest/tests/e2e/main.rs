@@ -31,6 +31,7 @@ mod logging;
 mod malformed;
 mod matrix;
 mod memory;
+mod monitoring;
 mod no_route;
 mod operable;
 mod operator;

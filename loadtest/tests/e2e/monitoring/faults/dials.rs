@@ -1,0 +1,154 @@
+//! Dials that fail, wait or are refused.
+
+use std::time::Duration;
+
+use culvert_loadtest::{frontend::FrontendKind::ConnectUnix, process::free_port, targets};
+use culvert_transport::task::owned;
+use tokio::{io::AsyncWriteExt as _, net::TcpStream, task::JoinSet};
+
+use super::{Bench, Fault, connections::nothing};
+use crate::{
+    monitoring::{prometheus::Target, site::Site},
+    support::{Carrier::Quic, agent, eventually, rig, shaped_path::ShapedPath},
+};
+
+/// Dials for an alert, and a few more.
+const MANY: usize = 10;
+
+pub(in super::super) async fn unknown_hosts(bench: Bench) -> Fault {
+    let site = bench.site("unknown_hosts");
+    let server = site.server(&["--proxy-strategies=destHost"]).await;
+    let agent = site.inner_agent("a", &["--agent-identifiers=ipv4=127.0.0.1"]);
+    server.until_joined(1).await;
+    Fault::of(vec![server.target.clone()], async move {
+        let failed = site.dial_times(MANY, "10.9.9.9:1").await;
+        assert!(failed.is_empty());
+        (server, agent)
+    })
+}
+
+pub(in super::super) async fn too_many_streams(bench: Bench) -> Fault {
+    let site = bench.site("too_many_streams");
+    let server = site.server(&["--max-streams-per-agent=8"]).await;
+    let agent = site.inner_agent("a", &[]);
+    server.until_joined(1).await;
+    Fault::of(vec![server.target.clone()], async move {
+        let target = targets::echo().await.unwrap();
+        let streams = "culvert_server_tunnel_open_streams{agent_id=\"a\"}";
+        for _ in 0..10 {
+            let works = site.dial_times(8, target.address()).await;
+            assert_eq!(works.len(), 8);
+            drop(works);
+            let ended = async || server.process.metric(streams).await.is_ok_and(|it| it == 0.0);
+            eventually("the streams have ended", ended).await;
+        }
+        let held = site.dial_times(8 + MANY, target.address()).await;
+        assert_eq!(held.len(), 8);
+        (server, agent, target, held)
+    })
+}
+
+pub(in super::super) async fn targets_refuse(bench: Bench) -> Fault {
+    let site = bench.site("targets_refuse");
+    let server = site.server(&[]).await;
+    let agent = site.inner_agent("a", &[]);
+    server.until_joined(1).await;
+    Fault::of(vec![server.target.clone()], async move {
+        let failed = site.dial_times(MANY, nothing()).await;
+        assert!(failed.is_empty());
+        (server, agent)
+    })
+}
+
+pub(in super::super) async fn slow_path(bench: Bench) -> Fault {
+    let site = bench.site("slow_path");
+    let server = site.server(&[]).await;
+    let path = ShapedPath::to(site.tunnel, true).await;
+    let near = Site { tunnel: path.address, ..site.clone() };
+    path.delay(Duration::from_millis(600));
+    let agent = near.inner_agent("a", &["--transport=quic"]);
+    server.until_joined(1).await;
+    Fault::of(vec![server.target.clone()], async move {
+        let target = targets::echo().await.unwrap();
+        let works = site.dial_times(MANY, target.address()).await;
+        assert_eq!(works.len(), MANY);
+        (server, agent, path, target, works)
+    })
+}
+
+/// An agent that answers pings, and no dial.
+pub(in super::super) async fn agent_reaches_nothing(_: Bench) -> Fault {
+    let rig = rig(ConnectUnix, Quic).server_flag("--backend-dial-timeout=1s").start().await;
+    let rig = rig.unwrap();
+    let (tunnel, control) = agent::joined(&rig, "reaches-nothing").await;
+    let answering = owned(crate::ejection::answer_pings(control));
+    rig.until_joined(2).await.unwrap();
+    let scraped = Target { program: "culvert-server", health: rig.server.health.port() };
+    Fault::of(vec![scraped], async move {
+        let targets = [targets::echo().await.unwrap(), targets::echo().await.unwrap()];
+        // So few that the failures are fewer than those of other alerts.
+        while rig.server.metric("culvert_server_ejections_total") == 0.0 {
+            let [one, other] = targets.each_ref().map(|target| rig.dial(target.address()));
+            let [two, another] = targets.each_ref().map(|target| rig.dial(target.address()));
+            drop(tokio::join!(one, other, two, another));
+        }
+        (rig, tunnel, answering, targets)
+    })
+}
+
+pub(in super::super) async fn metadata_service(bench: Bench) -> Fault {
+    const METADATA: &str = "169.254.169.254";
+    let flag = format!("--agent-identifiers=ipv4={METADATA}");
+    let agent = bench.common.agent("metadata_service", &[flag]).await;
+    agent.until_connected().await;
+    Fault::of(vec![agent.target.clone()], async move {
+        bench.common.dial(format!("{METADATA}:80")).await.unwrap_err();
+        agent
+    })
+}
+
+pub(in super::super) async fn strangers_at_the_frontend(bench: Bench) -> Fault {
+    let site = bench.site("strangers_at_the_frontend");
+    let port = free_port().unwrap();
+    let pair = site.certificates.server();
+    let flags = [
+        "--uds-name=".into(),
+        format!("--server-port={port}"),
+        "--server-bind-address=127.0.0.1".into(),
+        format!("--server-cert={}", pair.certificate.display()),
+        format!("--server-key={}", pair.key.display()),
+        format!("--server-ca-cert={}", site.certificates.ca().display()),
+    ];
+    let server = site.server(&flags.each_ref().map(String::as_str)).await;
+    let agent = site.inner_agent("a", &[]);
+    server.until_joined(1).await;
+    Fault::of(vec![server.target.clone()], async move {
+        for _ in 0..MANY {
+            let mut stranger = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+            stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        }
+        (server, agent)
+    })
+}
+
+/// Clients that do not read what their targets send, until the memory limit is reached.
+pub(in super::super) async fn readers_stall(bench: Bench) -> Fault {
+    const READERS: usize = 100;
+    let site = bench.site("readers_stall");
+    let server = site.server(&["--memory-limit=4Mi"]).await;
+    let agent = site.inner_agent("a", &[]);
+    server.until_joined(1).await;
+    Fault::of(vec![server.target.clone()], async move {
+        let (target, mut accepted) = targets::handed_over().await.unwrap();
+        let (mut stalled, mut writing) = (Vec::new(), JoinSet::new());
+        for _ in 0..READERS {
+            stalled.push(site.dial(target.address()).await.unwrap());
+            let mut socket = accepted.recv().await.unwrap();
+            writing.spawn(async move {
+                let chunk = vec![7; 65_536];
+                while socket.write_all(&chunk).await.is_ok() {}
+            });
+        }
+        (server, agent, target, stalled, writing)
+    })
+}
