@@ -80,6 +80,7 @@ fn the_contents_list_every_page() {
     let contents = read("docs/README.md");
     for document in documents().iter().filter(|path| path.parent() == Some(Path::new("docs"))) {
         let name = document.file_name().unwrap().to_str().unwrap();
-        assert!(name == "README.md" || contents.contains(&format!("]({name})")), "{name}");
+        let is_there = name == "README.md" || contents.contains(&format!("]({name})"));
+        assert!(is_there, "{name}: add a line to docs/README.md");
     }
 }
