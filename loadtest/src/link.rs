@@ -15,6 +15,7 @@ pub mod check;
 mod direction;
 pub mod exec;
 mod host;
+pub mod hosts;
 mod loopback;
 mod packet;
 pub mod probe;

@@ -46,6 +46,13 @@ enum Command {
     Soak(soak::Options),
     /// Measure the emulated link on this machine, and compare the results with the link's settings
     Link,
+    /// Join two network namespaces by an emulated link, for programs of your own
+    ///
+    /// Prints the namespaces and their addresses as JSON. Each line of standard input is a command,
+    /// answered by `ok` or `error: …`: {"set": {"each_way": {"delay_ms": 10, "loss": 0.01}}} with
+    /// the keys of a scenario's link, {"udp": "drop"} or "pass" or "reject", "down", "up". The
+    /// link lasts until standard input ends. Requires root, or a user namespace.
+    Hosts(Hosts),
     /// List the built-in scenarios
     Scenarios,
     /// Show the results of earlier comparisons from their JSON files. If a scenario is in several
@@ -76,6 +83,16 @@ struct Compare {
     html: Option<PathBuf>,
     #[command(flatten)]
     options: compare::Options,
+}
+
+#[derive(Debug, Args)]
+struct Hosts {
+    /// Settings of the link as JSON, with the keys of a scenario's link
+    #[arg(long, value_name = "JSON", default_value = "{}")]
+    link: String,
+    /// Seed of the link's losses
+    #[arg(long, value_name = "SEED", default_value_t = 1)]
+    seed: u64,
 }
 
 #[derive(Debug, Args)]
@@ -121,6 +138,7 @@ fn run(command: Command) -> ExitCode {
         Command::Link => {
             link::check::check().map(|table| println!("{table}")).map(|()| ExitCode::SUCCESS)
         }
+        Command::Hosts(options) => join_hosts(&options),
         Command::Scenarios => list_scenarios(),
         Command::Render(options) => render(&options),
     };
@@ -143,6 +161,12 @@ fn run_soak(options: &soak::Options) -> anyhow::Result<ExitCode> {
         write(path, &serde_json::to_string_pretty(&report)?)?;
     }
     Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn join_hosts(options: &Hosts) -> anyhow::Result<ExitCode> {
+    let settings = serde_json::from_str(&options.link).context("--link is not a link")?;
+    link::hosts::serve(&settings, options.seed, io::stdin().lock(), io::stdout().lock())?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn list_scenarios() -> anyhow::Result<ExitCode> {
