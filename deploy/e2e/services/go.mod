@@ -1,0 +1,3 @@
+module culvert.dev/e2e/services
+
+go 1.26.0
