@@ -3,6 +3,7 @@
 mod commands;
 mod links;
 mod texts;
+mod values;
 
 use std::{
     collections::BTreeSet,
