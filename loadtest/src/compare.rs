@@ -13,10 +13,13 @@ mod watch;
 use std::{path::PathBuf, time::SystemTime};
 
 use anyhow::Context as _;
+use parking_lot::Mutex;
 use tempfile::TempDir;
 
+use self::progress::{Schedule, planned};
 use crate::{
     frontend::Protocol,
+    go,
     konnectivity_client::KonnectivityClient,
     peer::{Peer, Programs, konnectivity},
     report::{Report, Run},
@@ -30,10 +33,10 @@ pub struct Options {
     #[arg(long = "peer", value_name = "PEER")]
     pub peers: Vec<Peer>,
     /// Number of runs of each peer, each with a seed of its own [default: the scenario's]
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
     pub seeds: Option<u64>,
     /// Duration of the measurement, in seconds [default: the scenario's]
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", value_parser = positive)]
     pub seconds: Option<f64>,
     /// Program to run as Culvert's server [default: this program]
     #[arg(long, value_name = "PATH")]
@@ -47,21 +50,26 @@ pub struct Options {
     pub culvert_flag: Vec<String>,
 }
 
+fn positive(text: &str) -> Result<f64, String> {
+    let seconds = text.parse().ok().filter(|seconds: &f64| *seconds > 0.0 && seconds.is_finite());
+    seconds.ok_or_else(|| "write a number above 0".into())
+}
+
 /// Programs that are built once for many scenarios.
 #[derive(Debug)]
 pub struct Comparison {
     options: Options,
     programs: Programs,
     konnectivity_client: Option<KonnectivityClient>,
+    schedule: Mutex<Schedule>,
     _folder: TempDir,
 }
 
 impl Comparison {
-    /// Builds the Konnectivity programs that these scenarios need, where Go is installed; prints a
-    /// line where it is not.
+    /// Builds the Konnectivity programs that these scenarios need.
     ///
     /// # Errors
-    /// When Go is there and cannot build them.
+    /// When Go is not found, or cannot build them.
     pub fn prepare(
         options: Options,
         loadtest: PathBuf,
@@ -72,15 +80,16 @@ impl Comparison {
         let peers = || scenarios.iter().flat_map(|scenario| &scenario.peers).filter(wanted);
         let runtime = tokio::runtime::Runtime::new()?;
         let (mut konnectivity_client, mut konnectivity) = (None, None);
+        let needs_go = |peer: &Peer| {
+            matches!(peer, Peer::Konnectivity(_)) || peer.frontend() == Some(Protocol::Grpc)
+        };
+        anyhow::ensure!(go::find().is_some() || !peers().any(needs_go), go::missing());
         if peers().any(|peer| matches!(peer, Peer::Konnectivity(_))) {
             eprintln!("building Konnectivity; the first time takes some minutes");
             konnectivity = runtime.block_on(konnectivity::Programs::build(folder.path()))?;
         }
         if peers().any(|peer| peer.frontend() == Some(Protocol::Grpc)) {
             konnectivity_client = runtime.block_on(KonnectivityClient::build(folder.path()))?;
-            if konnectivity_client.is_none() {
-                eprintln!("Go is not installed: only culvert-connect and direct can be compared");
-            }
         }
         let programs = Programs {
             loadtest,
@@ -89,7 +98,29 @@ impl Comparison {
             culvert_flags: options.culvert_flag.clone(),
             konnectivity,
         };
-        Ok(Self { options, programs, konnectivity_client, _folder: folder })
+        let mut comparison = Self {
+            options,
+            programs,
+            konnectivity_client,
+            schedule: Mutex::default(),
+            _folder: folder,
+        };
+        let adjusted = scenarios.iter().map(|scenario| comparison.adjusted(scenario));
+        let runs = adjusted.flat_map(|scenario| {
+            let of_seed = comparison.field(&scenario).len() as u64;
+            let count = of_seed * scenario.seeds;
+            (0..count).map(move |_| planned(&scenario))
+        });
+        comparison.schedule = Mutex::new(Schedule::new(runs.collect()));
+        Ok(comparison)
+    }
+
+    /// The scenario with the options of the command line.
+    fn adjusted(&self, scenario: &Scenario) -> Scenario {
+        let mut scenario = scenario.clone();
+        scenario.seconds = self.options.seconds.unwrap_or(scenario.seconds);
+        scenario.seeds = self.options.seeds.unwrap_or(scenario.seeds);
+        scenario
     }
 
     /// Runs a scenario: every seed through every peer in turn, so that changes of the machine
@@ -98,9 +129,7 @@ impl Comparison {
     /// # Errors
     /// When it cannot be set up. The failure of a peer is part of its run.
     pub fn run(&self, scenario: &Scenario, command: &str) -> anyhow::Result<Report> {
-        let mut scenario = scenario.clone();
-        scenario.seconds = self.options.seconds.unwrap_or(scenario.seconds);
-        scenario.seeds = self.options.seeds.unwrap_or(scenario.seeds);
+        let scenario = self.adjusted(scenario);
         let started = SystemTime::UNIX_EPOCH.elapsed().context("the clock is before 1970")?;
         let mut runs = Vec::new();
         for seed in 1..=scenario.seeds {
@@ -119,9 +148,22 @@ impl Comparison {
             machine: machine::description(),
             commit: machine::commit(),
             started: started.as_secs(),
+            versions: self.versions(),
+            settings: scenario.link,
             runs,
             goals,
         })
+    }
+
+    /// Versions of the programs that are compared.
+    fn versions(&self) -> Vec<String> {
+        let konnectivity = self
+            .programs
+            .konnectivity
+            .as_ref()
+            .map(|_| format!("Konnectivity {}", konnectivity::version()));
+        let culvert = format!("Culvert {}", env!("CARGO_PKG_VERSION"));
+        std::iter::once(culvert).chain(konnectivity).collect()
     }
 
     /// The peers to run, each with its congestion controls.
@@ -161,8 +203,11 @@ impl Comparison {
             seed,
             programs: &self.programs,
             konnectivity_client,
+            place: self.schedule.lock().next(),
         };
-        attempt.run()
+        let run = attempt.run()?;
+        self.schedule.lock().ended();
+        Ok(run)
     }
 }
 

@@ -5,6 +5,7 @@
 //! ```
 
 mod poke;
+pub mod race;
 mod session;
 mod table;
 
@@ -14,10 +15,13 @@ use std::{
 };
 
 use anyhow::Context as _;
-use culvert_process::signals::StopSignals;
+use culvert_process::{go_duration::GoDuration, signals::StopSignals};
 use tokio::time::interval;
 
-use crate::rig::{Rig, Running};
+use crate::{
+    peer::Peer,
+    rig::{Rig, Running},
+};
 use session::{Report, Sessions};
 
 /// Interval at which the table is drawn again on a terminal.
@@ -40,6 +44,36 @@ pub struct Options {
     /// that use them
     #[arg(long)]
     pub hold: bool,
+
+    /// Packets that are lost each way, in percent, 0 to 50: shows Culvert, Konnectivity and plain TCP
+    /// side by side instead, each on an emulated link of its own. Keys block UDP, lose more, take the
+    /// links down and kill the agents. Requires root or a user namespace, and for Konnectivity Go
+    #[arg(long, value_name = "PERCENT", value_parser = percent)]
+    pub loss: Option<f64>,
+
+    /// Delay of the emulated links each way, such as 25ms; as --loss
+    #[arg(long, value_name = "DURATION")]
+    pub delay: Option<GoDuration>,
+
+    /// Rate of the emulated links each way, in Mbit/s
+    #[arg(long, value_name = "MBIT", default_value_t = 20.0)]
+    pub rate: f64,
+
+    /// Peer to show with --loss or --delay; may be given several times. Without it, all that run
+    #[arg(long = "peer", value_name = "PEER")]
+    pub peers: Vec<Peer>,
+}
+
+impl Options {
+    /// Whether peers are shown side by side on emulated links.
+    pub fn is_race(&self) -> bool {
+        self.loss.is_some() || self.delay.is_some()
+    }
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    let percent = text.parse().ok().filter(|percent| (0.0..=50.0).contains(percent));
+    percent.ok_or_else(|| "write a number from 0 to 50".into())
 }
 
 /// Runs the demo.

@@ -14,6 +14,7 @@ use tokio::{
 };
 
 use crate::{
+    go,
     link::Host,
     load::{Plan, Sample},
 };
@@ -30,9 +31,10 @@ impl KonnectivityClient {
     /// # Errors
     /// When Go is there and cannot build it.
     pub async fn build(folder: &Path) -> anyhow::Result<Option<Self>> {
+        let Some(go) = go::find() else { return Ok(None) };
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("konnectivity-client");
         let program = folder.join("konnectivity-client");
-        let built = Command::new("go")
+        let built = Command::new(&go)
             .args(["build", "-o"])
             .arg(&program)
             .arg(".")
@@ -45,7 +47,6 @@ impl KonnectivityClient {
                 let error = String::from_utf8_lossy(&built.stderr).into_owned();
                 Err(anyhow::anyhow!(error).context("go build in loadtest/konnectivity-client"))
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error.into()),
         }
     }

@@ -15,10 +15,18 @@ use culvert_loadtest::{
     demo,
     flags::named,
     fleet, link,
-    report::{Report, html::page, markdown::markdown, table::table},
+    report::{
+        Report,
+        headline::picture,
+        html::page,
+        markdown::markdown,
+        table::{Look, table},
+    },
     scenario::Scenario,
+    scratch::Scratch,
     soak,
 };
+use tokio::signal::unix::SignalKind;
 
 /// Culvert on one machine: a demo, and measurements beside Konnectivity and plain TCP.
 #[derive(Debug, Parser)]
@@ -81,6 +89,9 @@ struct Compare {
     /// File to write a page with plots to, as HTML
     #[arg(long, value_name = "PATH")]
     html: Option<PathBuf>,
+    /// File to write a plot of the first scenario to, as SVG
+    #[arg(long, value_name = "PATH")]
+    svg: Option<PathBuf>,
     #[command(flatten)]
     options: compare::Options,
 }
@@ -103,6 +114,9 @@ struct Render {
     /// File to write a page with plots to, as HTML
     #[arg(long, value_name = "PATH")]
     html: Option<PathBuf>,
+    /// File to write a plot of the first scenario to, as SVG
+    #[arg(long, value_name = "PATH")]
+    svg: Option<PathBuf>,
     /// Print Markdown instead of tables for a terminal
     #[arg(long)]
     markdown: bool,
@@ -149,12 +163,21 @@ fn run(command: Command) -> ExitCode {
 }
 
 fn run_demo(options: &demo::Options) -> anyhow::Result<ExitCode> {
+    if options.is_race() {
+        let _scratch = Scratch::new(&Scratch::all_signals())?;
+        demo::race::run(options)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    // The demo itself ends at the others.
+    let _scratch = Scratch::new(&[SignalKind::hangup(), SignalKind::quit()])?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(demo::run(options))?;
     Ok(ExitCode::SUCCESS)
 }
 
 fn run_soak(options: &soak::Options) -> anyhow::Result<ExitCode> {
+    // The soak itself ends at the others.
+    let _scratch = Scratch::new(&[SignalKind::hangup(), SignalKind::quit()])?;
     let report = soak::run(options, std::env::current_exe()?)?;
     println!("{report}");
     if let Some(path) = &options.json {
@@ -199,10 +222,13 @@ fn render(options: &Render) -> anyhow::Result<ExitCode> {
     if let Some(path) = &options.html {
         write(path, &page(&reports))?;
     }
+    if let Some(path) = &options.svg {
+        write(path, &picture(reports.first()))?;
+    }
     if options.markdown {
         print!("{}", markdown(&reports));
     } else {
-        reports.iter().for_each(|report| print(&format!("{}\n", table(report))));
+        reports.iter().for_each(|report| print(&format!("{}\n", table(report, Look::of_stdout()))));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -213,8 +239,10 @@ fn run_compare(compare: Compare) -> anyhow::Result<ExitCode> {
         false => compare.scenarios,
     };
     // All faults before the first run.
+    [&compare.json, &compare.html, &compare.svg].into_iter().flatten().try_for_each(writable)?;
     let scenarios =
         names.iter().map(|name| Scenario::load(name)).collect::<anyhow::Result<Vec<_>>>()?;
+    let _scratch = Scratch::new(&Scratch::all_signals())?;
     let words: Vec<_> = std::env::args().skip(1).collect();
     let command = format!("culvert-loadtest {}", words.join(" "));
     let loadtest = std::env::current_exe().context("cannot find this program's path")?;
@@ -222,7 +250,7 @@ fn run_compare(compare: Compare) -> anyhow::Result<ExitCode> {
     let mut reports = Vec::new();
     for scenario in &scenarios {
         let report = comparison.run(scenario, &command)?;
-        println!("{}", table(&report));
+        println!("{}", table(&report, Look::of_stdout()));
         reports.push(report);
         // After each, so that what has been measured survives whatever comes.
         if let Some(path) = &compare.json {
@@ -231,9 +259,23 @@ fn run_compare(compare: Compare) -> anyhow::Result<ExitCode> {
         if let Some(path) = &compare.html {
             write(path, &page(&reports))?;
         }
+        if let Some(path) = &compare.svg {
+            write(path, &picture(reports.first()))?;
+        }
     }
     let reached = reports.iter().flat_map(|report| &report.goals).all(|goal| goal.reached);
     Ok(if compare.check && !reached { ExitCode::from(2) } else { ExitCode::SUCCESS })
+}
+
+/// Whether a file can be written, which is known only after an attempt. It stays as it is.
+fn writable(path: &PathBuf) -> anyhow::Result<()> {
+    let is_new = !path.exists();
+    let opened = fs::OpenOptions::new().append(true).create(true).open(path);
+    opened.with_context(|| format!("cannot write {}", path.display()))?;
+    if is_new {
+        fs::remove_file(path).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
 }
 
 fn write(path: &PathBuf, text: &str) -> anyhow::Result<()> {

@@ -1,5 +1,6 @@
 //! Report of a comparison: stable JSON, a table for a terminal, and an HTML page.
 
+pub mod headline;
 pub mod html;
 pub mod markdown;
 mod summary;
@@ -9,7 +10,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{carrier::Carrier, load::Kind};
+use crate::{carrier::Carrier, link::LinkSettings, load::Kind};
 
 /// One comparison: the same workloads through every peer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -30,6 +31,12 @@ pub struct Report {
     pub commit: String,
     /// When it started, in seconds since 1970.
     pub started: u64,
+    /// Programs that were compared, with their versions.
+    #[serde(default)]
+    pub versions: Vec<String>,
+    /// Settings of the link, if there was one.
+    #[serde(default)]
+    pub settings: Option<LinkSettings>,
     /// Runs, in order.
     pub runs: Vec<Run>,
     /// Goals.

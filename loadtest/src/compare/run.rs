@@ -40,12 +40,15 @@ pub(super) struct Attempt<'a> {
     pub(super) seed: u64,
     pub(super) programs: &'a Programs,
     pub(super) konnectivity_client: Option<&'a KonnectivityClient>,
+    /// Which run of how many it is, for the progress.
+    pub(super) place: String,
 }
 
 impl Attempt<'_> {
     /// Runs the peer. When it cannot take part, the run says why.
     pub(super) fn run(&self) -> anyhow::Result<Run> {
-        let title = format!("{} {} seed {}", self.scenario.name, self.name, self.seed);
+        let (place, scenario) = (&self.place, &self.scenario.name);
+        let title = format!("{place} {scenario} {} seed {}", self.name, self.seed);
         let progress = Progress::start(title);
         let network = Network::new(self.scenario.link.as_ref(), self.seed)?;
         let [server, node] = network.hosts();

@@ -1,14 +1,12 @@
 //! Konnectivity's server and agent, built from the Go module pinned in `loadtest/konnectivity`.
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use tokio::process::Command;
 
 use super::{Ports, Process, Topology};
+use crate::go;
 
 /// The module that holds both programs.
 const MODULE: &str = "sigs.k8s.io/apiserver-network-proxy";
@@ -30,6 +28,7 @@ impl Programs {
     /// # Errors
     /// When Go is there and cannot build them.
     pub async fn build(folder: &Path) -> anyhow::Result<Option<Self>> {
+        let Some(go) = go::find() else { return Ok(None) };
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("konnectivity");
         let packages = [
             ("server", format!("{MODULE}/cmd/server")),
@@ -37,7 +36,7 @@ impl Programs {
             ("fleet", "./fleet".into()),
         ];
         for (name, package) in packages {
-            let built = Command::new("go")
+            let built = Command::new(&go)
                 .args(["build", "-o"])
                 .arg(folder.join(format!("konnectivity-{name}")))
                 .arg(package)
@@ -51,7 +50,6 @@ impl Programs {
                     let context = "go build in loadtest/konnectivity";
                     return Err(anyhow::anyhow!(error).context(context));
                 }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
                 Err(error) => return Err(error.into()),
             }
         }
@@ -59,6 +57,16 @@ impl Programs {
         let (server, agent) = (program("server"), program("agent"));
         Ok(Some(Self { server, agent, fleet: program("fleet") }))
     }
+}
+
+/// The version that the module is pinned to.
+pub(crate) fn version() -> &'static str {
+    let pinned = include_str!("../../konnectivity/go.mod").lines();
+    let mut versions = pinned.filter_map(|line| {
+        let (module, version) = line.trim().trim_start_matches("require ").split_once(' ')?;
+        (module == MODULE).then(|| version.split(' ').next().unwrap_or(version))
+    });
+    versions.next().unwrap_or("of an unknown version")
 }
 
 pub(super) fn start_server(

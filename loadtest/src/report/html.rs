@@ -8,7 +8,7 @@ use std::{
 };
 
 use self::plot::{Plot, Scale, Series, bars, plot};
-use super::{Latency, Report, Run, WorkloadResult, summary};
+use super::{Latency, Report, Run, WorkloadResult, headline, summary};
 
 const STYLE: &str = include_str!("html/style.css");
 
@@ -49,6 +49,7 @@ fn section(report: &Report) -> String {
     let link = escape(&report.link);
     let mut text =
         format!("<section id=\"{name}\"><h2>{name}</h2><p>{title}.<br>Link: {link}.</p>\n");
+    text += &headline(report);
     text += &goals(report);
     text += &figures(report);
     for run in &report.runs {
@@ -60,10 +61,31 @@ fn section(report: &Report) -> String {
     text += &plots(report);
     let (command, machine) = (escape(&report.command), escape(&report.machine));
     let commit = escape(&report.commit);
+    let versions = escape(&report.versions.join(", "));
     let _ = writeln!(
         text,
-        "<footer><code>{command}</code><br>{machine}; commit {commit}; {}</footer></section>",
+        "<footer><code>{command}</code><br>{machine}; {versions}; commit {commit}; {}</footer>\
+         </section>",
         httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(report.started))
+    );
+    text
+}
+
+/// What the runs show, and how many there were.
+fn headline(report: &Report) -> String {
+    let mut text = String::new();
+    for sentence in headline::sentences(report) {
+        let _ = writeln!(text, "<p class=\"headline\">{}</p>", escape(&sentence));
+    }
+    let seconds = report.runs.iter().find(|run| run.failure.is_none()).map(|run| run.seconds);
+    let runs = match summary::seeds(report) {
+        1 => "One run of each peer".to_owned(),
+        seeds => format!("{seeds} runs of each peer with seeds of their own: median (least–most)"),
+    };
+    let _ = writeln!(
+        text,
+        "<p class=\"runs\">{runs}; {} measured seconds. One run says little about the spread.</p>",
+        seconds.map_or_else(|| "no".into(), summary::figure)
     );
     text
 }
@@ -100,16 +122,28 @@ fn figures(report: &Report) -> String {
         rows + &format!("<tr><td class=\"name\">{}</td>{}</tr>\n", escape(peer), cells("td", row))
     });
     let head = cells("th", &summary.columns);
-    format!("<div class=\"wide\"><table><tr><th>peer</th>{head}</tr>\n{rows}</table></div>\n")
+    let notes = summary::notes(&summary.columns).join(". ");
+    format!(
+        "<div class=\"wide\" tabindex=\"0\"><table><tr><th>peer</th>{head}</tr>\n{rows}</table>\
+         </div><p class=\"runs\">{}. The table scrolls to the right on a narrow screen.</p>\n",
+        escape(&notes)
+    )
 }
 
+/// Peers that have a panel of their own, with the others in grey: by the begin of their names.
+const PANELS: [&str; 3] = ["culvert", "konnectivity", "direct"];
+
 fn plots(report: &Report) -> String {
-    let mut text = String::from("<div class=\"plots\">\n");
     let peers = summary::peers(report);
     let first =
         |peer: &str| report.runs.iter().find(|run| run.peer == *peer && run.failure.is_none());
     let runs: Vec<&Run> = peers.iter().filter_map(|peer| first(peer)).collect();
     let names = runs.first().map(|run| &*run.workloads).unwrap_or_default();
+    let mut text = String::new();
+    if summary::seeds(report) > 1 && !names.is_empty() {
+        let seed = runs.first().map_or(1, |run| run.seed);
+        let _ = writeln!(text, "<p class=\"runs\">The plots show seed {seed}.</p>");
+    }
     for workload in names {
         let of_runs = || runs.iter().filter_map(|run| Some((*run, result(run, &workload.name)?)));
         let latencies: Vec<(&Run, &Latency)> = of_runs()
@@ -117,23 +151,27 @@ fn plots(report: &Report) -> String {
             .filter(|(_, latency)| latency.count > 0)
             .collect();
         if !latencies.is_empty() {
-            text += &distribution(&workload.name, &latencies);
-            text += &over_time(&workload.name, &latencies);
+            text += &panels(&distribution(report, &workload.name, &latencies));
+            text += &panels(&over_time(report, &workload.name, &latencies));
         }
         let rates: Vec<_> = of_runs().filter(|(_, result)| !result.throughput.is_empty()).collect();
         if !rates.is_empty() {
-            text += &throughput(&workload.name, &rates);
+            text += &panels(&throughput(report, workload, &rates));
         }
     }
-    let of = |value: fn(&Run) -> Option<f64>| {
-        let values = runs.iter().filter_map(|run| Some((run.peer.clone(), value(run)?)));
-        values.collect::<Vec<_>>()
-    };
-    text += &bars("Processor time of server and agent per GiB, s", &of(summary::cpu_per_gib));
-    text += &bars(
-        "Peak memory of server and agent, MiB",
-        &of(|run| Some(summary::mebibytes(run.server?.peak_memory + run.agent?.peak_memory))),
-    );
+    text += "<p class=\"runs\">On a link the kernel's work for TCP is in no process: compare \
+             processor time on loopback.</p>\n<div class=\"plots\">\n";
+    let cpu = runs.iter().filter_map(|run| {
+        let moved = run.payload_bytes as f64 * 8.0 / 1e6 / run.seconds;
+        let label = format!("at {} Mbit/s of payload", summary::figure(moved));
+        Some((run.peer.clone(), summary::cpu_percent(run)?, label))
+    });
+    text += &bars("Processor time of server and agent, % of a core", &cpu.collect::<Vec<_>>());
+    let memory = runs.iter().filter_map(|run| {
+        let bytes = run.server?.peak_memory + run.agent?.peak_memory;
+        Some((run.peer.clone(), summary::mebibytes(bytes), String::new()))
+    });
+    text += &bars("Peak memory of server and agent, MiB", &memory.collect::<Vec<_>>());
     text + "</div>\n"
 }
 
@@ -141,21 +179,43 @@ fn result<'a>(run: &'a Run, name: &str) -> Option<&'a WorkloadResult> {
     run.workloads.iter().find(|result| result.name == name)
 }
 
-fn distribution(name: &str, latencies: &[(&Run, &Latency)]) -> String {
+/// The same plot for each group of peers that are in it.
+fn panels(whole: &Plot) -> String {
+    let is_in = |panel: &&&str| whole.series.iter().any(|series| series.is_of(panel));
+    let panels = PANELS.iter().filter(is_in).map(|panel| plot(whole, panel));
+    let title = escape(&whole.title);
+    let panels = panels.collect::<String>();
+    format!("<h3>{title}</h3>\n<div class=\"plots panels\">\n{panels}</div>\n")
+}
+
+/// The path's round trip, on an axis of latencies.
+fn path(report: &Report) -> Option<(f64, String)> {
+    let round_trip = summary::round_trip(report.settings.as_ref()?);
+    (round_trip > 0.0).then(|| (round_trip, format!("path: {} ms", summary::figure(round_trip))))
+}
+
+/// No further than one answer in all that there were.
+fn distribution(report: &Report, name: &str, latencies: &[(&Run, &Latency)]) -> Plot {
     let series = latencies.iter().map(|(run, latency)| {
-        let points = latency.distribution.iter().map(|point| (point.ms, point.share));
-        Series::new(&run.peer, points.collect())
+        let last = 1.0 - 1.0 / latency.count as f64;
+        let points = latency.distribution.iter().filter(|point| point.share <= last);
+        Series::new(&run.peer, points.map(|point| (point.ms, point.share)).collect())
     });
-    plot(&Plot {
-        title: format!("{name}: how many took at most how long"),
+    let counts = latencies.iter().map(|(_, latency)| latency.count);
+    let (least, most) = (counts.clone().min().unwrap_or(0), counts.max().unwrap_or(0));
+    Plot {
+        title: format!("{name}: how many took at most how long, of {least} to {most} answers"),
         x: Scale::Log("latency, ms"),
         y: Scale::Nines("share of answers, %"),
         series: series.collect(),
         events: Vec::new(),
-    })
+        is_over_time: false,
+        x_bound: path(report),
+        y_bound: None,
+    }
 }
 
-fn over_time(name: &str, latencies: &[(&Run, &Latency)]) -> String {
+fn over_time(report: &Report, name: &str, latencies: &[(&Run, &Latency)]) -> Plot {
     let mut series = Vec::new();
     for (run, latency) in latencies {
         let points = |of: fn(&super::LatencyPoint) -> f64| {
@@ -164,27 +224,42 @@ fn over_time(name: &str, latencies: &[(&Run, &Latency)]) -> String {
         series.push(Series::new(&run.peer, points(|point| point.p50)));
         series.push(Series::faint(&run.peer, points(|point| point.max)));
     }
-    plot(&Plot {
+    Plot {
         title: format!("{name}: median and (faint) maximum of each quarter second"),
         x: Scale::Linear("seconds since the measured part began"),
         y: Scale::Log("latency, ms"),
         series,
         events: events(latencies.iter().map(|(run, _)| *run)),
-    })
+        is_over_time: true,
+        x_bound: None,
+        y_bound: path(report),
+    }
 }
 
-fn throughput(name: &str, rates: &[(&Run, &WorkloadResult)]) -> String {
+fn throughput(
+    report: &Report,
+    workload: &WorkloadResult,
+    rates: &[(&Run, &WorkloadResult)],
+) -> Plot {
     let series = rates.iter().map(|(run, result)| {
         let points = result.throughput.iter().map(|point| (point.second, point.mbit));
         Series::new(&run.peer, points.collect())
     });
-    plot(&Plot {
-        title: format!("{name}: throughput over time"),
+    let settings = report.settings.as_ref();
+    let capacity = settings.and_then(|link| summary::capacity(link, workload.kind));
+    Plot {
+        title: format!(
+            "{}: payload read in each quarter second, in bursts above the link's rate",
+            workload.name
+        ),
         x: Scale::Linear("seconds since the measured part began"),
-        y: Scale::Linear("payload, Mbit/s"),
+        y: Scale::Linear("Mbit/s"),
         series: series.collect(),
         events: events(rates.iter().map(|(run, _)| *run)),
-    })
+        is_over_time: true,
+        x_bound: None,
+        y_bound: capacity.map(|rate| (rate, format!("link: {} Mbit/s", summary::figure(rate)))),
+    }
 }
 
 /// Events are the same in every run; those of the first.
@@ -194,7 +269,7 @@ fn events<'a>(mut runs: impl Iterator<Item = &'a Run>) -> Vec<(f64, String)> {
 }
 
 /// Text escaped for HTML.
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {
         match character {
@@ -216,9 +291,11 @@ mod tests {
     use super::*;
     use crate::{
         carrier::Carrier,
+        link::{LinkSettings, settings::Direction},
         load::Kind,
         report::{
             DistributionPoint, Event, GoalResult, LatencyPoint, Switch, ThroughputPoint, Usage,
+            table::Look,
         },
     };
 
@@ -232,7 +309,9 @@ mod tests {
             p99: 120.0,
             max: 400.0,
             distribution: [0.0, 0.5, 0.9, 0.99, 1.0].map(point).to_vec(),
-            over_time: vec![LatencyPoint { second: 0.0, p50: 50.0, max: 90.0 }],
+            over_time: [-1.0, 0.0]
+                .map(|second| LatencyPoint { second, p50: 50.0, max: 90.0 })
+                .to_vec(),
         };
         let keys = WorkloadResult {
             name: "keys".into(),
@@ -295,6 +374,8 @@ mod tests {
             machine: "a machine".into(),
             commit: "abc".into(),
             started: 0,
+            versions: vec!["Culvert 1".into()],
+            settings: None,
             runs: vec![run, failed],
             goals: vec![goal],
         }
@@ -312,18 +393,97 @@ mod tests {
         }
     }
 
+    /// A report of two peers and two seeds on a link.
+    fn compared() -> Report {
+        let mut report = report();
+        let ours = report.runs[0].clone();
+        let run = |peer: &str, seed, p50: f64, mbit: f64| {
+            let mut run = Run { peer: peer.into(), seed, ..ours.clone() };
+            run.workloads[0].latency.as_mut().unwrap().p50 = p50;
+            run.workloads[1].mbit_per_second = Some(mbit);
+            run
+        };
+        report.runs = vec![
+            run("culvert-grpc", 1, 53.0, 91.0),
+            run("konnectivity-grpc", 1, 700.0, 2.0),
+            run("konnectivity-grpc-bbr", 1, 230.0, 88.0),
+            run("culvert-grpc", 2, 55.0, 92.0),
+            run("konnectivity-grpc", 2, 900.0, 3.0),
+        ];
+        let each_way = Direction { rate_mbit: Some(100.0), delay_ms: 25.0, ..Direction::default() };
+        report.settings = Some(LinkSettings { each_way, ..LinkSettings::default() });
+        report
+    }
+
+    #[test]
+    fn the_headline_compares_with_both_congestion_controls_and_has_the_spread_of_the_seeds() {
+        let page = page(&[compared()]);
+        for part in [
+            "keys, median (the path: 50.0 ms): Konnectivity, CUBIC: 800 (700–900) ms; Konnectivity, \
+             BBR: 230 ms; Culvert: 54.0 (53.0–55.0) ms.",
+            "bulk, all together (the link: 100 Mbit/s): Konnectivity, CUBIC: 2.50 (2.00–3.00) Mbit/s",
+            "2 runs of each peer",
+            "path: 50.0 ms",
+            "link: 100 Mbit/s",
+            "class=\"warm-up\"",
+            "Culvert 1",
+        ] {
+            assert!(page.contains(part), "{part}");
+        }
+        let picture = headline::picture(Some(&compared()));
+        for part in [
+            "<svg xmlns",
+            "Konnectivity, BBR",
+            "the path: 50.0",
+            "range of 2 runs",
+            "54.0 (53.0–55.0)",
+        ] {
+            assert!(picture.contains(part), "{part}: {picture}");
+        }
+        assert!(!picture.contains("NaN") && !headline::picture(None).contains("NaN"));
+    }
+
+    #[test]
+    fn a_distribution_goes_no_further_than_its_samples() {
+        let report = compared();
+        let run = &report.runs[0];
+        let latency = run.workloads[0].latency.as_ref().unwrap();
+        let shares = |count| {
+            let latency = Latency { count, ..latency.clone() };
+            distribution(&report, "keys", &[(run, &latency)]).series[0].shares()
+        };
+        assert_eq!(shares(100), [0.0, 0.5, 0.9, 0.99]);
+        assert_eq!(shares(99), [0.0, 0.5, 0.9]);
+        assert_eq!(shares(1), [0.0]);
+    }
+
+    #[test]
+    fn a_table_is_no_wider_than_its_terminal_and_verdicts_have_colours_where_they_may() {
+        let report = compared();
+        let narrow = Look { width: Some(70), colours: true };
+        let text = crate::report::table::table(&report, narrow);
+        let of_figures = text.lines().take_while(|line| !line.contains("overdue:"));
+        let widest = of_figures.skip(3).map(|line| line.chars().count()).max().unwrap();
+        assert!(widest <= 70, "{text}");
+        assert_eq!(text.matches("keys p50, ms").count(), 2, "{text}");
+        assert!(text.contains("\x1b[31m✗ MISSED"), "{text}");
+        let plain = crate::report::table::table(&report, Look::default());
+        assert_eq!(plain.matches("keys p50, ms").count(), 1, "{plain}");
+        assert!(!plain.contains('\x1b'));
+    }
+
     #[test]
     fn a_report_without_anything_is_a_page_too() {
         let empty = Report { runs: Vec::new(), goals: Vec::new(), ..report() };
         assert!(!page(std::slice::from_ref(&empty)).contains("NaN"));
         assert!(!page(&[]).contains("NaN"));
-        let table = crate::report::table::table(&empty);
+        let table = crate::report::table::table(&empty, Look::default());
         assert!(table.contains("A title"), "{table}");
     }
 
     #[test]
     fn the_table_names_figures_goals_and_failures() {
-        let table = crate::report::table::table(&report());
+        let table = crate::report::table::table(&report(), Look::default());
         let parts = ["keys p99, ms", "120", "MISSED", "failed: did <not> start", "95.0"];
         for part in parts.into_iter().chain(["switched to tcp after, s", "2.75"]) {
             assert!(table.contains(part), "{part}: {table}");

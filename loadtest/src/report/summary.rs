@@ -1,7 +1,9 @@
 //! A summary of a report's runs: one line per peer, one figure per column.
 
+use std::{collections::BTreeSet, fmt};
+
 use super::{Report, Run, WorkloadResult};
-use crate::carrier::Carrier;
+use crate::{carrier::Carrier, link::LinkSettings, load::Kind};
 
 /// The figures of a report, ready to be shown.
 #[derive(Clone, Debug, PartialEq)]
@@ -12,7 +14,7 @@ pub(super) struct Summary {
     pub(super) rows: Vec<(String, Vec<String>)>,
 }
 
-/// Medians over each peer's runs.
+/// Medians over each peer's runs, with their range.
 pub(super) fn summary(report: &Report) -> Summary {
     let mut columns: Vec<Column> = Vec::new();
     let first = report.runs.iter().find(|run| run.failure.is_none());
@@ -23,6 +25,7 @@ pub(super) fn summary(report: &Report) -> Summary {
         Column::new("ready after, s", |run| run.ready_seconds),
         Column::new("switched to tcp after, s", |run| slowest_switch(run, Carrier::Tcp)),
         Column::new("switched to quic after, s", |run| slowest_switch(run, Carrier::Quic)),
+        Column::new("CPU, % of a core", cpu_percent),
         Column::new("CPU per GiB, s", cpu_per_gib),
         Column::new("server peak, MiB", |run| Some(mebibytes(run.server?.peak_memory))),
         Column::new("agent peak, MiB", |run| Some(mebibytes(run.agent?.peak_memory))),
@@ -41,9 +44,9 @@ pub(super) fn summary(report: &Report) -> Summary {
     columns.retain(|column| report.runs.iter().any(|run| column.value(run).is_some()));
     let rows = peers(report).into_iter().map(|peer| {
         let runs: Vec<_> = report.runs.iter().filter(|run| run.peer == peer).collect();
-        let cell = |column: &Column| match median(&runs, column) {
+        let cell = |column: &Column| match Spread::of(runs.iter().map(|run| column.value(run))) {
             _ if runs.iter().all(|run| run.failure.is_some()) => "failed".into(),
-            Some(value) => figure(value),
+            Some(spread) => spread.to_string(),
             None => "–".into(),
         };
         (peer.to_owned(), columns.iter().map(cell).collect())
@@ -63,8 +66,20 @@ pub(super) fn peers(report: &Report) -> Vec<&str> {
     peers
 }
 
-/// Processor time of server and agent for each GiB of payload, in seconds.
+/// Payload below which processor time is that of an idle process, in bytes.
+const MIN_PAYLOAD: u64 = 64 << 20;
+
+/// Processor time of server and agent as a share of one core, in percent.
+pub(super) fn cpu_percent(run: &Run) -> Option<f64> {
+    Some(100.0 * (run.server?.cpu_seconds + run.agent?.cpu_seconds) / run.seconds)
+}
+
+/// Processor time of server and agent for each GiB of payload, in seconds; `None` where they moved
+/// little.
 pub(super) fn cpu_per_gib(run: &Run) -> Option<f64> {
+    if run.payload_bytes < MIN_PAYLOAD {
+        return None;
+    }
     let seconds = run.server?.cpu_seconds + run.agent?.cpu_seconds;
     let per_gib = seconds * f64::from(1 << 30) / run.payload_bytes as f64;
     per_gib.is_finite().then_some(per_gib)
@@ -132,9 +147,73 @@ fn of_workload(workload: &WorkloadResult) -> Vec<Column> {
     columns
 }
 
-fn median(runs: &[&Run], column: &Column) -> Option<f64> {
-    let mut values: Vec<_> = runs.iter().filter_map(|run| column.value(run)).collect();
-    values.sort_by(f64::total_cmp);
-    let (low, high) = (values.get((values.len().max(1) - 1) / 2)?, values.get(values.len() / 2)?);
-    Some((low + high) / 2.0)
+/// What the runs of a peer have measured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Spread {
+    pub(super) least: f64,
+    pub(super) median: f64,
+    pub(super) most: f64,
+}
+
+impl Spread {
+    /// The spread of those runs that have a value.
+    fn of(values: impl Iterator<Item = Option<f64>>) -> Option<Self> {
+        let mut values: Vec<_> = values.flatten().filter(|value| value.is_finite()).collect();
+        values.sort_by(f64::total_cmp);
+        let (least, most) = (*values.first()?, *values.last()?);
+        let middle = |index: usize| values[index];
+        let median = f64::midpoint(middle((values.len() - 1) / 2), middle(values.len() / 2));
+        Some(Self { least, median, most })
+    }
+}
+
+/// The median, and the least and the most where they are others.
+impl fmt::Display for Spread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [least, median, most] = [self.least, self.median, self.most].map(figure);
+        match least == most {
+            true => f.write_str(&median),
+            false => write!(f, "{median} ({least}–{most})"),
+        }
+    }
+}
+
+/// The spread of a value over a peer's runs.
+pub(super) fn spread(
+    report: &Report,
+    peer: &str,
+    value: impl Fn(&Run) -> Option<f64>,
+) -> Option<Spread> {
+    let runs = report.runs.iter().filter(|run| run.peer == peer && run.failure.is_none());
+    Spread::of(runs.map(value))
+}
+
+/// Number of seeds that ran.
+pub(super) fn seeds(report: &Report) -> usize {
+    report.runs.iter().map(|run| run.seed).collect::<BTreeSet<_>>().len()
+}
+
+/// The time of a round trip of an idle link, in milliseconds.
+pub(super) fn round_trip(link: &LinkSettings) -> f64 {
+    link.to_node().delay_ms + link.to_server().delay_ms
+}
+
+/// The rate of the link in the direction of this kind of transfer, in Mbit/s, if it has a limit.
+pub(super) fn capacity(link: &LinkSettings, kind: Kind) -> Option<f64> {
+    match kind {
+        Kind::Upload => link.to_node().rate_mbit,
+        _ => link.to_server().rate_mbit,
+    }
+}
+
+/// Explanations of those figures that need one.
+pub(super) fn notes(columns: &[String]) -> Vec<&'static str> {
+    let all = [
+        ("overdue", "overdue: requests without an answer at the end; they count with their wait"),
+        ("CPU per GiB", "CPU per GiB: of both processes; on a link the kernel's TCP is not in it"),
+        ("link bytes", "link bytes per byte: bytes on the link for each byte of payload"),
+        ("per s", "per s: answers in each second"),
+    ];
+    let is_shown = |part: &str| columns.iter().any(|column| column.contains(part));
+    all.into_iter().filter(|(part, _)| is_shown(part)).map(|(_, note)| note).collect()
 }

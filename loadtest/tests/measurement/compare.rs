@@ -3,6 +3,7 @@
 use std::{
     collections::HashSet,
     fs,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::Stdio,
 };
@@ -194,6 +195,60 @@ async fn a_comparison_that_is_killed_leaves_no_process_and_no_namespace() {
     let left = |id: i32| fs::read_link(format!("/proc/{id}/ns/net"));
     let in_use: HashSet<_> = processes().filter_map(|id| left(id).ok()).collect();
     assert!(namespaces.is_disjoint(&in_use));
+}
+
+#[tokio::test]
+async fn a_comparison_that_a_signal_ends_leaves_no_files() {
+    if !has_namespaces() {
+        return;
+    }
+    let (folder, temporary) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let long = scenario(folder.path(), &SHORT.replace("seconds = 1.0", "seconds = 60.0"));
+    for (signal, code) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130), (Signal::SIGHUP, 129)] {
+        let mut child = compare(&long).env("TMPDIR", temporary.path()).spawn().unwrap();
+        let parent = i32::try_from(child.id().unwrap()).unwrap();
+        eventually("server and agent run", async || children(parent).len() == 2).await;
+        let files = || fs::read_dir(temporary.path()).unwrap().flatten();
+        let made: Vec<_> = files().map(|entry| entry.metadata().unwrap().mode() & 0o777).collect();
+        assert_eq!(made, [0o700], "one folder, of its owner alone");
+        kill(Pid::from_raw(parent), signal).unwrap();
+        assert_eq!(child.wait().await.unwrap().code(), Some(code), "{signal}");
+        assert_eq!(files().count(), 0, "{signal}");
+    }
+}
+
+#[tokio::test]
+async fn a_report_that_cannot_be_written_is_found_out_before_the_first_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let scenario = scenario(folder.path(), SHORT);
+    let ended = compare(&scenario)
+        .args(["--html", "/nowhere/report.html"])
+        .stderr(Stdio::piped())
+        .output()
+        .await
+        .unwrap();
+    let text = String::from_utf8(ended.stderr).unwrap();
+    assert!(!ended.status.success());
+    assert!(text.starts_with("culvert-loadtest: cannot write /nowhere/report.html"), "{text}");
+    let none = compare(&scenario).arg("--seeds=0").output().await.unwrap();
+    assert!(!none.status.success(), "no run at all");
+}
+
+#[tokio::test]
+async fn a_demo_with_loss_shows_peers_side_by_side() {
+    if !has_namespaces() {
+        return;
+    }
+    let mut demo = Command::new(env!("CARGO_BIN_EXE_culvert-loadtest"));
+    demo.args(["demo", "--loss=1", "--delay=10ms", "--seconds=2", "--peer=culvert-connect"]);
+    let ended = demo.stdin(Stdio::null()).kill_on_drop(true).output().await.unwrap();
+    let text = String::from_utf8(ended.stdout).unwrap();
+    assert!(ended.status.success(), "{text}");
+    let line = text.lines().find(|line| line.contains("Culvert")).unwrap();
+    let cell = line.split(['│', '┆']).map(str::trim).find(|cell| cell.ends_with(" ms")).unwrap();
+    let median: f64 = cell.trim_end_matches(" ms").parse().unwrap();
+    assert!(median >= 20.0, "the path takes 20 ms: {text}");
+    assert!(!text.contains("Konnectivity") && !text.contains('\x1b'), "{text}");
 }
 
 fn processes() -> impl Iterator<Item = i32> {
