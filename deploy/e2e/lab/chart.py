@@ -8,7 +8,6 @@ import signal
 import time
 from pathlib import Path
 
-from .fault import Fault
 from .parts import ROOT
 from .processes import Process
 from .tunnels import Tunnel
@@ -47,10 +46,7 @@ class ChartTunnel(Tunnel):
 
     def deploy(self):
         """Loads the agent's image and creates the DaemonSet and the permissions."""
-        archive = self.parts.work / "images/culvert-agent.oci.tar"
-        loaded = self.node().ctr("images", "import", archive)
-        if loaded.returncode != 0:
-            raise Fault(f"ctr images import {archive}: {loaded.stderr.strip()}")
+        self.node().load(self.parts.work / "images/culvert-agent.oci.tar")
         text = (RENDERED / "kubeadm.yaml").read_text().replace("control-plane.example.com", self.address)
         self.control_plane.kubectl("apply", "-f", "-", input=text)
         self.wait()

@@ -4,6 +4,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import threading
 import time
 
 from .checks import expect, read_until
@@ -64,6 +65,20 @@ def recover(lab):
         time.sleep(0.2)
 
 
+def during(lab, change):
+    """Tries `kubectl exec` again and again while a process is replaced. Returns the longest time between two successes,
+    in which exec was not to be had, and how many attempts failed."""
+    changing = threading.Thread(target=change)
+    last, longest, failed = time.monotonic(), 0, 0
+    changing.start()
+    while True:
+        over = not changing.is_alive()
+        failed += recover(lab)
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        if over:
+            return longest, failed
+
+
 def attempts(failed):
     """How many attempts failed, in words."""
     return f"{failed} attempts failed" if failed != 1 else "1 attempt failed"
@@ -104,11 +119,14 @@ def link_is_down(lab, tunnel, hosts):
 
 
 def agent_restarts(lab, tunnel, hosts):
-    """The agent is stopped by SIGTERM, as by kubelet, and starts again: until exec works."""
-    started = time.monotonic()
-    tunnel.restart_agent(signal.SIGTERM)
-    failed = recover(lab)
-    return time.monotonic() - started, attempts(failed)
+    """The agent is stopped by SIGTERM, as by kubelet, with a stream open, and starts again: how long exec is not to be
+    had meanwhile."""
+    stream = OpenStream(lab)
+    try:
+        longest, failed = during(lab, lambda: tunnel.restart_agent(signal.SIGTERM))
+        return longest, attempts(failed)
+    finally:
+        stream.close()
 
 
 def without_agent(lab, tunnel, hosts):
@@ -141,12 +159,9 @@ def agent_is_killed(lab, tunnel, hosts):
 
 
 def server_restarts(lab, tunnel, hosts):
-    """The server is stopped by SIGTERM and starts again: until exec works."""
-    started = time.monotonic()
-    tunnel.server.stop()
-    tunnel.server.start()
-    failed = recover(lab)
-    return time.monotonic() - started, attempts(failed)
+    """The server is stopped by SIGTERM and starts again: how long exec is not to be had meanwhile."""
+    longest, failed = during(lab, tunnel.restart_server)
+    return longest, attempts(failed)
 
 
 def certificates_rotate(lab, tunnel, hosts):

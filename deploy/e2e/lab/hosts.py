@@ -4,7 +4,7 @@ import json
 import subprocess
 
 from .fault import Fault
-from .isolation import die_with_parent, enter_network
+from .isolation import enter_network
 
 # The node's own address. The control plane has no route to it, as to a node behind NAT.
 NODE_ADDRESS = "192.168.77.10"
@@ -19,7 +19,7 @@ class Hosts:
         self.process = subprocess.Popen(
             [parts.path("culvert-loadtest"), "hosts", "--link", json.dumps(self.settings(0))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(log, "w"), text=True,
-            preexec_fn=die_with_parent)
+            start_new_session=True)
         line = self.process.stdout.readline()
         if not line:
             raise Fault(f"culvert-loadtest hosts ended: {open(log).read().strip()}")

@@ -30,9 +30,13 @@ class Node:
         """Imports the image of all pods."""
         archive = self.folder / "image.tar"
         image.write(self.parts, archive)
+        self.load(archive)
+
+    def load(self, archive):
+        """Imports images from a file."""
         done = self.ctr("images", "import", archive)
         if done.returncode != 0:
-            raise Fault(f"ctr images import: {done.stderr.strip()}")
+            raise Fault(f"ctr images import {archive}: {done.stderr.strip()}")
 
     def start_kubelet(self):
         """Starts kubelet and waits until the node is ready."""

@@ -108,13 +108,29 @@ def compile_module(parts, module, programs):
     if made and stamp.exists() and stamp.read_text() == wanted:
         return
     for package, name in programs.items():
-        print(f"compiling {name}", flush=True)
-        command = ["go", "build", "-ldflags", linker_flags(module), "-o", parts.bin / name, package]
-        done = subprocess.run(command, cwd=module, env=os.environ | {"CGO_ENABLED": "0"}, capture_output=True,
-                              text=True, check=False)
-        if done.returncode != 0:
-            raise Fault(f"go build {package} in {module}: {done.stderr.strip()}")
+        go(module, name, ["build", "-ldflags", linker_flags(module), "-o", parts.bin / name, package])
     stamp.write_text(wanted)
+
+
+def go(module, name, command):
+    """Runs a command of Go in a module."""
+    print(f"compiling {name}", flush=True)
+    done = subprocess.run(["go", *command], cwd=module, env=os.environ | {"CGO_ENABLED": "0"}, capture_output=True,
+                          text=True, check=False)
+    if done.returncode != 0:
+        raise Fault(f"go {' '.join(map(str, command))} in {module}: {done.stderr.strip()}")
+
+
+def build_suite(parts):
+    """Compiles the tests of Kubernetes and the program of their image."""
+    module = HERE / "kubernetes"
+    flags = ["-ldflags", linker_flags(module)]
+    for name, command in {
+        "agnhost": ["build", *flags, "-o", parts.bin / "agnhost", "k8s.io/kubernetes/test/images/agnhost"],
+        "e2e.test": ["test", "-c", *flags, "-o", parts.bin / "e2e.test", "k8s.io/kubernetes/test/e2e"],
+    }.items():
+        if not (parts.bin / name).exists():
+            go(module, name, command)
 
 
 def build_images(parts):
@@ -142,6 +158,13 @@ def module_version(module, path):
         if len(words) > 1 and words[0] == path and words[1].startswith("v"):
             return words[1]
     raise Fault(f"{module}/go.mod lacks {path}")
+
+
+def module_folder(module, path):
+    """Folder of the sources of a dependency."""
+    done = subprocess.run(["go", "list", "-m", "-f", "{{.Dir}}", path], cwd=module, capture_output=True, text=True,
+                          check=True)
+    return done.stdout.strip()
 
 
 def unpack(parts, package, path):

@@ -6,7 +6,6 @@ import subprocess
 import time
 
 from .fault import Fault
-from .isolation import die_with_parent
 
 
 class Process:
@@ -25,7 +24,7 @@ class Process:
         with open(self.log, "a") as log:
             self.child = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                preexec_fn=die_with_parent, **self.options)
+                **self.options)
 
     def stop(self, number=signal.SIGTERM, seconds=30):
         """Sends a signal and waits for the end. A process that takes longer is killed."""

@@ -3,7 +3,7 @@
 import os
 import time
 
-from . import isolation, pods, shortcuts, table
+from . import isolation, pods, shortcuts, suite, table
 from .chart import ChartTunnel
 from .checks import CHECKS, Lab, free_of_route
 from .control_plane import NODE, ControlPlane
@@ -15,7 +15,7 @@ from .parts import Parts
 from .processes import wait_for
 from .tunnels import FRONTENDS, Tunnel
 
-CGROUP = "culvert-e2e"
+SUITE_MINUTES = 20
 KUBELET_PORT = 10250
 
 
@@ -37,9 +37,11 @@ class Session:
     def start_node(self):
         """Starts the rest of the cluster, once kube-apiserver runs. The node dials out and so needs no tunnel."""
         self.control_plane.start_controllers()
-        self.node = Node(self.parts, self.folder / "node", self.hosts, self.control_plane, CGROUP)
+        self.node = Node(self.parts, self.folder / "node", self.hosts, self.control_plane, self.args.inside)
         self.node.start_kubelet()
         pods.create(self.control_plane)
+        if self.args.suite:
+            suite.load_images(self.parts, self.node)
 
     def tunnels(self):
         """The tunnels to run, one after the other."""
@@ -85,19 +87,29 @@ class Session:
             self.hosts.set_loss(loss)
             for name in self.args.check:
                 self.measure(f"{loss:g} % loss", name, column, lambda name=name: CHECKS[name](lab))
+        if self.args.suite:
+            self.run_suite(column)
         self.hosts.set_loss(0)
-        if not self.args.no_faults:
-            for name, fault in FAULTS.items():
-                self.measure("faults", name, column, lambda fault=fault: fault(lab, tunnel, self.hosts))
+        for name in self.args.fault:
+            self.measure("faults", name, column, lambda name=name: FAULTS[name](lab, tunnel, self.hosts))
         tunnel.stop()
+
+    def run_suite(self, column):
+        """The tests of Kubernetes, at the loss that is set."""
+        folder = self.folder / "suite" / column
+        for outcome in suite.run(self.parts, self.control_plane, self.args.suite, folder, SUITE_MINUTES):
+            result = table.Result(outcome.seconds, outcome.fault)
+            print(f"suite: {outcome.name}: {result.cell()}", flush=True)
+            self.results.setdefault("suite", {}).setdefault(outcome.name, {})[column] = result
 
     def report(self):
         """The tables."""
         stages = {f"{loss:g} % loss": f"{loss:g} % loss each way" for loss in self.args.loss}
+        stages |= {"faults": "While something fails or changes", "suite": "Tests of Kubernetes"}
         versions = ", ".join(f"{name} {version}" for name, version in self.parts.versions().items())
         return (f"Versions: {versions}. The link delays packets by {self.args.delay_ms:g} ms each way; `cp` moves "
                 f"{self.args.copy_mib} MiB.\n\n"
-                + table.markdown(self.results, self.columns, stages | {"faults": "While something fails or changes"}))
+                + table.markdown(self.results, self.columns, stages))
 
     def passed(self):
         """Whether every check of Culvert passed."""

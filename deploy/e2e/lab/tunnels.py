@@ -70,6 +70,11 @@ class Tunnel:
         self.agent.stop(number)
         self.agent.start()
 
+    def restart_server(self):
+        """Stops the server and starts it again."""
+        self.server.stop()
+        self.server.start()
+
     def stop_agent(self):
         """Ends the agent."""
         self.agent.stop()
