@@ -64,6 +64,21 @@ const SET_SERVERS: &str = "culvert_agent_set_servers";
 const DIRECT_DIALS: &str = "culvert_agent_direct_dials_total";
 const UDP_BUFFER: &str = "culvert_agent_udp_buffer_bytes";
 
+/// The usual new tunnels: the carrier that they replace, their own, and the reasons
+/// (docs/operations.md §9).
+const USUAL_SWITCHES: [(&str, &str, &[&str]); 6] = [
+    ("none", "quic", &["first_choice", "only_choice"]),
+    (
+        "none",
+        "tcp",
+        &["only_choice", "quic_refused", "quic_silent", "quic_rejected", "quic_failed_before"],
+    ),
+    ("quic", "quic", &["quic_silent", "renewed"]),
+    ("quic", "tcp", &["quic_silent", "quic_refused"]),
+    ("tcp", "quic", &["quic_works", "tcp_silent"]),
+    ("tcp", "tcp", &["tcp_silent", "renewed"]),
+];
+
 /// What comes of a denial of the egress policy.
 const REFUSED: &str = "refused";
 const AUDITED: &str = "audited";
@@ -145,6 +160,12 @@ impl AgentMetrics {
             SWITCHES,
             "Tunnels that were added, by the transport replaced, their own, and the reason.",
         );
+        for (from, to, reasons) in USUAL_SWITCHES {
+            for reason in reasons {
+                let labels = [("from", from), ("to", to), ("reason", *reason)];
+                let _ = metrics.counter(SWITCHES, &labels);
+            }
+        }
         metrics.describe_counter(
             LEASE_LISTS,
             "Count of server lease list calls made by the agent to the k8s apiserver, labeled by HTTP response code and reason",
@@ -407,4 +428,29 @@ fn collect_tunnels(tunnels: &[Arc<ServerTunnel>], exposition: &mut Exposition) {
         .map(|tunnel| (server_id(tunnel), tunnel.tunnel.carrier(), tunnel.tunnel.stats()))
         .collect();
     exposition.tunnels("culvert_agent_tunnel", &paths);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A rate sees no first event of a counter that did not exist before.
+    #[test]
+    fn the_usual_switches_of_carriers_are_counted_from_the_start() {
+        let metrics = AgentMetrics::new().unwrap();
+        let scrape = metrics.inner().render(|_| {});
+        for (from, to, reason) in [
+            ("none", "quic", "first_choice"),
+            ("none", "tcp", "quic_refused"),
+            ("none", "tcp", "quic_failed_before"),
+            ("quic", "tcp", "quic_silent"),
+            ("quic", "quic", "quic_silent"),
+            ("tcp", "quic", "quic_works"),
+            ("tcp", "tcp", "tcp_silent"),
+            ("quic", "quic", "renewed"),
+        ] {
+            let labels = format!("{{from=\"{from}\",to=\"{to}\",reason=\"{reason}\"}}");
+            assert!(scrape.contains(&format!("{SWITCHES}{labels} 0\n")), "{labels} in\n{scrape}");
+        }
+    }
 }
