@@ -35,6 +35,8 @@ const HEALTHY: &str = "healthy";
 /// Alerts that no fault here causes, and why. `promtool` tests their rules.
 const NOT_LIVE: [(&str, &str); 1] =
     [("CulvertPanicked", "no input makes a task panic, or it would be mended")];
+/// The alert that a busy machine causes in any job. It counts where it is expected.
+const OF_A_BUSY_MACHINE: &str = "CulvertDialsSlow";
 /// Time for all alerts to fire, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Time between two looks at Prometheus, which sends no event.
@@ -188,7 +190,14 @@ async fn run() {
     // What is missing then is reported below, together with what is too much.
     let _ = timeout(PATIENCE, all_fire).await;
     println!("{:?}: all alerts fire", begun.elapsed());
-    assert_eq!(fired(&prometheus).await, expected);
+    let mut fired = fired(&prometheus).await;
+    for (fault, alerts) in &mut fired {
+        if !expected.get(fault).is_some_and(|alerts| alerts.contains(OF_A_BUSY_MACHINE)) {
+            alerts.remove(OF_A_BUSY_MACHINE);
+        }
+    }
+    fired.retain(|_, alerts| !alerts.is_empty());
+    assert_eq!(fired, expected);
     no_panel_is_empty(&prometheus).await;
 }
 

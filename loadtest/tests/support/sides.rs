@@ -40,6 +40,8 @@ pub(crate) struct Sides {
     pub(crate) agent_health: u16,
     /// Host name of the server for the agent, in place of its address.
     pub(crate) host: Option<&'static str>,
+    /// More flags for the agent.
+    pub(crate) agent_flags: Vec<String>,
     /// A command that sets limits and runs the rest of its arguments.
     pub(crate) wrapper: Vec<OsString>,
 }
@@ -53,6 +55,7 @@ impl Sides {
             agent_admin: port(),
             agent_health: port(),
             host: None,
+            agent_flags: Vec::new(),
             wrapper: Vec::new(),
         }
     }
@@ -93,7 +96,8 @@ impl Sides {
             health_port: self.agent_health,
         };
         let host = self.host.map(|host| format!("--proxy-server-host={host}"));
-        let more = SYNC_OFTEN.map(str::to_owned).into_iter().chain(host);
+        let more =
+            SYNC_OFTEN.map(str::to_owned).into_iter().chain(host).chain(self.agent_flags.clone());
         self.start("agent", args.args().into_iter().chain(more), stderr)
     }
 

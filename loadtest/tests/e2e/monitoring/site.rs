@@ -31,12 +31,14 @@ pub(crate) struct Site {
     pub(crate) certificates: Arc<Certificates>,
     pub(crate) name: &'static str,
     pub(crate) tunnel: SocketAddr,
+    /// `--transport` of the agents. A busy machine must not make them use another one.
+    pub(crate) transport: &'static str,
 }
 
 impl Site {
     pub(crate) fn new(certificates: &Arc<Certificates>, name: &'static str) -> Self {
         let tunnel = SocketAddr::from((LOOPBACK, free_port().unwrap()));
-        Self { certificates: certificates.clone(), name, tunnel }
+        Self { certificates: certificates.clone(), name, tunnel, transport: "quic" }
     }
 
     /// Path of a file of this site.
@@ -92,7 +94,9 @@ impl Site {
             admin_port,
             health_port,
         };
-        flags.args().into_iter().chain(SYNC_OFTEN.map(str::to_owned)).collect()
+        let transport = format!("--transport={}", self.transport);
+        let more = SYNC_OFTEN.map(str::to_owned).into_iter().chain([transport]);
+        flags.args().into_iter().chain(more).collect()
     }
 
     /// Starts an agent.

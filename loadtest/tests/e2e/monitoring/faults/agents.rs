@@ -7,7 +7,7 @@ use tokio::{net::TcpListener, process::Command};
 
 use super::{Bench, Fault};
 use crate::{
-    monitoring::prometheus::Target,
+    monitoring::{prometheus::Target, site::Site},
     support::{eventually, sides::Sides},
 };
 
@@ -44,7 +44,7 @@ pub(in super::super) async fn admin_port_taken(bench: Bench) -> Fault {
 
 /// The reader of an agent's log has ended, and the agent has something to log.
 pub(in super::super) async fn log_reader_gone(_: Bench) -> Fault {
-    let sides = Sides::new();
+    let sides = Sides { agent_flags: vec!["--transport=quic".into()], ..Sides::new() };
     let server = sides.server(std::process::Stdio::null()).await;
     let (reader, log) = pipe().unwrap();
     let agent = sides.agent(log);
@@ -90,7 +90,8 @@ pub(in super::super) async fn receiving_refused(bench: Bench) -> Fault {
         "-o".into(),
         record.display().to_string(),
     ];
-    let agent = bench.common.agent_under(&command, "receiving_refused", &[]).await;
+    let site = Site { transport: "auto", ..bench.common };
+    let agent = site.agent_under(&command, "receiving_refused", &[]).await;
     agent.until_connected().await;
     Fault::of(vec![agent.target.clone()], async move { agent })
 }

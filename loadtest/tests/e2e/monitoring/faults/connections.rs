@@ -69,10 +69,10 @@ pub(in super::super) async fn one_server_of_two(bench: Bench) -> Fault {
 pub(in super::super) async fn agents_crash(bench: Bench) -> Fault {
     let site = bench.site("agents_crash");
     let server = site.server(&[]).await;
-    let stays = site.inner_agent("stays", &["--transport=quic"]);
+    let stays = site.inner_agent("stays", &[]);
     let mut crash = Vec::new();
     for number in 0..MANY {
-        crash.push(site.inner_agent(&format!("crashes-{number}"), &["--transport=quic"]));
+        crash.push(site.inner_agent(&format!("crashes-{number}"), &[]));
     }
     server.until_joined(1 + MANY as u32).await;
     Fault::of(vec![server.target.clone()], async move {
@@ -85,7 +85,7 @@ pub(in super::super) async fn agents_crash(bench: Bench) -> Fault {
 pub(in super::super) async fn server_crashes(bench: Bench) -> Fault {
     let site = bench.site("server_crashes");
     let mut server = site.inner_server().await;
-    let agent = site.agent("a", &["--transport=quic".into()]).await;
+    let agent = site.agent("a", &[]).await;
     agent.until_connected().await;
     Fault::of(vec![agent.target.clone()], async move {
         for _ in 0..MANY {
@@ -103,7 +103,7 @@ pub(in super::super) async fn server_crashes(bench: Bench) -> Fault {
 pub(in super::super) async fn streams_lost(bench: Bench) -> Fault {
     let site = bench.site("streams_lost");
     let server = site.server(&[]).await;
-    let crashes = site.inner_agent("crashes", &["--transport=quic"]);
+    let crashes = site.inner_agent("crashes", &[]);
     server.until_joined(1).await;
     Fault::of(vec![server.target.clone()], async move {
         let target = targets::echo().await.unwrap();
@@ -119,7 +119,8 @@ pub(in super::super) async fn streams_lost(bench: Bench) -> Fault {
 pub(in super::super) async fn udp_refused(bench: Bench) -> Fault {
     let path = ShapedPath::to(bench.common.tunnel, true).await;
     path.refuse_udp();
-    let site = Site { tunnel: path.address, ..bench.site("udp_refused") };
+    let site = bench.site("udp_refused");
+    let site = Site { tunnel: path.address, transport: "auto", ..site };
     let agent = site.agent("udp_refused", &[]).await;
     agent.until_connected().await;
     Fault::of(vec![agent.target.clone()], async move { (agent, path) })
@@ -130,7 +131,7 @@ pub(in super::super) async fn agents_on_tcp(bench: Bench) -> Fault {
     let server = site.server(&[]).await;
     let path = ShapedPath::to(site.tunnel, true).await;
     path.refuse_udp();
-    let agent = Site { tunnel: path.address, ..site }.inner_agent("a", &[]);
+    let agent = Site { tunnel: path.address, transport: "auto", ..site }.inner_agent("a", &[]);
     server.until_joined(1).await;
     Fault::of(vec![server.target.clone()], async move { (server, agent, path) })
 }
@@ -140,7 +141,7 @@ pub(in super::super) async fn lossy_path(bench: Bench) -> Fault {
     let server = site.server(&[]).await;
     let path = ShapedPath::to(site.tunnel, true).await;
     let near = Site { tunnel: path.address, ..site.clone() };
-    let agent = near.agent("a", &["--transport=quic".into()]).await;
+    let agent = near.agent("a", &[]).await;
     server.until_joined(1).await;
     Fault::of(vec![server.target.clone(), agent.target.clone()], async move {
         path.lose_one_of(12);

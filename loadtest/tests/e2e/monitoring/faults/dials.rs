@@ -2,9 +2,13 @@
 
 use std::time::Duration;
 
-use culvert_loadtest::{frontend::FrontendKind::ConnectUnix, process::free_port, targets};
+use culvert_loadtest::{
+    frontend::{Connection, FrontendKind::ConnectUnix, Protocol},
+    process::free_port,
+    targets,
+};
 use culvert_transport::task::owned;
-use tokio::{io::AsyncWriteExt as _, net::TcpStream, task::JoinSet};
+use tokio::{io::AsyncWriteExt as _, net::TcpStream, task::JoinSet, time::interval};
 
 use super::{Bench, Fault, connections::nothing};
 use crate::{
@@ -14,6 +18,8 @@ use crate::{
 
 /// Dials for an alert, and a few more.
 const MANY: usize = 10;
+/// Minimum time between two dials that work.
+const PAUSE: Duration = Duration::from_millis(200);
 
 pub(in super::super) async fn unknown_hosts(bench: Bench) -> Fault {
     let site = bench.site("unknown_hosts");
@@ -35,7 +41,7 @@ pub(in super::super) async fn too_many_streams(bench: Bench) -> Fault {
     Fault::of(vec![server.target.clone()], async move {
         let target = targets::echo().await.unwrap();
         let streams = "culvert_server_tunnel_open_streams{agent_id=\"a\"}";
-        for _ in 0..10 {
+        for _ in 0..5 {
             let works = site.dial_times(8, target.address()).await;
             assert_eq!(works.len(), 8);
             drop(works);
@@ -44,7 +50,14 @@ pub(in super::super) async fn too_many_streams(bench: Bench) -> Fault {
         }
         let held = site.dial_times(8 + MANY, target.address()).await;
         assert_eq!(held.len(), 8);
-        (server, agent, target, held)
+        drop(held);
+        // Others go on, so that those which failed stay a small part.
+        let _kept = (server, agent);
+        let mut ticks = interval(PAUSE);
+        loop {
+            drop(site.dial_times(2, target.address()).await);
+            ticks.tick().await;
+        }
     })
 }
 
@@ -66,7 +79,7 @@ pub(in super::super) async fn slow_path(bench: Bench) -> Fault {
     let path = ShapedPath::to(site.tunnel, true).await;
     let near = Site { tunnel: path.address, ..site.clone() };
     path.delay(Duration::from_millis(600));
-    let agent = near.inner_agent("a", &["--transport=quic"]);
+    let agent = near.inner_agent("a", &[]);
     server.until_joined(1).await;
     Fault::of(vec![server.target.clone()], async move {
         let target = targets::echo().await.unwrap();
@@ -76,23 +89,42 @@ pub(in super::super) async fn slow_path(bench: Bench) -> Fault {
     })
 }
 
-/// An agent that answers pings, and no dial.
+/// An agent that answers pings, and no dial. So many dials succeed before and after that those which
+/// fail are a small part.
 pub(in super::super) async fn agent_reaches_nothing(_: Bench) -> Fault {
+    const ROUNDS: usize = 100;
+    const AT_ONCE: usize = 4;
     let rig = rig(ConnectUnix, Quic).server_flag("--backend-dial-timeout=1s").start().await;
     let rig = rig.unwrap();
-    let (tunnel, control) = agent::joined(&rig, "reaches-nothing").await;
-    let answering = owned(crate::ejection::answer_pings(control));
-    rig.until_joined(2).await.unwrap();
     let scraped = Target { program: "culvert-server", health: rig.server.health.port() };
     Fault::of(vec![scraped], async move {
         let targets = [targets::echo().await.unwrap(), targets::echo().await.unwrap()];
-        // So few that the failures are fewer than those of other alerts.
-        while rig.server.metric("culvert_server_ejections_total") == 0.0 {
-            let [one, other] = targets.each_ref().map(|target| rig.dial(target.address()));
-            let [two, another] = targets.each_ref().map(|target| rig.dial(target.address()));
-            drop(tokio::join!(one, other, two, another));
+        let addresses = targets.each_ref().map(|target| target.address());
+        let dial = async |count: usize| {
+            let mut dials = JoinSet::new();
+            for address in addresses.iter().cycle().take(count).copied() {
+                let socket = rig.uds();
+                let dial =
+                    async move { Connection::dial_unix(Protocol::Connect, &socket, address).await };
+                dials.spawn(dial);
+            }
+            drop(dials.join_all().await);
+        };
+        for _ in 0..ROUNDS {
+            dial(AT_ONCE).await;
         }
-        (rig, tunnel, answering, targets)
+        let (tunnel, control) = agent::joined(&rig, "reaches-nothing").await;
+        let answering = owned(crate::ejection::answer_pings(control));
+        rig.until_joined(2).await.unwrap();
+        while rig.server.metric("culvert_server_ejections_total") == 0.0 {
+            dial(AT_ONCE).await;
+        }
+        let _kept = (tunnel, answering);
+        let mut ticks = interval(PAUSE);
+        loop {
+            dial(AT_ONCE).await;
+            ticks.tick().await;
+        }
     })
 }
 
@@ -143,6 +175,8 @@ pub(in super::super) async fn readers_stall(bench: Bench) -> Fault {
         let (mut stalled, mut writing) = (Vec::new(), JoinSet::new());
         for _ in 0..READERS {
             stalled.push(site.dial(target.address()).await.unwrap());
+        }
+        for _ in 0..READERS {
             let mut socket = accepted.recv().await.unwrap();
             writing.spawn(async move {
                 let chunk = vec![7; 65_536];
