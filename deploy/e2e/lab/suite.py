@@ -32,13 +32,14 @@ class Outcome:
 
 def load_images(parts, node):
     """Makes the images of the tests from Kubernetes' own sources and BusyBox, under the names that the tests use. What
-    they have in nginx is not used: a container that sleeps is one too."""
+    they have in nginx is not used: a container that sleeps does instead."""
     sources = Path(module_folder(HERE / "kubernetes", "k8s.io/kubernetes")) / "test/images/agnhost/porter"
     layer = image.layer_of(parts, {"agnhost": parts.path("agnhost"), "localhost.crt": sources / "localhost.crt",
                                    "localhost.key": sources / "localhost.key"})
     archive = node.folder / "suite.tar"
     agnhost = {"Entrypoint": ["/agnhost"], "Cmd": ["pause"], "WorkingDir": "/"}
-    settings = {"agnhost": agnhost, "busybox": {"Cmd": ["/bin/sh"], "WorkingDir": "/"}, "nginx": {"Cmd": image.COMMAND}}
+    settings = {"e2e-test-images/agnhost": agnhost, "e2e-test-images/busybox": {"Cmd": ["/bin/sh"], "WorkingDir": "/"},
+                "e2e-test-images/nginx": {"Cmd": image.COMMAND}, "pause": {"Cmd": image.COMMAND}}
     images = {name: settings[short] for short in settings for name in names(parts, short)}
     image.pack(archive, layer, images)
     node.load(archive)
@@ -47,7 +48,7 @@ def load_images(parts, node):
 def names(parts, short):
     """Names of an image's versions in the tests."""
     listed = subprocess.run([parts.path("e2e.test"), "--list-images"], capture_output=True, text=True, check=True)
-    return [name for name in listed.stdout.split() if name.startswith(f"{REGISTRY}/e2e-test-images/{short}:")]
+    return [name for name in listed.stdout.split() if name.startswith(f"{REGISTRY}/{short}:")]
 
 
 def run(parts, control_plane, focus, folder, minutes):
