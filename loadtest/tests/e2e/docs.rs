@@ -14,6 +14,8 @@ use std::{
 use culvert_loadtest::{rig::Rig, targets};
 use culvert_process::go_flags;
 
+pub(crate) use crate::support::repository::{read, root};
+
 /// Folders with the source of the programs.
 const SOURCES: [&str; 6] = [
     "wire/src",
@@ -27,14 +29,6 @@ const SOURCES: [&str; 6] = [
 /// Prefixes of the metrics of a tunnel, and of UDP sockets.
 const PREFIXES: [&str; 4] =
     ["culvert_server_tunnel", "culvert_agent_tunnel", "culvert_server_udp", "culvert_agent_udp"];
-
-pub(crate) fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
-}
-
-pub(crate) fn read(path: impl AsRef<Path>) -> String {
-    fs::read_to_string(root().join(path)).unwrap()
-}
 
 /// Every source file below these folders, without its tests.
 fn sources(folders: &[&str]) -> Vec<(PathBuf, String)> {

@@ -1,19 +1,16 @@
 //! Rules and dashboard that match the metrics, their runbook, and the chart's copies.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    process::Command,
-};
+use std::{collections::BTreeSet, process::Command};
 
 use culvert_process::metrics::Metrics;
 
 use crate::{
     docs::{documented, is_metric, read, root},
-    support::has_program,
+    support::{
+        has_program,
+        repository::{DASHBOARD, RULES, alerts},
+    },
 };
-
-pub(crate) const RULES: &str = "deploy/monitoring/alerts.yaml";
-pub(crate) const DASHBOARD: &str = "deploy/monitoring/dashboard.json";
 
 /// Names that look like metrics of Culvert or of its process.
 fn named(text: &str) -> BTreeSet<&str> {
@@ -44,16 +41,6 @@ fn every_metric_of_the_rules_and_of_the_dashboard_is_in_the_operators_tables() {
             assert!(names.any(|name| known.contains(name)), "{name} of {file} does not exist");
         }
     }
-}
-
-/// The alerts of the rules, with the value of one of their keys.
-pub(crate) fn alerts(rules: &str, key: &str) -> BTreeMap<String, String> {
-    let blocks = rules.split("- alert: ").skip(1);
-    let value = |block: &str| {
-        let line = block.lines().find_map(|line| line.split_once(key));
-        line.map_or_else(String::new, |(_, value)| value.trim().to_owned())
-    };
-    blocks.map(|block| (block.lines().next().unwrap().to_owned(), value(block))).collect()
 }
 
 #[test]

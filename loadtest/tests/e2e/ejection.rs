@@ -4,9 +4,6 @@ use culvert_loadtest::{
     frontend::{Connection, FrontendKind::ConnectUnix, Protocol},
     targets,
 };
-use culvert_transport::control::ControlStream;
-use culvert_wire::control::{ControlMessage, Pong};
-
 use tokio::task::JoinSet;
 
 use crate::support::{Carrier::Quic, agent, rig, within};
@@ -18,25 +15,13 @@ const AT_ONCE: usize = 8;
 /// two; the agent that replies may get all dials of a round.
 const MAX_ROUNDS: usize = 20;
 
-/// Answers pings, as an agent that is alive. Dials get no answer.
-pub(crate) async fn answer_pings(mut control: ControlStream) {
-    while let Ok(message) = control.next().await {
-        if let ControlMessage::Ping(ping) = message {
-            let pong = ControlMessage::Pong(Pong { echo: ping.echo });
-            if control.send(&pong).await.is_err() {
-                return;
-            }
-        }
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_reaches_nothing_gets_no_dials_after_a_few_time_outs() {
     within(async {
         let rig = rig(ConnectUnix, Quic).server_flag("--backend-dial-timeout=1s");
         let rig = rig.start().await.unwrap();
         let (tunnel, control) = agent::joined(&rig, "reaches-nothing").await;
-        let _answering = culvert_transport::task::owned(answer_pings(control));
+        let _answering = culvert_transport::task::owned(agent::answer_pings(control));
         rig.until_joined(2).await.unwrap();
         let targets = [targets::echo().await.unwrap(), targets::echo().await.unwrap()];
         let addresses = targets.iter().map(|target| target.address()).collect::<Vec<_>>();

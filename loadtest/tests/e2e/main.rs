@@ -31,7 +31,6 @@ mod logging;
 mod malformed;
 mod matrix;
 mod memory;
-mod monitoring;
 mod no_route;
 mod operable;
 mod operator;

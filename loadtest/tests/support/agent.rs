@@ -13,7 +13,7 @@ use culvert_transport::{
 use culvert_wire::{
     InstanceId,
     bounded::Text,
-    control::{ControlMessage, Hello},
+    control::{ControlMessage, Hello, Pong},
     extension::Extensions,
     identifiers::Identifiers,
     version::{Features, REVISION},
@@ -84,4 +84,16 @@ pub(crate) async fn join(tunnel: Tunnel, name: &str) -> (Tunnel, ControlStream) 
     control.send(&hello(name)).await.unwrap();
     assert!(matches!(control.next().await.unwrap(), ControlMessage::Welcome(_)));
     (tunnel, control)
+}
+
+/// Answers pings, as an agent that is alive. Dials get no answer.
+pub(crate) async fn answer_pings(mut control: ControlStream) {
+    while let Ok(message) = control.next().await {
+        if let ControlMessage::Ping(ping) = message {
+            let pong = ControlMessage::Pong(Pong { echo: ping.echo });
+            if control.send(&pong).await.is_err() {
+                return;
+            }
+        }
+    }
 }

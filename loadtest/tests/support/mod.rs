@@ -7,6 +7,7 @@ pub(crate) mod konnectivity;
 pub(crate) mod kube_api;
 pub(crate) mod network;
 pub(crate) mod proxy;
+pub(crate) mod repository;
 pub(crate) mod server;
 pub(crate) mod shaped_path;
 pub(crate) mod sides;

@@ -1,9 +1,14 @@
 //! Debian's Prometheus with real servers and agents, of which each job has one fault: its alerts fire
 //! and no others, and no panel of the dashboard is empty. Without Prometheus the test is skipped.
+//!
+//! A program of its own, because its fifty processes need the machine for themselves.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod faults;
 mod prometheus;
 mod site;
+#[path = "../support/mod.rs"]
+mod support;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,10 +29,11 @@ use self::{
     prometheus::{Prometheus, RANGE, Target},
     site::Site,
 };
-use crate::{
-    docs::read,
-    docs_monitoring::{DASHBOARD, RULES, alerts},
-    support::{echo, has_program, kube_api::jwt, within},
+use crate::support::{
+    echo, has_program,
+    kube_api::jwt,
+    repository::{DASHBOARD, RULES, alerts, read},
+    within,
 };
 
 /// The job without a fault.

@@ -12,7 +12,8 @@ use tokio::{io::AsyncWriteExt as _, net::TcpStream, task::JoinSet, time::interva
 
 use super::{Bench, Fault, connections::nothing};
 use crate::{
-    monitoring::{prometheus::Target, site::Site},
+    prometheus::Target,
+    site::Site,
     support::{Carrier::Quic, agent, eventually, rig, shaped_path::ShapedPath},
 };
 
@@ -21,7 +22,7 @@ const MANY: usize = 10;
 /// Minimum time between two dials that work.
 const PAUSE: Duration = Duration::from_millis(200);
 
-pub(in super::super) async fn unknown_hosts(bench: Bench) -> Fault {
+pub(crate) async fn unknown_hosts(bench: Bench) -> Fault {
     let site = bench.site("unknown_hosts");
     let server = site.server(&["--proxy-strategies=destHost"]).await;
     let agent = site.inner_agent("a", &["--agent-identifiers=ipv4=127.0.0.1"]);
@@ -33,7 +34,7 @@ pub(in super::super) async fn unknown_hosts(bench: Bench) -> Fault {
     })
 }
 
-pub(in super::super) async fn too_many_streams(bench: Bench) -> Fault {
+pub(crate) async fn too_many_streams(bench: Bench) -> Fault {
     let site = bench.site("too_many_streams");
     let server = site.server(&["--max-streams-per-agent=8"]).await;
     let agent = site.inner_agent("a", &[]);
@@ -61,7 +62,7 @@ pub(in super::super) async fn too_many_streams(bench: Bench) -> Fault {
     })
 }
 
-pub(in super::super) async fn targets_refuse(bench: Bench) -> Fault {
+pub(crate) async fn targets_refuse(bench: Bench) -> Fault {
     let site = bench.site("targets_refuse");
     let server = site.server(&[]).await;
     let agent = site.inner_agent("a", &[]);
@@ -73,7 +74,7 @@ pub(in super::super) async fn targets_refuse(bench: Bench) -> Fault {
     })
 }
 
-pub(in super::super) async fn slow_path(bench: Bench) -> Fault {
+pub(crate) async fn slow_path(bench: Bench) -> Fault {
     let site = bench.site("slow_path");
     let server = site.server(&[]).await;
     let path = ShapedPath::to(site.tunnel, true).await;
@@ -91,7 +92,7 @@ pub(in super::super) async fn slow_path(bench: Bench) -> Fault {
 
 /// An agent that answers pings, and no dial. So many dials succeed before and after that those which
 /// fail are a small part.
-pub(in super::super) async fn agent_reaches_nothing(_: Bench) -> Fault {
+pub(crate) async fn agent_reaches_nothing(_: Bench) -> Fault {
     const ROUNDS: usize = 100;
     const AT_ONCE: usize = 4;
     let rig = rig(ConnectUnix, Quic).server_flag("--backend-dial-timeout=1s").start().await;
@@ -114,7 +115,7 @@ pub(in super::super) async fn agent_reaches_nothing(_: Bench) -> Fault {
             dial(AT_ONCE).await;
         }
         let (tunnel, control) = agent::joined(&rig, "reaches-nothing").await;
-        let answering = owned(crate::ejection::answer_pings(control));
+        let answering = owned(agent::answer_pings(control));
         rig.until_joined(2).await.unwrap();
         while rig.server.metric("culvert_server_ejections_total") == 0.0 {
             dial(AT_ONCE).await;
@@ -128,7 +129,7 @@ pub(in super::super) async fn agent_reaches_nothing(_: Bench) -> Fault {
     })
 }
 
-pub(in super::super) async fn metadata_service(bench: Bench) -> Fault {
+pub(crate) async fn metadata_service(bench: Bench) -> Fault {
     const METADATA: &str = "169.254.169.254";
     let flag = format!("--agent-identifiers=ipv4={METADATA}");
     let agent = bench.common.agent("metadata_service", &[flag]).await;
@@ -139,7 +140,7 @@ pub(in super::super) async fn metadata_service(bench: Bench) -> Fault {
     })
 }
 
-pub(in super::super) async fn strangers_at_the_frontend(bench: Bench) -> Fault {
+pub(crate) async fn strangers_at_the_frontend(bench: Bench) -> Fault {
     let site = bench.site("strangers_at_the_frontend");
     let port = free_port().unwrap();
     let pair = site.certificates.server();
@@ -164,7 +165,7 @@ pub(in super::super) async fn strangers_at_the_frontend(bench: Bench) -> Fault {
 }
 
 /// Clients that do not read what their targets send, until the memory limit is reached.
-pub(in super::super) async fn readers_stall(bench: Bench) -> Fault {
+pub(crate) async fn readers_stall(bench: Bench) -> Fault {
     const READERS: usize = 100;
     let site = bench.site("readers_stall");
     let server = site.server(&["--memory-limit=4Mi"]).await;

@@ -13,7 +13,10 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
 
-use crate::{docs::read, docs_monitoring::RULES, support::eventually};
+use crate::support::{
+    eventually,
+    repository::{RULES, read},
+};
 
 /// A range that stands for all longer ones: ten scrapes.
 pub(crate) const RANGE: &str = "20s";

@@ -15,7 +15,7 @@ use crate::support::kube_api::jwt;
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// A tenth of 90 days is nine days.
-pub(in super::super) async fn certificate_expires_soon(bench: Bench) -> Fault {
+pub(crate) async fn certificate_expires_soon(bench: Bench) -> Fault {
     let now = SystemTime::now();
     let pair = bench.certificates.issue_for("expires-soon", now - 85 * DAY, now + 5 * DAY).unwrap();
     let (certificate, key) = (pair.certificate.display(), pair.key.display());
@@ -26,7 +26,7 @@ pub(in super::super) async fn certificate_expires_soon(bench: Bench) -> Fault {
 }
 
 /// That of the frontend: agents go on.
-pub(in super::super) async fn server_certificate_expired(bench: Bench) -> Fault {
+pub(crate) async fn server_certificate_expired(bench: Bench) -> Fault {
     let now = SystemTime::now();
     let pair = bench.certificates.issue_for("expired", now - 30 * DAY, now - DAY).unwrap();
     let site = bench.site("server_certificate_expired");
@@ -44,7 +44,7 @@ pub(in super::super) async fn server_certificate_expired(bench: Bench) -> Fault 
     Fault::of(vec![server.target.clone()], async move { (server, agent) })
 }
 
-pub(in super::super) async fn token_expires_soon(bench: Bench) -> Fault {
+pub(crate) async fn token_expires_soon(bench: Bench) -> Fault {
     let now = Timestamp::now().as_second();
     let token = jwt(&json!({ "sub": "a", "iat": now - 3500, "exp": now + 100 }));
     let file = bench.common.file("expires-soon.token");
@@ -55,7 +55,7 @@ pub(in super::super) async fn token_expires_soon(bench: Bench) -> Fault {
     Fault::of(vec![agent.target.clone()], async move { agent })
 }
 
-pub(in super::super) async fn unusable_policy(bench: Bench) -> Fault {
+pub(crate) async fn unusable_policy(bench: Bench) -> Fault {
     let file = bench.common.file("egress-policy");
     fs::write(&file, "allow 127.0.0.0/8\n").unwrap();
     let flag = format!("--egress-policy-file={}", file.display());

@@ -9,7 +9,7 @@ use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 
 use super::{Bench, Fault};
 use crate::{
-    monitoring::site::Site,
+    site::Site,
     support::kube_api::{ACCOUNT, AUDIENCE, KubeApi, jwt},
 };
 
@@ -31,7 +31,7 @@ fn with_token(site: &Site, token: &str) -> String {
     format!("--service-account-token-path={}", file.display())
 }
 
-pub(in super::super) async fn foreign_certificate(bench: Bench) -> Fault {
+pub(crate) async fn foreign_certificate(bench: Bench) -> Fault {
     let site = bench.site("foreign_certificate");
     let server = site.server(&[]).await;
     let agent = site.inner_agent("a", &[]);
@@ -44,7 +44,7 @@ pub(in super::super) async fn foreign_certificate(bench: Bench) -> Fault {
     })
 }
 
-pub(in super::super) async fn http_at_the_agent_port(bench: Bench) -> Fault {
+pub(crate) async fn http_at_the_agent_port(bench: Bench) -> Fault {
     let site = bench.site("http_at_the_agent_port");
     let server = site.server(&[]).await;
     let agent = site.inner_agent("a", &[]);
@@ -66,7 +66,7 @@ async fn guarded(name: &'static str) -> (Site, KubeApi, super::super::site::Node
     (site, api, server)
 }
 
-pub(in super::super) async fn reviews_refused(_: Bench) -> Fault {
+pub(crate) async fn reviews_refused(_: Bench) -> Fault {
     let (site, api, server) = guarded("reviews_refused").await;
     let accepted = token("accepted");
     api.accept(&accepted, ACCOUNT, AUDIENCE);
@@ -88,7 +88,7 @@ pub(in super::super) async fn reviews_refused(_: Bench) -> Fault {
     })
 }
 
-pub(in super::super) async fn new_token_refused(_: Bench) -> Fault {
+pub(crate) async fn new_token_refused(_: Bench) -> Fault {
     let (site, api, server) = guarded("new_token_refused").await;
     let accepted = token("accepted");
     api.accept(&accepted, ACCOUNT, AUDIENCE);
@@ -102,7 +102,7 @@ pub(in super::super) async fn new_token_refused(_: Bench) -> Fault {
     })
 }
 
-pub(in super::super) async fn one_id_twice(bench: Bench) -> Fault {
+pub(crate) async fn one_id_twice(bench: Bench) -> Fault {
     let site = bench.site("one_id_twice");
     let server = site.server(&[]).await;
     let agents = [site.inner_agent("twin", &[]), site.inner_agent("twin", &[])];
@@ -110,7 +110,7 @@ pub(in super::super) async fn one_id_twice(bench: Bench) -> Fault {
     Fault::of(vec![server.target.clone()], async move { (server, agents) })
 }
 
-pub(in super::super) async fn id_of_another(bench: Bench) -> Fault {
+pub(crate) async fn id_of_another(bench: Bench) -> Fault {
     let site = bench.site("id_of_another");
     let server = site.server(&[]).await;
     let flags = with_certificate(&site.certificates, "owner");
@@ -123,7 +123,7 @@ pub(in super::super) async fn id_of_another(bench: Bench) -> Fault {
     })
 }
 
-pub(in super::super) async fn no_lease(_: Bench) -> Fault {
+pub(crate) async fn no_lease(_: Bench) -> Fault {
     let site = Bench::apart("no_lease");
     let api = KubeApi::start(&site.certificates).await;
     let json = "--kube-api-content-type=application/json";

@@ -7,7 +7,7 @@ use tokio::time::interval;
 
 use super::{Bench, Fault};
 use crate::{
-    monitoring::site::Site,
+    site::Site,
     support::{echo, shaped_path::ShapedPath},
 };
 
@@ -16,7 +16,7 @@ const MANY: usize = 8;
 /// Minimum time between two uses of a lossy path.
 const PAUSE: Duration = Duration::from_millis(200);
 
-pub(in super::super) async fn server_killed(bench: Bench) -> Fault {
+pub(crate) async fn server_killed(bench: Bench) -> Fault {
     let site = bench.site("server_killed");
     let mut server = site.server(&[]).await;
     let agent = site.inner_agent("a", &[]);
@@ -27,7 +27,7 @@ pub(in super::super) async fn server_killed(bench: Bench) -> Fault {
     })
 }
 
-pub(in super::super) async fn agent_killed(bench: Bench) -> Fault {
+pub(crate) async fn agent_killed(bench: Bench) -> Fault {
     let mut agent = bench.common.agent("agent_killed", &[]).await;
     agent.until_connected().await;
     Fault::of(vec![agent.target.clone()], async move {
@@ -35,12 +35,12 @@ pub(in super::super) async fn agent_killed(bench: Bench) -> Fault {
     })
 }
 
-pub(in super::super) async fn no_agents(bench: Bench) -> Fault {
+pub(crate) async fn no_agents(bench: Bench) -> Fault {
     let server = bench.site("no_agents").server(&[]).await;
     Fault::of(vec![server.target.clone()], async move { server })
 }
 
-pub(in super::super) async fn servers_differ(bench: Bench) -> Fault {
+pub(crate) async fn servers_differ(bench: Bench) -> Fault {
     let (one, two) = (bench.site("servers_differ_1"), bench.site("servers_differ_2"));
     let servers = (one.server(&[]).await, two.server(&[]).await);
     let agents = [one.inner_agent("a", &[]), one.inner_agent("b", &[]), two.inner_agent("c", &[])];
@@ -52,12 +52,12 @@ pub(in super::super) async fn servers_differ(bench: Bench) -> Fault {
     )
 }
 
-pub(in super::super) async fn no_server(bench: Bench) -> Fault {
+pub(crate) async fn no_server(bench: Bench) -> Fault {
     let agent = bench.site("no_server").agent("a", &[]).await;
     Fault::of(vec![agent.target.clone()], async move { agent })
 }
 
-pub(in super::super) async fn one_server_of_two(bench: Bench) -> Fault {
+pub(crate) async fn one_server_of_two(bench: Bench) -> Fault {
     let site = bench.site("one_server_of_two");
     let server = site.server(&["--server-count=2"]).await;
     let agent = site.agent("a", &[]).await;
@@ -66,7 +66,7 @@ pub(in super::super) async fn one_server_of_two(bench: Bench) -> Fault {
 }
 
 /// Agents that end without a close.
-pub(in super::super) async fn agents_crash(bench: Bench) -> Fault {
+pub(crate) async fn agents_crash(bench: Bench) -> Fault {
     let site = bench.site("agents_crash");
     let server = site.server(&[]).await;
     let stays = site.inner_agent("stays", &[]);
@@ -82,7 +82,7 @@ pub(in super::super) async fn agents_crash(bench: Bench) -> Fault {
 }
 
 /// A server that ends without a close, again and again, and then for good.
-pub(in super::super) async fn server_crashes(bench: Bench) -> Fault {
+pub(crate) async fn server_crashes(bench: Bench) -> Fault {
     let site = bench.site("server_crashes");
     let mut server = site.inner_server().await;
     let agent = site.agent("a", &[]).await;
@@ -100,7 +100,7 @@ pub(in super::super) async fn server_crashes(bench: Bench) -> Fault {
     })
 }
 
-pub(in super::super) async fn streams_lost(bench: Bench) -> Fault {
+pub(crate) async fn streams_lost(bench: Bench) -> Fault {
     let site = bench.site("streams_lost");
     let server = site.server(&[]).await;
     let crashes = site.inner_agent("crashes", &[]);
@@ -116,7 +116,7 @@ pub(in super::super) async fn streams_lost(bench: Bench) -> Fault {
 }
 
 /// A path without UDP, as behind most firewalls.
-pub(in super::super) async fn udp_refused(bench: Bench) -> Fault {
+pub(crate) async fn udp_refused(bench: Bench) -> Fault {
     let path = ShapedPath::to(bench.common.tunnel, true).await;
     path.refuse_udp();
     let site = bench.site("udp_refused");
@@ -126,7 +126,7 @@ pub(in super::super) async fn udp_refused(bench: Bench) -> Fault {
     Fault::of(vec![agent.target.clone()], async move { (agent, path) })
 }
 
-pub(in super::super) async fn agents_on_tcp(bench: Bench) -> Fault {
+pub(crate) async fn agents_on_tcp(bench: Bench) -> Fault {
     let site = bench.site("agents_on_tcp");
     let server = site.server(&[]).await;
     let path = ShapedPath::to(site.tunnel, true).await;
@@ -136,7 +136,7 @@ pub(in super::super) async fn agents_on_tcp(bench: Bench) -> Fault {
     Fault::of(vec![server.target.clone()], async move { (server, agent, path) })
 }
 
-pub(in super::super) async fn lossy_path(bench: Bench) -> Fault {
+pub(crate) async fn lossy_path(bench: Bench) -> Fault {
     let site = bench.site("lossy_path");
     let server = site.server(&[]).await;
     let path = ShapedPath::to(site.tunnel, true).await;

@@ -7,12 +7,13 @@ use tokio::{net::TcpListener, process::Command};
 
 use super::{Bench, Fault};
 use crate::{
-    monitoring::{prometheus::Target, site::Site},
+    prometheus::Target,
+    site::Site,
     support::{eventually, sides::Sides},
 };
 
 /// The agent keeps some descriptors for its health port. A dial that gets none fails.
-pub(in super::super) async fn few_descriptors(bench: Bench) -> Fault {
+pub(crate) async fn few_descriptors(bench: Bench) -> Fault {
     const HOST: &str = "127.0.0.77";
     let flag = format!("--agent-identifiers=ipv4={HOST}");
     let agent = bench.common.agent("few_descriptors", &[flag]).await;
@@ -33,7 +34,7 @@ pub(in super::super) async fn few_descriptors(bench: Bench) -> Fault {
     })
 }
 
-pub(in super::super) async fn admin_port_taken(bench: Bench) -> Fault {
+pub(crate) async fn admin_port_taken(bench: Bench) -> Fault {
     let port = free_port().unwrap();
     let other = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
     let flag = format!("--admin-server-port={port}");
@@ -43,7 +44,7 @@ pub(in super::super) async fn admin_port_taken(bench: Bench) -> Fault {
 }
 
 /// The reader of an agent's log has ended, and the agent has something to log.
-pub(in super::super) async fn log_reader_gone(_: Bench) -> Fault {
+pub(crate) async fn log_reader_gone(_: Bench) -> Fault {
     let sides = Sides { agent_flags: vec!["--transport=quic".into()], ..Sides::new() };
     let server = sides.server(std::process::Stdio::null()).await;
     let (reader, log) = pipe().unwrap();
@@ -58,7 +59,7 @@ pub(in super::super) async fn log_reader_gone(_: Bench) -> Fault {
 }
 
 /// Each start is scraped, and each process has a tunnel then.
-pub(in super::super) async fn restarts(bench: Bench) -> Fault {
+pub(crate) async fn restarts(bench: Bench) -> Fault {
     let mut agent = bench.common.agent("restarts", &[]).await;
     agent.until_connected().await;
     Fault::of(vec![agent.target.clone()], async move {
@@ -78,7 +79,7 @@ pub(in super::super) async fn restarts(bench: Bench) -> Fault {
     })
 }
 
-pub(in super::super) async fn receiving_refused(bench: Bench) -> Fault {
+pub(crate) async fn receiving_refused(bench: Bench) -> Fault {
     let record = bench.common.file("receiving_refused.strace");
     let command = [
         "strace".into(),
