@@ -5,7 +5,8 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- end }}
 
 {{- define "culvert.image" -}}
-{{ .image.repository }}:{{ .image.tag | default .chart.AppVersion }}
+{{- $tag := .image.tag | default .chart.AppVersion -}}
+{{ .image.repository }}{{ ternary "@" ":" (hasPrefix "sha256:" $tag) }}{{ $tag }}
 {{- end }}
 
 {{- define "culvert.serverNamespace" -}}

@@ -97,6 +97,9 @@ spec:
   {{- if ne $server.service.type "ClusterIP" }}
   externalTrafficPolicy: {{ $server.service.externalTrafficPolicy }}
   {{- end }}
+  {{- with $server.service.ipFamilyPolicy }}
+  ipFamilyPolicy: {{ . }}
+  {{- end }}
   {{- with $server.service.loadBalancerClass }}
   loadBalancerClass: {{ . }}
   {{- end }}
