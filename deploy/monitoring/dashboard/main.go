@@ -91,9 +91,11 @@ func build() *dashboard.DashboardBuilder {
 		Timezone("browser").
 		Refresh("1m").
 		WithVariable(dashboard.NewDatasourceVariableBuilder("datasource").Label("Data source").Type("prometheus")).
-		WithVariable(variable("job", "Job", `label_values(culvert_build_info, job)`)).
-		WithVariable(variable("server", "Server", `label_values(culvert_server_tunnels{job=~"$job"}, instance)`)).
-		WithVariable(variable("agent", "Agent", `label_values(konnectivity_network_proxy_agent_open_server_connections{job=~"$job"}, instance)`))
+		// `All` selects processes without the label too.
+		WithVariable(variable("cluster", "Cluster", `label_values(culvert_build_info, cluster)`)).
+		WithVariable(variable("job", "Job", `label_values(culvert_build_info{cluster=~"$cluster"}, job)`)).
+		WithVariable(variable("server", "Server", `label_values(culvert_server_tunnels{cluster=~"$cluster", job=~"$job"}, instance)`)).
+		WithVariable(variable("agent", "Agent", `label_values(konnectivity_network_proxy_agent_open_server_connections{cluster=~"$cluster", job=~"$job"}, instance)`))
 	id := uint32(0)
 	for _, row := range rows {
 		id++

@@ -10,8 +10,8 @@ type row struct {
 
 // What the variables select, for queries of servers and of agents.
 const (
-	servers = `job=~"$job", instance=~"$server"`
-	agents  = `job=~"$job", instance=~"$agent"`
+	servers = `cluster=~"$cluster", job=~"$job", instance=~"$server"`
+	agents  = `cluster=~"$cluster", job=~"$job", instance=~"$agent"`
 )
 
 // Numbers of events within the time between two points.
@@ -63,7 +63,7 @@ var rows = []row{
 		{kind: number, width: 4, title: "Ids of several agents", unit: "short", red: &one, description: "Dials may reach the wrong node.",
 			queries: []query{{`sum(culvert_server_duplicate_agents{` + servers + `})`, "ids"}}},
 		{kind: number, width: 4, title: "Firing alerts", unit: "short", red: &one, description: "Alerts of these jobs. docs/operations.md §17 says what to do.",
-			queries: []query{{`count(ALERTS{alertname=~"Culvert.*", alertstate="firing", job=~"$job"}) or vector(0)`, "alerts"}}},
+			queries: []query{{`count(ALERTS{alertname=~"Culvert.*", alertstate="firing", cluster=~"$cluster", job=~"$job"}) or vector(0)`, "alerts"}}},
 		{title: "Agents by server", unit: "short", description: "Servers of one set have the same number.",
 			queries: []query{{`sum by (instance) (culvert_server_agents_by_version{` + servers + `})`, "{{instance}}"}}},
 		{kind: bars, title: "Tunnels that ended", unit: "short", description: "By reason. done, drained and superseded are orderly ends.",
@@ -205,8 +205,8 @@ var rows = []row{
 		{title: "Use of descriptors", unit: "percentunit", description: "Part of the limit of open files that is in use.", queries: ofEach("process_open_fds{%[1]s} / process_max_fds{%[1]s}")},
 		{kind: bars, title: "Restarts and lost log lines", unit: "short", description: "Starts of processes, and lines of their logs that were lost.",
 			queries: []query{
-				{`sum by (job) (changes(process_start_time_seconds{job=~"$job"}[$__rate_interval]) and on (job, instance) culvert_build_info)`, "restarts in {{job}}"},
-				{events("job", "culvert_log_lines_dropped_total", `job=~"$job"`), "log lines in {{job}}"},
+				{`sum by (job) (changes(process_start_time_seconds{cluster=~"$cluster", job=~"$job"}[$__rate_interval]) and on (job, instance) culvert_build_info)`, "restarts in {{job}}"},
+				{events("job", "culvert_log_lines_dropped_total", `cluster=~"$cluster", job=~"$job"`), "log lines in {{job}}"},
 			}},
 	}},
 }

@@ -107,7 +107,7 @@ fn queries(dashboard: &Value) -> Vec<(String, String, String)> {
     let substituted = |expr: &Value| {
         let expr = expr.as_str().unwrap().replace("$__rate_interval", RANGE);
         let expr = expr.replace("$job", &format!("{HEALTHY}/.*"));
-        expr.replace("$server", ".*").replace("$agent", ".*")
+        expr.replace("$cluster", ".*").replace("$server", ".*").replace("$agent", ".*")
     };
     panels
         .flat_map(|panel| {
