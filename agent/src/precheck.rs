@@ -122,7 +122,6 @@ async fn check_address(
         };
         let begun = Instant::now();
         let handshake = connect.connect(carrier, address, &tls, true);
-        let mut remedy = "check firewalls and load balancers, --ca-cert and --server-name";
         let error = match timeout(HANDSHAKE_TIMEOUT, handshake).await {
             Ok(Ok(connected)) => match refusal(&connected).await {
                 None => {
@@ -141,11 +140,16 @@ async fn check_address(
             Err(_) => CarrierError::TimedOut(HANDSHAKE_TIMEOUT),
         };
         let is_of_tls = error.is_of_tls();
-        if is_of_tls {
-            remedy = "";
-        } else if matches!(error, CarrierError::Connect(ConnectError::Proxy { .. })) {
-            remedy = "check HTTPS_PROXY, or add the servers to NO_PROXY";
-        }
+        let remedy = match &error {
+            _ if is_of_tls => "",
+            CarrierError::Connect(ConnectError::Proxy { .. }) => {
+                "check HTTPS_PROXY, or add the servers to NO_PROXY"
+            }
+            CarrierError::Connect(ConnectError::Refused) => {
+                "is a server running there, and is --proxy-server-port its --agent-port?"
+            }
+            _ => "check firewalls and load balancers, --ca-cert and --server-name",
+        };
         let detail = match is_of_tls {
             // With the flag to change.
             true => CarrierFailures(vec![(carrier, error)]).to_string(),

@@ -74,6 +74,8 @@ async fn an_agent_checks_the_path_to_its_server() {
         let (code, steps) = precheck("agent", args.clone()).await;
         assert_eq!(code, Some(1), "{steps:?}");
         assert_eq!(result(&steps, "TCP (TLS) to 127.0.0.1"), "failed");
+        let remedy = step(&steps, "TCP (TLS) to 127.0.0.1")["remedy"].as_str().unwrap();
+        assert!(remedy.contains("--proxy-server-port"), "nothing listens there: {remedy}");
         deployment.start_server(Culvert, &[]).await;
         let (code, steps) = precheck("agent", args).await;
         assert_eq!(code, Some(0), "{steps:?}");
