@@ -3,7 +3,8 @@
 use super::{SOURCES, read, sources, uncommented};
 
 /// First words of the headers of tables whose first column quotes texts of the programs.
-const QUOTING: [&str; 5] = ["text", "text contains", "`reason`", "`quic` line", "`waits for`"];
+const QUOTING: [&str; 6] =
+    ["text", "text contains", "text in parentheses", "`reason`", "`quic` line", "`waits for`"];
 
 /// What others print: the C library, Go and kube-apiserver.
 const OF_OTHERS: [&str; 7] = [
