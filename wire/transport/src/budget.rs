@@ -177,7 +177,8 @@ impl MemoryBudget {
         let mut all: Vec<_> = holders.slots.iter().filter_map(Weak::upgrade).collect();
         drop(holders);
         all.retain(|holder| is_one(holder));
-        all.sort_unstable_by_key(|holder| (holder.is_cut(), std::cmp::Reverse(holder.held())));
+        // Each key is read once: a sort panics when keys change meanwhile.
+        all.sort_by_cached_key(|holder| (holder.is_cut(), std::cmp::Reverse(holder.held())));
         let cut = all.iter().filter(|it| it.is_cut()).map(|it| it.held()).sum::<u64>();
         let mut left = held().saturating_sub(cut);
         for holder in all.iter().take_while(|it| !it.is_cut() && it.held() > 0) {

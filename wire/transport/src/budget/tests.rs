@@ -107,6 +107,37 @@ async fn at_the_limit_the_largest_holder_is_cut_and_the_others_go_on() {
     assert_eq!((budget.cuts(), small.is_cut()), (1, false));
 }
 
+/// The order of holders is that of one moment: sorting by what changes meanwhile panics.
+#[test]
+fn holders_are_cut_while_what_they_hold_changes() {
+    for _ in 0..300 {
+        let budget = MemoryBudget::new(LIMIT);
+        let tunnel = TunnelMemory::new(&budget);
+        let holders: Vec<_> = (0..200).map(|_| tunnel.holder(Held::Receive)).collect();
+        for (holder, count) in holders.iter().zip(1..) {
+            holder.add(LIMIT / 200 + count);
+        }
+        std::thread::scope(|scope| {
+            let changing = scope.spawn(|| {
+                for at in 0..20_000 {
+                    let holder = &holders[at % holders.len()];
+                    holder.add(at as u64 % 7 * 1000);
+                    holder.give_back(at as u64 % 7 * 1000);
+                }
+            });
+            loop {
+                let is_last = changing.is_finished();
+                budget.holders.lock().cut_at = None;
+                budget.relieve();
+                if is_last {
+                    break;
+                }
+            }
+        });
+        assert!(budget.cuts() > 0);
+    }
+}
+
 proptest! {
     /// However many streams there are and whatever they read, they stay below the limit, but for
     /// one read of the minimum each; and each has room as long as the limit is not reached.

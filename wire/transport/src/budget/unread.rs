@@ -70,7 +70,7 @@ impl MemoryBudget {
         let mut all: Vec<_> = tunnels.all.iter().filter_map(Weak::upgrade).collect();
         drop(tunnels);
         all.retain(|tunnel| !tunnel.is_cut() && tunnel.uncounted() > 0);
-        all.sort_unstable_by_key(|tunnel| std::cmp::Reverse(tunnel.uncounted()));
+        all.sort_by_cached_key(|tunnel| std::cmp::Reverse(tunnel.uncounted()));
         let mut left = all.iter().map(|tunnel| tunnel.uncounted()).sum::<u64>();
         for tunnel in all {
             if left <= self.max_unread() {
