@@ -6,13 +6,11 @@
 
 mod poke;
 pub mod race;
+mod screen;
 mod session;
 mod table;
 
-use std::{
-    io::{self, IsTerminal, Write},
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use culvert_process::{go_duration::GoDuration, signals::StopSignals};
@@ -22,6 +20,7 @@ use crate::{
     peer::Peer,
     rig::{Rig, Running},
 };
+use screen::Screen;
 use session::{Report, Sessions};
 
 /// Interval at which the table is drawn again on a terminal.
@@ -107,23 +106,12 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
 async fn show(rig: &Running, sessions: &Sessions, time: Duration) -> anyhow::Result<()> {
     let started = Instant::now();
     let mut frames = interval(FRAME);
-    let in_place = io::stdout().is_terminal();
-    let mut drawn = 0;
+    let mut screen = Screen::new();
     loop {
         frames.tick().await;
         sessions.check()?;
         let is_over = started.elapsed() >= time;
-        if in_place || is_over {
-            let picture = table::draw(&sessions.reports(), &rig.server.backends.all());
-            let mut out = io::stdout().lock();
-            if drawn > 0 {
-                // Moves to the first line of the last table, and clears everything below.
-                write!(out, "\x1b[{drawn}A\x1b[J")?;
-            }
-            writeln!(out, "{picture}")?;
-            out.flush()?;
-            drawn = picture.lines().count();
-        }
+        screen.show(is_over, || table::draw(&sessions.reports(), &rig.server.backends.all()))?;
         if is_over {
             return Ok(());
         }

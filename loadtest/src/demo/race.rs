@@ -12,7 +12,6 @@ mod lane;
 mod view;
 
 use std::{
-    io::{self, IsTerminal as _, Write as _},
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -24,7 +23,7 @@ use self::{
     keys::{Key, Keys},
     lane::{Hosts, Lane},
 };
-use super::{FRAME, Options};
+use super::{FRAME, Options, screen::Screen};
 use crate::{
     go,
     link::{LinkSettings, settings::Direction},
@@ -121,10 +120,9 @@ async fn show(hosts: &[Hosts], settings: &LinkSettings, options: &Options) -> an
     }
     anyhow::ensure!(!lanes.is_empty(), "nothing could start");
     let mut keys = Keys::read();
-    let in_place = io::stdout().is_terminal();
     let (started, time) = (Instant::now(), Duration::from_secs(options.seconds));
     let mut frames = interval(FRAME);
-    let (mut drawn, mut broken) = (0, Broken::default());
+    let (mut screen, mut broken) = (Screen::new(), Broken::default());
     loop {
         tokio::select! {
             _ = frames.tick() => {}
@@ -136,17 +134,7 @@ async fn show(hosts: &[Hosts], settings: &LinkSettings, options: &Options) -> an
         }
         lanes.iter_mut().for_each(Lane::take);
         let is_over = !options.hold && started.elapsed() >= time;
-        if in_place || is_over {
-            let picture = draw(&lanes, settings, broken, keys.are_read());
-            let mut out = io::stdout().lock();
-            if drawn > 0 {
-                // Moves to the first line of the last table, and clears everything below.
-                write!(out, "\x1b[{drawn}A\x1b[J")?;
-            }
-            writeln!(out, "{picture}")?;
-            out.flush()?;
-            drawn = picture.lines().count();
-        }
+        screen.show(is_over, || draw(&lanes, settings, broken, keys.are_read()))?;
         if is_over {
             return Ok(());
         }
