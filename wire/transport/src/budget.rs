@@ -174,18 +174,24 @@ impl MemoryBudget {
         }
         holders.cut_at = Some(now);
         // Dropped without the lock, which the last reference to a holder takes.
-        let mut all: Vec<_> = holders.slots.iter().filter_map(Weak::upgrade).collect();
+        let all: Vec<_> = holders.slots.iter().filter_map(Weak::upgrade).collect();
         drop(holders);
-        all.retain(|holder| is_one(holder));
-        // Each key is read once: a sort panics when keys change meanwhile.
-        all.sort_by_cached_key(|holder| (holder.is_cut(), std::cmp::Reverse(holder.held())));
-        let cut = all.iter().filter(|it| it.is_cut()).map(|it| it.held()).sum::<u64>();
-        let mut left = held().saturating_sub(cut);
-        for holder in all.iter().take_while(|it| !it.is_cut() && it.held() > 0) {
+        let mut left = held();
+        // What each holds at this moment: it changes meanwhile, and a sort by it would panic.
+        let mut largest = Vec::new();
+        for holder in all.iter().filter(|holder| is_one(holder)) {
+            match (holder.is_cut(), holder.held()) {
+                (true, count) => left = left.saturating_sub(count),
+                (false, 0) => {}
+                (false, count) => largest.push((count, holder)),
+            }
+        }
+        largest.sort_unstable_by_key(|(count, _)| std::cmp::Reverse(*count));
+        for (count, holder) in largest {
             if left < limit {
                 return;
             }
-            left -= holder.held().min(left);
+            left = left.saturating_sub(count);
             self.cuts.fetch_add(1, Relaxed);
             let _ = holder.cut.set(());
         }

@@ -67,16 +67,19 @@ impl MemoryBudget {
             return;
         }
         tunnels.looked_at = Some(now);
-        let mut all: Vec<_> = tunnels.all.iter().filter_map(Weak::upgrade).collect();
+        let all: Vec<_> = tunnels.all.iter().filter_map(Weak::upgrade).collect();
         drop(tunnels);
-        all.retain(|tunnel| !tunnel.is_cut() && tunnel.uncounted() > 0);
-        all.sort_by_cached_key(|tunnel| std::cmp::Reverse(tunnel.uncounted()));
-        let mut left = all.iter().map(|tunnel| tunnel.uncounted()).sum::<u64>();
-        for tunnel in all {
+        // What each has at this moment: it changes meanwhile, and a sort by it would panic.
+        let uncut = all.iter().filter(|tunnel| !tunnel.is_cut());
+        let mut largest: Vec<_> = uncut.map(|tunnel| (tunnel.uncounted(), tunnel)).collect();
+        largest.retain(|(count, _)| *count > 0);
+        largest.sort_unstable_by_key(|(count, _)| std::cmp::Reverse(*count));
+        let mut left = largest.iter().map(|(count, _)| count).sum::<u64>();
+        for (count, tunnel) in largest {
             if left <= self.max_unread() {
                 return;
             }
-            left = left.saturating_sub(tunnel.uncounted());
+            left = left.saturating_sub(count);
             self.cuts.fetch_add(1, Relaxed);
             let _ = tunnel.cut.set(());
         }
