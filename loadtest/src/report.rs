@@ -2,6 +2,7 @@
 
 pub mod headline;
 pub mod html;
+mod looks;
 pub mod markdown;
 mod summary;
 pub mod table;

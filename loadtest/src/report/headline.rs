@@ -5,30 +5,37 @@ use std::fmt::Write as _;
 use super::{
     Report, WorkloadResult,
     html::escape,
+    looks::look,
     summary::{self, Spread},
 };
 
 /// The peers of a headline, with the names that readers know.
-const PEERS: [(&str, &str, &str); 6] = [
-    ("konnectivity-grpc", "Konnectivity, CUBIC", "#d55e00"),
-    ("konnectivity-grpc-bbr", "Konnectivity, BBR", "#e69f00"),
-    ("culvert-grpc", "Culvert", "#0072b2"),
-    ("konnectivity-connect", "Konnectivity, CUBIC", "#d55e00"),
-    ("konnectivity-connect-bbr", "Konnectivity, BBR", "#e69f00"),
-    ("culvert-connect", "Culvert", "#0072b2"),
+const PEERS: [(&str, &str); 6] = [
+    ("konnectivity-grpc", "Konnectivity, CUBIC"),
+    ("konnectivity-grpc-bbr", "Konnectivity, BBR"),
+    ("culvert-grpc", "Culvert"),
+    ("konnectivity-connect", "Konnectivity, CUBIC"),
+    ("konnectivity-connect-bbr", "Konnectivity, BBR"),
+    ("culvert-connect", "Culvert"),
 ];
 
 /// One figure of all peers.
 struct Figure {
     title: String,
     unit: &'static str,
-    /// Name, colour and what was measured.
-    peers: Vec<(&'static str, &'static str, Spread)>,
+    peers: Vec<Measured>,
     /// What no peer can be better than, with its name.
     bound: Option<(f64, &'static str)>,
 }
 
-/// The median latency and the throughput of each workload, of the peers of one frontend.
+/// What one peer reached.
+struct Measured {
+    peer: &'static str,
+    name: &'static str,
+    spread: Spread,
+}
+
+/// The latency and the throughput of each workload, of the peers of one frontend.
 fn figures(report: &Report) -> Vec<Figure> {
     let has = |name: &str| report.runs.iter().any(|run| run.peer == name && run.failure.is_none());
     let frontend = if has("culvert-grpc") { &PEERS[..3] } else { &PEERS[3..] };
@@ -36,11 +43,11 @@ fn figures(report: &Report) -> Vec<Figure> {
     let mut figures = Vec::new();
     for workload in first.map(|run| &*run.workloads).unwrap_or_default() {
         let mut add = |title, unit, bound, value: fn(&WorkloadResult) -> Option<f64>| {
-            let measured = |(peer, name, colour): &(&str, &'static str, &'static str)| {
+            let measured = |&(peer, name): &(&'static str, &'static str)| {
                 let spread = summary::spread(report, peer, |run| {
                     value(run.workloads.iter().find(|result| result.name == workload.name)?)
-                });
-                Some((*name, *colour, spread?))
+                })?;
+                Some(Measured { peer, name, spread })
             };
             let peers: Vec<_> = frontend.iter().filter_map(measured).collect();
             if peers.len() > 1 {
@@ -52,6 +59,8 @@ fn figures(report: &Report) -> Vec<Figure> {
             let title = format!("{}, median", workload.name);
             let path = settings.map(|link| (summary::round_trip(link), "the path"));
             add(title, "ms", path, |result| Some(result.latency.as_ref()?.p50));
+            let title = format!("{}, 99 of 100 within", workload.name);
+            add(title, "ms", path, |result| Some(result.latency.as_ref()?.p99));
         }
         if workload.mbit_per_second.is_some() {
             let title = format!("{}, all together", workload.name);
@@ -70,7 +79,7 @@ pub(super) fn sentences(report: &Report) -> Vec<String> {
         let peers: Vec<_> = figure
             .peers
             .iter()
-            .map(|(name, _, spread)| format!("{name}: {spread} {}", figure.unit))
+            .map(|Measured { name, spread, .. }| format!("{name}: {spread} {}", figure.unit))
             .collect();
         let bound = figure
             .bound
@@ -129,7 +138,7 @@ fn footer(report: &Report) -> String {
 
 fn group(figure: &Figure, top: f64) -> String {
     let (left, right) = (180.0, WIDTH - 130.0);
-    let most = figure.peers.iter().map(|(_, _, spread)| spread.most).fold(0.0, f64::max);
+    let most = figure.peers.iter().map(|measured| measured.spread.most).fold(0.0, f64::max);
     let most = figure.bound.map_or(most, |(bound, _)| bound.max(most)).max(1e-9);
     let at = |value: f64| left + (right - left) * value / most;
     let better = if figure.unit == "ms" { "less is better" } else { "more is better" };
@@ -138,17 +147,21 @@ fn group(figure: &Figure, top: f64) -> String {
         escape(&figure.title),
         figure.unit
     );
-    for (index, (name, colour, spread)) in figure.peers.iter().enumerate() {
+    for (index, Measured { peer, name, spread }) in figure.peers.iter().enumerate() {
+        let look = look(peer);
         let y = top + 10.0 + ROW * index as f64;
         let (end, middle) = (at(spread.median), y + 8.0);
         let _ = writeln!(
             svg,
             "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{name}</text>\
-             <rect x=\"{left}\" y=\"{y}\" width=\"{:.1}\" height=\"16\" fill=\"{colour}\"/>\
+             <rect x=\"{left}\" y=\"{y}\" width=\"{:.1}\" height=\"16\" fill=\"{}\" \
+             fill-opacity=\"{}\"/>\
              <text x=\"{:.1}\" y=\"{:.1}\">{spread}</text>",
             left - 8.0,
             y + 13.0,
             (end - left).max(1.0),
+            look.colour,
+            look.opacity(),
             at(spread.most).max(end) + 6.0,
             y + 13.0
         );

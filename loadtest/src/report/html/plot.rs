@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::escape;
-use crate::report::summary::figure;
+use crate::report::{looks::{Look, look}, summary::figure};
 
 /// Size of a plot and its margins, in SVG's units.
 const WIDTH: f64 = 400.0;
@@ -15,21 +15,6 @@ const RIGHT: f64 = 14.0;
 const TOP: f64 = 30.0;
 /// Room for the axis and two rows of legend.
 const BOTTOM: f64 = 92.0;
-
-/// A peer's colour, dash pattern and position, the same in every plot. Colours are those of Okabe
-/// and Ito, which differ for the colour-blind too.
-const LOOKS: [(&str, &str, &str); 10] = [
-    ("culvert-grpc", "#0072b2", ""),
-    ("culvert-grpc-bbr", "#0072b2", "2 3"),
-    ("culvert-connect", "#56b4e9", "6 2"),
-    ("culvert-connect-bbr", "#56b4e9", "2 3"),
-    ("konnectivity-grpc", "#d55e00", ""),
-    ("konnectivity-grpc-bbr", "#d55e00", "2 3"),
-    ("konnectivity-connect", "#e69f00", "6 2"),
-    ("konnectivity-connect-bbr", "#e69f00", "2 3"),
-    ("direct", "#009e73", ""),
-    ("direct-bbr", "#009e73", "2 3"),
-];
 
 /// How values become positions, with the axis's title.
 #[derive(Clone, Copy, Debug)]
@@ -105,7 +90,7 @@ pub(super) fn plot(plot: &Plot, group: &str) -> String {
     }
     let mut peers: Vec<&str> = Vec::new();
     for series in plot.series.iter().filter(|series| series.is_of(group)) {
-        let (colour, dash) = look(&series.peer);
+        let Look { colour, dash } = look(&series.peer);
         let class = if series.faint { "line faint" } else { "line" };
         let _ = writeln!(
             svg,
@@ -176,7 +161,7 @@ pub(super) fn bars(title: &str, values: &[(String, f64, String)]) -> String {
     for (index, (peer, value, label)) in values.iter().enumerate() {
         let top = TOP + 8.0 + 26.0 * index as f64;
         let length = (BARS_WIDTH - 430.0) * value / largest;
-        let (colour, _) = look(peer);
+        let Look { colour, .. } = look(peer);
         let _ = writeln!(
             svg,
             "<text x=\"8\" y=\"{:.1}\">{}</text>\
@@ -192,11 +177,6 @@ pub(super) fn bars(title: &str, values: &[(String, f64, String)]) -> String {
         );
     }
     svg + "</svg>\n"
-}
-
-fn look(peer: &str) -> (&'static str, &'static str) {
-    let known = LOOKS.iter().find(|(name, ..)| *name == peer);
-    known.map_or(("#cc79a7", "1 2"), |(_, colour, dash)| (colour, dash))
 }
 
 fn open(title: &str, label: &str, width: f64, height: f64) -> String {
@@ -246,7 +226,7 @@ fn frame(group: &str, title: &str, x: &Axis, y: &Axis) -> String {
 fn legend(peers: &[&str]) -> String {
     let mut svg = String::new();
     for (index, peer) in peers.iter().enumerate() {
-        let (colour, dash) = look(peer);
+        let Look { colour, dash } = look(peer);
         let left = 8.0 + (index % 2) as f64 * 195.0;
         let top = HEIGHT - 44.0 + (index / 2) as f64 * 16.0;
         let _ = writeln!(
