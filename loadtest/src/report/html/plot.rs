@@ -3,7 +3,10 @@
 use std::fmt::Write as _;
 
 use super::escape;
-use crate::report::{looks::{Look, look}, summary::figure};
+use crate::report::{
+    looks::{Look, look},
+    summary::figure,
+};
 
 /// Size of a plot and its margins, in SVG's units.
 const WIDTH: f64 = 400.0;
