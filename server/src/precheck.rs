@@ -26,6 +26,7 @@ pub(crate) async fn check(config: Config, report: &mut Report) {
     if let FrontendListen::Tcp { certificate: pair, .. } = &config.frontend.listen {
         certificate("--server-cert", &pair.certificate, report);
     }
+    steps::uses_of_certificates(&files.reloads, report);
     check_kubernetes(&config, &files, report).await;
 }
 

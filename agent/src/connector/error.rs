@@ -103,6 +103,9 @@ fn remedy(error: &CarrierError) -> Option<&'static str> {
     };
     match fault {
         fault if fault.is_not_tls() => Some(NO_SERVER),
+        fault if fault.needs_another_certificate() => {
+            Some("issue the server's --cluster-cert anew, with the names of subjectAltName")
+        }
         TransportFault::TlsRefused { alert: Some(42), reason } if reason.contains("for name") => {
             Some("set --server-name to a name of the server's certificate")
         }
@@ -205,6 +208,17 @@ mod tests {
             assert_eq!(text.matches(expected).count(), 1, "after the handshake: {text}");
         }
         assert_eq!(shown(vec![(Carrier::Tcp, alert(80))]).matches(';').count(), 0);
+    }
+
+    #[test]
+    fn a_certificate_that_is_faulty_in_itself_is_to_be_issued_anew() {
+        for (alert, fault) in [(45, "Expired"), (46, "Other(OtherError(UnsupportedCertVersion))")] {
+            let reason = format!("invalid peer certificate: {fault}");
+            let refused = TransportFault::TlsRefused { alert: Some(alert), reason };
+            let text = shown(vec![(Carrier::Quic, refused)]);
+            assert!(text.contains("; issue the server's --cluster-cert anew"), "{text}");
+            assert!(!text.contains("clock"), "{text}");
+        }
     }
 
     #[test]

@@ -49,6 +49,7 @@ pub(crate) const JOIN_FAILURE_REASONS: [&str; 16] = [
 fn remedy(error: &ConnectError) -> &'static str {
     let ConnectError::Handshake(TunnelLost::Transport(fault)) = error else { return "" };
     match fault {
+        fault if fault.needs_another_certificate() => "; issue the agent's --agent-cert anew",
         TransportFault::TlsRefused { alert: Some(48), .. } => {
             "; the agent's --agent-cert must be of --cluster-ca-cert"
         }
@@ -65,6 +66,9 @@ fn remedy(error: &ConnectError) -> &'static str {
         TransportFault::TlsAlert { alert: 45, .. } => "; renew --cluster-cert",
         TransportFault::TlsAlert { alert: 42, .. } => {
             "; --cluster-cert must have the name by which the agent connects, or its --server-name"
+        }
+        TransportFault::TlsAlert { alert: 43 | 46, .. } => {
+            "; the agent's log has the fault of --cluster-cert"
         }
         TransportFault::TlsAlert { alert: 40, .. } => "; see --tls-key-exchange on both sides",
         _ => "",

@@ -209,6 +209,13 @@ impl Reloads {
         }
     }
 
+    /// Why certificates do not fit their use, one text for each fault. For callers before the files
+    /// are looked at again; nothing meanwhile.
+    pub fn unfit(&self) -> Vec<String> {
+        let sets = self.sets.try_lock();
+        sets.iter().flat_map(|sets| sets.iter()).flat_map(Set::unfit).cloned().collect()
+    }
+
     /// Has the files looked at soon, because what they hold may be out of date.
     pub fn ask(&self) {
         self.asked.notify_one();
@@ -252,7 +259,8 @@ impl Reloads {
         looked
             .inspect_err(|error| {
                 rate_limited!(
-                    UNSEEN_INTERVAL, ERROR, %error, "the files could not be looked at"
+                    UNSEEN_INTERVAL, per error = error, at most 8 in all, ERROR,
+                    "the files could not be looked at"
                 );
             })
             .ok()

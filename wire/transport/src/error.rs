@@ -210,6 +210,13 @@ impl TransportFault {
     pub fn is_not_tls(&self) -> bool {
         matches!(self, Self::TlsRefused { reason, .. } if tls::is_not_tls(reason))
     }
+
+    /// Whether this side refused a certificate that is faulty in itself, whatever the clock and the
+    /// CAs: it ends before it begins, or is of X.509 version 1.
+    pub fn needs_another_certificate(&self) -> bool {
+        let Self::TlsRefused { reason, .. } = self else { return false };
+        tls::needs_another_certificate(reason)
+    }
 }
 
 impl From<io::Error> for TransportFault {

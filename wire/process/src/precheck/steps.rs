@@ -16,6 +16,7 @@ use crate::{
         proofs::{CertificateText, TokenText},
         table::{bytes, seconds},
     },
+    reload::Reloads,
     unix_socket::is_listened_on,
 };
 
@@ -53,6 +54,13 @@ pub fn udp_buffers(report: &mut Report) {
             }
             Some(size) => report.ok(step, bytes(size)),
         }
+    }
+}
+
+/// The certificates of these files that peers will most likely refuse; nothing if there is none.
+pub fn uses_of_certificates(files: &Reloads, report: &mut Report) {
+    for fault in files.unfit() {
+        report.warn("use of a certificate", fault, "issue it anew");
     }
 }
 

@@ -49,6 +49,21 @@ impl Validity {
         })
     }
 
+    /// The fault of a certificate that ends before it begins.
+    ///
+    /// # Errors
+    /// When it does: no clock finds it valid.
+    fn require_a_life(&self) -> Result<(), LoadError> {
+        if self.not_before <= self.not_after {
+            return Ok(());
+        }
+        Err(LoadError::new(format!(
+            "{}: the certificate {self} is never valid: its notAfter is before its notBefore; \
+             issue it anew",
+            self.file
+        )))
+    }
+
     /// Why the certificate is not valid now; `None` when it is.
     pub(super) fn fault(&self, now: i64) -> Option<String> {
         let state = match now {
@@ -99,7 +114,9 @@ impl Role {
         let mut faults = Vec::new();
         let names = certificate.subject_alternative_name().ok().flatten();
         let has_name = names.is_some_and(|names| !names.value.general_names.is_empty());
-        if self == Self::Server && !has_name {
+        if self == Self::Server && certificate.version() != X509Version::V3 {
+            faults.push("is not of X.509 version 3, and has no subjectAltName: clients refuse it");
+        } else if self == Self::Server && !has_name {
             faults.push("has no subjectAltName: clients accept a server by its names there alone");
         }
         let usage = certificate.extended_key_usage().ok().flatten();
@@ -137,7 +154,8 @@ impl Files {
     /// will refuse the certificate is a warning.
     ///
     /// # Errors
-    /// When either cannot be read or parsed, or the key is not the certificate's.
+    /// When either cannot be read or parsed, the key is not the certificate's, or a certificate
+    /// ends before it begins.
     pub fn identity(
         &mut self,
         pair: &CertificatePair,
@@ -148,6 +166,7 @@ impl Files {
         let (chain, key) = (self.read(file), self.read(key_file));
         let identity = Identity::from_pem((file, &chain?), (key_file, &key?))?;
         let mut validities = validities(file, &identity.chain)?;
+        validities.iter().try_for_each(Validity::require_a_life)?;
         validities[0].is_own = true;
         let leaf = validities[0].clone();
         // The algorithms of keys do not depend on the key exchange.
@@ -172,10 +191,11 @@ impl Files {
     /// Reads a chain of certificates alone, and records none of them.
     ///
     /// # Errors
-    /// When the file cannot be read, or holds no certificate, or one that cannot be parsed.
+    /// When the file cannot be read, or holds no certificate, or one that cannot be parsed or ends
+    /// before it begins.
     pub(crate) fn chain(&mut self, file: &Path) -> Result<(), LoadError> {
         let chain = parse_chain(file, &self.read(file)?)?;
-        validities(file, &chain).map(drop)
+        validities(file, &chain)?.iter().try_for_each(Validity::require_a_life)
     }
 
     /// Reads a private key alone, and records no certificate: for what is derived from a key whose

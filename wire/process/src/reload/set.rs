@@ -148,6 +148,11 @@ impl Set {
         }
     }
 
+    /// Why certificates of the set do not fit their use.
+    pub(super) fn unfit(&self) -> &[String] {
+        self.current.unfit()
+    }
+
     fn log_reload(&self) {
         let file = self.file.display();
         match self.current.presented() {

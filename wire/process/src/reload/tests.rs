@@ -13,6 +13,9 @@ use tokio_util::task::AbortOnDropHandle;
 use super::*;
 use crate::faults::CertificatePair;
 
+mod certificates;
+mod dates;
+
 /// Files in a folder, and the value that they are read into: their text, unless it is `bad`.
 struct Rig {
     folder: tempfile::TempDir,
@@ -94,6 +97,20 @@ impl Rig {
         let value = scrape.lines().find_map(|line| line.strip_prefix(series));
         value.unwrap_or_else(|| panic!("{series} in {scrape}")).to_owned()
     }
+}
+
+/// A certificate for these years, and its key.
+fn pair(from: i32, to: i32) -> (String, String) {
+    let mut params = CertificateParams::new(vec!["a".to_owned()]).unwrap();
+    (params.not_before, params.not_after) = (date_time_ymd(from, 1, 1), date_time_ymd(to, 1, 1));
+    let key = KeyPair::generate().unwrap();
+    (params.self_signed(&key).unwrap().pem(), key.serialize_pem())
+}
+
+/// Writes a pair into `crt` and `key`.
+fn write_pair(rig: &Rig, certificate: &str, key: &str) {
+    rig.write("crt", certificate);
+    rig.write("key", key);
 }
 
 /// Time within which a change is noticed, and reported if it is bad.
@@ -262,263 +279,6 @@ fn what_cannot_be_used_at_first_is_an_error_with_the_files_name() {
     assert!(error.starts_with(&format!("cannot read {}: ", rig.path("absent").display())));
     rig.write("a", "bad");
     assert_eq!(rig.try_add("a").unwrap_err(), LoadError::new("it is bad"));
-}
-
-/// The second of 2 January 2030, at which these tests are.
-const NOW: i64 = 1_893_542_400;
-const DAY: i64 = 24 * 60 * 60;
-
-/// A certificate for these years, and its key.
-fn pair(from: i32, to: i32) -> (String, String) {
-    let mut params = CertificateParams::new(vec!["a".to_owned()]).unwrap();
-    (params.not_before, params.not_after) = (date_time_ymd(from, 1, 1), date_time_ymd(to, 1, 1));
-    let key = KeyPair::generate().unwrap();
-    (params.self_signed(&key).unwrap().pem(), key.serialize_pem())
-}
-
-/// A rig with a pair in `crt` and `key`, and the serial number of what is presented.
-fn rig_with_pair((certificate, key): &(String, String), clock: Clock) -> (Rig, Current<Vec<u8>>) {
-    let rig = Rig::at(clock);
-    write_pair(&rig, certificate, key);
-    let files = CertificatePair { certificate: rig.path("crt"), key: rig.path("key") };
-    let load = move |set: &mut Files| Ok(set.identity(&files, Role::Client)?.1.cert[0].to_vec());
-    let presented = rig.reloads.add(rig.path("crt"), load).unwrap();
-    (rig, presented)
-}
-
-fn write_pair(rig: &Rig, certificate: &str, key: &str) {
-    rig.write("crt", certificate);
-    rig.write("key", key);
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_certificate_without_its_key_is_not_taken_before_the_key_is_there() {
-    let (old, new) = (pair(2029, 2031), pair(2029, 2031));
-    let (rig, mut presented) = rig_with_pair(&old, || NOW);
-    let before = presented.get();
-    rig.write("crt", &new.0);
-    rig.reloads.look_at_all(false).await;
-    assert_eq!((presented.get(), rig.count("crt")), (before, (0, 0)));
-    rig.write("key", &new.1);
-    rig.reloads.look_at_all(false).await;
-    presented.replaced().await;
-    assert_eq!(rig.count("crt"), (1, 0));
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_half_written_certificate_is_not_taken() {
-    let (old, new) = (pair(2029, 2031), pair(2029, 2031));
-    let (rig, presented) = rig_with_pair(&old, || NOW);
-    let before = presented.get();
-    write_pair(&rig, &new.0[..new.0.len() / 2], &new.1);
-    rig.reloads.look_at_all(false).await;
-    assert_eq!((presented.get(), rig.count("crt")), (before, (0, 0)));
-}
-
-#[tokio::test(start_paused = true)]
-async fn an_expired_certificate_does_not_replace_a_valid_one() {
-    let (rig, presented) = rig_with_pair(&pair(2029, 2031), || NOW);
-    let before = presented.get();
-    let expired = pair(2020, 2029);
-    write_pair(&rig, &expired.0, &expired.1);
-    rig.reloads.look_on_request().await;
-    assert_eq!((presented.get(), rig.count("crt")), (before, (0, 1)));
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_certificate_replaces_one_that_has_expired_whatever_its_dates() {
-    let (rig, mut presented) = rig_with_pair(&pair(2020, 2029), || NOW);
-    let expired = pair(2020, 2028);
-    write_pair(&rig, &expired.0, &expired.1);
-    rig.reloads.look().await;
-    presented.replaced().await;
-}
-
-/// The seconds by which the clock of the next test is ahead of [`NOW`].
-static AHEAD: AtomicI64 = AtomicI64::new(0);
-
-#[tokio::test(start_paused = true)]
-async fn a_certificate_is_taken_when_it_becomes_valid() {
-    let (rig, mut presented) =
-        rig_with_pair(&pair(2029, 2032), || NOW + AHEAD.load(Ordering::Relaxed));
-    let _keep = rig.keep();
-    let early = pair(2031, 2033);
-    write_pair(&rig, &early.0, &early.1);
-    assert!(timeout(NOTICED, presented.replaced()).await.is_err());
-    assert_eq!(rig.count("crt"), (0, 1));
-    AHEAD.store(365 * DAY, Ordering::Relaxed);
-    timeout(NOTICED, presented.replaced()).await.unwrap();
-    assert_eq!(rig.count("crt"), (1, 1));
-}
-
-#[tokio::test(start_paused = true)]
-async fn the_expiry_of_the_current_certificate_is_a_metric() {
-    let (rig, _presented) = rig_with_pair(&pair(2029, 2031), || NOW);
-    assert_eq!(rig.expiry("crt"), 364 * DAY);
-    let new = pair(2029, 2032);
-    write_pair(&rig, &new.0, &new.1);
-    rig.reloads.look().await;
-    assert_eq!(rig.expiry("crt"), (364 + 365) * DAY);
-    let bad = Path::new("no certificate");
-    write_pair(&rig, &bad.display().to_string(), "");
-    rig.reloads.look().await;
-    assert_eq!(rig.expiry("crt"), (364 + 365) * DAY);
-    assert_eq!(rig.of_file(NAMES.certificate.lifetime, "crt"), (3 * 365 * DAY).to_string());
-}
-
-/// A peer refuses a chain of which one certificate has expired.
-#[tokio::test(start_paused = true)]
-async fn a_chain_expires_with_the_first_of_its_certificates() {
-    let (leaf, intermediate) = (pair(2029, 2030), pair(2020, 2040));
-    let chain = (format!("{}{}", leaf.0, intermediate.0), leaf.1);
-    let (rig, _presented) = rig_with_pair(&chain, || NOW);
-    assert_eq!(rig.expiry("crt"), -DAY);
-    assert_eq!(rig.of_file(NAMES.certificate.lifetime, "crt"), (365 * DAY).to_string());
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_ca_file_expires_with_the_next_of_its_certificates() {
-    let rig = Rig::at(|| NOW);
-    rig.write("ca", &[pair(2029, 2030).0, pair(2029, 2031).0, pair(2029, 2032).0].concat());
-    let path = rig.path("ca");
-    let _roots = rig.reloads.add(path.clone(), move |files: &mut Files| files.authorities(&path));
-    assert_eq!(rig.expiry("ca"), 364 * DAY);
-}
-
-/// A token with these claims.
-fn token(claims: &str) -> String {
-    let encode = |text: &str| BASE64_URL_SAFE_NO_PAD.encode(text);
-    format!("{}.{}.{}\n", encode("{}"), encode(claims), encode("s"))
-}
-
-#[tokio::test(start_paused = true)]
-async fn the_expiry_and_the_lifetime_of_a_token_are_metrics_if_it_has_them() {
-    let rig = Rig::at(|| NOW);
-    let write = |issued: i64, expires: i64| {
-        rig.write("token", &token(&format!(r#"{{"iat":{issued},"exp":{expires}}}"#)));
-    };
-    write(NOW - 10, NOW + 20);
-    let path = rig.path("token");
-    let kept = rig.reloads.add(path.clone(), move |files: &mut Files| files.token(&path));
-    let _kept = kept.unwrap();
-    let values =
-        || [NAMES.token.expiry, NAMES.token.lifetime].map(|metric| rig.of_file(metric, "token"));
-    assert_eq!(values(), ["20", "30"]);
-    write(NOW, NOW + 60);
-    rig.reloads.look().await;
-    assert_eq!(values(), ["60", "60"]);
-    rig.write("token", "of another kind");
-    rig.reloads.look().await;
-    assert_eq!(values(), ["NaN", "NaN"]);
-    let scrape = rig.metrics.render(|_| {});
-    assert!(!scrape.contains("\nexpiry_seconds"), "{scrape}");
-}
-
-/// The seconds by which the clock of the next test is ahead of [`NOW`].
-static HUNG_FOR: AtomicI64 = AtomicI64::new(0);
-
-#[tokio::test(start_paused = true)]
-async fn dates_are_checked_while_a_look_at_the_files_hangs() {
-    let (rig, _presented) =
-        rig_with_pair(&pair(2029, 2031), || NOW + HUNG_FOR.load(Ordering::Relaxed));
-    let _keep = rig.keep();
-    let _hung = rig.reloads.sets.clone().lock_owned().await; // as a look holds it
-    sleep(NOTICED).await;
-    HUNG_FOR.store(DAY, Ordering::Relaxed);
-    sleep(NOTICED * 2).await;
-    assert_eq!(rig.expiry("crt"), 363 * DAY);
-}
-
-#[test]
-fn a_private_key_is_read_without_its_certificate() {
-    let rig = Rig::new();
-    let (certificate, key) = pair(2029, 2031);
-    write_pair(&rig, &certificate, &key);
-    let files = CertificatePair { certificate: rig.path("crt"), key: rig.path("key") };
-    let (identity, _) = Files::default().identity(&files, Role::Client).unwrap();
-    let alone = Files::default().private_key(&files.key).unwrap();
-    assert_eq!(alone.secret_der(), identity.key.secret_der());
-    let error = Files::default().private_key(&files.certificate).unwrap_err().to_string();
-    let expected = format!("{}: holds no private key, but a", files.certificate.display());
-    assert!(error.to_string().starts_with(&expected), "{error}");
-}
-
-#[test]
-fn a_key_of_another_certificate_is_reported_with_the_certificates_dates() {
-    let (one, other) = (pair(2029, 2031), pair(2029, 2031));
-    let rig = Rig::new();
-    write_pair(&rig, &one.0, &other.1);
-    let files = CertificatePair { certificate: rig.path("crt"), key: rig.path("key") };
-    let error = Files::default().identity(&files, Role::Client).unwrap_err().to_string();
-    let (certificate, key) = (files.certificate.display(), files.key.display());
-    for part in [
-        format!("{key}: the key is not that of the certificate"),
-        "valid from 2029-01-01T00:00:00Z to 2031-01-01T00:00:00Z".into(),
-        format!("in {certificate}"),
-    ] {
-        assert!(error.contains(&part), "{part} in {error}");
-    }
-}
-
-/// The warnings about a pair of a certificate with these parameters in this role.
-fn unfit(role: Role, set: impl FnOnce(&mut CertificateParams)) -> Vec<String> {
-    let rig = Rig::new();
-    let mut params = CertificateParams::new(vec!["a".to_owned()]).unwrap();
-    set(&mut params);
-    let key = KeyPair::generate().unwrap();
-    write_pair(&rig, &params.self_signed(&key).unwrap().pem(), &key.serialize_pem());
-    let pair = CertificatePair { certificate: rig.path("crt"), key: rig.path("key") };
-    let mut files = Files::default();
-    files.identity(&pair, role).unwrap();
-    files.unfit().to_vec()
-}
-
-#[test]
-fn a_certificate_that_peers_refuse_in_its_role_is_a_warning() {
-    use rcgen::ExtendedKeyUsagePurpose::{Any, ClientAuth, ServerAuth};
-    let nameless = |params: &mut CertificateParams| params.subject_alt_names.clear();
-    let used = |usages: &[rcgen::ExtendedKeyUsagePurpose]| {
-        let usages = usages.to_vec();
-        move |params: &mut CertificateParams| params.extended_key_usages = usages
-    };
-    let found = unfit(Role::Server, nameless);
-    assert!(found.len() == 1 && found[0].contains("has no subjectAltName"), "{found:?}");
-    assert_eq!(unfit(Role::Client, nameless), [""; 0]);
-    for (role, other, lacking) in [
-        (Role::Server, ClientAuth, "extendedKeyUsage lacks serverAuth"),
-        (Role::Client, ServerAuth, "extendedKeyUsage lacks clientAuth"),
-    ] {
-        let found = unfit(role, used(&[other]));
-        assert!(found.len() == 1 && found[0].contains(lacking), "{role:?}: {found:?}");
-        for usages in [&[][..], &[Any], &[ServerAuth, ClientAuth]] {
-            assert_eq!(unfit(role, used(usages)), [""; 0], "{role:?} {usages:?}");
-        }
-    }
-}
-
-#[test]
-fn a_certificate_that_a_ca_has_issued_is_a_warning_in_a_file_of_cas() {
-    use rcgen::{BasicConstraints, DnType, IsCa, Issuer};
-    let rig = Rig::new();
-    let key = KeyPair::generate().unwrap();
-    let mut params = CertificateParams::default();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.distinguished_name.push(DnType::CommonName, "ca");
-    let ca = params.self_signed(&key).unwrap().pem();
-    let issuer = Issuer::new(params, key);
-    let leaf_key = KeyPair::generate().unwrap();
-    let leaf = CertificateParams::new(vec!["a".to_owned()]).unwrap();
-    let leaf = leaf.signed_by(&leaf_key, &issuer).unwrap().pem();
-    let unfit = |pem: &str| {
-        rig.write("ca", pem);
-        let mut files = Files::default();
-        files.authorities(&rig.path("ca")).unwrap();
-        files.unfit().to_vec()
-    };
-    assert_eq!(unfit(&ca), [""; 0]);
-    assert_eq!(unfit(&pair(2029, 2031).0), [""; 0], "its own CA");
-    let found = unfit(&(ca + &leaf));
-    assert!(found.len() == 1 && found[0].contains("is not a CA's"), "{found:?}");
 }
 
 /// Set in the process that has no descriptors.

@@ -17,6 +17,13 @@ pub(super) fn refusal(reason: &str) -> String {
     if fault == "UnknownIssuer" {
         return "the peer's certificate is of no CA that this side trusts".into();
     }
+    if is_of_another_version(fault) {
+        return "the peer's certificate is of X.509 version 1 or 2, and version 3 is needed".into();
+    }
+    if is_never_valid(fault) {
+        return "the peer's certificate is never valid: its notAfter is before its notBefore"
+            .into();
+    }
     if let Some(date) = date_after(fault, "is not valid after ") {
         return format!("the peer's certificate expired at {date}");
     }
@@ -30,6 +37,21 @@ pub(super) fn refusal(reason: &str) -> String {
         return format!("the peer's certificate is not for the name {names}");
     }
     format!("the peer's certificate cannot be accepted: {fault}")
+}
+
+/// Whether a refusal is of a certificate that no clock and no CA of this side would accept.
+pub(super) fn needs_another_certificate(reason: &str) -> bool {
+    let fault = reason.split_once("invalid peer certificate: ").map(|(_, fault)| fault);
+    fault.is_some_and(|fault| is_of_another_version(fault) || is_never_valid(fault))
+}
+
+fn is_of_another_version(fault: &str) -> bool {
+    fault.contains("UnsupportedCertVersion")
+}
+
+/// One that has expired is reported with its date.
+fn is_never_valid(fault: &str) -> bool {
+    fault == "Expired"
 }
 
 /// Whether a refusal is of bytes that are no record of TLS: another service has the port.

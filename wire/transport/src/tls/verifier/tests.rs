@@ -1,4 +1,4 @@
-use std::path::Path;
+use std::{io, path::Path};
 
 use rcgen::{
     BasicConstraints, CertificateParams, CustomExtension, DnType, ExtendedKeyUsagePurpose,
@@ -12,7 +12,10 @@ use rustls::{
 };
 
 use super::*;
-use crate::tls::{self, Authorities, Identity, ServerCredentials, Tls12};
+use crate::{
+    TransportFault,
+    tls::{self, Authorities, Identity, ServerCredentials, Tls12},
+};
 
 /// A certificate and its key, which may sign others.
 struct Signed {
@@ -276,6 +279,34 @@ fn a_certificate_of_version_1_is_accepted_of_clients_and_has_no_name_of_a_server
         let servers = of_servers(roots.clone(), rules).unwrap();
         servers.verify_server_cert(leaf, &[], &name, &[], now).unwrap_err();
     }
+}
+
+#[test]
+fn a_certificate_that_is_faulty_in_itself_is_refused_with_its_fault() {
+    let (version_1_roots, version_1) = version_1();
+    let root = self_signed(authority("root", |_| {}));
+    let mut params = CertificateParams::new(vec!["node-1".to_owned()]).unwrap();
+    (params.not_before, params.not_after) = (date_time_ymd(2027, 1, 1), date_time_ymd(2026, 1, 1));
+    let never_valid = root.sign(params).identity();
+    let name = ServerName::try_from("node-1").unwrap();
+    for (roots, identity, expected) in [
+        (version_1_roots, version_1, "is of X.509 version 1 or 2, and version 3 is needed"),
+        (roots(&root), never_valid, "is never valid: its notAfter is before its notBefore"),
+    ] {
+        let servers = of_servers(roots, CertificateRules::Go).unwrap();
+        let verified =
+            servers.verify_server_cert(&identity.chain[0], &[], &name, &[], UnixTime::now());
+        let fault = TransportFault::from(io::Error::other(verified.unwrap_err()));
+        assert!(fault.to_string().contains(expected), "{fault}");
+        assert!(fault.needs_another_certificate());
+    }
+    let strangers =
+        of_servers(roots(&self_signed(authority("other", |_| {}))), CertificateRules::Go);
+    let leaf = root.sign(CertificateParams::new(vec!["node-1".to_owned()]).unwrap()).identity();
+    let refused =
+        strangers.unwrap().verify_server_cert(&leaf.chain[0], &[], &name, &[], UnixTime::now());
+    let fault = TransportFault::from(io::Error::other(refused.unwrap_err()));
+    assert!(!fault.needs_another_certificate(), "{fault}");
 }
 
 /// The client's side of a handshake that succeeded.
