@@ -198,13 +198,11 @@ impl ProcessConfig for Config {
             proxies(&flags, servers.as_ref(), |name| std::env::var(name).ok(), &mut faults);
         check_channel_size(flags.xfr_channel_size, flags::DEFAULT_CHANNEL_SIZE, &mut faults);
         let (tunnel, log) = flags.tunnel.check(&mut faults);
-        let operator_socket = Some(PathBuf::from(&flags.operator_socket));
-        let operator_socket = operator_socket.filter(|path| !path.as_os_str().is_empty());
         let warnings = faults.finish()?;
         Ok(Self {
             agent_id,
             identifiers,
-            operator_socket,
+            operator_socket: flags.admin.operator_socket(),
             servers: servers.expect("servers without a name or --ca-cert are a fault"),
             sync,
             transport: flags.transport,

@@ -121,8 +121,7 @@ impl ProcessConfig for Config {
         let server_set = server_set::check(&flags, &server_id, agent_port, &mut faults);
         let graceful_shutdown_timeout =
             faults.duration("graceful-shutdown-timeout", flags.graceful_shutdown_timeout);
-        let operator_socket = Some(PathBuf::from(&flags.operator_socket));
-        let operator_socket = operator_socket.filter(|path| !path.as_os_str().is_empty());
+        let operator_socket = flags.admin.operator_socket();
         let is_taken = operator_socket.as_deref() == Some(Path::new(&flags.uds_name));
         let reason = "is the path of --uds-name too; give it a path of its own";
         faults.require(!is_taken, "operator-socket", reason);

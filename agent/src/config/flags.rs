@@ -206,17 +206,7 @@ pub struct Flags {
     #[arg(long, help_heading = "Health and administration", value_name = "PORT")]
     pub admin_server_port: Option<i64>,
 
-    /// Path of a Unix socket for the commands of operators, to which its owner alone may connect; empty
-    /// means none
-    #[arg(
-        long,
-        help_heading = "Health and administration",
-        value_name = "PATH",
-        default_value = ""
-    )]
-    pub operator_socket: String,
-
-    /// Flags of the admin port that server and agent share.
+    /// Flags of the admin port and of operators that server and agent share.
     #[command(flatten)]
     pub admin: AdminFlags,
 

@@ -1,6 +1,6 @@
-//! Flags of the admin port that server and agent share.
+//! Flags of the admin port and of operators that server and agent share.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
 
@@ -10,6 +10,11 @@ use crate::faults::Faults;
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Health and administration")]
 pub struct AdminFlags {
+    /// Path of a Unix socket for the commands of operators, to which its owner alone may connect;
+    /// empty means none
+    #[arg(long, value_name = "PATH", default_value = "")]
+    pub operator_socket: String,
+
     /// Address to listen on for administration; empty means every interface
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
     pub admin_bind_address: String,
@@ -25,6 +30,11 @@ pub struct AdminFlags {
 }
 
 impl AdminFlags {
+    /// The path of the operators' socket, if there is to be one.
+    pub fn operator_socket(&self) -> Option<PathBuf> {
+        (!self.operator_socket.is_empty()).then(|| PathBuf::from(&self.operator_socket))
+    }
+
     /// The address to listen on. Faults of the flags go to `faults`.
     pub fn check(&self, port: u16, faults: &mut Faults) -> SocketAddr {
         faults.require(
