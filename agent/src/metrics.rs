@@ -66,7 +66,7 @@ const UDP_BUFFER: &str = "culvert_agent_udp_buffer_bytes";
 
 /// The usual new tunnels: the carrier that they replace, their own, and the reasons
 /// (docs/operations.md §9).
-const USUAL_SWITCHES: [(&str, &str, &[&str]); 6] = [
+pub(crate) const USUAL_SWITCHES: [(&str, &str, &[&str]); 6] = [
     ("none", "quic", &["first_choice", "only_choice"]),
     (
         "none",

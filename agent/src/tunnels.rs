@@ -165,12 +165,15 @@ impl ServerTunnels {
         quiet: Duration,
         keep_alive_interval: Option<Duration>,
     ) -> bool {
-        let tunnels = self.in_use();
-        let index = tunnels.iter().position(|other| std::ptr::eq(&**other, tunnel));
-        let count = |count| u32::try_from(count).unwrap_or(u32::MAX);
+        let (mut index, mut count) = (None, 0);
+        for other in self.lock().iter().filter(|other| !other.is_retired()) {
+            if std::ptr::eq(&**other, tunnel) {
+                index = Some(count);
+            }
+            count += 1;
+        }
         index.is_some_and(|index| {
-            let position = (count(index), count(tunnels.len()));
-            self.sweep.lock().is_due(now, quiet, position, keep_alive_interval)
+            self.sweep.lock().is_due(now, quiet, (index, count), keep_alive_interval)
         })
     }
 

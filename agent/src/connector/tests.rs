@@ -291,6 +291,30 @@ fn the_reason_for_a_carrier_is_a_label() {
     assert_eq!(reason(Goal::Replace, Some(Rank::Tcp), order, quic, Rank::Tcp), "tcp_silent");
 }
 
+/// A rate sees no first event of a counter that did not exist before.
+#[test]
+fn every_reason_for_a_carrier_is_one_of_the_usual_switches() {
+    use crate::{connector::quic_outcome::QuicFailure, metrics::USUAL_SWITCHES};
+    use std::collections::BTreeSet;
+    let failures = [QuicFailure::Refused, QuicFailure::Silent, QuicFailure::Rejected];
+    let outcomes = failures.map(QuicOutcome::Failed);
+    let ranks = [Rank::Grpc, Rank::Tcp, Rank::SmallQuic, Rank::Quic];
+    let mut reasons = BTreeSet::new();
+    for goal in [Goal::Find, Goal::Probe, Goal::Replace, Goal::Renew] {
+        for order in
+            [CarrierOrder::Quic, CarrierOrder::Tcp, CarrierOrder::QuicFirst, CarrierOrder::TcpFirst]
+        {
+            for quic in outcomes.into_iter().chain([QuicOutcome::Unknown, QuicOutcome::Worked]) {
+                for (suspect, rank) in ranks.iter().flat_map(|one| ranks.map(|two| (*one, two))) {
+                    reasons.insert(reason(goal, Some(suspect), order, quic, rank));
+                }
+            }
+        }
+    }
+    let usual: BTreeSet<_> = USUAL_SWITCHES.iter().flat_map(|(.., reasons)| *reasons).collect();
+    assert_eq!(reasons.iter().collect::<BTreeSet<_>>(), usual);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_new_certificate_leads_to_a_new_tunnel_and_the_old_one_keeps_its_streams() {
     let identity = || {
