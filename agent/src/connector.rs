@@ -352,7 +352,8 @@ fn log_failure(goal: Goal, error: &AttemptError) {
         (_, Goal::Probe) => debug!(%error, "QUIC does not get through yet"),
         (_, Goal::Find | Goal::Renew | Goal::Replace) => {
             rate_limited!(
-                FAILURE_LOG_INTERVAL, WARN, %error, "no tunnel to the server, will try again"
+                FAILURE_LOG_INTERVAL, per error = error, at most 8 in all, WARN,
+                "no tunnel to the server, will try again"
             );
         }
     }

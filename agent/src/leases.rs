@@ -86,9 +86,7 @@ async fn count(
                 metrics.leases_failed(&error);
                 let error = watch_error(&error);
                 rate_limited!(
-                    FAILURE_LOG_INTERVAL,
-                    WARN,
-                    error,
+                    FAILURE_LOG_INTERVAL, per error = error, at most 8 in all, WARN,
                     "the servers' Leases are not seen, will try again"
                 );
             }

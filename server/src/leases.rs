@@ -129,16 +129,12 @@ impl LeaseController {
         if let Err(error) = renewed {
             self.client.failed();
             rate_limited!(
-                LOG_INTERVAL,
-                WARN,
-                error,
+                LOG_INTERVAL, per error = error, at most 8 in all, WARN,
                 "the server's Lease is not kept, will try again"
             );
         } else if let Err(error) = self.cull(Timestamp::now()).await {
             rate_limited!(
-                LOG_INTERVAL,
-                WARN,
-                error,
+                LOG_INTERVAL, per error = error, at most 8 in all, WARN,
                 "expired Leases are not removed, will try again"
             );
         }
@@ -219,9 +215,7 @@ impl LeaseController {
                     self.client.failed();
                     let error = watch_error(&error);
                     rate_limited!(
-                        LOG_INTERVAL,
-                        WARN,
-                        error,
+                        LOG_INTERVAL, per error = error, at most 8 in all, WARN,
                         "the servers' Leases are not watched, they are listed every 15 s"
                     );
                 }

@@ -31,8 +31,8 @@ impl KnownServers {
             match accepted(&entry.address, reporter) {
                 Ok(address) => known.push(address),
                 Err(reason) => rate_limited!(
-                    Duration::from_secs(60), WARN,
-                    server_id = %entry.id, address = %entry.address, %reason,
+                    Duration::from_secs(60), per server_id = entry.id, at most 32 in all, WARN,
+                    address = %entry.address, %reason,
                     "an address of a server is refused"
                 ),
             }

@@ -31,7 +31,8 @@ impl ClientNames {
         // The certificate is one of the CA's, but its names may be anything.
         let shown = certificate.map_or_else(|| "no certificate".into(), |it| it.to_string());
         rate_limited!(
-            Duration::from_secs(10), WARN, certificate = %PeerText::truncated(shown),
+            Duration::from_secs(10), per certificate = PeerText::truncated(shown),
+            at most 8 in all, WARN,
             "a frontend was refused for its certificate's names"
         );
         false

@@ -50,7 +50,7 @@ impl Reach {
                 Ok(Found::Nothing(Err(error))) => {
                     self.set(Some(REMOVED));
                     rate_limited!(
-                        LOG_INTERVAL, WARN, %path, %error,
+                        LOG_INTERVAL, per error = error, at most 8 in all, WARN, %path,
                         "the frontend's socket was removed and cannot be made again"
                     );
                 }
