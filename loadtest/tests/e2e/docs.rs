@@ -276,6 +276,19 @@ fn every_event_of_the_operators_table_is_in_the_sources() {
     }
 }
 
+#[test]
+fn every_row_of_the_table_of_events_says_what_to_do() {
+    let document = read("docs/operations.md");
+    let table = document.split("| event | process | meaning | to do |").nth(1).unwrap();
+    let rows: Vec<_> = table.lines().skip(2).take_while(|line| line.starts_with("| ")).collect();
+    assert!(rows.len() > 60, "only {} rows found", rows.len());
+    for row in rows {
+        let cells: Vec<_> = row.trim_matches(['|', ' ']).split(" | ").collect();
+        let to_do = cells.get(3).copied().unwrap_or_default().trim();
+        assert!(cells.len() == 4 && to_do.len() > 3, "write `nothing` or what to do: {row}");
+    }
+}
+
 /// `docs/protocol.md`'s headings as their anchors.
 fn anchors(document: &str) -> BTreeSet<String> {
     let headings = document.lines().filter_map(|line| line.strip_prefix("## "));
