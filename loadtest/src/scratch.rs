@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use parking_lot::Mutex;
 use tempfile::TempDir;
 use tokio::{
     runtime::Builder,
@@ -18,6 +19,14 @@ use tokio::{
 
 /// Attempts to remove the folder, in which processes that are ending may still write.
 const ATTEMPTS: usize = 5;
+
+/// What else is put in order when a signal ends the process.
+static CLEANUPS: Mutex<Vec<fn()>> = parking_lot::const_mutex(Vec::new());
+
+/// Has this called before a signal of [`Scratch::new`] ends the process.
+pub fn before_a_signal_ends_the_process(cleanup: fn()) {
+    CLEANUPS.lock().push(cleanup);
+}
 
 /// A folder that the process's user alone may read, and in which all temporary files of the process
 /// are from now on. It is removed when this is dropped, and when a signal ends the process.
@@ -74,6 +83,7 @@ fn remove_at(signals: &[SignalKind], folder: &Path) -> io::Result<()> {
     thread::Builder::new().name("signals".into()).spawn(move || {
         if let Some(number) = runtime.block_on(first.recv()) {
             remove(&folder);
+            CLEANUPS.lock().drain(..).for_each(|cleanup| cleanup());
             // The processes that were started end with this one.
             process::exit(128 + number);
         }

@@ -6,7 +6,13 @@ use std::{
     thread,
 };
 
+use parking_lot::Mutex;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+use crate::scratch::before_a_signal_ends_the_process;
+
+/// The state of the terminal before it was changed, while it is.
+static BEFORE: Mutex<Option<String>> = parking_lot::const_mutex(None);
 
 /// What a key is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,10 +41,11 @@ impl Key {
     }
 }
 
-/// The terminal of standard input, without lines and echo until this is dropped.
+/// The terminal of standard input, without lines and echo until this is dropped or a signal ends
+/// the process.
 #[derive(Debug)]
 pub(super) struct Keys {
-    before: Option<String>,
+    are_read: bool,
     pressed: UnboundedReceiver<Key>,
 }
 
@@ -47,7 +54,10 @@ impl Keys {
     pub(super) fn read() -> Self {
         let (sender, pressed) = unbounded_channel();
         let before = stdin().is_terminal().then(|| stty(&["-g"])).flatten();
-        if before.is_some() {
+        let are_read = before.is_some();
+        if are_read {
+            *BEFORE.lock() = before;
+            before_a_signal_ends_the_process(restore);
             stty(&["-icanon", "-echo", "-isig", "min", "1"]);
             // Blocked in a read, it ends with the process.
             let reading = move || {
@@ -60,12 +70,12 @@ impl Keys {
             };
             let _ = thread::Builder::new().name("keys".into()).spawn(reading);
         }
-        Self { before, pressed }
+        Self { are_read, pressed }
     }
 
     /// Whether keys have an effect.
     pub(super) fn are_read(&self) -> bool {
-        self.before.is_some()
+        self.are_read
     }
 
     /// The next key; pending for ever where there is no terminal.
@@ -82,9 +92,14 @@ impl Keys {
 
 impl Drop for Keys {
     fn drop(&mut self) {
-        if let Some(before) = &self.before {
-            stty(&[before]);
-        }
+        restore();
+    }
+}
+
+/// Gives the terminal lines and echo again, if they were taken from it.
+fn restore() {
+    if let Some(before) = BEFORE.lock().take() {
+        stty(&[&before]);
     }
 }
 
