@@ -193,11 +193,7 @@ fn join_hosts(options: &Hosts) -> anyhow::Result<ExitCode> {
 }
 
 fn list_scenarios() -> anyhow::Result<ExitCode> {
-    let mut lines = String::new();
-    for name in Scenario::names() {
-        lines += &format!("{name:24} {}\n", Scenario::load(name)?.title);
-    }
-    print(&lines);
+    print(&Scenario::list()?);
     Ok(ExitCode::SUCCESS)
 }
 

@@ -17,6 +17,45 @@ pub use event::{Event, LinkEvent, When};
 
 static SCENARIOS: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/scenarios");
 
+/// What a scenario is about, in the order of the list of scenarios.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Topic {
+    /// The begin and the end of a connection.
+    Sessions,
+    /// Connections beside each other on a link without loss.
+    Clean,
+    /// Links that lose packets.
+    Loss,
+    /// UDP that does not pass, or not every packet of it.
+    Udp,
+    /// Processes and networks that fail.
+    Faults,
+    /// Many agents, or many servers.
+    Fleets,
+    /// Processor time and memory, without a link.
+    Cost,
+    /// Anything else.
+    #[default]
+    Others,
+}
+
+/// The heading of the topic.
+impl fmt::Display for Topic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Sessions => "Begin and end of a connection",
+            Self::Clean => "Links without loss",
+            Self::Loss => "Links that lose packets",
+            Self::Udp => "UDP that does not pass",
+            Self::Faults => "Processes and networks that fail",
+            Self::Fleets => "Many agents, many servers",
+            Self::Cost => "Processor time and memory, on loopback",
+            Self::Others => "Others",
+        })
+    }
+}
+
 /// One scenario.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -26,6 +65,9 @@ pub struct Scenario {
     pub name: String,
     /// Purpose, in one sentence.
     pub title: String,
+    /// Group in the list of scenarios.
+    #[serde(default)]
+    pub topic: Topic,
     /// Peers; all by default.
     #[serde(default = "all_peers", deserialize_with = "peers")]
     pub peers: Vec<Peer>,
@@ -153,6 +195,25 @@ impl Scenario {
         names
     }
 
+    /// All scenarios by topic, and within it by name: headings, names and titles.
+    ///
+    /// # Errors
+    /// When one has faults.
+    pub fn list() -> anyhow::Result<String> {
+        let scenarios = Self::names().into_iter().map(Self::load);
+        let mut scenarios = scenarios.collect::<anyhow::Result<Vec<_>>>()?;
+        scenarios.sort_by_key(|scenario| scenario.topic);
+        let mut text = String::new();
+        for topic in scenarios.chunk_by(|one, next| one.topic == next.topic) {
+            let separator = if text.is_empty() { "" } else { "\n" };
+            text += &format!("{separator}{}\n", topic[0].topic);
+            for Self { name, title, .. } in topic {
+                text += &format!("  {name:24} {title}\n");
+            }
+        }
+        Ok(text)
+    }
+
     /// The scenario of this name, or in this file if it ends in `.toml`.
     ///
     /// # Errors
@@ -265,6 +326,17 @@ mod tests {
                 assert!(MEASURES.iter().any(|(known, _)| *known == measure), "{name}: {measure}");
             }
         }
+    }
+
+    #[test]
+    fn the_list_has_each_scenario_once_below_the_heading_of_its_topic() {
+        let list = Scenario::list().unwrap();
+        for name in Scenario::names() {
+            assert_eq!(list.matches(&format!("\n  {name} ")).count(), 1, "{name} in {list}");
+        }
+        let below = list.split("\n\n").find(|topic| topic.starts_with("Many agents"));
+        assert!(below.unwrap().contains("  mesh-20 "), "{list}");
+        assert!(!list.contains("\nOthers\n"), "give each scenario a topic: {list}");
     }
 
     const BLOCKED: &str = r#"

@@ -210,7 +210,11 @@ pub(super) fn capacity(link: &LinkSettings, kind: Kind) -> Option<f64> {
 pub(super) fn notes(columns: &[String]) -> Vec<&'static str> {
     let all = [
         ("overdue", "overdue: requests without an answer at the end; they count with their wait"),
-        ("CPU per GiB", "CPU per GiB: of both processes; on a link the kernel's TCP is not in it"),
+        (
+            "CPU per GiB",
+            "CPU per GiB: of both processes; on a link the kernel's TCP is not in it; none where a \
+             run carried less than 64 MiB, because it would be that of idle processes",
+        ),
         ("link bytes", "link bytes per byte: bytes on the link for each byte of payload"),
         ("per s", "per s: answers in each second"),
     ];
