@@ -10,6 +10,10 @@ pub(super) enum Frame {
     Stream { id: u64, end: u64 },
     /// Bytes of TLS.
     Crypto,
+    /// A datagram (RFC 9221).
+    Datagram,
+    /// A run of PADDING.
+    Padding,
     /// Retires a connection id that the receiver has given.
     Retirement,
     /// Another one.
@@ -19,6 +23,13 @@ pub(super) enum Frame {
     Unknown { retirements: usize },
 }
 
+impl Frame {
+    /// Whether quinn keeps bytes of the packet for such a frame, whose length it counts as held.
+    pub(super) fn has_data(self) -> bool {
+        matches!(self, Self::Stream { .. } | Self::Crypto | Self::Datagram)
+    }
+}
+
 /// The frames of a packet, in order.
 #[derive(Clone, Debug)]
 pub(super) struct Frames<'a>(&'a [u8]);
@@ -26,6 +37,11 @@ pub(super) struct Frames<'a>(&'a [u8]);
 impl<'a> Frames<'a> {
     pub(super) fn of(payload: &'a [u8]) -> Self {
         Self(payload)
+    }
+
+    /// Number of bytes behind the last frame.
+    pub(super) fn left(&self) -> usize {
+        self.0.len()
     }
 
     fn byte(&mut self) -> Option<u8> {
@@ -86,8 +102,8 @@ impl<'a> Frames<'a> {
             0x1c => self.ints(2).and_then(|_| self.skip_counted()),
             0x1d => self.ints(1).and_then(|_| self.skip_counted()),
             // DATAGRAM
-            0x30 => self.skip(self.0.len() as u64),
-            0x31 => self.skip_counted(),
+            0x30 => self.skip(self.0.len() as u64).map(|_| Frame::Datagram),
+            0x31 => self.skip_counted().map(|_| Frame::Datagram),
             // ACK_FREQUENCY
             0xaf => self.ints(4),
             _ => None,
@@ -97,7 +113,7 @@ impl<'a> Frames<'a> {
     /// A run of PADDING as one frame: a probe of the path's MTU is tens of thousands of them.
     fn padding(&mut self) -> Option<Frame> {
         let length = self.0.iter().position(|byte| *byte != 0).unwrap_or(self.0.len());
-        self.skip(length as u64)
+        self.skip(length as u64).map(|_| Frame::Padding)
     }
 
     fn ack(&mut self, has_counts: bool) -> Option<Frame> {
@@ -147,7 +163,6 @@ mod tests {
     #[test]
     fn each_kind_of_frame_ends_where_the_next_begins() {
         let kinds: &[&[u8]] = &[
-            &[0x00],
             &[0x01],
             &[0x02, 9, 0, 1, 3, 0, 2],
             &[0x03, 9, 0, 0, 3, 1, 2, 3],
@@ -169,21 +184,21 @@ mod tests {
             &[0x1d, 1, 1, 0x19],
             &[0x1e],
             &[0x1f],
-            &[0x31, 2, 0x19, 0x19],
             &[0x40, 0xaf, 1, 2, 3, 4],
         ];
         for kind in kinds {
             let payload = [kind, &[0x19, 0][..]].concat();
             assert_eq!(frames(&payload), [Frame::Other, Frame::Retirement], "{kind:x?}");
         }
-        assert_eq!(frames(&[0x30, 0x19, 0x19]), [Frame::Other]);
+        assert_eq!(frames(&[0x30, 0x19, 0x19]), [Frame::Datagram]);
+        assert_eq!(frames(&[0x31, 2, 0x19, 0x19, 1]), [Frame::Datagram, Frame::Other]);
         assert_eq!(frames(&[0x06, 0, 2, 0x19, 0x19, 1]), [Frame::Crypto, Frame::Other]);
     }
 
     #[test]
     fn a_run_of_padding_is_one_frame() {
         let payload = [&[0; 60_000][..], &[0x19, 7], &[0; 9]].concat();
-        assert_eq!(frames(&payload), [Frame::Other, Frame::Retirement, Frame::Other]);
+        assert_eq!(frames(&payload), [Frame::Padding, Frame::Retirement, Frame::Padding]);
     }
 
     #[test]

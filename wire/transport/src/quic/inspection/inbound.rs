@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::BytesMut;
 use parking_lot::Mutex;
 use quinn::Side;
 
@@ -59,19 +60,32 @@ impl Inbound {
 
     /// Looks at the frames of the packet with this number; whether quinn may have it. Replaces it by
     /// one that ends the connection, if the peer does what it may not.
-    pub(super) fn inspect(&self, number: u64, payload: &mut [u8]) -> bool {
+    ///
+    /// A packet without data loses the padding at its end: quinn takes each byte of it for a frame,
+    /// and probes of the path's MTU are thousands of them.
+    pub(super) fn inspect(&self, number: u64, payload: &mut BytesMut) -> bool {
         if self.unread.get().is_some_and(|unread| unread.is_cut()) {
             return false;
         }
         if self.violation.get().is_none() {
             let is_stranger = self.is_stranger.load(Relaxed);
             let (mut pieces, mut retirements) = (0, 0_u32);
-            for frame in Frames::of(payload) {
+            let (mut has_data, mut end, mut needed) = (false, 0, 0);
+            let mut frames = Frames::of(payload);
+            while let Some(frame) = frames.next() {
+                has_data |= frame.has_data();
+                let begin = end;
+                end = payload.len() - frames.left();
+                // One byte stays, because a packet has a frame.
+                needed = if frame == Frame::Padding { begin + 1 } else { end };
                 pieces += usize::from(is_piece(&frame, is_stranger));
                 if pieces > MAX_PIECES {
                     return false;
                 }
                 retirements = retirements.saturating_add(self.retirements_of(frame));
+            }
+            if !has_data {
+                payload.truncate(needed);
             }
             if retirements > 0 && !self.retirements.lock().take(number, retirements, Instant::now())
             {
@@ -98,7 +112,7 @@ impl Inbound {
                 self.receive(id, end);
                 0
             }
-            Frame::Crypto | Frame::Other => 0,
+            Frame::Crypto | Frame::Datagram | Frame::Padding | Frame::Other => 0,
         }
     }
 
@@ -225,6 +239,10 @@ impl Allowance {
 mod tests {
     use super::*;
 
+    fn packet(frames: &[u8]) -> BytesMut {
+        BytesMut::from(frames)
+    }
+
     #[test]
     fn an_allowance_grows_by_one_each_second_up_to_its_most() {
         let begun = Instant::now();
@@ -240,8 +258,8 @@ mod tests {
 
     #[test]
     fn a_packet_has_few_pieces_of_tls_and_a_strangers_few_of_streams() {
-        let crypto = |count| [6, 4, 1, 7].repeat(count);
-        let stream = |count| [0x0e, 0, 4, 1, 7].repeat(count);
+        let crypto = |count| packet(&[6, 4, 1, 7].repeat(count));
+        let stream = |count| packet(&[0x0e, 0, 4, 1, 7].repeat(count));
         let inbound = Inbound::new(Side::Server, 1 << 20, true);
         for mut few in [crypto(MAX_PIECES), stream(MAX_PIECES)] {
             assert!(inbound.inspect(0, &mut few));
@@ -257,22 +275,40 @@ mod tests {
     #[test]
     fn packets_are_refused_once_a_peer_has_retired_too_many_ids() {
         let inbound = Inbound::new(Side::Server, 1 << 20, false);
-        let mut allowed = [0x19, 1].repeat(RETIREMENTS as usize);
+        let mut allowed = packet(&[0x19, 1].repeat(RETIREMENTS as usize));
         let original = allowed.clone();
         for _repetition in 0..3 {
             assert!(inbound.inspect(7, &mut allowed));
             assert_eq!(allowed, original);
         }
         assert_eq!(inbound.violation(), None);
-        let mut ping = [1];
+        let mut ping = packet(&[1]);
         inbound.inspect(8, &mut ping);
-        assert_eq!(ping, [1]);
+        assert_eq!(ping[..], [1]);
 
-        let mut excess = [0x19, 1, 0x19, 1];
+        let mut excess = packet(&[0x19, 1, 0x19, 1]);
         inbound.inspect(9, &mut excess);
         assert_eq!((excess[0], inbound.violation()), (NO_FRAME, Some(EXCESS)));
         inbound.inspect(10, &mut ping);
-        assert_eq!(ping, [NO_FRAME]);
-        assert!(inbound.inspect(11, &mut []));
+        assert_eq!(ping[..], [NO_FRAME]);
+        assert!(inbound.inspect(11, &mut packet(&[])));
+    }
+
+    #[test]
+    fn padding_at_the_end_of_a_packet_without_data_is_cut() {
+        let inbound = Inbound::new(Side::Server, 1 << 20, false);
+        let padding = [0; 1000];
+        let inspected = |frames: &[u8]| {
+            let mut payload = packet(&[frames, &padding].concat());
+            assert!(inbound.inspect(0, &mut payload));
+            payload
+        };
+        for frames in [&[][..], &[1], &[0x1a, 1, 2, 3, 4, 5, 6, 7, 8], &[0, 0, 1]] {
+            assert_eq!(inspected(frames)[..], [frames, &[0]].concat());
+        }
+        let (crypto, stream) = ([6, 4, 1, 7], [0x0a, 0, 1, 7]);
+        for frames in [&crypto[..], &stream, &[0x31, 1, 7], &[0x3f]] {
+            assert_eq!(inspected(frames)[..], [frames, &padding].concat());
+        }
     }
 }
