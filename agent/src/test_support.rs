@@ -16,7 +16,7 @@ use culvert_process::{
     operator::streams::{LiveStreams, Side},
 };
 use culvert_transport::{
-    Carrier, ConnectError, Settings, Tunnel,
+    Answered, Carrier, ConnectError, Settings, Tunnel,
     budget::MemoryBudget,
     control::ControlStream,
     qmux::Peer,
@@ -166,6 +166,9 @@ pub(crate) enum Step {
     Member { server: String, set: Vec<(String, String)> },
     /// The handshake is refused after `millis`.
     Refuse { millis: u64 },
+    /// A packet arrives at once, the handshake succeeds after `millis`, and the server welcomes the
+    /// agent.
+    Answer { millis: u64, carrier: Carrier, server: String },
     /// There is no answer.
     Hang,
     /// The attempt panics.
@@ -289,6 +292,7 @@ impl Connect for Scripted {
         address: &ServerAddress,
         (): &(),
         large_packets: bool,
+        answered: &Answered,
     ) -> Result<Connected, CarrierError> {
         let call = Call {
             number: self.count.fetch_add(1, Ordering::Relaxed),
@@ -312,6 +316,10 @@ impl Connect for Scripted {
                 Err(ConnectError::Refused.into())
             }
             Step::Hang => std::future::pending().await,
+            Step::Answer { millis, carrier, server } => {
+                answered.set();
+                Ok(self.tunnel(millis, carrier, Some(welcome(&server, 1))).await)
+            }
             Step::Panic => panic!("scripted"),
         }
     }

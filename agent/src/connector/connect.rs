@@ -4,7 +4,7 @@ use std::{fmt, net::SocketAddr, sync::Arc};
 
 use culvert_konnectivity::ALPN_H2;
 use culvert_transport::{
-    BufferSizes, Carrier, Settings, Tunnel, UdpHealth, quic, tcp,
+    Answered, BufferSizes, Carrier, Settings, Tunnel, UdpHealth, quic, tcp,
     tls::{KeyExchange, TlsError},
 };
 use tokio_util::task::TaskTracker;
@@ -69,7 +69,7 @@ pub(crate) trait Connect: fmt::Debug + Send + Sync + 'static {
     fn direct(&self, addresses: &[SocketAddr], order: CarrierOrder) -> Vec<Candidate>;
 
     /// Makes a tunnel over one carrier. [`Carrier::Tcp`] leads to a tunnel over [`Carrier::Grpc`]
-    /// where the server is Konnectivity's.
+    /// where the server is Konnectivity's. `answered` is set when a packet has arrived over QUIC.
     ///
     /// # Errors
     /// When the handshake fails.
@@ -82,6 +82,7 @@ pub(crate) trait Connect: fmt::Debug + Send + Sync + 'static {
         address: &ServerAddress,
         tls: &Self::Tls,
         large_packets: bool,
+        answered: &Answered,
     ) -> impl Future<Output = Result<Connected, CarrierError>> + Send;
 }
 
@@ -155,12 +156,13 @@ impl Connect for NetworkConnect {
         address: &ServerAddress,
         tls: &ClientTls,
         large_packets: bool,
+        answered: &Answered,
     ) -> Result<Connected, CarrierError> {
-        let first = self.over(carrier, address, &tls.first, large_packets);
+        let first = self.over(carrier, address, &tls.first, large_packets, answered);
         match &tls.smaller {
             None => first.await,
             Some(smaller) => {
-                let smaller = self.over(carrier, address, smaller, large_packets);
+                let smaller = self.over(carrier, address, smaller, large_packets, answered);
                 with_smaller_hello(first, smaller).await
             }
         }
@@ -175,6 +177,7 @@ impl NetworkConnect {
         address: &ServerAddress,
         tls: &CarrierTls,
         large_packets: bool,
+        answered: &Answered,
     ) -> Result<Connected, CarrierError> {
         let mut settings = self.settings;
         if !large_packets {
@@ -186,7 +189,8 @@ impl NetworkConnect {
                 let remote = address.quic.ok_or(CarrierError::UnknownAddress)?;
                 let tls = tls.quic.clone();
                 let (connection, buffers) =
-                    quic::connect(remote, &name, tls, &settings, &self.udp_health).await?;
+                    quic::connect(remote, &name, tls, &settings, &self.udp_health, answered)
+                        .await?;
                 Ok(Connected { tunnel: connection.into(), buffers: Some(buffers) })
             }
             Carrier::Tcp | Carrier::Grpc => {

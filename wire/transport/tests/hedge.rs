@@ -48,9 +48,11 @@ impl Server {
     async fn tunnel(&self, path: SocketAddr) -> (Tunnel, Tunnel) {
         let tls = self.client_tls.clone();
         let settings = Settings::default();
-        let health = Arc::default();
-        let (server, agent) =
-            tokio::join!(self.accept(), connect(path, "127.0.0.1", tls, &settings, &health));
+        let (health, answered) = Default::default();
+        let (server, agent) = tokio::join!(
+            self.accept(),
+            connect(path, "127.0.0.1", tls, &settings, &health, &answered)
+        );
         (server, agent.unwrap().0.into())
     }
 
