@@ -9,6 +9,7 @@ use culvert_loadtest::{
     frontend::{Connection, Protocol, connect::ConnectError},
     process::{Process, free_port},
 };
+use culvert_process::faults::CertificatePair;
 use culvert_server::Server;
 use culvert_transport::{task::owned, tcp::Proxies};
 use tokio::task::JoinSet;
@@ -68,6 +69,19 @@ impl Site {
         let process = start_culvert_under(&[], "server", args, self.file("server.log"), health);
         process.until_ok("/healthz").await.unwrap();
         Node { process, target: Target { program: "culvert-server", health } }
+    }
+
+    /// Starts a server whose frontend is this port over TLS, with this certificate.
+    pub(crate) async fn server_over_tls(&self, port: u16, pair: &CertificatePair) -> Node {
+        let flags = [
+            "--uds-name=".into(),
+            format!("--server-port={port}"),
+            "--server-bind-address=127.0.0.1".into(),
+            format!("--server-cert={}", pair.certificate.display()),
+            format!("--server-key={}", pair.key.display()),
+            format!("--server-ca-cert={}", self.certificates.ca().display()),
+        ];
+        self.server(&flags.each_ref().map(String::as_str)).await
     }
 
     /// Starts a server within this process, once the one before has left its port.

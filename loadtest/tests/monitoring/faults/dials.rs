@@ -143,16 +143,7 @@ pub(crate) async fn metadata_service(bench: Bench) -> Fault {
 pub(crate) async fn strangers_at_the_frontend(bench: Bench) -> Fault {
     let site = bench.site("strangers_at_the_frontend");
     let port = free_port().unwrap();
-    let pair = site.certificates.server();
-    let flags = [
-        "--uds-name=".into(),
-        format!("--server-port={port}"),
-        "--server-bind-address=127.0.0.1".into(),
-        format!("--server-cert={}", pair.certificate.display()),
-        format!("--server-key={}", pair.key.display()),
-        format!("--server-ca-cert={}", site.certificates.ca().display()),
-    ];
-    let server = site.server(&flags.each_ref().map(String::as_str)).await;
+    let server = site.server_over_tls(port, &site.certificates.server()).await;
     let agent = site.inner_agent("a", &[]);
     server.until_joined(1).await;
     Fault::of(vec![server.target.clone()], async move {

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use culvert_loadtest::process::Signal;
+use culvert_loadtest::process::{Signal, free_port};
 use culvert_process::kubernetes::Timestamp;
 use serde_json::json;
 
@@ -30,15 +30,7 @@ pub(crate) async fn server_certificate_expired(bench: Bench) -> Fault {
     let now = SystemTime::now();
     let pair = bench.certificates.issue_for("expired", now - 30 * DAY, now - DAY).unwrap();
     let site = bench.site("server_certificate_expired");
-    let flags = [
-        "--uds-name=".into(),
-        format!("--server-port={}", culvert_loadtest::process::free_port().unwrap()),
-        "--server-bind-address=127.0.0.1".into(),
-        format!("--server-cert={}", pair.certificate.display()),
-        format!("--server-key={}", pair.key.display()),
-        format!("--server-ca-cert={}", site.certificates.ca().display()),
-    ];
-    let server = site.server(&flags.each_ref().map(String::as_str)).await;
+    let server = site.server_over_tls(free_port().unwrap(), &pair).await;
     let agent = site.inner_agent("a", &[]);
     server.until_joined(1).await;
     Fault::of(vec![server.target.clone()], async move { (server, agent) })
