@@ -14,6 +14,7 @@ use std::{
 use culvert_loadtest::{rig::Rig, targets};
 use culvert_process::go_flags;
 
+pub(crate) use self::commands::{block_with, command_lines};
 pub(crate) use crate::support::repository::{read, root};
 
 /// Folders with the source of the programs.

@@ -2,7 +2,8 @@
 //! on two hosts of their own as in a cluster, and systemd accepts the units.
 
 use std::{
-    fs,
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
@@ -20,10 +21,13 @@ use serde_json::json;
 use tokio::{net::TcpStream, runtime::Runtime};
 use tokio_rustls::TlsConnector;
 
-use crate::support::{
-    echo, eventually, has_program,
-    kube_api::{ACCOUNT, AUDIENCE, KubeApi, jwt},
-    network, within,
+use crate::{
+    docs::{block_with, command_lines},
+    support::{
+        echo, eventually, has_program,
+        kube_api::{AUDIENCE, KubeApi, jwt},
+        network, within,
+    },
 };
 
 /// What an integrator starts. Paths are those of its containers; `NODE` and `SERVER` are addresses.
@@ -127,6 +131,24 @@ const HYPERSHIFT: Integrator = Integrator {
     certificate: "/etc/konnectivity/server/tls",
 };
 
+/// The quick start with a token: `docs/getting-started.md`.
+fn quick_start() -> Integrator {
+    let line = |program: &str, flag: &str| {
+        let mut lines = command_lines("docs/getting-started.md", program).into_iter();
+        let words = lines.find(|words| words.iter().any(|word| word.starts_with(flag))).unwrap();
+        let line = words[1..].join(" ").replace("control-plane.example.com", "SERVER");
+        &*line.leak()
+    };
+    Integrator {
+        server: line("culvert-server", "--agent-service-account="),
+        agent: line("culvert-agent", "--service-account-token-path="),
+        programs: ["culvert-server", "culvert-agent"],
+        health_ports: [8134, 8136],
+        socket: Some("/run/culvert/frontend.sock"),
+        certificate: "/etc/culvert/server",
+    }
+}
+
 /// What `deploy/recipes/hypershift.md` adds.
 const AGENTS_CA: &str = "--cluster-ca-cert=/etc/konnectivity/ca/ca.crt";
 
@@ -164,7 +186,11 @@ impl Cluster {
         let of_api = Arc::clone(&certificates);
         let api = hosts[0].spawn(async move { KubeApi::start(&of_api).await }).await.unwrap();
         let token = jwt(&json!({ "sub": "agent" }));
-        api.accept(&token, ACCOUNT, AUDIENCE);
+        let account = ["culvert-agent", "konnectivity-agent"]
+            .into_iter()
+            .find(|name| integrator.server.contains(&format!("--agent-service-account={name}")));
+        let account = format!("system:serviceaccount:kube-system:{}", account.unwrap_or_default());
+        api.accept(&token, &account, AUDIENCE);
         let cluster = Self { integrator, link, hosts, certificates, _api: api };
         cluster.write_files(&token);
         Some(cluster)
@@ -197,8 +223,12 @@ impl Cluster {
         for ca in [account, "/etc/konnectivity/ca/ca.crt"].into_iter().chain(culvert) {
             self.write(ca, own("ca.crt"));
         }
-        self.write("/etc/kubernetes/konnectivity-server.conf", own("kubeconfig"));
-        self.write("/var/run/secrets/tokens/konnectivity-agent-token", token);
+        for kubeconfig in ["/etc/kubernetes/konnectivity-server.conf", "/etc/culvert/kubeconfig"] {
+            self.write(kubeconfig, own("kubeconfig"));
+        }
+        for name in ["konnectivity-agent-token", "culvert-agent"] {
+            self.write(&format!("/var/run/secrets/tokens/{name}"), token);
+        }
         for side in ["server", "agent"] {
             let text = fs::read_to_string(recipes().join(format!("systemd/{side}.toml"))).unwrap();
             let text = text.replace("control-plane.example.com", &SERVER.to_string());
@@ -340,6 +370,58 @@ async fn hypershifts_own_command_line_is_refused_because_no_agent_would_be_verif
 #[tokio::test(flavor = "multi_thread")]
 async fn the_example_files_of_the_units_start_both_programs() {
     both_sides_work(SYSTEMD, "").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_lines_of_the_quick_start_with_a_token_start_both_programs() {
+    both_sides_work(quick_start(), "").await;
+}
+
+/// Takes the place of `systemd-run`, and prints its arguments.
+const PRINT_ARGUMENTS: &str = "#!/bin/sh\nprintf '%s\\n' \"$@\"\n";
+
+#[test]
+fn the_check_of_the_units_runs_precheck_of_the_programs_with_their_files() {
+    if !has_program("systemd-run") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let stub = folder.path().join("systemd-run");
+    fs::write(&stub, PRINT_ARGUMENTS).unwrap();
+    fs::set_permissions(&stub, Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", folder.path().display(), std::env::var("PATH").unwrap());
+    let function = block_with("deploy/recipes/systemd.md", "systemd-run");
+    let function = function.split("check server").next().unwrap();
+    for side in ["server", "agent"] {
+        let script = format!("{function}check {side}");
+        let mut bash = Command::new("bash");
+        let printed = bash.args(["-euc", &script]).env("PATH", &path).output().unwrap();
+        let printed = String::from_utf8(printed.stdout).unwrap();
+        let args: Vec<_> = printed.lines().collect();
+        let at = args.iter().position(|arg| !arg.starts_with("--")).unwrap();
+        // It reads its own flags before it looks for systemd.
+        let flags = Command::new("systemd-run").args(&args[..at]).arg("--help").output().unwrap();
+        assert!(flags.status.success(), "{}", String::from_utf8_lossy(&flags.stderr));
+        let unit = recipes().join(format!("systemd/culvert-{side}.service"));
+        let unit = fs::read_to_string(unit).unwrap();
+        for property in args[..at].iter().filter_map(|arg| arg.strip_prefix("--property=")) {
+            assert!(unit.contains(&format!("\n{property}\n")), "{property} is not the unit's");
+        }
+        let config = format!("--config=/etc/culvert/{side}.toml");
+        assert_eq!(args[at..], [&*format!("/usr/local/bin/culvert-{side}"), "precheck", &*config]);
+        let example = recipes().join(format!("systemd/{side}.toml"));
+        let checked = Command::new(env!("CARGO_BIN_EXE_culvert-loadtest"))
+            .args([side, "precheck", &format!("--config={}", example.display())])
+            .output()
+            .unwrap();
+        let steps = String::from_utf8(checked.stdout).unwrap();
+        assert!(steps.starts_with("STEP "), "{steps}");
+        // The files are not on this host.
+        let faults = steps.lines().filter(|line| line.starts_with("flags  FAILED"));
+        for fault in faults {
+            assert!(fault.contains("does not exist"), "{fault}");
+        }
+    }
 }
 
 #[test]

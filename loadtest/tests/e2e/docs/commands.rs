@@ -133,6 +133,18 @@ fn commands(script: &str) -> Vec<Vec<String>> {
     all
 }
 
+/// The commands of a document's blocks that begin with this program, each as its words.
+pub(crate) fn command_lines(document: &str, program: &str) -> Vec<Vec<String>> {
+    let all = blocks(&document.into()).into_iter().flat_map(|block| commands(&block.text));
+    all.filter(|words| words[0] == program).collect()
+}
+
+/// The text of the block of a document that contains this.
+pub(crate) fn block_with(document: &str, text: &str) -> String {
+    let block = blocks(&document.into()).into_iter().find(|block| block.text.contains(text));
+    block.unwrap_or_else(|| panic!("no {text} in {document}")).text
+}
+
 #[test]
 fn a_script_is_split_as_a_shell_does() {
     let script = "a --b='c d' \\\n  e # f\n  g $(h i)=\"j\" | k >l";
