@@ -47,6 +47,7 @@ pub(crate) async fn check(config: Config, report: &mut Report) {
     };
     report.ok("files", "can be read");
     check_proofs(&files, report);
+    steps::uses_of_certificates(&files.reloads, report);
     if let (Some(client), Some(leases)) = (&files.leases, &config.sync.leases) {
         Access::leases(&leases.namespace, &["list", "watch"], &[]).check(client, report).await;
     }

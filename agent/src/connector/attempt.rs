@@ -323,7 +323,7 @@ impl Report {
         if let Some((rank, quic)) = self.duplicate {
             if let Some(error) = self.error.filter(|_| self.not_welcomed) {
                 rate_limited!(
-                    Duration::from_secs(60), WARN, %error,
+                    Duration::from_secs(60), per error = error, at most 8 in all, WARN,
                     "another server did not welcome the agent"
                 );
             }

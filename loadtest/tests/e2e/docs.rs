@@ -182,6 +182,28 @@ fn no_event_logs_the_debug_form_of_a_value_or_takes_the_name_of_a_lines_own_fiel
     assert!(calls > 60, "only {calls} events found");
 }
 
+/// The line that ends an interval has the key alone beside the number of events.
+#[test]
+fn an_event_whose_line_is_limited_has_a_key_if_it_has_a_cause() {
+    let mut calls = 0;
+    for (path, source) in sources(&SOURCES) {
+        let source = uncommented(&source);
+        for call in source.split("rate_limited!(").skip(1) {
+            let call = call.split(");").next().unwrap();
+            let fields: Vec<_> = call.split(',').map(str::trim).collect();
+            calls += 1;
+            let is_keyed = fields.iter().any(|field| field.starts_with("per "));
+            let has_cause = fields.iter().any(|field| {
+                let name = field.split(" = ").next().unwrap().trim_start_matches('%');
+                ["error", "reason", "fault"].contains(&name)
+            });
+            let remedy = "write `per error = error, at most 8 in all`";
+            assert!(is_keyed || !has_cause, "{}: {remedy}: {call}", path.display());
+        }
+    }
+    assert!(calls > 15, "only {calls} events found");
+}
+
 /// The words in backticks of the row that begins with this metric.
 fn words_of_row<'a>(document: &'a str, metric: &str) -> Vec<&'a str> {
     let row = document.lines().find(|line| line.starts_with(&format!("| `{metric}`")));
