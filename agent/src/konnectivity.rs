@@ -27,6 +27,9 @@ use tracing::debug;
 /// Flow-control window of the gRPC stream, in bytes. What is in flight delays all that follows, so
 /// this is no larger than 100 Mbit/s need at 80 ms.
 const WINDOW: u32 = 1024 * 1024;
+/// Maximum number of bytes that wait in the HTTP/2 library for a peer that does not read, before it
+/// takes no more. They are not counted in the process's memory.
+const SEND_BUFFER: usize = 64 * 1024;
 /// Minimum interval of pings: a Konnectivity server ends connections that are pinged more often.
 const LEAST_KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(30);
 /// Time for the answer to a ping; Konnectivity's value.
@@ -72,6 +75,7 @@ where
         .timer(TokioTimer::new())
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)
+        .max_send_buf_size(SEND_BUFFER)
         .keep_alive_interval(keep_alive)
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
         .keep_alive_while_idle(true)

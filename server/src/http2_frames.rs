@@ -23,6 +23,8 @@ pub(crate) mod flag {
     pub(crate) const ACK: u8 = 0x1;
     /// Of HEADERS, PUSH_PROMISE and CONTINUATION: no more of the fields follow.
     pub(crate) const END_HEADERS: u8 = 0x4;
+    /// Of DATA: it begins with the length of the padding at its end.
+    pub(crate) const PADDED: u8 = 0x8;
 }
 
 /// A frame's head, as it crosses the wire.

@@ -18,6 +18,9 @@ use tonic_prost::ProstCodec;
 
 use super::connect::{ConnectError, Refused};
 
+/// Number of bytes that the server may be ahead of a stream's reader: that of grpc-go at first.
+const WINDOW: u32 = 64 * 1024;
+
 /// A connection to the gRPC frontend that can carry many `Proxy` streams.
 #[derive(Debug)]
 pub struct Client {
@@ -44,7 +47,8 @@ impl Client {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let (requests, driver) = http2::Builder::new(TokioExecutor::new())
-            .initial_stream_window_size(2 * 1024 * 1024)
+            .initial_stream_window_size(WINDOW)
+            // The library ends connections whose unread small frames add up to half of it.
             .initial_connection_window_size(16 * 1024 * 1024)
             .handshake(TokioIo::new(socket))
             .await

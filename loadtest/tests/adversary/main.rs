@@ -7,6 +7,7 @@
 mod agents;
 mod flood;
 mod forge;
+mod frontends;
 mod http2;
 mod initial;
 mod memory;

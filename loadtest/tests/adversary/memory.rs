@@ -41,16 +41,16 @@ const STREAM: u64 = 12 << 10;
 const PACKETS: u64 = 16 * MIB;
 
 /// The cost of the attack stays within the limit and 5 %.
-fn assert_bounded(victim: &mut Victim, limit: u64, streams: u64, held: f64) {
+pub(crate) fn assert_bounded(victim: &mut Victim, limit: u64, streams: u64, held: f64) {
     let peak = victim.cost().peak_memory;
     let bound = limit * MIB / 100 * 105 + PACKETS;
     println!("{streams} streams: {} MiB of {}, {held} counted", peak / MIB, bound / MIB);
     assert!(peak < bound, "{} MiB of {}", peak / MIB, bound / MIB);
 }
 
-async fn held(victim: &Victim) -> f64 {
+pub(crate) async fn held(victim: &Victim) -> f64 {
     let mut held = 0.0;
-    for kind in ["send", "receive", "streams"] {
+    for kind in ["send", "receive", "konnectivity", "streams"] {
         let series = format!("culvert_server_memory_held_bytes{{kind=\"{kind}\"}}");
         held += victim.deployment.server_metric(&series).await;
     }
@@ -58,7 +58,10 @@ async fn held(victim: &Victim) -> f64 {
 }
 
 /// A peer that has joined and answers each dial.
-async fn greedy(victim: &Victim, forgery: Option<Forgery>) -> (quic::Peer, Option<Arc<Forger>>) {
+pub(crate) async fn greedy(
+    victim: &Victim,
+    forgery: Option<Forgery>,
+) -> (quic::Peer, Option<Arc<Forger>>) {
     let forger = forgery.map(Forger::new);
     let mut peer = quic::Peer::connect_forging(victim, EVERYTHING, forger.clone()).await;
     peer.send.write_all(&hello("")).await.unwrap();
@@ -66,11 +69,15 @@ async fn greedy(victim: &Victim, forgery: Option<Forgery>) -> (quic::Peer, Optio
     (peer, forger)
 }
 
-type Stream = (quinn::SendStream, quinn::RecvStream);
+pub(crate) type Stream = (quinn::SendStream, quinn::RecvStream);
 
 /// Dials `count` targets, or fewer if the server has no room for more; the frontends and the peer's
 /// streams.
-async fn streams(victim: &Victim, peer: &quic::Peer, count: u64) -> (Vec<Connection>, Vec<Stream>) {
+pub(crate) async fn streams(
+    victim: &Victim,
+    peer: &quic::Peer,
+    count: u64,
+) -> (Vec<Connection>, Vec<Stream>) {
     let (timing, extensions) = (DialTiming::default(), Extensions::default());
     let reply = frame::encode(&DialReply { outcome: Ok(()), timing, extensions }).unwrap();
     let (mut frontends, mut streams) = (Vec::new(), Vec::new());

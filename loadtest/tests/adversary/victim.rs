@@ -60,8 +60,13 @@ impl Victim {
 
     /// The same with more flags.
     pub(crate) async fn start_with(proof: Proof, more: &[&str]) -> Self {
+        Self::start_serving(Protocol::Connect, proof, more).await
+    }
+
+    /// The same with frontends that speak this protocol.
+    pub(crate) async fn start_serving(frontend: Protocol, proof: Proof, more: &[&str]) -> Self {
         let alone = ALONE.lock().await;
-        let mut deployment = Deployment::without_server(Protocol::Connect);
+        let mut deployment = Deployment::without_server(frontend);
         let api = KubeApi::start(&deployment.certificates).await;
         api.accept(&token(HONEST), ACCOUNT, AUDIENCE);
         let token_flags = api.token_flags();

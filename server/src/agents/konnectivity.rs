@@ -55,6 +55,9 @@ use keepalive::{MIN_PING_INTERVAL, PingLimit, TooManyPings};
 /// Maximum number of bytes that an agent may be ahead of what was read of its one stream. Bytes in
 /// flight delay all that follow, so this is no larger than 100 Mbit/s need at 80 ms.
 const WINDOW: u32 = 1024 * 1024;
+/// Maximum number of bytes that wait in the HTTP/2 library for a peer that does not read, before it
+/// takes no more. They are not counted in the process's memory.
+const SEND_BUFFER: usize = 64 * 1024;
 /// Maximum number of `Connect` calls on one connection at once, and in all before one was admitted:
 /// Konnectivity makes one.
 const MAX_CALLS: u32 = 4;
@@ -76,6 +79,7 @@ pub(super) async fn serve(
     http.timer(TokioTimer::new())
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)
+        .max_send_buf_size(SEND_BUFFER)
         .max_concurrent_streams(MAX_CALLS)
         // A Konnectivity agent answers pings and sends none for an hour.
         .keep_alive_interval(context.konnectivity_keep_alive_interval)

@@ -72,13 +72,16 @@ fn batches(chunks: &mut [Bytes], max_len: usize) -> impl Iterator<Item = Bytes> 
             return chunks.get_mut(next).map(|chunk| chunk.split_to(max_len));
         };
         let Some(second) = fitting(max_len - first.len()) else { return Some(first) };
-        let mut joined = BytesMut::with_capacity(max_len);
-        joined.extend_from_slice(&first);
-        joined.extend_from_slice(&second);
-        while let Some(chunk) = fitting(max_len - joined.len()) {
-            joined.extend_from_slice(&chunk);
+        let mut length = first.len() + second.len();
+        let mut joined = vec![first, second];
+        while let Some(chunk) = fitting(max_len - length) {
+            length += chunk.len();
+            joined.push(chunk);
         }
-        Some(joined.freeze())
+        // No longer than what it has: the piece waits for the peer, and counts with its length.
+        let mut piece = BytesMut::with_capacity(length);
+        joined.iter().for_each(|chunk| piece.extend_from_slice(chunk));
+        Some(piece.freeze())
     })
 }
 

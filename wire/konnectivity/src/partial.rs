@@ -4,6 +4,10 @@
 //! [`MAX_PACKET_LEN`](crate::codec::MAX_PACKET_LEN) for each call. The peer decides when the rest
 //! comes. So the body of a call counts them in the process's memory before tonic gets them, and
 //! fails when the call holds most of what the process may hold.
+//!
+//! tonic keeps a packet in the buffer that it has collected it in, as long as the packet's bytes
+//! live. So no frame of the body crosses the end of a packet or of its head: the buffer then has the
+//! length of the packet, where it would be twice as long.
 
 use std::{
     fmt,
@@ -25,6 +29,8 @@ pub struct Partial<B> {
     body: Pin<Box<B>>,
     memory: Arc<StreamMemory>,
     message: Message,
+    /// The rest of a frame that crosses the end of a packet or of its head.
+    rest: Bytes,
     /// What counts the bytes, once a packet came in parts.
     held: Option<Counted>,
 }
@@ -38,7 +44,21 @@ impl<B> fmt::Debug for Partial<B> {
 impl<B> Partial<B> {
     /// The body of a call, whose bytes are held by this memory.
     pub fn new(body: B, memory: Arc<StreamMemory>) -> Self {
-        Self { body: Box::pin(body), memory, message: Message::default(), held: None }
+        Self {
+            body: Box::pin(body),
+            memory,
+            message: Message::default(),
+            rest: Bytes::new(),
+            held: None,
+        }
+    }
+
+    /// The next part of what has arrived.
+    fn next(&mut self) -> Bytes {
+        let length = self.message.until_boundary().min(self.rest.len());
+        let part = self.rest.split_to(length);
+        self.count(&part);
+        part
     }
 
     fn count(&mut self, bytes: &[u8]) {
@@ -70,17 +90,22 @@ where
             let reason = "the process has no more memory for packets that are incomplete";
             return Poll::Ready(Some(Err(Status::resource_exhausted(reason).into())));
         }
-        let frame = ready!(this.body.as_mut().poll_frame(cx));
-        if let Some(Ok(frame)) = &frame
-            && let Some(bytes) = frame.data_ref()
-        {
-            this.count(bytes);
+        if !this.rest.is_empty() {
+            return Poll::Ready(Some(Ok(Frame::data(this.next()))));
         }
-        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+        let Some(frame) = ready!(this.body.as_mut().poll_frame(cx)) else {
+            return Poll::Ready(None);
+        };
+        Poll::Ready(Some(frame.map_err(Into::into).map(|frame| {
+            frame.map_data(|bytes| {
+                this.rest = bytes;
+                this.next()
+            })
+        })))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -118,6 +143,12 @@ impl Message {
     fn length(&self) -> usize {
         let [_flag, length @ ..] = self.head;
         HEAD.saturating_add(u32::from_be_bytes(length) as usize)
+    }
+
+    /// Number of bytes until the end of the head, or of the message.
+    fn until_boundary(&self) -> usize {
+        let end = if self.arrived < HEAD { HEAD } else { self.length() };
+        end - self.arrived
     }
 
     /// Number of bytes of a message that has not arrived as a whole.
@@ -208,12 +239,20 @@ mod tests {
         let (begin, end) = first.split_at(300);
         let rest = [end, &second, &[0, 0][..]].concat();
         let mut body = body(&budget, &[begin, &rest, &[0, 0, 9, 1]]);
-        assert_eq!(next(&mut body).await.unwrap(), begin);
-        assert_eq!(held(), 300);
-        assert_eq!(next(&mut body).await.unwrap(), rest);
-        assert_eq!(held(), 2);
-        next(&mut body).await.unwrap();
-        assert_eq!(held(), 6);
+        // Frames end where packets and their heads do.
+        let parts: &[(&[u8], u64)] = &[
+            (&begin[..HEAD], 5),
+            (&begin[HEAD..], 300),
+            (end, 0),
+            (&second, 0),
+            (&[0, 0], 2),
+            (&[0, 0, 9], 5),
+            (&[1], 6),
+        ];
+        for (part, counted) in parts {
+            assert_eq!(next(&mut body).await.unwrap(), part);
+            assert_eq!(held(), *counted, "after {part:?}");
+        }
         drop(body);
         assert_eq!(held(), 0);
     }
@@ -224,9 +263,11 @@ mod tests {
         let large = message(4 << 20);
         let mut other = body(&budget, &[&message(1000)[..500]]);
         next(&mut other).await.unwrap();
+        next(&mut other).await.unwrap();
         let mut body = body(&budget, &[&large[..1 << 20]]);
         next(&mut body).await.unwrap();
-        let error = next(&mut body).await.unwrap_err();
+        next(&mut body).await.unwrap();
+        let error = next(&mut body).await.map(|part| part.len()).unwrap_err();
         let status = error.downcast_ref::<Status>().expect("a status");
         assert_eq!(status.code(), tonic::Code::ResourceExhausted);
         drop(body);

@@ -25,8 +25,10 @@ use crate::{
 /// Maximum length of a frame's payload that h2 accepts, in bytes (RFC 9113 §4.2). Longer frames
 /// are not parsed.
 const MAX_FRAME_LEN: usize = 16_384;
-/// Maximum number of bytes read at once while heads of frames are expected.
-const READ_LEN: usize = 16 * 1024;
+/// Maximum number of bytes read at once while heads of frames are expected: enough for frames of
+/// keystrokes and of HTTP/2 itself. The rest of a longer frame is read where h2 keeps it, up to its
+/// end, so that what h2 allocates for the frame has no part of the next one.
+const READ_LEN: usize = 256;
 
 /// Has the HEADERS frames of a connection come out with a legal `:authority`. Call it at the very
 /// beginning of the connection.

@@ -12,7 +12,7 @@ use std::{
 use bytes::Bytes;
 use culvert_konnectivity::{
     DataWriter, NoAbort,
-    packet::{Packet, PacketMessage},
+    packet::{Packet, PacketMessage, Payload},
 };
 use culvert_transport::{
     budget::Holder,
@@ -25,7 +25,7 @@ use tokio::{
 };
 use tonic::Streaming;
 
-use super::{Outbound, second_dial_refused};
+use super::{Outbound, ProxyStream, StreamHolders, second_dial_refused};
 
 /// Time for which the first packet of a target that speaks first is held back, unless the client's
 /// own first DATA proves earlier that it is ready. The client library registers a connection a
@@ -64,13 +64,19 @@ impl Registration {
 /// A `Proxy` stream as the three parts of a splice's local side.
 pub(super) fn halves(
     id: i64,
-    inbound: Streaming<Packet>,
-    outbound: Outbound,
+    stream: ProxyStream,
     registration: Registration,
 ) -> (ProxyRead, ProxyWrite, NoAbort) {
+    let ProxyStream { inbound, outbound, holders } = stream;
     let close = CloseOnce { id, outbound, registration, sent: Arc::new(AtomicBool::new(false)) };
-    let reader = ProxyRead { inbound, close: close.clone(), first_id: None, ended: false };
-    (reader, ProxyWrite { close, data: DataWriter::new(id, MAX_DATA_LEN) }, NoAbort)
+    let reader = ProxyRead {
+        inbound,
+        holders: holders.clone(),
+        close: close.clone(),
+        first_id: None,
+        ended: false,
+    };
+    (reader, ProxyWrite { close, holders, data: DataWriter::new(id, MAX_DATA_LEN) }, NoAbort)
 }
 
 /// Sends the connection's CLOSE_RSP, once.
@@ -101,6 +107,7 @@ impl CloseOnce {
 /// Reads what the frontend sends.
 pub(super) struct ProxyRead {
     inbound: Streaming<Packet>,
+    holders: StreamHolders,
     close: CloseOnce,
     /// Id of the connection that the frontend's first DATA was for.
     first_id: Option<i64>,
@@ -175,8 +182,11 @@ impl LocalRead for ProxyRead {
     }
 
     async fn failed(&mut self) -> LocalFault {
-        self.close.outbound.closed().await;
-        cancelled()
+        tokio::select! {
+            biased;
+            () = self.holders.cut() => overloaded(),
+            () = self.close.outbound.closed() => cancelled(),
+        }
     }
 }
 
@@ -185,9 +195,15 @@ fn cancelled() -> LocalFault {
     LocalFault { code: StreamCode::CANCELLED, source }
 }
 
+fn overloaded() -> LocalFault {
+    let source = io::Error::other("the process has no more memory for what is not read");
+    LocalFault { code: StreamCode::OVERLOADED, source }
+}
+
 /// Writes to the frontend.
 pub(super) struct ProxyWrite {
     close: CloseOnce,
+    holders: StreamHolders,
     data: DataWriter,
 }
 
@@ -200,9 +216,16 @@ impl ProxyWrite {
 impl LocalWrite for ProxyWrite {
     async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), LocalFault> {
         self.close.registration.wait().await;
-        let outbound = &self.close.outbound;
-        let send = async |packet| outbound.send(Ok(packet)).await.map_err(|_| cancelled());
-        self.data.write(chunks, send).await
+        let Self { close, holders, data } = self;
+        let send = async |packet| {
+            let packet = held(packet, &holders.unsent);
+            close.outbound.send(Ok(packet)).await.map_err(|_| cancelled())
+        };
+        tokio::select! {
+            biased;
+            () = holders.cut() => Err(overloaded()),
+            written = data.write(chunks, send) => written,
+        }
     }
 
     fn progress(&self) -> Option<Arc<AtomicU64>> {
@@ -216,6 +239,15 @@ impl LocalWrite for ProxyWrite {
 
     /// A frontend that has closed reads no more: CLOSE_REQ ends both directions.
     async fn gone(&mut self) {}
+}
+
+/// A packet whose bytes are held until they are encoded.
+fn held(mut packet: Packet, holder: &Arc<Holder>) -> Packet {
+    if let Some(Payload::Data(data)) = &mut packet.payload {
+        data.data = holder.hold_bytes(std::mem::take(&mut data.data));
+        holder.relieve();
+    }
+    packet
 }
 
 /// Cuts the connection off for the frontend, unless its end was sent before the drop.
@@ -237,6 +269,7 @@ mod tests {
     use culvert_konnectivity::codec::{MAX_PACKET_LEN, SmallBuffers};
     use culvert_transport::{
         SendHalf,
+        budget::{Held, MemoryBudget, StreamMemory},
         splice::{Cut, Local, Meter, Outcome, splice},
         test_util::Pair,
     };
@@ -271,7 +304,11 @@ mod tests {
         let decoder = SmallBuffers.decoder();
         let inbound = Streaming::new_request(decoder, body, None, Some(MAX_PACKET_LEN));
         let (outbound, packets) = mpsc::channel(2);
-        let (reader, writer, abort) = halves(ID, inbound, outbound, Registration::begin());
+        let memory = StreamMemory::of(&MemoryBudget::new(0));
+        let [unread, unsent] = [Held::Send, Held::Receive].map(|kind| memory.holder(kind));
+        let holders = StreamHolders { unread, unsent };
+        let stream = ProxyStream { inbound, outbound, holders };
+        let (reader, writer, abort) = halves(ID, stream, Registration::begin());
         let outcome = culvert_transport::task::owned(async move {
             splice(Local::new(reader, writer, abort), near, &Meter::default()).await
         });

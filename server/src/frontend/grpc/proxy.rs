@@ -28,7 +28,7 @@ use tracing::debug;
 
 use super::{
     super::{FrontendContext, hints::RequestHints},
-    Outbound,
+    ProxyStream,
     connection::{self, CutOnDrop, Registration},
     second_dial_refused,
 };
@@ -46,12 +46,11 @@ pub(super) async fn serve(
     context: Arc<FrontendContext>,
     hints: RequestHints,
     has_dialed: Arc<SetOnce<()>>,
-    mut inbound: Streaming<Packet>,
-    outbound: Outbound,
+    mut stream: ProxyStream,
 ) {
     let _counted = context.metrics.frontend_open(FrontendKind::Grpc);
     loop {
-        let first = timeout(context.header_timeout, first_dial(&mut inbound, &outbound));
+        let first = timeout(context.header_timeout, first_dial(&mut stream));
         let request = match first.await {
             Ok(Some(request)) => request,
             Ok(None) => break,
@@ -59,35 +58,36 @@ pub(super) async fn serve(
                 context.metrics.frontend_refused(FrontendRefusal::TimedOut);
                 let text = "no dial was requested in time";
                 // Ends the stream.
-                let _ = outbound.send(Err(Status::deadline_exceeded(text))).await;
+                let _ = stream.outbound.send(Err(Status::deadline_exceeded(text))).await;
                 return;
             }
         };
         let _ = has_dialed.set(());
         let random = request.random;
-        let dialed = match dial(&context, &hints, request, &mut inbound, &outbound).await {
+        let dialed = match dial(&context, &hints, request, &mut stream).await {
             Dialing::Done(dialed) => dialed,
             Dialing::Cancelled => continue,
             Dialing::Left => return,
         };
         match dialed {
-            Ok(dialed) => return connected(&context, random, *dialed, inbound, outbound).await,
+            Ok(dialed) => return connected(&context, random, *dialed, stream).await,
             Err(error) => {
                 if matches!(error, DialError::NoAgent(_)) {
                     context.metrics.konnectivity_dial_failed(KonnectivityFailure::NoAgent);
                 }
                 let answer = Packet::dial_response(random, Err(error.to_string()));
                 // A frontend that is gone needs no answer.
-                let _ = context.metrics.flow.timed(outbound.send(Ok(answer))).await;
+                let _ = context.metrics.flow.timed(stream.outbound.send(Ok(answer))).await;
                 break;
             }
         }
     }
-    ignore_rest(&mut inbound).await;
+    ignore_rest(&mut stream.inbound).await;
 }
 
 /// Waits for the packet that asks for a target; `None` when none can follow.
-async fn first_dial(inbound: &mut Streaming<Packet>, outbound: &Outbound) -> Option<DialRequest> {
+async fn first_dial(stream: &mut ProxyStream) -> Option<DialRequest> {
+    let ProxyStream { inbound, outbound, .. } = stream;
     while let Ok(Some(packet)) = inbound.message().await {
         match packet.into() {
             PacketMessage::Dial(request) => return Some(request),
@@ -122,9 +122,9 @@ async fn dial(
     context: &FrontendContext,
     hints: &RequestHints,
     request: DialRequest,
-    inbound: &mut Streaming<Packet>,
-    outbound: &Outbound,
+    stream: &mut ProxyStream,
 ) -> Dialing {
+    let ProxyStream { inbound, outbound, .. } = stream;
     let parameters = match parameters(hints, &request) {
         Ok(parameters) => parameters,
         Err(error) => {
@@ -171,23 +171,17 @@ fn parameters(hints: &RequestHints, request: &DialRequest) -> Result<DialParamet
 }
 
 /// Sends the frontend the id of its connection, and splices it until both directions have ended.
-async fn connected(
-    context: &FrontendContext,
-    random: i64,
-    dialed: Dialed,
-    inbound: Streaming<Packet>,
-    outbound: Outbound,
-) {
+async fn connected(context: &FrontendContext, random: i64, dialed: Dialed, stream: ProxyStream) {
     let id = NEXT_CONNECT_ID.fetch_add(1, Ordering::Relaxed);
     let ServerMetrics { flow, .. } = &*context.metrics;
-    let answer = outbound.send(Ok(Packet::dial_response(random, Ok(id))));
+    let answer = stream.outbound.send(Ok(Packet::dial_response(random, Ok(id))));
     if flow.timed(answer).await.is_err() {
         context.metrics.konnectivity_dial_failed(KonnectivityFailure::SendResponse);
         flow.canceled(Segment::ToClient, Some(PacketType::DialRsp));
         return debug!("a frontend left before its dial was answered");
     }
     let registration = Registration::begin();
-    let (reader, writer, abort) = connection::halves(id, inbound, outbound.clone(), registration);
+    let (reader, writer, abort) = connection::halves(id, stream, registration);
     let CutOnDrop(close) = &CutOnDrop(writer.close());
     let end = context.carry(Local::new(reader, writer, abort), dialed).await;
     if matches!(&end, Err(Cut::Local(fault)) if fault.code == StreamCode::CANCELLED) {

@@ -1,10 +1,9 @@
 //! The service of the gRPC frontend: HTTP/2 requests become `Proxy` streams.
 
-use std::{convert::Infallible, future::Ready, pin::Pin, sync::Arc};
+use std::{future::Ready, sync::Arc};
 
 use culvert_konnectivity::{PROXY, Partial, codec::MAX_PACKET_LEN, packet::Packet};
 use http::{Request, Response};
-use hyper::{body::Incoming, service::Service};
 use tokio::sync::{SetOnce, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
@@ -15,8 +14,10 @@ use tonic::{
 
 use super::{
     super::{FrontendContext, hints::RequestHints},
+    ProxyStream, StreamHolders,
     counted::Counted,
     proxy,
+    received::Received,
 };
 
 /// Maximum number of packets that wait for HTTP/2: one is sent while the next is made.
@@ -36,27 +37,18 @@ impl ProxyService {
     }
 }
 
-type ResponseFuture = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
-
-impl Service<Request<Incoming>> for ProxyService {
-    type Response = Response<Body>;
-    type Error = Infallible;
-    type Future = ResponseFuture;
-
-    fn call(&self, request: Request<Incoming>) -> ResponseFuture {
-        let method = Proxy(self.clone());
-        Box::pin(async move {
-            if request.uri().path() != PROXY {
-                let status =
-                    Status::unimplemented(format!("unknown method {}", request.uri().path()));
-                return Ok(status.into_http());
-            }
-            let codec = Counted(method.0.context.metrics.clone());
-            let mut grpc = Grpc::new(codec).max_decoding_message_size(MAX_PACKET_LEN);
-            let memory = method.0.context.memory.clone();
-            let request = request.map(|body| Partial::new(body, memory));
-            Ok(grpc.streaming(method, request).await)
-        })
+impl ProxyService {
+    /// Answers one request.
+    pub(super) async fn call(self, request: Request<Received>) -> Response<Body> {
+        let path = request.uri().path();
+        if path != PROXY {
+            return Status::unimplemented(format!("unknown method {path}")).into_http();
+        }
+        let codec = Counted(self.context.metrics.clone());
+        let mut grpc = Grpc::new(codec).max_decoding_message_size(MAX_PACKET_LEN);
+        let memory = self.context.memory.clone();
+        let request = request.map(|body| Partial::new(body, memory));
+        grpc.streaming(Proxy(self), request).await
     }
 }
 
@@ -74,8 +66,10 @@ impl StreamingService<Packet> for Proxy {
         let tasks = context.tasks.clone();
         let metadata = request.metadata();
         let hints = RequestHints::read(|name| metadata.get(name)?.to_str().ok());
-        let inbound = request.into_inner();
-        tasks.spawn(proxy::serve(context, hints, has_dialed, inbound, outbound));
+        let holders = request.extensions().get::<StreamHolders>().expect("each stream has them");
+        let holders = holders.clone();
+        let stream = ProxyStream { inbound: request.into_inner(), outbound, holders };
+        tasks.spawn(proxy::serve(context, hints, has_dialed, stream));
         std::future::ready(Ok(tonic::Response::new(ReceiverStream::new(packets))))
     }
 }
