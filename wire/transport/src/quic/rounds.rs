@@ -19,6 +19,8 @@
 //! A round may begin while connections work in the one before, but not while they work in the one
 //! before that: two counters are enough.
 
+mod reader;
+
 use std::{
     fmt, io,
     pin::Pin,
@@ -33,6 +35,8 @@ use std::{
 use atomic_waker::AtomicWaker;
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime};
 use tokio::task::coop::has_budget_remaining;
+
+use self::reader::Reader;
 
 /// The rounds of the connections of one socket.
 #[derive(Debug, Default)]
@@ -108,7 +112,7 @@ impl Runtime for InRounds {
         if self.has_reader.load(SeqCst) {
             TokioRuntime.spawn(Box::pin(Working::new(task, self.rounds.clone())));
         } else {
-            TokioRuntime.spawn(task);
+            TokioRuntime.spawn(Box::pin(Reader::new(task)));
         }
     }
 
