@@ -37,10 +37,17 @@ impl Features {
     pub const RENEWAL: Self = Self(1 << 3);
     /// Servers send the set of servers with their addresses, and agents use it.
     pub const SERVER_SET: Self = Self(1 << 4);
+    /// Datagrams that carry repair shards of short bursts, or the end of a stream, are understood.
+    pub const REPAIR: Self = Self(1 << 5);
 
     /// Everything this build knows.
     pub const fn supported() -> Self {
-        Self(Self::PING.0 | Self::DRAIN.0 | Self::HEDGE.0 | Self::RENEWAL.0 | Self::SERVER_SET.0)
+        Self::PING
+            .union(Self::DRAIN)
+            .union(Self::HEDGE)
+            .union(Self::RENEWAL)
+            .union(Self::SERVER_SET)
+            .union(Self::REPAIR)
     }
 
     /// The features in both sets.
@@ -68,6 +75,7 @@ impl Features {
             (Self::HEDGE, "hedge"),
             (Self::RENEWAL, "renewal"),
             (Self::SERVER_SET, "server_set"),
+            (Self::REPAIR, "repair"),
         ];
         known.into_iter().filter(move |(bit, _)| self.contains(*bit)).map(|(_, name)| name)
     }
@@ -99,8 +107,8 @@ mod tests {
         assert!(both.contains(Features::PING) && both.contains(Features::NONE));
         assert!(!both.contains(Features::DRAIN.union(Features::PING)));
         assert_eq!(both.intersection(Features::DRAIN), Features::NONE);
-        assert_eq!(Features::supported().bits(), 0b1_1111);
-        assert_eq!(Features::supported().names().count(), 5);
+        assert_eq!(Features::supported().bits(), 0b11_1111);
+        assert_eq!(Features::supported().names().count(), 6);
         assert_eq!(Features::DRAIN.names().collect::<Vec<_>>(), ["drain"]);
     }
 }
