@@ -197,7 +197,8 @@ async fn introduce(session: &mut Session, context: &SessionContext) -> Result<We
     match control.next().await {
         Ok(ControlMessage::Welcome(mut welcome)) => {
             if welcome.features.contains(Features::HEDGE) {
-                tunnel.hedge(context.hedge_rate);
+                let repairs = welcome.features.contains(Features::REPAIR);
+                tunnel.hedge(context.hedge_rate, repairs);
             }
             if !welcome.features.contains(Features::SERVER_SET) {
                 welcome.servers = ServerList::default();

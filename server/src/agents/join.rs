@@ -324,7 +324,8 @@ async fn introduce(
     tunnel.set_memory(&context.memory);
     let (welcome, servers) = welcome(&hello, context);
     if welcome.features.contains(Features::HEDGE) {
-        tunnel.hedge(context.hedge_rate);
+        let repairs = welcome.features.contains(Features::REPAIR);
+        tunnel.hedge(context.hedge_rate, repairs);
     }
     let welcome = ControlMessage::Welcome(Box::new(welcome));
     attempt.within(async { Ok(control.send(&welcome).await?) }).await?;

@@ -71,9 +71,9 @@ pub struct TunnelFlags {
     )]
     pub congestion: Congestion,
 
-    /// Maximum rate of second copies of short writes, in bytes per second and tunnel, up to 1Gi; 0
-    /// sends none. They are sent while the path loses packets, so that short writes do not wait for
-    /// retransmissions
+    /// Maximum rate of second copies of short writes and of repair packets of bursts up to 64Ki, in
+    /// bytes per second and tunnel, up to 1Gi; 0 sends none. They are sent while the path loses
+    /// packets, so that short writes do not wait for retransmissions
     #[arg(long, value_name = "SIZE", default_value_t = ByteSize(DEFAULT_HEDGE_RATE.into()))]
     pub(crate) hedge_rate: ByteSize,
 
@@ -160,7 +160,7 @@ const MAX_SIZE: u64 = 1 << 30;
 /// Smallest and largest `max_udp_payload_size` (RFC 9000 §18.2).
 const MTU_RANGE: std::ops::RangeInclusive<i64> = 1200..=65527;
 /// Default of `--hedge-rate`, in bytes per second.
-const DEFAULT_HEDGE_RATE: u32 = 128 << 10;
+const DEFAULT_HEDGE_RATE: u32 = 512 << 10;
 
 // The carrier's own defaults, in the types of the flags.
 
@@ -333,7 +333,7 @@ mod tests {
         assert_eq!(settings.idle_timeout, Duration::from_secs(25));
         assert_eq!(settings.keep_alive_interval, Some(Duration::from_secs(5)));
         let help = go_flags::command::<Flags>().render_help().to_string();
-        for default in ["25s", "5s", "2Mi", "8Mi", "6500", "auto", "128Ki", "text"] {
+        for default in ["25s", "5s", "2Mi", "8Mi", "6500", "auto", "512Ki", "text"] {
             assert!(help.contains(&format!("[default: {default}]")), "{default} in {help}");
         }
         assert_eq!(log, LogConfig { format: LogFormat::Text, verbosity: 4, file: None });

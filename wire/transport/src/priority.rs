@@ -19,11 +19,11 @@ use parking_lot::Mutex;
 
 /// Rate at which a stream may send for ever without sinking, in bytes per second: 2 Mbit/s, which
 /// is more than people type or read.
-const ALLOWANCE: u64 = 256 * 1024;
+pub(crate) const ALLOWANCE: u64 = 256 * 1024;
 /// Bytes beyond the allowance after which a stream sinks below [`Class::Interactive`].
 const INTERACTIVE: u64 = 32 * 1024;
 /// Bytes beyond the allowance after which a stream sinks below [`Class::Short`].
-const SHORT: u64 = 256 * 1024;
+pub(crate) const SHORT: u64 = 256 * 1024;
 /// Maximum number of bytes that count against a stream: after two idle seconds it is as if new.
 const MEMORY: u64 = 2 * ALLOWANCE;
 /// Bytes that may go first at once, beyond those that others pay for.

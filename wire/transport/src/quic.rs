@@ -5,10 +5,10 @@
 
 mod close_reason;
 mod connection;
-mod hedge;
 pub(crate) mod icmp;
 mod inspection;
 mod receive_window;
+mod repair;
 mod reset_key;
 mod rounds;
 mod settings;
@@ -48,6 +48,12 @@ const MAX_QUEUED: usize = 2048;
 const INCOMING_BUFFER: u64 = 64 * 1024;
 /// Bytes that may wait for all handshakes that have not been accepted yet.
 const INCOMING_BUFFER_TOTAL: u64 = 16 * 1024 * 1024;
+
+/// The packets of a peer that a script stands for, for the fuzzer.
+#[cfg(fuzzing)]
+pub fn fuzz_packets(script: &[u8]) {
+    repair::exercise(script);
+}
 
 /// Accepts connections on a UDP port.
 ///
@@ -322,6 +328,32 @@ pub(crate) fn adopt(
 ) -> Result<Connection, ConnectError> {
     Connection::established(connection, endpoint, Arc::default(), None)
         .ok_or(ConnectError::Protocol)
+}
+
+/// TLS of a server whose connections are inspected, for an endpoint of any network.
+///
+/// # Errors
+/// When the TLS configuration has no cipher suite for QUIC.
+#[cfg(feature = "test-util")]
+pub(crate) fn server_crypto(
+    tls: Arc<rustls::ServerConfig>,
+    settings: &Settings,
+) -> Result<Arc<dyn quinn::crypto::ServerConfig>, ConnectError> {
+    let crypto = QuicServerConfig::try_from(tls).map_err(|_| ConnectError::CipherSuites)?;
+    Ok(Arc::new(Inspected::new(crypto, settings)))
+}
+
+/// TLS of a client whose connections are inspected, for an endpoint of any network.
+///
+/// # Errors
+/// When the TLS configuration has no cipher suite for QUIC.
+#[cfg(feature = "test-util")]
+pub(crate) fn client_crypto(
+    tls: Arc<rustls::ClientConfig>,
+    settings: &Settings,
+) -> Result<Arc<dyn quinn::crypto::ClientConfig>, ConnectError> {
+    let crypto = QuicClientConfig::try_from(tls).map_err(|_| ConnectError::CipherSuites)?;
+    Ok(Arc::new(Inspected::new(crypto, settings)))
 }
 
 /// The configuration for the path to `remote`, whose batches are watched.

@@ -111,9 +111,9 @@ impl SendHalf {
             }
         }
         // A stream with a fixed priority always has others in flight, which reveal its losses.
-        let interactive = self.attained.is_some() && self.class == Class::Interactive;
+        let is_urgent = self.attained.is_some() && self.class > Class::Bulk;
         let written = match &mut self.stream {
-            SendStream::Quic(stream) => stream.write_chunk(chunk, interactive).await,
+            SendStream::Quic(stream) => stream.write_chunk(chunk, is_urgent).await,
             SendStream::Qmux(stream) => match stream.try_write_chunk(&mut chunk) {
                 Some(written) => written,
                 // Boxed, so that an idle stream over QUIC has no room for it.

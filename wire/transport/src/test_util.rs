@@ -8,7 +8,7 @@ mod simulated;
 pub use self::{
     line::{Line, Side},
     pair::Pair,
-    simulated::{adopt, quic_transport, report_unreachable},
+    simulated::{adopt, quic_client, quic_server, quic_transport, report_unreachable},
 };
 
 /// Spawns a task that ends at the latest with the test's runtime.

@@ -161,15 +161,16 @@ impl Tunnel {
         }
     }
 
-    /// Sends thin writes of interactive streams twice while the path loses packets, at most `rate`
-    /// bytes per second, so that a loss does not delay them; and uses the peer's copies.
+    /// Sends short writes twice while the path loses packets, and with `repairs` repair shards of
+    /// bursts, at most `rate` bytes per second in all, so that a loss does not delay them; and uses
+    /// what the peer sends of both.
     ///
-    /// Call it once both sides have offered [`culvert_wire::version::Features::HEDGE`] and before
-    /// the first stream that it is to apply to. It does nothing over TCP, where a lost packet
-    /// delays the second copy too.
-    pub fn hedge(&self, rate: u32) {
+    /// Call it once both sides have offered [`culvert_wire::version::Features::HEDGE`], with `repairs`
+    /// if they have offered [`culvert_wire::version::Features::REPAIR`] too; the first call counts. It
+    /// does nothing over TCP, where a lost packet delays the second copy too.
+    pub fn hedge(&self, rate: u32, repairs: bool) {
         if let Connection::Quic(connection) = &self.connection {
-            connection.hedge(rate);
+            connection.hedge(rate, repairs);
         }
     }
 
@@ -262,10 +263,14 @@ pub struct TunnelStats {
     pub received_bytes: u64,
     /// Frames sent that the peer must acknowledge; 0 where the carrier does not count them.
     pub eliciting_frames: u64,
-    /// Thin writes that were sent a second time.
+    /// Copies of short writes that were sent.
     pub copies_sent: u64,
-    /// Second copies that arrived before the first.
+    /// Copies that arrived before what they are copies of.
     pub copies_used: u64,
+    /// Datagrams sent that had repair shards of bursts.
+    pub repairs_sent: u64,
+    /// Bursts whose missing bytes were rebuilt.
+    pub bursts_rebuilt: u64,
 }
 
 /// An IPv4 peer of a dual-stack socket, without the IPv6 mapping.

@@ -1,4 +1,4 @@
-//! Thin writes that are sent twice, over real QUIC on a loopback path that loses packets.
+//! Copies and repair shards of short writes, over real QUIC on a loopback path that loses packets.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod carriers;
@@ -152,6 +152,78 @@ async fn type_keys((mut send, mut recv): (SendHalf, RecvHalf), count: usize, see
     assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), None);
 }
 
+/// Sends back bursts as a whole, once all of one is there.
+async fn return_bursts((mut send, mut recv): (SendHalf, RecvHalf), lengths: Vec<usize>) {
+    let mut chunks = [const { Bytes::new() }; 16];
+    for length in lengths {
+        let mut burst = Vec::new();
+        while burst.len() < length {
+            let count = recv.read_chunks(&mut chunks).await.unwrap().expect("the burst goes on");
+            chunks[..count].iter().for_each(|chunk| burst.extend_from_slice(chunk));
+        }
+        send.write_chunk(burst.into()).await.unwrap();
+    }
+    assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), None);
+    send.finish();
+    send.stopped().await.unwrap();
+}
+
+/// Sends bursts of random bytes, each after the one before has come back.
+async fn send_bursts((mut send, mut recv): (SendHalf, RecvHalf), lengths: Vec<usize>, seed: u64) {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut chunks = [const { Bytes::new() }; 16];
+    for length in lengths {
+        let burst: Vec<u8> = (0..length).map(|_| random.u8(..)).collect();
+        for part in burst.chunks(random.usize(1000..70_000)) {
+            send.write_chunk(Bytes::copy_from_slice(part)).await.unwrap();
+        }
+        let mut returned = Vec::new();
+        while returned.len() < burst.len() {
+            let count = recv.read_chunks(&mut chunks).await.unwrap().expect("it is returned");
+            chunks[..count].iter().for_each(|chunk| returned.extend_from_slice(chunk));
+        }
+        assert!(returned == burst, "each byte once and in order");
+    }
+    send.finish();
+    assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn bursts_that_lose_packets_are_rebuilt_and_read_once_and_in_order() {
+    within(async {
+        let seed = fastrand::u64(..1 << 32);
+        println!("seed {seed}");
+        let server = Server::new();
+        let path = Path::to(server.address, seed).await;
+        let (near, far) = server.tunnel(path.address).await;
+        near.hedge(RATE, true);
+        far.hedge(RATE, true);
+        path.lossy.store(true, Ordering::Relaxed);
+        let mut random = fastrand::Rng::with_seed(seed);
+        let lengths: Vec<_> = (0..12).map(|_| random.usize(2_000..90_000)).collect();
+        let mut exchanges = JoinSet::new();
+        for stream in 0..8 {
+            let (near, far, lengths) = (near.clone(), far.clone(), lengths.clone());
+            exchanges.spawn(async move {
+                let send = async {
+                    send_bursts(near.open().await.unwrap(), lengths.clone(), seed + stream).await;
+                };
+                let give_back = async {
+                    return_bursts(far.accept().await.unwrap(), lengths.clone()).await;
+                };
+                tokio::join!(send, give_back);
+            });
+        }
+        exchanges.join_all().await;
+        for tunnel in [&near, &far] {
+            let stats = tunnel.stats();
+            assert!(stats.repairs_sent > 0, "no repair shards were sent: {stats:?}");
+            assert!(stats.bursts_rebuilt > 0, "nothing was rebuilt: {stats:?}");
+        }
+    })
+    .await;
+}
+
 /// Types on eight streams of a tunnel over a path that loses a fifth of its packets, where one side
 /// sends `rate` bytes per second twice; that side's end and the other one.
 async fn type_over_a_bad_path(rate: u32) -> (Tunnel, Tunnel) {
@@ -160,8 +232,8 @@ async fn type_over_a_bad_path(rate: u32) -> (Tunnel, Tunnel) {
     let server = Server::new();
     let path = Path::to(server.address, seed).await;
     let (near, far) = server.tunnel(path.address).await;
-    near.hedge(rate);
-    far.hedge(RATE);
+    near.hedge(rate, true);
+    far.hedge(RATE, true);
     path.lossy.store(true, Ordering::Relaxed);
     let mut typing = JoinSet::new();
     for stream in 0..8 {
@@ -203,20 +275,56 @@ async fn raw_client(server: &Server) -> (Tunnel, quinn::Connection, quinn::Endpo
     let config = quinn::ClientConfig::new(Arc::new(tls));
     let connecting = endpoint.connect_with(config, server.address, "127.0.0.1").unwrap();
     let (tunnel, client) = tokio::join!(server.accept(), connecting);
-    tunnel.hedge(RATE);
+    tunnel.hedge(RATE, true);
     (tunnel, client.unwrap(), endpoint)
 }
 
 #[tokio::test]
-async fn a_datagram_without_a_head_costs_the_tunnel() {
+async fn a_datagram_that_is_malformed_costs_the_tunnel() {
+    let no_size = [&[0x21][..], &[0; 16], &[0, 9], &[0], &[0, 1], &[0, 0], &[0; 64]].concat();
+    for malformed in [b"\x20short".to_vec(), no_size] {
+        within(async {
+            let server = Server::new();
+            let (tunnel, client, _endpoint) = raw_client(&server).await;
+            client.send_datagram(malformed.into()).unwrap();
+            let TunnelLost::ClosedHere { code, reason } = tunnel.closed().await else {
+                panic!("not closed by this side")
+            };
+            assert_eq!(code, CloseCode::PROTOCOL_VIOLATION, "{reason}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_copy_opens_its_stream_and_ends_it() {
     within(async {
         let server = Server::new();
         let (tunnel, client, _endpoint) = raw_client(&server).await;
-        client.send_datagram(Bytes::from_static(b"\x20short")).unwrap();
-        let TunnelLost::ClosedHere { code, reason } = tunnel.closed().await else {
-            panic!("not closed by this side")
-        };
-        assert_eq!(code, CloseCode::PROTOCOL_VIOLATION, "{reason}");
+        let stream = [0; 8];
+        client.send_datagram([&[0x20][..], &stream, &[0; 8], b"dial"].concat().into()).unwrap();
+        let (_send, mut recv) = tunnel.accept().await.unwrap();
+        let mut chunks = [Bytes::new()];
+        recv.read_chunks(&mut chunks).await.unwrap();
+        assert_eq!(chunks[0], "dial");
+        let end = [&[0x22][..], &stream, &4_u64.to_be_bytes(), b"ed"].concat();
+        client.send_datagram(end.into()).unwrap();
+        recv.read_chunks(&mut chunks).await.unwrap();
+        assert_eq!(chunks[0], "ed");
+        assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), None);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_copy_beyond_the_window_of_its_stream_costs_the_tunnel() {
+    within(async {
+        let server = Server::new();
+        let (tunnel, client, _endpoint) = raw_client(&server).await;
+        let offset = (1_u64 << 40).to_be_bytes();
+        client.send_datagram([&[0x20][..], &[0; 8], &offset, b"far"].concat().into()).unwrap();
+        let lost = tunnel.closed().await;
+        assert!(matches!(lost, TunnelLost::Transport(_)), "{lost:?}");
     })
     .await;
 }

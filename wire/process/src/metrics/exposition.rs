@@ -169,7 +169,7 @@ impl Exposition {
         use Kind::{Counter, Gauge};
         type Value = fn(&TunnelStats) -> f64;
         #[rustfmt::skip]
-        let families: [(&str, Kind, &str, Value); 11] = [
+        let families: [(&str, Kind, &str, Value); 13] = [
             ("rtt_seconds", Gauge, "Smoothed round-trip time of the tunnel's path, in seconds.",
                 |stats| stats.rtt.as_secs_f64()),
             ("cwnd_bytes", Gauge, "Congestion window of the tunnel, in bytes.",
@@ -187,11 +187,17 @@ impl Exposition {
                 "Times the tunnel's path was found to swallow large packets.",
                 |stats| stats.black_holes as f64),
             ("copies_sent_total", Counter,
-                "Thin writes of the tunnel that were sent a second time.",
+                "Copies of short writes and of streams' ends that were sent on the tunnel.",
                 |stats| stats.copies_sent as f64),
             ("copies_used_total", Counter,
-                "Second copies that came before the first, which was late or lost.",
+                "Copies that came before the first, which was late or lost.",
                 |stats| stats.copies_used as f64),
+            ("repair_packets_sent_total", Counter,
+                "Packets with repair shards of bursts that were sent on the tunnel.",
+                |stats| stats.repairs_sent as f64),
+            ("bursts_rebuilt_total", Counter,
+                "Bursts whose missing packets were rebuilt from repair shards.",
+                |stats| stats.bursts_rebuilt as f64),
             ("sent_bytes_total", Counter, "UDP payload bytes sent on the tunnel.",
                 |stats| stats.sent_bytes as f64),
             ("received_bytes_total", Counter, "UDP payload bytes received on the tunnel.",
@@ -309,6 +315,7 @@ mod tests {
         (stats.congestion_events, stats.black_holes) = (6, 7);
         (stats.copies_sent, stats.copies_used) = (8, 9);
         (stats.sent_bytes, stats.received_bytes) = (10, 11);
+        (stats.repairs_sent, stats.bursts_rebuilt) = (12, 13);
         let mut exposition = Exposition::new(String::new());
         exposition.tunnels("t", &[(("agent_id", "a".to_owned()), Carrier::Quic, stats)]);
         let labels = "{agent_id=\"a\",transport=\"quic\"} ";
@@ -325,6 +332,8 @@ mod tests {
             ("black_holes_total", "7"),
             ("copies_sent_total", "8"),
             ("copies_used_total", "9"),
+            ("repair_packets_sent_total", "12"),
+            ("bursts_rebuilt_total", "13"),
             ("sent_bytes_total", "10"),
             ("received_bytes_total", "11"),
         ];

@@ -102,6 +102,12 @@ impl TunnelUnread {
         self.budget.unread.bytes.fetch_sub(bytes, Relaxed);
     }
 
+    /// Whether the process has so little of them that bytes may be kept which are of use, but not
+    /// needed.
+    pub(crate) fn may_keep(&self) -> bool {
+        self.budget.unread.bytes.load(Relaxed) < self.budget.limit / 4
+    }
+
     /// Sets the number of bytes that holders count in place of this.
     pub(crate) fn set_counted(&self, bytes: u64) {
         self.counted.store(bytes, Relaxed);

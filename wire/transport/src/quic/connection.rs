@@ -18,14 +18,13 @@ use tokio::{select, time::sleep};
 
 use super::{
     close_reason::{CloseReason, stream_code},
-    hedge::{Copies, Hedging},
     icmp::{IcmpRouter, Reachability},
     inspection::{Inbound, Negotiated},
     receive_window::{ReceiveWindow, Widened},
+    repair::Repair,
 };
 use crate::{
     ReadError, TunnelLost, TunnelStats, Unreachable, WriteError, budget::MemoryBudget, canonical,
-    chunks::advance,
 };
 
 /// How often a stream with unread bytes is checked for a reset by the peer: soon enough for the
@@ -38,8 +37,8 @@ pub struct Connection {
     connection: quinn::Connection,
     endpoint: quinn::Endpoint,
     close_reason: CloseReason,
-    /// Second copies of thin writes, once both sides have agreed on them.
-    hedging: Arc<OnceLock<Hedging>>,
+    /// Copies and repair shards of short writes, once both sides have agreed on them.
+    repair: Arc<OnceLock<Repair>>,
     reachability: Arc<Reachability>,
     window: Arc<ReceiveWindow>,
     inbound: Arc<Inbound>,
@@ -69,7 +68,7 @@ impl Connection {
             connection,
             endpoint,
             close_reason: CloseReason::new(inbound.clone()),
-            hedging: Arc::default(),
+            repair: Arc::default(),
             reachability,
             window,
             inbound,
@@ -91,19 +90,20 @@ impl Connection {
         &self,
         (send, recv): (quinn::SendStream, quinn::RecvStream),
     ) -> (SendStream, RecvStream) {
-        let (close_reason, hedging) = (self.close_reason.clone(), self.hedging.clone());
+        let (close_reason, repair) = (self.close_reason.clone(), self.repair.clone());
         let connection = self.connection.clone();
-        let send = SendStream { stream: send, connection, close_reason, hedging, written: 0 };
+        let send = SendStream { stream: send, connection, close_reason, repair, written: 0 };
         let (connection, close_reason) = (self.connection.clone(), self.close_reason.clone());
-        let copies = self.hedging.get().map(|hedging| hedging.expect(number(recv.id())));
         let (window, inbound) = (self.window.clone(), self.inbound.clone());
         inbound.begin(number(recv.id()));
-        (send, RecvStream { stream: recv, connection, close_reason, copies, window, inbound })
+        (send, RecvStream { stream: recv, connection, close_reason, window, inbound })
     }
 
-    pub(crate) fn hedge(&self, rate: u32) {
-        let (connection, close_reason) = (&self.connection, &self.close_reason);
-        self.hedging.get_or_init(|| Hedging::begin(connection.clone(), close_reason.clone(), rate));
+    pub(crate) fn hedge(&self, rate: u32, repairs: bool) {
+        self.repair.get_or_init(|| {
+            let (connection, close_reason) = (self.connection.clone(), self.close_reason.clone());
+            Repair::begin(connection, close_reason, &self.inbound, rate, repairs)
+        });
     }
 
     pub(crate) fn close(&self, code: CloseCode, reason: &str) {
@@ -175,7 +175,7 @@ impl Connection {
 
     pub(crate) fn stats(&self) -> TunnelStats {
         let stats = self.connection.stats();
-        let (copies_sent, copies_used) = self.hedging.get().map_or((0, 0), Hedging::counts);
+        let repair = self.repair.get().map(Repair::counts).unwrap_or_default();
         TunnelStats {
             rtt: stats.path.rtt,
             cwnd: stats.path.cwnd,
@@ -188,8 +188,10 @@ impl Connection {
             sent_bytes: stats.udp_tx.bytes,
             received_bytes: stats.udp_rx.bytes,
             eliciting_frames: eliciting_frames(&stats.frame_tx),
-            copies_sent,
-            copies_used,
+            copies_sent: repair.copies_sent,
+            copies_used: repair.copies_used,
+            repairs_sent: repair.repairs_sent,
+            bursts_rebuilt: repair.bursts_rebuilt,
         }
     }
 }
@@ -199,20 +201,21 @@ pub(crate) struct SendStream {
     stream: quinn::SendStream,
     connection: quinn::Connection,
     close_reason: CloseReason,
-    hedging: Arc<OnceLock<Hedging>>,
+    repair: Arc<OnceLock<Repair>>,
     /// Bytes written, which is the offset of the next one.
     written: u64,
 }
 
 impl SendStream {
-    /// Writes the chunk; twice, if it is interactive and thin and the path loses packets.
+    /// Writes the chunk. If its loss is not to delay the reader and the path loses packets, it is
+    /// sent twice, or repair shards of it are.
     pub(crate) async fn write_chunk(
         &mut self,
         chunk: Bytes,
-        interactive: bool,
+        is_urgent: bool,
     ) -> Result<(), WriteError> {
-        let hedging = self.hedging.get().filter(|_| interactive);
-        let hedged = hedging.and_then(|hedging| Some((hedging, hedging.hedge(&chunk)?)));
+        let repair = self.repair.get().filter(|_| is_urgent);
+        let kept = repair.and_then(|repair| Some((repair, repair.keep(&chunk)?)));
         let offset = self.written;
         self.written += chunk.len() as u64;
         self.stream.write_chunk(chunk).await.map_err(|error| match error {
@@ -225,18 +228,25 @@ impl SendStream {
                 WriteError::Ended
             }
         })?;
-        if let Some((hedging, copy)) = hedged {
-            hedging.send(number(self.stream.id()), offset, &copy);
+        if let Some((repair, chunk)) = kept {
+            repair.written(number(self.stream.id()), offset, chunk);
         }
         Ok(())
     }
 
     pub(crate) fn finish(&mut self) {
-        // Fails only on a stream that has ended, which SendHalf excludes.
-        let _ = self.stream.finish();
+        // Fails only on a stream that has ended, which SendHalf excludes, or that was stopped.
+        if self.stream.finish().is_ok()
+            && let Some(repair) = self.repair.get()
+        {
+            repair.finished(number(self.stream.id()), self.written);
+        }
     }
 
     pub(crate) fn reset(&mut self, code: StreamCode) {
+        if let Some(repair) = self.repair.get() {
+            repair.forget(number(self.stream.id()));
+        }
         let _ = self.stream.reset(code.as_u32().into());
     }
 
@@ -272,8 +282,6 @@ pub(crate) struct RecvStream {
     stream: quinn::RecvStream,
     connection: quinn::Connection,
     close_reason: CloseReason,
-    /// The peer's second copies, where they were agreed on.
-    copies: Option<Copies>,
     window: Arc<ReceiveWindow>,
     inbound: Arc<Inbound>,
 }
@@ -283,33 +291,10 @@ impl RecvStream {
         &mut self,
         chunks: &mut [Bytes],
     ) -> Result<Option<usize>, ReadError> {
-        let Some(copies) = &mut self.copies else {
-            let read = self.stream.read_chunks(chunks).await;
-            let count = read.map_err(|error| self.close_reason.read_error(error))?;
-            self.note_read(&chunks[..count.unwrap_or(0)]);
-            return Ok(count);
-        };
-        loop {
-            let read = select! {
-                biased;
-                read = self.stream.read_chunks(chunks) => read,
-                copy = copies.next() => {
-                    chunks[0] = copy;
-                    return Ok(Some(1));
-                }
-            };
-            let Some(count) = read.map_err(|error| self.close_reason.read_error(error))? else {
-                return Ok(None);
-            };
-            let bytes = chunks[..count].iter().map(Bytes::len).sum();
-            self.inbound.read(number(self.stream.id()), bytes as u64);
-            let stale = copies.stale(bytes);
-            let used = advance(&mut chunks[..count], stale);
-            chunks[..count].rotate_left(used);
-            if used < count {
-                return Ok(Some(count - used));
-            }
-        }
+        let read = self.stream.read_chunks(chunks).await;
+        let count = read.map_err(|error| self.close_reason.read_error(error))?;
+        self.note_read(&chunks[..count.unwrap_or(0)]);
+        Ok(count)
     }
 
     fn note_read(&self, chunks: &[Bytes]) {

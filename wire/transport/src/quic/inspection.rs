@@ -2,7 +2,8 @@
 //!
 //! quinn processes a frame before this side can refuse it, and reports neither frames that it queues
 //! without a limit nor how much of a stream has arrived. So quinn gets a TLS session whose keys show
-//! each packet that they decrypt to the [`Inbound`] of its connection, which may refuse the packet.
+//! each packet that they decrypt to the [`Inbound`] of its connection, which may refuse the packet, and
+//! which restores what datagrams have of packets that were lost.
 
 mod frames;
 mod inbound;
@@ -21,8 +22,11 @@ use quinn::{
 };
 use quinn_proto::{TransportError, transport_parameters::TransportParameters};
 
-pub(super) use self::inbound::Inbound;
 use self::inbound::has_few_pieces;
+pub(super) use self::{
+    frames::{Frame, Frames},
+    inbound::Inbound,
+};
 use crate::Settings;
 
 /// TLS of a server or client whose connections are inspected.
@@ -203,11 +207,14 @@ impl PacketKey for InspectingKey {
         payload: &mut BytesMut,
     ) -> Result<(), CryptoError> {
         self.key.decrypt(packet, header, payload)?;
-        let is_accepted = match &self.inbound {
-            Some(inbound) => inbound.inspect(packet, payload),
-            None => has_few_pieces(payload),
+        let Some(inbound) = &self.inbound else {
+            return if has_few_pieces(payload) { Ok(()) } else { Err(CryptoError) };
         };
-        if is_accepted { Ok(()) } else { Err(CryptoError) }
+        if !inbound.inspect(packet, payload) {
+            return Err(CryptoError);
+        }
+        inbound.restore(payload);
+        Ok(())
     }
 
     fn tag_len(&self) -> usize {

@@ -43,7 +43,7 @@ impl Settings {
             .initial_rtt(INITIAL_RTT)
             .congestion_controller_factory(self.congestion.factory())
             .mtu_discovery_config(Some(mtu_discovery))
-            // Datagrams carry second copies, of use for a moment only.
+            // Datagrams carry copies and repair shards, of use for a moment only.
             .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))
             .datagram_send_buffer_size(DATAGRAM_BUFFER);
         transport

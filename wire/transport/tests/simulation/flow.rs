@@ -17,10 +17,7 @@ use culvert_transport::{
     tls::{Identity, KeyExchange, authorities, tunnel_client, tunnel_server},
 };
 use parking_lot::Mutex;
-use quinn::{
-    Endpoint, EndpointConfig, TokioRuntime,
-    crypto::rustls::{QuicClientConfig, QuicServerConfig},
-};
+use quinn::{Endpoint, EndpointConfig, TokioRuntime};
 use rcgen::{CertificateParams, KeyPair};
 use tokio::{
     runtime::Builder,
@@ -56,6 +53,8 @@ pub(crate) struct Flow {
     pub(crate) typists: usize,
     /// Whether thin writes are sent twice.
     pub(crate) hedged: bool,
+    /// Whether bursts have repair shards.
+    pub(crate) repaired: bool,
     /// Whether short answers are sent beside the keystrokes, so that acknowledgements never cease.
     pub(crate) answers: bool,
     /// Whether streams have priorities by the service they have attained.
@@ -71,6 +70,7 @@ impl Flow {
             limit: None,
             typists: 1,
             hedged: false,
+            repaired: false,
             answers: true,
             scheduled: true,
         }
@@ -141,7 +141,7 @@ impl Outcome {
 ///
 /// # Panics
 /// Without values: a test in which nothing arrived must not pass.
-fn quantile(sorted: &[Duration], share: f64) -> f64 {
+pub(super) fn quantile(sorted: &[Duration], share: f64) -> f64 {
     let last = sorted.len().checked_sub(1).expect("something was measured");
     let index = (sorted.len() as f64 * share) as usize;
     sorted[index.min(last)].as_secs_f64() * 1000.0
@@ -261,11 +261,11 @@ pub(super) async fn tunnel(
     let settings =
         transport::Settings { congestion: flow.congestion, ..transport::Settings::default() };
     let transport = Arc::new(test_util::quic_transport(&settings, Some(1472)));
-    let mut server =
-        quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(server_tls).unwrap()));
+    let crypto = test_util::quic_server(server_tls, &settings).unwrap();
+    let mut server = quinn::ServerConfig::with_crypto(crypto);
     server.transport_config(Arc::clone(&transport));
-    let mut client =
-        quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(client_tls).unwrap()));
+    let crypto = test_util::quic_client(client_tls, &settings).unwrap();
+    let mut client = quinn::ClientConfig::new(crypto);
     client.transport_config(transport);
 
     let address =
@@ -284,8 +284,8 @@ pub(super) async fn tunnel(
     let agent = test_util::adopt(agent, agents.clone()).unwrap();
     let server = test_util::adopt(server, servers.clone()).unwrap();
     if flow.hedged {
-        agent.hedge(HEDGE_RATE);
-        server.hedge(HEDGE_RATE);
+        agent.hedge(HEDGE_RATE, flow.repaired);
+        server.hedge(HEDGE_RATE, flow.repaired);
     }
     (agent, server, [agents, servers])
 }

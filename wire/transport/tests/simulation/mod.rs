@@ -8,6 +8,7 @@
 //! All flows of a direction share one pipe. The clock is tokio's, paused: it jumps to the next
 //! event, so a minute takes as long as its packets do. Random numbers are seeded.
 
+mod exchange;
 mod flow;
 mod forged_icmp;
 mod pipe;

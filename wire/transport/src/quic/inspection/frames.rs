@@ -5,13 +5,13 @@ const RETIRE: u64 = 0x19;
 
 /// A frame of a received packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Frame {
-    /// Bytes of a stream, up to this offset.
-    Stream { id: u64, end: u64 },
+pub(in crate::quic) enum Frame<'a> {
+    /// Bytes of a stream from this position on.
+    Stream { id: u64, offset: u64, bytes: &'a [u8] },
+    /// A datagram (RFC 9221).
+    Datagram { bytes: &'a [u8] },
     /// Bytes of TLS.
     Crypto,
-    /// A datagram (RFC 9221).
-    Datagram,
     /// A run of PADDING.
     Padding,
     /// Retires a connection id that the receiver has given.
@@ -23,24 +23,24 @@ pub(super) enum Frame {
     Unknown { retirements: usize },
 }
 
-impl Frame {
+impl Frame<'_> {
     /// Whether quinn keeps bytes of the packet for such a frame, whose length it counts as held.
     pub(super) fn has_data(self) -> bool {
-        matches!(self, Self::Stream { .. } | Self::Crypto | Self::Datagram)
+        matches!(self, Self::Stream { .. } | Self::Crypto | Self::Datagram { .. })
     }
 }
 
 /// The frames of a packet, in order.
 #[derive(Clone, Debug)]
-pub(super) struct Frames<'a>(&'a [u8]);
+pub(in crate::quic) struct Frames<'a>(&'a [u8]);
 
 impl<'a> Frames<'a> {
-    pub(super) fn of(payload: &'a [u8]) -> Self {
+    pub(in crate::quic) fn of(payload: &'a [u8]) -> Self {
         Self(payload)
     }
 
-    /// Number of bytes behind the last frame.
-    pub(super) fn left(&self) -> usize {
+    /// Number of bytes behind the frame that came last.
+    pub(in crate::quic) fn left(&self) -> usize {
         self.0.len()
     }
 
@@ -58,22 +58,32 @@ impl<'a> Frames<'a> {
         })
     }
 
-    fn ints(&mut self, count: u64) -> Option<Frame> {
+    fn ints(&mut self, count: u64) -> Option<Frame<'a>> {
         (0..count).try_for_each(|_| self.int().map(drop)).map(|()| Frame::Other)
     }
 
-    fn skip(&mut self, count: u64) -> Option<Frame> {
-        self.0 = self.0.get(usize::try_from(count).ok()?..)?;
-        Some(Frame::Other)
+    fn bytes(&mut self, count: u64) -> Option<&'a [u8]> {
+        let (bytes, rest) = self.0.split_at_checked(usize::try_from(count).ok()?)?;
+        self.0 = rest;
+        Some(bytes)
+    }
+
+    fn skip(&mut self, count: u64) -> Option<Frame<'a>> {
+        self.bytes(count).map(|_| Frame::Other)
     }
 
     /// Skips what has its length before it.
-    fn skip_counted(&mut self) -> Option<Frame> {
+    fn skip_counted(&mut self) -> Option<Frame<'a>> {
         let length = self.int()?;
         self.skip(length)
     }
 
-    fn frame(&mut self) -> Option<Frame> {
+    /// A datagram of so many bytes.
+    fn datagram(&mut self, length: u64) -> Option<Frame<'a>> {
+        self.bytes(length).map(|bytes| Frame::Datagram { bytes })
+    }
+
+    fn frame(&mut self) -> Option<Frame<'a>> {
         match self.int()? {
             0x00 => self.padding(),
             // PING, HANDSHAKE_DONE, IMMEDIATE_ACK
@@ -102,8 +112,11 @@ impl<'a> Frames<'a> {
             0x1c => self.ints(2).and_then(|_| self.skip_counted()),
             0x1d => self.ints(1).and_then(|_| self.skip_counted()),
             // DATAGRAM
-            0x30 => self.skip(self.0.len() as u64).map(|_| Frame::Datagram),
-            0x31 => self.skip_counted().map(|_| Frame::Datagram),
+            0x30 => self.datagram(self.0.len() as u64),
+            0x31 => {
+                let length = self.int()?;
+                self.datagram(length)
+            }
             // ACK_FREQUENCY
             0xaf => self.ints(4),
             _ => None,
@@ -111,12 +124,12 @@ impl<'a> Frames<'a> {
     }
 
     /// A run of PADDING as one frame: a probe of the path's MTU is tens of thousands of them.
-    fn padding(&mut self) -> Option<Frame> {
+    fn padding(&mut self) -> Option<Frame<'a>> {
         let length = self.0.iter().position(|byte| *byte != 0).unwrap_or(self.0.len());
         self.skip(length as u64).map(|_| Frame::Padding)
     }
 
-    fn ack(&mut self, has_counts: bool) -> Option<Frame> {
+    fn ack(&mut self, has_counts: bool) -> Option<Frame<'a>> {
         self.ints(2)?;
         let ranges = self.int()?;
         // More than there are bytes end at the end of the packet.
@@ -124,19 +137,18 @@ impl<'a> Frames<'a> {
         self.ints(if has_counts { 3 } else { 0 })
     }
 
-    fn stream(&mut self, kind: u64) -> Option<Frame> {
+    fn stream(&mut self, kind: u64) -> Option<Frame<'a>> {
         let id = self.int()?;
         let offset = if kind & 4 == 0 { 0 } else { self.int()? };
         let length = if kind & 2 == 0 { self.0.len() as u64 } else { self.int()? };
-        self.skip(length)?;
-        Some(Frame::Stream { id, end: offset + length })
+        self.bytes(length).map(|bytes| Frame::Stream { id, offset, bytes })
     }
 }
 
-impl Iterator for Frames<'_> {
-    type Item = Frame;
+impl<'a> Iterator for Frames<'a> {
+    type Item = Frame<'a>;
 
-    fn next(&mut self) -> Option<Frame> {
+    fn next(&mut self) -> Option<Frame<'a>> {
         if self.0.is_empty() {
             return None;
         }
@@ -156,7 +168,7 @@ mod tests {
 
     use super::*;
 
-    fn frames(payload: &[u8]) -> Vec<Frame> {
+    fn frames(payload: &[u8]) -> Vec<Frame<'_>> {
         Frames::of(payload).collect()
     }
 
@@ -190,8 +202,9 @@ mod tests {
             let payload = [kind, &[0x19, 0][..]].concat();
             assert_eq!(frames(&payload), [Frame::Other, Frame::Retirement], "{kind:x?}");
         }
-        assert_eq!(frames(&[0x30, 0x19, 0x19]), [Frame::Datagram]);
-        assert_eq!(frames(&[0x31, 2, 0x19, 0x19, 1]), [Frame::Datagram, Frame::Other]);
+        let datagram = Frame::Datagram { bytes: &[0x19, 0x19] };
+        assert_eq!(frames(&[0x30, 0x19, 0x19]), [datagram]);
+        assert_eq!(frames(&[0x31, 2, 0x19, 0x19, 1]), [datagram, Frame::Other]);
         assert_eq!(frames(&[0x06, 0, 2, 0x19, 0x19, 1]), [Frame::Crypto, Frame::Other]);
     }
 
@@ -202,10 +215,10 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_stream_bytes_is_their_offset_and_length() {
-        let to_the_end = Frame::Stream { id: 4, end: 3 };
+    fn bytes_of_a_stream_have_a_position_and_a_length_or_reach_to_the_end() {
+        let to_the_end = Frame::Stream { id: 4, offset: 0, bytes: &[0x19, 1, 2] };
         assert_eq!(frames(&[0x08, 4, 0x19, 1, 2]), [to_the_end]);
-        let counted = Frame::Stream { id: 5, end: 0x102 };
+        let counted = Frame::Stream { id: 5, offset: 0x100, bytes: &[0x19, 1] };
         assert_eq!(frames(&[0x0f, 5, 0x41, 0, 2, 0x19, 1, 0x01]), [counted, Frame::Other]);
     }
 

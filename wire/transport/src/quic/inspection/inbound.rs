@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 use quinn::Side;
 
 use super::{
+    super::repair::Restoring,
     frames::{Frame, Frames},
     unread::Streams,
 };
@@ -43,6 +44,8 @@ pub(crate) struct Inbound {
     streams: Mutex<Streams>,
     /// The part of the streams' bytes in the process's, once the peer is admitted.
     unread: OnceLock<Arc<TunnelUnread>>,
+    /// What datagrams restore, once both sides have agreed on them.
+    restoring: OnceLock<Arc<Restoring>>,
 }
 
 impl Inbound {
@@ -55,6 +58,7 @@ impl Inbound {
             violation: OnceLock::new(),
             streams: Mutex::new(Streams::new(side, stream_window)),
             unread: OnceLock::new(),
+            restoring: OnceLock::new(),
         }
     }
 
@@ -104,24 +108,38 @@ impl Inbound {
     }
 
     /// Counts the bytes of a frame; how many retirements it is at most.
-    fn retirements_of(&self, frame: Frame) -> u32 {
+    fn retirements_of(&self, frame: Frame<'_>) -> u32 {
         match frame {
             Frame::Retirement => 1,
             Frame::Unknown { retirements } => u32::try_from(retirements).unwrap_or(u32::MAX),
-            Frame::Stream { id, end } => {
-                self.receive(id, end);
+            Frame::Stream { id, offset, bytes } => {
+                self.receive(id, offset.saturating_add(bytes.len() as u64));
                 0
             }
-            Frame::Crypto | Frame::Datagram | Frame::Padding | Frame::Other => 0,
+            Frame::Crypto | Frame::Datagram { .. } | Frame::Padding | Frame::Other => 0,
         }
     }
 
-    fn receive(&self, id: u64, end: u64) {
+    /// Counts the end of bytes of a stream; how many of them are new.
+    fn receive(&self, id: u64, end: u64) -> u64 {
         // Locked for as long as it counts, so that `count` counts nothing twice.
         let mut streams = self.streams.lock();
         let new = streams.receive(id, end);
         if let Some(unread) = self.unread.get().filter(|_| new > 0) {
             unread.add(new);
+        }
+        new
+    }
+
+    /// Restores packets from now on by what their datagrams have. The first call counts.
+    pub(crate) fn set_restoring(&self, restoring: Arc<Restoring>) {
+        let _ = self.restoring.set(restoring);
+    }
+
+    /// Adds to an accepted packet what its datagrams restore.
+    pub(super) fn restore(&self, payload: &mut BytesMut) {
+        if let Some(restoring) = self.restoring.get() {
+            restoring.restore(payload, |id, end| self.receive(id, end));
         }
     }
 
@@ -138,6 +156,9 @@ impl Inbound {
     /// A stream that has ended.
     pub(crate) fn end(&self, id: u64) {
         self.remove(|streams| streams.end(id));
+        if let Some(restoring) = self.restoring.get() {
+            restoring.forget(id);
+        }
     }
 
     fn remove(&self, gone: impl FnOnce(&mut Streams) -> u64) {
@@ -158,8 +179,8 @@ impl Inbound {
     }
 
     /// The bytes of the connection in the process's; `None` before the peer is admitted.
-    pub(crate) fn unread(&self) -> Option<&TunnelUnread> {
-        self.unread.get().map(Arc::as_ref)
+    pub(crate) fn unread(&self) -> Option<&Arc<TunnelUnread>> {
+        self.unread.get()
     }
 
     /// What the peer did that it may not, after which the connection was closed.
@@ -174,7 +195,7 @@ pub(super) fn has_few_pieces(payload: &[u8]) -> bool {
 }
 
 /// Whether a packet may have [`MAX_PIECES`] of such frames.
-fn is_piece(frame: &Frame, is_stranger: bool) -> bool {
+fn is_piece(frame: &Frame<'_>, is_stranger: bool) -> bool {
     match frame {
         Frame::Crypto => true,
         Frame::Stream { .. } => is_stranger,
