@@ -50,6 +50,10 @@ struct Round {
     lost: u64,
     /// Shortest round-trip time.
     min_rtt: Option<Duration>,
+    /// Longest round-trip time.
+    max_rtt: Duration,
+    /// Maximum number of bytes in flight.
+    inflight: u64,
     /// Largest delivery rate, in bytes per second.
     rate: f64,
     /// Whether the application had nothing to send at some time.
@@ -127,12 +131,15 @@ impl Model {
         }
     }
 
-    /// Updates the model with an acknowledgement ("Per-ACK Steps").
-    fn on_sample(&mut self, now: Instant, sample: Sample) {
+    /// Updates the model with an acknowledgement, after which the application had nothing to send or
+    /// had ("Per-ACK Steps").
+    fn on_sample(&mut self, now: Instant, sample: Sample, app_limited: bool) {
         self.round.acked += sample.bytes;
-        self.round.app_limited |= sample.app_limited;
+        self.round.app_limited |= sample.app_limited || app_limited;
         self.round.min_rtt =
             Some(self.round.min_rtt.map_or(sample.rtt, |least| least.min(sample.rtt)));
+        self.round.max_rtt = self.round.max_rtt.max(sample.rtt);
+        self.round.inflight = self.round.inflight.max(self.inflight + sample.bytes);
         self.update_min_rtt(now, sample.rtt);
         if let Some(rate) = sample.rate {
             self.update_bandwidth(rate, sample.app_limited);

@@ -22,8 +22,9 @@ pub(super) struct Sampler {
     delivered_at: Instant,
     /// When the newest packet that has been acknowledged was sent.
     first_sent: Instant,
-    /// Until this many bytes are delivered, samples show less than the path can do.
-    app_limited_until: u64,
+    /// Until more bytes than this are delivered, samples show less than the path can do: what is
+    /// sent from idle too.
+    app_limited_until: Option<u64>,
     /// Whether nothing was in flight after the last acknowledgement and nothing was sent since.
     idle: bool,
     flights: VecDeque<Flight>,
@@ -68,7 +69,7 @@ impl Sampler {
             delivered: 0,
             delivered_at: now,
             first_sent: now,
-            app_limited_until: 0,
+            app_limited_until: None,
             idle: true,
             flights: VecDeque::new(),
             batch: Batch::default(),
@@ -96,7 +97,7 @@ impl Sampler {
             delivered: self.delivered,
             delivered_at: self.delivered_at,
             first_sent: self.first_sent,
-            app_limited: self.app_limited_until > self.delivered,
+            app_limited: self.app_limited_until.is_some_and(|until| until >= self.delivered),
         });
     }
 
@@ -117,7 +118,7 @@ impl Sampler {
         let Batch { bytes, newest } = std::mem::take(&mut self.batch);
         self.idle = in_flight == 0;
         if app_limited {
-            self.app_limited_until = self.delivered + bytes + in_flight;
+            self.app_limited_until = Some(self.delivered + bytes + in_flight);
         }
         let newest = newest?;
         self.delivered += bytes;

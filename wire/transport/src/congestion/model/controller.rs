@@ -61,7 +61,7 @@ impl Controller for Model {
         self.inflight = in_flight;
         let min_rtt = self.min_rtt.unwrap_or_default();
         if let Some(sample) = self.sampler.on_end_acks(now, in_flight, app_limited, min_rtt) {
-            self.on_sample(now, sample);
+            self.on_sample(now, sample, app_limited);
         }
     }
 

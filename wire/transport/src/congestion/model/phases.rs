@@ -105,8 +105,15 @@ impl Model {
     }
 
     /// Leaves Startup when the bandwidth grows no more, a queue stands, or there is congestion.
-    fn after_startup_round(&self, full_bw: f64, full_bw_count: u32, queue_stands: bool) -> Phase {
+    fn after_startup_round(
+        &mut self,
+        full_bw: f64,
+        full_bw_count: u32,
+        queue_stands: bool,
+    ) -> Phase {
         if self.round.app_limited {
+            self.inflight_longterm = self.inflight_longterm.map(|limit| limit + limit / 8);
+            self.widen_for_bursts();
             return self.phase;
         }
         let bandwidth = self.bandwidth.max();

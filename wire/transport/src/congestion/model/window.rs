@@ -19,6 +19,11 @@ const CONTENDED_CYCLES: u32 = 2;
 /// On a contended path, one cycle of this number drains this flow's queue, to see whether the path
 /// is contended still.
 const DRAINED_CYCLES: u32 = 3;
+/// Window of an application that sends bursts with pauses, in bursts: the pacer sends one within an
+/// eighth of a round trip.
+const BURST_GAIN: u64 = 8;
+/// Largest window that it gets for that, in bytes: eight bursts of 64 KiB.
+const BURST_WINDOW: u64 = 512 * 1024;
 /// Number of packets beyond the BDP, so that delayed acknowledgements do not stop the flow
 /// ("BBR.extra_acked").
 const EXTRA_PACKETS: u64 = 10;
@@ -63,6 +68,16 @@ impl Model {
             }
             Phase::Up { .. } => (bdp * UP_GAIN) as u64 + extra,
             Phase::ProbeRtt { .. } => (bdp * PROBE_RTT_GAIN) as u64,
+        }
+    }
+
+    /// Widens the window of an application that sends bursts with pauses, if a burst waits for the
+    /// pacer, which follows the window, and no packet of it waited in the path's queue.
+    pub(super) fn widen_for_bursts(&mut self) {
+        let wanted = (self.round.inflight * BURST_GAIN).min(BURST_WINDOW);
+        let queued = self.round.max_rtt.saturating_sub(self.min_rtt.unwrap_or_default());
+        if self.window < wanted && queued <= self.tolerated_queue() {
+            self.window += self.round.acked;
         }
     }
 
