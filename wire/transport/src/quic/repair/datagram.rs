@@ -156,12 +156,6 @@ pub(super) fn put_stream_head(frame: &mut BytesMut, copy: &Copy<'_>, is_counted:
     }
 }
 
-/// Replaces a DATAGRAM frame by one PING, which is acknowledged too.
-pub(super) fn blank(frame: &mut [u8]) {
-    frame.fill(0);
-    frame.iter_mut().take(1).for_each(|byte| *byte = 0x01);
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -17,7 +17,7 @@ use bytes::{BufMut, BytesMut};
 use super::{
     super::inspection::{Frame, Frames},
     code::{self, Malformed},
-    datagram::{COPY_HEAD, Copy, Datagram, blank, put_stream_head},
+    datagram::{COPY_HEAD, Copy, Datagram, put_stream_head},
 };
 use group::Groups;
 use kept::Kept;
@@ -40,15 +40,6 @@ pub(super) struct Restorer {
     /// Number of bursts that were rebuilt, and of copies that came first.
     pub(super) rebuilt: u64,
     pub(super) used: u64,
-}
-
-/// What a packet had for the connection.
-#[derive(Debug, Default)]
-pub(super) struct Restored {
-    /// Whether it had repair shards.
-    pub(super) has_shards: bool,
-    /// What the peer did that it may not.
-    pub(super) malformed: Option<Malformed>,
 }
 
 impl Restorer {
@@ -77,26 +68,22 @@ impl Restorer {
 
     /// Looks at a packet and changes it. `arrived` counts the end of bytes of a stream and says how
     /// many are new.
+    ///
+    /// # Errors
+    /// Once, when the peer did what it may not; nothing is looked at after it.
     pub(super) fn restore(
         &mut self,
         now: Instant,
         payload: &mut BytesMut,
         mut arrived: impl FnMut(u64, u64) -> u64,
-    ) -> Restored {
-        let mut restored = Restored::default();
+    ) -> Result<(), Malformed> {
         if self.malformed.is_some() {
-            return restored;
+            return Ok(());
         }
-        for place in self.look(now, payload) {
-            let frame = &mut payload[place.start..place.end];
-            match self.datagram(now, frame, place.head, &mut arrived) {
-                Ok(had_shards) => restored.has_shards |= had_shards,
-                Err(malformed) => {
-                    self.malformed = Some(malformed);
-                    restored.malformed = Some(malformed);
-                    return restored;
-                }
-            }
+        // From the last on, so that the places of those before stay as they are.
+        for place in self.look(now, payload).into_iter().rev() {
+            let restored = self.datagram(now, payload, place, &mut arrived);
+            restored.inspect_err(|malformed| self.malformed = Some(*malformed))?;
         }
         let rebuilt = self.rebuild(now, &mut arrived);
         if !rebuilt.is_empty() {
@@ -106,7 +93,7 @@ impl Restorer {
             joined.put_slice(payload);
             *payload = joined;
         }
-        restored
+        Ok(())
     }
 
     /// Drops what is kept of a stream.
@@ -141,7 +128,7 @@ impl Restorer {
             match frame {
                 Frame::Stream { id, offset, bytes } => self.keep(now, id, offset, bytes),
                 Frame::Datagram { bytes } => {
-                    places.push(Place { start, head: end - start - bytes.len(), end });
+                    places.push(Place { start, content: end - bytes.len(), end });
                 }
                 _ => {}
             }
@@ -155,37 +142,39 @@ impl Restorer {
         }
     }
 
-    /// Takes what a datagram has, and replaces its frame, whose head has so many bytes; whether it
-    /// had repair shards.
+    /// Takes what a datagram has, and replaces its frame.
     fn datagram(
         &mut self,
         now: Instant,
-        frame: &mut [u8],
-        head: usize,
+        payload: &mut BytesMut,
+        place: Place,
         arrived: &mut impl FnMut(u64, u64) -> u64,
-    ) -> Result<bool, Malformed> {
-        let has_shards = match Datagram::parse(&frame[head..])? {
+    ) -> Result<(), Malformed> {
+        let Place { start, content, end } = place;
+        match Datagram::parse(&payload[content..end])? {
             Datagram::Copy(copy) => {
                 self.keep(now, copy.stream, copy.offset, copy.bytes);
-                let end = copy.offset + copy.bytes.len() as u64;
-                self.used += u64::from(arrived(copy.stream, end) > 0);
-                let mut stream_head = BytesMut::with_capacity(21);
-                // A DATAGRAM frame without a length reaches to the end of the packet.
-                put_stream_head(&mut stream_head, &copy, head > 1);
-                let at = head + COPY_HEAD - stream_head.len();
-                frame[..at].fill(0);
-                frame[at..head + COPY_HEAD].copy_from_slice(&stream_head);
-                return Ok(false);
+                let last = copy.offset + copy.bytes.len() as u64;
+                self.used += u64::from(arrived(copy.stream, last) > 0);
+                let mut head = BytesMut::with_capacity(21);
+                // One that reaches to the end of the packet may have no room for a length.
+                put_stream_head(&mut head, &copy, end < payload.len());
+                let bytes = content + COPY_HEAD;
+                payload[start..bytes - head.len()].fill(0);
+                payload[bytes - head.len()..bytes].copy_from_slice(&head);
+                return Ok(());
             }
             Datagram::Shards(shards) => {
                 self.expected_until = Some(now + EXPECTED);
                 self.groups.put(now, &shards)?;
-                true
             }
-            Datagram::Other => false,
-        };
-        blank(frame);
-        Ok(has_shards)
+            Datagram::Other => {}
+        }
+        // A PING is acknowledged too. quinn would take each byte of PADDING for a frame.
+        payload[start] = 0x01;
+        payload.copy_within(end.., start + 1);
+        payload.truncate(payload.len() - (end - start - 1));
+        Ok(())
     }
 
     /// STREAM frames with what can be rebuilt now.
@@ -214,8 +203,8 @@ impl Restorer {
 #[derive(Clone, Copy, Debug)]
 struct Place {
     start: usize,
-    /// Number of bytes before its content.
-    head: usize,
+    /// Where its content begins.
+    content: usize,
     end: usize,
 }
 
@@ -258,7 +247,7 @@ pub(in crate::quic) fn exercise(mut script: &[u8]) {
         script = rest;
         let mut payload = BytesMut::from(packet);
         now += Duration::from_millis(1);
-        restorer.restore(now, &mut payload, |_, _| 1);
+        let _ = restorer.restore(now, &mut payload, |_, _| 1);
         assert!(restorer.kept.cost() <= LIMIT && restorer.groups.cost() <= 256 * 1024);
         assert!(!is_known(packet) || is_known(&payload));
     }

@@ -78,7 +78,7 @@ impl Restoring {
             self.kept.notify_one();
         }
         drop(state);
-        if let Some(malformed) = restored.malformed {
+        if let Err(malformed) = restored {
             let _ = self.malformed.set(malformed);
         }
     }

@@ -98,7 +98,7 @@ fn restorer(start: Instant) -> Restorer {
         bytes: &[0; 64],
     };
     let mut payload = packet(&[&datagram_frame(&other.encode(), true)]);
-    assert!(restorer.restore(start, &mut payload, |_, _| 0).has_shards);
+    assert_eq!(restorer.restore(start, &mut payload, |_, _| 0), Ok(()));
     restorer
 }
 
@@ -158,7 +158,7 @@ proptest! {
         for (number, mut payload) in (0_u64..).zip(packets) {
             let now = start + Duration::from_micros(number * 100);
             let restored = restorer.restore(now, &mut payload, |_, _| 1);
-            prop_assert_eq!(restored.malformed, None);
+            prop_assert_eq!(restored, Ok(()));
             reader.take(&payload);
         }
         prop_assert_eq!(reader.datagrams, 0);
@@ -181,7 +181,7 @@ proptest! {
             let mut payload = packet(&[&datagram_frame(&datagram, true), &[0x01]]);
             let restored = restorer.restore(start, &mut payload, |_, _| 1);
             prop_assert!(restorer.cost() <= (1 << 20) + (256 << 10));
-            if restored.malformed.is_some() {
+            if restored.is_err() {
                 return Ok(());
             }
             let is_known = |frame| !matches!(frame, Frame::Unknown { .. } | Frame::Datagram { .. });
@@ -202,10 +202,12 @@ fn a_copy_becomes_a_frame_of_its_stream_in_its_place() {
                 let mut payload = packet(&[&[0x01], &frame]);
                 let mut restorer = Restorer::new(start, 1 << 20);
                 let mut ends = Vec::new();
-                restorer.restore(start, &mut payload, |id, end| {
-                    ends.push((id, end));
-                    1
-                });
+                restorer
+                    .restore(start, &mut payload, |id, end| {
+                        ends.push((id, end));
+                        1
+                    })
+                    .unwrap();
                 let frames: Vec<_> = Frames::of(&payload).collect();
                 let stream = Frame::Stream { id: STREAM, offset: 9, bytes: &bytes };
                 assert!(frames.contains(&stream), "{frames:?}");
@@ -220,15 +222,49 @@ fn a_copy_becomes_a_frame_of_its_stream_in_its_place() {
 }
 
 #[test]
+fn a_long_copy_without_a_length_of_its_own_fits_its_place() {
+    let (start, bytes) = (Instant::now(), bytes(20_000, 1));
+    let copy = Copy { stream: STREAM, offset: 9, bytes: &bytes, is_last: false };
+    // The type in two bytes.
+    let mut payload = packet(&[&[0x40, 0x30], &copy.encode()]);
+    Restorer::new(start, 1 << 20).restore(start, &mut payload, |_, _| 1).unwrap();
+    let stream = Frame::Stream { id: STREAM, offset: 9, bytes: &bytes };
+    assert_eq!(Frames::of(&payload).last(), Some(stream));
+}
+
+#[test]
 fn shards_and_datagrams_of_later_revisions_become_pings() {
     let start = Instant::now();
     let mut restorer = restorer(start);
     for datagram in [&repair(0, &[1; 2000], 1)[0][..], &[0x23, 1, 2]] {
         let mut payload = packet(&[&datagram_frame(datagram, true), &[0x01]]);
-        restorer.restore(start, &mut payload, |_, _| 1);
-        assert!(Frames::of(&payload).all(|frame| frame == Frame::Other));
-        assert_eq!(payload[0], 0x01);
+        restorer.restore(start, &mut payload, |_, _| 1).unwrap();
+        assert_eq!(payload[..], [0x01, 0x01]);
     }
+}
+
+#[test]
+fn several_datagrams_of_a_packet_are_replaced() {
+    let start = Instant::now();
+    let copy = |offset, bytes| Copy { stream: STREAM, offset, bytes, is_last: false }.encode();
+    let mut payload = packet(&[
+        &datagram_frame(&repair(0, &[1; 2000], 1)[0], true),
+        &datagram_frame(&copy(7, b"seven"), true),
+        &datagram_frame(&[0x23, 1, 2], true),
+        &datagram_frame(&copy(20, &[9; 100]), true),
+        &stream_frame(30, b"rest", false),
+    ]);
+    restorer(start).restore(start, &mut payload, |_, _| 1).unwrap();
+    let stream = |offset, bytes| Frame::Stream { id: STREAM, offset, bytes };
+    let frames = Frames::of(&payload).filter(|frame| *frame != Frame::Padding);
+    let expected = [
+        Frame::Other,
+        stream(7, b"seven"),
+        Frame::Other,
+        stream(20, &[9; 100]),
+        stream(30, b"rest"),
+    ];
+    assert_eq!(frames.collect::<Vec<_>>(), expected);
 }
 
 #[test]
@@ -237,12 +273,12 @@ fn shards_that_differ_from_earlier_ones_of_their_burst_are_refused() {
     let mut restorer = restorer(start);
     let mut restore = |datagram: &[u8]| {
         let mut payload = packet(&[&datagram_frame(datagram, true)]);
-        restorer.restore(start, &mut payload, |_, _| 1).malformed
+        restorer.restore(start, &mut payload, |_, _| 1)
     };
-    assert_eq!(restore(&repair(0, &[1; 2000], 1)[0]), None);
-    assert_eq!(restore(&repair(5, &[1; 2001], 1)[0]), None);
-    assert_eq!(restore(&repair(0, &[1; 2001], 1)[0]), Some(Malformed::Differing));
-    assert_eq!(restore(&[0x21]), None, "nothing is looked at any more");
+    assert_eq!(restore(&repair(0, &[1; 2000], 1)[0]), Ok(()));
+    assert_eq!(restore(&repair(5, &[1; 2001], 1)[0]), Ok(()));
+    assert_eq!(restore(&repair(0, &[1; 2001], 1)[0]), Err(Malformed::Differing));
+    assert_eq!(restore(&[0x21]), Ok(()), "nothing is looked at any more");
 }
 
 #[test]
@@ -254,10 +290,10 @@ fn a_peer_has_few_bursts_rebuilt_in_a_second() {
         let offset = number * 2000;
         let now = start + Duration::from_millis(number);
         let mut first = packet(&[&stream_frame(offset, &burst[..1000], true)]);
-        restorer.restore(now, &mut first, |_, _| 1);
+        restorer.restore(now, &mut first, |_, _| 1).unwrap();
         for datagram in repair(offset, &burst, 1) {
             let mut payload = packet(&[&datagram_frame(&datagram, true)]);
-            restorer.restore(now, &mut payload, |_, _| 1);
+            restorer.restore(now, &mut payload, |_, _| 1).unwrap();
         }
         if number % 150 == 0 {
             restorer.expire(now);
@@ -271,12 +307,13 @@ fn nothing_is_kept_before_repair_shards_come_and_long_after_them() {
     let start = Instant::now();
     let mut restorer = Restorer::new(start, 1 << 20);
     let keep = |restorer: &mut Restorer, now| {
-        restorer.restore(now, &mut packet(&[&stream_frame(0, &[1; 100], true)]), |_, _| 1);
+        let mut payload = packet(&[&stream_frame(0, &[1; 100], true)]);
+        restorer.restore(now, &mut payload, |_, _| 1).unwrap();
         restorer.cost()
     };
     assert_eq!(keep(&mut restorer, start), 0);
     let shards = datagram_frame(&repair(0, &[1; 2000], 1)[0], true);
-    restorer.restore(start, &mut packet(&[&shards]), |_, _| 1);
+    restorer.restore(start, &mut packet(&[&shards]), |_, _| 1).unwrap();
     assert!(keep(&mut restorer, start) > 1000);
     assert!(restorer.expire(start));
     restorer.forget(STREAM);
