@@ -37,12 +37,19 @@ type plan struct {
 
 // workloadPlan is sessions of one kind.
 type workloadPlan struct {
-	Name       *string `json:"name"`
-	Kind       string  `json:"kind"`
-	Target     string  `json:"target"`
-	Sessions   uint32  `json:"sessions"`
-	Size       uint64  `json:"size"`
-	IntervalMS float64 `json:"interval_ms"`
+	Name       *string    `json:"name"`
+	Kind       string     `json:"kind"`
+	Target     string     `json:"target"`
+	Sessions   uint32     `json:"sessions"`
+	Size       uint64     `json:"size"`
+	IntervalMS float64    `json:"interval_ms"`
+	Exchanges  []exchange `json:"exchanges"`
+}
+
+// exchange is a request and its answer.
+type exchange struct {
+	Request uint64 `json:"request"`
+	Answer  uint64 `json:"answer"`
 }
 
 // UnmarshalJSON knows the number of sessions if none is given, and takes no
@@ -80,6 +87,13 @@ func (w workloadPlan) check() error {
 		return fmt.Errorf("%s: interval_ms must be from 0 to %d", *w.Name, longest.Milliseconds())
 	case k.scheduled && w.interval() == 0:
 		return fmt.Errorf("%s: %s needs an interval", *w.Name, w.Kind)
+	case k.exchanges != (len(w.Exchanges) > 0):
+		return fmt.Errorf("%s: exchanges are for exchange and short-connection", *w.Name)
+	}
+	for _, e := range w.Exchanges {
+		if e.Request < exchangeHeader || e.Request > maxMessage {
+			return fmt.Errorf("%s: a request has %d to %d bytes", *w.Name, exchangeHeader, maxMessage)
+		}
 	}
 	return nil
 }

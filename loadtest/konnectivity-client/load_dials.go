@@ -13,16 +13,7 @@ func (s *session) fetch() {
 		if err := writeTo(c, command); err != nil {
 			return err
 		}
-		r := s.counted(c)
-		b := make([]byte, chunkSize)
-		for left := s.plan.Size; left > 0; {
-			n, err := readZeros(r, b[:min(left, chunkSize)])
-			left -= uint64(n)
-			if err != nil && left > 0 {
-				return err
-			}
-		}
-		return nil
+		return readZerosOf(s.counted(c), s.plan.Size)
 	})
 }
 
@@ -76,17 +67,20 @@ func (s *session) writeWhole(c link, command byte) error {
 	return nil
 }
 
-func (s *session) dials() {
+func (s *session) dials() { s.dialEach(s.touch) }
+
+// dialEach talks on a new connection whenever one is due, or on one after another.
+func (s *session) dialEach(talk func(link) error) {
 	if s.plan.interval() > 0 {
-		s.dialsDue()
+		s.dialsDue(talk)
 		return
 	}
 	// As many sessions as there are is as many dials as there should be.
-	s.again(func() func() (link, error) { return s.dial }, s.touch)
+	s.again(func() func() (link, error) { return s.dial }, talk)
 }
 
 // dialsDue dials whenever it is time to, whatever the earlier dials do.
-func (s *session) dialsDue() {
+func (s *session) dialsDue(talk func(link) error) {
 	begin := s.begin(s.out.start)
 	for k := 0; ; k++ {
 		from, ok := whenDue(begin.Add(time.Duration(k)*s.plan.interval()), s.over)
@@ -96,7 +90,7 @@ func (s *session) dialsDue() {
 		select {
 		case s.underWay <- struct{}{}:
 			go func() {
-				s.once(from, s.dial, s.touch)
+				s.once(from, s.dial, talk)
 				<-s.underWay
 			}()
 		default:

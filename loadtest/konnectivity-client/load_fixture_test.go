@@ -242,6 +242,17 @@ func serve(c net.Conn) {
 				return
 			}
 		}
+	case wantPadded:
+		for {
+			request, err := readNumber(c)
+			if err != nil {
+				return
+			}
+			answer, err := readNumber(c)
+			if err != nil || discard(c, request-exchangeHeader) != nil || !sendZeros(c, answer) {
+				return
+			}
+		}
 	case wantLines:
 		sendLines(c, 0)
 	case wantHold:

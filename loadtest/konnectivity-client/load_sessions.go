@@ -21,12 +21,15 @@ const (
 	wantReceipt = 'R'
 	wantWhole   = 'W'
 	wantAnswers = 'Q'
+	wantPadded  = 'X'
 	wantLines   = 'T'
 	wantHold    = 'H'
 )
 
 const (
 	chunkSize = 64 << 10
+	// exchangeHeader is the two numbers with which a request of an exchange begins.
+	exchangeHeader = 16
 	// stampSize is the time at the head of a line, and stampSlack how much the
 	// time in it may be wrong: any more, and it is not one.
 	stampSize  = 8
@@ -53,7 +56,9 @@ type kind struct {
 	scheduled bool
 	// buffered is for sizes that must fit into memory.
 	buffered bool
-	minSize  uint64
+	// exchanges is for sessions that are about them, and not about a size.
+	exchanges bool
+	minSize   uint64
 }
 
 var kinds = map[string]kind{
@@ -63,14 +68,16 @@ var kinds = map[string]kind{
 	"fetch":    {run: (*session).fetch},
 	"send":     {run: (*session).send},
 	// The target counts what comes short.
-	"write-close": {run: (*session).writeClose},
-	"greeting":    {run: (*session).greeting},
-	"abandon":     {run: (*session).abandon},
-	"request":     {run: (*session).request, stays: true, scheduled: true, minSize: 1},
-	"tail":        {run: (*session).tail, stays: true, buffered: true, minSize: stampSize},
-	"dial":        {run: (*session).dials, buffered: true},
-	"stall":       {run: (*session).stall, stays: true},
-	"idle":        {run: (*session).idle, stays: true},
+	"write-close":      {run: (*session).writeClose},
+	"greeting":         {run: (*session).greeting},
+	"abandon":          {run: (*session).abandon},
+	"request":          {run: (*session).request, stays: true, scheduled: true, minSize: 1},
+	"exchange":         {run: (*session).exchange, stays: true, scheduled: true, exchanges: true},
+	"short-connection": {run: (*session).shortConnections, exchanges: true},
+	"tail":             {run: (*session).tail, stays: true, buffered: true, minSize: stampSize},
+	"dial":             {run: (*session).dials, buffered: true},
+	"stall":            {run: (*session).stall, stays: true},
+	"idle":             {run: (*session).idle, stays: true},
 }
 
 // session is one of a workload's sessions.
@@ -84,10 +91,11 @@ func number(command []byte, n uint64) []byte {
 	return binary.BigEndian.AppendUint64(command, n)
 }
 
-// stay keeps a session going: whenever it breaks it says so and dials anew.
+// stay keeps a session going: whenever it breaks it says so and dials anew, until
+// talk returns without an error because the run is over.
 func (s *session) stay(command []byte, talk func(link) error) {
 	err := s.connected(command, s.settle, talk)
-	for s.fail(err) {
+	for err != nil && s.fail(err) {
 		err = s.connected(command, func() {}, talk)
 	}
 }

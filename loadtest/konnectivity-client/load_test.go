@@ -35,24 +35,28 @@ func TestPlans(t *testing.T) {
 		`{"seconds":1,"target":"t"`: "unexpected end",
 		`null`:                      "seconds must be",
 		bad(``) + `{}`:              "after top-level value",
-		`{"seconds":0,"target":"t","workloads":[]}`:                "seconds must be",
-		`{"seconds":1e9,"target":"t","workloads":[]}`:              "seconds must be",
-		`{"seconds":1,"workloads":[]}`:                             "no target",
-		`{"seconds":1,"target":"t"}`:                               "no workloads",
-		bad(`{"kind":"idle"}`):                                     "no name",
-		bad(`{"name":"a"}`):                                        `no kind ""`,
-		bad(`{"name":"a","kind":"Echo"}`):                          `no kind "Echo"`,
-		bad(`{"name":"a","kind":"idle","interval":1}`):             `unknown field "interval"`,
-		bad(`{"name":"a","kind":"idle","sessions":-1}`):            "cannot unmarshal",
-		bad(`{"name":"a","kind":"idle","sessions":1000000000}`):    "sessions must be",
-		bad(`{"name":"a","kind":"idle","interval_ms":-1}`):         "interval_ms must be",
-		bad(`{"name":"a","kind":"echo","size":1}`):                 "echo needs an interval",
-		bad(`{"name":"a","kind":"request","size":1}`):              "request needs an interval",
-		bad(`{"name":"a","kind":"echo","interval_ms":1}`):          "size of echo must be at least 1",
-		bad(`{"name":"a","kind":"tail","size":7}`):                 "size of tail must be at least 8",
-		bad(`{"name":"a","kind":"dial","size":1000000000000}`):     "size of dial must be at most",
-		bad(`{"name":"a","kind":"request","interval_ms":1}`):       "size of request must be at least 1",
-		bad(`{"name":"a","kind":"echo","size":1,"interval_ms":0}`): "echo needs an interval",
+		`{"seconds":0,"target":"t","workloads":[]}`:                                   "seconds must be",
+		`{"seconds":1e9,"target":"t","workloads":[]}`:                                 "seconds must be",
+		`{"seconds":1,"workloads":[]}`:                                                "no target",
+		`{"seconds":1,"target":"t"}`:                                                  "no workloads",
+		bad(`{"kind":"idle"}`):                                                        "no name",
+		bad(`{"name":"a"}`):                                                           `no kind ""`,
+		bad(`{"name":"a","kind":"Echo"}`):                                             `no kind "Echo"`,
+		bad(`{"name":"a","kind":"idle","interval":1}`):                                `unknown field "interval"`,
+		bad(`{"name":"a","kind":"idle","sessions":-1}`):                               "cannot unmarshal",
+		bad(`{"name":"a","kind":"idle","sessions":1000000000}`):                       "sessions must be",
+		bad(`{"name":"a","kind":"idle","interval_ms":-1}`):                            "interval_ms must be",
+		bad(`{"name":"a","kind":"echo","size":1}`):                                    "echo needs an interval",
+		bad(`{"name":"a","kind":"request","size":1}`):                                 "request needs an interval",
+		bad(`{"name":"a","kind":"echo","interval_ms":1}`):                             "size of echo must be at least 1",
+		bad(`{"name":"a","kind":"tail","size":7}`):                                    "size of tail must be at least 8",
+		bad(`{"name":"a","kind":"dial","size":1000000000000}`):                        "size of dial must be at most",
+		bad(`{"name":"a","kind":"request","interval_ms":1}`):                          "size of request must be at least 1",
+		bad(`{"name":"a","kind":"echo","size":1,"interval_ms":0}`):                    "echo needs an interval",
+		bad(`{"name":"a","kind":"exchange","exchanges":[{"request":16,"answer":1}]}`): "needs an interval",
+		bad(`{"name":"a","kind":"short-connection"}`):                                 "exchanges are for",
+		bad(`{"name":"a","kind":"idle","exchanges":[{"request":16,"answer":1}]}`):     "exchanges are for",
+		bad(`{"name":"a","kind":"short-connection","exchanges":[{"request":15}]}`):    "a request has 16 to",
 	} {
 		_, err := readPlan(strings.NewReader(plan))
 		if err == nil || !strings.Contains(err.Error(), want) {
@@ -103,6 +107,15 @@ func TestEveryKind(t *testing.T) {
 			142, 3, 142*150_000 + 50_001, 143, 1,
 		},
 		{"request", `"kind":"request","size":150000,"interval_ms":100`, 10, 3, 10 * 150_000, 1, 0},
+		{
+			"exchange", `"kind":"exchange","interval_ms":100,"exchanges":[{"request":512,"answer":150000}]`,
+			10, 3, 10 * 150_000, 1, 0,
+		},
+		{
+			"short connection", `"kind":"short-connection","interval_ms":100,"exchanges":
+				[{"request":300,"answer":3000},{"request":1500,"answer":60000}]`,
+			10, 3, 10 * 63_000, 10, 0,
+		},
 		{"tail", `"kind":"tail","size":100,"interval_ms":20`, 50, 1, 50 * 100, 1, 0},
 		{"dial", `"kind":"dial","interval_ms":10`, 100, 0, 0, 100, 0},
 		{"dial and echo", `"kind":"dial","interval_ms":10,"size":50,"sessions":2`, 200, 0, 0, 200, 0},
@@ -216,6 +229,40 @@ func TestSessionsAreSpreadOverTheInterval(t *testing.T) {
 			{0, 0, 0}, {0, 25, 0}, {0, 50, 0}, {0, 75, 0}, {0, 100, 0}, {0, 125, 0},
 		})
 	}
+}
+
+// The answers take longer than the interval. What comes due meanwhile is left out, and
+// the schedule stays.
+func TestExchangesAreCarriedOutOneAtATime(t *testing.T) {
+	g := &target{serve: func(c net.Conn) {
+		_ = discard(c, 1)
+		for discard(c, 20) == nil {
+			time.Sleep(130 * time.Millisecond)
+			_, _ = c.Write(make([]byte, 7))
+		}
+	}}
+	h := g.carry(t, 0.66, `{"name":"a","kind":"exchange","interval_ms":100,
+		"exchanges":[{"request":20,"answer":7}]}`)
+	h.noErrors(t)
+	equal(t, "latencies", h.latency, [][3]float64{{0, 0, 130}, {0, 200, 130}, {0, 400, 130}})
+	equal(t, "overdue", h.overdue, [][3]float64{{0, 600, 60}})
+}
+
+func TestBrokenExchangeIsOverdue(t *testing.T) {
+	var served atomic.Bool
+	g := &target{serve: func(c net.Conn) {
+		if served.CompareAndSwap(false, true) {
+			_ = discard(c, 1+20)
+			time.Sleep(30 * time.Millisecond)
+			return
+		}
+		serve(c)
+	}}
+	h := g.carry(t, 0.3, `{"name":"a","kind":"exchange","interval_ms":100,
+		"exchanges":[{"request":20,"answer":7}]}`)
+	h.oneError(t, 30, errEnded.Error())
+	equal(t, "overdue", h.overdue, [][3]float64{{0, 0, 30}})
+	equal(t, "latencies", h.latency, [][3]float64{{0, 130, 1}, {0, 230, 1}})
 }
 
 // corrupted changes one byte of what the target writes.

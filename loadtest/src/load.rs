@@ -15,6 +15,7 @@
 //! | `F` size:8 | sends `size` zeros |
 //! | `R` size:8 | reads `size` bytes, then sends one byte |
 //! | `Q` | answers each size:8 with that many zeros |
+//! | `X` | answers each request, which begins with its own length:8 and size:8, with `size` zeros |
 //! | `T` size:8 interval:8 | sends a line of `size` bytes every `interval` microseconds; the first eight are the time in nanoseconds since 1970 |
 //! | `W` size:8 | reads to the end, and counts if that comes before `size` bytes |
 //! | `A` size:8 | reads to the end, then sends how many bytes that were, as eight bytes |
@@ -59,6 +60,20 @@ pub struct Workload {
     /// Minimum time between two messages, lines, requests or dials of a session, in milliseconds.
     #[serde(default)]
     pub interval_ms: f64,
+    /// Requests and answers of `exchange` and `short-connection`, carried out one after another:
+    /// the next request is sent when the answer before it is complete.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exchanges: Vec<Exchange>,
+}
+
+/// A request and its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Exchange {
+    /// Size of the request, in bytes: at least 16, which say how long it and the answer are.
+    pub request: u64,
+    /// Size of the answer, in bytes.
+    pub answer: u64,
 }
 
 fn one() -> u32 {
@@ -86,6 +101,14 @@ pub enum Kind {
     /// Requests on one connection: asks for `size` bytes every interval, open loop; times each
     /// answer to its last byte.
     Request,
+    /// Requests on one connection, each of them all `exchanges`: every interval, but one at a
+    /// time, as a client without pipelining. One that comes due before the last was answered is left out. Times each
+    /// from when it was due to the last byte of the answer.
+    Exchange,
+    /// Dials, carries out all `exchanges` and closes, as a TLS client with one request: every
+    /// interval, open loop, or one after another if that is 0. Times each from when the dial was
+    /// due to the last byte of the last answer.
+    ShortConnection,
     /// Log tails: the target writes a line of `size` bytes every interval; times each from the
     /// target.
     Tail,

@@ -60,6 +60,10 @@ enum Command {
     /// answered by `ok` or `error: …`: {"set": {"each_way": {"delay_ms": 10, "loss": 0.01}}} with
     /// the keys of a scenario's link, {"udp": "drop"} or "pass" or "reject", "down", "up". The
     /// link lasts until standard input ends. Requires root, or a user namespace.
+    ///
+    /// Losses are independent of one another with "loss": 0.01, and come in bursts
+    /// (Gilbert–Elliott) with "bursts": {"mean_loss": 0.01, "mean_length": 4}, where the length is
+    /// a number of packets.
     Hosts(Hosts),
     /// List the built-in scenarios
     Scenarios,

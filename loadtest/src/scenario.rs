@@ -1,4 +1,9 @@
 //! Scenarios: a link, its load, events and goals. They are TOML files in `loadtest/scenarios`.
+//!
+//! The link loses packets by either model, or both together:
+//! - `loss = 0.01` loses each packet with this chance (Bernoulli).
+//! - `bursts = { mean_loss = 0.01, mean_length = 4 }` loses the same share in bursts of 4 packets on
+//!   average (Gilbert–Elliott). With `bad_loss = 0.5` half of the packets of a burst arrive.
 
 mod event;
 
@@ -10,7 +15,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     link::LinkSettings,
-    load::{Kind, Workload},
+    load::{
+        Kind, Workload,
+        service::{EXCHANGE_HEADER, EXCHANGE_REQUEST_LIMIT},
+    },
     peer::Peer,
 };
 pub use event::{Event, LinkEvent, When};
@@ -283,10 +291,7 @@ impl Scenario {
             faults.push("the target cannot distinguish the uploads of two workloads".into());
         }
         for workload in &self.workloads {
-            let open_loop = matches!(workload.kind, Kind::Echo | Kind::Request | Kind::Tail);
-            if open_loop && workload.interval_ms <= 0.0 {
-                faults.push(format!("workload {} needs an interval_ms", workload.name));
-            }
+            faults.extend(workload_faults(workload));
         }
         if self.link.is_none() && self.tries_the_carrier() {
             faults.push("an event happens to a link, and there is none".into());
@@ -309,6 +314,25 @@ impl Scenario {
         }
         faults
     }
+}
+
+fn workload_faults(workload: &Workload) -> Vec<String> {
+    use Kind::{Echo, Exchange, Request, ShortConnection, Tail};
+    let (mut faults, name) = (Vec::new(), &workload.name);
+    if matches!(workload.kind, Echo | Exchange | Request | Tail) && workload.interval_ms <= 0.0 {
+        faults.push(format!("workload {name} needs an interval_ms"));
+    }
+    let has_exchanges = matches!(workload.kind, Exchange | ShortConnection);
+    if has_exchanges == workload.exchanges.is_empty() {
+        faults
+            .push(format!("workload {name}: `exchanges` belong to exchange and short-connection"));
+    }
+    let sizes = EXCHANGE_HEADER..=EXCHANGE_REQUEST_LIMIT;
+    if workload.exchanges.iter().any(|exchange| !sizes.contains(&exchange.request)) {
+        let (least, most) = sizes.into_inner();
+        faults.push(format!("workload {name}: a request has {least} to {most} bytes"));
+    }
+    faults
 }
 
 #[cfg(test)]
@@ -370,6 +394,32 @@ mod tests {
         let from_the_start: Vec<_> = scenario.from_the_start().map(ToString::to_string).collect();
         assert_eq!(from_the_start, ["UDP dropped from the start"]);
         assert_eq!(scenario.agent_flags, ["--transport=auto"]);
+    }
+
+    #[test]
+    fn an_exchange_needs_sizes_and_an_interval() {
+        let text = r#"
+            title = "Answers"
+            seconds = 3
+            [[workload]]
+            name = "answers"
+            kind = "KIND"
+            interval_ms = 100
+            exchanges = [{ request = 16, answer = 1 }]
+        "#;
+        for kind in ["exchange", "short-connection"] {
+            let text = text.replace("KIND", kind);
+            assert_eq!(scenario(&text).faults(), Vec::<String>::new());
+            let short = scenario(&text.replace("request = 16", "request = 15"));
+            assert_eq!(short.faults(), ["workload answers: a request has 16 to 67108864 bytes"]);
+            let none = scenario(&text.replace("{ request = 16, answer = 1 }", ""));
+            assert_eq!(none.faults().len(), 1, "{kind}");
+        }
+        let echo = scenario(&text.replace("KIND", "echo"));
+        assert_eq!(echo.faults().len(), 1, "sizes that nothing reads");
+        let text = text.replace("interval_ms = 100", "");
+        let unpaced = scenario(&text.replace("KIND", "exchange"));
+        assert_eq!(unpaced.faults(), ["workload answers needs an interval_ms"]);
     }
 
     #[test]

@@ -123,6 +123,10 @@ impl Collector {
             let answers = tally.micros.len();
             let sent = match tally.workload.kind {
                 Kind::Echo => 2 * answers * tally.workload.size.max(8),
+                Kind::Exchange | Kind::ShortConnection => {
+                    let sent = tally.workload.exchanges.iter().map(|exchange| exchange.request);
+                    answers * sent.sum::<u64>()
+                }
                 Kind::Send | Kind::WriteClose | Kind::HalfClose | Kind::Dial => {
                     answers * tally.workload.size
                 }
@@ -238,6 +242,7 @@ mod tests {
             sessions: 1,
             size: 64,
             interval_ms: 1.0,
+            exchanges: Vec::new(),
         };
         Collector::new(&[workload], 1.0, 2.0)
     }

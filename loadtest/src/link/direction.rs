@@ -118,9 +118,9 @@ impl<P: Packet> Lane<P> {
     fn is_lost(&mut self) -> bool {
         let mut lost = self.happens(self.settings.loss);
         if let Some(bursts) = self.settings.bursts {
-            let turns = if self.bad { bursts.end } else { bursts.begin };
+            let turns = if self.bad { bursts.end() } else { bursts.begin() };
             self.bad ^= self.happens(turns);
-            lost |= self.bad && self.happens(bursts.loss);
+            lost |= self.bad && self.happens(bursts.bad_loss);
         }
         lost
     }
@@ -253,16 +253,54 @@ mod tests {
         assert!((4700..5300).contains(&lane.counters.lost), "{}", lane.counters.lost);
     }
 
-    #[test]
-    fn bursts_come_at_their_share_and_length() {
-        let bursts = Bursts { begin: 0.01, end: 0.25, loss: 1.0 };
+    /// Lengths of the runs of lost packets, of 400 000 packets.
+    fn lost_runs(bursts: Bursts) -> Vec<usize> {
         let settings = Direction { bursts: Some(bursts), ..Direction::default() };
-        let (arrived, lane) = run(settings, 100_000, Duration::from_micros(10));
-        // Bad for begin / (begin + end) of the time.
-        assert!((3500..4200).contains(&lane.counters.lost), "{}", lane.counters.lost);
-        let gaps = arrived.windows(2).filter(|pair| pair[1].0 > pair[0].0 + 1).count();
-        let length = lane.counters.lost as f64 / gaps as f64;
-        assert!((3.6..4.4).contains(&length), "{length}");
+        let (arrived, _) = run(settings, 400_000, Duration::from_micros(10));
+        let gaps = arrived.windows(2).map(|pair| pair[1].0 - pair[0].0 - 1);
+        gaps.filter(|lost| *lost > 0).collect()
+    }
+
+    /// The seed is fixed. The bounds are five standard deviations: with 1 % and 4 packets there are
+    /// about 1000 bursts, of 4 packets with a deviation of 3.5.
+    #[test]
+    fn bursts_come_at_their_mean_loss_and_mean_length() {
+        for (mean_loss, mean_length, of_loss, of_length) in
+            [(0.01, 4.0, 0.25, 0.14), (0.05, 3.0, 0.09, 0.06), (0.02, 1.0, 0.06, 0.01)]
+        {
+            let runs = lost_runs(Bursts { mean_loss, mean_length, bad_loss: 1.0 });
+            let lost = runs.iter().sum::<usize>() as f64;
+            let near = |value: f64, mean: f64, share: f64| (value / mean - 1.0).abs() < share;
+            assert!(near(lost / 400_000.0, mean_loss, of_loss), "{mean_loss}: {lost}");
+            let length = lost / runs.len() as f64;
+            // Two bursts of one packet can be neighbours.
+            let of_length = of_length + mean_loss * 1.5;
+            assert!(near(length, mean_length, of_length), "{mean_length}: {length}");
+        }
+    }
+
+    /// A burst goes on with the same chance after each packet.
+    #[test]
+    fn lengths_of_bursts_have_a_geometric_distribution() {
+        let runs = lost_runs(Bursts { mean_loss: 0.05, mean_length: 4.0, bad_loss: 1.0 });
+        for length in 1..=8 {
+            let [reached, passed] =
+                [length, length + 1].map(|least| runs.iter().filter(|run| **run >= least).count());
+            let goes_on = passed as f64 / reached as f64;
+            let deviation = (0.75 * 0.25 / reached as f64).sqrt();
+            assert!((goes_on - 0.75).abs() < 5.0 * deviation, "{length}: {goes_on} of {reached}");
+        }
+    }
+
+    #[test]
+    fn a_burst_that_loses_a_part_has_the_same_mean_loss() {
+        let bursts = Bursts { mean_loss: 0.05, mean_length: 10.0, bad_loss: 0.5 };
+        let runs = lost_runs(bursts);
+        let lost = runs.iter().sum::<usize>() as f64 / 400_000.0;
+        assert!((lost - 0.05).abs() < 0.005, "{lost}");
+        // Half of the packets of a burst arrive, so a run of losses is about two packets.
+        let length = lost * 400_000.0 / runs.len() as f64;
+        assert!((1.6..2.1).contains(&length), "{length}");
     }
 
     #[test]

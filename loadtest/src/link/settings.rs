@@ -41,25 +41,64 @@ pub struct Direction {
     /// The share of packets that take the delay alone and so overtake those that jitter holds:
     /// 0 to 1. Without any, jitter never changes the order.
     pub reorder: f64,
-    /// The share of packets that are lost, each on its own: 0 to 1.
+    /// The share of packets that are lost, each independently of the others (Bernoulli): 0 to 1.
     pub loss: f64,
-    /// Losses in bursts, on top of the others.
+    /// Losses in bursts, in addition to those of `loss`.
     pub bursts: Option<Bursts>,
     /// Packets that waited longer than this many milliseconds and allow it are marked with ECN CE.
     pub ecn_ms: Option<f64>,
 }
 
 /// The Gilbert–Elliott model: a link that is good or bad, and changes with each packet by chance.
+/// A good link loses nothing. Lengths of bursts have a geometric distribution.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Bursts {
-    /// Chance that a good link turns bad: 0 to 1.
-    pub begin: f64,
-    /// Chance that a bad link turns good: 0 to 1; its inverse is the mean length of a burst.
-    pub end: f64,
-    /// The share of packets lost while it is bad: 0 to 1.
+    /// The share of all packets that are lost: 0 to 1, and less than `bad_loss`.
+    pub mean_loss: f64,
+    /// Mean number of packets for which the link stays bad: at least 1.
+    pub mean_length: f64,
+    /// The share of packets lost while it is bad: 0 to 1. All of them by default, and then the mean
+    /// length is that of runs of lost packets.
     #[serde(default = "whole")]
-    pub loss: f64,
+    pub bad_loss: f64,
+}
+
+impl Bursts {
+    /// Chance with each packet that a bad link turns good.
+    pub(super) fn end(&self) -> f64 {
+        1.0 / self.mean_length
+    }
+
+    /// Chance with each packet that a good link turns bad.
+    pub(super) fn begin(&self) -> f64 {
+        // The link is bad for this share of the packets.
+        let bad = self.mean_loss / self.bad_loss;
+        self.end() * bad / (1.0 - bad)
+    }
+
+    fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        if !(0.0..=1.0).contains(&self.bad_loss) {
+            faults.push(format!("bursts.bad_loss is {} and must be 0 to 1", self.bad_loss));
+        }
+        if !(0.0..self.bad_loss).contains(&self.mean_loss) {
+            faults.push(format!(
+                "bursts.mean_loss is {} and must be 0 or more, and less than bad_loss",
+                self.mean_loss
+            ));
+        }
+        if !(1.0..=1e6).contains(&self.mean_length) {
+            faults.push(format!(
+                "bursts.mean_length is {} and must be 1 to 1000000",
+                self.mean_length
+            ));
+        }
+        if faults.is_empty() && self.begin() > 1.0 {
+            faults.push("bursts of this mean_length are too short for this mean_loss".into());
+        }
+        faults
+    }
 }
 
 fn whole() -> f64 {
@@ -111,15 +150,8 @@ impl Direction {
     }
 
     fn faults(&self) -> Vec<String> {
-        let mut faults = Vec::new();
-        let bursts = self.bursts.unwrap_or(Bursts { begin: 0.0, end: 0.0, loss: 0.0 });
-        let shares = [
-            ("loss", self.loss),
-            ("reorder", self.reorder),
-            ("bursts.begin", bursts.begin),
-            ("bursts.end", bursts.end),
-            ("bursts.loss", bursts.loss),
-        ];
+        let mut faults: Vec<_> = self.bursts.iter().flat_map(Bursts::faults).collect();
+        let shares = [("loss", self.loss), ("reorder", self.reorder)];
         for (name, share) in shares {
             if !(0.0..=1.0).contains(&share) {
                 faults.push(format!("{name} is {share} and must be 0 to 1"));
@@ -168,8 +200,11 @@ impl fmt::Display for Direction {
         }
         write!(f, ", loss {} %", self.loss * 100.0)?;
         if let Some(bursts) = self.bursts {
-            let length = 1.0 / bursts.end;
-            write!(f, " and bursts of {length:.0} packets, {} % of them", bursts.loss * 100.0)?;
+            let (loss, length) = (bursts.mean_loss * 100.0, bursts.mean_length);
+            write!(f, " and {loss} % in bursts of {length} packets")?;
+            if bursts.bad_loss < 1.0 {
+                write!(f, " that lose {} %", bursts.bad_loss * 100.0)?;
+            }
         }
         if let Some(ecn) = self.ecn_ms {
             write!(f, ", ECN above {ecn} ms")?;

@@ -108,6 +108,7 @@ impl Kind {
                 | Self::Download
                 | Self::Upload
                 | Self::Request
+                | Self::Exchange
                 | Self::Tail
                 | Self::Stall
                 | Self::Idle

@@ -20,6 +20,11 @@ use tokio::{
 /// Size of a write or a read, in bytes.
 const CHUNK: usize = 64 * 1024;
 
+/// Size of the two numbers with which a request of an exchange begins, in bytes.
+pub(crate) const EXCHANGE_HEADER: u64 = 16;
+/// Maximum size of a request of an exchange, in bytes: the client makes it in memory.
+pub(crate) const EXCHANGE_REQUEST_LIMIT: u64 = 64 << 20;
+
 /// Line of the target that writes first.
 pub(super) const GREETING: &str = "SSH-2.0-greeter\n";
 
@@ -126,6 +131,7 @@ async fn serve(mut socket: TcpStream, uploaded: &AtomicU64, short: &AtomicU64) -
             let size = socket.read_u64().await?;
             zeros(&mut socket, size).await?;
         },
+        b'X' => exchanges(&mut socket).await,
         b'T' => tail(&mut socket).await,
         _ => sink(&mut socket, u64::MAX, &AtomicU64::new(0)).await.map(drop),
     }
@@ -176,6 +182,19 @@ async fn sink(socket: &mut TcpStream, size: u64, counter: &AtomicU64) -> io::Res
         counter.fetch_add(length as u64, Ordering::Relaxed);
     }
     Ok(got)
+}
+
+/// Answers requests that say how long they and their answers are.
+async fn exchanges(socket: &mut TcpStream) -> io::Result<()> {
+    loop {
+        let request = socket.read_u64().await?;
+        let answer = socket.read_u64().await?;
+        let rest = request.saturating_sub(EXCHANGE_HEADER);
+        if sink(socket, rest, &AtomicU64::new(0)).await? < rest {
+            return Ok(());
+        }
+        zeros(socket, answer).await?;
+    }
 }
 
 async fn tail(socket: &mut TcpStream) -> io::Result<()> {

@@ -17,7 +17,7 @@ use tokio::{
 use tokio_util::either::Either;
 
 use super::{
-    Kind, Workload,
+    Exchange, Kind, Workload,
     record::{Pending, Record},
     service::GREETING,
 };
@@ -87,11 +87,14 @@ impl Session {
             Kind::WriteClose => with(b'W', &[size]),
             Kind::HalfClose => with(b'A', &[size]),
             Kind::Request => vec![b'Q'],
+            Kind::Exchange => vec![b'X'],
             Kind::Tail => {
                 let interval = self.workload.interval().as_micros();
                 with(b'T', &[size, u64::try_from(interval).unwrap_or(u64::MAX)])
             }
             Kind::Idle => vec![b'H'],
+            // The first request carries it.
+            Kind::ShortConnection => Vec::new(),
             Kind::Greeting => Vec::new(),
         };
         connection.write_all(&command).await?;
@@ -107,6 +110,14 @@ impl Session {
         let interval = self.workload.interval();
         begun + interval.mul_f64(self.phase) + interval * number
     }
+
+    /// The first message after `number` that is due in the future, or that is the next one.
+    fn next_due(&self, begun: Instant, number: u32) -> u32 {
+        let late = self.due(begun, number + 1).elapsed();
+        let left_out = late.as_secs_f64() / self.workload.interval().as_secs_f64();
+        // A cast of a number that is none, or too large, is no panic.
+        number.saturating_add(1).saturating_add(left_out.ceil() as u32)
+    }
 }
 
 fn with(command: u8, numbers: &[u64]) -> Vec<u8> {
@@ -120,6 +131,7 @@ pub(super) async fn run(session: &Session, connection: Connection) -> io::Error 
     let (Ok(never) | Err(never)) = match session.workload.kind {
         Kind::Echo => echo(session, reader, writer).await,
         Kind::Request => request(session, reader, writer).await,
+        Kind::Exchange => exchange(session, reader, writer).await,
         Kind::Download => download(session, reader).await,
         Kind::Upload => upload(writer).await,
         Kind::Tail => tail(session, reader).await,
@@ -171,6 +183,48 @@ async fn request(session: &Session, mut reader: Reader, writer: Writer) -> io::R
     tokio::select! {
         broken = reading => broken,
         broken = keep_asking(session, writer, &pending, message) => broken,
+    }
+}
+
+async fn exchange(
+    session: &Session,
+    mut reader: Reader,
+    mut writer: Writer,
+) -> io::Result<Infallible> {
+    let begun = Instant::now();
+    let pending = session.pending();
+    let mut number = 0;
+    loop {
+        pending.push(until(session.due(begun, number)).await);
+        exchanges(session, &mut reader, &mut writer, Vec::new()).await?;
+        pending.answered();
+        number = session.next_due(begun, number);
+    }
+}
+
+/// Carries out the exchanges of the workload once, the first behind `command`.
+async fn exchanges(
+    session: &Session,
+    reader: &mut Reader,
+    writer: &mut Writer,
+    command: Vec<u8>,
+) -> io::Result<()> {
+    let mut message = command;
+    for exchange in &session.workload.exchanges {
+        message.extend(exchange.message());
+        writer.write_all(&message).await?;
+        read(session, reader, exchange.answer).await?;
+        message.clear();
+    }
+    Ok(())
+}
+
+impl Exchange {
+    /// The request.
+    fn message(self) -> Vec<u8> {
+        let mut message = [self.request, self.answer].map(u64::to_be_bytes).concat();
+        message.resize(usize::try_from(self.request).unwrap_or(CHUNK), b'.');
+        message
     }
 }
 
@@ -245,7 +299,8 @@ async fn tail(session: &Session, mut reader: Reader) -> io::Result<Infallible> {
 
 /// Runs a session that dials again and again until the run ends.
 pub(super) async fn repeat(session: &Session) {
-    if session.workload.kind != Kind::Dial || session.workload.interval_ms == 0.0 {
+    let open_loop = matches!(session.workload.kind, Kind::Dial | Kind::ShortConnection);
+    if !open_loop || session.workload.interval_ms == 0.0 {
         loop {
             let begun = Instant::now();
             once(session, begun).await;
@@ -304,6 +359,10 @@ async fn transfer(session: &Session, pending: &Pending) -> io::Result<()> {
             if line != GREETING.as_bytes() {
                 return Err(io::Error::other("the greeting differs from what the target says"));
             }
+        }
+        Kind::ShortConnection => {
+            let (mut reader, mut writer) = tokio::io::split(connection);
+            exchanges(session, &mut reader, &mut writer, vec![b'X']).await?;
         }
         Kind::Fetch | Kind::Abandon => read(session, &mut connection, size).await?,
         Kind::Send => {

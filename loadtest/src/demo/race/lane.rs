@@ -173,6 +173,7 @@ fn workloads() -> Vec<Workload> {
         sessions,
         size,
         interval_ms,
+        exchanges: Vec::new(),
     };
     vec![
         workload("keystrokes", Kind::Echo, 5, 64, 50.0),
