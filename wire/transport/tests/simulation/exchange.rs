@@ -158,7 +158,7 @@ fn answers_of_several_packets_do_not_wait_for_a_retransmission() {
         (SHORT, 750, 0.01, 54.5, 62.0),
         (SHORT, 750, 0.05, 57.0, 72.0),
         (LONG, 1500, 0.01, 62.0, 80.0),
-        (LONG, 1500, 0.05, 70.0, 110.0),
+        (LONG, 1500, 0.05, 70.0, 80.0),
     ] {
         let load = Load::kept(turns, millis);
         let plain = measure(100.0, loss, load, false);

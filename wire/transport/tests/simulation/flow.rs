@@ -31,8 +31,8 @@ use super::{
 
 /// Length of a keystroke, in bytes.
 const KEYSTROKE: usize = 64;
-/// Number of bytes per second that may be sent twice.
-const HEDGE_RATE: u32 = 128 * 1024;
+/// Number of bytes per second that copies and repair shards may take: the default.
+const HEDGE_RATE: u32 = 512 * 1024;
 /// Interval at which a typist sends keystrokes.
 const KEYSTROKE_INTERVAL: Duration = Duration::from_millis(50);
 /// Length of a short answer, in bytes.

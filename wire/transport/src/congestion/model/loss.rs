@@ -2,6 +2,7 @@
 //! Loss").
 
 use super::{Model, phases::Phase};
+use crate::congestion::INITIAL_WINDOW;
 
 /// Share of a round's bytes that may be lost by chance, whatever the path usually loses.
 pub(super) const TOLERANCE: f64 = 0.08;
@@ -49,6 +50,15 @@ impl Model {
     /// Lowers what may be in flight.
     pub(super) fn on_congestion(&mut self) {
         self.round.congested = true;
+        if let Phase::Startup { .. } = self.phase
+            && self.round.app_limited
+            && self.round.inflight * 2 < self.window
+        {
+            // What was in flight is what the application sent, not what is too much for the path.
+            let cut = (self.window as f64 * BETA) as u64;
+            self.window = cut.max(self.window.min(INITIAL_WINDOW));
+            return;
+        }
         let inflight = self.inflight.max(self.bdp(self.bandwidth.max()));
         self.inflight_longterm = Some(((inflight as f64 * BETA) as u64).max(self.min_window()));
     }
