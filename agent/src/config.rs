@@ -77,9 +77,8 @@ pub struct Config {
 /// Carriers that tunnels may have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Transport {
-    /// QUIC first, and TCP once QUIC has failed or taken 300 ms, or 3 s where the server has
-    /// answered. Tunnels move from TCP to QUIC when UDP passes again, and from QUIC to TCP when UDP
-    /// stops passing.
+    /// QUIC first, and TCP once QUIC has failed or taken 300 ms. Tunnels move from TCP to QUIC when
+    /// UDP passes again, and from QUIC to TCP when UDP stops passing.
     #[default]
     Auto,
     /// QUIC over UDP.

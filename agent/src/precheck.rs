@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use culvert_process::precheck::{Report, access::Access, steps};
-use culvert_transport::{Answered, Carrier, ConnectError, TunnelLost, tcp::Route};
+use culvert_transport::{Carrier, ConnectError, TunnelLost, tcp::Route};
 use culvert_wire::CloseCode;
 use tokio::time::{Instant, timeout};
 use tokio_util::task::TaskTracker;
@@ -122,8 +122,7 @@ async fn check_address(
             Err(error) => return report.fail(step, error, "mend the certificate or the CA"),
         };
         let begun = Instant::now();
-        let answered = Answered::default();
-        let handshake = connect.connect(carrier, address, &tls, true, &answered);
+        let handshake = connect.connect(carrier, address, &tls, true);
         let error = match timeout(HANDSHAKE_TIMEOUT, handshake).await {
             Ok(Ok(connected)) => match refusal(&connected).await {
                 None => {

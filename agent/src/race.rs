@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::{select, time::sleep};
+use tokio::{
+    select,
+    time::{Instant, sleep_until},
+};
 
 /// Delay between the starts of two attempts, RFC 8305's recommendation.
 pub(crate) const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
@@ -28,34 +31,18 @@ pub(crate) struct Raced<T, E> {
 /// Runs `attempts` until one succeeds or all have ended. The first starts at once, and each other
 /// one `delay` after the one before, or as soon as one fails.
 ///
-/// # Cancel safety
-/// As [`race_with`].
-pub(crate) async fn race<T, E, F>(
-    attempts: impl IntoIterator<Item = F>,
-    delay: Duration,
-) -> Raced<T, E>
-where
-    F: Future<Output = Result<T, E>>,
-{
-    race_with(attempts, || sleep(delay)).await
-}
-
-/// Runs `attempts` until one succeeds or all have ended. The first starts at once, and each other
-/// one after a `pause` from the start of the one before, or as soon as one fails.
-///
 /// At most [`MAX_RUNNING`] run at the same time: when the next one is due, the oldest gives way. It
 /// is in neither part of the result.
 ///
 /// # Cancel safety
 /// Cancel safe if the attempts are: dropping the future drops those that run. The losers are
 /// dropped as soon as one succeeds.
-pub(crate) async fn race_with<T, E, F, P>(
+pub(crate) async fn race<T, E, F>(
     attempts: impl IntoIterator<Item = F>,
-    pause: impl Fn() -> P,
+    delay: Duration,
 ) -> Raced<T, E>
 where
     F: Future<Output = Result<T, E>>,
-    P: Future<Output = ()>,
 {
     let mut waiting = attempts.into_iter().enumerate().peekable();
     let mut running = Vec::new();
@@ -70,8 +57,8 @@ where
         if running.is_empty() {
             return Raced { winner: None, failures };
         }
-        let next = waiting.peek().map(|_| pause());
-        match ended(&mut running, next).await {
+        let next_at = waiting.peek().map(|_| Instant::now() + delay);
+        match ended(&mut running, next_at).await {
             Some((number, Ok(won))) => return Raced { winner: Some((number, won)), failures },
             Some((number, Err(error))) => failures.push((number, error)),
             None => {}
@@ -82,19 +69,19 @@ where
 /// The attempts that run, oldest first, with their numbers.
 type Running<F> = Vec<(usize, Pin<Box<F>>)>;
 
-/// Completes when an attempt has ended, which it takes out, or with `None` after the pause.
+/// Completes when an attempt has ended, which it takes out, or with `None` at `until`.
 async fn ended<F: Future>(
     running: &mut Running<F>,
-    pause: Option<impl Future<Output = ()>>,
+    until: Option<Instant>,
 ) -> Option<(usize, F::Output)> {
     let first = poll_fn(|context| poll_first(running, context));
-    match pause {
+    match until {
         None => Some(first.await),
-        Some(pause) => select! {
+        Some(until) => select! {
             // After a pause of the process, an attempt that is done comes before a new one.
             biased;
             ended = first => Some(ended),
-            () = pause => None,
+            () = sleep_until(until) => None,
         },
     }
 }
@@ -136,7 +123,7 @@ mod tests {
     use std::sync::Arc;
 
     use parking_lot::Mutex;
-    use tokio::time::Instant;
+    use tokio::time::sleep;
 
     use super::*;
 

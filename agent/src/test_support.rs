@@ -16,7 +16,7 @@ use culvert_process::{
     operator::streams::{LiveStreams, Side},
 };
 use culvert_transport::{
-    Answered, Carrier, ConnectError, Settings, Tunnel,
+    Carrier, ConnectError, Settings, Tunnel,
     budget::MemoryBudget,
     control::ControlStream,
     qmux::Peer,
@@ -166,9 +166,6 @@ pub(crate) enum Step {
     Member { server: String, set: Vec<(String, String)> },
     /// The handshake is refused after `millis`.
     Refuse { millis: u64 },
-    /// A packet arrives at once, the handshake succeeds after `millis`, and the server welcomes the
-    /// agent.
-    Answer { millis: u64, carrier: Carrier, server: String },
     /// There is no answer.
     Hang,
     /// The attempt panics.
@@ -292,7 +289,6 @@ impl Connect for Scripted {
         address: &ServerAddress,
         (): &(),
         large_packets: bool,
-        answered: &Answered,
     ) -> Result<Connected, CarrierError> {
         let call = Call {
             number: self.count.fetch_add(1, Ordering::Relaxed),
@@ -316,10 +312,6 @@ impl Connect for Scripted {
                 Err(ConnectError::Refused.into())
             }
             Step::Hang => std::future::pending().await,
-            Step::Answer { millis, carrier, server } => {
-                answered.set();
-                Ok(self.tunnel(millis, carrier, Some(welcome(&server, 1))).await)
-            }
             Step::Panic => panic!("scripted"),
         }
     }

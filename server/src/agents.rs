@@ -2,7 +2,6 @@
 //!
 //! ```text
 //!  listener            one port number, over UDP and over TCP; an accept loop each
-//!     │                who waits for a turn (`turns`)
 //!  unadmitted          a peer between its accept and its admission: the one table of all of them,
 //!     │                the handshake, the deadline
 //!     ├─ join          the introduction of an agent of ours: hello, admission, welcome
@@ -15,16 +14,14 @@
 
 pub(crate) mod admission;
 mod context;
-mod fair_queue;
 mod first_bytes;
 pub(crate) mod identity;
 mod join;
 mod konnectivity;
 pub(crate) mod listener;
 pub(crate) mod session;
-mod turns;
 mod unadmitted;
 
-pub(crate) use context::{AgentContext, Handshakes};
+pub(crate) use context::AgentContext;
 pub(crate) use join::JOIN_FAILURE_REASONS;
 pub(crate) use unadmitted::UnadmittedTable;

@@ -25,7 +25,7 @@ use tracing::{info, warn};
 
 use crate::{
     agents::{
-        AgentContext, Handshakes, UnadmittedTable,
+        AgentContext, UnadmittedTable,
         admission::{Authenticator, ReviewPace},
         identity::nodes::Nodes,
         listener::{AgentListener, ListenerError},
@@ -156,7 +156,6 @@ impl Server {
         let agent_context = Arc::new(AgentContext {
             backends: backends.clone(),
             authenticator,
-            handshakes: Handshakes::default(),
             unadmitted: Arc::new(UnadmittedTable::new(descriptors::limit(), metrics.clone())),
             metrics: metrics.clone(),
             server_id: config.server_id.clone(),

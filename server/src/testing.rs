@@ -36,7 +36,7 @@ use tower::service_fn;
 
 use crate::{
     agents::{
-        AgentContext, Handshakes, UnadmittedTable,
+        AgentContext, UnadmittedTable,
         admission::{Authenticator, ReviewPace},
         identity::{Certificate, Claims, Identity},
     },
@@ -94,7 +94,6 @@ fn new_context(authenticator: Authenticator) -> AgentContext {
     AgentContext {
         backends: Backends::new(&[Strategy::Default]),
         authenticator,
-        handshakes: Handshakes::default(),
         unadmitted: Arc::new(UnadmittedTable::new(u64::MAX, metrics.clone())),
         metrics,
         server_id: "server".parse().unwrap(),

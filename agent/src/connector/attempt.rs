@@ -4,9 +4,9 @@
 use std::{net::SocketAddr, time::Duration};
 
 use culvert_process::rate_limited;
-use culvert_transport::{Answered, Carrier};
+use culvert_transport::Carrier;
 use culvert_wire::CloseCode;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use tracing::debug;
 
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
         quic_outcome::{QuicFailure, QuicOutcome},
         resolve::{Candidate, Preference},
     },
-    race::{ATTEMPT_DELAY, race, race_with},
+    race::{ATTEMPT_DELAY, race},
     tunnels::{
         Rank, ServerTunnels,
         session::{self, Joined, SessionContext},
@@ -26,8 +26,6 @@ use crate::{
 
 /// Head start of the first carrier: longer than most round trips, and too short to be noticed.
 const HEAD_START: Duration = Duration::from_millis(300);
-/// The same where the server has answered over QUIC.
-const ANSWERED_HEAD_START: Duration = Duration::from_secs(3);
 /// Time for a handshake, and again for the welcome. A handshake whose first packets are lost twice
 /// takes three seconds, and a server may have to ask kube-apiserver before it welcomes an agent.
 const CARRIER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -215,10 +213,9 @@ impl<C: Connect> Attempt<'_, C> {
             CarrierOrder::QuicFirst => &[Carrier::Quic, Carrier::Tcp],
             CarrierOrder::TcpFirst => &[Carrier::Tcp, Carrier::Quic],
         };
-        let answered = Answered::default();
-        let over = |carrier| self.over(carrier, &candidate, &answered);
-        let handshakes = carriers.iter().copied().map(over);
-        let raced = race_with(handshakes, || self.head_start(&answered)).await;
+        let head_start = if self.options.at_once { Duration::ZERO } else { HEAD_START };
+        let handshakes = carriers.iter().copied().map(|carrier| self.over(carrier, &candidate));
+        let raced = race(handshakes, head_start).await;
         let mut failures: Failures =
             raced.failures.into_iter().map(|(number, error)| (carriers[number], error)).collect();
         failures.sort_by_key(|(carrier, _)| *carrier != Carrier::Quic);
@@ -242,27 +239,14 @@ impl<C: Connect> Attempt<'_, C> {
         }
     }
 
-    /// Completes when the second carrier is to start. QUIC that was answered has more time: the
-    /// server may have many handshakes to do, and a second one would make that worse.
-    async fn head_start(&self, answered: &Answered) {
-        if self.options.at_once {
-            return;
-        }
-        sleep(HEAD_START).await;
-        if answered.get() {
-            sleep(ANSWERED_HEAD_START - HEAD_START).await;
-        }
-    }
-
     async fn over(
         &self,
         carrier: Carrier,
         candidate: &Candidate,
-        answered: &Answered,
     ) -> Result<Connected, CarrierError> {
         let (address, large_packets) = (&candidate.address, self.options.large_packets);
         // On the heap: the state of a handshake is large, and a race holds it several times.
-        let handshake = self.connect.connect(carrier, address, self.tls, large_packets, answered);
+        let handshake = self.connect.connect(carrier, address, self.tls, large_packets);
         in_time(Box::pin(handshake)).await
     }
 }

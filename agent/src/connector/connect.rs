@@ -4,7 +4,7 @@ use std::{fmt, net::SocketAddr, sync::Arc};
 
 use culvert_konnectivity::ALPN_H2;
 use culvert_transport::{
-    Answered, BufferSizes, Carrier, Settings, Tunnel, UdpHealth, quic, tcp,
+    BufferSizes, Carrier, Settings, Tunnel, UdpHealth, quic, tcp,
     tls::{KeyExchange, TlsError},
 };
 use tokio_util::task::TaskTracker;
@@ -69,7 +69,7 @@ pub(crate) trait Connect: fmt::Debug + Send + Sync + 'static {
     fn direct(&self, addresses: &[SocketAddr], order: CarrierOrder) -> Vec<Candidate>;
 
     /// Makes a tunnel over one carrier. [`Carrier::Tcp`] leads to a tunnel over [`Carrier::Grpc`]
-    /// where the server is Konnectivity's. `answered` is set when a packet has arrived over QUIC.
+    /// where the server is Konnectivity's.
     ///
     /// # Errors
     /// When the handshake fails.
@@ -82,7 +82,6 @@ pub(crate) trait Connect: fmt::Debug + Send + Sync + 'static {
         address: &ServerAddress,
         tls: &Self::Tls,
         large_packets: bool,
-        answered: &Answered,
     ) -> impl Future<Output = Result<Connected, CarrierError>> + Send;
 }
 
@@ -156,13 +155,12 @@ impl Connect for NetworkConnect {
         address: &ServerAddress,
         tls: &ClientTls,
         large_packets: bool,
-        answered: &Answered,
     ) -> Result<Connected, CarrierError> {
-        let first = self.over(carrier, address, &tls.first, large_packets, answered);
+        let first = self.over(carrier, address, &tls.first, large_packets);
         match &tls.smaller {
             None => first.await,
             Some(smaller) => {
-                let smaller = self.over(carrier, address, smaller, large_packets, answered);
+                let smaller = self.over(carrier, address, smaller, large_packets);
                 with_smaller_hello(first, smaller).await
             }
         }
@@ -177,7 +175,6 @@ impl NetworkConnect {
         address: &ServerAddress,
         tls: &CarrierTls,
         large_packets: bool,
-        answered: &Answered,
     ) -> Result<Connected, CarrierError> {
         let mut settings = self.settings;
         if !large_packets {
@@ -189,8 +186,7 @@ impl NetworkConnect {
                 let remote = address.quic.ok_or(CarrierError::UnknownAddress)?;
                 let tls = tls.quic.clone();
                 let (connection, buffers) =
-                    quic::connect(remote, &name, tls, &settings, &self.udp_health, answered)
-                        .await?;
+                    quic::connect(remote, &name, tls, &settings, &self.udp_health).await?;
                 Ok(Connected { tunnel: connection.into(), buffers: Some(buffers) })
             }
             Carrier::Tcp | Carrier::Grpc => {

@@ -18,7 +18,7 @@ use culvert_loadtest::{
     link::{LinkSettings, NODE, SERVER, settings::Direction},
 };
 use culvert_transport::{
-    Answered, Settings, Tunnel,
+    Settings, Tunnel,
     quic::{Listener, connect},
     tls::{Identity, KeyExchange, authorities, certificates, tunnel_client, tunnel_server},
 };
@@ -87,9 +87,7 @@ fn neither_flow_starves_the_other(#[case] buffer_ms: f64, #[case] shares: Range<
         let name = SERVER.to_string();
         let settings = Settings::default();
         let (connection, _) =
-            connect(address, &name, tls, &settings, &Arc::default(), &Answered::default())
-                .await
-                .unwrap();
+            connect(address, &name, tls, &settings, &Arc::default()).await.unwrap();
         let tunnel = Tunnel::from(connection);
         let (mut send, _recv) = tunnel.open().await.unwrap();
         while send.write_chunk(Bytes::from_static(&[7; 65_536])).await.is_ok() {}

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc};
 
 use culvert_loadtest::{carrier::Carrier, rig::Running};
 use culvert_transport::{
-    Answered, ConnectError, Settings, Tunnel,
+    ConnectError, Settings, Tunnel,
     control::ControlStream,
     quic,
     tcp::{self, Route},
@@ -43,10 +43,7 @@ pub(crate) async fn quic_handshake_with(
     settings: &Settings,
 ) -> Result<Tunnel, ConnectError> {
     let (name, tls) = (address.ip().to_string(), Arc::new(tls(rig)));
-    Ok(quic::connect(address, &name, tls, settings, &Arc::default(), &Answered::default())
-        .await?
-        .0
-        .into())
+    Ok(quic::connect(address, &name, tls, settings, &Arc::default()).await?.0.into())
 }
 
 /// A tunnel to the rig's server, over the rig's carrier, without a hello.

@@ -6,20 +6,10 @@ use culvert_transport::{Settings, budget::MemoryBudget};
 use culvert_wire::ServerId;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{admission::Authenticator, turns::HandshakeTurns, unadmitted::UnadmittedTable};
+use super::{admission::Authenticator, unadmitted::UnadmittedTable};
 use crate::{
     backends::Backends, config::ExpireAgents, metrics::ServerMetrics, server_set::ServerSet,
 };
-
-/// Turns of the handshakes over each carrier, so that a flood over one leaves those over the other
-/// alone.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Handshakes {
-    /// Of QUIC.
-    pub(crate) quic: HandshakeTurns,
-    /// Of TLS over TCP.
-    pub(crate) tcp: HandshakeTurns,
-}
 
 /// What the connections of all agents of one server share.
 #[derive(Debug)]
@@ -28,8 +18,6 @@ pub(crate) struct AgentContext {
     pub(crate) backends: Backends,
     /// Authenticates agents.
     pub(crate) authenticator: Authenticator,
-    /// Turns of the handshakes over each carrier.
-    pub(crate) handshakes: Handshakes,
     /// Peers that are not admitted yet.
     pub(crate) unadmitted: Arc<UnadmittedTable>,
     /// Metrics.

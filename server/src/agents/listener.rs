@@ -18,11 +18,7 @@ use rustls::ServerConfig;
 use tokio::{net::TcpListener, task::JoinSet};
 use tracing::warn;
 
-use super::{
-    AgentContext,
-    turns::{Line, Waited},
-    unadmitted::{Source, Unadmitted, turn_away},
-};
+use super::{AgentContext, unadmitted::Unadmitted};
 use crate::{config::Config, files::ServerFiles};
 
 /// Maximum number of bytes that a peer over QUIC may send ahead of the reader before it is
@@ -190,30 +186,14 @@ impl AcceptingAgents {
 }
 
 async fn accept_over_quic(quic: Arc<quic::Listener>, context: Arc<AgentContext>) {
-    let mut line = Line::new(&context.handshakes.quic);
-    loop {
-        tokio::select! {
-            incoming = quic.accept() => {
-                let Some(incoming) = incoming else { return };
-                let is_crowded = line.is_crowded() || context.unadmitted.is_crowded();
-                if is_crowded && incoming.may_retry() {
-                    context.metrics.address_validated();
-                    incoming.retry();
-                    continue;
-                }
-                let source = Source::of(incoming.remote_address().ip());
-                if let Some(incoming) = line.push(source, incoming) {
-                    turn_away(incoming, &context);
-                }
-            }
-            waited = line.next() => match waited {
-                Waited::HasTurn(incoming, turn) => {
-                    if let Some(peer) = Unadmitted::over_quic((incoming, turn), &context).await {
-                        context.tasks.spawn(peer.serve(context.clone()));
-                    }
-                }
-                Waited::TooLong(incoming) => turn_away(incoming, &context),
-            },
+    while let Some(incoming) = quic.accept().await {
+        if context.unadmitted.is_crowded() && incoming.may_retry() {
+            context.metrics.address_validated();
+            incoming.retry();
+            continue;
+        }
+        if let Some(peer) = Unadmitted::over_quic(incoming, &context).await {
+            context.tasks.spawn(peer.serve(context.clone()));
         }
     }
 }

@@ -26,7 +26,6 @@ use super::{
     first_bytes::FirstBytes,
     join::{self, JoinError},
     konnectivity, session,
-    turns::{HandshakeTurn, HandshakeTurns},
 };
 
 /// Time from the accept to the admission: for the handshake, for the hello, and for the review of
@@ -35,12 +34,6 @@ pub(super) const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time from the accept of a TCP connection to its first bytes. An agent sends its ClientHello at
 /// once; one that is lost is repeated after 1 s.
 pub(super) const FIRST_BYTES_TIMEOUT: Duration = Duration::from_secs(3);
-
-/// Does not answer a peer over QUIC, and records it. It sends its first packet again.
-pub(super) fn turn_away(incoming: quic::Incoming, context: &AgentContext) {
-    join::record_failure(incoming.remote_address(), &JoinError::NoRoom, context);
-    incoming.ignore();
-}
 
 /// A peer that was accepted and has proved nothing yet.
 #[derive(Debug)]
@@ -54,8 +47,8 @@ pub(super) struct Unadmitted {
 /// A connection before its handshake.
 #[derive(Debug)]
 enum Connection {
-    Quic(Box<quic::Incoming>, HandshakeTurn),
-    Tcp { socket: TcpStream, tls: Arc<ServerConfig>, settings: Settings, turns: HandshakeTurns },
+    Quic(Box<quic::Incoming>),
+    Tcp { socket: TcpStream, tls: Arc<ServerConfig>, settings: Settings },
 }
 
 /// A connection after its handshake, by the protocol that was agreed on.
@@ -67,13 +60,13 @@ enum Negotiated {
 }
 
 impl Unadmitted {
-    /// Enters a peer over QUIC that has its turn into the table. Without room there the
+    /// Enters a peer that has just been accepted over QUIC into the table. Without room there the
     /// peer is not answered, and sends its first packet again.
     ///
     /// # Cancel safety
     /// Dropping the future drops the peer.
     pub(super) async fn over_quic(
-        (incoming, turn): (quic::Incoming, HandshakeTurn),
+        incoming: quic::Incoming,
         context: &AgentContext,
     ) -> Option<Self> {
         let remote = incoming.remote_address();
@@ -83,10 +76,11 @@ impl Unadmitted {
         };
         let entered = context.unadmitted.enter(remote.ip(), Carrier::Quic, progress).await;
         let Ok(place) = entered else {
-            turn_away(incoming, context);
+            join::record_failure(remote, &JoinError::NoRoom, context);
+            incoming.ignore();
             return None;
         };
-        let connection = Connection::Quic(Box::new(incoming), turn);
+        let connection = Connection::Quic(Box::new(incoming));
         Some(Self { connection, remote, attempt: Attempt::new(place) })
     }
 
@@ -106,8 +100,7 @@ impl Unadmitted {
             join::record_failure(remote, &JoinError::NoRoom, context);
             return None;
         };
-        let turns = context.handshakes.tcp.clone();
-        let connection = Connection::Tcp { socket, tls, settings, turns };
+        let connection = Connection::Tcp { socket, tls, settings };
         Some(Self { connection, remote, attempt: Attempt::new(place) })
     }
 
@@ -133,20 +126,15 @@ impl Connection {
     /// Completes the handshake: certificates are checked, the protocol is agreed on.
     async fn handshake(self, attempt: &Attempt) -> Result<Negotiated, JoinError> {
         match self {
-            Self::Quic(incoming, turn) => {
-                let mut handshake = incoming.accept()?;
-                turn.until(handshake.hello()).await;
-                Ok(Negotiated::Culvert(handshake.complete().await?.into()))
-            }
-            Self::Tcp { socket, tls, settings, turns } => {
+            Self::Quic(incoming) => Ok(Negotiated::Culvert(incoming.complete().await?.into())),
+            Self::Tcp { socket, tls, settings } => {
                 match timeout(FIRST_BYTES_TIMEOUT, FirstBytes::of(&socket)).await {
                     Ok(FirstBytes::Unknown) => attempt.set_progress(Progress::Heard),
                     Ok(FirstBytes::Other(protocol)) => return Err(JoinError::NotTls(protocol)),
                     Ok(FirstBytes::Closed) => return Err(JoinError::Closed),
                     Err(_) => return Err(JoinError::Silent),
                 }
-                let turn = turns.next().await;
-                let accepted = turn.first_poll(TlsAcceptor::from(tls).accept(socket)).await;
+                let accepted = TlsAcceptor::from(tls).accept(socket).await;
                 let failed = |error| ConnectError::from(TransportFault::from(error));
                 let stream = accepted.map_err(failed)?;
                 begin(stream, &settings, attempt).await

@@ -54,7 +54,7 @@ pub use error::{
 pub use progress::{Progress, Step};
 pub use quic::{
     icmp::Unreachable,
-    udp::{Answered, BindError, BufferSizes, UdpHealth, UdpStats},
+    udp::{BindError, BufferSizes, UdpHealth, UdpStats},
 };
 pub use settings::Settings;
 pub use stream::{RecvHalf, SendHalf};

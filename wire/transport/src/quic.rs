@@ -32,7 +32,7 @@ use self::{
     icmp::{IcmpRouter, Unreachable},
     inspection::Inspected,
     reset_key::ListenerKey,
-    udp::{Answered, BindError, Bound, BufferSizes, UdpHealth, Watching, WhenBroken},
+    udp::{BindError, Bound, BufferSizes, UdpHealth, Watching, WhenBroken},
 };
 pub(crate) use self::{
     connection::{RecvStream, SendStream},
@@ -41,9 +41,8 @@ pub(crate) use self::{
 use super::{ConnectError, Settings, TransportFault, canonical};
 use crate::tls::Current;
 
-/// Maximum number of handshakes that are not done yet, queued or held by the acceptor; quinn refuses
-/// further ones.
-const MAX_QUEUED: usize = 2048;
+/// Maximum number of handshakes that wait to be accepted; quinn refuses further ones.
+const MAX_QUEUED: usize = 1024;
 /// Bytes that may wait for one handshake that has not been accepted yet.
 const INCOMING_BUFFER: u64 = 64 * 1024;
 /// Bytes that may wait for all handshakes that have not been accepted yet.
@@ -84,7 +83,7 @@ impl Listener {
         reset_key: Option<Current<ResetKey>>,
     ) -> Result<Self, ConnectError> {
         let health = Arc::new(UdpHealth::default());
-        let bound = udp::bind(address, settings, &health, &Answered::default(), WhenBroken::Stay)?;
+        let bound = udp::bind(address, settings, &health, WhenBroken::Stay)?;
         let config = server_config(tls, settings)?;
         let bind_error = |error| BindError::new(address, error);
         let local_address = bound.socket.local_addr().map_err(bind_error)?;
@@ -213,59 +212,14 @@ impl Incoming {
     /// # Cancel safety
     /// Cancel safe: dropping the future ends the handshake.
     pub async fn complete(self) -> Result<Connection, ConnectError> {
-        self.accept()?.complete().await
-    }
-
-    /// Begins the handshake. Dropping what is returned ends it.
-    ///
-    /// # Errors
-    /// When the peer goes away.
-    pub fn accept(self) -> Result<Handshake, ConnectError> {
         let mut config = self.config;
         // For one path, whose first link is known by now.
         let remote = canonical(self.incoming.remote_address());
         config.transport_config(Arc::new(path_config(&self.settings, remote, &self.health)));
-        let connecting = self.incoming.accept_with(Arc::new(config));
-        Ok(Handshake {
-            connecting: connecting.map_err(|error| ConnectError::Handshake(lost(error)))?,
-            window: self.settings.tunnel_receive_window,
-            icmp_router: self.icmp_router,
-            endpoint: self.endpoint,
-        })
-    }
-}
-
-/// An agent's handshake. Dropping it ends it.
-#[derive(Debug)]
-pub struct Handshake {
-    connecting: quinn::Connecting,
-    window: Option<u64>,
-    icmp_router: Arc<IcmpRouter>,
-    endpoint: quinn::Endpoint,
-}
-
-impl Handshake {
-    /// Completes when the peer's ClientHello was processed, which is most of this side's work, or
-    /// when the handshake has failed.
-    ///
-    /// # Cancel safety
-    /// Cancel safe.
-    pub async fn hello(&mut self) {
-        // An error is that of the handshake as well.
-        let _ = self.connecting.handshake_data().await;
-    }
-
-    /// Completes the handshake: certificates are checked, the protocol is agreed on.
-    ///
-    /// # Errors
-    /// When the peer goes away, is refused, or speaks another protocol.
-    ///
-    /// # Cancel safety
-    /// Cancel safe: dropping the future ends the handshake.
-    pub async fn complete(self) -> Result<Connection, ConnectError> {
-        let connecting = self.connecting.await;
-        let connection = connecting.map_err(|error| ConnectError::Handshake(lost(error)))?;
-        Connection::established(connection, self.endpoint, self.icmp_router, self.window)
+        let handshake = async { self.incoming.accept_with(Arc::new(config))?.await };
+        let connection = handshake.await.map_err(|error| ConnectError::Handshake(lost(error)))?;
+        let window = self.settings.tunnel_receive_window;
+        Connection::established(connection, self.endpoint, self.icmp_router, window)
             .ok_or(ConnectError::Protocol)
     }
 }
@@ -273,8 +227,7 @@ impl Handshake {
 /// Connects to a server, on a UDP socket of its own.
 ///
 /// A shared socket would reach the same replica behind a load balancer every time. What the socket
-/// finds out goes to `udp_health`, which is meant for all sockets of a process. `answered` is set when
-/// the first packet arrives.
+/// finds out goes to `udp_health`, which is meant for all sockets of a process.
 ///
 /// # Errors
 /// When the socket cannot be opened, no process listens at the address, no packet gets there, or the
@@ -288,14 +241,13 @@ pub async fn connect(
     tls: Arc<rustls::ClientConfig>,
     settings: &Settings,
     udp_health: &Arc<UdpHealth>,
-    answered: &Answered,
 ) -> Result<(Connection, BufferSizes), ConnectError> {
     let any = match remote.ip() {
         IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
     let local = SocketAddr::new(any, 0);
-    let bound = udp::bind(local, settings, udp_health, answered, WhenBroken::End)?;
+    let bound = udp::bind(local, settings, udp_health, WhenBroken::End)?;
     let (socket, rounds) = (bound.socket.clone(), bound.rounds.clone());
     let endpoint = rounds::endpoint(settings.endpoint(None), None, socket, rounds)
         .map_err(|error| BindError::new(local, error))?;

@@ -48,11 +48,9 @@ impl Server {
     async fn tunnel(&self, path: SocketAddr) -> (Tunnel, Tunnel) {
         let tls = self.client_tls.clone();
         let settings = Settings::default();
-        let (health, answered) = Default::default();
-        let (server, agent) = tokio::join!(
-            self.accept(),
-            connect(path, "127.0.0.1", tls, &settings, &health, &answered)
-        );
+        let health = Arc::default();
+        let (server, agent) =
+            tokio::join!(self.accept(), connect(path, "127.0.0.1", tls, &settings, &health));
         (server, agent.unwrap().0.into())
     }
 

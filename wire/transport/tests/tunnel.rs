@@ -12,8 +12,8 @@ use std::{
 
 use bytes::Bytes;
 use culvert_transport::{
-    Answered, Carrier, ConnectError, ReadError, ReadFrameError, Settings, TransportFault, Tunnel,
-    TunnelLost, Unreachable, WriteError,
+    Carrier, ConnectError, ReadError, ReadFrameError, Settings, TransportFault, Tunnel, TunnelLost,
+    Unreachable, WriteError,
     control::{ControlError, ControlStream, Event},
     quic::{Listener, connect},
     tcp,
@@ -211,16 +211,7 @@ async fn an_agent_without_a_certificate_or_with_a_strangers_is_refused() {
             let accept = async { listener.accept().await.unwrap().complete().await };
             let connect = async {
                 // The client is done a round trip before the server has looked at its certificate.
-                match connect(
-                    remote,
-                    "127.0.0.1",
-                    tls.into(),
-                    &settings,
-                    &Arc::default(),
-                    &Answered::default(),
-                )
-                .await
-                {
+                match connect(remote, "127.0.0.1", tls.into(), &settings, &Arc::default()).await {
                     Ok((connection, _)) => Tunnel::from(connection).closed().await,
                     Err(ConnectError::Handshake(lost)) => lost,
                     Err(error) => panic!("{error}"),
@@ -257,15 +248,7 @@ async fn a_server_of_another_name_or_ca_is_refused() {
             for (name, roots) in [("localhost", authority.roots()), ("127.0.0.1", stranger.roots())]
             {
                 let tls = tunnel_client(roots, None, kx).unwrap();
-                let attempt = connect(
-                    remote,
-                    name,
-                    tls.into(),
-                    &settings,
-                    &Arc::default(),
-                    &Answered::default(),
-                )
-                .await;
+                let attempt = connect(remote, name, tls.into(), &settings, &Arc::default()).await;
                 assert!(matches!(attempt, Err(ConnectError::Handshake(_))), "{name}");
             }
         };
@@ -283,15 +266,8 @@ async fn an_attempt_at_a_port_without_a_listener_fails_at_once() {
         let gone = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let authority = Authority::new();
         let tls = tunnel_client(authority.roots(), None, KeyExchange::Hybrid).unwrap();
-        let attempt = connect(
-            gone,
-            "127.0.0.1",
-            tls.into(),
-            &Settings::default(),
-            &Arc::default(),
-            &Answered::default(),
-        )
-        .await;
+        let attempt =
+            connect(gone, "127.0.0.1", tls.into(), &Settings::default(), &Arc::default()).await;
         assert!(matches!(attempt, Err(ConnectError::Refused)));
     })
     .await;
@@ -306,9 +282,7 @@ async fn an_attempt_whose_packets_the_kernel_refuses_fails_at_once() {
         let tls = tunnel_client(authority.roots(), None, KeyExchange::Hybrid).unwrap();
         let begun = Instant::now();
         let (settings, health) = (Settings::default(), Arc::default());
-        let attempt =
-            connect(forbidden, "127.0.0.1", tls.into(), &settings, &health, &Answered::default())
-                .await;
+        let attempt = connect(forbidden, "127.0.0.1", tls.into(), &settings, &health).await;
         let Err(ConnectError::Unreachable(fault)) = attempt else { panic!("{attempt:?}") };
         assert_eq!(fault.kind, std::io::ErrorKind::PermissionDenied);
         // The other results come with the handshake's time-out, 10 s, or later.
@@ -364,9 +338,9 @@ async fn found_gone(report_limit: Option<Duration>) -> Duration {
     let (path, relay) = relay(listener.local_addr().unwrap()).await;
     let tls = tunnel_client(authority.roots(), None, kx).unwrap();
     let accept = async { listener.accept().await.unwrap().complete().await.unwrap() };
-    let (health, answered) = Default::default();
+    let health = Arc::default();
     let (server, agent) =
-        tokio::join!(accept, connect(path, "127.0.0.1", tls.into(), &settings, &health, &answered));
+        tokio::join!(accept, connect(path, "127.0.0.1", tls.into(), &settings, &health));
     let (server, agent) = (Tunnel::from(server), Tunnel::from(agent.unwrap().0));
     let (mut control, _agent) = controls(&server, &agent).await;
     if let Some(limit) = report_limit {

@@ -89,20 +89,6 @@ async fn tcp_starts_after_the_head_start_and_wins_over_silent_quic() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn quic_that_was_answered_has_three_seconds_before_tcp_starts() {
-    for (millis, calls) in [(2900, 1), (3100, 2)] {
-        let answered = Step::Answer { millis, carrier: Carrier::Quic, server: "x".into() };
-        let run = run(&[A], options(CarrierOrder::QuicFirst), move |call| match call.carrier {
-            Carrier::Quic => answered.clone(),
-            _ => Step::Hang,
-        })
-        .await;
-        assert_eq!((run.carrier(), run.calls.len()), (Carrier::Quic, calls));
-        assert!(run.calls.get(1).is_none_or(|call| call.0 == 3000));
-    }
-}
-
-#[tokio::test(start_paused = true)]
 async fn tcp_starts_at_once_when_quic_is_refused() {
     let run = run(&[A], options(CarrierOrder::QuicFirst), |call| match call.carrier {
         Carrier::Quic => Step::Refuse { millis: 10 },

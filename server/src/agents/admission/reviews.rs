@@ -26,12 +26,12 @@ use tokio::{
 
 use super::{
     Refusal, ReviewPace,
-    queue::{Pace, Turn},
+    queue::{FairQueue, Pace, Turn},
     status::check_status,
     token::{Claims, TokenDigest},
     verdicts::{Verdict, Verdicts},
 };
-use crate::{agents::fair_queue::FairQueue, config::TokenConfig, metrics::ServerMetrics};
+use crate::{config::TokenConfig, metrics::ServerMetrics};
 
 /// Maximum number of reviews in progress. After a restart of everything thousands of tokens are to
 /// be reviewed, and kube-apiserver has other work.

@@ -190,7 +190,6 @@ mod tests {
     };
 
     use super::*;
-    use crate::Answered;
     use crate::{
         Settings,
         quic::udp::{Bound, WhenBroken, bind},
@@ -198,8 +197,7 @@ mod tests {
 
     fn bind_to(address: &str) -> Bound {
         let (settings, health) = (Settings::default(), Arc::default());
-        bind(address.parse().unwrap(), &settings, &health, &Answered::default(), WhenBroken::Stay)
-            .unwrap()
+        bind(address.parse().unwrap(), &settings, &health, WhenBroken::Stay).unwrap()
     }
 
     async fn send(socket: &Arc<dyn AsyncUdpSocket>, destination: SocketAddr) {
@@ -293,9 +291,7 @@ mod tests {
     async fn many_errors_about_one_peer_cost_no_packet_to_another() {
         let health = Arc::default();
         let address = "127.0.0.1:0".parse().unwrap();
-        let bound =
-            bind(address, &Settings::default(), &health, &Answered::default(), WhenBroken::Stay)
-                .unwrap();
+        let bound = bind(address, &Settings::default(), &health, WhenBroken::Stay).unwrap();
         let errors = bound.errors.unwrap();
         let _flood = flood(errors.socket.get_ref().try_clone().unwrap().into());
         let router = Arc::new(IcmpRouter::default());

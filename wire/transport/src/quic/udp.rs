@@ -1,6 +1,5 @@
 //! UDP sockets for tunnels: bound, with large buffers, and batches that the kernel accepts.
 
-mod answered;
 mod calls;
 #[cfg(test)]
 mod download_tests;
@@ -23,10 +22,7 @@ use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use quinn::AsyncUdpSocket;
 use socket2::{Domain, Protocol, Socket, Type};
 
-pub use self::{
-    answered::Answered,
-    health::{UdpHealth, UdpStats},
-};
+pub use self::health::{UdpHealth, UdpStats};
 use self::{
     calls::KernelCalls,
     intake::Intake,
@@ -92,7 +88,6 @@ pub(super) fn bind(
     address: SocketAddr,
     settings: &Settings,
     health: &Arc<UdpHealth>,
-    answered: &Answered,
     when_broken: WhenBroken,
 ) -> Result<Bound, BindError> {
     let result = match open(address) {
@@ -116,8 +111,7 @@ pub(super) fn bind(
         let abilities = Abilities { batch, joins: joined > 1, may_fragment, when_broken };
         let rounds = Arc::new(Rounds::default());
         let intake = Intake::new(rounds.clone(), settings.packet_backlog);
-        let socket =
-            QuicSocket::new(io, calls, abilities, health.clone(), answered.clone(), intake);
+        let socket = QuicSocket::new(io, calls, abilities, health.clone(), intake);
         let (unsendable, socket) = (socket.unsendable(), Arc::new(socket));
         Ok(Bound { socket, errors, unsendable, buffer_sizes, rounds })
     };
@@ -170,13 +164,7 @@ mod tests {
 
     fn bind_with(address: &str, settings: &Settings) -> (Bound, Arc<UdpHealth>) {
         let health = Arc::default();
-        let bound = bind(
-            address.parse().unwrap(),
-            settings,
-            &health,
-            &Answered::default(),
-            WhenBroken::Stay,
-        );
+        let bound = bind(address.parse().unwrap(), settings, &health, WhenBroken::Stay);
         (bound.unwrap(), health)
     }
 

@@ -103,15 +103,9 @@ impl Pair {
                 let listener = Listener::bind(address, tls, settings, Some(key)).unwrap();
                 let remote = listener.local_addr().unwrap();
                 let accept = async { listener.accept().await.unwrap().complete().await.unwrap() };
-                let (health, answered) = Default::default();
-                let connect = quic::connect(
-                    remote,
-                    "127.0.0.1",
-                    client_tls.into(),
-                    settings,
-                    &health,
-                    &answered,
-                );
+                let health = Arc::default();
+                let connect =
+                    quic::connect(remote, "127.0.0.1", client_tls.into(), settings, &health);
                 let (server, agent) = tokio::join!(accept, connect);
                 Self {
                     server: server.into(),

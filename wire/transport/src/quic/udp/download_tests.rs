@@ -21,7 +21,7 @@ use super::{
     socket::{Abilities, Socket},
 };
 use crate::{
-    Answered, Settings,
+    Settings,
     quic::{
         path_config,
         rounds::{self, Rounds},
@@ -110,14 +110,7 @@ async fn download(path: Path, settings: &Settings) -> (Duration, UdpStats) {
     let abilities = Abilities { batch, joins: joined > 1, may_fragment: false, when_broken };
     let rounds = Arc::<Rounds>::default();
     let intake = Intake::new(rounds.clone(), settings.packet_backlog);
-    let socket = Socket::new(
-        io,
-        OverPath { kernel, path },
-        abilities,
-        health.clone(),
-        Answered::default(),
-        intake,
-    );
+    let socket = Socket::new(io, OverPath { kernel, path }, abilities, health.clone(), intake);
     let endpoint = settings.endpoint(None);
     let server = rounds::endpoint(endpoint, Some(config), Arc::new(socket), rounds).unwrap();
 

@@ -28,7 +28,6 @@ use tokio::{
 use tokio_util::sync::ReusableBoxFuture;
 
 use super::{
-    answered::Answered,
     calls::Calls,
     health::UdpHealth,
     intake::Intake,
@@ -77,7 +76,6 @@ pub(super) struct Socket<C> {
     calls: C,
     abilities: Abilities,
     health: Arc<UdpHealth>,
-    answered: Answered,
     unsendable: Arc<Unsendable>,
     receiver: Mutex<Receiver>,
     partial: Mutex<HashMap<SocketAddr, Partial>>,
@@ -108,14 +106,13 @@ impl<C: Calls> Socket<C> {
         calls: C,
         abilities: Abilities,
         health: Arc<UdpHealth>,
-        answered: Answered,
         intake: Intake,
     ) -> Self {
         let joined = abilities.joins.then(Joined::new);
         let (receiving, pause, broken) = Default::default();
         let receiver = Mutex::new(Receiver { receiving, intake, joined, pause, broken });
         let (unsendable, partial) = Default::default();
-        Self { io, calls, abilities, health, answered, unsendable, receiver, partial }
+        Self { io, calls, abilities, health, unsendable, receiver, partial }
     }
 
     /// Why nothing can be sent. Only for a socket with one peer.
@@ -273,7 +270,6 @@ impl<C: Calls> AsyncUdpSocket for Socket<C> {
             });
             match received {
                 Ok(count) => {
-                    self.answered.set();
                     self.receive_worked(receiver, call);
                     if count > 0 {
                         self.choose(&mut receiver.intake, bufs, &mut meta[..count]);

@@ -93,7 +93,7 @@ async fn socket(address: &str, when_broken: WhenBroken, script: Script) -> TestS
     let script = Mutex::new(script);
     let calls = Scripted { kernel, script, received: AtomicUsize::new(0), sent: Mutex::default() };
     let intake = Intake::new(Arc::default(), 1 << 20);
-    Socket::new(io, calls, abilities, Arc::default(), Answered::default(), intake)
+    Socket::new(io, calls, abilities, Arc::default(), intake)
 }
 
 /// The next packet that the socket receives.
