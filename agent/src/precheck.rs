@@ -164,7 +164,11 @@ async fn check_address(
                 report.warn(step, detail, "");
             }
             (Carrier::Quic, Transport::Auto) => {
-                report.warn(step, detail, "let UDP pass to this port; TCP is used meanwhile");
+                report.warn(
+                    step,
+                    detail,
+                    "let UDP pass to this port; without it, TCP is used if that passes",
+                );
             }
             (_, Transport::Auto) if !reached.is_empty() => {
                 report.warn(step, detail, "let TCP pass to this port, for when UDP does not");
