@@ -22,6 +22,7 @@ use culvert_process::{
 use culvert_transport::{
     BufferSizes, TunnelLost, UdpHealth,
     budget::MemoryBudget,
+    congestion::KnownPaths,
     splice::{Cut, Meter, Outcome},
 };
 use culvert_wire::dial::DialErrorKind;
@@ -121,6 +122,8 @@ pub struct AgentMetrics {
     /// State of the UDP sockets, of which each attempt over QUIC has one.
     pub(crate) udp_health: Arc<UdpHealth>,
     memory: OnceLock<Arc<MemoryBudget>>,
+    /// What tunnels have found out about the paths to servers.
+    pub(crate) known_paths: Arc<KnownPaths>,
     /// Lookups of targets' names.
     pub(crate) target_lookups: LookupMetrics,
     /// Lookups of the servers' name.
@@ -205,6 +208,7 @@ impl AgentMetrics {
             streams: AtomicU64::new(0),
             udp_health: Arc::default(),
             memory: OnceLock::new(),
+            known_paths: Arc::default(),
             stream_ends: StreamEnds::new(&metrics, STREAM_ENDS, DIRECTIONS),
             metrics,
         })
@@ -348,6 +352,7 @@ impl AgentMetrics {
             if let Some(memory) = self.memory.get() {
                 exposition.memory("culvert_agent", memory);
             }
+            exposition.resumptions("culvert_agent", &self.known_paths);
             let help = "Tunnels that others have replaced and that still have streams.";
             exposition.gauge(RETIRED, help, servers.retired());
             let pending = [&self.target_lookups, &self.server_lookups]

@@ -18,7 +18,8 @@ use std::sync::{Arc, OnceLock, atomic::AtomicU64};
 
 use culvert_process::metrics::{BuildError, LiveCount, Metrics, StreamEnds};
 use culvert_transport::{
-    BufferSizes, Carrier, TunnelLost, UdpHealth, budget::MemoryBudget, splice::Meter,
+    BufferSizes, Carrier, TunnelLost, UdpHealth, budget::MemoryBudget, congestion::KnownPaths,
+    splice::Meter,
 };
 use metrics::Histogram;
 
@@ -68,6 +69,8 @@ pub struct ServerMetrics {
     udp_health: OnceLock<Arc<UdpHealth>>,
     memory: OnceLock<Arc<MemoryBudget>>,
     servers: OnceLock<Arc<ServerSet>>,
+    /// What tunnels have found out about the paths to agents.
+    pub(crate) known_paths: Arc<KnownPaths>,
     /// Bytes spliced in either direction.
     pub meter: Meter,
 }
@@ -104,6 +107,7 @@ impl ServerMetrics {
             udp_health: OnceLock::new(),
             memory: OnceLock::new(),
             servers: OnceLock::new(),
+            known_paths: Arc::default(),
             stream_ends: StreamEnds::new(&metrics, STREAM_ENDS, DIRECTIONS),
             meter: Meter::default(),
             metrics,

@@ -196,6 +196,9 @@ async fn introduce(session: &mut Session, context: &SessionContext) -> Result<We
     control.send(&ControlMessage::Hello(Box::new(hello))).await?;
     match control.next().await {
         Ok(ControlMessage::Welcome(mut welcome)) => {
+            // The id of a server that was started again is another one.
+            let known = &context.egress.metrics().known_paths;
+            tunnel.resume(known.to(tunnel.remote_address().ip()));
             if welcome.features.contains(Features::HEDGE) {
                 let repairs = welcome.features.contains(Features::REPAIR);
                 tunnel.hedge(context.hedge_rate, repairs);

@@ -322,6 +322,8 @@ async fn introduce(
     attempt.admit();
     tunnel.admit();
     tunnel.set_memory(&context.memory);
+    let peer = (&claims.agent_id, claims.identity.to_string());
+    tunnel.resume(context.metrics.known_paths.to(peer));
     let (welcome, servers) = welcome(&hello, context);
     if welcome.features.contains(Features::HEDGE) {
         let repairs = welcome.features.contains(Features::REPAIR);

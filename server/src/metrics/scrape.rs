@@ -43,6 +43,7 @@ impl ServerMetrics {
             if let Some(memory) = self.memory.get() {
                 exposition.memory("culvert_server", memory);
             }
+            exposition.resumptions("culvert_server", &self.known_paths);
             if let Some(servers) = self.servers.get() {
                 let counts = servers.counts().into_iter();
                 let rows = counts.map(|(state, count)| (vec![("address", state.into())], count));

@@ -11,20 +11,29 @@
 //!  sampler   acknowledgements ─▶ delivery rate and round-trip time
 //!  filter    maximum of the last rounds
 //!  model     both ─▶ congestion window
+//!  known     what earlier connections to a peer have found out
 //! ```
 
 mod filter;
+mod known;
 mod model;
 mod sampler;
 
 use std::{fmt, str::FromStr, sync::Arc};
 
-use quinn::congestion::{ControllerFactory, CubicConfig};
+use quinn::congestion::{Controller, ControllerFactory, CubicConfig};
 
+pub(crate) use known::Memory;
+pub use known::{KnownPath, KnownPaths, Resumption};
 use model::ModelConfig;
 
 /// Congestion window at the start, in bytes: 32 packets, so that a dial and its first answer fit.
 const INITIAL_WINDOW: u64 = 32 * 1200;
+
+/// The memory of a connection's controller; `None` for one that resumes nothing.
+pub(crate) fn memory(controller: Box<dyn Controller>) -> Option<Arc<Memory>> {
+    model::memory(controller)
+}
 
 /// Which congestion control a tunnel sends with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

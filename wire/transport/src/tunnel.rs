@@ -14,6 +14,7 @@ use crate::{
     RecvHalf, SendHalf, TunnelLost,
     budget::{MemoryBudget, StreamMemory},
     carrier::Carrier,
+    congestion::KnownPath,
     priority::PriorityBudget,
     qmux, quic,
     quic::icmp::Unreachable,
@@ -114,6 +115,15 @@ impl Tunnel {
         self.memory.set(budget);
         if let Connection::Quic(connection) = &self.connection {
             connection.set_memory(budget);
+        }
+    }
+
+    /// Begins near the rate that an earlier tunnel to the same peer has found, where the path is still
+    /// the same, and leaves there what this one finds. Call it once the peer is known; the first call
+    /// counts. It has no effect over TCP.
+    pub fn resume(&self, path: KnownPath) {
+        if let Connection::Quic(connection) = &self.connection {
+            connection.resume(path);
         }
     }
 

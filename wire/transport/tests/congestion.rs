@@ -6,9 +6,9 @@ mod simulation;
 
 use std::time::Duration;
 
-use culvert_transport::congestion::Congestion;
+use culvert_transport::congestion::{Congestion, Resumption};
 
-use simulation::{Bursts, Flow, Policer, Settings, Simulation};
+use simulation::{Bursts, Flow, Policer, Reconnecting, Settings, Simulation};
 
 /// 100 Mbit/s, 50 ms, with a buffer of this many bandwidth-delay products.
 fn wan(products: f64) -> Settings {
@@ -244,4 +244,84 @@ fn a_lone_keystroke_that_is_sent_twice_does_not_wait_for_a_time_out() {
         let p99 = outcome.echo(0.99);
         assert!((least..most).contains(&p99), "{p99} ms");
     }
+}
+
+/// Milliseconds.
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
+}
+
+/// Keystrokes show nothing of a path's bandwidth: they neither end the search for it, nor does the
+/// tunnel forget what it has found.
+#[test]
+fn a_large_answer_takes_no_longer_after_keystrokes() {
+    let [first, second] = Reconnecting::new(1).answer_twice("no keystrokes", wan(1.0));
+    let mut typed = Reconnecting::new(1);
+    typed.keystrokes = Duration::from_secs(30);
+    let [first_typed, second_typed] = typed.answer_twice("30 s of keystrokes", wan(1.0));
+    assert!(millis(first_typed) < 1.1 * millis(first));
+    assert!(millis(second_typed) < 1.1 * millis(second));
+}
+
+#[test]
+fn an_answer_after_a_reconnection_over_the_same_path_takes_three_round_trips_less() {
+    // With loss the last retransmissions decide, and differ by chance.
+    for (loss, saved) in [(0.0, 150.0), (0.01, 50.0), (0.05, 50.0)] {
+        let agent = Reconnecting::new(1);
+        let link = Settings { loss, ..wan(1.0) };
+        let first = agent.answer(&format!("loss {loss}, first"), link, false);
+        for _ in 0..2 {
+            let again = agent.answer(&format!("loss {loss}, again"), link, false);
+            assert!(millis(first.took) - millis(again.took) > saved);
+        }
+        assert_eq!(agent.count(Resumption::Confirmed), 2);
+    }
+}
+
+#[test]
+fn a_path_that_shrank_to_a_tenth_is_left_to_its_rate_at_once() {
+    for products in [1.0, 4.0] {
+        let agent = Reconnecting::new(1);
+        agent.answer("before", wan(products), false);
+        let shrunk = Settings::new(10.0, 50, products);
+        let again = agent.answer("shrunk, again", shrunk, false);
+        let new = Reconnecting::new(1).answer("shrunk, new", shrunk, false);
+        assert_eq!(agent.count(Resumption::Retreated), 1);
+        assert!(millis(again.took) < 1.05 * millis(new.took));
+        assert!(again.dropped < 0.05);
+        // What was found out is that of the smaller path.
+        let third = agent.answer("shrunk, third", shrunk, false);
+        assert!(third.dropped < 0.04 && millis(third.took) < 1.02 * millis(new.took));
+    }
+}
+
+#[test]
+fn a_path_with_another_round_trip_time_is_a_new_one() {
+    for rtt in [20, 80, 200] {
+        let agent = Reconnecting::new(1);
+        agent.answer("before", wan(1.0), false);
+        let other = Settings::new(100.0, rtt, 1.0);
+        let again = agent.answer(&format!("{rtt} ms, again"), other, false);
+        let new = Reconnecting::new(1).answer(&format!("{rtt} ms, new"), other, false);
+        assert_eq!(agent.count(Resumption::OtherPath), 1);
+        assert_eq!(again.took, new.took);
+    }
+}
+
+/// In a shallow buffer the round trip is the known one although the path is shared, so the answer
+/// begins with half of the rate that it has had alone. In a deeper one the queue keeps it from that.
+/// The moment in CUBIC's cycle decides what a single answer costs it, so several are added up.
+#[test]
+fn an_answer_after_a_reconnection_leaves_cubic_its_share() {
+    let link = Settings::new(40.0, 50, 0.2);
+    let (mut beside_again, mut beside_new) = (0, 0);
+    for seed in 1..=3 {
+        let agent = Reconnecting::new(seed);
+        agent.answer("before", link, false);
+        beside_again += agent.answer("beside cubic, again", link, true).beside;
+        beside_new += Reconnecting::new(seed).answer("beside cubic, new", link, true).beside;
+        let counted = [Resumption::Confirmed, Resumption::Retreated].map(|it| agent.count(it));
+        assert_eq!(counted.iter().sum::<u64>(), 1, "{counted:?}");
+    }
+    assert!(beside_again as f64 > 0.9 * beside_new as f64, "{beside_again} and {beside_new}");
 }

@@ -5,6 +5,7 @@ use std::fmt::{Display, Write as _};
 use culvert_transport::{
     Carrier, TunnelStats, UdpStats,
     budget::{Held, MemoryBudget},
+    congestion::{KnownPaths, Resumption},
     splice::Meter,
 };
 use metrics_process::collector;
@@ -161,6 +162,15 @@ impl Exposition {
         self.counter(&name("waits_total"), help, budget.waits());
         let help = "Streams that were cut because the memory for peers was used up.";
         self.counter(&name("cuts_total"), help, budget.cuts());
+    }
+
+    /// Adds what tunnels made of the paths that earlier tunnels have found, in a family whose name
+    /// begins with `prefix`.
+    pub fn resumptions(&mut self, prefix: &str, known: &KnownPaths) {
+        let rows = Resumption::ALL
+            .map(|result| (vec![("result", result.label().to_owned())], known.count(result)));
+        let help = "Tunnels that could begin at the rate of an earlier one, by result.";
+        self.family(&format!("{prefix}_rate_resumptions_total"), Kind::Counter, help, rows);
     }
 
     /// Adds the paths of tunnels, in families whose names begin with `prefix`.

@@ -18,22 +18,28 @@
 //!  phases       Startup ─▶ Down ─▶ Cruise ─▶ Up ─▶ Down …, and ProbeRtt in between
 //!  loss         what the path usually loses, and when loss is congestion
 //!  window       the window in each phase
+//!  resume       a begin near the rate of an earlier connection
 //! ```
 
 mod controller;
 mod loss;
 mod phases;
+mod resume;
 mod window;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tracing::trace;
 
-pub(super) use self::controller::ModelConfig;
-use self::phases::Phase;
+pub(super) use self::controller::{ModelConfig, memory};
+use self::{phases::Phase, resume::Resume};
 use super::{
     INITIAL_WINDOW,
     filter::MaxFilter,
+    known::Memory,
     sampler::{Sample, Sampler},
 };
 
@@ -64,7 +70,7 @@ struct Round {
 
 /// A model of one path. Rates are in bytes per second.
 #[derive(Clone, Debug)]
-struct Model {
+pub(super) struct Model {
     /// Size of a full packet, in bytes.
     mtu: u64,
     sampler: Sampler,
@@ -100,8 +106,15 @@ struct Model {
 
     /// Number of bytes in flight after the last acknowledgement.
     inflight: u64,
-    /// Packets sent up to this moment were lost with the path.
-    outage_until: Option<Instant>,
+    /// Number of bytes sent and not acknowledged, including those sent since then.
+    unacked: u64,
+    /// Losses of packets sent up to this moment have had their response.
+    answered_until: Option<Instant>,
+    /// What is known of the path from earlier connections.
+    memory: Arc<Memory>,
+    resume: Resume,
+    /// Bandwidth that an earlier connection has found, where this one has begun with it.
+    known: Option<f64>,
     phase: Phase,
     /// The congestion window, in bytes.
     window: u64,
@@ -125,7 +138,11 @@ impl Model {
             inflight_longterm: None,
             contended_cycles: 0,
             inflight: 0,
-            outage_until: None,
+            unacked: 0,
+            answered_until: None,
+            memory: Arc::default(),
+            resume: Resume::Reconnaissance,
+            known: None,
             phase: Phase::START,
             window: INITIAL_WINDOW,
         }
@@ -141,13 +158,14 @@ impl Model {
         self.round.max_rtt = self.round.max_rtt.max(sample.rtt);
         self.round.inflight = self.round.inflight.max(self.inflight + sample.bytes);
         self.update_min_rtt(now, sample.rtt);
+        self.resume_on_ack(now, now - sample.rtt, sample.bytes);
         if let Some(rate) = sample.rate {
             self.update_bandwidth(rate, sample.app_limited);
         }
         if let Phase::Startup { .. } = self.phase
             && !sample.app_limited
         {
-            self.window += sample.bytes;
+            self.grow(sample.bytes);
         }
         if sample.delivered_before >= self.round_end {
             self.round_end = self.sampler.delivered();

@@ -24,7 +24,10 @@ use super::{
     repair::Repair,
 };
 use crate::{
-    ReadError, TunnelLost, TunnelStats, Unreachable, WriteError, budget::MemoryBudget, canonical,
+    ReadError, TunnelLost, TunnelStats, Unreachable, WriteError,
+    budget::MemoryBudget,
+    canonical,
+    congestion::{self, KnownPath},
 };
 
 /// How often a stream with unread bytes is checked for a reset by the peer: soon enough for the
@@ -104,6 +107,14 @@ impl Connection {
             let (connection, close_reason) = (self.connection.clone(), self.close_reason.clone());
             Repair::begin(connection, close_reason, &self.inbound, rate, repairs)
         });
+    }
+
+    /// Lets the congestion controller of this path begin with what is known of it. A path to which
+    /// the connection migrates later is not this one.
+    pub(crate) fn resume(&self, path: KnownPath) {
+        if let Some(memory) = congestion::memory(self.connection.congestion_state()) {
+            memory.set(path);
+        }
     }
 
     pub(crate) fn close(&self, code: CloseCode, reason: &str) {

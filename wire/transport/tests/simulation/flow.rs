@@ -291,7 +291,7 @@ pub(super) async fn tunnel(
 }
 
 /// Sends without end on a stream that the agent opens.
-async fn download(agent: Tunnel, flow: Flow) {
+pub(super) async fn download(agent: Tunnel, flow: Flow) {
     sleep(flow.begin).await;
     let (mut send, _recv) = agent.open().await.unwrap();
     flow.mark(&mut send);

@@ -12,7 +12,9 @@ mod exchange;
 mod flow;
 mod forged_icmp;
 mod pipe;
+mod resume;
 mod socket;
 
 pub(crate) use flow::{Flow, Simulation};
 pub(crate) use pipe::{Bursts, Policer, Settings};
+pub(crate) use resume::Reconnecting;

@@ -5,7 +5,12 @@ use std::{any::Any, sync::Arc, time::Instant};
 use quinn::congestion::{Controller, ControllerFactory};
 
 use super::{BANDWIDTH_ROUNDS, Model, phases::Phase};
-use crate::congestion::{INITIAL_WINDOW, filter::MaxFilter};
+use crate::congestion::{INITIAL_WINDOW, filter::MaxFilter, known::Memory};
+
+/// The memory of a controller of this kind.
+pub(in crate::congestion) fn memory(controller: Box<dyn Controller>) -> Option<Arc<Memory>> {
+    Some(controller.into_any().downcast::<Model>().ok()?.memory)
+}
 
 /// Makes a model for each path.
 #[derive(Debug)]
@@ -25,10 +30,11 @@ impl Model {
     /// congested. This one starts with no more than every new tunnel sends. What was sent before
     /// was lost with the old path and says nothing about the new one.
     fn restart(&mut self, now: Instant) {
-        self.outage_until = Some(now);
+        self.answered_until = Some(now);
         self.round.lost = 0;
         self.inflight_longterm = None;
         self.bw_shortterm = None;
+        self.known = None;
         self.bandwidth = MaxFilter::new(BANDWIDTH_ROUNDS);
         self.phase = Phase::START;
         self.window = self.window.min(INITIAL_WINDOW).max(self.min_window());
@@ -36,8 +42,10 @@ impl Model {
 }
 
 impl Controller for Model {
-    fn on_sent(&mut self, now: Instant, _bytes: u64, _last_packet_number: u64) {
+    fn on_sent(&mut self, now: Instant, bytes: u64, _last_packet_number: u64) {
         self.sampler.on_sent(now);
+        self.unacked += bytes;
+        self.resume_on_sent(now, self.unacked);
     }
 
     fn on_ack(
@@ -58,7 +66,7 @@ impl Controller for Model {
         app_limited: bool,
         _largest_packet_num_acked: Option<u64>,
     ) {
-        self.inflight = in_flight;
+        (self.inflight, self.unacked) = (in_flight, in_flight);
         let min_rtt = self.min_rtt.unwrap_or_default();
         if let Some(sample) = self.sampler.on_end_acks(now, in_flight, app_limited, min_rtt) {
             self.on_sample(now, sample, app_limited);
@@ -72,17 +80,20 @@ impl Controller for Model {
         is_persistent_congestion: bool,
         lost_bytes: u64,
     ) {
-        if self.outage_until.is_some_and(|until| sent <= until) {
+        if self.answered_until.is_some_and(|until| sent <= until) {
             return;
         }
         if is_persistent_congestion {
+            self.resume_on_congestion(now);
             return self.restart(now);
         }
         self.round.lost += lost_bytes;
         if lost_bytes == 0 && !self.round.congested {
             // An ECN mark is congestion by definition (RFC 3168).
+            self.resume_on_congestion(now);
             self.on_congestion();
         }
+        self.resume_on_loss(now, sent, lost_bytes);
     }
 
     fn on_mtu_update(&mut self, new_mtu: u16) {

@@ -37,14 +37,22 @@ impl Model {
         if self.round.congested || self.round.lost < MIN_LOST_PACKETS * self.mtu {
             return false;
         }
-        let share = self.loss_share();
+        self.exceeds_chance(self.round.lost, self.round.acked)
+            || (queue_stands && self.loss_share() > self.usual_loss + LOSS_THRESH)
+    }
+
+    /// Whether so many lost bytes, beside those acknowledged, are more than chance explains.
+    pub(super) fn exceeds_chance(&self, lost: u64, acked: u64) -> bool {
+        if lost < MIN_LOST_PACKETS * self.mtu {
+            return false;
+        }
+        let share = lost as f64 / (lost + acked).max(1) as f64;
         // In a round of few packets chance alone exceeds the mean by far: three standard
         // deviations.
         let usual = self.usual_loss.max(UNKNOWN_LOSS);
-        let packets = ((self.round.lost + self.round.acked) / self.mtu).max(1) as f64;
+        let packets = ((lost + acked) / self.mtu).max(1) as f64;
         let chance = usual + 3.0 * (usual * (1.0 - usual) / packets).sqrt();
         share > chance.max(self.usual_loss.max(TOLERANCE / 2.0) * 2.0)
-            || (queue_stands && share > self.usual_loss + LOSS_THRESH)
     }
 
     /// Lowers what may be in flight.

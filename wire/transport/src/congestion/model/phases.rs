@@ -10,6 +10,7 @@
 use std::time::{Duration, Instant};
 
 use super::Model;
+use crate::congestion::INITIAL_WINDOW;
 
 /// Time after which the shortest round-trip time is measured again ("BBR.min_rtt Min Filter",
 /// MinRTTFilterLen).
@@ -25,6 +26,8 @@ const FULL_BW_ROUNDS: u32 = 3;
 /// probe in step ("Time Scale for Bandwidth Probing", which has seconds instead).
 const CRUISE_ROUNDS: u64 = 8;
 const CRUISE_SPREAD: u64 = 3;
+/// Number of bytes in a round of Startup whose rate is remembered although the application limits it.
+const REMEMBERED_ROUND: u64 = 8 * INITIAL_WINDOW;
 /// Inverse of the share by which inflight_longterm grows in a round of Cruise on a contended path.
 const CONTENDED_GROWTH: u64 = 32;
 
@@ -83,7 +86,8 @@ impl Phase {
 impl Model {
     /// Chooses the phase of the next round.
     pub(super) fn next_phase(&mut self, now: Instant, queue_stands: bool) {
-        self.phase = match self.phase {
+        let before = self.phase;
+        self.phase = match before {
             Phase::Startup { full_bw, full_bw_count } => {
                 self.after_startup_round(full_bw, full_bw_count, queue_stands)
             }
@@ -97,6 +101,19 @@ impl Model {
             }
             Phase::ProbeRtt { until } => Phase::ProbeRtt { until },
         };
+        // The bandwidth was found, or has been probed for and drained.
+        // A stream's flow control can keep a flow in Startup; the rate of much data is found too.
+        let found = match (before, self.phase) {
+            (Phase::Startup { .. }, Phase::Startup { .. }) => {
+                self.round.app_limited && self.round.acked >= REMEMBERED_ROUND
+            }
+            (Phase::Startup { .. }, Phase::Down { .. } | Phase::Up { .. })
+            | (Phase::Down { .. }, Phase::Cruise { .. }) => true,
+            _ => false,
+        };
+        if found {
+            self.remember(now);
+        }
         if now.saturating_duration_since(self.min_rtt_at) > MIN_RTT_LIFETIME
             && !matches!(self.phase, Phase::ProbeRtt { .. } | Phase::Startup { .. })
         {
@@ -104,7 +121,8 @@ impl Model {
         }
     }
 
-    /// Leaves Startup when the bandwidth grows no more, a queue stands, or there is congestion.
+    /// Leaves Startup when the bandwidth is the known one or grows no more, a queue stands, or there
+    /// is congestion.
     fn after_startup_round(
         &mut self,
         full_bw: f64,
@@ -115,6 +133,9 @@ impl Model {
             self.inflight_longterm = self.inflight_longterm.map(|limit| limit + limit / 8);
             self.widen_for_bursts();
             return self.phase;
+        }
+        if self.reaches_known() && !queue_stands && !self.round.congested {
+            return Phase::Up { rounds: 0, from: self.bandwidth.max() };
         }
         let bandwidth = self.bandwidth.max();
         let grows = bandwidth >= full_bw * FULL_BW_GROWTH;

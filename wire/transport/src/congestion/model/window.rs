@@ -46,7 +46,11 @@ impl Model {
             return;
         }
         let limit = self.inflight_longterm.unwrap_or(u64::MAX);
-        self.window = self.phase_window(bandwidth).min(limit).max(self.min_window());
+        self.window = self
+            .phase_window(bandwidth)
+            .min(limit)
+            .min(self.retreat_limit())
+            .max(self.min_window());
         if limit > self.contended_window() * 2 {
             self.inflight_longterm = None;
         }
@@ -92,12 +96,12 @@ impl Model {
 
     /// Number of bytes in flight at this rate and round-trip time; those that the path will lose
     /// are in flight as well.
-    fn inflight_at(&self, rate: f64, rtt: Duration) -> u64 {
+    pub(super) fn inflight_at(&self, rate: f64, rtt: Duration) -> u64 {
         (rate * rtt.max(MIN_BDP_RTT).as_secs_f64() / (1.0 - self.usual_loss)) as u64
     }
 
     /// Number of bytes beyond the BDP.
-    fn extra(&self) -> u64 {
+    pub(super) fn extra(&self) -> u64 {
         EXTRA_PACKETS * self.mtu + (self.bandwidth.max() * EXTRA_TIME.as_secs_f64()) as u64
     }
 
