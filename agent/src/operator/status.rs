@@ -142,6 +142,13 @@ pub(super) fn status(operated: &Operated) -> Status {
     }
 }
 
+impl Status {
+    /// Number of servers with a tunnel that no other one has replaced.
+    fn connected(&self) -> usize {
+        self.servers.iter().filter(|server| server.state != "retired").count()
+    }
+}
+
 impl Server {
     #[expect(clippy::cast_precision_loss, reason = "a share of packets needs no more digits")]
     fn of(tunnel: &ServerTunnel, streams: usize) -> Self {
@@ -228,7 +235,7 @@ pub(super) fn render(status: &Status, now: Timestamp) -> String {
         escape(software),
         seconds(status.age_seconds)
     );
-    let _ = writeln!(text, "servers  {} of {}", status.servers.len(), status.server_count);
+    let _ = writeln!(text, "servers  {} of {}", status.connected(), status.server_count);
     let _ = writeln!(text, "quic     {}", status.quic.describe());
     let _ = writeln!(text, "identity {}", status.identity.describe(now));
     let _ = writeln!(text, "egress   {}", status.egress.describe());

@@ -122,8 +122,9 @@ def run(args):
     os.environ["no_proxy"] = "*"
     session = Session(args)
     if args.keep:
-        session.use(next(session.tunnels()))
-        keep(session)
+        tunnel = next(session.tunnels())
+        session.use(tunnel)
+        keep(session, tunnel)
         return 0
     for tunnel in session.tunnels():
         session.run_column(tunnel)
@@ -133,10 +134,13 @@ def run(args):
     return 0 if session.passed() else 1
 
 
-def keep(session):
+def keep(session, tunnel):
     """Leaves the cluster up until Ctrl-C."""
     work = session.parts.work
     shortcuts.write(work, session.control_plane.kubectl_command(), session.hosts.node_namespace)
+    operator = "".join(
+        f"  {session.parts.path(f'culvert-{side}')} {command} --socket={tunnel.operator_socket(side)}\n"
+        for side, command in [("server", "agents"), ("agent", "status")] if tunnel.system == "culvert")
     print(f"""
 The cluster is up. In another terminal, as root:
 
@@ -144,7 +148,7 @@ The cluster is up. In another terminal, as root:
   {work}/kubectl exec -it probe -- sh
   {work}/on-control-plane curl -s http://127.0.0.1:8134/metrics     in the network of the control plane
   {work}/on-node ip address                                         in the network of the node
-
+{operator}
 KUBECONFIG={session.control_plane.kubeconfigs['admin']} is for programs that {work}/on-control-plane starts.
 Logs are in {session.control_plane.logs}. Commands to the link, one a line here, such as
 {{"set": {{"each_way": {{"delay_ms": 10, "loss": 0.05}}}}}} or {{"udp": "drop"}}. Ctrl-C ends the cluster.

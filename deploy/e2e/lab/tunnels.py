@@ -47,19 +47,27 @@ class Tunnel:
         path.write_text(text)
         return path
 
+    def operator(self, side):
+        """Flags of the socket for an operator's commands, which Konnectivity lacks."""
+        return [f"--operator-socket={self.operator_socket(side)}"] if self.system == "culvert" else []
+
+    def operator_socket(self, side):
+        """Path of the socket for an operator's commands."""
+        return self.folder / f"{side}.sock"
+
     def start(self):
         """Starts both sides."""
         self.server = Process(f"{self.system}-server", [
             self.parts.path(f"{self.system}-server"), f"--mode={self.frontend}", f"--uds-name={self.socket}",
             "--server-port=0", f"--cluster-cert={self.server_pair[0]}", f"--cluster-key={self.server_pair[1]}",
             f"--cluster-ca-cert={self.ca.cert}", f"--agent-port={AGENT_PORT}", f"--admin-port={ADMIN_PORT}",
-            f"--health-port={HEALTH_PORT}", "--delete-existing-uds-file"],
+            f"--health-port={HEALTH_PORT}", "--delete-existing-uds-file", *self.operator("server")],
             self.logs / f"{self.name}-server.log")
         self.agent = Process(f"{self.system}-agent", self.hosts.node_command(
             self.parts.path(f"{self.system}-agent"), f"--proxy-server-host={self.address}",
             f"--proxy-server-port={AGENT_PORT}", f"--ca-cert={self.ca.cert}", f"--agent-cert={self.agent_pair[0]}",
             f"--agent-key={self.agent_pair[1]}", f"--health-server-port={AGENT_HEALTH_PORT}",
-            f"--admin-server-port={AGENT_ADMIN_PORT}"),
+            f"--admin-server-port={AGENT_ADMIN_PORT}", *self.operator("agent")),
             self.logs / f"{self.name}-agent.log")
 
     def deploy(self):

@@ -201,7 +201,8 @@ fn table(rows: &[Row], total: usize, side: Side) -> String {
             row.waits_for.to_owned(),
         ]);
     }
-    format!("{total} streams\n{}", table.render())
+    let streams = if total == 1 { "stream" } else { "streams" };
+    format!("{total} {streams}\n{}", table.render())
 }
 
 #[cfg(test)]
