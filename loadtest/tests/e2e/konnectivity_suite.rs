@@ -18,6 +18,12 @@ use crate::support::{
 
 /// Number of tests in the pinned version.
 const TESTS: usize = 26;
+/// A test of the client library alone, of which both results are right: it cancels the context of a
+/// tunnel and expects one of two errors, whichever Go's HTTP client meets first. On a busy machine it
+/// is now and then the other one.
+const RACES: &str = "TestProxyHandle_TunnelContextCancelled_GRPC";
+/// Maximum number of runs of that test.
+const RACE_RUNS: usize = 5;
 /// Time for all of them, as a flag of Go's test programs. One waits for a minute.
 const TIME_OUT: &str = "-test.timeout=5m";
 
@@ -55,21 +61,34 @@ async fn konnectivitys_integration_tests_pass_with_the_agent() {
     let folder = tempfile::tempdir().unwrap();
     let agent = agent(folder.path()).unwrap();
     let working_directory = folder.path().to_owned();
-    let run = move || {
+    let run = move |only: Option<&str>| {
         host.run(|| {
             // Without a network, a name that does not exist would be one that cannot be looked up.
             replace_file("/etc/nsswitch.conf", "hosts: files\n")?;
             // Tests dial an address of this network, from which nothing comes back.
             let _nowhere = DeviceBuilder::new().ipv4("198.18.0.1", 15, None).build_sync()?;
-            Command::new(suite)
+            Command::new(&suite)
                 .args(["-test.v", TIME_OUT])
+                .args(only.map(|test| format!("-test.run=^{test}$")))
                 .arg(format!("-agent-path={}", agent.display()))
-                .current_dir(working_directory)
+                .current_dir(&working_directory)
                 .output()
         })
     };
-    let output = spawn_blocking(run).await.unwrap().unwrap();
+    let runs = move || -> io::Result<(Output, bool)> {
+        let all = run(None)?;
+        let failed = format!("--- FAIL: {RACES} ");
+        let lost_race = results(&all).contains(&failed);
+        let passes = || run(Some(RACES)).is_ok_and(|output| output.status.success());
+        let passed_later = lost_race && (1..RACE_RUNS).any(|_| passes());
+        Ok((all, passed_later))
+    };
+    let (output, passed_later) = spawn_blocking(runs).await.unwrap().unwrap();
     let results = results(&output);
     let passed = results.lines().filter(|line| line.starts_with("--- PASS")).count();
-    assert!(output.status.success() && passed == TESTS, "{passed} of {TESTS} passed:\n{results}");
+    let is_complete = match passed_later {
+        true => passed + 1 == TESTS,
+        false => output.status.success() && passed == TESTS,
+    };
+    assert!(is_complete, "{passed} of {TESTS} passed:\n{results}");
 }

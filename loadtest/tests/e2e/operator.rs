@@ -187,10 +187,7 @@ async fn a_stream_that_is_not_read_is_shown_with_what_it_waits_for() {
         })
         .await;
         let table = printed(&socket, &["top", "--once"]).await;
-        assert!(
-            table.starts_with("1 stream\nDIAL") && table.contains("client to read"),
-            "{table}"
-        );
+        assert!(table.starts_with("1 stream\nDIAL") && table.contains("client to read"), "{table}");
         let missing = failure(Path::new("/nowhere"), &["top"]).await;
         assert!(missing.contains("--operator-socket"), "{missing}");
     })
