@@ -111,8 +111,8 @@ mod tests {
             let first = poll_fn(|cx| Poll::Ready(Pin::new(&mut reader).poll(cx))).await;
             assert_eq!((first, polls.load(SeqCst)), (Poll::Pending, in_one_turn));
             timeout(Duration::from_secs(1), &mut reader).await.unwrap_err();
-            // One more is the first poll by the time-out.
-            assert!((in_all..=in_all + 1).contains(&polls.load(SeqCst)));
+            // What it still had to do was done in later turns; the time-out polls it as well.
+            assert!(polls.load(SeqCst) >= in_all, "{wakes} wakes: {polls:?}");
         }
     }
 
