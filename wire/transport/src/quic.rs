@@ -253,8 +253,7 @@ pub async fn connect(
         .map_err(|error| BindError::new(local, error))?;
     let icmp_router = Arc::new(IcmpRouter::default());
 
-    let crypto = QuicClientConfig::try_from(tls).map_err(|_| ConnectError::CipherSuites)?;
-    let mut client = quinn::ClientConfig::new(Arc::new(Inspected::new(crypto, settings)));
+    let mut client = quinn::ClientConfig::new(client_crypto(tls, settings)?);
     client.transport_config(Arc::new(path_config(settings, remote, udp_health)));
     let connecting = endpoint.connect_with(client, remote, server_name).map_err(not_begun)?;
     let connection = tokio::select! {
@@ -286,7 +285,6 @@ pub(crate) fn adopt(
 ///
 /// # Errors
 /// When the TLS configuration has no cipher suite for QUIC.
-#[cfg(feature = "test-util")]
 pub(crate) fn server_crypto(
     tls: Arc<rustls::ServerConfig>,
     settings: &Settings,
@@ -299,7 +297,6 @@ pub(crate) fn server_crypto(
 ///
 /// # Errors
 /// When the TLS configuration has no cipher suite for QUIC.
-#[cfg(feature = "test-util")]
 pub(crate) fn client_crypto(
     tls: Arc<rustls::ClientConfig>,
     settings: &Settings,
@@ -364,8 +361,7 @@ fn server_config(
     tls: Arc<rustls::ServerConfig>,
     settings: &Settings,
 ) -> Result<quinn::ServerConfig, ConnectError> {
-    let crypto = QuicServerConfig::try_from(tls).map_err(|_| ConnectError::CipherSuites)?;
-    let mut server = quinn::ServerConfig::with_crypto(Arc::new(Inspected::new(crypto, settings)));
+    let mut server = quinn::ServerConfig::with_crypto(server_crypto(tls, settings)?);
     server
         .max_incoming(MAX_QUEUED)
         .incoming_buffer_size(INCOMING_BUFFER)

@@ -207,14 +207,11 @@ impl PacketKey for InspectingKey {
         payload: &mut BytesMut,
     ) -> Result<(), CryptoError> {
         self.key.decrypt(packet, header, payload)?;
-        let Some(inbound) = &self.inbound else {
-            return if has_few_pieces(payload) { Ok(()) } else { Err(CryptoError) };
+        let is_accepted = match &self.inbound {
+            Some(inbound) => inbound.inspect(packet, payload),
+            None => has_few_pieces(payload),
         };
-        if !inbound.inspect(packet, payload) {
-            return Err(CryptoError);
-        }
-        inbound.restore(payload);
-        Ok(())
+        if is_accepted { Ok(()) } else { Err(CryptoError) }
     }
 
     fn tag_len(&self) -> usize {

@@ -66,7 +66,7 @@ impl Inbound {
     /// one that ends the connection, if the peer does what it may not.
     ///
     /// A packet without data loses the padding at its end: quinn takes each byte of it for a frame,
-    /// and probes of the path's MTU are thousands of them.
+    /// and probes of the path's MTU are thousands of them. What datagrams restore is added.
     pub(super) fn inspect(&self, number: u64, payload: &mut BytesMut) -> bool {
         if self.unread.get().is_some_and(|unread| unread.is_cut()) {
             return false;
@@ -74,10 +74,11 @@ impl Inbound {
         if self.violation.get().is_none() {
             let is_stranger = self.is_stranger.load(Relaxed);
             let (mut pieces, mut retirements) = (0, 0_u32);
-            let (mut has_data, mut end, mut needed) = (false, 0, 0);
+            let (mut has_data, mut has_datagram, mut end, mut needed) = (false, false, 0, 0);
             let mut frames = Frames::of(payload);
             while let Some(frame) = frames.next() {
                 has_data |= frame.has_data();
+                has_datagram |= matches!(frame, Frame::Datagram { .. });
                 let begin = end;
                 end = payload.len() - frames.left();
                 // One byte stays, because a packet has a frame.
@@ -94,6 +95,9 @@ impl Inbound {
             if retirements > 0 && !self.retirements.lock().take(number, retirements, Instant::now())
             {
                 let _ = self.violation.set(EXCESS);
+            }
+            if let Some(restoring) = self.restoring.get() {
+                restoring.restore(payload, has_datagram, |id, end| self.receive(id, end));
             }
         }
         if self.violation.get().is_some() {
@@ -134,13 +138,6 @@ impl Inbound {
     /// Restores packets from now on by what their datagrams have. The first call counts.
     pub(crate) fn set_restoring(&self, restoring: Arc<Restoring>) {
         let _ = self.restoring.set(restoring);
-    }
-
-    /// Adds to an accepted packet what its datagrams restore.
-    pub(super) fn restore(&self, payload: &mut BytesMut) {
-        if let Some(restoring) = self.restoring.get() {
-            restoring.restore(payload, |id, end| self.receive(id, end));
-        }
     }
 
     /// A stream that was opened or accepted.

@@ -19,7 +19,7 @@ use super::{
     code::{self, Malformed},
     receiver::Restorer,
 };
-use crate::{budget::TunnelUnread, now, quic::inspection::Frame, quic::inspection::Frames};
+use crate::{budget::TunnelUnread, now};
 
 /// Maximum number of bytes that a connection keeps.
 const MAX_KEPT: usize = 1024 * 1024;
@@ -57,16 +57,15 @@ impl Restoring {
         }
     }
 
-    /// Adds to a packet what its datagrams restore. `arrived` counts the end of bytes of a stream.
+    /// Adds to a packet what its datagrams restore, if it has one. `arrived` counts the end of bytes
+    /// of a stream.
     pub(in crate::quic) fn restore(
         &self,
         payload: &mut BytesMut,
+        has_datagram: bool,
         arrived: impl FnMut(u64, u64) -> u64,
     ) {
-        let has_datagram = |payload: &[u8]| {
-            Frames::of(payload).any(|frame| matches!(frame, Frame::Datagram { .. }))
-        };
-        if !self.is_keeping.load(Relaxed) && !has_datagram(payload) {
+        if !has_datagram && !self.is_keeping.load(Relaxed) {
             return;
         }
         let mut state = self.state.lock();
