@@ -16,6 +16,7 @@ use crate::{
     frame::{self, Frame, FrameError, Message},
     identifiers::Identifiers,
     ids::{AgentId, InstanceId, ServerId},
+    resume::{Received, Resumed, TunnelLost},
     version::Features,
 };
 
@@ -199,6 +200,12 @@ pub enum ControlMessage {
     Renewal(Renewal),
     /// See [`ServerSet`].
     ServerSet(Box<ServerSet>),
+    /// See [`Received`].
+    Received(Received),
+    /// See [`TunnelLost`].
+    TunnelLost(TunnelLost),
+    /// See [`Resumed`].
+    Resumed(Resumed),
     /// A message of a later revision, which may be ignored.
     Unknown {
         /// The frame's first byte.
@@ -221,6 +228,9 @@ impl ControlMessage {
             Goodbye::KIND => Self::Goodbye(frame.message()?),
             Renewal::KIND => Self::Renewal(frame.message()?),
             ServerSet::KIND => Self::ServerSet(Box::new(frame.message()?)),
+            Received::KIND => Self::Received(frame.message()?),
+            TunnelLost::KIND => Self::TunnelLost(frame.message()?),
+            Resumed::KIND => Self::Resumed(frame.message()?),
             // Kinds from 0x10 to 0x1f head data streams and have no business here.
             found @ 0x10..=0x1f => {
                 return Err(FrameError::UnexpectedKind { found, expected: Hello::KIND });
@@ -243,6 +253,9 @@ impl ControlMessage {
             Self::Goodbye(message) => frame::encode(message),
             Self::Renewal(message) => frame::encode(message),
             Self::ServerSet(message) => frame::encode(&**message),
+            Self::Received(message) => frame::encode(message),
+            Self::TunnelLost(message) => frame::encode(message),
+            Self::Resumed(message) => frame::encode(message),
             Self::Unknown { .. } => Ok(Bytes::new()),
         }
     }
@@ -264,11 +277,11 @@ mod tests {
     #[test]
     fn kinds_of_data_streams_are_refused_and_later_ones_are_kept() {
         let decode = |kind| ControlMessage::decode(&Frame { kind, body: Bytes::new() });
-        for kind in [0x10, 0x11, 0x1f] {
+        for kind in [0x10, 0x11, 0x12, 0x13, 0x1f] {
             let expected = Hello::KIND;
             assert_eq!(decode(kind), Err(FrameError::UnexpectedKind { found: kind, expected }));
         }
-        for kind in [0x00, 0x09, 0x0f, 0x20, 0xff] {
+        for kind in [0x00, 0x0c, 0x0f, 0x20, 0xff] {
             assert_eq!(decode(kind), Ok(ControlMessage::Unknown { kind }));
         }
     }

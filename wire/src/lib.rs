@@ -6,6 +6,7 @@
 //! ```text
 //!  control ─ dial             messages, checked while they are decoded
 //!     └─ frame ─ codec        bytes ↔ messages, with a hard limit on every length
+//!  resume                     the messages that continue streams on another tunnel
 //!  ids, identifiers, target   what a message names: agents, servers, their facts, addresses
 //!  bounded, extension         texts and lists with a limit, additions of later revisions
 //!  code, version              close codes, reset codes, feature bits
@@ -22,6 +23,7 @@ pub mod extension;
 pub mod frame;
 pub mod identifiers;
 pub mod ids;
+pub mod resume;
 pub mod target;
 pub mod version;
 

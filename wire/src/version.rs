@@ -39,8 +39,10 @@ impl Features {
     pub const SERVER_SET: Self = Self(1 << 4);
     /// Datagrams that carry repair shards of short bursts, or the end of a stream, are understood.
     pub const REPAIR: Self = Self(1 << 5);
+    /// Streams are resumed on another tunnel (see [`crate::resume`]).
+    pub const RESUME: Self = Self(1 << 6);
 
-    /// Everything this build knows.
+    /// Everything this build offers.
     pub const fn supported() -> Self {
         Self::PING
             .union(Self::DRAIN)
@@ -76,6 +78,7 @@ impl Features {
             (Self::RENEWAL, "renewal"),
             (Self::SERVER_SET, "server_set"),
             (Self::REPAIR, "repair"),
+            (Self::RESUME, "resume"),
         ];
         known.into_iter().filter(move |(bit, _)| self.contains(*bit)).map(|(_, name)| name)
     }
@@ -110,5 +113,6 @@ mod tests {
         assert_eq!(Features::supported().bits(), 0b11_1111);
         assert_eq!(Features::supported().names().count(), 6);
         assert_eq!(Features::DRAIN.names().collect::<Vec<_>>(), ["drain"]);
+        assert_eq!(Features(u64::MAX).names().last(), Some("resume"));
     }
 }

@@ -16,6 +16,7 @@ use culvert_wire::{
     control::ControlMessage,
     dial::{DialReply, DialRequest},
     frame::{self, Frame, FrameError, HEAD_LEN},
+    resume::{ResumeReply, ResumeRequest},
 };
 
 use common::{Message, examples, first_frame, hex};
@@ -162,6 +163,8 @@ fn broken_frames_are_refused_within_limits() {
         }
         refuses::<DialRequest>(&frame);
         refuses::<DialReply>(&frame);
+        refuses::<ResumeRequest>(&frame);
+        refuses::<ResumeReply>(&frame);
         let Ok(message) = result else { continue };
         read += 1;
         if let Message::Control(ControlMessage::Unknown { .. }) = message {

@@ -421,7 +421,7 @@ fn welcome(hello: &Hello, context: &AgentContext) -> (Welcome, SetChanges) {
         server_count,
         servers,
         max_streams: context.max_streams,
-        extensions: Extensions::software_alone(&Text::truncated(software("culvert-server"))),
+        extensions: Extensions::of_welcome(&Text::truncated(software("culvert-server")), None),
     };
     (welcome, changes)
 }

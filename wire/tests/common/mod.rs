@@ -18,6 +18,10 @@ use culvert_wire::{
     extension::{Extension, Extensions},
     frame::{self, Frame, FrameError, FrameHead, HEAD_LEN, Message as _},
     identifiers::{Identifier, Identifiers},
+    resume::{
+        Received, ReceivedOffset, ResumeErrorKind, ResumeReply, ResumeRequest, Resumed,
+        SessionInfo, TunnelLost,
+    },
     version::Features,
 };
 
@@ -27,6 +31,8 @@ pub(crate) enum Message {
     Control(ControlMessage),
     Request(Box<DialRequest>),
     Reply(Box<DialReply>),
+    ResumeRequest(ResumeRequest),
+    ResumeReply(ResumeReply),
 }
 
 impl Message {
@@ -36,6 +42,8 @@ impl Message {
             Self::Control(message) => message.encode(),
             Self::Request(message) => frame::encode(&**message),
             Self::Reply(message) => frame::encode(&**message),
+            Self::ResumeRequest(message) => frame::encode(message),
+            Self::ResumeReply(message) => frame::encode(message),
         }
     }
 
@@ -44,6 +52,8 @@ impl Message {
         match frame.kind {
             DialRequest::KIND => frame.message().map(Box::new).map(Self::Request),
             DialReply::KIND => frame.message().map(Box::new).map(Self::Reply),
+            ResumeRequest::KIND => frame.message().map(Self::ResumeRequest),
+            ResumeReply::KIND => frame.message().map(Self::ResumeReply),
             _ => ControlMessage::decode(frame).map(Self::Control),
         }
     }
@@ -54,6 +64,8 @@ impl Message {
             Self::Control(_) => MAX_BODY_LEN,
             Self::Request(_) => DialRequest::MAX_LEN,
             Self::Reply(_) => DialReply::MAX_LEN,
+            Self::ResumeRequest(_) => ResumeRequest::MAX_LEN,
+            Self::ResumeReply(_) => ResumeReply::MAX_LEN,
         }
     }
 }
@@ -97,6 +109,8 @@ pub(crate) fn examples() -> Vec<Example> {
         |name, message, hex| Example { name, message: Message::Request(Box::new(message)), hex };
     let reply =
         |name, message, hex| Example { name, message: Message::Reply(Box::new(message)), hex };
+    let lost_bytes = resume_reply(Err(ResumeErrorKind::LOST_BYTES));
+    let resume = |name, message, hex| Example { name, message, hex };
     vec![
         control("hello", ControlMessage::Hello(Box::new(hello())), HELLO),
         control("hello-bare", ControlMessage::Hello(Box::new(bare_hello())), HELLO_BARE),
@@ -108,10 +122,23 @@ pub(crate) fn examples() -> Vec<Example> {
         control("goodbye", ControlMessage::Goodbye(goodbye()), GOODBYE),
         control("renewal", ControlMessage::Renewal(renewal()), "07000605746f6b656e"),
         control("server-set", ControlMessage::ServerSet(Box::new(server_set())), SERVER_SET),
+        control("welcome-session", ControlMessage::Welcome(Box::new(session_welcome())), SESSION),
+        control("received", ControlMessage::Received(received()), RECEIVED),
+        control("received-none", ControlMessage::Received(nothing_received()), "09000100"),
+        control(
+            "tunnel-lost",
+            ControlMessage::TunnelLost(TunnelLost { tunnel: 300 }),
+            "0a0003fb2c01",
+        ),
+        control("resumed", ControlMessage::Resumed(resumed()), RESUMED),
+        control("resumed-none", ControlMessage::Resumed(nothing_resumed()), "0b0003050000"),
         request("dial-request", dial_request(), DIAL_REQUEST),
         request("dial-request-bare", bare_dial_request(), DIAL_REQUEST_BARE),
         reply("dial-reply", dial_reply(), DIAL_REPLY),
         reply("dial-reply-failure", failed_dial_reply(), DIAL_REPLY_FAILURE),
+        resume("resume-request", Message::ResumeRequest(resume_request()), RESUME_REQUEST),
+        resume("resume-reply", Message::ResumeReply(resume_reply(Ok(65_536))), RESUME_REPLY),
+        resume("resume-reply-failure", Message::ResumeReply(lost_bytes), "130003010200"),
     ]
 }
 
@@ -131,6 +158,14 @@ const DIAL_REQUEST_BARE: &str = "100011010207666430303a3a31fbbb0100000000";
 const DIAL_REPLY: &str = "11000b000cfb5401fc60e3160000";
 const DIAL_REPLY_FAILURE: &str = "11003b0101346469616c207463702031302e302e302e393a31303235303a20636f6e6e6563743a20636f\
     6e6e656374696f6e20726566757365640c00fa00";
+
+const SESSION: &str = "0200560141087365727665722d610202087365727665722d6100087365727665722d620d31302e302e30\
+    2e323a38313332fb001002020d63756c766572742f302e312e300413000102030405060708090a0b0c0d\
+    0e0ffb2c01";
+const RECEIVED: &str = "09001b02fdefcdab8967452301fc000004000007fd00f2052a0100000001";
+const RESUMED: &str = "0b000d0502fdefcdab89674523010701";
+const RESUME_REQUEST: &str = "120013fdefcdab8967452301fbe8030120046576656e";
+const RESUME_REPLY: &str = "13000700fc0000010000";
 
 /// A hello with everything in it.
 pub(crate) fn hello() -> Hello {
@@ -182,6 +217,52 @@ pub(crate) fn welcome() -> Welcome {
         max_streams: 4096,
         extensions: Extensions::default(),
     }
+}
+
+/// A welcome of a tunnel whose streams can be resumed.
+pub(crate) fn session_welcome() -> Welcome {
+    let session =
+        SessionInfo { instance: InstanceId(std::array::from_fn(|index| index as u8)), tunnel: 300 };
+    Welcome {
+        features: Features::PING.union(Features::RESUME),
+        extensions: Extensions::of_welcome(&text("culvert/0.1.0"), Some(&session)),
+        ..welcome()
+    }
+}
+
+/// A report of two streams, one of which has ended.
+pub(crate) fn received() -> Received {
+    let streams = vec![
+        ReceivedOffset { id: DialId(0x0123_4567_89ab_cdef), offset: 262_144, ended: false },
+        ReceivedOffset { id: DialId(7), offset: 5_000_000_000, ended: true },
+    ];
+    Received { streams: List::try_from(streams).unwrap() }
+}
+
+pub(crate) fn nothing_received() -> Received {
+    Received { streams: List::default() }
+}
+
+pub(crate) fn resumed() -> Resumed {
+    let streams = vec![DialId(0x0123_4567_89ab_cdef), DialId(7)];
+    Resumed { tunnel: 5, streams: List::try_from(streams).unwrap(), more: true }
+}
+
+/// The last message about a tunnel of which no stream is resumed.
+pub(crate) fn nothing_resumed() -> Resumed {
+    Resumed { tunnel: 5, streams: List::default(), more: false }
+}
+
+pub(crate) fn resume_request() -> ResumeRequest {
+    ResumeRequest {
+        id: DialId(0x0123_4567_89ab_cdef),
+        received: 1_000,
+        extensions: extensions(&[(0x20, b"even")]),
+    }
+}
+
+pub(crate) fn resume_reply(outcome: Result<u64, ResumeErrorKind>) -> ResumeReply {
+    ResumeReply { outcome, extensions: Extensions::default() }
 }
 
 pub(crate) fn goodbye() -> Goodbye {

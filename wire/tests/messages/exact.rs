@@ -6,6 +6,7 @@ use culvert_wire::{
     control::{Drain, Goodbye, Hello, Ping, Pong, Renewal, ServerSet, Welcome},
     dial::{DialErrorKind, DialReply, DialRequest, StreamKind},
     frame::Message as _,
+    resume::{Received, ResumeErrorKind, ResumeReply, ResumeRequest, Resumed, TunnelLost},
     version::Features,
 };
 
@@ -32,10 +33,16 @@ fn every_kind_has_its_number() {
         Goodbye::KIND,
         Renewal::KIND,
         ServerSet::KIND,
+        Received::KIND,
+        TunnelLost::KIND,
+        Resumed::KIND,
         DialRequest::KIND,
         DialReply::KIND,
+        ResumeRequest::KIND,
+        ResumeReply::KIND,
     ];
-    assert_eq!(kinds, [0x01, 0x02, 0x03, 0x04, 0x05, 0x06, 0x07, 0x08, 0x10, 0x11]);
+    assert!(kinds[..11].iter().copied().eq(0x01..=0x0b), "{kinds:02x?}");
+    assert!(kinds[11..].iter().copied().eq(0x10..=0x13), "{kinds:02x?}");
 }
 
 #[test]
@@ -80,7 +87,7 @@ fn every_close_code_has_its_number() {
 }
 
 #[test]
-fn stream_kinds_and_dial_errors_have_their_numbers() {
+fn stream_kinds_and_errors_of_dials_and_resumptions_have_their_numbers() {
     let kinds = (0..9).map(|number| codec::decode::<StreamKind>(&[number]).unwrap().name());
     let expected = [
         "unknown",
@@ -109,6 +116,12 @@ fn stream_kinds_and_dial_errors_have_their_numbers() {
         "other",
     ];
     assert_eq!(errors.collect::<Vec<_>>(), expected);
+    let errors = (0..4).map(|number| codec::decode::<ResumeErrorKind>(&[number]).unwrap());
+    let names: Vec<_> = errors.map(|kind| kind.to_string()).collect();
+    assert_eq!(names, ["unknown_stream", "ended", "lost_bytes", "unknown_stream"]);
+    assert_eq!(codec::decode(&[0]), Ok(ResumeErrorKind::UNKNOWN_STREAM));
+    assert_eq!(codec::decode(&[1]), Ok(ResumeErrorKind::ENDED));
+    assert_eq!(codec::decode(&[2]), Ok(ResumeErrorKind::LOST_BYTES));
 }
 
 #[test]
@@ -118,6 +131,8 @@ fn features_have_their_bits() {
     assert_eq!(Features::HEDGE.bits(), 4);
     assert_eq!(Features::RENEWAL.bits(), 8);
     assert_eq!(Features::SERVER_SET.bits(), 16);
+    assert_eq!(Features::REPAIR.bits(), 32);
+    assert_eq!(Features::RESUME.bits(), 64);
     assert_eq!(culvert_wire::version::ALPN, b"culvert/1");
     assert_eq!(culvert_wire::version::REVISION, 1);
 }

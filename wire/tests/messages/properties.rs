@@ -15,6 +15,10 @@ use culvert_wire::{
     extension::{Extension, Extensions, MAX_EXTENSION_LEN, MAX_EXTENSIONS},
     frame::HEAD_LEN,
     identifiers::{Identifier, Identifiers, MAX_IDENTIFIERS},
+    resume::{
+        Received, ReceivedOffset, ResumeErrorKind, ResumeReply, ResumeRequest, Resumed,
+        SessionInfo, TunnelLost,
+    },
     version::Features,
 };
 use proptest::{collection::vec, option, prelude::*};
@@ -179,6 +183,42 @@ fn arb_reply() -> impl Strategy<Value = Message> {
     })
 }
 
+/// Integers of every length on the wire.
+fn integer() -> impl Strategy<Value = u64> + Clone {
+    (any::<u64>(), 0_u32..64).prop_map(|(bits, shift)| bits >> shift)
+}
+
+fn list<T: std::fmt::Debug, const MAX: usize>(
+    item: impl Strategy<Value = T> + Clone,
+) -> impl Strategy<Value = List<T, MAX>> {
+    length(MAX)
+        .prop_flat_map(move |count| vec(item.clone(), count))
+        .prop_map(|items| List::try_from(items).unwrap())
+}
+
+fn arb_resume() -> impl Strategy<Value = Message> {
+    let received = (integer(), integer(), any::<bool>())
+        .prop_map(|(id, offset, ended)| ReceivedOffset { id: DialId(id), offset, ended });
+    let error = any::<u8>().prop_map(|kind| codec::decode::<ResumeErrorKind>(&[kind]).unwrap());
+    prop_oneof![
+        list(received)
+            .prop_map(|streams| Message::Control(ControlMessage::Received(Received { streams }))),
+        integer()
+            .prop_map(|tunnel| Message::Control(ControlMessage::TunnelLost(TunnelLost { tunnel }))),
+        (integer(), list(integer().prop_map(DialId)), any::<bool>()).prop_map(
+            |(tunnel, streams, more)| {
+                Message::Control(ControlMessage::Resumed(Resumed { tunnel, streams, more }))
+            }
+        ),
+        (integer(), integer(), arb_extensions()).prop_map(|(id, received, extensions)| {
+            Message::ResumeRequest(ResumeRequest { id: DialId(id), received, extensions })
+        }),
+        (proptest::result::maybe_ok(integer(), error), arb_extensions()).prop_map(
+            |(outcome, extensions)| Message::ResumeReply(ResumeReply { outcome, extensions })
+        ),
+    ]
+}
+
 /// The message has the bytes that the specification gives it and is read back as it was, unless
 /// it is longer than its kind allows; then it is not written.
 fn check(message: &Message) -> Result<(), TestCaseError> {
@@ -227,8 +267,27 @@ proptest! {
     }
 
     #[test]
+    fn messages_that_resume_are_written_as_specified_and_read_back(message in arb_resume()) {
+        check(&message)?;
+    }
+
+    #[test]
+    fn sessions_are_written_as_specified_and_read_back(
+        instance in any::<[u8; 16]>(),
+        tunnel in integer(),
+        software in arb_text(),
+    ) {
+        let session = SessionInfo { instance: InstanceId(instance), tunnel };
+        let extensions = Extensions::of_welcome(&software, Some(&session));
+        let value = Reference::default().bytes(&instance).integer(tunnel).0;
+        prop_assert_eq!((extensions[1].kind, &extensions[1].value[..]), (4, &value[..]));
+        prop_assert_eq!(extensions.session(), Ok(Some(session)));
+        prop_assert_eq!(extensions.software(), Some(software));
+    }
+
+    #[test]
     fn any_bytes_are_refused_or_read_and_never_more(
-        kind in prop_oneof![0x01_u8..=0x06, 0x10_u8..=0x11],
+        kind in prop_oneof![0x01_u8..=0x0b, 0x10_u8..=0x13],
         body in vec(any::<u8>(), 0..200),
     ) {
         if let Ok(message) = Message::decode(&frame(kind, body)) {

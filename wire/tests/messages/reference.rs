@@ -89,6 +89,16 @@ impl Reference {
                     out.text(server.id.as_str()).text(&server.address)
                 })
             }
+            Message::Control(ControlMessage::Received(received)) => {
+                out.list(&received.streams, |out, stream| {
+                    out.integer(stream.id.0).integer(stream.offset).bytes(&[stream.ended.into()])
+                })
+            }
+            Message::Control(ControlMessage::TunnelLost(lost)) => out.integer(lost.tunnel),
+            Message::Control(ControlMessage::Resumed(resumed)) => out
+                .integer(resumed.tunnel)
+                .list(&resumed.streams, |out, stream| out.integer(stream.0))
+                .bytes(&[resumed.more.into()]),
             Message::Control(ControlMessage::Unknown { .. }) => out,
             Message::Request(request) => out
                 .integer(request.id.0)
@@ -111,12 +121,20 @@ impl Reference {
             .integer(reply.timing.resolve_micros)
             .integer(reply.timing.connect_micros)
             .extensions(&reply.extensions),
+            Message::ResumeRequest(request) => {
+                out.integer(request.id.0).integer(request.received).extensions(&request.extensions)
+            }
+            Message::ResumeReply(reply) => match reply.outcome {
+                Ok(received) => out.integer(0_u64).integer(received),
+                Err(kind) => out.integer(1_u64).bytes(&[number(kind)]),
+            }
+            .extensions(&reply.extensions),
         };
         out.0
     }
 }
 
-/// The number of a stream kind or dial error, which keeps it to itself.
+/// The number of a stream kind or of an error, which keeps it to itself.
 fn number(kind: impl serde::Serialize) -> u8 {
     let mut bytes = Vec::new();
     codec::encode(&kind, &mut bytes).unwrap();

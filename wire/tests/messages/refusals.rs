@@ -1,11 +1,13 @@
 //! Messages that are refused.
 
 use culvert_wire::{
+    DialId,
     codec::{DecodeError, MAX_BODY_LEN},
     control::{ControlMessage, Goodbye, Hello, Ping, Secret, Welcome},
     dial::{DialReply, DialRequest},
     frame::{Frame, FrameError, HEAD_LEN, Message as _},
     identifiers::MAX_IDENTIFIERS,
+    resume::{Received, ReceivedOffset, ResumeReply, ResumeRequest, Resumed},
 };
 
 use crate::{
@@ -76,6 +78,12 @@ fn a_list_longer_than_its_field_is_refused() {
     assert!(malformed(DialRequest::KIND, dial_with(7, &extension)).contains("1025"));
     let servers = [&[1, 0, 1, b's', 1, 65][..], &[1, b's', 0].repeat(65), &[0, 0]].concat();
     assert!(malformed(Welcome::KIND, servers).contains("65 is more than the 64"));
+    let offsets = [&[251][..], &257_u16.to_le_bytes(), &[0; 3 * 257]].concat();
+    assert!(malformed(Received::KIND, offsets).contains("257 is more than the 256"));
+    let streams = [&[1, 251][..], &1025_u16.to_le_bytes(), &[0; 1025], &[0]].concat();
+    assert!(malformed(Resumed::KIND, streams).contains("1025 is more than the 1024"));
+    let resumption = [&[1, 1][..], &extensions].concat();
+    assert!(malformed(ResumeRequest::KIND, resumption).contains("17 is more than the 16"));
 }
 
 #[test]
@@ -97,6 +105,9 @@ fn a_value_without_meaning_is_refused() {
     malformed(DialRequest::KIND, dial_with(3, &[252, 0, 0, 1, 0])); // A port of 65536.
     malformed(DialRequest::KIND, dial_with(6, &[2])); // Neither absent nor present.
     malformed(DialReply::KIND, vec![2, 0, 0, 0, 0]); // Neither success nor failure.
+    malformed(ResumeReply::KIND, vec![2, 0, 0]); // Neither success nor failure.
+    malformed(Received::KIND, vec![1, 1, 1, 2]); // Neither ended nor open.
+    malformed(Resumed::KIND, vec![1, 0, 2]); // Neither the last nor one with more behind it.
     malformed(Ping::KIND, vec![254]); // An integer of sixteen bytes.
     malformed(Ping::KIND, vec![255]); // Reserved.
 }
@@ -141,7 +152,7 @@ fn a_message_of_another_place_is_refused() {
 
 #[test]
 fn a_control_message_of_a_later_revision_is_distinguished_from_a_broken_one() {
-    for kind in (0x00..=0xff).filter(|kind| !(0x01..=0x08).contains(kind) && kind >> 4 != 1) {
+    for kind in (0x00..=0xff).filter(|kind| !(0x01..=0x0b).contains(kind) && kind >> 4 != 1) {
         let read = ControlMessage::decode(&frame(kind, [0xff; 9]));
         assert_eq!(read, Ok(ControlMessage::Unknown { kind }));
     }
@@ -153,6 +164,34 @@ fn a_dial_longer_than_its_limit_is_refused_unread() {
     let refused = Err(FrameError::Oversized { kind: 0x10, length: 4097, limit: 4096 });
     assert_eq!(frame(0x10, body.clone()).message::<DialRequest>(), refused);
     assert!(frame(0x11, body).message::<DialReply>().is_err());
+}
+
+#[test]
+fn a_resumption_longer_than_its_limit_is_refused_unread() {
+    let body = vec![0; 513];
+    let refused = Err(FrameError::Oversized { kind: 0x12, length: 513, limit: 512 });
+    assert_eq!(frame(0x12, body.clone()).message::<ResumeRequest>(), refused);
+    let refused = Err(FrameError::Oversized { kind: 0x13, length: 513, limit: 512 });
+    assert_eq!(frame(0x13, body).message::<ResumeReply>(), refused);
+    let value = [0; 512];
+    let request = ResumeRequest {
+        extensions: common::extensions(&[(0x20, &value)]),
+        ..common::resume_request()
+    };
+    assert!(culvert_wire::frame::encode(&request).is_err());
+}
+
+/// The costliest lists fit their frames, and the limit of what one decoding may cost.
+#[test]
+fn full_lists_of_streams_can_be_read() {
+    let offset = ReceivedOffset { id: DialId(u64::MAX), offset: u64::MAX, ended: true };
+    let received = Received { streams: vec![offset; 256].try_into().unwrap() };
+    let streams = vec![DialId(u64::MAX); 1024].try_into().unwrap();
+    let resumed = Resumed { tunnel: u64::MAX, streams, more: true };
+    for message in [ControlMessage::Received(received), ControlMessage::Resumed(resumed)] {
+        let bytes = message.encode().unwrap();
+        assert_eq!(ControlMessage::decode(&first_frame(&bytes).unwrap()), Ok(message));
+    }
 }
 
 /// Many integers in a message must not count against its length more than they take.

@@ -248,7 +248,7 @@ async fn a_nudge_needs_no_answer() {
 #[tokio::test(start_paused = true)]
 async fn messages_of_later_revisions_are_ignored() {
     let (mut server, mut agent) = scripted().await;
-    for kind in [0x00, 0x09, 0x0f, 0x20, 0xff] {
+    for kind in [0x00, 0x0c, 0x0f, 0x20, 0xff] {
         agent.send_bytes(&[kind, 0, 2, 1, 2]).await;
     }
     agent.send(&drain(9)).await;
