@@ -349,6 +349,7 @@ fn every_example_frame_decodes_to_what_it_is_called() {
         control::ControlMessage,
         dial::{DialReply, DialRequest},
         frame::{Frame, FrameHead, HEAD_LEN},
+        resume::{ResumeReply, ResumeRequest},
     };
     let document = read("docs/protocol.md");
     let mut examples = 0;
@@ -366,6 +367,8 @@ fn every_example_frame_decodes_to_what_it_is_called() {
         let is_right = match name {
             "dial-request" => frame.message::<DialRequest>().is_ok(),
             "dial-reply" => frame.message::<DialReply>().is_ok(),
+            "resume-request" => frame.message::<ResumeRequest>().is_ok(),
+            "resume-reply" => frame.message::<ResumeReply>().is_ok(),
             name => {
                 let message = format!("{:?}", ControlMessage::decode(&frame).unwrap());
                 message.to_lowercase().starts_with(&name.replace('-', ""))
@@ -374,7 +377,7 @@ fn every_example_frame_decodes_to_what_it_is_called() {
         assert!(is_right, "{name}");
         examples += 1;
     }
-    assert_eq!(examples, 11);
+    assert_eq!(examples, 18);
 }
 
 /// `--keepalive-time` differs: the server's is joined with the tunnels' interval, and the agent's has
