@@ -4,6 +4,7 @@ use std::{
     net::SocketAddr,
     pin::pin,
     sync::{Arc, OnceLock},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
@@ -320,8 +321,40 @@ impl RecvStream {
     }
 
     pub(crate) fn stop(&mut self, code: StreamCode) {
+        self.shorten();
         // Fails only on a stream that has ended, which has nothing left to stop.
         let _ = self.stream.stop(code.as_u32().into());
+    }
+
+    /// Drops what waits, so that quinn's list of it is short from now on.
+    ///
+    /// quinn keeps the list of a stream that was stopped, as long as it was, until the peer resets the
+    /// stream, and then for another one. It makes a list of the length that is needed when a stream
+    /// is read out of order for the first time. So all is read but for the last byte, and then that.
+    fn shorten(&mut self) {
+        let waits = self.inbound.unread_of(number(self.stream.id()));
+        let Some(mut rest) = usize::try_from(waits).unwrap_or(usize::MAX).checked_sub(1) else {
+            return;
+        };
+        while rest > 0 {
+            // Nothing to read is there while bytes wait behind a gap.
+            let Some(read) = self.read_now(rest, true) else { return };
+            rest = rest.saturating_sub(read);
+        }
+        self.read_now(usize::MAX, false);
+    }
+
+    /// Reads at most `most` bytes without waiting; how many, or `None` if there are none.
+    fn read_now(&mut self, most: usize, in_order: bool) -> Option<usize> {
+        let read = {
+            let mut read = pin!(self.stream.read_chunk(most, in_order));
+            // Without a waker: the stream is stopped next, which forgets it.
+            read.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+        };
+        let Poll::Ready(Ok(Some(chunk))) = read else { return None };
+        let chunk = [chunk.bytes];
+        self.note_read(&chunk);
+        Some(chunk[0].len()).filter(|length| *length > 0)
     }
 
     /// Completes when the stream was reset or the connection is lost. It polls for a reset while

@@ -150,6 +150,11 @@ impl Inbound {
         self.remove(|streams| streams.read(id, count));
     }
 
+    /// Number of bytes of a stream that have arrived and were not read.
+    pub(crate) fn unread_of(&self, id: u64) -> u64 {
+        self.streams.lock().unread_of(id)
+    }
+
     /// A stream that has ended.
     pub(crate) fn end(&self, id: u64) {
         self.remove(|streams| streams.end(id));

@@ -38,6 +38,11 @@ impl Streams {
         self.bytes
     }
 
+    /// Number of bytes of a stream that have arrived and were not read.
+    pub(super) fn unread_of(&self, id: u64) -> u64 {
+        self.by_id.get(&id).map_or(0, Stream::unread)
+    }
+
     /// A stream that was opened or accepted.
     pub(super) fn begin(&mut self, id: u64) {
         self.by_id.entry(id).or_default();
