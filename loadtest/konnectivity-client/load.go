@@ -288,6 +288,8 @@ type unanswered struct {
 	next     time.Time
 	interval time.Duration
 	closed   bool
+	// gap is the session's after a cut, if it was cut; an answer ends it.
+	gap *unanswered
 }
 
 // awaitOne waits for the one answer to what counts from then.
@@ -317,8 +319,26 @@ func (u *unanswered) sent(from time.Time) {
 	u.next = u.next.Add(u.interval)
 }
 
+// oldest takes the oldest without an answer, sent or only due; now if there is none.
+func (u *unanswered) oldest(now time.Time) time.Time {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	oldest := now
+	switch {
+	case len(u.from) > 0:
+		oldest, u.from = u.from[0], u.from[1:]
+	case u.interval > 0 && u.next.Before(now):
+		oldest, u.next = u.next, u.next.Add(u.interval)
+	}
+	return oldest
+}
+
 // answered takes the oldest; it is false if there is none.
 func (u *unanswered) answered(now time.Time) bool {
+	if u.gap != nil {
+		u.gap.answered(now)
+		u.gap.forget()
+	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.closed {
@@ -348,6 +368,13 @@ func (u *unanswered) giveUp(now time.Time) {
 			u.w.out.overdue(u.w.place, u.next, now)
 		}
 	}
+}
+
+// isClosed reports whether the wait is over.
+func (u *unanswered) isClosed() bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.closed
 }
 
 // forget ends the wait silently; it is false if it had ended before.

@@ -15,9 +15,9 @@ func (s *session) exchange() {
 				return nil
 			}
 			u := s.awaitOne(from)
+			u.gap = s.gap
 			if err := s.exchanges(c, nil); err != nil {
-				u.giveUp(time.Now())
-				u.forget()
+				s.wasCut(u)
 				return err
 			}
 			u.answered(time.Now())

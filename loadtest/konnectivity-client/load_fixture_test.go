@@ -235,6 +235,14 @@ func serve(c net.Conn) {
 			_, _ = c.Write([]byte{1})
 		}
 		_, _ = io.Copy(io.Discard, c)
+	case wantNoise:
+		if seed, err := readNumber(c); err == nil {
+			sendNoise(c, noise{seed: seed})
+		}
+	case wantCheck:
+		if seed, err := readNumber(c); err == nil {
+			checkNoise(c, noise{seed: seed})
+		}
 	case wantAnswers:
 		for {
 			n, err := readNumber(c)
@@ -282,6 +290,27 @@ func sendZeros(c net.Conn, n uint64) bool {
 		n -= uint64(len(b))
 	}
 	return true
+}
+
+func sendNoise(c net.Conn, n noise) {
+	b := make([]byte, 50_001)
+	for err := error(nil); err == nil; _, err = c.Write(b) {
+		time.Sleep(tick)
+		n.fill(b)
+	}
+}
+
+// checkNoise reads to the first byte that is wrong.
+func checkNoise(c net.Conn, n noise) {
+	got, want := make([]byte, 64<<10), make([]byte, 64<<10)
+	for {
+		k, err := c.Read(got)
+		n.fill(want[:k])
+		if err != nil || !bytes.Equal(got[:k], want[:k]) {
+			return
+		}
+		time.Sleep(tick)
+	}
 }
 
 // sendLines sends lines whose time is wrong by off.

@@ -23,6 +23,8 @@ const (
 	wantAnswers = 'Q'
 	wantPadded  = 'X'
 	wantLines   = 'T'
+	wantNoise   = 'P'
+	wantCheck   = 'V'
 	wantHold    = 'H'
 )
 
@@ -43,6 +45,7 @@ var (
 
 	errEnded   = errors.New("the connection ended")
 	errContent = errors.New("wrong bytes came back")
+	errUnasked = errors.New("the target wrote and had nothing to write")
 	errNothing = errors.New("an answer came to nothing that was sent")
 	errTooMany = errors.New("too many dials under way")
 )
@@ -65,8 +68,11 @@ var kinds = map[string]kind{
 	"echo":     {run: (*session).echo, stays: true, scheduled: true, buffered: true, minSize: 1},
 	"download": {run: (*session).download, stays: true},
 	"upload":   {run: (*session).upload, stays: true},
-	"fetch":    {run: (*session).fetch},
-	"send":     {run: (*session).send},
+	// The target counts those in which it reads other bytes.
+	"checked-download": {run: (*session).checkedDownload, stays: true},
+	"checked-upload":   {run: (*session).checkedUpload, stays: true},
+	"fetch":            {run: (*session).fetch},
+	"send":             {run: (*session).send},
 	// The target counts what comes short.
 	"write-close":      {run: (*session).writeClose},
 	"greeting":         {run: (*session).greeting},
@@ -84,6 +90,9 @@ var kinds = map[string]kind{
 type session struct {
 	*workload
 	index int
+	// gap is what the session waits for since it was cut, until its next connection
+	// has an answer.
+	gap *unanswered
 }
 
 // number is a number as the target reads it.
@@ -116,7 +125,9 @@ func (s *session) connected(command []byte, settled func(), talk func(link) erro
 	c, err := s.turn()()
 	if err == nil {
 		defer c.cut()
-		err = writeTo(c, command)
+		if len(command) > 0 {
+			err = writeTo(c, command)
+		}
 	}
 	settled()
 	if err != nil {
@@ -203,15 +214,26 @@ func (s *session) openLoop(
 ) error {
 	begin := s.begin(time.Now())
 	u := s.awaitAll(begin)
+	u.gap = s.gap
 	stop := make(chan struct{})
 	defer close(stop)
 	failed := make(chan error, 2)
 	go func() { failed <- s.sendAll(c, u, begin, stop, message) }()
 	go func() { failed <- read(u) }()
 	err := <-failed
-	u.giveUp(time.Now())
-	u.forget()
+	s.wasCut(u)
 	return err
+}
+
+// wasCut ends the wait of a connection. The oldest request goes on waiting, until the
+// first answer on the next connection.
+func (s *session) wasCut(u *unanswered) {
+	now := time.Now()
+	if s.gap == nil || s.gap.isClosed() {
+		s.gap = s.awaitOne(u.oldest(now))
+	}
+	u.giveUp(now)
+	u.forget()
 }
 
 // sendAll sends each message when it is due, and waits for nothing but the write.
@@ -327,6 +349,57 @@ func (s *session) upload() {
 			}
 		}
 	})
+}
+
+func (s *session) checkedDownload() {
+	s.stay(nil, func(c link) error {
+		n := noise{seed: rand.Uint64()}
+		if err := writeTo(c, number([]byte{wantNoise}, n.seed)); err != nil {
+			return err
+		}
+		r := s.counted(c)
+		got, want := make([]byte, chunkSize), make([]byte, chunkSize)
+		for {
+			k, err := r.Read(got)
+			n.fill(want[:k])
+			if !bytes.Equal(got[:k], want[:k]) {
+				return errContent
+			}
+			if err != nil {
+				return ended("read", err)
+			}
+		}
+	})
+}
+
+func (s *session) checkedUpload() {
+	s.stay(nil, func(c link) error {
+		n := noise{seed: rand.Uint64()}
+		failed := make(chan error, 2)
+		go func() { failed <- uploadNoise(c, n) }()
+		go func() {
+			// The target ends the connection at the first byte that is wrong.
+			err := readAll(c, make([]byte, 1))
+			if err == nil {
+				err = errUnasked
+			}
+			failed <- err
+		}()
+		return <-failed
+	})
+}
+
+func uploadNoise(c link, n noise) error {
+	if err := writeTo(c, number([]byte{wantCheck}, n.seed)); err != nil {
+		return err
+	}
+	b := make([]byte, chunkSize)
+	for {
+		n.fill(b)
+		if err := writeTo(c, b); err != nil {
+			return err
+		}
+	}
 }
 
 func (s *session) stall() { s.hold(wantZeros) }

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -97,6 +98,8 @@ func TestEveryKind(t *testing.T) {
 		{"echo", `"kind":"echo","size":20,"interval_ms":10,"sessions":3`, 299, 0, 0, 3, 0},
 		{"download", `"kind":"download","sessions":2`, 0, 0, 2 * 995 * 50_001, 2, 0},
 		{"upload", `"kind":"upload"`, 0, 0, 0, 1, 0},
+		{"checked download", `"kind":"checked-download","sessions":2`, 0, 0, 2 * 995 * 50_001, 2, 0},
+		{"checked upload", `"kind":"checked-upload"`, 0, 0, 0, 1, 0},
 		// Three chunks each.
 		{"fetch", `"kind":"fetch","size":150000`, 331, 3, 331 * 150_000, 332, 1},
 		{"paced fetch", `"kind":"fetch","size":50001,"interval_ms":100`, 10, 1, 10 * 50_001, 10, 0},
@@ -248,7 +251,7 @@ func TestExchangesAreCarriedOutOneAtATime(t *testing.T) {
 	equal(t, "overdue", h.overdue, [][3]float64{{0, 600, 60}})
 }
 
-func TestBrokenExchangeIsOverdue(t *testing.T) {
+func TestBrokenExchangeWaitsForTheNextAnswer(t *testing.T) {
 	var served atomic.Bool
 	g := &target{serve: func(c net.Conn) {
 		if served.CompareAndSwap(false, true) {
@@ -261,8 +264,8 @@ func TestBrokenExchangeIsOverdue(t *testing.T) {
 	h := g.carry(t, 0.3, `{"name":"a","kind":"exchange","interval_ms":100,
 		"exchanges":[{"request":20,"answer":7}]}`)
 	h.oneError(t, 30, errEnded.Error())
-	equal(t, "overdue", h.overdue, [][3]float64{{0, 0, 30}})
-	equal(t, "latencies", h.latency, [][3]float64{{0, 130, 1}, {0, 230, 1}})
+	equal(t, "overdue", h.overdue, nil)
+	equal(t, "latencies", h.latency, [][3]float64{{0, 0, 131}, {0, 130, 1}, {0, 230, 1}})
 }
 
 // corrupted changes one byte of what the target writes.
@@ -284,6 +287,7 @@ func TestWrongContentIsAnError(t *testing.T) {
 	for _, workload := range []string{
 		`"kind":"echo","size":20,"interval_ms":50`,
 		`"kind":"download"`,
+		`"kind":"checked-download"`,
 		`"kind":"fetch","size":100000`,
 		`"kind":"request","size":100000,"interval_ms":50`,
 		`"kind":"tail","size":20,"interval_ms":50`,
@@ -324,7 +328,7 @@ func TestUnaskedAnswerIsAnError(t *testing.T) {
 	}
 }
 
-// What breaks is one error, its messages are overdue then, and it goes on anew.
+// What breaks is one error, all its messages but the oldest are overdue then, and it goes on anew.
 func TestBrokenSessionDialsAnew(t *testing.T) {
 	var served atomic.Bool
 	g := &target{serve: func(c net.Conn) {
@@ -338,10 +342,133 @@ func TestBrokenSessionDialsAnew(t *testing.T) {
 	}}
 	h := g.carry(t, 0.25, `{"name":"a","kind":"echo","size":3,"interval_ms":50}`)
 	h.oneError(t, 70, errEnded.Error())
-	equal(t, "overdue", h.overdue, [][3]float64{{0, 50, 20}})
-	equal(t, "latencies", h.latency, [][3]float64{{0, 0, 0}, {0, 170, 0}, {0, 220, 0}})
+	equal(t, "overdue", h.overdue, nil)
+	// The gap counts from the oldest request without an answer to the next answer.
+	equal(t, "latencies", h.latency, [][3]float64{{0, 0, 0}, {0, 50, 120}, {0, 170, 0}, {0, 220, 0}})
 	if g.dials != 2 {
 		t.Errorf("%d dials", g.dials)
+	}
+}
+
+// The first connection stalls and is cut, the second is cut before its first answer, and the third
+// answers: that is one gap.
+func TestGapGoesOnUntilAnAnswer(t *testing.T) {
+	var served atomic.Int64
+	g := &target{serve: func(c net.Conn) {
+		switch served.Add(1) {
+		case 1:
+			_ = discard(c, 1)
+			_, _ = io.CopyN(c, c, 3)
+			_ = discard(c, 3)
+			time.Sleep(120 * time.Millisecond)
+		case 2:
+			_ = discard(c, 1+3)
+		default:
+			serve(c)
+		}
+	}}
+	h := g.carry(t, 0.45, `{"name":"a","kind":"echo","size":3,"interval_ms":50}`)
+	want := []failure{{0, 170, errEnded.Error()}, {0, 270, errEnded.Error()}}
+	if !slices.Equal(h.errors, want) {
+		t.Errorf("errors: %v", h.errors)
+	}
+	equal(t, "latencies", h.latency, [][3]float64{{0, 0, 0}, {0, 50, 320}, {0, 370, 0}, {0, 420, 0}})
+	equal(t, "overdue", h.overdue, [][3]float64{{0, 100, 70}, {0, 150, 20}, {0, 270, 0}})
+}
+
+func TestGapWithoutAnEndIsOverdue(t *testing.T) {
+	var served atomic.Bool
+	g := &target{serve: func(c net.Conn) {
+		if served.CompareAndSwap(false, true) {
+			_ = discard(c, 1)
+			_, _ = io.CopyN(c, c, 3)
+			return
+		}
+		_, _ = io.Copy(io.Discard, c)
+	}}
+	h := g.carry(t, 0.13, `{"name":"a","kind":"echo","size":3,"interval_ms":50}`)
+	h.oneError(t, 0, errEnded.Error())
+	// Nothing waited when it was cut.
+	slices.SortFunc(h.overdue, func(a, b [3]float64) int { return int(a[1] - b[1]) })
+	equal(t, "overdue", h.overdue, [][3]float64{{0, 0, 130}, {0, 100, 30}})
+}
+
+func TestEchoFindsBytesThatAreLostDoubledOrSwapped(t *testing.T) {
+	for name, tamper := range map[string]func(b []byte) []byte{
+		"lost":    func(b []byte) []byte { return append(slices.Clone(b[:10]), b[11:]...) },
+		"doubled": func(b []byte) []byte { return slices.Insert(slices.Clone(b), 10, b[10]) },
+		"swapped": func(b []byte) []byte {
+			b = slices.Clone(b)
+			// Equal neighbours have no order.
+			for k := 10; ; k++ {
+				if b[k] != b[k+1] {
+					b[k], b[k+1] = b[k+1], b[k]
+					return b
+				}
+			}
+		},
+		"message lost":    func(b []byte) []byte { return nil },
+		"message doubled": func(b []byte) []byte { return append(slices.Clone(b), b...) },
+	} {
+		var served atomic.Bool
+		g := &target{serve: func(c net.Conn) {
+			if !served.CompareAndSwap(false, true) {
+				serve(c)
+				return
+			}
+			_ = discard(c, 1)
+			b := make([]byte, 64)
+			for k := 0; ; k++ {
+				if _, err := io.ReadFull(c, b); err != nil {
+					return
+				}
+				answer := b
+				if k == 2 {
+					answer = tamper(b)
+				}
+				if _, err := c.Write(answer); err != nil {
+					return
+				}
+			}
+		}}
+		h := g.carry(t, 0.3, `{"name":"a","kind":"echo","size":64,"interval_ms":20}`)
+		if len(h.errors) != 1 || h.errors[0].text != errContent.Error() {
+			t.Errorf("%s: errors %v", name, h.errors)
+		}
+	}
+}
+
+// An upload ends when the target does, and says that it was cut.
+func TestCheckedUploadIsWhatTheSeedSays(t *testing.T) {
+	var served atomic.Bool
+	g := &target{serve: func(c net.Conn) {
+		if !served.CompareAndSwap(false, true) {
+			serve(c)
+			return
+		}
+		_ = discard(c, 1)
+		seed, _ := readNumber(c)
+		// Another stream is wrong at once.
+		checkNoise(c, noise{seed: seed + 1})
+	}}
+	h := g.carry(t, 0.3, `{"name":"a","kind":"checked-upload"}`)
+	h.oneError(t, 0, errEnded.Error())
+	if g.dials != 2 {
+		t.Errorf("%d dials", g.dials)
+	}
+}
+
+func TestNoise(t *testing.T) {
+	n := noise{seed: 1234567}
+	b := make([]byte, 24)
+	for k := range b {
+		n.fill(b[k : k+1])
+	}
+	// The first words of SplitMix64 with this seed.
+	for k, want := range []uint64{6457827717110365317, 3203168211198807973, 9817491932198370423} {
+		if got := binary.BigEndian.Uint64(b[8*k:]); got != want {
+			t.Errorf("word %d: %d", k, got)
+		}
 	}
 }
 
@@ -349,6 +476,8 @@ func TestEveryStayingSessionDialsAnew(t *testing.T) {
 	for _, workload := range []string{
 		`"kind":"download"`,
 		`"kind":"upload"`,
+		`"kind":"checked-download"`,
+		`"kind":"checked-upload"`,
 		`"kind":"request","size":5,"interval_ms":10`,
 		`"kind":"tail","size":20,"interval_ms":10`,
 	} {

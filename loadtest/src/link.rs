@@ -17,6 +17,7 @@ pub mod exec;
 mod host;
 pub mod hosts;
 mod loopback;
+mod nat;
 mod packet;
 pub mod probe;
 pub mod settings;
@@ -126,6 +127,15 @@ impl Link {
     /// Maps the node's connections to other ports, as a NAT that has lost its mappings.
     pub fn rebind_nat(&self) {
         self.bridge.command(Command::RebindNat);
+    }
+
+    /// Loses every flow of TCP and UDP so far, as a load balancer that sends them to a host that is
+    /// gone, or a NAT that has given their ports away: no packet of them passes any more in either
+    /// direction, and neither side gets a report. Flows of new sockets pass.
+    ///
+    /// A NAT that gives the old socket a new port is [`Self::rebind_nat`]: QUIC survives that.
+    pub fn lose_flows(&self) {
+        self.bridge.command(Command::LoseFlows);
     }
 
     /// Gives the node another address instead of its own; the new one.

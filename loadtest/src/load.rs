@@ -19,9 +19,12 @@
 //! | `T` size:8 interval:8 | sends a line of `size` bytes every `interval` microseconds; the first eight are the time in nanoseconds since 1970 |
 //! | `W` size:8 | reads to the end, and counts if that comes before `size` bytes |
 //! | `A` size:8 | reads to the end, then sends how many bytes that were, as eight bytes |
+//! | `P` seed:8 | sends the pseudo-random bytes of `seed` until the connection ends |
+//! | `V` seed:8 | reads the pseudo-random bytes of `seed`; counts, and ends the connection, when it reads others |
 //! | `H` | holds the connection |
 
 pub mod drive;
+mod noise;
 mod record;
 pub mod service;
 mod session;
@@ -82,17 +85,26 @@ fn one() -> u32 {
 
 /// Kind of a session, which lasts from the run's start to its end.
 ///
+/// A session that is cut has an error and connects again.
+///
 /// Open loop means: on a schedule that does not wait for answers. A message that is late because an
 /// earlier write blocked counts from when it was due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
-    /// Keystrokes: sends `size` bytes every interval, open loop, and times each echo.
+    /// Keystrokes: sends `size` bytes every interval, open loop, and times each echo. An echo with
+    /// other bytes, or in another order, is an error.
     Echo,
     /// Reads as fast as it can.
     Download,
     /// Writes as fast as it can.
     Upload,
+    /// Reads pseudo-random bytes as fast as it can and compares each. The first that differs is an
+    /// error.
+    CheckedDownload,
+    /// Writes pseudo-random bytes as fast as it can; the target compares each. The first that
+    /// differs is an error.
+    CheckedUpload,
     /// Copies from the node: dials, reads `size` bytes and closes, again and again; times each.
     Fetch,
     /// Copies to the node: dials, writes `size` bytes, waits until they have arrived and closes,
@@ -140,10 +152,12 @@ pub enum Sample {
     Start(u64),
     /// All sessions that stay are connected.
     Ready(u64),
-    /// An answer: when it was due or requested, and how many microseconds it took.
+    /// An answer: when it was due or requested, and how many microseconds it took. A session that
+    /// was cut has one for its gap: from the oldest request without an answer, or from the cut if
+    /// there was none, to the first answer on its next connection.
     Latency(usize, u64, u64),
-    /// No answer before the run's end: when it was due, and how many microseconds that was before
-    /// the end.
+    /// No answer before the end of the connection or of the run: when it was due, and how many
+    /// microseconds that was before the end.
     Overdue(usize, u64, u64),
     /// Payload bytes read since the last such sample of the workload, all its sessions together;
     /// at least every 100 ms while there are any.

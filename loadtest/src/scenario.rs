@@ -286,7 +286,7 @@ impl Scenario {
         if self.seconds <= 0.0 || self.warmup_seconds < 0.0 || self.seeds == 0 {
             faults.push("seconds and seeds must be positive".into());
         }
-        let uploads = self.workloads.iter().filter(|workload| workload.kind == Kind::Upload);
+        let uploads = self.workloads.iter().filter(|workload| workload.kind.is_upload());
         if uploads.count() > 1 {
             faults.push("the target cannot distinguish the uploads of two workloads".into());
         }

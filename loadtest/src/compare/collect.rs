@@ -74,7 +74,7 @@ impl Collector {
 
     /// Adds bytes that the target has counted.
     pub(super) fn uploaded(&mut self, at: u64, bytes: u64) {
-        let upload = |tally: &Tally| tally.workload.kind == Kind::Upload;
+        let upload = |tally: &Tally| tally.workload.kind.is_upload();
         if let Some(index) = self.workloads.iter().position(upload) {
             self.bytes(index, at, bytes);
         }
@@ -88,18 +88,35 @@ impl Collector {
         }
     }
 
+    /// Adds checked uploads in which the target read other bytes than were written.
+    pub(super) fn corrupt(&mut self, count: u64) {
+        let checked = |tally: &&mut Tally| tally.workload.kind == Kind::CheckedUpload;
+        if let Some(tally) = self.workloads.iter_mut().find(checked).filter(|_| count > 0) {
+            tally.errors.insert("the target read other bytes than were written".into(), count);
+        }
+    }
+
     fn is_measured(&self, at: u64) -> bool {
         (self.warmup..=self.end).contains(&at.cast_signed())
     }
 
     fn latency(&mut self, workload: usize, at: u64, took: u64, overdue: bool) {
         let measured = self.is_measured(at + took);
-        let slice = (at.cast_signed() - self.warmup).div_euclid(SLICE);
+        let (warmup, end) = (self.warmup, self.end);
+        let (due, ended) = (at.cast_signed(), (at + took).cast_signed());
+        let slice = (due - warmup).div_euclid(SLICE);
         let Some(tally) = self.workloads.get_mut(workload) else { return };
         if overdue {
-            // Sent when the load ends, which is after the measured part.
-            tally.overdue.push(took);
+            // Most are sent when the load ends, which is after the measured part; those of a
+            // connection that was cut when it is.
+            if ended >= warmup {
+                tally.overdue.push(took);
+            }
             return;
+        }
+        if due < end && ended > end {
+            // It waited at the end of the measured part: a stall that ends just after it counts.
+            tally.overdue.push((end - due).cast_unsigned());
         }
         tally.latency_slices.entry(slice).or_default().push(took);
         if measured {
@@ -162,8 +179,7 @@ impl Collector {
 impl Tally {
     fn result(&self, measured: i64) -> WorkloadResult {
         let answers = self.micros.len();
-        let bulk =
-            matches!(self.workload.kind, Kind::Download | Kind::Upload | Kind::Fetch | Kind::Stall);
+        let bulk = self.workload.kind.is_bulk();
         let point = |(slice, bytes): (&i64, &u64)| ThroughputPoint {
             second: second(*slice),
             mbit: mbit(*bytes, SLICE),
@@ -218,7 +234,22 @@ impl Tally {
 impl Kind {
     /// Whether its answers are timed.
     fn is_timed(self) -> bool {
-        !matches!(self, Self::Download | Self::Upload | Self::Stall | Self::Idle)
+        !matches!(
+            self,
+            Self::Download
+                | Self::Upload
+                | Self::CheckedDownload
+                | Self::CheckedUpload
+                | Self::Stall
+                | Self::Idle
+        )
+    }
+
+    /// Whether its throughput is reported.
+    fn is_bulk(self) -> bool {
+        let download =
+            matches!(self, Self::Download | Self::CheckedDownload | Self::Fetch | Self::Stall);
+        download || self.is_upload()
     }
 }
 
@@ -268,6 +299,41 @@ mod tests {
             [-0.5, 1.0, 1.75]
         );
         assert_eq!(collector.payload(), 2 * 2 * 64);
+    }
+
+    #[test]
+    fn a_stall_that_the_end_of_the_measured_part_cuts_off_counts_until_then() {
+        let mut collector = collector(Kind::Echo);
+        collector.take(&Sample::Latency(0, 1_500_000, 1_000));
+        collector.take(&Sample::Latency(0, 1_000_000, 2_100_000));
+        let latency = collector.results()[0].latency.clone().unwrap();
+        assert_eq!((latency.count, latency.overdue), (2, 1));
+        assert!((latency.max - 2000.0).abs() < 2.0, "{}", latency.max);
+    }
+
+    #[test]
+    fn what_a_cut_leaves_without_an_answer_counts_unless_it_was_during_the_warm_up() {
+        let mut collector = collector(Kind::Echo);
+        collector.take(&Sample::Latency(0, 1_500_000, 1_000));
+        collector.take(&Sample::Overdue(0, 100_000, 800_000));
+        assert_eq!(collector.results()[0].latency.as_ref().unwrap().overdue, 0);
+        collector.take(&Sample::Overdue(0, 500_000, 700_000));
+        let latency = collector.results()[0].latency.clone().unwrap();
+        assert_eq!(latency.overdue, 1);
+        assert!((latency.max - 700.0).abs() < 1.0, "{}", latency.max);
+    }
+
+    #[test]
+    fn bytes_that_the_target_read_and_that_differ_are_errors_of_the_checked_upload() {
+        let mut collector = collector(Kind::CheckedUpload);
+        collector.corrupt(0);
+        assert!(collector.results()[0].errors.is_empty());
+        collector.uploaded(1_500_000, 1_000_000);
+        collector.corrupt(2);
+        let result = &collector.results()[0];
+        assert_eq!(result.errors.values().collect::<Vec<_>>(), [&2]);
+        assert_eq!(result.mbit_per_second, Some(4.0));
+        assert!(result.latency.is_none());
     }
 
     #[test]

@@ -45,6 +45,7 @@ struct Readings {
     cpu: [Option<f64>; 2],
     counters: Option<[Counters; 2]>,
     short: u64,
+    corrupt: u64,
 }
 
 /// A step of the schedule.
@@ -115,6 +116,7 @@ impl Measurement<'_> {
         anyhow::ensure!(done, "the load broke off");
         let (begun, ended) = begun.zip(ended).context("the load ended early")?;
         collector.short(self.service.short() - begun.short);
+        collector.corrupt(self.service.corrupt() - begun.corrupt);
         let peak = read_both(&self.started, Process::peak_memory);
         let usage = |side: usize| {
             Some(Usage {
@@ -147,6 +149,7 @@ impl Measurement<'_> {
             cpu: read_both(&self.started, Process::cpu_seconds),
             counters: self.network.counters(),
             short: self.service.short(),
+            corrupt: self.service.corrupt(),
         }
     }
 

@@ -68,6 +68,7 @@ impl Network {
             Some(LinkEvent::RejectUdp) => link.udp(Udp::Reject),
             Some(LinkEvent::PassUdp) => link.udp(Udp::Pass),
             Some(LinkEvent::RebindNat) => link.rebind_nat(),
+            Some(LinkEvent::LoseFlows) => link.lose_flows(),
             Some(LinkEvent::ChangeAddress) => drop(link.change_node_address()?),
             None => {}
         }

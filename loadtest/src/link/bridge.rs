@@ -24,11 +24,15 @@ use tun_rs::SyncDevice;
 use super::{
     Counters, LinkSettings,
     direction::{Lane, Packet as _},
-    packet::{IpPacket, Port},
+    nat::Nat,
+    packet::IpPacket,
 };
 
 /// Maximum number of packets read from one device before the other is read.
 const BATCH: usize = 64;
+
+/// Index of the node's device.
+const NODE_DEVICE: usize = 1;
 
 /// Treatment of UDP.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,6 +54,7 @@ pub(super) enum Command {
     Udp(Udp),
     PathMtu { mtu: u16, silent: bool },
     RebindNat,
+    LoseFlows,
     Stop,
 }
 
@@ -87,7 +92,7 @@ impl Bridge {
             up: true,
             udp: Udp::Pass,
             path_mtu: None,
-            nat_offset: 0,
+            nat: Nat::default(),
             commands: received,
             woken,
             counters: Arc::clone(&counters),
@@ -128,7 +133,7 @@ struct Worker {
     udp: Udp,
     /// Largest packet that passes, and whether larger ones vanish without an answer.
     path_mtu: Option<(u16, bool)>,
-    nat_offset: u16,
+    nat: Nat,
     commands: Receiver<(Command, Done)>,
     woken: UnixDatagram,
     counters: Arc<Mutex<[Counters; 2]>>,
@@ -176,7 +181,8 @@ impl Worker {
                 }
                 Command::Udp(udp) => self.udp = udp,
                 Command::PathMtu { mtu, silent } => self.path_mtu = Some((mtu, silent)),
-                Command::RebindNat => self.nat_offset = self.nat_offset.wrapping_add(1001),
+                Command::RebindNat => self.nat.rebind(),
+                Command::LoseFlows => self.nat.lose(),
                 Command::Stop => return false,
             }
         }
@@ -219,12 +225,10 @@ impl Worker {
             && packet.len() > usize::from(mtu)
         {
             if silent { None } else { packet.too_big(mtu) }
-        } else {
-            if self.nat_offset != 0 {
-                let which = if from == 0 { Port::Destination } else { Port::Source };
-                packet.translate(which, self.nat_offset);
-            }
+        } else if self.nat.pass(&mut packet, from == NODE_DEVICE) {
             return Some(packet);
+        } else {
+            None
         };
         self.lanes[from].counters.refused += 1;
         if let Some(refusal) = refusal {

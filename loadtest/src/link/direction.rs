@@ -27,8 +27,8 @@ pub struct Counters {
     pub lost: u64,
     /// Packets dropped because the buffer was full.
     pub dropped: u64,
-    /// Packets not carried because the link was down, UDP was dropped or rejected, or they were
-    /// larger than the path's MTU.
+    /// Packets not carried because the link was down, UDP was dropped or rejected, they were larger
+    /// than the path's MTU, or their flow was lost.
     pub refused: u64,
 }
 

@@ -16,6 +16,22 @@ const QUOTED: usize = 8;
 #[derive(Debug)]
 pub(super) struct IpPacket(Vec<u8>);
 
+/// Protocol and ports of a packet of TCP or UDP. The hosts' addresses belong to no flow here: there
+/// are two hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Flow {
+    pub(super) protocol: IpNumber,
+    pub(super) source: u16,
+    pub(super) destination: u16,
+}
+
+impl Flow {
+    /// The same flow as packets of the other direction have it.
+    pub(super) fn reversed(self) -> Self {
+        Self { source: self.destination, destination: self.source, ..self }
+    }
+}
+
 /// Which of a packet's ports a NAT rewrites.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Port {
@@ -40,6 +56,20 @@ impl IpPacket {
 
     pub(super) fn is_udp(&self) -> bool {
         self.header().is_some_and(|header| header.protocol() == IpNumber::UDP)
+    }
+
+    /// Protocol and ports; `None` where there are no ports.
+    pub(super) fn flow(&self) -> Option<Flow> {
+        let header = self.header()?;
+        let protocol = header.protocol();
+        if protocol != IpNumber::UDP && protocol != IpNumber::TCP {
+            return None;
+        }
+        // Both have their ports in the first four bytes.
+        let ports = self.0.get(header.slice().len()..)?.first_chunk::<4>()?;
+        let [source, destination] =
+            [[ports[0], ports[1]], [ports[2], ports[3]]].map(u16::from_be_bytes);
+        Some(Flow { protocol, source, destination })
     }
 
     /// The answer of a host where no socket has the port.
@@ -140,18 +170,22 @@ fn moved(port: u16, which: Port, offset: u16) -> u16 {
 }
 
 #[cfg(test)]
-mod tests {
-    use etherparse::{IpEcn, SlicedPacket, TransportSlice};
-
-    use super::*;
-
-    fn udp(source: u16, destination: u16) -> IpPacket {
+impl IpPacket {
+    /// A packet of UDP between these ports.
+    pub(super) fn udp(source: u16, destination: u16) -> Self {
         let builder =
             PacketBuilder::ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64).udp(source, destination);
         let mut bytes = Vec::new();
         builder.write(&mut bytes, b"hello").unwrap();
-        IpPacket::new(&bytes).unwrap()
+        Self::new(&bytes).unwrap()
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use etherparse::{IpEcn, SlicedPacket, TransportSlice};
+
+    use super::*;
 
     fn ports(packet: &IpPacket) -> (u16, u16) {
         let sliced = SlicedPacket::from_ip(packet.as_bytes()).unwrap();
@@ -165,15 +199,23 @@ mod tests {
     #[test]
     fn a_port_that_was_translated_comes_back() {
         for port in [32_768, 40_000, 65_535] {
-            let mut there = udp(port, 8132);
+            let mut there = IpPacket::udp(port, 8132);
             there.translate(Port::Source, 30_001).unwrap();
             let (outside, destination) = ports(&there);
             assert_ne!(outside, port);
             assert_eq!(destination, 8132);
-            let mut back = udp(8132, outside);
+            let mut back = IpPacket::udp(8132, outside);
             back.translate(Port::Destination, 30_001).unwrap();
             assert_eq!(ports(&back), (8132, port));
         }
+    }
+
+    #[test]
+    fn a_flow_has_the_ports_of_its_packets_and_other_protocols_have_none() {
+        let flow = IpPacket::udp(40_000, 8132).flow().unwrap();
+        assert_eq!((flow.source, flow.destination), (40_000, 8132));
+        assert_eq!(IpPacket::udp(8132, 40_000).flow(), Some(flow.reversed()));
+        assert_eq!(IpPacket::udp(1, 2).port_unreachable().unwrap().flow(), None);
     }
 
     #[test]
@@ -181,7 +223,7 @@ mod tests {
         for (before, after) in
             [(IpEcn::NotEct, IpEcn::NotEct), (IpEcn::Ect0, IpEcn::CongestionExperienced)]
         {
-            let mut packet = udp(1, 2);
+            let mut packet = IpPacket::udp(1, 2);
             let mut header = packet.header().unwrap().to_header();
             header.ecn = before;
             packet.write(&mut header).unwrap();
@@ -194,7 +236,7 @@ mod tests {
 
     #[test]
     fn a_refusal_goes_back_and_quotes_the_packet() {
-        let packet = udp(40_000, 8132);
+        let packet = IpPacket::udp(40_000, 8132);
         let answer = packet.port_unreachable().unwrap();
         let header = answer.header().unwrap();
         assert_eq!((header.source(), header.destination()), ([10, 0, 0, 2], [10, 0, 0, 1]));

@@ -17,7 +17,7 @@ use tokio::{
 
 use super::{
     Kind, Plan, Sample, Workload,
-    record::Record,
+    record::{Gap, Record},
     session::{self, Route, Session},
 };
 
@@ -81,7 +81,7 @@ pub async fn drive(plan: Plan, socket: Option<PathBuf>, samples: UnboundedSender
 
 /// Repeats a session until the run ends.
 async fn stay(session: &Session, missing: &AtomicUsize, dials: &Semaphore) {
-    let mut first = true;
+    let (mut first, gap) = (true, Gap::new(&session.record, session.index));
     loop {
         let dialed = {
             let _permit = dials.acquire().await;
@@ -91,7 +91,7 @@ async fn stay(session: &Session, missing: &AtomicUsize, dials: &Semaphore) {
             session.record.put(Sample::Ready(session.record.now()));
         }
         let error = match dialed {
-            Ok(connection) => session::run(session, connection).await,
+            Ok(connection) => session::run(session, &gap, connection).await,
             Err(error) => error,
         };
         session.record.error(session.index, error);
@@ -100,6 +100,16 @@ async fn stay(session: &Session, missing: &AtomicUsize, dials: &Semaphore) {
 }
 
 impl Kind {
+    /// Whether a session of this kind times the answers to its requests on one connection.
+    pub(super) fn asks(self) -> bool {
+        matches!(self, Self::Echo | Self::Request | Self::Exchange)
+    }
+
+    /// Whether the target reads what a session of this kind writes, and counts it.
+    pub(crate) fn is_upload(self) -> bool {
+        matches!(self, Self::Upload | Self::CheckedUpload)
+    }
+
     /// Whether a session of this kind is one connection from the run's start to its end.
     pub fn stays(self) -> bool {
         matches!(
@@ -107,6 +117,8 @@ impl Kind {
             Self::Echo
                 | Self::Download
                 | Self::Upload
+                | Self::CheckedDownload
+                | Self::CheckedUpload
                 | Self::Request
                 | Self::Exchange
                 | Self::Tail

@@ -62,6 +62,10 @@ impl Record {
         self.put(Sample::Latency(workload, self.at(due), micros(took)));
     }
 
+    fn overdue(&self, workload: usize, due: Instant) {
+        self.put(Sample::Overdue(workload, self.at(due), micros(due.elapsed())));
+    }
+
     pub(super) fn error(&self, workload: usize, error: impl ToString) {
         self.put(Sample::Error(workload, self.now(), error.to_string()));
     }
@@ -71,17 +75,67 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Answers that one session waits for, in order. Those left when it is dropped are overdue.
+/// Time that a session waits after a cut, until the first answer on its next connection. It is
+/// overdue when it has not ended and this is dropped.
+#[derive(Debug)]
+pub(super) struct Gap {
+    record: Arc<Record>,
+    workload: usize,
+    /// Begin, while there is a gap.
+    since: Mutex<Option<Instant>>,
+}
+
+impl Gap {
+    pub(super) fn new(record: &Arc<Record>, workload: usize) -> Arc<Self> {
+        Arc::new(Self { record: Arc::clone(record), workload, since: Mutex::default() })
+    }
+
+    /// The session is cut. The oldest request without an answer goes on waiting.
+    pub(super) fn begin(&self, pending: &Pending) {
+        let mut since = self.since.lock();
+        if since.is_none() {
+            let oldest = pending.due.lock().pop_front();
+            *since = Some(oldest.unwrap_or_else(Instant::now));
+        }
+    }
+
+    /// The session has an answer.
+    fn end(&self) {
+        let since = self.since.lock().take();
+        if let Some(since) = since {
+            self.record.latency(self.workload, since, since.elapsed());
+        }
+    }
+}
+
+impl Drop for Gap {
+    fn drop(&mut self) {
+        if let Some(since) = self.since.get_mut().take() {
+            self.record.overdue(self.workload, since);
+        }
+    }
+}
+
+/// Answers that one connection waits for, in order. Those left when it is dropped are overdue.
 #[derive(Debug)]
 pub(super) struct Pending {
     record: Arc<Record>,
     workload: usize,
     due: Mutex<VecDeque<Instant>>,
+    /// Gap of the session, which ends with an answer.
+    gap: Option<Arc<Gap>>,
 }
 
 impl Pending {
     pub(super) fn new(record: &Arc<Record>, workload: usize) -> Self {
-        Self { record: Arc::clone(record), workload, due: Mutex::default() }
+        Self { record: Arc::clone(record), workload, due: Mutex::default(), gap: None }
+    }
+
+    /// Answers on the next connection of a session that may have been cut before.
+    pub(super) fn of_session(gap: &Arc<Gap>) -> Self {
+        let mut pending = Self::new(&gap.record, gap.workload);
+        pending.gap = Some(Arc::clone(gap));
+        pending
     }
 
     /// Adds an answer that is due from now on, or from an earlier time on.
@@ -91,6 +145,9 @@ impl Pending {
 
     /// The oldest was answered.
     pub(super) fn answered(&self) {
+        if let Some(gap) = &self.gap {
+            gap.end();
+        }
         let due = self.due.lock().pop_front();
         if let Some(due) = due {
             self.record.latency(self.workload, due, due.elapsed());
@@ -107,8 +164,7 @@ impl Pending {
 impl Drop for Pending {
     fn drop(&mut self) {
         for due in self.due.get_mut().drain(..) {
-            let (at, waited) = (self.record.at(due), micros(due.elapsed()));
-            self.record.put(Sample::Overdue(self.workload, at, waited));
+            self.record.overdue(self.workload, due);
         }
     }
 }

@@ -13,9 +13,11 @@ use std::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    task::JoinSet,
+    task::{JoinSet, yield_now},
     time::interval,
 };
+
+use super::noise::Noise;
 
 /// Size of a write or a read, in bytes.
 const CHUNK: usize = 64 * 1024;
@@ -28,13 +30,20 @@ pub(crate) const EXCHANGE_REQUEST_LIMIT: u64 = 64 << 20;
 /// Line of the target that writes first.
 pub(super) const GREETING: &str = "SSH-2.0-greeter\n";
 
+/// What the target has counted since its start.
+#[derive(Debug, Default)]
+struct Counters {
+    uploaded: AtomicU64,
+    short: AtomicU64,
+    corrupt: AtomicU64,
+}
+
 /// A running target. It stops when dropped.
 #[derive(Debug)]
 pub struct Service {
     address: SocketAddr,
     greeter: SocketAddr,
-    uploaded: Arc<AtomicU64>,
-    short: Arc<AtomicU64>,
+    counters: Arc<Counters>,
     _tasks: JoinSet<()>,
 }
 
@@ -47,8 +56,8 @@ impl Service {
         let listener = TcpListener::bind(address).await?;
         let greeting = TcpListener::bind((address.ip(), 0)).await?;
         let (address, greeter) = (listener.local_addr()?, greeting.local_addr()?);
-        let (uploaded, short) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-        let counters = (Arc::clone(&uploaded), Arc::clone(&short));
+        let counters = Arc::new(Counters::default());
+        let of_connections = Arc::clone(&counters);
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
             let mut connections = JoinSet::new();
@@ -64,17 +73,17 @@ impl Service {
             loop {
                 tokio::select! {
                     Ok((socket, _)) = listener.accept() => {
-                        let (uploaded, short) = counters.clone();
+                        let counters = Arc::clone(&of_connections);
                         connections.spawn(async move {
                             // The plan counts a session that breaks off.
-                            let _ = serve(socket, &uploaded, &short).await;
+                            let _ = serve(socket, &counters).await;
                         });
                     }
                     Some(_) = connections.join_next() => {}
                 }
             }
         });
-        Ok(Self { address, greeter, uploaded, short, _tasks: tasks })
+        Ok(Self { address, greeter, counters, _tasks: tasks })
     }
 
     /// Address.
@@ -89,21 +98,26 @@ impl Service {
 
     /// Bytes received from uploads so far.
     pub fn uploaded(&self) -> u64 {
-        self.uploaded.load(Ordering::Relaxed)
+        self.counters.uploaded.load(Ordering::Relaxed)
     }
 
     /// Messages that were written completely before a close and arrived incomplete.
     pub fn short(&self) -> u64 {
-        self.short.load(Ordering::Relaxed)
+        self.counters.short.load(Ordering::Relaxed)
+    }
+
+    /// Checked uploads in which a byte differed from what was written.
+    pub fn corrupt(&self) -> u64 {
+        self.counters.corrupt.load(Ordering::Relaxed)
     }
 }
 
-async fn serve(mut socket: TcpStream, uploaded: &AtomicU64, short: &AtomicU64) -> io::Result<()> {
+async fn serve(mut socket: TcpStream, counters: &Counters) -> io::Result<()> {
     socket.set_nodelay(true)?;
     match socket.read_u8().await? {
         b'E' => echo(&mut socket).await,
         b'D' => zeros(&mut socket, u64::MAX).await,
-        b'S' => sink(&mut socket, u64::MAX, uploaded).await.map(drop),
+        b'S' => sink(&mut socket, u64::MAX, &counters.uploaded).await.map(drop),
         b'F' => {
             let size = socket.read_u64().await?;
             zeros(&mut socket, size).await
@@ -117,7 +131,7 @@ async fn serve(mut socket: TcpStream, uploaded: &AtomicU64, short: &AtomicU64) -
             let size = socket.read_u64().await?;
             let got = sink(&mut socket, size, &AtomicU64::new(0)).await;
             if got.ok() != Some(size) {
-                short.fetch_add(1, Ordering::Relaxed);
+                counters.short.fetch_add(1, Ordering::Relaxed);
             }
             Ok(())
         }
@@ -131,6 +145,14 @@ async fn serve(mut socket: TcpStream, uploaded: &AtomicU64, short: &AtomicU64) -
             let size = socket.read_u64().await?;
             zeros(&mut socket, size).await?;
         },
+        b'P' => {
+            let seed = socket.read_u64().await?;
+            noise(&mut socket, Noise::new(seed)).await
+        }
+        b'V' => {
+            let seed = socket.read_u64().await?;
+            verify(&mut socket, Noise::new(seed), counters).await
+        }
         b'X' => exchanges(&mut socket).await,
         b'T' => tail(&mut socket).await,
         _ => sink(&mut socket, u64::MAX, &AtomicU64::new(0)).await.map(drop),
@@ -182,6 +204,36 @@ async fn sink(socket: &mut TcpStream, size: u64, counter: &AtomicU64) -> io::Res
         counter.fetch_add(length as u64, Ordering::Relaxed);
     }
     Ok(got)
+}
+
+async fn noise(socket: &mut TcpStream, mut noise: Noise) -> io::Result<()> {
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        noise.fill(&mut chunk);
+        socket.write_all(&chunk).await?;
+        // The bytes are made here, and the socket takes megabytes of them: let others run.
+        yield_now().await;
+    }
+}
+
+/// Reads to the end, or to the first byte that differs.
+async fn verify(
+    socket: &mut TcpStream,
+    mut expected: Noise,
+    counters: &Counters,
+) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let length = socket.read(&mut buffer).await?;
+        if length == 0 {
+            return Ok(());
+        }
+        if !expected.matches(&buffer[..length]) {
+            counters.corrupt.fetch_add(1, Ordering::Relaxed);
+            return Ok(());
+        }
+        counters.uploaded.fetch_add(length as u64, Ordering::Relaxed);
+    }
 }
 
 /// Answers requests that say how long they and their answers are.

@@ -11,20 +11,23 @@ use std::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf},
     net::{TcpStream, UnixStream},
-    task::JoinSet,
+    task::{JoinSet, yield_now},
     time::{sleep, sleep_until},
 };
 use tokio_util::either::Either;
 
 use super::{
     Exchange, Kind, Workload,
-    record::{Pending, Record},
+    noise::Noise,
+    record::{Gap, Pending, Record},
     service::GREETING,
 };
 use crate::frontend::connect;
 
 /// Size of a write or a read, in bytes.
 const CHUNK: usize = 64 * 1024;
+/// Error of bytes that came back, or arrived, in another order or with other values.
+const DIFFERS: &str = "the bytes differ from what was sent";
 /// Maximum number of pending dials of an open-loop session.
 const UNDER_WAY: usize = 256;
 
@@ -82,6 +85,8 @@ impl Session {
             Kind::Echo | Kind::Dial => vec![b'E'],
             Kind::Download | Kind::Stall | Kind::Abandon => vec![b'D'],
             Kind::Upload => vec![b'S'],
+            // They choose a seed first.
+            Kind::CheckedDownload | Kind::CheckedUpload => Vec::new(),
             Kind::Fetch => with(b'F', &[size]),
             Kind::Send => with(b'R', &[size]),
             Kind::WriteClose => with(b'W', &[size]),
@@ -126,73 +131,90 @@ fn with(command: u8, numbers: &[u64]) -> Vec<u8> {
 }
 
 /// Runs a session that stays until it breaks; the error.
-pub(super) async fn run(session: &Session, connection: Connection) -> io::Error {
+pub(super) async fn run(session: &Session, gap: &Arc<Gap>, connection: Connection) -> io::Error {
     let (reader, writer) = tokio::io::split(connection);
+    let pending = Pending::of_session(gap);
     let (Ok(never) | Err(never)) = match session.workload.kind {
-        Kind::Echo => echo(session, reader, writer).await,
-        Kind::Request => request(session, reader, writer).await,
-        Kind::Exchange => exchange(session, reader, writer).await,
+        Kind::Echo => echo(session, &pending, reader, writer).await,
+        Kind::Request => request(session, &pending, reader, writer).await,
+        Kind::Exchange => exchange(session, &pending, reader, writer).await,
         Kind::Download => download(session, reader).await,
         Kind::Upload => upload(writer).await,
+        Kind::CheckedDownload => checked_download(session, reader, writer).await,
+        Kind::CheckedUpload => checked_upload(reader, writer).await,
         Kind::Tail => tail(session, reader).await,
         // Keeps both halves open, unused.
         _ => std::future::pending().await,
     }
     .map(|never| match never {});
+    if session.workload.kind.asks() {
+        gap.begin(&pending);
+    }
     never
 }
 
 type Reader = ReadHalf<Connection>;
 type Writer = WriteHalf<Connection>;
 
-async fn echo(session: &Session, mut reader: Reader, writer: Writer) -> io::Result<Infallible> {
+async fn echo(
+    session: &Session,
+    pending: &Pending,
+    mut reader: Reader,
+    writer: Writer,
+) -> io::Result<Infallible> {
     let size = usize::try_from(session.workload.size).unwrap_or(CHUNK).max(8);
-    let pending = session.pending();
-    let message = |number: u32| {
-        let mut message = vec![b'.'; size];
-        message[..4].copy_from_slice(&number.to_be_bytes());
-        message
-    };
+    // The messages of a connection are one stream of bytes, and each connection has another: an echo
+    // of an earlier message, or of another connection, is none of this one.
+    let mut sent = Noise::new(fastrand::u64(..));
+    let mut expected = Noise::new(sent.seed());
     let reading = async {
         let mut got = vec![0; size];
-        for number in 0_u32.. {
+        loop {
             reader.read_exact(&mut got).await?;
-            if got != message(number) {
-                return Err(io::Error::other("an echo differs from what was sent"));
+            if !expected.matches(&got) {
+                return Err(io::Error::other(DIFFERS));
             }
             pending.answered();
         }
-        Err(io::ErrorKind::Other.into())
+    };
+    let message = || {
+        let mut message = vec![0; size];
+        sent.fill(&mut message);
+        message
     };
     tokio::select! {
         broken = reading => broken,
-        broken = keep_asking(session, writer, &pending, message) => broken,
+        broken = keep_asking(session, writer, pending, message) => broken,
     }
 }
 
-async fn request(session: &Session, mut reader: Reader, writer: Writer) -> io::Result<Infallible> {
+async fn request(
+    session: &Session,
+    pending: &Pending,
+    mut reader: Reader,
+    writer: Writer,
+) -> io::Result<Infallible> {
     let size = session.workload.size;
-    let pending = session.pending();
     let reading = async {
         loop {
             read(session, &mut reader, size).await?;
             pending.answered();
         }
     };
-    let message = |_| size.to_be_bytes().to_vec();
+    let message = || size.to_be_bytes().to_vec();
     tokio::select! {
         broken = reading => broken,
-        broken = keep_asking(session, writer, &pending, message) => broken,
+        broken = keep_asking(session, writer, pending, message) => broken,
     }
 }
 
 async fn exchange(
     session: &Session,
+    pending: &Pending,
     mut reader: Reader,
     mut writer: Writer,
 ) -> io::Result<Infallible> {
     let begun = Instant::now();
-    let pending = session.pending();
     let mut number = 0;
     loop {
         pending.push(until(session.due(begun, number)).await);
@@ -233,12 +255,12 @@ async fn keep_asking(
     session: &Session,
     mut writer: Writer,
     pending: &Pending,
-    message: impl Fn(u32) -> Vec<u8>,
+    mut message: impl FnMut() -> Vec<u8>,
 ) -> io::Result<Infallible> {
     let begun = Instant::now();
     for number in 0.. {
         pending.push(until(session.due(begun, number)).await);
-        writer.write_all(&message(number)).await?;
+        writer.write_all(&message()).await?;
     }
     Err(io::ErrorKind::Other.into())
 }
@@ -281,6 +303,48 @@ async fn upload(mut writer: Writer) -> io::Result<Infallible> {
     let chunk = vec![0; CHUNK];
     loop {
         writer.write_all(&chunk).await?;
+    }
+}
+
+async fn checked_download(
+    session: &Session,
+    mut reader: Reader,
+    mut writer: Writer,
+) -> io::Result<Infallible> {
+    let mut expected = Noise::new(fastrand::u64(..));
+    writer.write_all(&with(b'P', &[expected.seed()])).await?;
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let length = reader.read(&mut buffer).await?;
+        if length == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if !expected.matches(&buffer[..length]) {
+            return Err(io::Error::other(DIFFERS));
+        }
+        session.record.bytes(session.index, length);
+    }
+}
+
+async fn checked_upload(mut reader: Reader, mut writer: Writer) -> io::Result<Infallible> {
+    let mut sent = Noise::new(fastrand::u64(..));
+    let writing = async {
+        writer.write_all(&with(b'V', &[sent.seed()])).await?;
+        let mut chunk = vec![0; CHUNK];
+        loop {
+            sent.fill(&mut chunk);
+            writer.write_all(&chunk).await?;
+            yield_now().await;
+        }
+    };
+    let reading = async {
+        reader.read_u8().await?;
+        Err(io::Error::other(DIFFERS))
+    };
+    // A target that ends the connection is noticed also while it takes no bytes.
+    tokio::select! {
+        broken = writing => broken,
+        broken = reading => broken,
     }
 }
 

@@ -200,16 +200,18 @@ pub(super) fn round_trip(link: &LinkSettings) -> f64 {
 
 /// The rate of the link in the direction of this kind of transfer, in Mbit/s, if it has a limit.
 pub(super) fn capacity(link: &LinkSettings, kind: Kind) -> Option<f64> {
-    match kind {
-        Kind::Upload => link.to_node().rate_mbit,
-        _ => link.to_server().rate_mbit,
-    }
+    let direction = if kind.is_upload() { link.to_node() } else { link.to_server() };
+    direction.rate_mbit
 }
 
 /// Explanations of those figures that need one.
 pub(super) fn notes(columns: &[String]) -> Vec<&'static str> {
     let all = [
-        ("overdue", "overdue: requests without an answer at the end; they count with their wait"),
+        (
+            "overdue",
+            "overdue: requests without an answer when their connection or the run ended; they count \
+             with their wait",
+        ),
         (
             "CPU per GiB",
             "CPU per GiB: of both processes; on a link the kernel's TCP is not in it; none where a \

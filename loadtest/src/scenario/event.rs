@@ -78,6 +78,9 @@ pub enum LinkEvent {
     PassUdp,
     /// The node's NAT forgets its mappings.
     RebindNat,
+    /// Every flow so far is dead both ways and for ever, without a report of the network; those of
+    /// new sockets pass.
+    LoseFlows,
     /// The node gets another address.
     ChangeAddress,
 }
@@ -136,6 +139,7 @@ impl fmt::Display for LinkEvent {
             Self::RejectUdp => "UDP rejected",
             Self::PassUdp => "UDP passes",
             Self::RebindNat => "NAT rebinds",
+            Self::LoseFlows => "NAT loses its flows",
             Self::ChangeAddress => "node's address changes",
         })
     }
@@ -168,6 +172,9 @@ mod tests {
         assert_eq!(dropped.to_string(), "UDP dropped from the start");
         let smaller = event("at = 3\nmtu = 1300\nsilent = true").unwrap();
         assert_eq!(smaller.to_string(), "MTU 1300, silently");
+        let lost = event("at = 3\nlink = \"lose-flows\"").unwrap();
+        assert_eq!(lost.to_string(), "NAT loses its flows");
+        assert!(lost.is_of_link());
     }
 
     #[test]

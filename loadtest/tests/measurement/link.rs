@@ -178,6 +178,25 @@ fn a_nat_that_rebinds_gives_another_port() {
 }
 
 #[test]
+fn a_flow_that_is_lost_is_silent_both_ways_and_a_new_socket_works() {
+    let Some(link) = link(Direction::default()) else { return };
+    let (server, node) = udp_pair(&link);
+    let to_server = server.local_addr().unwrap();
+    server.send(b"there").unwrap();
+    echo(&node).unwrap();
+    server.recv(&mut [0; 16]).unwrap();
+    link.lose_flows();
+    server.send(b"lost").unwrap();
+    assert!(is_silent(&node));
+    node.send_to(b"lost too", to_server).unwrap();
+    assert!(is_silent(&server));
+    let (_, new_node) = udp_pair(&link);
+    server.connect(new_node.local_addr().unwrap()).unwrap();
+    server.send(b"there").unwrap();
+    echo(&new_node).unwrap();
+}
+
+#[test]
 fn a_node_that_moved_has_another_address() {
     let Some(link) = link(Direction::default()) else { return };
     let server = link.server.run(|| UdpSocket::bind((SERVER, 0))).unwrap();
