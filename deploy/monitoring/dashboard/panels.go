@@ -116,6 +116,13 @@ var rows = []row{
 				{rate("job", "culvert_agent_tunnel_copies_sent_total", agents), "sent by agents"},
 				{rate("job", "culvert_agent_tunnel_copies_used_total", agents), "used by agents"},
 			}},
+		{title: "Repaired bursts", unit: "cps", description: "Packets per second that repair short bursts, and bursts that were rebuilt from them: answers that did not wait for a loss.",
+			queries: []query{
+				{rate("job", "culvert_server_tunnel_repair_packets_sent_total", servers), "repair packets of servers"},
+				{rate("job", "culvert_server_tunnel_bursts_rebuilt_total", servers), "bursts that servers rebuilt"},
+				{rate("job", "culvert_agent_tunnel_repair_packets_sent_total", agents), "repair packets of agents"},
+				{rate("job", "culvert_agent_tunnel_bursts_rebuilt_total", agents), "bursts that agents rebuilt"},
+			}},
 		{kind: bars, title: "Packets that hosts dropped", unit: "short", description: "Packets that the kernel refused to send, and received ones for which a process had no time.",
 			queries: []query{
 				{events("instance", "culvert_server_udp_send_errors_total", servers), "{{instance}} send"},
