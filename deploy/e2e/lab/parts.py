@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from .compilation import Compilation
 from .fault import Fault, Missing
 
 HERE = Path(__file__).resolve().parent.parent
@@ -76,8 +77,7 @@ def prepare(parts):
     """Makes the programs that are not there yet. Raises Missing where the machine lacks something."""
     check_machine(parts)
     parts.bin.mkdir(parents=True, exist_ok=True)
-    for module, programs in MODULES.items():
-        compile_module(parts, module, programs)
+    compile_modules(parts)
     for package, path in PACKAGES.items():
         unpack(parts, package, path)
 
@@ -99,38 +99,41 @@ def check_machine(parts):
         raise Missing("\n".join(missing))
 
 
-def compile_module(parts, module, programs):
-    """Compiles the programs of a module, unless these versions are there. The first time takes minutes."""
-    sums = [module / "go.mod", module / "go.sum", *sorted(module.glob("*.go"))]
-    wanted = hashlib.sha256(b"".join(path.read_bytes() for path in sums if path.exists())).hexdigest()
-    stamp = parts.bin / f".{module.name}"
-    made = all((parts.bin / name).exists() for name in programs.values())
-    if made and stamp.exists() and stamp.read_text() == wanted:
-        return
-    for package, name in programs.items():
-        go(module, name, ["build", "-ldflags", linker_flags(module), "-o", parts.bin / name, package])
-    stamp.write_text(wanted)
+def compile_modules(parts):
+    """Compiles the programs of all modules, unless these versions are there."""
+    compilation, missing = Compilation(), {}
+    for module, programs in MODULES.items():
+        wanted = hashlib.sha256(b"".join(path.read_bytes() for path in sources(module))).hexdigest()
+        stamp = parts.bin / f".{module.name}"
+        made = all((parts.bin / name).exists() for name in programs.values())
+        if not (made and stamp.exists() and stamp.read_text() == wanted):
+            missing[module] = (programs, stamp, wanted)
+    for module, (programs, _, _) in missing.items():
+        compilation.expect(module, programs, linker_flags(module))
+    for module, (programs, stamp, wanted) in missing.items():
+        for package, name in programs.items():
+            compilation.build(module, name, ["build", "-v", *linker_flags(module), "-o", parts.bin / name, package])
+        stamp.write_text(wanted)
 
 
-def go(module, name, command):
-    """Runs a command of Go in a module."""
-    print(f"compiling {name}", flush=True)
-    done = subprocess.run(["go", *command], cwd=module, env=os.environ | {"CGO_ENABLED": "0"}, capture_output=True,
-                          text=True, check=False)
-    if done.returncode != 0:
-        raise Fault(f"go {' '.join(map(str, command))} in {module}: {done.stderr.strip()}")
+def sources(module):
+    """The files that decide on what is compiled."""
+    return [path for path in (module / "go.mod", module / "go.sum", *sorted(module.glob("*.go"))) if path.exists()]
 
 
 def build_suite(parts):
     """Compiles the tests of Kubernetes and the program of their image."""
     module = HERE / "kubernetes"
-    flags = ["-ldflags", linker_flags(module)]
-    for name, command in {
-        "agnhost": ["build", *flags, "-o", parts.bin / "agnhost", "k8s.io/kubernetes/test/images/agnhost"],
-        "e2e.test": ["test", "-c", *flags, "-o", parts.bin / "e2e.test", "k8s.io/kubernetes/test/e2e"],
-    }.items():
-        if not (parts.bin / name).exists():
-            go(module, name, command)
+    flags = linker_flags(module)
+    missing = {name: (command, package) for name, (command, package) in {
+        "agnhost": (["build"], "k8s.io/kubernetes/test/images/agnhost"),
+        "e2e.test": (["test", "-c"], "k8s.io/kubernetes/test/e2e"),
+    }.items() if not (parts.bin / name).exists()}
+    compilation = Compilation()
+    if missing:
+        compilation.expect(module, [package for _, package in missing.values()], ["-test", *flags])
+    for name, (command, package) in missing.items():
+        compilation.build(module, name, [*command, "-v", *flags, "-o", parts.bin / name, package])
 
 
 def build_images(parts):
@@ -148,7 +151,7 @@ def linker_flags(module):
         major, minor = version.removeprefix("v").split(".")[:2]
         for name, value in {"gitVersion": version, "gitMajor": major, "gitMinor": minor}.items():
             flags.append(f"-X k8s.io/component-base/version.{name}={value}")
-    return " ".join(flags)
+    return ["-ldflags", " ".join(flags)]
 
 
 def module_version(module, path):

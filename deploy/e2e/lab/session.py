@@ -151,7 +151,8 @@ The cluster is up. In another terminal, as root:
 {operator}
 KUBECONFIG={session.control_plane.kubeconfigs['admin']} is for programs that {work}/on-control-plane starts.
 Logs are in {session.control_plane.logs}. Commands to the link, one a line here, such as
-{{"set": {{"each_way": {{"delay_ms": 10, "loss": 0.05}}}}}} or {{"udp": "drop"}}. Ctrl-C ends the cluster.
+{{"set": {{"each_way": {{"delay_ms": 10, "loss": 0.05}}}}}} or {{"udp": "drop"}}. Ctrl-C ends the cluster, and so does
+kill {session.args.inside.rpartition("-")[2]}.
 """, flush=True)
     while True:
         try:

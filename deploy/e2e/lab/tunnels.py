@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from .control_plane import NODE
 from .parts import ROOT
 from .processes import Process
 
@@ -67,7 +68,7 @@ class Tunnel:
             self.parts.path(f"{self.system}-agent"), f"--proxy-server-host={self.address}",
             f"--proxy-server-port={AGENT_PORT}", f"--ca-cert={self.ca.cert}", f"--agent-cert={self.agent_pair[0]}",
             f"--agent-key={self.agent_pair[1]}", f"--health-server-port={AGENT_HEALTH_PORT}",
-            f"--admin-server-port={AGENT_ADMIN_PORT}", *self.operator("agent")),
+            f"--admin-server-port={AGENT_ADMIN_PORT}", f"--agent-id={NODE}", *self.operator("agent")),
             self.logs / f"{self.name}-agent.log")
 
     def deploy(self):
