@@ -49,7 +49,7 @@ use crate::{
         error::AttemptError,
         options::AttemptOptions,
         plan::{Gain, Goal, LossCause, Snapshot, Success, TunnelState},
-        quic_outcome::QuicOutcome,
+        quic_outcome::{QuicFailure, QuicOutcome},
     },
     metrics::{AgentMetrics, PANICKED},
     tunnels::{
@@ -200,7 +200,15 @@ impl<C: Connect> Connector<C> {
                 let (rank, gain) = match found {
                     Found::Server(joined, rank) => {
                         let reason = reason(goal, self.suspect_rank(), options.order, quic, rank);
-                        (rank, self.add(*joined, rank, reason, "name", sessions, context))
+                        let gain = self.add(*joined, rank, reason, "name", sessions, context);
+                        // A tunnel that fell silent is a failure of QUIC too, even when no
+                        // handshake over QUIC has failed since.
+                        let silent = QuicFailure::Silent.label();
+                        let is_noted = matches!(quic, QuicOutcome::Failed(_));
+                        if reason == silent && !is_noted && gain != Gain::Nothing {
+                            self.tunnels.quic().failed(silent, Instant::now());
+                        }
+                        (rank, gain)
                     }
                     Found::Duplicate(rank) => (rank, Gain::Nothing),
                 };

@@ -71,6 +71,11 @@ impl Running {
         self.tunnels.in_use().iter().map(|tunnel| tunnel.tunnel.carrier()).collect()
     }
 
+    /// The reasons of QUIC's last failures, the newest first.
+    fn quic_failures(&self) -> Vec<&'static str> {
+        self.tunnels.quic().failures().map(|(_, reason)| *reason).collect()
+    }
+
     /// The value of a counter, 0 before it was counted.
     fn metric(&self, name: &str) -> u64 {
         let text = self.metrics.render(&self.tunnels);
@@ -169,6 +174,8 @@ async fn a_tunnel_whose_server_falls_silent_is_replaced_while_it_stays() {
     // The tunnel was young, so TCP went first.
     assert_eq!(running.carriers(), [Carrier::Tcp]);
     assert!(!running.scripted.last_call().large_packets);
+    // No handshake over QUIC has failed, and yet the operator can see why QUIC is not in use.
+    assert_eq!(running.quic_failures(), ["quic_silent"]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -181,6 +188,8 @@ async fn a_tunnel_over_tcp_whose_server_falls_silent_is_replaced() {
     assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
     assert_eq!(running.carriers(), [Carrier::Tcp]);
     assert!(running.scripted.last_call().large_packets, "QUIC has not fallen silent");
+    assert_eq!(running.quic_failures().last(), Some(&"quic_refused"));
+    assert!(!running.quic_failures().contains(&"quic_silent"), "{:?}", running.quic_failures());
 }
 
 #[tokio::test(start_paused = true)]
@@ -267,7 +276,6 @@ async fn a_session_that_panics_is_counted_and_its_server_looked_for_after_a_dela
 
 #[test]
 fn the_reason_for_a_carrier_is_a_label() {
-    use crate::connector::quic_outcome::QuicFailure;
     let refused = QuicOutcome::Failed(QuicFailure::Refused);
     for (goal, order, quic, rank, label) in [
         (Goal::Find, CarrierOrder::QuicFirst, refused, Rank::Tcp, "quic_refused"),
@@ -294,7 +302,7 @@ fn the_reason_for_a_carrier_is_a_label() {
 /// A rate sees no first event of a counter that did not exist before.
 #[test]
 fn every_reason_for_a_carrier_is_one_of_the_usual_switches() {
-    use crate::{connector::quic_outcome::QuicFailure, metrics::USUAL_SWITCHES};
+    use crate::metrics::USUAL_SWITCHES;
     use std::collections::BTreeSet;
     let failures = [QuicFailure::Refused, QuicFailure::Silent, QuicFailure::Rejected];
     let outcomes = failures.map(QuicOutcome::Failed);
