@@ -5,7 +5,7 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 use clap::{Arg, Command};
-use culvert_process::{command_line, go_flags::IGNORED_HEADING};
+use culvert_process::command_line;
 
 /// Flags of Konnectivity's `proxy-server` v0.36.
 const OF_KONNECTIVITY_SERVER: &str = "\
@@ -111,7 +111,6 @@ fn tables(command: &Command, konnectivity: &BTreeSet<&str>) -> String {
             headings.push(heading);
         }
     }
-    headings.sort_by_key(|heading| *heading == IGNORED_HEADING); // stable: the others keep their order
     let mut text = String::new();
     for heading in headings {
         text += &format!("\n### {heading}\n\n");

@@ -160,10 +160,10 @@ pub struct Flags {
     #[arg(long, help_heading = "Agent tokens")]
     pub insecure_allow_unauthenticated_agents: bool,
 
-    /// What the id of an agent and its identifiers of the kind host must be: any (whatever no live
-    /// agent of another identity has), node (the name of the node, which a token that is bound to a
-    /// pod proves, or the name of a certificate, with or without system:node:), certificate (the
-    /// common name, or an alternative name that is a DNS name or a URI)
+    /// What the id of an agent and its identifiers of the kind host must be: any (a value that no
+    /// connected agent of another identity has), node (the name of the node, which a token that is
+    /// bound to a pod proves, or the name of a certificate, with or without system:node:),
+    /// certificate (the common name, or an alternative name that is a DNS name or a URI)
     #[arg(
         long,
         help_heading = "Agents",

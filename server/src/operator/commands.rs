@@ -54,14 +54,17 @@ struct Streams {
     limit: usize,
 }
 
-/// With --agent: gives the agent no new dials while another one can take them. Its streams go on, it
+/// Drains the server on this host and ends it, as SIGTERM does; with --agent, keeps new dials from
+/// that agent instead.
+///
+/// Without --agent: the server is no longer ready, takes no new agents and no new connections of
+/// kube-apiserver, and asks its agents to drain. Open connections have --graceful-shutdown-timeout to
+/// end (0 by default: they are cut at once); then the process exits with 0. The command does not wait
+/// for that.
+///
+/// With --agent: the agent gets no new dials while another one can take them. Its streams go on, it
 /// stays connected, and it is not informed. This lasts until its tunnels end: an agent that connects
 /// again gets dials again.
-///
-/// Without --agent: drains and ends the server, as SIGTERM does. It is no longer ready, takes no new
-/// agents and no new connections of kube-apiserver, and asks its agents to drain. Open connections
-/// have --graceful-shutdown-timeout to end (0 by default: they are cut at once); then the process
-/// exits with 0. The command does not wait for that.
 #[derive(Debug, Parser)]
 #[command(name = "culvert-server drain", version = version::text(), max_term_width = 100)]
 struct Drain {

@@ -40,13 +40,15 @@ pub struct CommandLine<F> {
 
 /// The command of a process with these flags, which may have a configuration file.
 pub fn command<F: Parser>() -> Command {
-    go_flags::command::<F>().arg(
-        Arg::new(CONFIG).long(CONFIG).value_name("FILE").help_heading("Configuration file").help(
-            "TOML file with flags, as keys without hyphens. A flag on the command line and a \
-                 variable of the environment take precedence over the file, which is read once, \
-                 at start",
-        ),
-    )
+    let config = Arg::new(CONFIG)
+        .long(CONFIG)
+        .value_name("FILE")
+        .help_heading("Configuration file")
+        .help(
+            "TOML file with flags, as keys without hyphens. A flag on the command line and a variable \
+             of the environment take precedence over the file, which is read once, at start",
+        );
+    go_flags::ignored_last(go_flags::command::<F>().arg(config))
 }
 
 impl<F: Parser> CommandLine<F> {

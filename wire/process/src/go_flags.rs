@@ -48,18 +48,18 @@ pub(crate) fn completion_of(command: &mut Command, matches: &ArgMatches) -> Opti
 
 /// The clap command for `F` with pflag's rules, from which help and completion are made.
 pub fn command<F: Parser>() -> Command {
-    F::command()
+    let command = F::command()
         .after_help(NOTATION)
         .args_override_self(true)
-        .mut_args(|arg| apart_if_ignored(quiet_default(go_boolean(arg))))
-        .arg(
-            Arg::new(COMPLETION)
-                .long(COMPLETION)
-                .value_name("SHELL")
-                .value_parser(clap::value_parser!(Shell))
-                .hide(true)
-                .help("Print a completion script for this shell and exit"),
-        )
+        .mut_args(|arg| apart_if_ignored(quiet_default(go_boolean(arg))));
+    ignored_last(command).arg(
+        Arg::new(COMPLETION)
+            .long(COMPLETION)
+            .value_name("SHELL")
+            .value_parser(clap::value_parser!(Shell))
+            .hide(true)
+            .help("Print a completion script for this shell and exit"),
+    )
 }
 
 impl Exit {
@@ -140,7 +140,7 @@ fn go_boolean(arg: Arg) -> Arg {
 }
 
 /// Heading of the flags that are accepted for Konnectivity's manifests and have no effect.
-pub const IGNORED_HEADING: &str = "Without effect, for Konnectivity's manifests";
+const IGNORED_HEADING: &str = "Without effect, for Konnectivity's manifests";
 /// What the help of each of them says.
 const IGNORED: &str = "Accepted and ignored";
 
@@ -151,6 +151,15 @@ fn apart_if_ignored(arg: Arg) -> Arg {
         true => arg.help_heading(IGNORED_HEADING).hide_short_help(true),
         false => arg,
     }
+}
+
+/// Puts the heading of the flags without effect behind all others.
+pub(crate) fn ignored_last(command: Command) -> Command {
+    let is_ignored = |arg: &&Arg| arg.get_help_heading() == Some(IGNORED_HEADING);
+    let ignored: Vec<_> =
+        command.get_arguments().filter(is_ignored).map(|arg| arg.get_id().clone()).collect();
+    // `mut_arg` moves the argument to the end.
+    ignored.into_iter().fold(command, |command, id| command.mut_arg(id, |arg| arg))
 }
 
 /// Keeps `[default: ""]` out of help: an empty default is no value.
@@ -284,11 +293,11 @@ mod tests {
         verbosity: i32,
         #[arg(long, default_value = "1h")]
         keepalive_time: GoDuration,
-        #[arg(long, alias = "old-list", default_value = "")]
-        list: String,
         /// An interval. Accepted and ignored
-        #[arg(long, default_value = "1s")]
+        #[arg(long, help_heading = "Intervals", default_value = "1s")]
         probe_interval: GoDuration,
+        #[arg(long, alias = "old-list", help_heading = "Lists", default_value = "")]
+        list: String,
     }
 
     fn parse(args: &[&str]) -> Result<Sample, Exit> {
@@ -391,6 +400,8 @@ mod tests {
         let long = command.render_long_help().to_string();
         let (_, ignored) = long.split_once(&format!("\n{IGNORED_HEADING}:\n")).unwrap();
         assert!(ignored.contains("--probe-interval") && !ignored.contains("--name"), "{long}");
+        let heading = |line: &&str| line.ends_with(':') && !line.starts_with(' ');
+        assert_eq!(ignored.lines().find(heading), None, "the last heading: {long}");
         let short = command.render_help().to_string();
         assert!(short.contains("--name") && !short.contains("--probe-interval"), "{short}");
     }

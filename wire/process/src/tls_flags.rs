@@ -23,8 +23,8 @@ pub struct TlsFlags {
     #[arg(long, value_name = "VERSION", value_parser = versions(), default_value = "")]
     pub tls_min_version: String,
 
-    /// Refuse certificates of peers that Go accepts, and so Konnectivity, and the web's PKI does not:
-    /// those of a CA itself, of X.509 version 1, or for any extended key usage
+    /// Refuse certificates of peers that Go, and so Konnectivity, accepts and the web's PKI does not:
+    /// a CA's own, those of X.509 version 1, and those with the extended key usage "any"
     #[arg(long)]
     pub strict_certificates: bool,
 }

@@ -71,9 +71,9 @@ pub struct TunnelFlags {
     )]
     pub congestion: Congestion,
 
-    /// Maximum rate of second copies of short writes and of repair packets of bursts up to 64Ki, in
-    /// bytes per second and tunnel, up to 1Gi; 0 sends none. They are sent while the path loses
-    /// packets, so that short writes do not wait for retransmissions
+    /// Maximum rate of second copies of short writes and of packets that repair bursts up to 64Ki,
+    /// both together, in bytes per second and tunnel, up to 1Gi; 0 sends neither. They are sent while
+    /// the path loses packets, so that short answers do not wait for retransmissions
     #[arg(long, value_name = "SIZE", default_value_t = ByteSize(DEFAULT_HEDGE_RATE.into()))]
     pub(crate) hedge_rate: ByteSize,
 
