@@ -108,6 +108,14 @@ const K0S: Integrator = Integrator {
     certificate: "/var/lib/k0s/pki/server",
 };
 
+/// k0smotron 2: the lines of k0s, whose configuration has another port for agents
+/// (`internal/controller/k0smotron.io/k0smotroncluster_configmap.go`). For an ingress and an older
+/// k0s it makes the agents' DaemonSet itself, with the same arguments and this program.
+fn k0smotron() -> Integrator {
+    let port = |line: &str| &*line.replace("-port=8132", "-port=30132").leak();
+    Integrator { server: port(K0S.server), agent: port(K0S.agent), ..K0S }
+}
+
 /// HyperShift: `v2/assets/kube-apiserver/deployment.yaml`, and the DaemonSet of the guest cluster.
 const HYPERSHIFT: Integrator = Integrator {
     server: "--logtostderr=true --log-file-max-size=0 \
@@ -348,6 +356,15 @@ async fn the_command_lines_of_the_kubernetes_documentation_start_both_programs()
 #[tokio::test(flavor = "multi_thread")]
 async fn the_command_lines_of_k0s_start_both_programs() {
     both_sides_work(K0S, "").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_lines_of_k0s_with_k0smotrons_port_start_both_programs() {
+    let integrator = k0smotron();
+    for line in [integrator.server, integrator.agent] {
+        assert!(line.contains("-port=30132") && !line.contains("=8132"), "{line}");
+    }
+    both_sides_work(integrator, "").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
