@@ -20,9 +20,11 @@ use crate::support::{
 
 /// A range that stands for those in minutes: ten scrapes.
 pub(crate) const RANGE: &str = "20s";
-/// A range that stands for those in hours: the whole test, because three restarts of a process take
-/// longer than [`RANGE`] on a busy machine.
+/// A range that stands for those of half an hour and more: the whole test, because three restarts of a
+/// process, or six losses of its tunnel, take longer than [`RANGE`] on a busy machine.
 const LONG_RANGE: &str = "2m";
+/// Shortest range of the rules that is a long one, in minutes.
+const LONG: u32 = 30;
 /// Time for which a condition holds before its alert fires. It covers the starts of processes.
 const FOR: &str = "5s";
 
@@ -54,15 +56,27 @@ fn shortened(rules: &str) -> String {
         let mut parts = line.split('[');
         text.push_str(parts.next().unwrap());
         for part in parts {
-            let minutes = part.split_once("m]").map(|(_, rest)| (RANGE, rest));
-            match minutes.or_else(|| part.split_once("h]").map(|(_, rest)| (LONG_RANGE, rest))) {
-                Some((range, rest)) => write!(text, "[{range}]{rest}").unwrap(),
+            match range(part) {
+                Some((minutes, rest)) if minutes < LONG => write!(text, "[{RANGE}]{rest}").unwrap(),
+                Some((_, rest)) => write!(text, "[{LONG_RANGE}]{rest}").unwrap(),
                 None => write!(text, "[{part}").unwrap(),
             }
         }
         text.push('\n');
     }
     text
+}
+
+/// A range in minutes, and what follows its bracket: `5m] > 0`.
+fn range(text: &str) -> Option<(u32, &str)> {
+    let (range, rest) = text.split_once(']')?;
+    let (number, unit) = range.split_at_checked(range.len().checked_sub(1)?)?;
+    let minutes = match unit {
+        "m" => 1,
+        "h" => 60,
+        _ => return None,
+    };
+    Some((number.parse::<u32>().ok()? * minutes, rest))
 }
 
 /// A job of each fault and program.
@@ -143,7 +157,7 @@ impl Prometheus {
 
 #[test]
 fn ranges_and_times_are_shortened() {
-    let rules = "        expr: (a and (time() - b < 10 * 60)\n          or increase(a{b=\"[x]\"}[1h])) > 0\n        and c[5m]\n        for: 15m\n";
-    let expected = "        expr: (a and (time() - b < 10)\n          or increase(a{b=\"[x]\"}[2m])) > 0\n        and c[20s]\n        for: 5s\n";
+    let rules = "        expr: (a and (time() - b < 10 * 60)\n          or increase(a{b=\"[x]\"}[1h])) > 0\n        and c[5m] + d[30m]\n        for: 15m\n";
+    let expected = "        expr: (a and (time() - b < 10)\n          or increase(a{b=\"[x]\"}[2m])) > 0\n        and c[20s] + d[2m]\n        for: 5s\n";
     assert_eq!(shortened(rules), expected);
 }

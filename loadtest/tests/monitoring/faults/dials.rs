@@ -7,14 +7,15 @@ use culvert_loadtest::{
     process::free_port,
     targets,
 };
-use culvert_transport::task::owned;
+use culvert_transport::{control::ControlStream, task::owned};
+use culvert_wire::{control::ControlMessage, identifiers::Identifier};
 use tokio::{io::AsyncWriteExt as _, net::TcpStream, task::JoinSet, time::interval};
 
 use super::{Bench, Fault, connections::nothing};
 use crate::{
     prometheus::Target,
     site::Site,
-    support::{Carrier::Quic, agent, eventually, rig, shaped_path::ShapedPath},
+    support::{Carrier::Quic, agent, rig, shaped_path::ShapedPath},
 };
 
 /// Dials for an alert, and a few more.
@@ -34,31 +35,19 @@ pub(crate) async fn unknown_hosts(bench: Bench) -> Fault {
     })
 }
 
+/// So many dials succeed at the same time that those which fail are a small part, at any speed of the
+/// machine.
 pub(crate) async fn too_many_streams(bench: Bench) -> Fault {
+    const STREAMS: usize = 64;
     let site = bench.site("too_many_streams");
-    let server = site.server(&["--max-streams-per-agent=8"]).await;
+    let server = site.server(&[&format!("--max-streams-per-agent={STREAMS}")]).await;
     let agent = site.inner_agent("a", &[]);
     server.until_joined(1).await;
     Fault::of(vec![server.target.clone()], async move {
         let target = targets::echo().await.unwrap();
-        let streams = "culvert_server_tunnel_open_streams{agent_id=\"a\"}";
-        for _ in 0..5 {
-            let works = site.dial_times(8, target.address()).await;
-            assert_eq!(works.len(), 8);
-            drop(works);
-            let ended = async || server.process.metric(streams).await.is_ok_and(|it| it == 0.0);
-            eventually("the streams have ended", ended).await;
-        }
-        let held = site.dial_times(8 + MANY, target.address()).await;
-        assert_eq!(held.len(), 8);
-        drop(held);
-        // Others go on, so that those which failed stay a small part.
-        let _kept = (server, agent);
-        let mut ticks = interval(PAUSE);
-        loop {
-            drop(site.dial_times(2, target.address()).await);
-            ticks.tick().await;
-        }
+        let held = site.dial_times(STREAMS + MANY, target.address()).await;
+        assert_eq!(held.len(), STREAMS);
+        (server, agent, target, held)
     })
 }
 
@@ -90,40 +79,39 @@ pub(crate) async fn slow_path(bench: Bench) -> Fault {
     })
 }
 
-/// An agent that answers pings, and no dial. So many dials succeed before and after that those which
-/// fail are a small part.
+/// An agent that answers pings, and no dial. It gets the dials to two targets that it alone announces,
+/// one after the other, so that it is ejected after three: an alert about dials needs more.
 pub(crate) async fn agent_reaches_nothing(_: Bench) -> Fault {
-    const ROUNDS: usize = 100;
-    const AT_ONCE: usize = 4;
-    let rig = rig(ConnectUnix, Quic).server_flag("--backend-dial-timeout=1s").start().await;
-    let rig = rig.unwrap();
+    const NOWHERE: &str = "127.0.0.9";
+    let rig = rig(ConnectUnix, Quic)
+        .server_flag("--backend-dial-timeout=1s")
+        .server_flag("--proxy-strategies=destHost")
+        .agent_flag("--agent-identifiers=ipv4=127.0.0.1");
+    let rig = rig.start().await.unwrap();
     let scraped = Target { program: "culvert-server", health: rig.server.health.port() };
     Fault::of(vec![scraped], async move {
-        let targets = [targets::echo().await.unwrap(), targets::echo().await.unwrap()];
-        let addresses = targets.each_ref().map(|target| target.address());
-        let dial = async |count: usize| {
-            let mut dials = JoinSet::new();
-            for address in addresses.iter().cycle().take(count).copied() {
-                let socket = rig.uds();
-                let dial =
-                    async move { Connection::dial_unix(Protocol::Connect, &socket, address).await };
-                dials.spawn(dial);
-            }
-            drop(dials.join_all().await);
-        };
-        for _ in 0..ROUNDS {
-            dial(AT_ONCE).await;
+        let target = targets::echo().await.unwrap();
+        let tunnel = agent::tunnel(&rig).await;
+        let mut control = ControlStream::new(tunnel.clone(), tunnel.open().await.unwrap());
+        let mut hello = agent::hello("reaches-nothing");
+        if let ControlMessage::Hello(hello) = &mut hello {
+            let announced = Identifier::new("ipv4", NOWHERE).unwrap();
+            hello.identifiers = vec![announced].try_into().unwrap();
         }
-        let (tunnel, control) = agent::joined(&rig, "reaches-nothing").await;
+        control.send(&hello).await.unwrap();
         let answering = owned(agent::answer_pings(control));
         rig.until_joined(2).await.unwrap();
-        while rig.server.metric("culvert_server_ejections_total") == 0.0 {
-            dial(AT_ONCE).await;
+        let socket = rig.uds();
+        let dial = |target: String| Connection::dial_unix(Protocol::Connect, &socket, target);
+        // The other agent replies meanwhile, so that it is not the server.
+        for port in [1, 2, 1] {
+            dial(format!("{NOWHERE}:{port}")).await.unwrap_err();
+            dial(target.address().to_string()).await.unwrap();
         }
         let _kept = (tunnel, answering);
         let mut ticks = interval(PAUSE);
         loop {
-            dial(AT_ONCE).await;
+            dial(target.address().to_string()).await.unwrap();
             ticks.tick().await;
         }
     })
