@@ -38,12 +38,6 @@ impl<IO, F> Filtered<IO, F> {
     pub(crate) fn new(io: IO, filter: F) -> Self {
         Self { io, filter }
     }
-
-    /// The filter alone.
-    #[cfg(test)]
-    pub(crate) fn into_filter(self) -> F {
-        self.filter
-    }
 }
 
 impl<IO: AsyncRead + Unpin, F: ReadFilter + Unpin> AsyncRead for Filtered<IO, F> {

@@ -26,4 +26,4 @@ mod tls;
 pub use connect::fuzz_parse;
 pub(crate) use context::FrontendContext;
 #[cfg(fuzzing)]
-pub use grpc::authority::Frames;
+pub use grpc::http2::fuzz as fuzz_http2;

@@ -11,20 +11,28 @@ pub(crate) const HEAD_LEN: usize = 9;
 pub(crate) mod kind {
     pub(crate) const DATA: u8 = 0x0;
     pub(crate) const HEADERS: u8 = 0x1;
+    pub(crate) const PRIORITY: u8 = 0x2;
+    pub(crate) const RST_STREAM: u8 = 0x3;
+    pub(crate) const SETTINGS: u8 = 0x4;
     pub(crate) const PUSH_PROMISE: u8 = 0x5;
     pub(crate) const PING: u8 = 0x6;
     pub(crate) const GOAWAY: u8 = 0x7;
+    pub(crate) const WINDOW_UPDATE: u8 = 0x8;
     pub(crate) const CONTINUATION: u8 = 0x9;
 }
 
 /// Flags of frames (RFC 9113 §6).
 pub(crate) mod flag {
-    /// Of PING: it answers one.
+    /// Of PING and SETTINGS: it answers one.
     pub(crate) const ACK: u8 = 0x1;
+    /// Of DATA and HEADERS: the stream's last frame.
+    pub(crate) const END_STREAM: u8 = 0x1;
     /// Of HEADERS, PUSH_PROMISE and CONTINUATION: no more of the fields follow.
     pub(crate) const END_HEADERS: u8 = 0x4;
-    /// Of DATA: it begins with the length of the padding at its end.
+    /// Of DATA and HEADERS: it begins with the length of the padding at its end.
     pub(crate) const PADDED: u8 = 0x8;
+    /// Of HEADERS: it begins with the stream's priority, behind the padding's length.
+    pub(crate) const PRIORITY: u8 = 0x20;
 }
 
 /// A frame's head, as it crosses the wire.
@@ -37,6 +45,17 @@ impl FrameHead {
         let [high, low] = payload_len.to_be_bytes();
         let [a, b, c, d] = stream_id.to_be_bytes();
         Self([0, high, low, kind, 0, a, b, c, d])
+    }
+
+    /// A head from its bytes.
+    pub(crate) fn from_bytes(bytes: [u8; HEAD_LEN]) -> Self {
+        Self(bytes)
+    }
+
+    /// The same head with these flags as well.
+    pub(crate) fn with_flags(mut self, flags: u8) -> Self {
+        self.0[4] |= flags;
+        self
     }
 
     /// The encoded head.
@@ -138,14 +157,6 @@ impl Heads {
         match payload_left {
             0 => Next::Head(0),
             left => Next::Payload(left),
-        }
-    }
-
-    /// Number of bytes before the next head.
-    pub(crate) fn payload_left(&self) -> usize {
-        match self.next {
-            Next::Payload(left) => left,
-            Next::Head(_) => 0,
         }
     }
 

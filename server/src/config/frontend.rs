@@ -44,11 +44,11 @@ pub enum Mode {
 }
 
 impl Mode {
-    /// Memory that a frontend's connection without bytes costs beside a socket, in bytes. Each gRPC
-    /// connection has buffers of its own.
+    /// Memory that a frontend's connection without bytes costs beside a socket, in bytes. A gRPC
+    /// connection has its streams' state, and no buffer.
     pub(crate) fn connection_cost(self) -> u64 {
         match self {
-            Self::Grpc => 24 * 1024,
+            Self::Grpc => 4 * 1024,
             Self::HttpConnect => 0,
         }
     }

@@ -5,20 +5,17 @@
 //! everything that was sent before them is still delivered.
 
 mod answer;
-pub(super) mod authority;
 mod connection;
 mod counted;
+pub(super) mod http2;
 mod proxy;
 mod received;
 mod service;
-mod unread;
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use culvert_konnectivity::packet::Packet;
 use culvert_transport::budget::{Held, Holder};
-use h2::{Ping, PingPong, server::SendResponse};
 use http::Request;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -30,9 +27,9 @@ use tracing::debug;
 
 use super::FrontendContext;
 use crate::metrics::FrontendRefusal;
+use http2::{Connection, SendStream, Shared};
 use received::{FIRST_WINDOW, Received, StreamWindow};
 use service::ProxyService;
-use unread::Unread;
 
 /// Sends the packets of a `Proxy` stream to the frontend. An error ends the stream.
 type Outbound = mpsc::Sender<Result<Packet, Status>>;
@@ -66,16 +63,6 @@ struct ProxyStream {
     holders: StreamHolders,
 }
 
-/// Maximum number of bytes that wait in the HTTP/2 library for a `Proxy` stream's frontend before it
-/// takes no more.
-const SEND_BUFFER: usize = 64 * 1024;
-/// Maximum number of bytes that all `Proxy` streams of a connection may be ahead of their targets.
-/// The HTTP/2 library ends connections whose unread small frames add up to half of it.
-const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
-/// Maximum number of open `Proxy` streams of one connection; grpc-go's own server has no limit.
-const MAX_STREAMS: u32 = 10_000;
-/// Maximum length of a request's header fields, in bytes.
-const MAX_HEADERS_LEN: u32 = 16 * 1024;
 /// Time for the answer to a ping.
 const PONG_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -83,7 +70,7 @@ const PONG_TIMEOUT: Duration = Duration::from_secs(20);
 #[derive(Debug, thiserror::Error)]
 enum Ended {
     #[error(transparent)]
-    Http(#[from] h2::Error),
+    Http(#[from] http2::Error),
     #[error("a ping was not answered within {PONG_TIMEOUT:?}")]
     Silent,
 }
@@ -120,41 +107,32 @@ async fn serve_streams<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let (unread, window) = (Unread::new(context.memory.clone()), StreamWindow::new());
-    let io = unread::counted(authority::legalized(socket), unread.clone());
-    let mut connection = h2::server::Builder::new()
-        .initial_window_size(FIRST_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_send_buffer_size(SEND_BUFFER)
-        .max_concurrent_streams(MAX_STREAMS)
-        .max_header_list_size(MAX_HEADERS_LEN)
-        .handshake(io)
-        .await?;
-    let pings = connection.ping_pong().expect("it is taken once");
-    let mut dead = pin!(until_dead(pings, context.keep_alive_interval, &unread));
+    let window = StreamWindow::new();
+    let mut connection = Connection::new(socket, context.memory.clone(), FIRST_WINDOW);
+    let shared = connection.shared().clone();
+    let mut dead = pin!(until_dead(&shared, context.keep_alive_interval));
     let service = ProxyService::new(context.clone(), has_dialed.clone());
     let mut is_stopping = false;
     loop {
         tokio::select! {
             accepted = connection.accept() => match accepted.transpose()? {
-                Some((request, respond)) => {
-                    let request = request
-                        .map(|stream| Received::new(stream, unread.clone(), window.clone()));
-                    serve_stream(request, respond, service.clone(), context);
+                Some((request, answer)) => {
+                    let request = request.map(|stream| Received::new(stream, window.clone()));
+                    serve_stream(request, answer, service.clone(), context);
                 }
                 None => return Ok(()),
             },
             () = window.changed() => {
                 // Refused while another setting is on its way: a later read tries again.
                 if let Some(wanted) = window.wanted()
-                    && connection.set_initial_window_size(wanted).is_err()
+                    && !connection.set_window(wanted)
                 {
                     window.not_set();
                 }
             }
             () = context.stopping.cancelled(), if !is_stopping => {
                 is_stopping = true;
-                connection.graceful_shutdown();
+                connection.shut_down();
             }
             () = &mut dead => return Err(Ended::Silent),
         }
@@ -164,7 +142,7 @@ where
 /// Answers the request of one stream.
 fn serve_stream(
     mut request: Request<Received>,
-    respond: SendResponse<Bytes>,
+    answer: SendStream,
     service: ProxyService,
     context: &FrontendContext,
 ) {
@@ -173,24 +151,23 @@ fn serve_stream(
     request.extensions_mut().insert(StreamHolders { unread, unsent: unsent.clone() });
     context.tasks.spawn(async move {
         let response = Box::pin(service.call(request)).await;
-        answer::send(response, respond, unsent).await;
+        answer::send(response, answer, unsent).await;
     });
 }
 
 /// Completes when the peer of an idle connection does not answer a ping.
-async fn until_dead(mut pings: PingPong, interval: Duration, unread: &Unread) {
+async fn until_dead(connection: &Shared, interval: Duration) {
     if interval.is_zero() {
         return std::future::pending().await;
     }
     loop {
-        match interval.checked_sub(unread.silent_for()) {
+        match interval.checked_sub(connection.silent_for()) {
             Some(left) if !left.is_zero() => sleep(left).await,
-            _ => match timeout(PONG_TIMEOUT, pings.ping(Ping::opaque())).await {
-                Ok(Ok(_)) => {}
-                // The connection has ended.
-                Ok(Err(_)) => std::future::pending().await,
-                Err(_) => return,
-            },
+            _ => {
+                if timeout(PONG_TIMEOUT, connection.ping()).await.is_err() {
+                    return;
+                }
+            }
         }
     }
 }

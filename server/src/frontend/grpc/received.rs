@@ -12,11 +12,10 @@ use std::{
 
 use bytes::Bytes;
 use culvert_transport::budget::Holder;
-use h2::{Reason, RecvStream};
 use http_body::{Body, Frame};
 use tokio::sync::Notify;
 
-use super::unread::Unread;
+use super::http2::{Reason, RecvStream};
 
 /// Number of bytes that a stream may be ahead of its target at first, and while memory is short. A
 /// stream that is stalled from its beginning takes no more than what it costs without bytes.
@@ -79,66 +78,45 @@ impl StreamWindow {
 /// What a frontend sends on one stream. Reading grants the frontend as much again.
 pub(super) struct Received {
     stream: RecvStream,
-    unread: Arc<Unread>,
-    holder: Arc<Holder>,
     window: Arc<StreamWindow>,
     /// Number of bytes that were read.
     read: usize,
-    is_read: bool,
 }
 
 impl Received {
-    /// The body of a stream that was accepted. Its bytes are counted from now on.
-    pub(super) fn new(
-        mut stream: RecvStream,
-        unread: Arc<Unread>,
-        window: Arc<StreamWindow>,
-    ) -> Self {
-        let arrived = stream.flow_control().used_capacity();
-        let holder = unread.open(stream.stream_id().as_u32(), arrived);
-        Self { stream, unread, holder, window, read: 0, is_read: false }
+    /// The body of a stream that was accepted.
+    pub(super) fn new(stream: RecvStream, window: Arc<StreamWindow>) -> Self {
+        Self { stream, window, read: 0 }
     }
 
     /// What holds the bytes that were not read.
     pub(super) fn holder(&self) -> &Arc<Holder> {
-        &self.holder
-    }
-
-    fn granted(&mut self, length: usize) {
-        Unread::read(&self.holder, length);
-        // Fails only for more than has arrived.
-        let _ = self.stream.flow_control().release_capacity(length);
-        self.read = self.read.saturating_add(length);
-        // What streams have read and peers have not acknowledged is at most half of the limit. So
-        // are the windows of those that have read one.
-        if self.read >= WINDOW as usize {
-            self.window.choose(self.holder.room());
-        }
+        self.stream.holder()
     }
 }
 
 impl Body for Received {
     type Data = Bytes;
-    type Error = h2::Error;
+    type Error = Reason;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, Reason>>> {
         let this = &mut *self;
-        if !this.is_read {
-            match ready!(this.stream.poll_data(cx)) {
-                Some(Ok(bytes)) => {
-                    this.granted(bytes.len());
-                    return Poll::Ready(Some(Ok(Frame::data(bytes))));
+        Poll::Ready(match ready!(this.stream.poll_data(cx)) {
+            Some(Ok(bytes)) => {
+                this.read = this.read.saturating_add(bytes.len());
+                // What streams have read and peers have not acknowledged is at most half of the
+                // limit. So are the windows of those that have read one.
+                if this.read >= WINDOW as usize {
+                    this.window.choose(this.holder().room());
                 }
-                Some(Err(error)) => return Poll::Ready(ended(error)),
-                None => this.is_read = true,
+                Some(Ok(Frame::data(bytes)))
             }
-        }
-        Poll::Ready(match ready!(this.stream.poll_trailers(cx)) {
-            Ok(trailers) => trailers.map(|trailers| Ok(Frame::trailers(trailers))),
-            Err(error) => ended(error),
+            // A reset without an error is an early end (RFC 9113 §8.1).
+            None | Some(Err(Reason::NO_ERROR)) => None,
+            Some(Err(reason)) => Some(Err(reason)),
         })
     }
 
@@ -147,20 +125,9 @@ impl Body for Received {
     }
 }
 
-/// The end of a body that failed. A reset without an error is an early end (RFC 9113 §8.1).
-fn ended<T>(error: h2::Error) -> Option<Result<T, h2::Error>> {
-    (error.reason() != Some(Reason::NO_ERROR)).then_some(Err(error))
-}
-
 impl fmt::Debug for Received {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Received").field("holder", &self.holder).finish_non_exhaustive()
-    }
-}
-
-impl Drop for Received {
-    fn drop(&mut self) {
-        self.unread.close(self.stream.stream_id().as_u32());
+        f.debug_struct("Received").field("stream", &self.stream).finish_non_exhaustive()
     }
 }
 
