@@ -4,6 +4,7 @@
 //! its numbers change between revisions. This controller differs where it must:
 //! - quinn's pacer follows the window, so the window also does what BBR does by pacing gains. It is
 //!   the BDP and a few packets; BBR's gain of two would keep a queue of one BDP.
+//! - A probe for bandwidth begins small, so that a path that has no more keeps no queue for it.
 //! - Loss below `loss::TOLERANCE` is not congestion by itself: wireless and intercontinental paths
 //!   lose as much by chance. Loss is congestion where it exceeds what the path usually loses by
 //!   far, or exceeds it a little while a queue stands.
@@ -16,6 +17,7 @@
 //! ```text
 //!  controller   what quinn calls
 //!  phases       Startup ─▶ Down ─▶ Cruise ─▶ Up ─▶ Down …, and ProbeRtt in between
+//!  probe        how much Up sends, and for how long
 //!  loss         what the path usually loses, and when loss is congestion
 //!  window       the window in each phase
 //!  resume       a begin near the rate of an earlier connection
@@ -24,6 +26,7 @@
 mod controller;
 mod loss;
 mod phases;
+mod probe;
 mod resume;
 mod window;
 
@@ -58,6 +61,9 @@ struct Round {
     min_rtt: Option<Duration>,
     /// Longest round-trip time.
     max_rtt: Duration,
+    /// Sum of the round-trip times, and their number.
+    rtts: Duration,
+    samples: u32,
     /// Maximum number of bytes in flight.
     inflight: u64,
     /// Largest delivery rate, in bytes per second.
@@ -66,6 +72,15 @@ struct Round {
     app_limited: bool,
     /// Whether there was congestion, to which the model has responded.
     congested: bool,
+}
+
+impl Round {
+    /// Range of the round-trip times: twice the difference between their mean and the shortest, so
+    /// that a single one that is long does not count.
+    fn range(&self) -> Duration {
+        let mean = self.rtts / self.samples.max(1);
+        2 * mean.saturating_sub(self.min_rtt.unwrap_or_default())
+    }
 }
 
 /// A model of one path. Rates are in bytes per second.
@@ -156,6 +171,8 @@ impl Model {
         self.round.min_rtt =
             Some(self.round.min_rtt.map_or(sample.rtt, |least| least.min(sample.rtt)));
         self.round.max_rtt = self.round.max_rtt.max(sample.rtt);
+        self.round.rtts += sample.rtt;
+        self.round.samples += 1;
         self.round.inflight = self.round.inflight.max(self.inflight + sample.bytes);
         self.update_min_rtt(now, sample.rtt);
         self.resume_on_ack(now, now - sample.rtt, sample.bytes);

@@ -40,6 +40,9 @@ const ANSWER: usize = 64 * 1024;
 /// Interval at which they are sent.
 const ANSWER_INTERVAL: Duration = Duration::from_millis(500);
 
+/// Length of what [`Outcome::slices`] divides the time into.
+pub(crate) const SLICE: Duration = Duration::from_millis(100);
+
 /// One tunnel whose agent sends downloads to its server.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Flow {
@@ -106,6 +109,10 @@ pub(crate) struct Outcome {
     pub(crate) echoes: Vec<Duration>,
     /// Times of its answers from the first byte written to the last one read, sorted.
     pub(crate) answers: Vec<Duration>,
+    /// When packets of agents came into the path's queue, since the warm-up, and how long each waited.
+    pub(crate) waits: Vec<(Duration, Duration)>,
+    /// Bytes of the first flow's downloads that arrived in each [`SLICE`] since the warm-up.
+    pub(crate) slices: Vec<u64>,
     /// Packets that agents sent, including the warm-up.
     pub(crate) packets: Counters,
 }
@@ -125,6 +132,17 @@ impl Outcome {
     /// When no answer arrived.
     pub(crate) fn answer(&self, share: f64) -> f64 {
         quantile(&self.answers, share)
+    }
+
+    /// Time that this share of the agents' packets did not wait longer in the path's queue, in
+    /// milliseconds.
+    ///
+    /// # Panics
+    /// When no packet was sent.
+    pub(crate) fn queue(&self, share: f64) -> f64 {
+        let mut waits: Vec<_> = self.waits.iter().map(|(_, wait)| *wait).collect();
+        waits.sort();
+        quantile(&waits, share)
     }
 
     pub(crate) fn total(&self) -> f64 {
@@ -225,7 +243,13 @@ impl Simulation {
         sleep(self.warmup).await;
         let read = |bytes: &Arc<AtomicU64>| bytes.load(Ordering::Relaxed);
         let before: Vec<_> = received.iter().map(read).collect();
-        sleep(self.measured).await;
+        let begun = Instant::now();
+        let (mut slices, mut last) = (Vec::new(), before[0]);
+        while begun.elapsed() < self.measured {
+            sleep(SLICE.min(self.measured - begun.elapsed())).await;
+            let total = read(&received[0]);
+            slices.push(total - std::mem::replace(&mut last, total));
+        }
         let after: Vec<_> = received.iter().map(read).collect();
         let seconds = self.measured.as_secs_f64();
         let rates = before.iter().zip(&after);
@@ -238,7 +262,16 @@ impl Simulation {
         echoes.sort();
         let mut answers = answers.lock().clone();
         answers.sort();
-        Outcome { rates, echoes, answers, packets: network.counters() }
+        let waits = network.waits().into_iter();
+        let waits = waits.filter_map(|(at, wait)| Some((at.checked_duration_since(begun)?, wait)));
+        Outcome {
+            rates,
+            echoes,
+            answers,
+            waits: waits.filter(|(at, _)| *at < self.measured).collect(),
+            slices,
+            packets: network.counters(),
+        }
     }
 }
 

@@ -14,6 +14,7 @@ mod forged_icmp;
 mod pipe;
 mod resume;
 mod socket;
+mod standing_queue;
 
 pub(crate) use flow::{Flow, Simulation};
 pub(crate) use pipe::{Bursts, Policer, Settings};

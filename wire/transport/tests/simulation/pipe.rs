@@ -22,6 +22,8 @@ pub(crate) struct Settings {
     pub(crate) policer: Option<Policer>,
     /// An outage in which everything is lost: its begin since the start, and its length.
     pub(crate) outage: Option<(Duration, Duration)>,
+    /// A rate in Mbit/s that the link has from a moment on, as time since the start.
+    pub(crate) change: Option<(Duration, f64)>,
     /// Share of the rate by which it swings, up and down, once in `swing_period`.
     pub(crate) swing: f64,
     pub(crate) swing_period: Duration,
@@ -57,6 +59,7 @@ impl Settings {
             bursts: None,
             policer: None,
             outage: None,
+            change: None,
             swing: 0.0,
             swing_period: Duration::from_secs(4),
         }
@@ -81,6 +84,8 @@ pub(super) struct Pipe {
     tokens: f64,
     tokens_at: Instant,
     pub(super) counters: Counters,
+    /// When packets came into the queue, and how long each waits in it.
+    pub(super) waits: Vec<(Instant, Duration)>,
 }
 
 impl Pipe {
@@ -96,6 +101,7 @@ impl Pipe {
             tokens: settings.policer.map_or(0.0, |policer| policer.burst),
             tokens_at: now,
             counters: Counters::default(),
+            waits: Vec::new(),
         }
     }
 
@@ -113,6 +119,7 @@ impl Pipe {
             self.counters.dropped += 1;
             return None;
         }
+        self.waits.push((now, waiting));
         let left = now + waiting + Duration::from_secs_f64(length / rate);
         self.idle_from = left;
         if self.is_lost() || self.is_out(now) {
@@ -126,9 +133,14 @@ impl Pipe {
 
     /// Bytes per second at this moment.
     fn rate(&self, now: Instant) -> f64 {
-        let turns = (now - self.start).as_secs_f64() / self.settings.swing_period.as_secs_f64();
+        let since = now - self.start;
+        let rate = match self.settings.change {
+            Some((from, rate)) if since >= from => rate,
+            _ => self.settings.rate,
+        };
+        let turns = since.as_secs_f64() / self.settings.swing_period.as_secs_f64();
         let swing = 1.0 + self.settings.swing * (turns * std::f64::consts::TAU).sin();
-        self.settings.rate * 125_000.0 * swing
+        rate * 125_000.0 * swing
     }
 
     fn is_within_policy(&mut self, now: Instant, length: f64) -> bool {

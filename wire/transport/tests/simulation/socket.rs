@@ -9,6 +9,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
 use parking_lot::{Mutex, MutexGuard};
@@ -56,6 +57,11 @@ impl Network {
 
     pub(super) fn counters(&self) -> Counters {
         self.state().pipes[0].counters
+    }
+
+    /// When packets towards servers came into the queue, and how long each waits in it.
+    pub(super) fn waits(&self) -> Vec<(Instant, Duration)> {
+        self.state().pipes[0].waits.clone()
     }
 
     pub(super) fn socket(self: &Arc<Self>, address: SocketAddr, is_server: bool) -> Arc<Socket> {

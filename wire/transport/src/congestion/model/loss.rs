@@ -20,7 +20,7 @@ const BETA: f64 = 0.85;
 impl Model {
     /// Learns what the path loses while this flow neither probes nor keeps a queue.
     pub(super) fn update_usual_loss(&mut self, queue_stands: bool) {
-        let probes = matches!(self.phase, Phase::Startup { .. } | Phase::Up { .. });
+        let probes = matches!(self.phase, Phase::Startup { .. } | Phase::Up(_));
         if !queue_stands && !probes && self.round.acked > 0 {
             let share = self.loss_share().min(TOLERANCE);
             self.usual_loss += (share - self.usual_loss) / 8.0;

@@ -9,7 +9,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::Model;
+use super::{
+    Model,
+    probe::{KNOWN_EXCESS, Probe},
+};
 use crate::congestion::INITIAL_WINDOW;
 
 /// Time after which the shortest round-trip time is measured again ("BBR.min_rtt Min Filter",
@@ -50,14 +53,11 @@ pub(super) enum Phase {
     Cruise {
         /// Number of rounds so far.
         rounds: u64,
-    },
-    /// Probes for more bandwidth ("ProbeBW_UP").
-    Up {
-        /// Number of rounds so far, up to 1.
-        rounds: u64,
-        /// Bandwidth before the probe.
+        /// Bandwidth when it began.
         from: f64,
     },
+    /// Probes for more bandwidth ("ProbeBW_UP").
+    Up(Probe),
     /// Measures the shortest round-trip time ("ProbeRTT").
     ProbeRtt {
         /// When it ends.
@@ -72,7 +72,7 @@ impl Phase {
             Self::Startup { .. } => "startup",
             Self::Down { .. } => "down",
             Self::Cruise { .. } => "cruise",
-            Self::Up { .. } => "up",
+            Self::Up(_) => "up",
             Self::ProbeRtt { .. } => "probe_rtt",
         }
     }
@@ -92,12 +92,12 @@ impl Model {
                 self.after_startup_round(full_bw, full_bw_count, queue_stands)
             }
             Phase::Down { rounds } => self.after_down_round(rounds, queue_stands),
-            Phase::Cruise { rounds } => self.after_cruise_round(rounds),
-            Phase::Up { rounds, from } => self.after_up_round(rounds, from, queue_stands),
+            Phase::Cruise { rounds, from } => self.after_cruise_round(rounds, from),
+            Phase::Up(probe) => self.after_up_round(probe, queue_stands),
             Phase::ProbeRtt { until } if now >= until => {
                 self.min_rtt = self.round.min_rtt;
                 self.min_rtt_at = now;
-                Phase::Cruise { rounds: 0 }
+                self.cruise()
             }
             Phase::ProbeRtt { until } => Phase::ProbeRtt { until },
         };
@@ -107,7 +107,7 @@ impl Model {
             (Phase::Startup { .. }, Phase::Startup { .. }) => {
                 self.round.app_limited && self.round.acked >= REMEMBERED_ROUND
             }
-            (Phase::Startup { .. }, Phase::Down { .. } | Phase::Up { .. })
+            (Phase::Startup { .. }, Phase::Down { .. } | Phase::Up(_))
             | (Phase::Down { .. }, Phase::Cruise { .. }) => true,
             _ => false,
         };
@@ -135,7 +135,7 @@ impl Model {
             return self.phase;
         }
         if self.reaches_known() && !queue_stands && !self.round.congested {
-            return Phase::Up { rounds: 0, from: self.bandwidth.max() };
+            return self.probe(KNOWN_EXCESS);
         }
         let bandwidth = self.bandwidth.max();
         let grows = bandwidth >= full_bw * FULL_BW_GROWTH;
@@ -153,14 +153,19 @@ impl Model {
         let empty = drained && (!queue_stands || !self.drains_all());
         if (rounds >= 1 && empty) || rounds >= 3 {
             self.contended_cycles = if queue_stands { self.contended_cycles + 1 } else { 0 };
-            return Phase::Cruise { rounds: 0 };
+            return self.cruise();
         }
         Phase::Down { rounds: rounds + 1 }
     }
 
-    fn after_cruise_round(&mut self, rounds: u64) -> Phase {
+    /// Begins Cruise.
+    fn cruise(&self) -> Phase {
+        Phase::Cruise { rounds: 0, from: self.bandwidth.max() }
+    }
+
+    fn after_cruise_round(&mut self, rounds: u64, from: f64) -> Phase {
         if self.round.app_limited {
-            return Phase::Cruise { rounds };
+            return Phase::Cruise { rounds, from };
         }
         // A competing flow would take the room that a loss has made, if this one waited for its
         // probe.
@@ -170,32 +175,16 @@ impl Model {
         }
         // While a queue stands, the path delivers all it can, and a window of that rate drains the
         // queue until the next probe. Flows that all do so keep as many bytes in the queue each,
-        // and so have the same rate.
-        let shared = self.queue() > self.own_queue() * 3 / 2;
+        // and so have the same rate. A queue that stands delays all packets, and jitter only some.
+        let shared = self.queue() > (self.own_queue() * 3 / 2).max(self.round.range());
         if (shared || self.bw_shortterm.is_some()) && !self.is_contended() {
             self.bw_shortterm = Some(self.round.rate);
         }
-        if rounds >= CRUISE_ROUNDS + self.rounds % CRUISE_SPREAD {
+        let is_due = rounds >= CRUISE_ROUNDS + self.rounds % CRUISE_SPREAD;
+        if is_due || self.outgrows(from) {
             self.bw_shortterm = None;
-            return Phase::Up { rounds: 0, from: self.bandwidth.max() };
+            return self.probe(self.first_excess());
         }
-        Phase::Cruise { rounds: rounds + 1 }
-    }
-
-    /// Probes on while the bandwidth grows and no queue stands.
-    fn after_up_round(&mut self, rounds: u64, from: f64, queue_stands: bool) -> Phase {
-        if self.round.congested {
-            return Phase::Down { rounds: 0 };
-        }
-        // The first round still shows what was sent before the probe.
-        if rounds == 0 {
-            return Phase::Up { rounds: 1, from };
-        }
-        self.inflight_longterm = self.inflight_longterm.map(|limit| limit + limit / 8);
-        let bandwidth = self.bandwidth.max();
-        if !queue_stands && bandwidth >= from * 1.1 && !self.round.app_limited {
-            return Phase::Up { rounds: 1, from: bandwidth };
-        }
-        Phase::Down { rounds: 0 }
+        Phase::Cruise { rounds: rounds + 1, from }
     }
 }

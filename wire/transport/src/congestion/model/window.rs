@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use super::{Model, phases::Phase};
 
-/// Window while probing for bandwidth, in BDPs ("ProbeBW_UP").
-const UP_GAIN: f64 = 1.25;
 /// Window while draining, in what is left when the queue is drained ("ProbeBW_DOWN").
 const DOWN_GAIN: f64 = 0.85;
+/// The same where no queue stands. Cruise sends what is missing in flight faster than the path
+/// delivers it, so more would be a queue.
+const GENTLE_DOWN_GAIN: f64 = 0.97;
 /// Window while measuring the shortest round-trip time, in BDPs ("ProbeRTT Logic",
 /// ProbeRTTCwndGain).
 const PROBE_RTT_GAIN: f64 = 0.5;
@@ -61,18 +62,23 @@ impl Model {
         let extra = self.extra();
         match self.phase {
             Phase::Startup { .. } => self.window,
-            Phase::Down { rounds } => (self.drained(rounds) as f64 * DOWN_GAIN) as u64,
+            Phase::Down { rounds } => (self.drained(rounds) as f64 * self.down_gain()) as u64,
             Phase::Cruise { .. } if self.is_contended() => self.contended_window() + extra,
             Phase::Cruise { .. } => {
                 let rate = self.bw_shortterm.unwrap_or(bandwidth).min(bandwidth);
                 self.bdp(rate) + extra
             }
-            Phase::Up { .. } if self.is_contended() => {
-                (self.contended_window() as f64 * UP_GAIN) as u64 + extra
+            Phase::Up(probe) if self.is_contended() => {
+                (self.contended_window() as f64 * probe.gain()) as u64 + extra
             }
-            Phase::Up { .. } => (bdp * UP_GAIN) as u64 + extra,
+            Phase::Up(probe) => (bdp * probe.gain()) as u64 + extra,
             Phase::ProbeRtt { .. } => (bdp * PROBE_RTT_GAIN) as u64,
         }
+    }
+
+    /// Window of Down, in what is left when the queue is drained.
+    fn down_gain(&self) -> f64 {
+        if self.last_queue > self.tolerated_queue() { DOWN_GAIN } else { GENTLE_DOWN_GAIN }
     }
 
     /// Widens the window of an application that sends bursts with pauses, if a burst waits for the
