@@ -39,7 +39,7 @@ impl Unanswered {
 ///
 /// # Cancel safety
 /// Dropping the future resets the stream.
-pub(super) async fn send(response: Response<Body>, mut stream: SendStream, unsent: Arc<Holder>) {
+pub(super) async fn send(response: Response<Body>, stream: SendStream, unsent: Arc<Holder>) {
     let (head, body) = response.into_parts();
     let is_all = body.is_end_stream();
     stream.respond(&Response::from_parts(head, ()), is_all);
@@ -49,7 +49,7 @@ pub(super) async fn send(response: Response<Body>, mut stream: SendStream, unsen
     let sent = tokio::select! {
         biased;
         () = unsent.cut() => Err(Unanswered::Memory),
-        sent = pipe(body, &mut stream, &unsent) => sent,
+        sent = pipe(body, &stream, &unsent) => sent,
     };
     match sent {
         Ok(trailers) => stream.finish(trailers.as_ref()),
@@ -64,7 +64,7 @@ pub(super) async fn send(response: Response<Body>, mut stream: SendStream, unsen
 /// Sends the bytes of a body; its trailers.
 async fn pipe(
     mut body: Body,
-    stream: &mut SendStream,
+    stream: &SendStream,
     unsent: &Arc<Holder>,
 ) -> Result<Option<HeaderMap>, Unanswered> {
     loop {

@@ -57,6 +57,9 @@ pub(in super::super) struct Connection<IO> {
     peer: Peer,
 }
 
+/// A request, and what answers it.
+pub(in super::super) type Accepted = (Request<RecvStream>, SendStream);
+
 /// What is known of a connection's peer.
 #[derive(Debug)]
 struct Peer {
@@ -68,7 +71,7 @@ struct Peer {
     block: Option<Block>,
     /// Id of the latest stream.
     last_id: u32,
-    accepted: VecDeque<(Request<RecvStream>, SendStream)>,
+    accepted: VecDeque<Accepted>,
     /// No more streams are taken.
     is_closing: bool,
     /// Why the connection ends.
@@ -132,7 +135,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Connection<IO> {
     }
 
     /// Sets the window of all streams; `false` while another setting is on its way.
-    pub(in super::super) fn set_window(&mut self, window: u32) -> bool {
+    pub(in super::super) fn set_window(&self, window: u32) -> bool {
         let mut state = self.peer.shared.lock();
         if state.unacknowledged > 0 {
             return false;
@@ -148,7 +151,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Connection<IO> {
     }
 
     /// Has the peer open no more streams. The connection ends after those that are open.
-    pub(in super::super) fn shut_down(&mut self) {
+    pub(in super::super) fn shut_down(&self) {
         let mut state = self.peer.shared.lock();
         push_goaway(&mut state, MAX_ID, Reason::NO_ERROR);
         // Streams that the peer opened before it knew arrive before the answer.
@@ -162,16 +165,11 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Connection<IO> {
     ///
     /// # Cancel safety
     /// Cancel safe. The peer is served only while this is awaited.
-    pub(in super::super) async fn accept(
-        &mut self,
-    ) -> Option<Result<(Request<RecvStream>, SendStream), Error>> {
+    pub(in super::super) async fn accept(&mut self) -> Option<Result<Accepted, Error>> {
         poll_fn(|cx| self.poll_accept(cx)).await.transpose()
     }
 
-    fn poll_accept(
-        &mut self,
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<Option<(Request<RecvStream>, SendStream)>, Error>> {
+    fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Accepted>, Error>> {
         for _ in 0..READS {
             let written = self.poll_write(cx)?;
             if let Some(accepted) = self.peer.accepted.pop_front() {
@@ -304,7 +302,7 @@ impl Peer {
         self.is_closing && self.shared.lock().streams.is_empty()
     }
 
-    fn data(&mut self, head: FrameHead, mut payload: Bytes) -> Result<(), Wrong> {
+    fn data(&self, head: FrameHead, mut payload: Bytes) -> Result<(), Wrong> {
         let (id, length) = (head.stream_id(), head.payload_len());
         let shared = self.shared.clone();
         let mut state = shared.lock();
@@ -356,7 +354,7 @@ impl Peer {
 
     fn headers(&mut self, head: FrameHead, mut payload: Bytes) -> Result<(), Wrong> {
         let id = head.stream_id();
-        if id % 2 == 0 || !unpad(head, &mut payload) {
+        if id.is_multiple_of(2) || !unpad(head, &mut payload) {
             return Err(PROTOCOL);
         }
         let mut is_malformed = false;
@@ -446,7 +444,7 @@ impl Peer {
         Ok(())
     }
 
-    fn rst_stream(&mut self, head: FrameHead, mut payload: Bytes) -> Result<(), Wrong> {
+    fn rst_stream(&self, head: FrameHead, mut payload: Bytes) -> Result<(), Wrong> {
         if payload.len() != 4 {
             return Err(FRAME_SIZE);
         }
@@ -463,7 +461,7 @@ impl Peer {
         Ok(())
     }
 
-    fn settings(&mut self, head: FrameHead, payload: &[u8]) -> Result<(), Wrong> {
+    fn settings(&self, head: FrameHead, payload: &[u8]) -> Result<(), Wrong> {
         if head.stream_id() != 0 {
             return Err(PROTOCOL);
         }
@@ -531,7 +529,7 @@ impl Peer {
         Ok(())
     }
 
-    fn window_update(&mut self, head: FrameHead, mut payload: Bytes) -> Result<(), Wrong> {
+    fn window_update(&self, head: FrameHead, mut payload: Bytes) -> Result<(), Wrong> {
         if payload.len() != 4 {
             return Err(FRAME_SIZE);
         }

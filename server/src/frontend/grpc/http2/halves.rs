@@ -40,7 +40,7 @@ impl RecvStream {
     /// # Errors
     /// The reason of a reset, after what arrived before it.
     pub(in super::super) fn poll_data(
-        &mut self,
+        &self,
         cx: &Context<'_>,
     ) -> Poll<Option<Result<Bytes, Reason>>> {
         let mut state = self.shared.lock();
@@ -107,7 +107,7 @@ impl SendStream {
     }
 
     /// Sends the head of the answer, which is all of it if it `ends` the stream.
-    pub(in super::super) fn respond(&mut self, head: &Response<()>, ends: bool) {
+    pub(in super::super) fn respond(&self, head: &Response<()>, ends: bool) {
         self.shared.lock().respond(self.id, head.status(), head.headers(), ends);
     }
 
@@ -118,7 +118,7 @@ impl SendStream {
     ///
     /// # Cancel safety
     /// Cancel safe.
-    pub(in super::super) async fn room(&mut self) -> Result<(), Reason> {
+    pub(in super::super) async fn room(&self) -> Result<(), Reason> {
         poll_fn(|cx| {
             let mut state = self.shared.lock();
             let Some(stream) = state.streams.get_mut(&self.id) else {
@@ -139,7 +139,7 @@ impl SendStream {
     ///
     /// # Cancel safety
     /// Cancel safe.
-    pub(in super::super) async fn reset(&mut self) -> Reason {
+    pub(in super::super) async fn reset(&self) -> Reason {
         poll_fn(|cx| {
             let mut state = self.shared.lock();
             let Some(stream) = state.streams.get_mut(&self.id) else {
@@ -154,7 +154,7 @@ impl SendStream {
     }
 
     /// Queues bytes, however many wait.
-    pub(in super::super) fn send(&mut self, bytes: Bytes) {
+    pub(in super::super) fn send(&self, bytes: Bytes) {
         let mut state = self.shared.lock();
         if let Some(stream) = state.streams.get_mut(&self.id)
             && stream.reset.is_none()

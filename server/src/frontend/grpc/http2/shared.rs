@@ -249,7 +249,7 @@ impl State {
     /// Forgets a stream that nothing remains of. One that the peer has not ended is reset.
     pub(super) fn tidy(&mut self, id: u32) {
         let Some(stream) = self.streams.get(&id).filter(|stream| stream.is_over()) else { return };
-        if !(stream.has_ended && stream.has_sent_end) && !self.is_over {
+        if !(self.is_over || stream.has_ended && stream.has_sent_end) {
             let is_answered = stream.has_sent_end;
             self.reset(id, if is_answered { Reason::NO_ERROR } else { Reason::CANCEL });
         }

@@ -45,7 +45,7 @@ fn serve(io: DuplexStream) -> Server {
     Server { budget, task }
 }
 
-async fn echo(mut body: RecvStream, mut answer: SendStream) {
+async fn echo(body: RecvStream, answer: SendStream) {
     answer.respond(&Response::new(()), false);
     loop {
         match std::future::poll_fn(|cx| body.poll_data(cx)).await {
@@ -221,6 +221,11 @@ async fn peer() -> (Peer, Server) {
     (peer, server)
 }
 
+/// A frame that breaks the protocol: what it is, kind, flags, stream, payload, and the reason.
+type Case<'a> = (&'a str, u8, u8, u32, &'a [u8], Reason);
+/// A request that breaks the protocol: fields, flags, data that follow, and the reason.
+type Asked<'a> = (&'a [u8], u8, Option<&'a [u8]>, Reason);
+
 fn code(payload: &[u8]) -> u32 {
     u32::from_be_bytes(*payload.last_chunk().unwrap())
 }
@@ -228,7 +233,7 @@ fn code(payload: &[u8]) -> u32 {
 #[tokio::test(start_paused = true)]
 async fn what_breaks_the_protocol_ends_the_connection_with_its_reason() {
     let many_fields = [&[0x83, 0x86][..], &[0x00, 0x01, b'x', 0x00].repeat(100)].concat();
-    let cases: [(&str, u8, u8, u32, &[u8], Reason); 14] = [
+    let cases: [Case<'_>; 14] = [
         ("data of no stream", kind::DATA, 0, 1, b"x", Reason::PROTOCOL_ERROR),
         ("fields of stream 0", kind::HEADERS, 5, 0, FIELDS, Reason::PROTOCOL_ERROR),
         ("an even stream", kind::HEADERS, 5, 2, FIELDS, Reason::PROTOCOL_ERROR),
@@ -277,7 +282,7 @@ async fn a_peer_that_does_not_begin_with_settings_is_refused() {
 #[tokio::test(start_paused = true)]
 async fn a_stream_that_breaks_the_protocol_is_reset_alone() {
     let (mut peer, server) = peer().await;
-    let cases: [(&[u8], u8, Option<&[u8]>, Reason); 5] = [
+    let cases: [Asked<'_>; 5] = [
         (&[0x83, 0x86], 4, None, Reason::PROTOCOL_ERROR),
         (&[0x83, 0x86, 0x84, 0x84], 4, None, Reason::PROTOCOL_ERROR),
         // content-length: 3
