@@ -29,7 +29,7 @@ use culvert_loadtest::{
 use tokio::{
     net::TcpStream,
     task::JoinSet,
-    time::{interval, timeout},
+    time::{MissedTickBehavior, interval, timeout},
 };
 
 pub(crate) use culvert_loadtest::carrier::Carrier;
@@ -87,6 +87,8 @@ where
 pub(crate) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let looking = async {
         let mut looks = interval(LOOK_INTERVAL);
+        // A look that takes longer than the interval leaves time for what it waits for.
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while !holds().await {
             looks.tick().await;
         }
