@@ -108,6 +108,9 @@ pub struct ResumeReply {
     /// Number of the server's raw bytes that the agent has taken, from which the server sends, or
     /// why the stream does not continue.
     pub outcome: Result<u64, ResumeErrorKind>,
+    /// The code with which the agent has reset its half, a [`crate::StreamCode`]. It then finishes
+    /// the new half: a reset of that could overtake the reply.
+    pub reset: Option<u32>,
     /// Additions of later revisions.
     pub extensions: Extensions,
 }

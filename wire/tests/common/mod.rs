@@ -138,7 +138,8 @@ pub(crate) fn examples() -> Vec<Example> {
         reply("dial-reply-failure", failed_dial_reply(), DIAL_REPLY_FAILURE),
         resume("resume-request", Message::ResumeRequest(resume_request()), RESUME_REQUEST),
         resume("resume-reply", Message::ResumeReply(resume_reply(Ok(65_536))), RESUME_REPLY),
-        resume("resume-reply-failure", Message::ResumeReply(lost_bytes), "130003010200"),
+        resume("resume-reply-reset", Message::ResumeReply(reset_reply()), "1300050005010200"),
+        resume("resume-reply-failure", Message::ResumeReply(lost_bytes), "13000401020000"),
     ]
 }
 
@@ -165,7 +166,7 @@ const SESSION: &str = "0200560141087365727665722d610202087365727665722d610008736
 const RECEIVED: &str = "09001b02fdefcdab8967452301fc000004000007fd00f2052a0100000001";
 const RESUMED: &str = "0b000d0502fdefcdab89674523010701";
 const RESUME_REQUEST: &str = "120013fdefcdab8967452301fbe8030120046576656e";
-const RESUME_REPLY: &str = "13000700fc0000010000";
+const RESUME_REPLY: &str = "13000800fc000001000000";
 
 /// A hello with everything in it.
 pub(crate) fn hello() -> Hello {
@@ -261,8 +262,12 @@ pub(crate) fn resume_request() -> ResumeRequest {
     }
 }
 
+pub(crate) fn reset_reply() -> ResumeReply {
+    ResumeReply { reset: Some(2), ..resume_reply(Ok(5)) }
+}
+
 pub(crate) fn resume_reply(outcome: Result<u64, ResumeErrorKind>) -> ResumeReply {
-    ResumeReply { outcome, extensions: Extensions::default() }
+    ResumeReply { outcome, reset: None, extensions: Extensions::default() }
 }
 
 pub(crate) fn goodbye() -> Goodbye {

@@ -213,9 +213,10 @@ fn arb_resume() -> impl Strategy<Value = Message> {
         (integer(), integer(), arb_extensions()).prop_map(|(id, received, extensions)| {
             Message::ResumeRequest(ResumeRequest { id: DialId(id), received, extensions })
         }),
-        (proptest::result::maybe_ok(integer(), error), arb_extensions()).prop_map(
-            |(outcome, extensions)| Message::ResumeReply(ResumeReply { outcome, extensions })
-        ),
+        (proptest::result::maybe_ok(integer(), error), option::of(any::<u32>()), arb_extensions(),)
+            .prop_map(|(outcome, reset, extensions)| {
+                Message::ResumeReply(ResumeReply { outcome, reset, extensions })
+            }),
     ]
 }
 

@@ -128,6 +128,7 @@ impl Reference {
                 Ok(received) => out.integer(0_u64).integer(received),
                 Err(kind) => out.integer(1_u64).bytes(&[number(kind)]),
             }
+            .option(reply.reset.as_ref(), |out, code| out.integer(*code))
             .extensions(&reply.extensions),
         };
         out.0
