@@ -50,6 +50,13 @@ impl Features {
             .union(Self::RENEWAL)
             .union(Self::SERVER_SET)
             .union(Self::REPAIR)
+            .union(Self::RESUME)
+    }
+
+    /// The features of this set that are not in the other.
+    #[must_use]
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
     }
 
     /// The features in both sets.
@@ -110,8 +117,9 @@ mod tests {
         assert!(both.contains(Features::PING) && both.contains(Features::NONE));
         assert!(!both.contains(Features::DRAIN.union(Features::PING)));
         assert_eq!(both.intersection(Features::DRAIN), Features::NONE);
-        assert_eq!(Features::supported().bits(), 0b11_1111);
-        assert_eq!(Features::supported().names().count(), 6);
+        assert_eq!(Features::supported().bits(), 0b111_1111);
+        assert_eq!(Features::supported().names().count(), 7);
+        assert_eq!(both.without(Features::HEDGE), Features::PING);
         assert_eq!(Features::DRAIN.names().collect::<Vec<_>>(), ["drain"]);
         assert_eq!(Features(u64::MAX).names().last(), Some("resume"));
     }

@@ -130,6 +130,10 @@ pub enum TunnelLost {
     Transport(#[from] TransportFault),
 }
 
+/// The codes of closes after which a tunnel's streams may go on over another one.
+const RESUMABLE: [CloseCode; 3] =
+    [CloseCode::UNRESPONSIVE, CloseCode::SUPERSEDED, CloseCode::TOO_MANY_PINGS];
+
 impl TunnelLost {
     /// Every cause as a metric label.
     pub fn labels() -> impl Iterator<Item = &'static str> {
@@ -145,6 +149,22 @@ impl TunnelLost {
             Self::ClosedHere { code, .. } => *code == CloseCode::UNRESPONSIVE,
             Self::TimedOut | Self::PeerRestarted | Self::Transport(_) => true,
         }
+    }
+
+    /// Whether the tunnel's streams may go on over another tunnel between the same processes.
+    //= docs/protocol.md#14-resumption
+    pub fn is_resumable(&self) -> bool {
+        match self {
+            Self::ClosedByPeer { code, .. } | Self::ClosedHere { code, .. } => {
+                RESUMABLE.contains(code)
+            }
+            Self::TimedOut | Self::PeerRestarted | Self::Transport(_) => true,
+        }
+    }
+
+    /// The labels of the causes after which streams may go on.
+    pub fn resumable_labels() -> impl Iterator<Item = &'static str> {
+        RESUMABLE.iter().map(|code| code.name()).chain(["timed_out", "peer_restarted", "transport"])
     }
 
     /// The cause as a metric label.

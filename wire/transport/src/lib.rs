@@ -15,6 +15,7 @@
 //!     └─ qmux                streams over any reliable byte stream
 //!         ├─ tcp             TLS over TCP, directly or through a proxy
 //!         └─ memory          a pipe within one process
+//!  resume                    streams that go on over another tunnel when theirs is lost
 //!  budget                    what the process holds for its peers
 //!  progress                  how far a stream has come, for those who look at it
 //!  carrier, error, settings  what all of them share
@@ -34,6 +35,7 @@ pub mod priority;
 mod progress;
 pub mod qmux;
 pub mod quic;
+pub mod resume;
 mod settings;
 pub mod socket;
 pub mod splice;

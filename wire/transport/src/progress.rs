@@ -1,9 +1,12 @@
 //! How far a spliced stream has come, and what each of its directions waits for, for those who look
 //! at it from outside.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{
+    OnceLock, Weak,
+    atomic::{AtomicU8, AtomicU64, Ordering},
+};
 
-use crate::priority::Class;
+use crate::{Tunnel, priority::Class, resume::link::Link};
 
 /// What one direction of a splice waits for, or does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,12 +18,14 @@ pub enum Step {
     Memory,
     /// Room on the side that it writes.
     Output,
+    /// Another tunnel in place of the one that was lost.
+    Tunnel,
     /// Nothing: it has ended.
     Ended,
 }
 
 impl Step {
-    const ALL: [Self; 4] = [Self::Input, Self::Memory, Self::Output, Self::Ended];
+    const ALL: [Self; 5] = [Self::Input, Self::Memory, Self::Output, Self::Tunnel, Self::Ended];
 }
 
 /// The progress of one stream. The stream's splice changes it; others read it.
@@ -31,6 +36,8 @@ pub struct Progress {
     class: AtomicU8,
     sending: AtomicU8,
     receiving: AtomicU8,
+    /// What is known about the stream beyond its tunnel, if it outlives that.
+    link: OnceLock<Weak<Link>>,
 }
 
 impl Default for Progress {
@@ -42,6 +49,7 @@ impl Default for Progress {
             class: AtomicU8::new(Class::Interactive as u8),
             sending: step(),
             receiving: step(),
+            link: OnceLock::new(),
         }
     }
 }
@@ -68,12 +76,30 @@ impl Progress {
 
     /// What the direction from the local connection to the stream waits for.
     pub fn sending(&self) -> Step {
-        step(&self.sending)
+        self.or_tunnel(step(&self.sending))
     }
 
     /// What the direction from the stream to the local connection waits for.
     pub fn receiving(&self) -> Step {
-        step(&self.receiving)
+        self.or_tunnel(step(&self.receiving))
+    }
+
+    /// The tunnel that the stream is on, or the last one; `None` for a stream that stays on its first.
+    pub fn tunnel(&self) -> Option<Tunnel> {
+        Some(self.link.get()?.upgrade()?.tunnel().tunnel().clone())
+    }
+
+    fn or_tunnel(&self, step: Step) -> Step {
+        let waits = || self.link.get()?.upgrade().map(|link| link.is_waiting());
+        match step {
+            Step::Ended => step,
+            _ if waits() == Some(true) => Step::Tunnel,
+            step => step,
+        }
+    }
+
+    pub(crate) fn set_link(&self, link: Weak<Link>) {
+        let _ = self.link.set(link);
     }
 
     pub(crate) fn add_to_tunnel(&self, bytes: u64) {

@@ -17,6 +17,7 @@ use crate::{
     priority::{AttainedService, Class, PriorityBudget},
     progress::Progress,
     qmux, quic,
+    resume::link::Link,
     tunnel::now,
 };
 
@@ -75,6 +76,8 @@ pub struct SendHalf {
     class: Class,
     memory: Arc<StreamMemory>,
     progress: Arc<Progress>,
+    /// What is known about the stream beyond its tunnel, if it outlives that.
+    link: Option<Arc<Link>>,
 }
 
 impl SendHalf {
@@ -85,19 +88,57 @@ impl SendHalf {
     ) -> Self {
         let attained = Some(AttainedService::new(priorities, now()));
         let (class, progress) = (Class::Interactive, Arc::default());
-        let half = Self { stream, ended: false, attained, class, memory, progress };
+        let half = Self { stream, ended: false, attained, class, memory, progress, link: None };
         half.prioritize(half.class.priority());
         half
+    }
+
+    /// Retains what is written from now on until the peer has reported it, and goes on over another
+    /// tunnel when this one is lost.
+    pub(crate) fn keep(&mut self, link: Arc<Link>) {
+        self.progress.set_link(Arc::downgrade(&link));
+        link.hold();
+        self.link = Some(link);
+    }
+
+    /// Takes the place of this half's stream on a tunnel that was lost.
+    fn replace(&mut self, mut next: Self) {
+        std::mem::swap(&mut self.stream, &mut next.stream);
+        // It has counted what was sent again. A fixed priority stays.
+        if self.attained.is_some() {
+            std::mem::swap(&mut self.attained, &mut next.attained);
+            self.class = next.class;
+            self.progress.set_class(self.class);
+        }
+        next.ended = true;
     }
 
     /// Queues the whole chunk without copying it, waiting while the windows are full.
     ///
     /// # Errors
-    /// When the peer stopped the stream or the tunnel is lost.
+    /// When the peer stopped the stream or the tunnel is lost, and no other takes its place.
     ///
     /// # Cancel safety
     /// Not cancel safe: an unknown part of the chunk may have been queued. Reset the half then.
-    pub async fn write_chunk(&mut self, mut chunk: Bytes) -> Result<(), WriteError> {
+    pub async fn write_chunk(&mut self, chunk: Bytes) -> Result<(), WriteError> {
+        let Some(link) = &self.link else { return self.write_to_carrier(chunk).await };
+        if let Some(next) = link.retain(&chunk) {
+            self.replace(*next);
+        }
+        match self.write_to_carrier(chunk).await {
+            Err(WriteError::Lost(lost)) => {
+                // The next half has been sent the chunk too.
+                let link = self.link.clone();
+                let Some(link) = link else { return Err(WriteError::Lost(lost)) };
+                let next = Box::pin(link.next_send(lost)).await.map_err(WriteError::Lost)?;
+                self.replace(*next);
+                Ok(())
+            }
+            written => written,
+        }
+    }
+
+    async fn write_to_carrier(&mut self, mut chunk: Bytes) -> Result<(), WriteError> {
         if let Some(attained) = &mut self.attained {
             let now = now();
             attained
@@ -140,6 +181,9 @@ impl SendHalf {
     pub fn finish(&mut self) {
         if !self.ended {
             self.ended = true;
+            if let Some(next) = self.link.as_ref().and_then(|link| link.finish()) {
+                self.replace(*next);
+            }
             either!(SendStream, &mut self.stream, stream => stream.finish());
         }
     }
@@ -148,6 +192,9 @@ impl SendHalf {
     pub fn reset(&mut self, code: StreamCode) {
         if !self.ended {
             self.ended = true;
+            if let Some(next) = self.link.as_ref().and_then(|link| link.reset(code)) {
+                self.replace(*next);
+            }
             either!(SendStream, &mut self.stream, stream => stream.reset(code));
         }
     }
@@ -155,19 +202,34 @@ impl SendHalf {
     /// Completes when the peer is done with the stream: with a code when it stopped it, with
     /// `None` when it has everything up to the finish.
     ///
-    /// The future does not borrow the half, so it can be watched while writing.
+    /// The future does not borrow the half, so it can be watched while writing. Of a stream that goes
+    /// on over other tunnels, one future at a time does.
     ///
     /// # Errors
-    /// When the tunnel is lost.
+    /// When the tunnel is lost, and no other takes its place.
     ///
     /// # Cancel safety
     /// Cancel safe.
     pub fn stopped(
         &self,
     ) -> impl Future<Output = Result<Option<StreamCode>, TunnelLost>> + Send + Sync + 'static {
-        match &self.stream {
+        let link = self.link.clone();
+        let on_carrier = match &self.stream {
             SendStream::Quic(stream) => Either::Left(stream.stopped()),
             SendStream::Qmux(stream) => Either::Right(Box::pin(stream.stopped())),
+        };
+        async move {
+            let mut stopped = on_carrier.await;
+            let Some(link) = link else { return stopped };
+            while let Err(lost) = stopped {
+                // Boxed, so that a stream has no room for it while its tunnel lives.
+                stopped = Box::pin(link.next_stopped(lost)).await?.await;
+            }
+            match stopped {
+                Ok(None) => link.was_delivered(),
+                _ => link.was_stopped(),
+            }
+            stopped
         }
     }
 
@@ -186,6 +248,9 @@ impl SendHalf {
 impl Drop for SendHalf {
     fn drop(&mut self) {
         self.reset(StreamCode::ABANDONED);
+        if let Some(link) = &self.link {
+            link.let_go_of_sent();
+        }
     }
 }
 
@@ -204,6 +269,9 @@ pub struct RecvHalf {
     /// one.
     buffered: BytesMut,
     state: RecvState,
+    /// What is known about the stream beyond its tunnel, if it outlives that, and the epoch of
+    /// `stream`.
+    link: Option<(Arc<Link>, u32)>,
 }
 
 /// How far a receiving half has come, as this side knows it.
@@ -222,7 +290,7 @@ enum RecvState {
 
 impl RecvHalf {
     pub(crate) fn new(stream: RecvStream) -> Self {
-        Self { stream, buffered: BytesMut::new(), state: RecvState::Open }
+        Self { stream, buffered: BytesMut::new(), state: RecvState::Open, link: None }
     }
 
     /// Fills the front of `chunks` with what has arrived, in order, waiting for the first; returns
@@ -274,6 +342,17 @@ impl RecvHalf {
         }
     }
 
+    /// Counts what was not handed on yet and what is received from now on, and goes on over another
+    /// tunnel when this one is lost.
+    pub(crate) fn keep(&mut self, link: Arc<Link>) {
+        let epoch = link.epoch();
+        if !self.buffered.is_empty() {
+            link.received(epoch, self.buffered.len() as u64);
+        }
+        link.hold();
+        self.link = Some((link, epoch));
+    }
+
     /// Reads what is not buffered, and remembers how the half ended if this is its end.
     async fn read_stream(&mut self, chunks: &mut [Bytes]) -> Result<Option<usize>, ReadError> {
         match &self.state {
@@ -282,12 +361,37 @@ impl RecvHalf {
             RecvState::Failed(fault) => return Err(fault.clone()),
             RecvState::Stopped => return Err(ReadError::Ended),
         }
-        let read = match &mut self.stream {
-            RecvStream::Quic(stream) => stream.read_chunks(chunks).await,
-            RecvStream::Qmux(stream) => match stream.try_read_chunks(chunks) {
-                Some(read) => read,
-                None => Box::pin(stream.read_chunks(chunks)).await,
-            },
+        let read = loop {
+            let read = self.read_carrier(chunks).await;
+            let Some((link, epoch)) = &self.link else { break read };
+            let counts = match &read {
+                Ok(Some(count)) => {
+                    let bytes = chunks[..*count].iter().map(Bytes::len).sum::<usize>();
+                    link.received(*epoch, bytes as u64)
+                }
+                Ok(None) => link.ended(*epoch),
+                Err(ReadError::Lost(_)) => false,
+                Err(ReadError::Reset(_)) => link.was_reset(*epoch),
+                Err(ReadError::Ended) => true,
+            };
+            if counts {
+                break read;
+            }
+            // What was read will be sent again.
+            let lost = match read {
+                Err(ReadError::Lost(lost)) => lost,
+                _ => TunnelLost::TimedOut,
+            };
+            if let Err(lost) = Box::pin(self.replaced(lost)).await {
+                break Err(ReadError::Lost(lost));
+            }
+            if let RecvState::Failed(error) = &self.state {
+                break Err(error.clone());
+            }
+            if !self.buffered.is_empty() {
+                chunks[0] = std::mem::take(&mut self.buffered).freeze();
+                break Ok(Some(1));
+            }
         };
         match &read {
             Ok(Some(_)) => {}
@@ -295,6 +399,45 @@ impl RecvHalf {
             Err(fault) => self.state = RecvState::Failed(fault.clone()),
         }
         read
+    }
+
+    async fn read_carrier(&mut self, chunks: &mut [Bytes]) -> Result<Option<usize>, ReadError> {
+        match &mut self.stream {
+            RecvStream::Quic(stream) => stream.read_chunks(chunks).await,
+            RecvStream::Qmux(stream) => match stream.try_read_chunks(chunks) {
+                Some(read) => read,
+                None => Box::pin(stream.read_chunks(chunks)).await,
+            },
+        }
+    }
+
+    /// Waits for the half on another tunnel, and takes its stream.
+    async fn replaced(&mut self, lost: TunnelLost) -> Result<(), TunnelLost> {
+        let Some((link, _)) = &self.link else { return Err(lost) };
+        let link = link.clone();
+        loop {
+            let (next, epoch) = link.next_recv(lost.clone()).await?;
+            let counts = match next.state {
+                RecvState::Failed(_) => link.was_reset(epoch),
+                // What followed the head of the new stream was read with it.
+                _ => link.received(epoch, next.buffered.len() as u64),
+            };
+            if counts {
+                self.replace(*next);
+                self.link = Some((link, epoch));
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes the place of this half's stream on a tunnel that was lost.
+    fn replace(&mut self, mut next: Self) {
+        std::mem::swap(&mut self.stream, &mut next.stream);
+        self.buffered.unsplit(std::mem::take(&mut next.buffered));
+        if let RecvState::Failed(_) = &next.state {
+            self.state = std::mem::replace(&mut next.state, RecvState::Stopped);
+        }
+        next.state = RecvState::Stopped;
     }
 
     /// Lets the peer send `bytes` more on the tunnel until the result is dropped, because as many of
@@ -306,10 +449,19 @@ impl RecvHalf {
         }
     }
 
+    /// Has the half fail with this error from now on: the peer said so in another way.
+    pub(crate) fn fail(&mut self, error: ReadError) {
+        self.buffered.clear();
+        self.state = RecvState::Failed(error);
+    }
+
     /// Refuses the rest of the stream: what has arrived is dropped and the peer sees `code`.
     pub fn stop(&mut self, code: StreamCode) {
         if matches!(self.state, RecvState::Open) {
             self.state = RecvState::Stopped;
+            if let Some(next) = self.link.as_ref().and_then(|(link, _)| link.stop(code)) {
+                self.replace(*next);
+            }
             either!(RecvStream, &mut self.stream, stream => stream.stop(code));
         }
     }
@@ -327,9 +479,23 @@ impl RecvHalf {
             RecvState::Failed(fault) => return fault.clone(),
             RecvState::Stopped => return ReadError::Ended,
         }
-        let fault = match &mut self.stream {
-            RecvStream::Quic(stream) => stream.failed().await,
-            RecvStream::Qmux(stream) => Box::pin(stream.failed()).await,
+        let fault = loop {
+            let fault = match &mut self.stream {
+                RecvStream::Quic(stream) => stream.failed().await,
+                RecvStream::Qmux(stream) => Box::pin(stream.failed()).await,
+            };
+            let Some((link, epoch)) = &self.link else { break fault };
+            let lost = match fault {
+                ReadError::Lost(lost) => lost,
+                ReadError::Reset(_) if !link.was_reset(*epoch) => TunnelLost::TimedOut,
+                fault => break fault,
+            };
+            if let Err(lost) = Box::pin(self.replaced(lost)).await {
+                break ReadError::Lost(lost);
+            }
+            if let RecvState::Failed(error) = &self.state {
+                break error.clone();
+            }
         };
         self.state = RecvState::Failed(fault.clone());
         fault
@@ -339,6 +505,9 @@ impl RecvHalf {
 impl Drop for RecvHalf {
     fn drop(&mut self) {
         self.stop(StreamCode::ABANDONED);
+        if let Some((link, _)) = &self.link {
+            link.let_go();
+        }
     }
 }
 

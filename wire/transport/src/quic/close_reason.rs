@@ -25,8 +25,12 @@ impl CloseReason {
         Self { closed: Arc::default(), inbound }
     }
 
-    /// Closes the connection, and remembers the reason.
+    /// Closes the connection, and remembers the reason; without effect on one that has ended.
     pub(super) fn close(&self, connection: &quinn::Connection, code: CloseCode, reason: &str) {
+        // quinn would report this close to streams that notice the end later.
+        if connection.close_reason().is_some() {
+            return;
+        }
         // Only the first close counts, for the peer too.
         let _ = self.closed.set((code, reason.to_owned()));
         connection.close(code.as_u32().into(), reason.as_bytes());
