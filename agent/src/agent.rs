@@ -27,7 +27,7 @@ use crate::{
     metrics::AgentMetrics,
     operator::answers::Operated,
     readiness,
-    tunnels::{ServerTunnels, session::SessionContext},
+    tunnels::{ServerTunnels, session::SessionContext, sessions::Sessions},
 };
 
 /// Time for the connections to Konnectivity servers to close once their tunnels have ended.
@@ -109,6 +109,7 @@ impl Agent {
             memory,
             hedge_rate: config.tunnel.hedge_rate,
             keep_alive_interval: config.tunnel.transport.keep_alive_interval,
+            sessions: Sessions::new(config.tunnel.resume_timeout, metrics.resumption.clone()),
             drain_timeout: config.drain_timeout,
             uses_proxy: {
                 let ServersConfig { host, port, .. } = &config.servers;

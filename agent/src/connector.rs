@@ -259,6 +259,10 @@ impl<C: Connect> Connector<C> {
         self.tunnels.set_reported_count(count);
         let from = retired.as_ref().map_or("none", |retired| retired.tunnel.carrier().name());
         self.metrics.transport_switched(from, carrier.name(), reason);
+        // One that works keeps its streams.
+        if let Some(silent) = retired.as_ref().filter(|it| it.is_suspect() && joined.resumes()) {
+            silent.tunnel.close(CloseCode::UNRESPONSIVE, "the server does not answer on it");
+        }
         info!(
             %server_id, %address, transport = %carrier, from, reason, found_by, revision,
             "server connected",

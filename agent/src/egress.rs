@@ -16,15 +16,18 @@ use culvert_process::{
 };
 use culvert_transport::{
     RecvHalf, SendHalf, Tunnel,
+    resume::{SessionTunnel, Use},
     splice::{self, Backlog, Cut},
 };
 use culvert_wire::{
     ServerId, StreamCode,
     dial::{DialErrorKind, DialFailure, DialReply, DialRequest, DialTiming},
     extension::Extensions,
-    frame::{self, Message},
+    frame::{self, Frame, Message},
+    resume::ResumeRequest,
 };
 use tokio::time::{Instant, timeout};
+use tokio_util::task::TaskTracker;
 use tracing::{debug, field::display};
 
 pub(crate) use self::gate::Gate;
@@ -58,6 +61,10 @@ pub(crate) struct Origin {
     pub(crate) server_id: ServerId,
     /// The tunnel to it.
     pub(crate) tunnel: Tunnel,
+    /// The tunnel's place in the session with the server, if streams outlive it.
+    pub(crate) session: Option<Arc<SessionTunnel>>,
+    /// The tasks of the tunnel's streams.
+    pub(crate) streams: TaskTracker,
 }
 
 impl Egress {
@@ -85,7 +92,15 @@ impl Egress {
     /// Dropping the future resets the stream and the target's connection.
     pub(crate) async fn serve(&self, (mut send, mut recv): (SendHalf, RecvHalf), origin: Origin) {
         let arrived = Instant::now();
-        let request = match timeout(HEADER_TIMEOUT, read_request(&mut recv)).await {
+        let head = async { recv.read_frame(DialRequest::MAX_LEN).await };
+        let head = timeout(HEADER_TIMEOUT, head).await;
+        if let (Ok(Ok(frame)), Some(session)) = (&head, &origin.session)
+            && frame.kind == ResumeRequest::KIND
+        {
+            let used = Box::new(origin.streams.token());
+            return go_on(frame, session, (send, recv), used).await;
+        }
+        let request = match head.map(|head| request(&head.map_err(|error| error.to_string())?)) {
             Ok(Ok(request)) => request,
             Ok(Err(error)) => return refuse(send, recv, StreamCode::MALFORMED, &error),
             Err(_) => return refuse(send, recv, StreamCode::MALFORMED, "no dial request in time"),
@@ -94,6 +109,11 @@ impl Egress {
         let header_micros = DialTiming::micros(arrived.elapsed());
         let mut timing = DialTiming { header_micros, ..DialTiming::default() };
         let mut backlog = Backlog::new(&send);
+        // Before anything behind the request is read.
+        let mut kept = origin.session.as_ref().and_then(|session| session.keep(request.id));
+        if let Some(kept) = &mut kept {
+            kept.keep_received(&mut recv);
+        }
         let dialed = tokio::select! {
             dialed = self.dial(&request, &mut timing) => dialed,
             // The server gave up, so nothing is left to reply to.
@@ -125,6 +145,10 @@ impl Egress {
         if let Err(error) = send.write_chunk(reply).await {
             return debug!(dial = %request.id, %error, "the dial's reply was not sent");
         }
+        if let Some(kept) = kept.as_mut().filter(|_| target.is_some()) {
+            kept.keep_sent(&mut send);
+        }
+        drop(kept);
         match target {
             Some(target) => self.splice(&request, (target, backlog), (send, recv), origin).await,
             None => {
@@ -197,9 +221,25 @@ impl Egress {
     }
 }
 
-async fn read_request(recv: &mut RecvHalf) -> Result<DialRequest, String> {
-    let frame = recv.read_frame(DialRequest::MAX_LEN).await.map_err(|error| error.to_string())?;
+fn request(frame: &Frame) -> Result<DialRequest, String> {
     frame.message().map_err(|error| error.to_string())
+}
+
+/// Goes on with a stream of a tunnel that was lost.
+async fn go_on(
+    frame: &Frame,
+    session: &Arc<SessionTunnel>,
+    (send, recv): (SendHalf, RecvHalf),
+    used: Use,
+) {
+    let request: ResumeRequest = match frame.message() {
+        Ok(request) => request,
+        Err(error) => return refuse(send, recv, StreamCode::MALFORMED, &error.to_string()),
+    };
+    match session.answer(&request, (send, recv), used).await {
+        Ok(()) => debug!(dial = %request.id, "a stream goes on over another tunnel"),
+        Err(error) => debug!(dial = %request.id, %error, "a stream was not resumed"),
+    }
 }
 
 /// Completes when the server abandons a dial that has no reply yet, or when what it sent ahead is

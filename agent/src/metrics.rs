@@ -15,8 +15,8 @@ use std::{
 use culvert_process::{
     kubernetes,
     metrics::{
-        BuildError, Counted, Exposition, Kind, LiveCount, Metrics, PacketType, Segment, StreamEnds,
-        StreamErrors, StreamPackets,
+        BuildError, Counted, Exposition, Kind, LiveCount, Metrics, PacketType, ResumedStreams,
+        Segment, StreamEnds, StreamErrors, StreamPackets,
     },
 };
 use culvert_transport::{
@@ -124,6 +124,8 @@ pub struct AgentMetrics {
     memory: OnceLock<Arc<MemoryBudget>>,
     /// What tunnels have found out about the paths to servers.
     pub(crate) known_paths: Arc<KnownPaths>,
+    /// What became of streams whose tunnels were lost.
+    pub(crate) resumption: Arc<ResumedStreams>,
     /// Lookups of targets' names.
     pub(crate) target_lookups: LookupMetrics,
     /// Lookups of the servers' name.
@@ -209,6 +211,7 @@ impl AgentMetrics {
             udp_health: Arc::default(),
             memory: OnceLock::new(),
             known_paths: Arc::default(),
+            resumption: Arc::default(),
             stream_ends: StreamEnds::new(&metrics, STREAM_ENDS, DIRECTIONS),
             metrics,
         })
@@ -353,6 +356,7 @@ impl AgentMetrics {
                 exposition.memory("culvert_agent", memory);
             }
             exposition.resumptions("culvert_agent", &self.known_paths);
+            exposition.resumed_streams("culvert_agent", &self.resumption);
             let help = "Tunnels that others have replaced and that still have streams.";
             exposition.gauge(RETIRED, help, servers.retired());
             let pending = [&self.target_lookups, &self.server_lookups]

@@ -48,7 +48,7 @@ use crate::{
     },
     egress::{Egress, Gate, policy::Policy},
     metrics::AgentMetrics,
-    tunnels::session::SessionContext,
+    tunnels::{session::SessionContext, sessions::Sessions},
 };
 
 /// The configuration of `args`, with a CA file that could be used when it was checked.
@@ -79,6 +79,7 @@ pub(crate) fn context(token: Option<&str>) -> SessionContext {
         memory: MemoryBudget::new(0),
         hedge_rate: 0,
         keep_alive_interval: None,
+        sessions: Sessions::new(Duration::from_secs(30), Arc::default()),
         drain_timeout: Duration::from_secs(20),
         uses_proxy: false,
         draining: CancellationToken::new(),

@@ -6,6 +6,7 @@ mod quic_notes;
 mod server_set;
 mod server_tunnel;
 pub(crate) mod session;
+pub(crate) mod sessions;
 mod sweep;
 
 use std::{

@@ -20,6 +20,7 @@ mod join;
 mod konnectivity;
 pub(crate) mod listener;
 pub(crate) mod session;
+pub(crate) mod sessions;
 mod unadmitted;
 
 pub(crate) use context::AgentContext;

@@ -16,7 +16,7 @@ mod versions;
 
 use std::sync::{Arc, OnceLock, atomic::AtomicU64};
 
-use culvert_process::metrics::{BuildError, LiveCount, Metrics, StreamEnds};
+use culvert_process::metrics::{BuildError, LiveCount, Metrics, ResumedStreams, StreamEnds};
 use culvert_transport::{
     BufferSizes, Carrier, TunnelLost, UdpHealth, budget::MemoryBudget, congestion::KnownPaths,
     splice::Meter,
@@ -71,6 +71,8 @@ pub struct ServerMetrics {
     servers: OnceLock<Arc<ServerSet>>,
     /// What tunnels have found out about the paths to agents.
     pub(crate) known_paths: Arc<KnownPaths>,
+    /// What became of streams whose tunnels were lost.
+    pub(crate) resumption: Arc<ResumedStreams>,
     /// Bytes spliced in either direction.
     pub meter: Meter,
 }
@@ -108,6 +110,7 @@ impl ServerMetrics {
             memory: OnceLock::new(),
             servers: OnceLock::new(),
             known_paths: Arc::default(),
+            resumption: Arc::default(),
             stream_ends: StreamEnds::new(&metrics, STREAM_ENDS, DIRECTIONS),
             meter: Meter::default(),
             metrics,

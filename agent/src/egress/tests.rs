@@ -54,7 +54,12 @@ async fn serve_with((policy, audit): (Policy, bool), network: Scripted, head: By
         metrics: metrics.clone(),
         streams: LiveStreams::new(Side::Agent),
     };
-    let origin = Origin { server_id: "server".parse().unwrap(), tunnel: pair.agent.clone() };
+    let origin = Origin {
+        server_id: "server".parse().unwrap(),
+        tunnel: pair.agent.clone(),
+        session: None,
+        streams: TaskTracker::new(),
+    };
     let serving = culvert_transport::task::owned(async move { egress.serve(stream, origin).await });
     Served { send, recv, metrics, _serving: serving, _pair: pair }
 }

@@ -1,6 +1,6 @@
 //! One tunnel to a server, from hello to its end.
 
-use std::{convert::Infallible, mem, sync::Arc, time::Duration};
+use std::{collections::HashSet, convert::Infallible, mem, sync::Arc, time::Duration};
 
 use culvert_process::{
     metrics::{PacketType, Segment},
@@ -10,14 +10,16 @@ use culvert_transport::{
     BufferSizes, Carrier, Tunnel, TunnelLost,
     budget::{MemoryBudget, StreamRoom},
     control::{ControlError, ControlStream, Event},
+    resume::SessionTunnel,
     tls::Current,
 };
 use culvert_wire::{
-    AgentId, CloseCode, InstanceId, ServerId, StreamCode,
+    AgentId, CloseCode, InstanceId, StreamCode,
     bounded::Text,
     control::{ControlMessage, Drain, Goodbye, Hello, Renewal, Secret, ServerList, Welcome},
-    extension::Extensions,
+    extension::{Extensions, InvalidSession},
     identifiers::Identifiers,
+    resume::{self as wire, Received, Resumed, SessionInfo},
     version::{Features, REVISION},
 };
 use tokio::time::{Instant, sleep, timeout};
@@ -30,6 +32,7 @@ use crate::{
     tunnels::{
         KnownServers, Rank, ServerTunnel, ServerTunnels, Suspicion,
         liveness::{Liveness, Verdict},
+        sessions::Sessions,
     },
 };
 
@@ -41,6 +44,9 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time, beyond two round trips, for which a draining tunnel stays open without streams: the server
 /// may have sent a dial before it received the drain.
 const DRAIN_LINGER: Duration = Duration::from_millis(100);
+
+/// Maximum number of streams that a server names as those of one session.
+const MAX_RESUMED: usize = 64 * 1024;
 
 /// What all tunnels of one agent share.
 #[derive(Debug)]
@@ -63,6 +69,8 @@ pub(crate) struct SessionContext {
     pub(crate) hedge_rate: u32,
     /// Interval at which the carrier pings the server of an idle tunnel, if it does.
     pub(crate) keep_alive_interval: Option<Duration>,
+    /// The sessions with server processes.
+    pub(crate) sessions: Sessions,
     /// Time for streams to end once the agent drains.
     pub(crate) drain_timeout: Duration,
     /// Whether connections over TCP go through a proxy, whose address they have.
@@ -90,6 +98,9 @@ pub(crate) enum JoinError {
     /// The control stream failed.
     #[error(transparent)]
     Control(ControlError),
+    /// The welcome does not say in order which session the tunnel belongs to.
+    #[error(transparent)]
+    Session(InvalidSession),
     /// The server answered hello with another message.
     #[error("the server answered with another message than welcome")]
     NotWelcome,
@@ -110,7 +121,7 @@ impl JoinError {
     fn close_code(&self) -> CloseCode {
         match self {
             Self::Control(error) => error.close_code(),
-            Self::NotWelcome => CloseCode::PROTOCOL_VIOLATION,
+            Self::NotWelcome | Self::Session(_) => CloseCode::PROTOCOL_VIOLATION,
             Self::Lost(_) => CloseCode::ABANDONED,
         }
     }
@@ -122,7 +133,7 @@ impl JoinError {
             Self::Lost(lost) => matches!(lost, TunnelLost::ClosedByPeer { .. }),
             // Silence, which the path may cause.
             Self::Control(ControlError::Unresponsive(_) | ControlError::NotReading(_)) => false,
-            Self::Control(_) | Self::NotWelcome => true,
+            Self::Control(_) | Self::NotWelcome | Self::Session(_) => true,
         }
     }
 }
@@ -134,6 +145,8 @@ pub(crate) struct Joined {
     pub(crate) welcome: Welcome,
     /// Sizes of the UDP socket's kernel buffers; `None` over TCP.
     pub(crate) buffers: Option<BufferSizes>,
+    /// The session that the tunnel belongs to, if its streams outlive it.
+    resumable: Option<SessionInfo>,
     session: Session,
 }
 
@@ -175,7 +188,11 @@ pub(crate) async fn join(
     let control = ControlStream::new(tunnel.clone(), tunnel.open().await?);
     let mut session = Session { tunnel, control, token: context.token.clone() };
     let welcome = introduce(&mut session, context).await.map_err(refuse)?;
-    Ok(Joined { welcome, buffers, session })
+    let resumable = match context.sessions.are_on() && welcome.features.contains(Features::RESUME) {
+        true => welcome.extensions.session().map_err(JoinError::Session).map_err(refuse)?,
+        false => None,
+    };
+    Ok(Joined { welcome, buffers, resumable, session })
 }
 
 async fn introduce(session: &mut Session, context: &SessionContext) -> Result<Welcome, JoinError> {
@@ -185,7 +202,10 @@ async fn introduce(session: &mut Session, context: &SessionContext) -> Result<We
     let token = current.as_mut().map(|token| (*token.current()).clone());
     let hello = Hello {
         revision: REVISION,
-        features: Features::supported(),
+        features: match context.sessions.are_on() {
+            true => Features::supported(),
+            false => Features::supported().without(Features::RESUME),
+        },
         agent_id: context.agent_id.clone(),
         instance: context.instance,
         identifiers: context.identifiers.clone(),
@@ -232,30 +252,57 @@ impl Joined {
         &self.session.tunnel
     }
 
+    /// Whether the tunnel's streams outlive it.
+    pub(crate) fn resumes(&self) -> bool {
+        self.resumable.is_some()
+    }
+
     /// Serves the server's streams until the tunnel is lost, or until it has drained because the
     /// agent drains or a better tunnel replaced it. Returns why the tunnel ended.
     pub(crate) async fn serve(
-        mut self,
+        self,
         entry: &ServerTunnel,
         tunnels: &ServerTunnels,
         context: Arc<SessionContext>,
     ) -> TunnelLost {
-        let streams = TaskTracker::new();
+        let session = self.resumable.map(|info| {
+            context.sessions.enter(&entry.server_id, info, self.session.tunnel.clone())
+        });
+        let origin = Origin {
+            server_id: entry.server_id.clone(),
+            tunnel: entry.tunnel.clone(),
+            session: session.clone(),
+            streams: TaskTracker::new(),
+        };
+        let lost = self.serve_streams(entry, tunnels, &origin, context.clone()).await;
+        if let Some(session) = session {
+            context.sessions.leave(&session, &lost);
+        }
+        lost
+    }
+
+    async fn serve_streams(
+        mut self,
+        entry: &ServerTunnel,
+        tunnels: &ServerTunnels,
+        origin: &Origin,
+        context: Arc<SessionContext>,
+    ) -> TunnelLost {
         let Session { tunnel, control, token } = &mut self.session;
         let result = tokio::select! {
             biased;
             lost = tunnel.closed() => return lost,
-            result = watch_control((control, token), entry, tunnels, &context, &streams) => {
+            result = watch_control((control, token), entry, tunnels, &context, origin) => {
                 match result {
                     Err(error) => Err(error),
                 }
             }
-            lost = accept(tunnel, &entry.server_id, &context, &streams) => return lost,
+            lost = accept(origin, &context) => return lost,
             () = context.draining.cancelled() => Ok(DrainReason::AgentDrains),
             () = entry.retired() => Ok(DrainReason::Retired),
         };
         let result = match result {
-            Ok(reason) => self.drain(reason, entry, tunnels, &context, &streams).await,
+            Ok(reason) => self.drain(reason, entry, tunnels, &context, origin).await,
             Err(error) => Err(error),
         };
         if let Err(error) = result {
@@ -282,9 +329,9 @@ impl Joined {
         entry: &ServerTunnel,
         tunnels: &ServerTunnels,
         context: &Arc<SessionContext>,
-        streams: &TaskTracker,
+        origin: &Origin,
     ) -> Result<(), ControlError> {
-        let limit = context.drain_timeout;
+        let (limit, streams) = (context.drain_timeout, &origin.streams);
         let (announced, drained) = match reason {
             DrainReason::AgentDrains => (limit, (CloseCode::DONE, "the agent has drained")),
             DrainReason::Retired => {
@@ -309,13 +356,13 @@ impl Joined {
             };
             tokio::select! {
                 () = all_ended => Ok(Some(drained)),
-                result = watch_control((control, token), entry, tunnels, context, streams) => {
+                result = watch_control((control, token), entry, tunnels, context, origin) => {
                     match result {
                         Err(error) => Err(error),
                     }
                 }
                 // A dial that the server sent before it received the drain is still served.
-                _ = accept(tunnel, &entry.server_id, context, streams) => Ok(None),
+                _ = accept(origin, context) => Ok(None),
             }
         };
         let ended = tokio::select! {
@@ -341,8 +388,10 @@ async fn watch_control(
     entry: &ServerTunnel,
     tunnels: &ServerTunnels,
     context: &SessionContext,
-    streams: &TaskTracker,
+    origin: &Origin,
 ) -> Result<Infallible, ControlError> {
+    let (streams, session) = (&origin.streams, origin.session.as_ref());
+    let mut resumed = HashSet::new();
     let keep_alive = context.keep_alive_interval;
     let (carrier, stats) = (entry.tunnel.carrier(), entry.tunnel.stats());
     let mut liveness = Liveness::new(carrier, Instant::now(), &stats, keep_alive);
@@ -365,6 +414,22 @@ async fn watch_control(
                     let servers = context.accept_servers(&set.servers, &entry.tunnel);
                     tunnels.set_servers(entry, servers, set.server_count);
                 }
+                Event::Message(ControlMessage::Received(report)) => {
+                    let session = session.ok_or(ControlError::Unexpected)?.session();
+                    if !session.received(&report) {
+                        return Err(ControlError::Unexpected);
+                    }
+                }
+                Event::Message(ControlMessage::Resumed(Resumed { tunnel, streams, more })) => {
+                    let session = session.ok_or(ControlError::Unexpected)?.session();
+                    resumed.extend(streams.iter().copied());
+                    if resumed.len() > MAX_RESUMED {
+                        return Err(ControlError::Unexpected);
+                    }
+                    if !more {
+                        session.resumed(tunnel, &mem::take(&mut resumed));
+                    }
+                }
                 // A second welcome, or a hello from the wrong side.
                 Event::Message(_) => return Err(ControlError::Unexpected),
                 Event::Unreachable(_) => {
@@ -375,6 +440,14 @@ async fn watch_control(
             token = replaced(token) => {
                 debug!(server_id = %entry.server_id, "the server is sent the new token");
                 control.send(&ControlMessage::Renewal(Renewal { token })).await?;
+            }
+            report = next_report(session) => {
+                control.send(&ControlMessage::Received(report)).await?;
+            }
+            number = next_lost(session) => {
+                debug!(server_id = %entry.server_id, number, "streams of a lost tunnel are to go on");
+                let lost = wire::TunnelLost { tunnel: number };
+                control.send(&ControlMessage::TunnelLost(lost)).await?;
             }
             // The bridge to a Konnectivity server answers by itself; the kernel and HTTP/2's pings
             // watch its connection.
@@ -396,6 +469,22 @@ async fn watch_control(
     }
 }
 
+/// What the server is to be told of streams that it sends on; never without a session.
+async fn next_report(session: Option<&Arc<SessionTunnel>>) -> Received {
+    match session {
+        Some(session) => session.report().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The number of a lost tunnel whose streams are to go on over this one; never without a session.
+async fn next_lost(session: Option<&Arc<SessionTunnel>>) -> u64 {
+    match session {
+        Some(session) => session.next_lost().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Completes with the agent's token when that was replaced.
 async fn replaced(token: &mut Option<Current<Secret>>) -> Secret {
     match token {
@@ -409,12 +498,8 @@ async fn replaced(token: &mut Option<Current<Secret>>) -> Secret {
 
 /// Serves each stream in a task of its own, and raises the server's limit of streams as they are
 /// used.
-async fn accept(
-    tunnel: &Tunnel,
-    server_id: &ServerId,
-    context: &Arc<SessionContext>,
-    streams: &TaskTracker,
-) -> TunnelLost {
+async fn accept(origin: &Origin, context: &Arc<SessionContext>) -> TunnelLost {
+    let Origin { tunnel, streams, .. } = origin;
     let mut limit = FIRST_STREAM_LIMIT.min(context.max_streams);
     let room = StreamRoom::new(&context.memory, 0);
     loop {
@@ -434,7 +519,7 @@ async fn accept(
             tunnel.set_max_streams(limit);
         }
         let context = context.clone();
-        let origin = Origin { server_id: server_id.clone(), tunnel: tunnel.clone() };
+        let origin = origin.clone();
         streams.spawn(async move {
             context.egress.serve((send, recv), origin).await;
             drop(cost);

@@ -51,6 +51,7 @@ fn tunnels_lost(rig: &Running) -> String {
     rig.server.scrape().lines().filter(|line| line.contains("tunnels_lost_total{")).collect()
 }
 
+/// The server cannot know that the agent will not return, unless it is told not to wait.
 #[rstest]
 #[tokio::test]
 async fn an_agent_that_is_killed_while_streaming_ends_its_frontends_at_once(
@@ -58,7 +59,8 @@ async fn an_agent_that_is_killed_while_streaming_ends_its_frontends_at_once(
     #[values(Quic, Tcp)] carrier: Carrier,
 ) {
     within(async {
-        let rig = rig(frontend, carrier).agents(0).start().await.unwrap();
+        let rig = rig(frontend, carrier).agents(0).server_flag("--resume-timeout=0");
+        let rig = rig.start().await.unwrap();
         let mut process = agent_process(&rig, &[]).await;
         rig.until_joined(1).await.unwrap();
         let target = targets::echo().await.unwrap();
@@ -71,6 +73,30 @@ async fn an_agent_that_is_killed_while_streaming_ends_its_frontends_at_once(
         frontend.read_to_end().await.unwrap_err();
         assert!(killed.elapsed() < AT_ONCE, "{:?}", killed.elapsed());
         rig.until_joined(0).await.unwrap();
+        println!("{}", tunnels_lost(&rig));
+    })
+    .await;
+}
+
+#[rstest]
+#[tokio::test]
+async fn an_agent_that_is_started_again_ends_the_frontends_of_its_older_process_at_once(
+    #[values(ConnectTls, GrpcUnix)] frontend: FrontendKind,
+    #[values(Quic, Tcp)] carrier: Carrier,
+) {
+    within(async {
+        let rig = rig(frontend, carrier).agents(0).start().await.unwrap();
+        let mut process = agent_process(&rig, &[]).await;
+        rig.until_joined(1).await.unwrap();
+        let target = targets::echo().await.unwrap();
+        let mut frontend = rig.dial(target.address()).await.unwrap();
+        echo(&mut frontend, b"alive").await.unwrap();
+        process.signal(Signal::Kill).await.unwrap();
+        let killed = Instant::now();
+        let _ = frontend.write(b"?").await;
+        let _again = agent_process(&rig, &[]).await;
+        frontend.read_to_end().await.unwrap_err();
+        assert!(killed.elapsed() < AT_ONCE, "{:?}", killed.elapsed());
         println!("{}", tunnels_lost(&rig));
     })
     .await;

@@ -39,6 +39,7 @@ mod precheck;
 mod recipes;
 mod replicas;
 mod reset;
+mod resume;
 mod rotation;
 mod server_first;
 mod server_lifecycle;

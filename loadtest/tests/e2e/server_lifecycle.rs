@@ -55,7 +55,9 @@ async fn a_server_that_is_killed_ends_the_targets_and_the_agent_comes_back(
     #[values(Quic, Tcp)] carrier: Carrier,
 ) {
     within(async {
-        let Pair { mut deployment, mut agent } = Pair::start(carrier, &[]).await;
+        // The agent cannot know that the server will not return, unless it is told not to wait.
+        let flags = ["--resume-timeout=0"];
+        let Pair { mut deployment, mut agent } = Pair::start(carrier, &flags).await;
         let (_frontend, mut socket, _target) = deployment.both_ends().await;
         deployment.server().kill().await.unwrap();
         let killed = Instant::now();

@@ -215,17 +215,17 @@ async fn a_tunnel_whose_udp_is_dropped_later_is_replaced_by_one_over_tcp() {
         let target = targets::echo().await.unwrap();
         let mut old = used(&behind.rig, &target).await;
         behind.path.set_udp_passes(false);
-        old.write(b"lost").await.unwrap();
-        timeout(IDLE_TIMEOUT, behind.until(Tunnels { tcp: 1, quic: 1 })).await.unwrap();
+        old.write(b"late").await.unwrap();
+        timeout(IDLE_TIMEOUT, behind.until(Tunnels { tcp: 1, quic: 0 })).await.unwrap();
         let new = used(&behind.rig, &target).await;
         behind.until_switched("quic", "tcp", "quic_silent").await;
-        // The old one has no peer any more: its frontends are cut off and do not hang.
-        behind.until(Tunnels { tcp: 1, quic: 0 }).await;
-        old.read_to_end().await.unwrap();
+        // Its streams go on over the new one, and nothing of them is lost.
+        assert_eq!(old.read_count(4).await.unwrap(), b"late");
+        echo(&mut old, b"and more").await.unwrap();
         // When UDP passes again, the agent goes back to QUIC.
         behind.path.set_udp_passes(true);
         behind.until(Tunnels { tcp: 1, quic: 1 }).await;
-        drop(new);
+        drop((old, new));
         behind.until(Tunnels { tcp: 0, quic: 1 }).await;
     })
     .await;
@@ -238,7 +238,7 @@ async fn a_tunnel_whose_udp_is_refused_later_is_replaced_by_one_over_tcp() {
         let target = targets::echo().await.unwrap();
         let mut old = used(&behind.rig, &target).await;
         behind.path.refuse_udp();
-        let _ = old.write(b"refused").await;
+        old.write(b"late").await.unwrap();
         // Meanwhile no dial fails, on either tunnel.
         let replaced = timeout(IDLE_TIMEOUT, behind.until(Tunnels { tcp: 1, quic: 0 }));
         let dials = async {
@@ -250,6 +250,7 @@ async fn a_tunnel_whose_udp_is_refused_later_is_replaced_by_one_over_tcp() {
             replaced = replaced => replaced.unwrap(),
             () = dials => {}
         }
+        assert_eq!(old.read_count(4).await.unwrap(), b"late");
         used(&behind.rig, &target).await;
     })
     .await;

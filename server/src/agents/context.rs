@@ -6,7 +6,7 @@ use culvert_transport::{Settings, budget::MemoryBudget};
 use culvert_wire::ServerId;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{admission::Authenticator, unadmitted::UnadmittedTable};
+use super::{admission::Authenticator, sessions::Sessions, unadmitted::UnadmittedTable};
 use crate::{
     backends::Backends, config::ExpireAgents, metrics::ServerMetrics, server_set::ServerSet,
 };
@@ -34,6 +34,8 @@ pub(crate) struct AgentContext {
     pub(crate) memory: Arc<MemoryBudget>,
     /// Bytes per second that one tunnel may send a second time.
     pub(crate) hedge_rate: u32,
+    /// The sessions of agents' processes.
+    pub(crate) sessions: Sessions,
     /// Time for which draining tunnels are kept.
     pub(crate) drain_timeout: Duration,
     /// Which agents lose their tunnel when their proof has expired.

@@ -12,6 +12,7 @@ use culvert_wire::{
     bounded::Text,
     control::{ControlMessage, Hello, ServerList, ServerSet, Welcome},
     extension::{Extensions, UnknownExtension},
+    resume::SessionInfo,
     version::{Features, REVISION},
 };
 use tokio::sync::watch;
@@ -325,6 +326,7 @@ async fn introduce(
     let peer = (&claims.agent_id, claims.identity.to_string());
     tunnel.resume(context.metrics.known_paths.to(peer));
     let (welcome, servers) = welcome(&hello, context);
+    let session = welcome.extensions.session().ok().flatten();
     if welcome.features.contains(Features::HEDGE) {
         let repairs = welcome.features.contains(Features::REPAIR);
         tunnel.hedge(context.hedge_rate, repairs);
@@ -332,8 +334,12 @@ async fn introduce(
     let welcome = ControlMessage::Welcome(Box::new(welcome));
     attempt.within(async { Ok(control.send(&welcome).await?) }).await?;
     let token = authenticated.take_token();
+    let carrier = tunnel.clone();
     let backend = Backend::new(tunnel, hello, claims, context.max_streams);
-    Ok((backend.with_token(token), servers))
+    let session = session.map(|SessionInfo { tunnel: number, .. }| {
+        context.sessions.enter(&backend.process(), carrier, number)
+    });
+    Ok((backend.with_token(token).with_session(session), servers))
 }
 
 /// What the agent may say about itself.
@@ -406,7 +412,12 @@ async fn admit(
 
 /// The welcome of an agent, and the changes of what it says about servers.
 fn welcome(hello: &Hello, context: &AgentContext) -> (Welcome, SetChanges) {
-    let features = hello.features.intersection(Features::supported());
+    let mut offered = Features::supported();
+    if !context.sessions.are_on() {
+        offered = offered.without(Features::RESUME);
+    }
+    let features = hello.features.intersection(offered);
+    let session = features.contains(Features::RESUME).then(|| context.sessions.introduce());
     let mut changes =
         features.contains(Features::SERVER_SET).then(|| context.server_set.subscribe());
     let set = changes.as_mut().map(|changes| changes.borrow_and_update().clone());
@@ -421,7 +432,10 @@ fn welcome(hello: &Hello, context: &AgentContext) -> (Welcome, SetChanges) {
         server_count,
         servers,
         max_streams: context.max_streams,
-        extensions: Extensions::of_welcome(&Text::truncated(software("culvert-server")), None),
+        extensions: Extensions::of_welcome(
+            &Text::truncated(software("culvert-server")),
+            session.as_ref(),
+        ),
     };
     (welcome, changes)
 }

@@ -12,13 +12,18 @@ use culvert_process::{
 use culvert_transport::{
     Tunnel, TunnelLost,
     control::{ControlError, ControlStream},
+    resume::Resumption,
 };
 use culvert_wire::{
     CloseCode,
     bounded::Text,
     control::{ControlMessage, Drain, Goodbye, Renewal, ServerSet},
+    resume::{self as wire, Received, Resumed},
 };
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, timeout, timeout_at},
+};
 use tracing::{debug, info, warn};
 
 use self::renewal::ProofKeeper;
@@ -69,6 +74,9 @@ async fn serve_joined(Joined { backend, control, servers }: Joined, context: &Ag
         Err(error) => {
             let error = join::not_registered(&backend.claims, error);
             backend.tunnel.close(error.close_code(), error.close_reason());
+            if let Some(session) = backend.session() {
+                session.leave(&backend.tunnel.closed().await);
+            }
             return join::record_failure(remote, &error, context);
         }
     };
@@ -99,7 +107,14 @@ async fn serve_joined(Joined { backend, control, servers }: Joined, context: &Ag
     context.unadmitted.remember(backend.tunnel.remote_address().ip());
     match met_again {
         true => debug!(%agent_id, %remote, "an agent met this server again"),
-        false => info!(%agent_id, %remote, reason = %lost, cut, "agent gone"),
+        false => info!(%agent_id, %remote, reason = %lost, open = cut, "agent gone"),
+    }
+    if let Some(session) = backend.session() {
+        let process = backend.process();
+        tokio::select! {
+            () = context.sessions.leave(&process, session, &lost) => {}
+            () = context.closing.cancelled() => session.session().end(&lost),
+        }
     }
 }
 
@@ -141,7 +156,7 @@ fn record_conflicts(backend: &Backend, held: &[String], context: &AgentContext) 
 /// Runs the control stream until the tunnel is lost; why it was, and the number of streams that were
 /// open then.
 async fn drive(
-    backend: &Backend,
+    backend: &Arc<Backend>,
     mut control: ControlStream,
     watched: (ProofKeeper<'_>, SetChanges),
     context: &AgentContext,
@@ -176,12 +191,13 @@ async fn drive(
 /// Answers the agent's messages, asks a suspected agent whether it is alive, and sends the server's
 /// drain and changes of the set of servers. Ends with an error, or when the backend was dismissed and its streams have ended.
 async fn converse(
-    backend: &Backend,
+    backend: &Arc<Backend>,
     control: &mut ControlStream,
     (mut proof, mut servers): (ProofKeeper<'_>, SetChanges),
     context: &AgentContext,
 ) -> Result<Dismissal, ControlError> {
     let mut drain_sent = false;
+    let mut resuming = JoinSet::new();
     // The agent may repeat both as often as it likes.
     let (mut has_drained, mut has_left) = (false, false);
     let mut leaving: Option<(Dismissal, Instant)> = None;
@@ -202,12 +218,32 @@ async fn converse(
                     }
                 }
                 ControlMessage::Renewal(Renewal { token }) => proof.renew(token),
+                ControlMessage::Received(report) => {
+                    let session = backend.session().ok_or(ControlError::Unexpected)?;
+                    if !session.session().received(&report) {
+                        return Err(ControlError::Unexpected);
+                    }
+                }
+                ControlMessage::TunnelLost(wire::TunnelLost { tunnel }) => {
+                    let session = backend.session().ok_or(ControlError::Unexpected)?;
+                    session.on_peer_lost(tunnel);
+                }
                 // A second introduction, or a message that only servers send.
                 _ => return Err(ControlError::Unexpected),
             },
             set = changed(&mut servers) => {
                 control.send(&ControlMessage::ServerSet(Box::new(set))).await?;
             }
+            report = next_report(backend) => {
+                control.send(&ControlMessage::Received(report)).await?;
+            }
+            (messages, resumptions) = next_to_resume(backend) => {
+                for message in messages {
+                    control.send(&ControlMessage::Resumed(message)).await?;
+                }
+                resumptions.into_iter().for_each(|it| resume(it, backend, &mut resuming));
+            }
+            Some(_) = resuming.join_next() => {}
             () = backend.suspected() => control.ask(SUSPECT_LIMIT).await?,
             () = context.draining.cancelled(), if !drain_sent => {
                 drain_sent = true;
@@ -228,6 +264,36 @@ async fn converse(
             dismissal = emptied(backend, leaving) => return Ok(dismissal),
         }
     }
+}
+
+/// What the agent is to be told of streams that it sends on; never without a session.
+async fn next_report(backend: &Backend) -> Received {
+    match backend.session() {
+        Some(session) => session.report().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The streams of a lost tunnel that go on over this one, and the messages that name them; never
+/// without a session.
+async fn next_to_resume(backend: &Backend) -> (Vec<Resumed>, Vec<Resumption>) {
+    match backend.session() {
+        Some(session) => session.next_to_resume().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Goes on with a stream over the backend's tunnel. Without a permit it waits for another tunnel.
+fn resume(resumption: Resumption, backend: &Arc<Backend>, resuming: &mut JoinSet<()>) {
+    let Some(permit) = backend.permit() else { return };
+    let agent_id = backend.agent_id().clone();
+    resuming.spawn(async move {
+        let dial = resumption.id();
+        match resumption.run(Box::new(permit)).await {
+            Ok(()) => debug!(%dial, %agent_id, "a stream goes on over another tunnel"),
+            Err(error) => debug!(%dial, %agent_id, %error, "a stream was not resumed"),
+        }
+    });
 }
 
 /// Completes with the set of servers when it has changed; never for an agent that does not use it.

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use culvert_transport::{Carrier, Tunnel};
+use culvert_transport::{Carrier, Tunnel, resume::SessionTunnel};
 use culvert_wire::{
     AgentId, InstanceId, bounded::Text, control::Hello, identifiers::Identifiers, version::Features,
 };
@@ -44,9 +44,19 @@ pub(crate) struct Process {
 }
 
 impl Process {
+    /// The agent's name.
+    pub(crate) fn agent_id(&self) -> &AgentId {
+        &self.agent_id
+    }
+
+    /// Whether the agent of this process may take the place of `older`, whichever its process.
+    pub(crate) fn replaces(&self, older: &Self) -> bool {
+        self.agent_id == older.agent_id && self.identity.may_replace(&older.identity)
+    }
+
     /// Whether a tunnel of this process may be one of `older` too: it has the same identity, or the
     /// same one with more proof.
-    pub(super) fn continues(&self, older: &Self) -> bool {
+    pub(crate) fn continues(&self, older: &Self) -> bool {
         (&self.agent_id, self.instance) == (&older.agent_id, older.instance)
             && self.identity.may_replace(&older.identity)
     }
@@ -93,6 +103,8 @@ pub struct Backend {
     renews: bool,
     /// Notified when the last open stream has ended.
     emptied: Notify,
+    /// The tunnel's place in the session of its process, if the agent resumes streams.
+    session: Option<Arc<SessionTunnel>>,
 }
 
 impl Backend {
@@ -124,7 +136,19 @@ impl Backend {
             token: Mutex::default(),
             renews: hello.features.contains(Features::RENEWAL),
             emptied: Notify::new(),
+            session: None,
         }
+    }
+
+    /// The same, whose streams outlive its tunnel.
+    #[must_use]
+    pub(crate) fn with_session(self, session: Option<Arc<SessionTunnel>>) -> Self {
+        Self { session, ..self }
+    }
+
+    /// The tunnel's place in the session of its process, if the agent resumes streams.
+    pub(crate) fn session(&self) -> Option<&Arc<SessionTunnel>> {
+        self.session.as_ref()
     }
 
     /// The same, of an agent that was admitted with this token.

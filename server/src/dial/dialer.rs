@@ -214,7 +214,12 @@ impl Dialer {
             let reply = pending.exchange(backend, &request, dial.deadline).await?;
             self.metrics.flow.packet(Segment::FromAgent, PacketType::DialRsp);
             reply.outcome?;
-            Ok((pending.into_stream(), Reply::Received(reply.timing)))
+            let (mut send, mut recv) = pending.into_stream();
+            if let Some(mut kept) = backend.session().and_then(|session| session.keep(request.id)) {
+                kept.keep_sent(&mut send);
+                kept.keep_received(&mut recv);
+            }
+            Ok(((send, recv), Reply::Received(reply.timing)))
         };
         let (stream, reply) = suspecting(backend, exchange).await.map_err(|error| match error {
             DialError::TimedOut(None) => {
@@ -234,14 +239,20 @@ impl Dialer {
         let mut pending = until(dial.deadline, PendingStream::open(&permit)).await?;
         self.metrics.flow.packet(Segment::ToAgent, PacketType::DialReq);
         pending.send(backend, &request, dial.deadline).await?;
+        let (mut send, recv) = pending.into_stream();
+        let mut kept = backend.session().and_then(|session| session.keep(request.id));
+        if let Some(kept) = &mut kept {
+            kept.keep_sent(&mut send);
+        }
         let expected = ExpectedReply {
             dialer: self.clone(),
             backend: backend.clone(),
             target: dial.target().clone(),
             deadline: dial.deadline,
+            kept,
             _pending: (self.metrics.dial_pending(), backend.dial_pending()),
         };
-        let (stream, reply) = (pending.into_stream(), Reply::Expected(Box::new(expected)));
+        let (stream, reply) = ((send, recv), Reply::Expected(Box::new(expected)));
         let DialRequest { id, trace, target, kind, .. } = request;
         let cost = dial.cost.clone();
         Ok(Dialed { id, trace, target, kind, stream, permit, cost, reply })

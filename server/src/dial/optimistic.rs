@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use culvert_process::metrics::{Counted, PacketType, Segment};
-use culvert_transport::{RecvHalf, splice::Cut};
+use culvert_transport::{RecvHalf, resume::KeptStream, splice::Cut};
 use culvert_wire::{StreamCode, Target};
 use tokio::time::Instant;
 
@@ -22,6 +22,8 @@ pub(crate) struct ExpectedReply {
     pub(super) backend: Arc<Backend>,
     pub(super) target: Target,
     pub(super) deadline: Deadline,
+    /// Keeps what is received behind the reply, if the stream outlives its tunnel.
+    pub(super) kept: Option<KeptStream>,
     /// The dial counts as pending until the reply is here.
     pub(super) _pending: (Counted, PendingDial),
 }
@@ -32,7 +34,7 @@ impl ExpectedReply {
     /// # Errors
     /// When it is negative or malformed, or does not come before the deadline.
     pub(super) async fn take(self, recv: &mut RecvHalf) -> Result<(), Cut> {
-        let Self { dialer, backend, target, deadline, .. } = self;
+        let Self { dialer, backend, target, deadline, kept, .. } = self;
         let started = Instant::now();
         let reply = until(deadline, read_reply(&backend, recv));
         let result = suspecting(&backend, reply).await.and_then(|reply| {
@@ -41,6 +43,11 @@ impl ExpectedReply {
         });
         dialer.record(&target, Some(&backend), started, &result);
         dialer.metrics.optimistic_dial(result.is_ok());
+        if result.is_ok()
+            && let Some(mut kept) = kept
+        {
+            kept.keep_received(recv);
+        }
         result.map_err(cut)
     }
 }

@@ -44,6 +44,7 @@ impl ServerMetrics {
                 exposition.memory("culvert_server", memory);
             }
             exposition.resumptions("culvert_server", &self.known_paths);
+            exposition.resumed_streams("culvert_server", &self.resumption);
             if let Some(servers) = self.servers.get() {
                 let counts = servers.counts().into_iter();
                 let rows = counts.map(|(state, count)| (vec![("address", state.into())], count));

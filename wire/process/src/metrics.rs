@@ -19,11 +19,13 @@ mod durations;
 mod exposition;
 mod go_number;
 mod packets;
+mod resumed;
 mod streams;
 
 pub use durations::Durations;
 pub use exposition::{Exposition, Kind, Labels, TunnelRow};
 pub use packets::{PacketType, Segment, StreamErrors, StreamPackets};
+pub use resumed::ResumedStreams;
 pub use streams::{Counted, LiveCount, StreamEnds};
 
 /// Whether a port cannot be listened on, by the listener's name.

@@ -77,6 +77,11 @@ pub struct TunnelFlags {
     #[arg(long, value_name = "SIZE", default_value_t = ByteSize(DEFAULT_HEDGE_RATE.into()))]
     pub(crate) hedge_rate: ByteSize,
 
+    /// Time for which the streams of a lost tunnel wait for another one between the same processes;
+    /// 0 cuts them at once. Both sides have this limit, and the shorter one applies
+    #[arg(long, value_name = "DURATION", default_value_t = go_duration(DEFAULT_RESUME_TIMEOUT))]
+    pub resume_timeout: GoDuration,
+
     /// Key exchange of TLS between server and agent (older name: --tls-kx)
     #[arg(long, alias = "tls-kx", value_name = "KIND", value_enum, default_value_t)]
     pub tls_key_exchange: KeyExchangeFlag,
@@ -141,6 +146,8 @@ pub struct TunnelConfig {
     pub memory_limit: u64,
     /// Bytes per second and tunnel that may be sent a second time, up to 1 GiB; 0 sends none.
     pub hedge_rate: u32,
+    /// Time for which streams wait for another tunnel; zero cuts them at once.
+    pub resume_timeout: Duration,
     /// Key exchange groups to offer.
     pub key_exchange: KeyExchange,
 }
@@ -161,6 +168,8 @@ const MAX_SIZE: u64 = 1 << 30;
 const MTU_RANGE: std::ops::RangeInclusive<i64> = 1200..=65527;
 /// Default of `--hedge-rate`, in bytes per second.
 const DEFAULT_HEDGE_RATE: u32 = 512 << 10;
+/// Default of `--resume-timeout`.
+const DEFAULT_RESUME_TIMEOUT: Duration = Duration::from_secs(30);
 
 // The carrier's own defaults, in the types of the flags.
 
@@ -195,6 +204,7 @@ impl Default for TunnelConfig {
             transport: Settings::default(),
             memory_limit: memory_limit::default_limit(),
             hedge_rate: DEFAULT_HEDGE_RATE,
+            resume_timeout: DEFAULT_RESUME_TIMEOUT,
             key_exchange: KeyExchangeFlag::default().into(),
         }
     }
@@ -268,7 +278,9 @@ impl TunnelFlags {
             ..Settings::default()
         };
         let key_exchange = self.tls_key_exchange.into();
-        let tunnel = TunnelConfig { transport, memory_limit, hedge_rate, key_exchange };
+        let resume_timeout = faults.duration("resume-timeout", self.resume_timeout);
+        let tunnel =
+            TunnelConfig { transport, memory_limit, hedge_rate, resume_timeout, key_exchange };
         (tunnel, LogConfig { format: self.log_format, verbosity: self.klog.v, file })
     }
 
@@ -352,6 +364,7 @@ mod tests {
             "--gso=off",
             "--congestion=cubic",
             "--hedge-rate=1Mi",
+            "--resume-timeout=5s",
             "--tls-key-exchange=classical",
             "--log-format=json",
             "-v=8",
@@ -371,6 +384,7 @@ mod tests {
             transport,
             memory_limit: 32 << 20,
             hedge_rate: 1 << 20,
+            resume_timeout: Duration::from_secs(5),
             key_exchange: KeyExchange::Classic,
         };
         assert_eq!(tunnel, expected);

@@ -63,7 +63,7 @@ pub struct LiveStream {
     pub target: Target,
     /// Purpose of the connection, if the request hinted at one.
     pub kind: StreamKind,
-    /// The tunnel that carries it.
+    /// The tunnel that carried it first.
     pub tunnel: Tunnel,
     /// How far it has come.
     pub progress: Arc<Progress>,
@@ -98,7 +98,7 @@ impl LiveStreams {
     pub fn by_tunnel(&self) -> HashMap<usize, usize> {
         let mut counts = HashMap::new();
         for stream in self.streams.lock().by_age.values() {
-            *counts.entry(stream.tunnel.key()).or_default() += 1;
+            *counts.entry(stream.current_tunnel().key()).or_default() += 1;
         }
         counts
     }
@@ -129,11 +129,12 @@ impl LiveStreams {
         let mut list = StreamList { total, streams: Vec::new(), tunnels: Vec::new() };
         let mut numbers = HashMap::new();
         for stream in listed {
-            let tunnel = *numbers.entry(stream.tunnel.key()).or_insert_with(|| {
-                list.tunnels.push(TunnelEntry::of(&stream.tunnel));
+            let tunnel = stream.current_tunnel();
+            let number = *numbers.entry(tunnel.key()).or_insert_with(|| {
+                list.tunnels.push(TunnelEntry::of(&tunnel));
                 list.tunnels.len() - 1
             });
-            list.streams.push(stream.entry(self.side, tunnel));
+            list.streams.push(stream.entry(self.side, &tunnel, number));
         }
         list
     }
@@ -178,9 +179,10 @@ pub struct StreamEntry {
     pub bytes_from_target: u64,
     /// Class of what this process sends: `interactive`, `short` or `bulk`.
     pub class: String,
-    /// What the direction into the tunnel waits for: `input`, `memory`, `output`; or `ended`.
+    /// What the direction into the tunnel waits for: `input`, `memory`, `output`, or `tunnel` where that
+    /// was lost; or `ended`.
     pub sending: String,
-    /// What the direction out of the tunnel waits for: `input`, `output`; or `ended`.
+    /// What the direction out of the tunnel waits for: `input`, `output`, `tunnel`; or `ended`.
     pub receiving: String,
     /// Position of its tunnel in the list of tunnels.
     pub tunnel: usize,
@@ -216,7 +218,12 @@ impl TunnelEntry {
 }
 
 impl LiveStream {
-    fn entry(&self, side: Side, tunnel: usize) -> StreamEntry {
+    /// The tunnel that carries it now, or did last.
+    fn current_tunnel(&self) -> Tunnel {
+        self.progress.tunnel().unwrap_or_else(|| self.tunnel.clone())
+    }
+
+    fn entry(&self, side: Side, tunnel: &Tunnel, number: usize) -> StreamEntry {
         let progress = &self.progress;
         let (to_target, from_target) = match side {
             Side::Server => (progress.to_tunnel(), progress.from_tunnel()),
@@ -232,14 +239,14 @@ impl LiveStream {
             peer: self.peer.clone(),
             target: self.target.to_string(),
             kind: self.kind.name().to_owned(),
-            carrier: self.tunnel.carrier().to_string(),
+            carrier: tunnel.carrier().to_string(),
             age_seconds: self.since.elapsed().as_secs_f64(),
             bytes_to_target: to_target,
             bytes_from_target: from_target,
             class: class.to_owned(),
             sending: step(progress.sending()),
             receiving: step(progress.receiving()),
-            tunnel,
+            tunnel: number,
         }
     }
 }
@@ -249,6 +256,7 @@ fn step(step: Step) -> String {
         Step::Input => "input",
         Step::Memory => "memory",
         Step::Output => "output",
+        Step::Tunnel => "tunnel",
         Step::Ended => "ended",
     };
     name.to_owned()

@@ -156,6 +156,7 @@ fn is_congested(
 /// What a stream waits for, the reason that an operator can change first.
 fn waits_for(stream: &StreamEntry, congested: Option<bool>, side: Side) -> &'static str {
     match (stream.sending.as_str(), stream.receiving.as_str(), side) {
+        ("tunnel", ..) | (_, "tunnel", _) => "another tunnel",
         ("memory", ..) => "memory budget",
         (_, "output", Side::Server) => "client to read",
         (_, "output", Side::Agent) => "target to read",
@@ -280,6 +281,7 @@ mod tests {
             (0, "input", "output", Side::Server, "client to read"),
             (0, "input", "output", Side::Agent, "target to read"),
             (0, "input", "input", Side::Agent, "data"),
+            (0, "tunnel", "tunnel", Side::Server, "another tunnel"),
             (0, "ended", "ended", Side::Agent, "its end"),
         ] {
             assert_eq!(waits(sent, sending, receiving, side), expected);
