@@ -4,7 +4,10 @@ use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
     fmt,
     pin::pin,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -62,6 +65,9 @@ pub struct Session {
     links: Mutex<HashMap<DialId, Arc<Link>>>,
     /// Those that live, in the order in which they joined.
     tunnels: Mutex<Vec<Arc<SessionTunnel>>>,
+    /// Number of changes after which streams may wait for a tunnel, or the peer for an answer. Tasks
+    /// look again only after one: they come by with each message, and there may be many streams.
+    changes: AtomicU64,
     /// Lost tunnels of which the peer has asked what goes on.
     asked: Mutex<HashSet<u64>>,
     /// Notified when tunnels joined or left, or the peer asked.
@@ -76,6 +82,7 @@ impl Session {
             observer,
             links: Mutex::default(),
             tunnels: Mutex::default(),
+            changes: AtomicU64::new(0),
             asked: Mutex::default(),
             changed: Notify::new(),
         })
@@ -98,13 +105,20 @@ impl Session {
             tunnel,
             number,
             lost: OnceLock::new(),
+            looked_at: AtomicU64::new(0),
             reports: Mutex::default(),
             is_due: Notify::new(),
             announced: Mutex::default(),
         });
         self.tunnels.lock().push(joined.clone());
-        self.changed.notify_waiters();
+        self.change();
         joined
+    }
+
+    /// Has the tasks of the tunnels look for streams that wait.
+    fn change(&self) {
+        self.changes.fetch_add(1, Ordering::AcqRel);
+        self.changed.notify_waiters();
     }
 
     /// Number of tunnels that live.
@@ -223,6 +237,8 @@ pub struct SessionTunnel {
     number: u64,
     /// Why the tunnel was lost, once it was.
     lost: OnceLock<&'static str>,
+    /// The session's number of changes when this tunnel's task last found nothing to do.
+    looked_at: AtomicU64,
     reports: Mutex<Reports>,
     is_due: Notify,
     /// Lost tunnels of which this side has asked the peer on this one.
@@ -255,10 +271,17 @@ impl SessionTunnel {
 
     /// Keeps a stream of this tunnel, under the id of its dial; `None` if another stream has the id.
     pub fn keep(self: &Arc<Self>, id: DialId) -> Option<KeptStream> {
-        let mut links = self.session.links.lock();
-        let Entry::Vacant(vacant) = links.entry(id) else { return None };
         let link = Link::new(id, Arc::downgrade(&self.session), self.clone());
-        vacant.insert(link.clone());
+        match self.session.links.lock().entry(id) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(link.clone());
+            }
+            Entry::Occupied(_) => return None,
+        }
+        if self.lost.get().is_some() {
+            // The tunnel was lost before the stream was there.
+            self.session.change();
+        }
         Some(KeptStream { link, is_sent: false, is_received: false })
     }
 
@@ -266,7 +289,7 @@ impl SessionTunnel {
     pub fn leave(&self, lost: &TunnelLost) {
         let _ = self.lost.set(lost.label());
         self.session.tunnels.lock().retain(|tunnel| tunnel.number != self.number);
-        self.session.changed.notify_waiters();
+        self.session.change();
     }
 
     /// Gives up the tunnel with this number, because the peer has. Its streams go on over the newest
@@ -278,7 +301,7 @@ impl SessionTunnel {
             asked.insert(number);
         }
         drop(asked);
-        self.session.changed.notify_waiters();
+        self.session.change();
     }
 
     /// Why the tunnel was lost; or else how it is closed because the peer has given it up.
@@ -356,7 +379,8 @@ impl SessionTunnel {
         loop {
             let mut changed = pin!(self.session.changed.notified());
             changed.as_mut().enable();
-            if self.is_newest() {
+            let changes = self.session.changes.load(Ordering::Acquire);
+            if self.looked_at.load(Ordering::Relaxed) != changes && self.is_newest() {
                 let waiting = self.session.waiting();
                 let mut announced = self.announced.lock();
                 let lost = waiting.iter().map(|link| link.tunnel().number);
@@ -364,6 +388,7 @@ impl SessionTunnel {
                     announced.insert(lost);
                     return lost;
                 }
+                self.looked_at.store(changes, Ordering::Relaxed);
             }
             changed.await;
         }
@@ -378,9 +403,12 @@ impl SessionTunnel {
         loop {
             let mut changed = pin!(self.session.changed.notified());
             changed.as_mut().enable();
-            if self.is_newest()
-                && let Some((number, links)) = self.take_lost()
-            {
+            let changes = self.session.changes.load(Ordering::Acquire);
+            if self.looked_at.load(Ordering::Relaxed) == changes || !self.is_newest() {
+                changed.await;
+                continue;
+            }
+            if let Some((number, links)) = self.take_lost() {
                 let begin = |link: Arc<Link>| {
                     let (epoch, received) = link.leave(self);
                     Resumption { tunnel: self.clone(), link, epoch, received }
@@ -390,6 +418,7 @@ impl SessionTunnel {
                 let ids: Vec<_> = self.session.links.lock().keys().copied().collect();
                 return (messages(number, &ids), resumptions);
             }
+            self.looked_at.store(changes, Ordering::Relaxed);
             changed.await;
         }
     }

@@ -497,3 +497,24 @@ async fn what_the_peer_has_reported_is_retained_no_longer() {
     sleep(Duration::from_secs(1)).await;
     assert_eq!((live.load(Ordering::Relaxed), *read.lock()), (0, 5_000_000));
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_is_kept_after_its_tunnel_was_lost_is_resumed() {
+    let (dialed, _of_agent) = unbounded_channel();
+    let world = World::new(dialed);
+    let settings = Settings::default();
+    let tunnel = async || {
+        let pair = Pair::new(Peer::local(Carrier::Tcp), &settings, &settings).await;
+        pair.unwrap().server
+    };
+    let first = world.server.join(tunnel().await, 1);
+    let second = world.server.join(tunnel().await, 2);
+    let moment = Duration::from_millis(1);
+    timeout(moment, second.next_to_resume()).await.unwrap_err();
+    first.leave(&TunnelLost::TimedOut);
+    timeout(moment, second.next_to_resume()).await.unwrap_err();
+    let _kept = first.keep(DialId(7)).unwrap();
+    let (messages, resumptions) = timeout(moment, second.next_to_resume()).await.unwrap();
+    assert_eq!((messages.len(), resumptions.len()), (1, 1));
+    assert_eq!((messages[0].tunnel, resumptions[0].id()), (1, DialId(7)));
+}
