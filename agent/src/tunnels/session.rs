@@ -10,7 +10,7 @@ use culvert_transport::{
     BufferSizes, Carrier, Tunnel, TunnelLost,
     budget::{MemoryBudget, StreamRoom},
     control::{ControlError, ControlStream, Event},
-    resume::SessionTunnel,
+    resume::{LeaveOnDrop, SessionTunnel},
     tls::Current,
 };
 use culvert_wire::{
@@ -274,8 +274,9 @@ impl Joined {
             session: session.clone(),
             streams: TaskTracker::new(),
         };
+        let session = LeaveOnDrop::new(session);
         let lost = self.serve_streams(entry, tunnels, &origin, context.clone()).await;
-        if let Some(session) = session {
+        if let Some(session) = session.into_inner() {
             context.sessions.leave(&session, &lost);
         }
         lost

@@ -12,7 +12,7 @@ use culvert_process::{
 use culvert_transport::{
     Tunnel, TunnelLost,
     control::{ControlError, ControlStream},
-    resume::Resumption,
+    resume::{LeaveOnDrop, Resumption},
 };
 use culvert_wire::{
     CloseCode,
@@ -68,14 +68,16 @@ pub(super) async fn serve(
 async fn serve_joined(Joined { backend, control, servers }: Joined, context: &AgentContext) {
     let remote = backend.tunnel.remote_address();
     let backend = Arc::new(backend);
+    let session = LeaveOnDrop::new(backend.session().cloned());
     let agent_id = backend.agent_id().clone();
     let registration = match context.backends.register(backend.clone()) {
         Ok(registration) => registration,
         Err(error) => {
             let error = join::not_registered(&backend.claims, error);
             backend.tunnel.close(error.close_code(), error.close_reason());
-            if let Some(session) = backend.session() {
-                session.leave(&backend.tunnel.closed().await);
+            if let Some(session) = session.into_inner() {
+                let lost = backend.tunnel.closed().await;
+                context.sessions.leave(&backend.process(), &session, &lost).await;
             }
             return join::record_failure(remote, &error, context);
         }
@@ -109,10 +111,10 @@ async fn serve_joined(Joined { backend, control, servers }: Joined, context: &Ag
         true => debug!(%agent_id, %remote, "an agent met this server again"),
         false => info!(%agent_id, %remote, reason = %lost, open = cut, "agent gone"),
     }
-    if let Some(session) = backend.session() {
+    if let Some(session) = session.into_inner() {
         let process = backend.process();
         tokio::select! {
-            () = context.sessions.leave(&process, session, &lost) => {}
+            () = context.sessions.leave(&process, &session, &lost) => {}
             () = context.closing.cancelled() => session.session().end(&lost),
         }
     }

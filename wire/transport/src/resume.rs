@@ -29,5 +29,5 @@ mod tests;
 pub use self::{
     fault::ResumeFault,
     link::Use,
-    session::{KeptStream, Observer, Resumption, Session, SessionTunnel},
+    session::{KeptStream, LeaveOnDrop, Observer, Resumption, Session, SessionTunnel},
 };

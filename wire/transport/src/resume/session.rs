@@ -503,6 +503,35 @@ impl SessionTunnel {
     }
 }
 
+/// Has a tunnel leave its session when the task that serves it is dropped. Both hold one another, so
+/// that the tunnel's socket would stay open.
+#[derive(Debug)]
+pub struct LeaveOnDrop(Option<Arc<SessionTunnel>>);
+
+impl LeaveOnDrop {
+    /// Guards a tunnel, if it belongs to a session.
+    pub fn new(tunnel: Option<Arc<SessionTunnel>>) -> Self {
+        Self(tunnel)
+    }
+
+    /// The tunnel, which from now on is the caller's to remove.
+    pub fn into_inner(mut self) -> Option<Arc<SessionTunnel>> {
+        self.0.take()
+    }
+}
+
+impl Drop for LeaveOnDrop {
+    fn drop(&mut self) {
+        let Some(tunnel) = self.0.take() else { return };
+        let (code, reason) = (CloseCode::ABANDONED, String::new());
+        let lost = TunnelLost::ClosedHere { code, reason };
+        tunnel.leave(&lost);
+        if tunnel.session.tunnels() == 0 {
+            tunnel.session.end(&lost);
+        }
+    }
+}
+
 impl fmt::Debug for SessionTunnel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SessionTunnel").field("number", &self.number).finish_non_exhaustive()
