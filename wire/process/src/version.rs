@@ -60,7 +60,7 @@ mod tests {
         assert_eq!(lines[0], VERSION);
         assert!(lines[1].starts_with("commit "), "{text}");
         assert_eq!(lines[2], format!("protocol culvert/1, revision {REVISION}"));
-        assert_eq!(lines[3], "features ping, drain, hedge, renewal, server_set, repair");
+        assert_eq!(lines[3], "features ping, drain, hedge, renewal, server_set, repair, resume");
         assert!(software("culvert-agent").starts_with(&format!("culvert-agent {VERSION}")));
     }
 }
