@@ -13,7 +13,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use culvert_wire::{DialId, code::StreamCode};
+use culvert_wire::{DialId, code::StreamCode, resume::ReceivedOffset};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     select,
@@ -106,14 +106,6 @@ pub(super) struct Attached {
     /// The half of a direction that had ended before. Its end comes once more: dropped earlier, it
     /// would stop the peer.
     pub(super) unread: Option<RecvHalf>,
-}
-
-/// What a link reports to the peer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Progress {
-    pub(super) id: DialId,
-    pub(super) received: u64,
-    pub(super) ended: bool,
 }
 
 impl Link {
@@ -359,14 +351,14 @@ impl Link {
     }
 
     /// What the peer is to be told.
-    pub(super) fn take_report(&self) -> Progress {
+    pub(super) fn take_report(&self) -> ReceivedOffset {
         let mut state = self.state();
         state.is_due = false;
         state.reported = state.received;
         let ended = state.recv_end.is_some();
-        let progress = Progress { id: self.id, received: state.received, ended };
+        let taken = ReceivedOffset { id: self.id, offset: state.received, ended };
         self.settle(state);
-        progress
+        taken
     }
 
     // Both halves.

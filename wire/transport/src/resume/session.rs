@@ -361,12 +361,8 @@ impl SessionTunnel {
             }
             due
         };
-        let progress = |id| {
-            let progress = self.session.get(id)?.take_report();
-            let (offset, ended) = (progress.received, progress.ended);
-            Some(ReceivedOffset { id, offset, ended })
-        };
-        let streams: Vec<_> = due.into_iter().filter_map(progress).collect();
+        let taken = |id| Some(self.session.get(id)?.take_report());
+        let streams: Vec<_> = due.into_iter().filter_map(taken).collect();
         Received { streams: streams.try_into().unwrap_or_default() }
     }
 
