@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use culvert_loadtest::targets;
 use parking_lot::Mutex;
 use quinn::{
@@ -21,7 +22,7 @@ use quinn::{
 };
 use rstest::rstest;
 use tokio::{
-    task::JoinSet,
+    task::{JoinSet, yield_now},
     time::{Instant, sleep, timeout},
 };
 
@@ -138,8 +139,12 @@ impl Flooder {
         self.forger.begin();
         let mut writing = JoinSet::new();
         writing.spawn(async move {
-            let chunk = vec![7; 64 << 10];
-            while control.write_all(&chunk).await.is_ok() {}
+            let chunk = Bytes::from(vec![7; 64 << 10]);
+            // A write does not wait before a gigabyte is unsent. The task that sends it was woken by
+            // this one, and no other thread runs it while this one is busy.
+            while control.write_chunk(chunk.clone()).await.is_ok() {
+                yield_now().await;
+            }
         });
         Flood::Written(writing)
     }
