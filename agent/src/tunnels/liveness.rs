@@ -15,8 +15,9 @@ use std::time::Duration;
 use culvert_transport::{Carrier, TunnelStats};
 use tokio::time::Instant;
 
-/// Interval of the checks while the tunnel carries streams.
-const BUSY_INTERVAL: Duration = Duration::from_millis(250);
+/// Interval of the checks while the tunnel carries streams. Silence is noticed up to three intervals
+/// later than the limits below say.
+const BUSY_INTERVAL: Duration = Duration::from_millis(75);
 /// Interval of the checks of a tunnel without streams.
 const IDLE_INTERVAL: Duration = Duration::from_millis(500);
 /// Time for the peer to acknowledge something, and then again to answer a ping. Both together are
@@ -175,6 +176,7 @@ mod tests {
     use super::*;
 
     const KEEP_ALIVE: Duration = Duration::from_secs(5);
+    const QUARTER: Duration = Duration::from_millis(250);
 
     /// A tunnel that is checked every quarter of a second.
     struct Watched {
@@ -197,7 +199,7 @@ mod tests {
         fn check(&mut self, checks: u32, streams: usize) -> Vec<(u32, Verdict)> {
             let mut verdicts = Vec::new();
             for check in 1..=checks {
-                self.now += BUSY_INTERVAL;
+                self.now += QUARTER;
                 let verdict = self.liveness.check(self.now, &self.stats, streams, |_| self.early);
                 if verdict != Verdict::Fine {
                     verdicts.push((check, verdict));
