@@ -370,6 +370,14 @@ fn signatures_by_unusual_certificates_are_verified_in_both_versions() {
 }
 
 #[test]
+fn peers_of_our_own_agree_on_aes_128() {
+    let server = self_signed(authority("own", |_| {}));
+    let (clients, client) = version_1();
+    let found = handshake(&server, clients, &client, &Tls12::AnySuite, &[&TLS13]).unwrap();
+    assert_eq!(found.1, CipherSuite::TLS13_AES_128_GCM_SHA256);
+}
+
+#[test]
 fn tls_1_2_is_spoken_where_it_is_allowed_with_the_listed_cipher_suites() {
     const SUITE: CipherSuite = CipherSuite::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256;
     let server = self_signed(authority("own", |_| {}));
