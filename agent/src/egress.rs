@@ -98,7 +98,7 @@ impl Egress {
             && frame.kind == ResumeRequest::KIND
         {
             let used = Box::new(origin.streams.token());
-            return go_on(frame, session, (send, recv), used).await;
+            return Box::pin(go_on(frame, session, (send, recv), used)).await;
         }
         let request = match head.map(|head| request(&head.map_err(|error| error.to_string())?)) {
             Ok(Ok(request)) => request,
@@ -114,8 +114,10 @@ impl Egress {
         if let Some(kept) = &mut kept {
             kept.keep_received(&mut recv);
         }
+        // On the heap, as the splice below: a future has room for the largest of its steps.
+        let dial = Box::pin(self.dial(&request, &mut timing));
         let dialed = tokio::select! {
-            dialed = self.dial(&request, &mut timing) => dialed,
+            dialed = dial => dialed,
             // The server gave up, so nothing is left to reply to.
             code = abandoned(&send, &mut recv, &mut backlog) => {
                 self.metrics.packet(Segment::ToAgent, PacketType::DialCls);
@@ -150,7 +152,10 @@ impl Egress {
         }
         drop(kept);
         match target {
-            Some(target) => self.splice(&request, (target, backlog), (send, recv), origin).await,
+            Some(target) => {
+                let splice = self.splice(&request, (target, backlog), (send, recv), origin);
+                Box::pin(splice).await;
+            }
             None => {
                 send.finish();
                 recv.stop(StreamCode::DIAL_FAILED);

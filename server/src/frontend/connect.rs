@@ -126,7 +126,7 @@ async fn dial<S: FrontendSocket>(
     buffer: &mut BytesMut,
     request: Request,
     context: &FrontendContext,
-) -> Option<Result<Dialed, DialError>> {
+) -> Option<Result<Box<Dialed>, DialError>> {
     let target: Target = match request.address.parse() {
         Ok(target) => target,
         Err(error) => {
@@ -138,7 +138,7 @@ async fn dial<S: FrontendSocket>(
     let RequestHints { kind, trace } = request.hints;
     let parameters = DialParameters { network: Network::Tcp, target, kind, trace };
     tokio::select! {
-        result = context.dialer.dial(parameters) => Some(result),
+        result = context.dialer.dial(parameters) => Some(result.map(Box::new)),
         () = gone(socket, buffer) => {
             context.metrics.dial_given_up();
             None
@@ -162,7 +162,7 @@ async fn gone<S: FrontendSocket>(socket: &mut S, buffer: &mut BytesMut) {
 async fn establish<S: FrontendSocket>(
     mut socket: S,
     read_ahead: Bytes,
-    dialed: Dialed,
+    dialed: Box<Dialed>,
     context: &FrontendContext,
 ) {
     let established = b"HTTP/1.1 200 Connection Established\r\n\r\n";

@@ -59,9 +59,9 @@ impl FrontendContext {
     pub(super) async fn carry<R: LocalRead, W: LocalWrite, A: Abort>(
         &self,
         local: Local<R, W, A>,
-        dialed: Dialed,
+        dialed: Box<Dialed>,
     ) -> Result<(HalfEnd, HalfEnd), Cut> {
-        let Dialed { id, trace, target, kind, stream, permit, cost, reply } = dialed;
+        let Dialed { id, trace, target, kind, stream, permit, cost, reply } = *dialed;
         let started = Instant::now();
         let agent_id = permit.backend().agent_id().as_str();
         let (trace, timing) = (trace.as_ref().map(display), reply.timing());

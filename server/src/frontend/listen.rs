@@ -200,7 +200,8 @@ impl Accepted {
                 splice::prepare(&socket);
                 let handshake =
                     TlsAcceptor::from(tls.config.clone()).accept(SharedTcp::new(socket));
-                match timeout(context.header_timeout, handshake).await {
+                // On the heap: a connection has no room for it later.
+                match timeout(context.header_timeout, Box::pin(handshake)).await {
                     Ok(Ok(socket))
                         if tls.clients.permit(socket.get_ref().1.peer_certificates()) =>
                     {

@@ -57,12 +57,13 @@ use crate::{RecvHalf, SendHalf, budget::Held};
 ///
 /// # Cancel safety
 /// Dropping the future resets both sides.
-pub async fn splice<R: LocalRead, W: LocalWrite, A: Abort>(
+// Not `async`: a future that only awaits another one holds all arguments a second time.
+pub fn splice<R: LocalRead, W: LocalWrite, A: Abort>(
     local: Local<R, W, A>,
     stream: (SendHalf, RecvHalf),
     meter: &Meter,
-) -> Outcome {
-    splice_after((), local, stream, meter).await
+) -> impl Future<Output = Outcome> {
+    splice_after((), local, stream, meter)
 }
 
 /// As [`splice()`], where the backlog has what was taken from the stream before there was a local
@@ -70,13 +71,13 @@ pub async fn splice<R: LocalRead, W: LocalWrite, A: Abort>(
 ///
 /// # Cancel safety
 /// Dropping the future resets both sides.
-pub async fn splice_behind<R: LocalRead, W: LocalWrite, A: Abort>(
+pub fn splice_behind<R: LocalRead, W: LocalWrite, A: Abort>(
     backlog: Backlog,
     local: Local<R, W, A>,
     stream: (SendHalf, RecvHalf),
     meter: &Meter,
-) -> Outcome {
-    splice_all((), backlog, local, stream, meter).await
+) -> impl Future<Output = Outcome> {
+    splice_all((), backlog, local, stream, meter)
 }
 
 /// As [`splice()`], where a preamble still precedes the stream's bytes. What the local side sends
@@ -84,14 +85,14 @@ pub async fn splice_behind<R: LocalRead, W: LocalWrite, A: Abort>(
 ///
 /// # Cancel safety
 /// Dropping the future resets both sides.
-pub async fn splice_after<R: LocalRead, W: LocalWrite, A: Abort>(
+pub fn splice_after<R: LocalRead, W: LocalWrite, A: Abort>(
     preamble: impl Preamble,
     local: Local<R, W, A>,
     stream: (SendHalf, RecvHalf),
     meter: &Meter,
-) -> Outcome {
+) -> impl Future<Output = Outcome> {
     let backlog = Backlog::new(&stream.0);
-    splice_all(preamble, backlog, local, stream, meter).await
+    splice_all(preamble, backlog, local, stream, meter)
 }
 
 async fn splice_all<R: LocalRead, W: LocalWrite, A: Abort>(

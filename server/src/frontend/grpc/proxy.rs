@@ -70,7 +70,7 @@ pub(super) async fn serve(
             Dialing::Left => return,
         };
         match dialed {
-            Ok(dialed) => return connected(&context, random, *dialed, stream).await,
+            Ok(dialed) => return connected(&context, random, dialed, stream).await,
             Err(error) => {
                 if matches!(error, DialError::NoAgent(_)) {
                     context.metrics.konnectivity_dial_failed(KonnectivityFailure::NoAgent);
@@ -171,7 +171,12 @@ fn parameters(hints: &RequestHints, request: &DialRequest) -> Result<DialParamet
 }
 
 /// Sends the frontend the id of its connection, and splices it until both directions have ended.
-async fn connected(context: &FrontendContext, random: i64, dialed: Dialed, stream: ProxyStream) {
+async fn connected(
+    context: &FrontendContext,
+    random: i64,
+    dialed: Box<Dialed>,
+    stream: ProxyStream,
+) {
     let id = NEXT_CONNECT_ID.fetch_add(1, Ordering::Relaxed);
     let ServerMetrics { flow, .. } = &*context.metrics;
     let answer = stream.outbound.send(Ok(Packet::dial_response(random, Ok(id))));

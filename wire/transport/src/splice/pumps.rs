@@ -23,6 +23,35 @@ use crate::{RecvHalf, SendHalf, Step, WriteError, budget::Holder, progress::Prog
 /// is about 45 KiB: enough to make the system call cheap, little enough to be fair.
 pub(super) const CHUNKS: usize = 32;
 
+/// Room for the chunks of a read: for as many as the reads before filled. An idle stream has room for
+/// few.
+#[derive(Default)]
+struct Batch(Vec<Bytes>);
+
+impl Batch {
+    /// Room for at least one chunk, and at most [`CHUNKS`].
+    fn room(&mut self) -> &mut [Bytes] {
+        if self.0.is_empty() {
+            self.0.push(Bytes::new());
+        }
+        &mut self.0
+    }
+
+    /// The chunks that a read has filled. If it filled all there was, the next one has more room; if
+    /// it filled little, less.
+    fn filled(&mut self, count: usize) -> &mut [Bytes] {
+        const GROWTH: usize = 4;
+        let length = self.0.len();
+        if count == length {
+            self.0.resize((length * GROWTH).min(CHUNKS), Bytes::new());
+        } else if count * 2 * GROWTH <= length {
+            self.0.truncate(length / GROWTH);
+            self.0.shrink_to_fit();
+        }
+        &mut self.0[..count]
+    }
+}
+
 /// State that the two directions of one splice share.
 pub(super) struct Pumps<'a> {
     /// How far the splice has come.
@@ -115,9 +144,8 @@ impl<'a> Pumps<'a> {
                 select! {
                     biased;
                     code = &mut stop => break code?.unwrap_or(StreamCode::CLOSED),
-                    () = holder.wait_for_room() => {}
-                    fault = reader.failed() => return Err(fault.into()),
-                    () = guard.abandoned(self.stuck_timeout) => return Err(Cut::Stuck),
+                    () = Box::pin(holder.wait_for_room()) => {}
+                    cut = self.local_failed(reader, guard) => return Err(cut),
                 }
             }
             self.progress.set_sending(Step::Input);
@@ -138,8 +166,7 @@ impl<'a> Pumps<'a> {
             let written = select! {
                 biased;
                 written = send.write_chunk(chunk) => written,
-                fault = reader.failed() => return Err(fault.into()),
-                () = guard.abandoned(self.stuck_timeout) => return Err(Cut::Stuck),
+                cut = self.local_failed(reader, guard) => return Err(cut),
             };
             match written {
                 Ok(()) => self.count_sent(length),
@@ -151,6 +178,22 @@ impl<'a> Pumps<'a> {
         let _ = self.stopped.set(code);
         self.discard(reader, holder).await?;
         Ok(HalfEnd::Stopped(code))
+    }
+
+    /// Completes when the local side fails, or does not matter any more, while it is not read. On the
+    /// heap once it is polled: an idle splice has no room for it.
+    async fn local_failed(
+        &self,
+        reader: &mut impl LocalRead,
+        guard: &AbortGuard<impl Abort>,
+    ) -> Cut {
+        let failed = async {
+            select! {
+                fault = reader.failed() => fault.into(),
+                () = guard.abandoned(self.stuck_timeout) => Cut::Stuck,
+            }
+        };
+        Box::pin(failed).await
     }
 
     /// Discards what the local side sends, until it ends or the direction from the tunnel has
@@ -175,12 +218,12 @@ impl<'a> Pumps<'a> {
         recv: &mut RecvHalf,
         mut backlog: Backlog,
     ) -> Result<HalfEnd, Cut> {
-        let mut chunks = [const { Bytes::new() }; CHUNKS];
+        let mut chunks = Batch::default();
         loop {
             self.progress.set_receiving(Step::Input);
-            let count = match backlog.take(&mut chunks) {
+            let count = match backlog.take(chunks.room()) {
                 0 => select! {
-                    count = recv.read_chunks(&mut chunks) => count?,
+                    count = recv.read_chunks(chunks.room()) => count?,
                     () = self.local_reader_gone(writer, guard) => return Ok(self.stop(recv)),
                 },
                 count => Some(count),
@@ -189,10 +232,11 @@ impl<'a> Pumps<'a> {
                 Some(count) => {
                     self.writing.store(true, Ordering::Relaxed);
                     self.progress.set_receiving(Step::Output);
-                    let length = chunks[..count].iter().map(Bytes::len).sum();
+                    let filled = chunks.filled(count);
+                    let length = filled.iter().map(Bytes::len).sum();
                     let written = select! {
                         biased;
-                        written = self.write(&mut chunks[..count], writer) => written,
+                        written = self.write(filled, writer) => written,
                         // Boxed when it is polled first, so that a splice that does not stall has
                         // no room for it.
                         cut = async { Box::pin(backlog.keep(recv, length)).await } => {
@@ -247,7 +291,8 @@ impl<'a> Pumps<'a> {
         };
         loop {
             let before = taken();
-            sleep(self.stuck_timeout).await;
+            // On the heap, so that a splice that is open has no room for it.
+            Box::pin(sleep(self.stuck_timeout)).await;
             if self.writing.load(Ordering::Relaxed) && taken() == before {
                 return Cut::Stuck;
             }
@@ -260,10 +305,13 @@ impl<'a> Pumps<'a> {
         guard: &AbortGuard<impl Abort>,
     ) {
         self.local_ended.wait().await;
-        select! {
-            () = writer.gone() => {}
-            () = guard.hung_up() => {}
-        }
+        let gone = async {
+            select! {
+                () = writer.gone() => {}
+                () = guard.hung_up() => {}
+            }
+        };
+        Box::pin(gone).await;
     }
 
     /// Stops the stream: the local peer reads no more.

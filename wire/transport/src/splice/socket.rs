@@ -251,16 +251,23 @@ pub struct SocketWrite<S> {
     taken: Arc<AtomicU64>,
 }
 
+impl<S: SpliceSocket> SocketWrite<S> {
+    /// Writes from these chunks what the kernel takes; the number of bytes. Its own function, so that
+    /// a future that waits has no room for the list.
+    fn try_write(&self, chunks: &[Bytes]) -> io::Result<usize> {
+        let mut slices = [IoSlice::new(&[]); CHUNKS];
+        for (slice, chunk) in slices.iter_mut().zip(chunks) {
+            *slice = IoSlice::new(chunk);
+        }
+        self.socket.try_write(&slices[..chunks.len().min(CHUNKS)])
+    }
+}
+
 impl<S: SpliceSocket> LocalWrite for SocketWrite<S> {
     async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), LocalFault> {
         let mut first = 0;
         while first < chunks.len() {
-            let mut slices = [IoSlice::new(&[]); CHUNKS];
-            let count = chunks.len() - first;
-            for (slice, chunk) in slices.iter_mut().zip(&chunks[first..]) {
-                *slice = IoSlice::new(chunk);
-            }
-            match self.socket.try_write(&slices[..count]) {
+            match self.try_write(&chunks[first..]) {
                 Ok(written) => {
                     self.taken.fetch_add(written as u64, Ordering::Relaxed);
                     first += advance(&mut chunks[first..], written);

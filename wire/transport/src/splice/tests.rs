@@ -13,6 +13,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use culvert_wire::StreamCode;
 use parking_lot::Mutex;
 use tokio::{
+    net::TcpStream,
     sync::{Semaphore, SetOnce, mpsc},
     time::{Instant, sleep, timeout},
 };
@@ -278,4 +279,16 @@ async fn a_dropped_splice_resets_both_sides() {
     assert_eq!(bench.send.stopped().await, Ok(Some(StreamCode::ABANDONED)));
     assert!((&mut bench.task).await.unwrap_err().is_cancelled());
     assert_eq!(bench.aborts(), 1);
+}
+
+/// Most splices are idle most of the time: `exec`, `logs -f`, watches.
+#[test]
+fn a_splice_has_no_room_for_what_it_rarely_does() {
+    /// Size of what a function returns.
+    fn returned<A, F>(_: impl FnOnce(A) -> F) -> usize {
+        size_of::<F>()
+    }
+    type Arguments = (SocketLocal<TcpStream>, (SendHalf, RecvHalf), &'static Meter);
+    let size = returned(|(local, stream, meter): Arguments| splice(local, stream, meter));
+    assert!(size <= 3600, "{size} bytes");
 }
