@@ -179,9 +179,8 @@ mod tests {
     use std::{
         net::UdpSocket,
         pin::{Pin, pin},
-        sync::atomic::{AtomicBool, Ordering},
         task::Poll,
-        time::{Duration, Instant},
+        time::Duration,
     };
 
     use quinn::{
@@ -258,46 +257,22 @@ mod tests {
         assert_eq!(bound.errors.unwrap().next().await, Some((gone, Unreachable::Port)));
     }
 
-    /// Provokes an ICMP error about twenty thousand times a second, from the socket itself, until
-    /// the result is dropped.
-    fn flood(socket: UdpSocket) -> Flood {
-        let gone = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let stop = Arc::new(AtomicBool::new(false));
-        let flooding = std::thread::spawn({
-            let stop = stop.clone();
-            move || {
-                while !stop.load(Ordering::Relaxed) {
-                    let _ = socket.send_to(b"anyone?", gone);
-                    let begun = Instant::now();
-                    while begun.elapsed() < Duration::from_micros(50) {
-                        std::hint::spin_loop();
-                    }
-                }
-            }
-        });
-        Flood(stop, Some(flooding))
-    }
-
-    struct Flood(Arc<AtomicBool>, Option<std::thread::JoinHandle<()>>);
-
-    impl Drop for Flood {
-        fn drop(&mut self) {
-            self.0.store(true, Ordering::Relaxed);
-            self.1.take().unwrap().join().unwrap();
-        }
-    }
-
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn many_errors_about_one_peer_cost_no_packet_to_another() {
+    async fn errors_about_one_peer_cost_no_packet_to_another() {
         let health = Arc::default();
         let address = "127.0.0.1:0".parse().unwrap();
         let bound = bind(address, &Settings::default(), &health, WhenBroken::Stay).unwrap();
         let errors = bound.errors.unwrap();
-        let _flood = flood(errors.socket.get_ref().try_clone().unwrap().into());
+        let socket = UdpSocket::from(errors.socket.get_ref().try_clone().unwrap());
+        // The queue of errors is read meanwhile.
         let router = Arc::new(IcmpRouter::default());
         router.listen(Some(errors));
+        let gone = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
-        for _ in 0..20_000 {
+        for _ in 0..5_000 {
+            // A call that fails has taken the error of the one before. One that does not leaves its
+            // own to the next call on the socket.
+            while socket.send_to(b"anyone?", gone).is_err() {}
             send(&bound.socket, peer.local_addr().unwrap()).await;
         }
         assert_eq!(health.stats().send_errors, 0);
