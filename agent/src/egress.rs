@@ -92,8 +92,7 @@ impl Egress {
     /// Dropping the future resets the stream and the target's connection.
     pub(crate) async fn serve(&self, (mut send, mut recv): (SendHalf, RecvHalf), origin: Origin) {
         let arrived = Instant::now();
-        let head = async { recv.read_frame(DialRequest::MAX_LEN).await };
-        let head = timeout(HEADER_TIMEOUT, head).await;
+        let head = timeout(HEADER_TIMEOUT, Box::pin(recv.read_frame(DialRequest::MAX_LEN))).await;
         if let (Ok(Ok(frame)), Some(session)) = (&head, &origin.session)
             && frame.kind == ResumeRequest::KIND
         {
@@ -114,12 +113,12 @@ impl Egress {
         if let Some(kept) = &mut kept {
             kept.keep_received(&mut recv);
         }
-        // On the heap, as the splice below: a future has room for the largest of its steps.
-        let dial = Box::pin(self.dial(&request, &mut timing));
+        // On the heap, as the splice below: a future has room for the largest of its steps, and for
+        // variables that were moved.
         let dialed = tokio::select! {
-            dialed = dial => dialed,
+            dialed = Box::pin(self.dial(&request, &mut timing)) => dialed,
             // The server gave up, so nothing is left to reply to.
-            code = abandoned(&send, &mut recv, &mut backlog) => {
+            code = Box::pin(abandoned(&send, &mut recv, &mut backlog)) => {
                 self.metrics.packet(Segment::ToAgent, PacketType::DialCls);
                 let trace = request.trace.as_ref().map(display);
                 debug!(dial = %request.id, dial_target = %request.target, trace, "dial abandoned");
@@ -153,8 +152,7 @@ impl Egress {
         drop(kept);
         match target {
             Some(target) => {
-                let splice = self.splice(&request, (target, backlog), (send, recv), origin);
-                Box::pin(splice).await;
+                self.splice(request, (target, backlog), (send, recv), origin).await;
             }
             None => {
                 send.finish();
@@ -188,13 +186,15 @@ impl Egress {
         Ok(target)
     }
 
-    async fn splice(
+    /// Splices a target and its stream to their ends. The future has no room for what was given, only
+    /// for what is needed at the end; the splice itself is on the heap.
+    fn splice(
         &self,
-        request: &DialRequest,
+        request: DialRequest,
         (local, backlog): (Connection, Backlog),
         stream: (SendHalf, RecvHalf),
         origin: Origin,
-    ) {
+    ) -> impl Future<Output = ()> {
         let started = Instant::now();
         let open = self.metrics.stream_open();
         let listed = self.streams.enter(LiveStream {
@@ -206,22 +206,26 @@ impl Egress {
             progress: stream.0.progress().clone(),
             since: started,
         });
-        let outcome = splice::splice_behind(backlog, local, stream, &self.metrics.meter).await;
-        drop((open, listed));
-        self.metrics.stream_ended(&outcome);
-        let (dial, kind) = (request.id, request.kind.name());
-        let (up, down) = (outcome.to_tunnel, outcome.from_tunnel);
-        let seconds = started.elapsed().as_secs_f64();
-        let trace = request.trace.as_ref().map(display);
-        match outcome.end {
-            Ok((to, from)) => debug!(
-                %dial, dial_target = %request.target, kind, trace, up, down, seconds, %to, %from,
-                "ended",
-            ),
-            Err(cut) => debug!(
-                %dial, dial_target = %request.target, kind, trace, up, down, seconds, %cut,
-                "cut off",
-            ),
+        let splice = splice::splice_behind(backlog, local, stream, &self.metrics.meter);
+        let splice = Box::pin(splice);
+        async move {
+            let outcome = splice.await;
+            drop((open, listed));
+            self.metrics.stream_ended(&outcome);
+            let (dial, kind) = (request.id, request.kind.name());
+            let (up, down) = (outcome.to_tunnel, outcome.from_tunnel);
+            let seconds = started.elapsed().as_secs_f64();
+            let trace = request.trace.as_ref().map(display);
+            match outcome.end {
+                Ok((to, from)) => debug!(
+                    %dial, dial_target = %request.target, kind, trace, up, down, seconds, %to,
+                    %from, "ended",
+                ),
+                Err(cut) => debug!(
+                    %dial, dial_target = %request.target, kind, trace, up, down, seconds, %cut,
+                    "cut off",
+                ),
+            }
         }
     }
 }

@@ -263,3 +263,15 @@ async fn names_that_hang_leave_threads_for_a_name_that_does_not() {
     assert_eq!(hung.len(), HUNG);
     assert!(hung.try_join_next().is_none(), "the others still hang");
 }
+
+/// Most streams are idle most of the time. The step that splices is on the heap.
+#[test]
+fn a_stream_has_no_room_for_what_it_rarely_does() {
+    /// Size of what a function returns.
+    fn returned<A, F>(_: impl FnOnce(A) -> F) -> usize {
+        size_of::<F>()
+    }
+    type Arguments = (&'static Egress, (SendHalf, RecvHalf), Origin);
+    let size = returned(|(egress, halves, origin): Arguments| egress.serve(halves, origin));
+    assert!(size <= 2200, "{size} bytes");
+}

@@ -198,10 +198,10 @@ impl Accepted {
             Self::Unix(socket) => serve(socket, context).await,
             Self::Tcp(socket, tls) => {
                 splice::prepare(&socket);
-                let handshake =
-                    TlsAcceptor::from(tls.config.clone()).accept(SharedTcp::new(socket));
+                let acceptor = TlsAcceptor::from(tls.config.clone());
                 // On the heap: a connection has no room for it later.
-                match timeout(context.header_timeout, Box::pin(handshake)).await {
+                let handshake = Box::pin(acceptor.accept(SharedTcp::new(socket)));
+                match timeout(context.header_timeout, handshake).await {
                     Ok(Ok(socket))
                         if tls.clients.permit(socket.get_ref().1.peer_certificates()) =>
                     {

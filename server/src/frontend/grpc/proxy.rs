@@ -64,7 +64,8 @@ pub(super) async fn serve(
         };
         let _ = has_dialed.set(());
         let random = request.random;
-        let dialed = match dial(&context, &hints, request, &mut stream).await {
+        // On the heap: the connection has no room for it later.
+        let dialed = match Box::pin(dial(&context, &hints, request, &mut stream)).await {
             Dialing::Done(dialed) => dialed,
             Dialing::Cancelled => continue,
             Dialing::Left => return,
