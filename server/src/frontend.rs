@@ -25,5 +25,3 @@ mod tls;
 #[cfg(fuzzing)]
 pub use connect::fuzz_parse;
 pub(crate) use context::FrontendContext;
-#[cfg(fuzzing)]
-pub use grpc::http2::fuzz as fuzz_http2;

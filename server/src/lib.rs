@@ -16,7 +16,7 @@ mod dial;
 mod files;
 mod filtered;
 pub mod frontend;
-mod http2_frames;
+mod http2;
 mod leases;
 pub mod metrics;
 mod operator;
@@ -30,4 +30,6 @@ mod testing;
 
 pub use agents::listener::ListenerError;
 pub use config::Config;
+#[cfg(fuzzing)]
+pub use http2::fuzz as fuzz_http2;
 pub use server::{Server, StartError};

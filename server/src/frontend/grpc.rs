@@ -4,10 +4,8 @@
 //! many `Proxy` streams. There is no half-close: CLOSE_REQ and CLOSE_RSP end both directions, and
 //! everything that was sent before them is still delivered.
 
-mod answer;
 mod connection;
 mod counted;
-pub(super) mod http2;
 mod proxy;
 mod received;
 mod service;
@@ -15,65 +13,44 @@ mod service;
 use std::{pin::pin, sync::Arc, time::Duration};
 
 use culvert_konnectivity::packet::Packet;
-use culvert_transport::budget::{Held, Holder};
+use culvert_transport::budget::Held;
 use http::Request;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::{SetOnce, mpsc},
-    time::{sleep, timeout},
+    time::timeout,
 };
 use tonic::{Status, Streaming};
 use tracing::debug;
 
 use super::FrontendContext;
-use crate::metrics::FrontendRefusal;
-use http2::{Connection, SendStream, Shared};
+use crate::{
+    http2::{self, Connection, Holders, Limits, SendStream, answer},
+    metrics::FrontendRefusal,
+};
 use received::{FIRST_WINDOW, Received, StreamWindow};
 use service::ProxyService;
 
 /// Sends the packets of a `Proxy` stream to the frontend. An error ends the stream.
 type Outbound = mpsc::Sender<Result<Packet, Status>>;
 
-/// What holds the bytes of a `Proxy` stream that wait in HTTP/2.
-#[derive(Clone, Debug)]
-struct StreamHolders {
-    /// Those that the frontend has sent and the stream has not read.
-    unread: Arc<Holder>,
-    /// Those that the frontend has not taken.
-    unsent: Arc<Holder>,
-}
-
-impl StreamHolders {
-    /// Completes when the stream is to give up what it holds.
-    ///
-    /// # Cancel safety
-    /// Cancel safe.
-    async fn cut(&self) {
-        tokio::select! {
-            () = self.unread.cut() => {}
-            () = self.unsent.cut() => {}
-        }
-    }
-}
-
 /// A `Proxy` stream.
 struct ProxyStream {
     inbound: Streaming<Packet>,
     outbound: Outbound,
-    holders: StreamHolders,
+    holders: Holders,
 }
 
 /// Time for the answer to a ping.
 const PONG_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Why a connection of kube-apiserver ended early.
-#[derive(Debug, thiserror::Error)]
-enum Ended {
-    #[error(transparent)]
-    Http(#[from] http2::Error),
-    #[error("a ping was not answered within {PONG_TIMEOUT:?}")]
-    Silent,
-}
+/// What a frontend may have HTTP/2 do and hold. grpc-go's own server has no limit of streams.
+const LIMITS: Limits = Limits {
+    streams: 10_000,
+    stream_window: FIRST_WINDOW,
+    connection_window: 4 * 1024 * 1024,
+    unread: Held::Send,
+};
 
 /// Serves one connection of kube-apiserver until it is closed. One that does not begin a dial in
 /// time is closed. Once the server stops, it takes no more streams.
@@ -103,14 +80,15 @@ async fn serve_streams<S>(
     socket: S,
     context: &Arc<FrontendContext>,
     has_dialed: &Arc<SetOnce<()>>,
-) -> Result<(), Ended>
+) -> Result<(), http2::Error>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let window = StreamWindow::new();
-    let mut connection = Connection::new(socket, context.memory.clone(), FIRST_WINDOW);
+    let mut connection = Connection::new(socket, context.memory.clone(), &LIMITS);
     let shared = connection.shared().clone();
-    let mut dead = pin!(until_dead(&shared, context.keep_alive_interval));
+    let interval = Some(context.keep_alive_interval).filter(|interval| !interval.is_zero());
+    let mut dead = pin!(shared.until_dead(interval, PONG_TIMEOUT));
     let service = ProxyService::new(context.clone(), has_dialed.clone());
     let mut is_stopping = false;
     loop {
@@ -134,7 +112,7 @@ where
                 is_stopping = true;
                 connection.shut_down();
             }
-            () = &mut dead => return Err(Ended::Silent),
+            () = &mut dead => return Err(http2::Error::Silent),
         }
     }
 }
@@ -142,34 +120,18 @@ where
 /// Answers the request of one stream.
 fn serve_stream(
     mut request: Request<Received>,
-    answer: SendStream,
+    stream: SendStream,
     service: ProxyService,
     context: &FrontendContext,
 ) {
     let unread = request.body().holder().clone();
     let unsent = context.memory.holder(Held::Receive);
-    request.extensions_mut().insert(StreamHolders { unread, unsent: unsent.clone() });
+    request.extensions_mut().insert(Holders { unread, unsent: unsent.clone() });
     context.tasks.spawn(async move {
         let response = Box::pin(service.call(request)).await;
-        answer::send(response, answer, unsent).await;
+        let cut = unsent.clone();
+        answer::send(response, stream, unsent, cut.cut()).await;
     });
-}
-
-/// Completes when the peer of an idle connection does not answer a ping.
-async fn until_dead(connection: &Shared, interval: Duration) {
-    if interval.is_zero() {
-        return std::future::pending().await;
-    }
-    loop {
-        match interval.checked_sub(connection.silent_for()) {
-            Some(left) if !left.is_zero() => sleep(left).await,
-            _ => {
-                if timeout(PONG_TIMEOUT, connection.ping()).await.is_err() {
-                    return;
-                }
-            }
-        }
-    }
 }
 
 /// The answer to a dial on a stream that carries another connection.

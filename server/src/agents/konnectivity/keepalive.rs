@@ -20,7 +20,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::http2_frames::{FrameHead, HEAD_LEN, Heads, Part, flag, kind};
+use crate::http2::frames::{FrameHead, HEAD_LEN, Heads, Part, flag, kind};
 
 /// Minimum time between two pings; a ping that comes sooner is a strike: upstream's `MinTime`.
 pub(super) const MIN_PING_INTERVAL: Duration = Duration::from_secs(30);

@@ -25,7 +25,8 @@ use tokio::{
 };
 use tonic::Streaming;
 
-use super::{Outbound, ProxyStream, StreamHolders, second_dial_refused};
+use super::{Outbound, ProxyStream, second_dial_refused};
+use crate::http2::Holders;
 
 /// Time for which the first packet of a target that speaks first is held back, unless the client's
 /// own first DATA proves earlier that it is ready. The client library registers a connection a
@@ -107,7 +108,7 @@ impl CloseOnce {
 /// Reads what the frontend sends.
 pub(super) struct ProxyRead {
     inbound: Streaming<Packet>,
-    holders: StreamHolders,
+    holders: Holders,
     close: CloseOnce,
     /// Id of the connection that the frontend's first DATA was for.
     first_id: Option<i64>,
@@ -203,7 +204,7 @@ fn overloaded() -> LocalFault {
 /// Writes to the frontend.
 pub(super) struct ProxyWrite {
     close: CloseOnce,
-    holders: StreamHolders,
+    holders: Holders,
     data: DataWriter,
 }
 
@@ -306,7 +307,7 @@ mod tests {
         let (outbound, packets) = mpsc::channel(2);
         let memory = StreamMemory::of(&MemoryBudget::new(0));
         let [unread, unsent] = [Held::Send, Held::Receive].map(|kind| memory.holder(kind));
-        let holders = StreamHolders { unread, unsent };
+        let holders = Holders { unread, unsent };
         let stream = ProxyStream { inbound, outbound, holders };
         let (reader, writer, abort) = halves(ID, stream, Registration::begin());
         let outcome = culvert_transport::task::owned(async move {

@@ -15,7 +15,7 @@ use culvert_transport::budget::Holder;
 use http_body::{Body, Frame};
 use tokio::sync::Notify;
 
-use super::http2::{Reason, RecvStream};
+use crate::http2::{Reason, RecvStream};
 
 /// Number of bytes that a stream may be ahead of its target at first, and while memory is short. A
 /// stream that is stalled from its beginning takes no more than what it costs without bytes.
@@ -104,20 +104,16 @@ impl Body for Received {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Reason>>> {
         let this = &mut *self;
-        Poll::Ready(match ready!(this.stream.poll_data(cx)) {
-            Some(Ok(bytes)) => {
-                this.read = this.read.saturating_add(bytes.len());
-                // What streams have read and peers have not acknowledged is at most half of the
-                // limit. So are the windows of those that have read one.
-                if this.read >= WINDOW as usize {
-                    this.window.choose(this.holder().room());
-                }
-                Some(Ok(Frame::data(bytes)))
+        let frame = ready!(Pin::new(&mut this.stream).poll_frame(cx));
+        if let Some(Ok(frame)) = &frame {
+            this.read = this.read.saturating_add(frame.data_ref().map_or(0, Bytes::len));
+            // What streams have read and peers have not acknowledged is at most half of the limit. So
+            // are the windows of those that have read one.
+            if this.read >= WINDOW as usize {
+                this.window.choose(this.holder().room());
             }
-            // A reset without an error is an early end (RFC 9113 §8.1).
-            None | Some(Err(Reason::NO_ERROR)) => None,
-            Some(Err(reason)) => Some(Err(reason)),
-        })
+        }
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {

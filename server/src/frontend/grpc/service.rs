@@ -14,11 +14,12 @@ use tonic::{
 
 use super::{
     super::{FrontendContext, hints::RequestHints},
-    ProxyStream, StreamHolders,
+    ProxyStream,
     counted::Counted,
     proxy,
     received::Received,
 };
+use crate::http2::Holders;
 
 /// Maximum number of packets that wait for HTTP/2: one is sent while the next is made.
 const OUTBOUND_PACKETS: usize = 2;
@@ -66,7 +67,7 @@ impl StreamingService<Packet> for Proxy {
         let tasks = context.tasks.clone();
         let metadata = request.metadata();
         let hints = RequestHints::read(|name| metadata.get(name)?.to_str().ok());
-        let holders = request.extensions().get::<StreamHolders>().expect("each stream has them");
+        let holders = request.extensions().get::<Holders>().expect("each stream has them");
         let holders = holders.clone();
         let stream = ProxyStream { inbound: request.into_inner(), outbound, holders };
         tasks.spawn(proxy::serve(context, hints, has_dialed, stream));

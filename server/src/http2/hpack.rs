@@ -11,6 +11,9 @@ use super::{huffman, static_table::STATIC};
 
 /// Maximum size of the dynamic table, which is the standard's default, in bytes.
 const MAX_TABLE: usize = 4096;
+/// Maximum length of a block's fields once they are decoded, as the table counts them, in bytes. A
+/// block may name an entry of the table with each of its bytes.
+const MAX_DECODED: usize = 64 * 1024;
 /// What an entry costs beside its bytes (RFC 7541 §4.1).
 const ENTRY_COST: usize = 32;
 /// Prefix of a string without Huffman's code.
@@ -60,12 +63,17 @@ impl Decoder {
     ) -> Result<(), Undecodable> {
         let mut rest = block;
         let (mut name, mut value) = (Vec::new(), Vec::new());
-        let mut has_fields = false;
+        let (mut has_fields, mut decoded) = (false, 0);
+        let mut field = |name: &[u8], value: &[u8]| {
+            decoded += name.len() + value.len() + ENTRY_COST;
+            field(name, value);
+            if decoded > MAX_DECODED { Err(Undecodable) } else { Ok(()) }
+        };
         while let Some(&first) = rest.first() {
             if first & 0x80 != 0 {
                 let index = integer(&mut rest, 7)?;
                 let (name, value) = self.get(index)?;
-                field(name, value);
+                field(name, value)?;
             } else if first & 0xe0 == 0x20 {
                 let limit = integer(&mut rest, 5)?;
                 if has_fields || limit > MAX_TABLE {
@@ -83,7 +91,7 @@ impl Decoder {
                     index => name.extend_from_slice(self.get(index)?.0),
                 }
                 string(&mut rest, &mut value)?;
-                field(&name, &value);
+                field(&name, &value)?;
                 if is_kept {
                     self.keep(&name, &value);
                 }
@@ -227,6 +235,20 @@ mod tests {
             &[0x40],                               // no string
         ] {
             assert_eq!(decoded(&mut Decoder::new(), block), Err(Undecodable), "{block:x?}");
+        }
+    }
+
+    #[test]
+    fn a_block_that_grows_when_it_is_decoded_is_refused() {
+        let mut decoder = Decoder::new();
+        // A name of 4000 bytes, which the table keeps.
+        let mut block = vec![0x40, 0x7f, 0xa1, 0x1e];
+        block.extend([b'a'; 4000]);
+        block.push(0);
+        assert_eq!(decoded(&mut decoder, &block).unwrap().len(), 1);
+        assert_eq!(decoded(&mut decoder, &[0xbe; 16]).unwrap().len(), 16);
+        for bomb in [&[0xbe][..], &[0x0f, 0x2f, 0], &[0x7e, 0]] {
+            assert_eq!(decoded(&mut decoder, &bomb.repeat(1000)), Err(Undecodable), "{bomb:x?}");
         }
     }
 

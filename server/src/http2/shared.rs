@@ -2,12 +2,8 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::{Arc, atomic::AtomicU64},
     task::{Context, Poll, Waker},
-    time::Duration,
 };
 
 use bytes::Bytes;
@@ -16,15 +12,13 @@ use http::{HeaderMap, StatusCode};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::{sync::Notify, time::Instant};
 
+use super::frames::{FrameHead, flag, kind};
 use super::{
-    CONNECTION_WINDOW, Reason, SEND_BUFFER, hpack,
+    DEFAULT_WINDOW, Limits, Reason, SEND_BUFFER, hpack,
     stream::{End, FRAME_COST, Stream},
     window::ReceiveWindow,
 };
-use crate::http2_frames::{FrameHead, flag, kind};
 
-/// Window of streams and connections before any setting (RFC 9113 §6.9.2).
-const DEFAULT_WINDOW: i64 = 65_535;
 /// Largest window (RFC 9113 §6.9.1).
 const MAX_WINDOW: i64 = (1 << 31) - 1;
 /// Maximum length of a frame's payload that a peer accepts before any setting, in bytes. No longer
@@ -33,12 +27,14 @@ pub(super) const MAX_FRAME: usize = 16_384;
 
 /// A connection, as its streams know it.
 #[derive(Debug)]
-pub(in super::super) struct Shared {
+pub(crate) struct Shared {
     state: Mutex<State>,
     memory: Arc<StreamMemory>,
-    begun: Instant,
+    /// What bytes that were not read count as.
+    unread: Held,
+    pub(super) begun: Instant,
     /// When the peer was last heard, in milliseconds after `begun`.
-    heard: AtomicU64,
+    pub(super) heard: AtomicU64,
     /// Notified of each answer to a ping.
     pub(super) pong: Notify,
 }
@@ -69,57 +65,39 @@ pub(super) struct State {
 }
 
 impl Shared {
-    pub(super) fn new(memory: Arc<StreamMemory>, first_window: u32) -> Arc<Self> {
+    pub(super) fn new(memory: Arc<StreamMemory>, limits: &Limits) -> Arc<Self> {
         let state = State {
             streams: HashMap::new(),
             queue: VecDeque::new(),
             control: Vec::new(),
-            send_window: DEFAULT_WINDOW,
-            first_send_window: DEFAULT_WINDOW,
-            window: ReceiveWindow::new(CONNECTION_WINDOW),
+            send_window: DEFAULT_WINDOW.into(),
+            first_send_window: DEFAULT_WINDOW.into(),
+            window: ReceiveWindow::new(DEFAULT_WINDOW),
             // A peer that has not read the settings knows the default.
-            first_window: DEFAULT_WINDOW as u32,
+            first_window: limits.stream_window.max(DEFAULT_WINDOW),
             unacknowledged: 1,
-            smaller_window: Some(first_window),
+            smaller_window: Some(limits.stream_window).filter(|window| *window < DEFAULT_WINDOW),
             connection: None,
             has_more: true,
             is_over: false,
         };
-        let (begun, heard) = (Instant::now(), AtomicU64::new(0));
-        Arc::new(Self { state: Mutex::new(state), memory, begun, heard, pong: Notify::new() })
+        Arc::new(Self {
+            state: Mutex::new(state),
+            memory,
+            unread: limits.unread,
+            begun: Instant::now(),
+            heard: AtomicU64::new(0),
+            pong: Notify::new(),
+        })
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock()
     }
 
-    /// Time for which the peer was silent.
-    pub(in super::super) fn silent_for(&self) -> Duration {
-        self.begun.elapsed().saturating_sub(Duration::from_millis(self.heard.load(Relaxed)))
-    }
-
-    pub(super) fn heard(&self) {
-        let millis = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.heard.store(millis, Relaxed);
-    }
-
-    /// Asks the peer for a sign of life, and waits for it.
-    ///
-    /// # Cancel safety
-    /// Cancel safe; the ping is sent in any case.
-    pub(in super::super) async fn ping(&self) {
-        let answered = self.pong.notified();
-        {
-            let mut state = self.lock();
-            state.push(FrameHead::new(kind::PING, 0, 8), &[0; 8]);
-            state.wake();
-        }
-        answered.await;
-    }
-
     /// Enters a new stream.
     pub(super) fn open(&self, id: u32, body_left: Option<u64>, has_ended: bool) {
-        let holder = self.memory.holder(Held::Send);
+        let holder = self.memory.holder(self.unread);
         let mut state = self.lock();
         let mut stream =
             Stream::new(state.first_window, state.first_send_window, holder, body_left);
@@ -187,6 +165,12 @@ impl State {
         if let Some(increment) = increment {
             self.push(FrameHead::new(kind::WINDOW_UPDATE, id, 4), &increment.to_be_bytes());
         }
+    }
+
+    /// Widens the window of the connection to at least so many bytes.
+    pub(super) fn widen(&mut self, window: u32) {
+        let increment = self.window.widen(window);
+        self.grant(0, increment);
     }
 
     /// Queues a header block, in as many frames as it takes.

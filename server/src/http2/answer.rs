@@ -1,5 +1,4 @@
-//! The answer of a call: its head, then what its frontend is sent. What waits for the frontend is
-//! counted.
+//! The answer of a call: its head, then what its peer is sent. What waits for the peer is counted.
 
 use std::sync::Arc;
 
@@ -10,21 +9,21 @@ use http_body_util::BodyExt as _;
 use tonic::body::Body;
 use tracing::debug;
 
-use super::http2::{Reason, SendStream};
+use super::{Reason, SendStream};
 
 /// Why an answer ended early.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Unanswered {
+enum Unanswered {
     #[error("the stream was reset: {0}")]
     Reset(#[from] Reason),
     #[error("the answer failed: {0}")]
     Failed(tonic::Status),
-    #[error("the process has no more memory for what the frontend does not read")]
+    #[error("the process has no more memory for what the peer does not read")]
     Memory,
 }
 
 impl Unanswered {
-    /// The reason that the frontend gets.
+    /// The reason that the peer gets.
     fn reason(&self) -> Reason {
         match self {
             Self::Reset(reason) => *reason,
@@ -34,12 +33,17 @@ impl Unanswered {
     }
 }
 
-/// Sends an answer until its body or the stream ends. What waits for the frontend is held by
-/// `unsent`.
+/// Sends an answer until its body or the stream ends. What waits for the peer is held by `unsent`. When
+/// `cut` completes, the stream is reset.
 ///
 /// # Cancel safety
 /// Dropping the future resets the stream.
-pub(super) async fn send(response: Response<Body>, stream: SendStream, unsent: Arc<Holder>) {
+pub(crate) async fn send(
+    response: Response<Body>,
+    stream: SendStream,
+    unsent: Arc<Holder>,
+    cut: impl Future<Output = ()>,
+) {
     let (head, body) = response.into_parts();
     let is_all = body.is_end_stream();
     stream.respond(&Response::from_parts(head, ()), is_all);
@@ -48,13 +52,13 @@ pub(super) async fn send(response: Response<Body>, stream: SendStream, unsent: A
     }
     let sent = tokio::select! {
         biased;
-        () = unsent.cut() => Err(Unanswered::Memory),
+        () = cut => Err(Unanswered::Memory),
         sent = pipe(body, &stream, &unsent) => sent,
     };
     match sent {
         Ok(trailers) => stream.finish(trailers.as_ref()),
         Err(error) => {
-            debug!(%error, "a gRPC frontend's stream ended early");
+            debug!(%error, "a stream of gRPC ended early");
             // Drops what waits for the stream.
             stream.send_reset(error.reason());
         }
@@ -111,12 +115,15 @@ mod tests {
     };
     use tokio_util::task::AbortOnDropHandle;
 
-    use super::{super::http2::Connection, *};
+    use super::{
+        super::{Connection, fuzz::LIMITS},
+        *,
+    };
 
     const CHUNK: usize = 64 * 1024;
     const CHUNKS: usize = 4;
 
-    /// An answer to a frontend that has not read any of it.
+    /// An answer to a peer that has not read any of it.
     struct Answered {
         body: RecvStream,
         budget: Arc<MemoryBudget>,
@@ -141,20 +148,22 @@ mod tests {
         };
         let budget = MemoryBudget::new(limit);
         let memory = StreamMemory::of(&budget);
-        let mut served = Connection::new(near, memory.clone(), 65_535);
+        let mut served = Connection::new(near, memory.clone(), &LIMITS);
         let (accepted, (response, client, _requests)) = tokio::join!(served.accept(), called);
         let (_request, respond) = accepted.unwrap().unwrap();
         let server = owned(async move { while served.accept().await.is_some() {} });
         let unsent = memory.holder(Held::Receive);
         let chunk = |_| Ok::<_, Infallible>(Frame::data(Bytes::from(vec![7; CHUNK])));
         let body = Body::new(StreamBody::new(tokio_stream::iter((0..CHUNKS).map(chunk))));
-        let sending = owned(async move { send(Response::new(body), respond, unsent).await });
+        let cut = unsent.clone();
+        let sending =
+            owned(async move { send(Response::new(body), respond, unsent, cut.cut()).await });
         let body = response.await.unwrap().into_body();
         Answered { body, budget, sending, _driven: [client, server] }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_a_frontend_has_not_taken_is_held() {
+    async fn what_a_peer_has_not_taken_is_held() {
         let mut answered = answered(0).await;
         // Its window takes one chunk but for a byte, and the next one waits.
         while answered.held() < 2 * CHUNK as u64 {

@@ -14,8 +14,9 @@ use culvert_transport::budget::StreamMemory;
 use http::Request;
 use tokio::io::{AsyncRead, AsyncWrite};
 
+use super::frames::{FrameHead, flag, kind};
 use super::{
-    CONNECTION_WINDOW, Error, MAX_STREAMS, Reason,
+    Error, Limits, Reason,
     halves::{RecvStream, SendStream},
     hpack::Decoder,
     reader::{Frames, Reader},
@@ -24,7 +25,6 @@ use super::{
     stream::FRAME_COST,
     writer::Writer,
 };
-use crate::http2_frames::{FrameHead, flag, kind};
 
 /// Maximum length of an encoded header block, in bytes.
 const MAX_BLOCK_LEN: usize = 2 * MAX_FIELDS_LEN;
@@ -50,7 +50,7 @@ mod setting {
 
 /// A connection, on the server's side. Its peer is served while [`Self::accept`] is awaited.
 #[derive(Debug)]
-pub(in super::super) struct Connection<IO> {
+pub(crate) struct Connection<IO> {
     io: IO,
     reader: Reader,
     writer: Writer,
@@ -58,12 +58,13 @@ pub(in super::super) struct Connection<IO> {
 }
 
 /// A request, and what answers it.
-pub(in super::super) type Accepted = (Request<RecvStream>, SendStream);
+pub(crate) type Accepted = (Request<RecvStream>, SendStream);
 
 /// What is known of a connection's peer.
 #[derive(Debug)]
 struct Peer {
     shared: Arc<Shared>,
+    max_streams: usize,
     decoder: Decoder,
     /// The peer has sent its settings, which come first.
     has_begun: bool,
@@ -102,22 +103,23 @@ const FRAME_SIZE: Wrong = Wrong::Connection(Reason::FRAME_SIZE_ERROR);
 const FLOW_CONTROL: Wrong = Wrong::Connection(Reason::FLOW_CONTROL_ERROR);
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> Connection<IO> {
-    /// A connection whose streams' bytes are held by this memory. Its streams have this window once
-    /// the peer has read the settings.
-    pub(in super::super) fn new(io: IO, memory: Arc<StreamMemory>, first_window: u32) -> Self {
-        let shared = Shared::new(memory, first_window);
+    /// A connection whose streams' bytes are held by this memory. The limits apply once the peer has
+    /// read the settings; until then, HTTP/2's own do.
+    pub(crate) fn new(io: IO, memory: Arc<StreamMemory>, limits: &Limits) -> Self {
+        let shared = Shared::new(memory, limits);
         {
             let mut state = shared.lock();
             let settings = [
-                (setting::MAX_CONCURRENT_STREAMS, MAX_STREAMS),
-                (setting::INITIAL_WINDOW_SIZE, first_window),
+                (setting::MAX_CONCURRENT_STREAMS, limits.streams),
+                (setting::INITIAL_WINDOW_SIZE, limits.stream_window),
                 (setting::MAX_HEADER_LIST_SIZE, MAX_FIELDS_LEN as u32),
             ];
             push_settings(&mut state, &settings);
-            state.grant(0, Some(CONNECTION_WINDOW - 65_535));
+            state.widen(limits.connection_window);
         }
         let peer = Peer {
             shared,
+            max_streams: limits.streams as usize,
             decoder: Decoder::new(),
             has_begun: false,
             block: None,
@@ -130,28 +132,30 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Connection<IO> {
     }
 
     /// The state that the streams share.
-    pub(in super::super) fn shared(&self) -> &Arc<Shared> {
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.peer.shared
     }
 
-    /// Sets the window of all streams; `false` while another setting is on its way.
-    pub(in super::super) fn set_window(&self, window: u32) -> bool {
+    /// Sets the window of all streams; `false` while a smaller one is on its way to the peer, or is
+    /// to follow another.
+    pub(crate) fn set_window(&self, window: u32) -> bool {
         let mut state = self.peer.shared.lock();
-        if state.unacknowledged > 0 {
+        let is_smaller = window < state.first_window;
+        if state.smaller_window.is_some() || is_smaller && state.unacknowledged > 0 {
             return false;
         }
         state.unacknowledged += 1;
         push_settings(&mut state, &[(setting::INITIAL_WINDOW_SIZE, window)]);
-        if window > state.first_window {
-            state.set_window(window);
-        } else {
+        if is_smaller {
             state.smaller_window = Some(window);
+        } else {
+            state.set_window(window);
         }
         true
     }
 
     /// Has the peer open no more streams. The connection ends after those that are open.
-    pub(in super::super) fn shut_down(&self) {
+    pub(crate) fn shut_down(&self) {
         let mut state = self.peer.shared.lock();
         push_goaway(&mut state, MAX_ID, Reason::NO_ERROR);
         // Streams that the peer opened before it knew arrive before the answer.
@@ -165,7 +169,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Connection<IO> {
     ///
     /// # Cancel safety
     /// Cancel safe. The peer is served only while this is awaited.
-    pub(in super::super) async fn accept(&mut self) -> Option<Result<Accepted, Error>> {
+    pub(crate) async fn accept(&mut self) -> Option<Result<Accepted, Error>> {
         poll_fn(|cx| self.poll_accept(cx)).await.transpose()
     }
 
@@ -432,7 +436,7 @@ impl Peer {
         if block.ends_stream && body_left.is_some_and(|left| left > 0) {
             return malformed;
         }
-        if state.streams.len() >= MAX_STREAMS as usize {
+        if state.streams.len() >= self.max_streams {
             return Err(Wrong::Stream(id, Reason::REFUSED_STREAM));
         }
         drop(state);
@@ -480,19 +484,22 @@ impl Peer {
         if !rest.is_empty() {
             return Err(FRAME_SIZE);
         }
+        let mut window = None;
         for &[a, b, c, d, e, f] in settings {
             let value = u32::from_be_bytes([c, d, e, f]);
             match u16::from_be_bytes([a, b]) {
                 setting::ENABLE_PUSH if value > 1 => return Err(PROTOCOL),
                 setting::INITIAL_WINDOW_SIZE if value > MAX_ID => return Err(FLOW_CONTROL),
-                setting::INITIAL_WINDOW_SIZE if !state.set_send_window(value) => {
-                    return Err(FLOW_CONTROL);
-                }
+                setting::INITIAL_WINDOW_SIZE => window = Some(value),
                 setting::MAX_FRAME_SIZE if !(MAX_FRAME as u32..1 << 24).contains(&value) => {
                     return Err(PROTOCOL);
                 }
                 _ => {}
             }
+        }
+        // Once for a frame, as it is work for each stream.
+        if window.is_some_and(|window| !state.set_send_window(window)) {
+            return Err(FLOW_CONTROL);
         }
         state.push(FrameHead::new(kind::SETTINGS, 0, 0).with_flags(flag::ACK), &[]);
         Ok(())

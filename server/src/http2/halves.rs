@@ -3,13 +3,15 @@
 use std::{
     fmt,
     future::poll_fn,
+    pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use bytes::Bytes;
 use culvert_transport::budget::Holder;
 use http::{HeaderMap, Response};
+use http_body::{Body, Frame};
 
 use super::{
     Reason, SEND_BUFFER,
@@ -18,7 +20,7 @@ use super::{
 };
 
 /// What a peer sends on one stream. Dropping it drops what is still to come.
-pub(in super::super) struct RecvStream {
+pub(crate) struct RecvStream {
     id: u32,
     shared: Arc<Shared>,
     holder: Arc<Holder>,
@@ -31,7 +33,7 @@ impl RecvStream {
     }
 
     /// What holds the bytes that have arrived and were not read.
-    pub(in super::super) fn holder(&self) -> &Arc<Holder> {
+    pub(crate) fn holder(&self) -> &Arc<Holder> {
         &self.holder
     }
 
@@ -39,10 +41,7 @@ impl RecvStream {
     ///
     /// # Errors
     /// The reason of a reset, after what arrived before it.
-    pub(in super::super) fn poll_data(
-        &self,
-        cx: &Context<'_>,
-    ) -> Poll<Option<Result<Bytes, Reason>>> {
+    pub(super) fn poll_data(&self, cx: &Context<'_>) -> Poll<Option<Result<Bytes, Reason>>> {
         let mut state = self.shared.lock();
         let Some(stream) = state.streams.get_mut(&self.id) else {
             return Poll::Ready(Some(Err(Reason::CANCEL)));
@@ -63,9 +62,25 @@ impl RecvStream {
         self.holder.give_back((bytes.len() as u64 + FRAME_COST).min(self.holder.held()));
         Poll::Ready(Some(Ok(bytes)))
     }
+}
 
-    /// Whether the peer has ended its half, and all was read.
-    pub(in super::super) fn is_end_stream(&self) -> bool {
+impl Body for RecvStream {
+    type Data = Bytes;
+    type Error = Reason;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Reason>>> {
+        Poll::Ready(match ready!(self.poll_data(cx)) {
+            Some(Ok(bytes)) => Some(Ok(Frame::data(bytes))),
+            // A reset without an error is an early end (RFC 9113 §8.1).
+            None | Some(Err(Reason::NO_ERROR)) => None,
+            Some(Err(reason)) => Some(Err(reason)),
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
         let state = self.shared.lock();
         let stream = state.streams.get(&self.id);
         stream.is_some_and(|stream| {
@@ -96,7 +111,7 @@ impl fmt::Debug for RecvStream {
 }
 
 /// What a peer is sent on one stream. Dropping it before its end resets the stream.
-pub(in super::super) struct SendStream {
+pub(crate) struct SendStream {
     id: u32,
     shared: Arc<Shared>,
 }
@@ -107,7 +122,7 @@ impl SendStream {
     }
 
     /// Sends the head of the answer, which is all of it if it `ends` the stream.
-    pub(in super::super) fn respond(&self, head: &Response<()>, ends: bool) {
+    pub(crate) fn respond(&self, head: &Response<()>, ends: bool) {
         self.shared.lock().respond(self.id, head.status(), head.headers(), ends);
     }
 
@@ -118,7 +133,7 @@ impl SendStream {
     ///
     /// # Cancel safety
     /// Cancel safe.
-    pub(in super::super) async fn room(&self) -> Result<(), Reason> {
+    pub(crate) async fn room(&self) -> Result<(), Reason> {
         poll_fn(|cx| {
             let mut state = self.shared.lock();
             let Some(stream) = state.streams.get_mut(&self.id) else {
@@ -139,7 +154,7 @@ impl SendStream {
     ///
     /// # Cancel safety
     /// Cancel safe.
-    pub(in super::super) async fn reset(&self) -> Reason {
+    pub(crate) async fn reset(&self) -> Reason {
         poll_fn(|cx| {
             let mut state = self.shared.lock();
             let Some(stream) = state.streams.get_mut(&self.id) else {
@@ -154,7 +169,7 @@ impl SendStream {
     }
 
     /// Queues bytes, however many wait.
-    pub(in super::super) fn send(&self, bytes: Bytes) {
+    pub(crate) fn send(&self, bytes: Bytes) {
         let mut state = self.shared.lock();
         if let Some(stream) = state.streams.get_mut(&self.id)
             && stream.reset.is_none()
@@ -167,7 +182,7 @@ impl SendStream {
     }
 
     /// Ends the stream, with trailers if there are any.
-    pub(in super::super) fn finish(self, trailers: Option<&HeaderMap>) {
+    pub(crate) fn finish(self, trailers: Option<&HeaderMap>) {
         let end = match trailers {
             None => End::Data,
             Some(fields) => End::Trailers(super::hpack::encode(None, fields)),
@@ -182,7 +197,7 @@ impl SendStream {
     }
 
     /// Resets the stream, and drops what waits for the peer.
-    pub(in super::super) fn send_reset(self, reason: Reason) {
+    pub(crate) fn send_reset(self, reason: Reason) {
         self.shared.lock().reset(self.id, reason);
     }
 }

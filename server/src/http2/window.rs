@@ -34,6 +34,15 @@ impl ReceiveWindow {
         u32::try_from(std::mem::take(&mut self.read)).ok()
     }
 
+    /// Raises the size to at least this one, of which the peer does not know; the increment to grant
+    /// it.
+    pub(super) fn widen(&mut self, size: u32) -> Option<u32> {
+        let more = (i64::from(size) - self.size).max(0);
+        self.size += more;
+        self.left += more;
+        u32::try_from(more).ok().filter(|more| *more > 0)
+    }
+
     /// Changes the size, of which the peer knows; the increment to grant it, as for
     /// [`Self::give_back`].
     pub(super) fn resize(&mut self, size: u32) -> Option<u32> {
@@ -54,6 +63,7 @@ mod tests {
         Send(usize),
         Read(usize),
         Resize(u32),
+        Widen(u32),
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -61,6 +71,7 @@ mod tests {
             (1..20_000_usize).prop_map(Step::Send),
             (1..20_000_usize).prop_map(Step::Read),
             prop_oneof![Just(2), Just(32 * 1024), Just(512 * 1024)].prop_map(Step::Resize),
+            prop_oneof![Just(2), Just(40 * 1024), Just(600 * 1024)].prop_map(Step::Widen),
         ]
     }
 
@@ -88,6 +99,10 @@ mod tests {
                         allowed += i64::from(to) - size;
                         allowed += i64::from(window.resize(to).unwrap_or(0));
                         size = to.into();
+                    }
+                    Step::Widen(to) => {
+                        allowed += i64::from(window.widen(to).unwrap_or(0));
+                        size = size.max(to.into());
                     }
                 }
                 prop_assert_eq!(allowed, window.left);

@@ -1,5 +1,7 @@
 //! The connection against another implementation, against frames of all kinds, and idle.
 
+mod hostile;
+
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
@@ -16,14 +18,14 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::*;
-use crate::http2_frames::{FrameHead, HEAD_LEN, flag, kind};
+use super::frames::{FrameHead, HEAD_LEN, flag, kind};
+use super::{
+    fuzz::{LIMITS, PREFACE},
+    *,
+};
 
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Fields of a legal request, from the static table: POST, http, `/`.
 const FIELDS: &[u8] = &[0x83, 0x86, 0x84];
-const WINDOW: u32 = 32 * 1024;
-
 /// Serves a connection: each stream is answered with what it sends, and then with trailers.
 struct Server {
     budget: Arc<MemoryBudget>,
@@ -34,7 +36,7 @@ fn serve(io: DuplexStream) -> Server {
     let budget = MemoryBudget::new(0);
     let memory = StreamMemory::of(&budget);
     let task = owned(async move {
-        let mut connection = Connection::new(io, memory, WINDOW);
+        let mut connection = Connection::new(io, memory, &LIMITS);
         let mut streams = tokio::task::JoinSet::new();
         while let Some(accepted) = connection.accept().await {
             let (request, answer) = accepted?;
@@ -328,45 +330,33 @@ async fn more_than_the_window_resets_the_stream() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn answers_that_are_not_read_stop_the_reading() {
-    const PINGS: usize = 100_000;
-    let (near, far) = duplex(4096);
-    let server = serve(near);
-    let mut peer = Peer(far);
-    peer.begin().await;
-    let flood = async {
-        for _ in 0..PINGS {
-            peer.send(kind::PING, 0, 0, &[1; 8]).await.unwrap();
-        }
-    };
-    let stalled = timeout(Duration::from_secs(1), flood).await;
-    assert!(stalled.is_err(), "all pings were taken");
-    assert!(!server.task.is_finished());
-    // It goes on as soon as they are read.
-    let mut pongs = 0;
-    while pongs < 500 {
-        pongs += usize::from(peer.next().await.unwrap().0.kind() == kind::PING);
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn resets_of_streams_whose_tasks_are_busy_do_not_make_room() {
+async fn windows_are_widened_before_the_peer_has_acknowledged_the_first() {
+    const WINDOW: u32 = 1 << 20;
     let (near, far) = duplex(1 << 20);
     let memory = StreamMemory::of(&MemoryBudget::new(0));
-    let mut connection = Connection::new(near, memory, WINDOW);
-    let mut peer = Peer(far);
-    peer.begin().await;
-    let mut open = Vec::new();
-    for stream in 0..=MAX_STREAMS {
-        let id = 2 * stream + 1;
-        peer.send(kind::HEADERS, 4, id, FIELDS).await.unwrap();
-        peer.send(kind::RST_STREAM, 0, id, &8_u32.to_be_bytes()).await.unwrap();
-        let accepted = timeout(Duration::from_millis(1), connection.accept()).await;
-        open.extend(accepted.ok().flatten().map(Result::unwrap));
+    let limits =
+        Limits { stream_window: DEFAULT_WINDOW, connection_window: DEFAULT_WINDOW, ..LIMITS };
+    let mut connection = Connection::new(near, memory, &limits);
+    assert!(connection.set_window(WINDOW));
+    connection.shared().lock().widen(WINDOW);
+    let _served = owned(async move {
+        let mut open = Vec::new();
+        while let Some(Ok(accepted)) = connection.accept().await {
+            open.push(accepted);
+        }
+    });
+    let mut client = client::Builder::new();
+    let client = client.max_send_buffer_size(2 * WINDOW as usize).handshake::<_, Bytes>(far);
+    let (mut requests, client) = client.await.unwrap();
+    let _driven = owned(client);
+    let request = Request::post("http://localhost/").body(()).unwrap();
+    let (_response, mut send) = requests.send_request(request, false).unwrap();
+    send.reserve_capacity(2 * WINDOW as usize);
+    let mut capacity = 0;
+    while capacity < WINDOW as usize {
+        capacity = std::future::poll_fn(|cx| send.poll_capacity(cx)).await.unwrap().unwrap();
     }
-    assert_eq!(open.len(), MAX_STREAMS as usize);
-    let reset = peer.next_of(kind::RST_STREAM).await.unwrap();
-    assert_eq!(code(&reset), Reason::REFUSED_STREAM.0);
+    assert_eq!(capacity, WINDOW as usize);
 }
 
 #[tokio::test(start_paused = true)]
@@ -374,7 +364,7 @@ async fn a_connection_that_is_shut_down_ends_after_its_streams() {
     let (near, far) = duplex(1 << 20);
     let memory = StreamMemory::of(&MemoryBudget::new(0));
     let (requests, client) = {
-        let mut connection = Connection::new(near, memory, WINDOW);
+        let mut connection = Connection::new(near, memory, &LIMITS);
         let handshake = client::handshake(far);
         let (accepted, handshake) =
             tokio::join!(timeout(Duration::from_millis(1), connection.accept()), handshake);
@@ -404,7 +394,7 @@ async fn a_connection_that_is_shut_down_ends_after_its_streams() {
 async fn a_ping_is_answered_or_waits() {
     let (near, far) = duplex(1024);
     let memory = StreamMemory::of(&MemoryBudget::new(0));
-    let mut connection = Connection::new(near, memory, WINDOW);
+    let mut connection = Connection::new(near, memory, &LIMITS);
     let shared = connection.shared().clone();
     let served = owned(async move { while connection.accept().await.is_some() {} });
     let mut peer = Peer(far);

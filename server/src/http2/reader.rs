@@ -12,7 +12,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use tokio::io::{AsyncRead, ReadBuf};
 use tokio_util::io::poll_read_buf;
 
-use crate::http2_frames::{FrameHead, HEAD_LEN};
+use super::frames::{FrameHead, HEAD_LEN};
 
 /// What a client begins with (RFC 9113 §3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -133,7 +133,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::http2_frames::kind;
+    use crate::http2::frames::kind;
 
     #[derive(Debug, Default, PartialEq)]
     struct Seen {

@@ -12,8 +12,8 @@ use tokio::io::AsyncWrite;
 
 use super::shared::{MAX_FRAME, State};
 
-/// Number of bytes from which no more frames are taken, until some were written. What was taken is
-/// sent even when its stream is reset.
+/// Number of bytes from which no more frames are taken, until all were written and flushed: TLS keeps
+/// what its socket does not take. What was taken is sent even when its stream is reset.
 const ENOUGH: usize = MAX_FRAME;
 /// Maximum length of a payload that is copied behind its head, in bytes.
 const SHORT: usize = 256;
@@ -24,18 +24,17 @@ const PARTS: usize = 8;
 #[derive(Debug, Default)]
 pub(super) struct Writer {
     parts: VecDeque<Bytes>,
+    /// Number of bytes that were taken and not flushed.
     length: usize,
-    /// Something was written since the last flush.
-    is_unflushed: bool,
 }
 
 impl Writer {
-    /// Whether all was written.
+    /// Whether all was written and flushed.
     pub(super) fn is_empty(&self) -> bool {
-        self.parts.is_empty() && !self.is_unflushed
+        self.length == 0
     }
 
-    /// Whether it takes no more frames until some were written.
+    /// Whether it takes no more frames until all were flushed.
     pub(super) fn is_full(&self) -> bool {
         self.length >= ENOUGH
     }
@@ -88,19 +87,17 @@ impl Writer {
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            self.is_unflushed = true;
             self.wrote(written);
         }
         self.parts = VecDeque::new();
-        if self.is_unflushed {
+        if self.length > 0 {
             ready!(Pin::new(io).poll_flush(cx))?;
-            self.is_unflushed = false;
+            self.length = 0;
         }
         Poll::Ready(Ok(()))
     }
 
     fn wrote(&mut self, mut written: usize) {
-        self.length -= written;
         while let Some(part) = self.parts.front_mut()
             && written > 0
         {
@@ -110,6 +107,71 @@ impl Writer {
             if part.is_empty() {
                 self.parts.pop_front();
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use culvert_transport::budget::{MemoryBudget, StreamMemory};
+
+    use super::{
+        super::{SendStream, fuzz::LIMITS, shared::Shared},
+        *,
+    };
+
+    /// A socket that takes anything, and keeps it while it cannot be flushed: TLS over another one.
+    #[derive(Default)]
+    struct Keeping {
+        kept: usize,
+        flushes: bool,
+    }
+
+    impl AsyncWrite for Keeping {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buf: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            self.kept += buf.len();
+            Poll::Ready(Ok(buf.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            if self.flushes { Poll::Ready(Ok(())) } else { Poll::Pending }
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[test]
+    fn no_more_is_taken_before_all_was_flushed() {
+        const LENGTH: usize = 1 << 20;
+        let shared = Shared::new(StreamMemory::of(&MemoryBudget::new(0)), &LIMITS);
+        shared.open(1, None, true);
+        for id in [0, 1] {
+            assert!(shared.lock().granted(id, LENGTH as u32));
+        }
+        let stream = SendStream::new(1, shared.clone());
+        stream.send(Bytes::from(vec![7; LENGTH]));
+        let (mut writer, mut io) = (Writer::default(), Keeping::default());
+        let cx = &mut Context::from_waker(Waker::noop());
+        let mut step = |io: &mut Keeping| {
+            writer.fill(&mut shared.lock());
+            let is_pending = writer.poll_write(io, cx).is_pending();
+            (is_pending, writer.is_full())
+        };
+        for _ in 0..100 {
+            assert_eq!(step(&mut io), (true, true));
+            assert!((ENOUGH..2 * ENOUGH).contains(&io.kept), "{}", io.kept);
+        }
+        io.flushes = true;
+        while io.kept < LENGTH {
+            assert_eq!(step(&mut io), (false, false));
         }
     }
 }
