@@ -48,7 +48,7 @@ impl Mode {
     /// connection has its streams' state, and no buffer.
     pub(crate) fn connection_cost(self) -> u64 {
         match self {
-            Self::Grpc => 4 * 1024,
+            Self::Grpc => 12 * 1024,
             Self::HttpConnect => 0,
         }
     }
