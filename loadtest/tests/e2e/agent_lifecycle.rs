@@ -221,15 +221,13 @@ async fn an_agent_that_violates_the_protocol_loses_its_own_tunnel(
 async fn an_agent_drains_after_sigterm_and_exits_with_0(#[values(Quic, Tcp)] carrier: Carrier) {
     const DIALS: u32 = 20;
     within(async {
-        let rig = rig(ConnectUnix, carrier).start().await.unwrap();
+        let mut rig = rig(ConnectUnix, carrier).agents(0).start().await.unwrap();
         let mut process = agent_process(&rig, &["--drain-timeout=60s"]).await;
-        rig.until_joined(2).await.unwrap();
+        rig.until_joined(1).await.unwrap();
         let target = targets::echo().await.unwrap();
-        // Dials are spread at random: one of each agent is wanted.
-        let mut open = Vec::new();
-        while rig.server.open_streams("process") < 1.0 || rig.server.open_streams("agent-0") < 1.0 {
-            open.push(rig.dial(target.address()).await.unwrap());
-        }
+        let mut open = vec![rig.dial(target.address()).await.unwrap()];
+        rig.add_agent("agent-0").unwrap();
+        rig.until_joined(2).await.unwrap();
         process.signal(Signal::Terminate).await.unwrap();
         process.until_logged("draining").await.unwrap();
         // The server learns of it a moment later.

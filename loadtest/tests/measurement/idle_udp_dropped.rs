@@ -104,7 +104,13 @@ async fn a_dial_on_an_idle_tunnel_succeeds_although_its_udp_is_dropped(
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_learns_from_its_next_packet_that_the_server_gave_its_tunnel_up() {
     within(async {
-        let (rig, path) = behind_path(Rig::new().carrier(Carrier::Quic)).await;
+        // Longer than the server takes to give up, however busy the machine is.
+        let rig = Rig::new()
+            .carrier(Carrier::Quic)
+            .agent_flag("--tunnel-keep-alive-interval=10s")
+            .server_flag("--tunnel-keep-alive-interval=10s")
+            .server_flag("--backend-dial-timeout=60s");
+        let (rig, path) = behind_path(rig).await;
         let target = targets::echo().await.unwrap();
         until_kept_alive(&rig).await;
         path.set_udp_passes(false);
