@@ -1,7 +1,10 @@
 use bytes::Bytes;
 use culvert_process::operator::streams::{LiveStreams, Side};
 use culvert_transport::{
-    Carrier, ReadError, Settings, WriteError, qmux::Peer, test_util::Pair, tls::Current,
+    Carrier, ReadError, Settings, WriteError,
+    qmux::Peer,
+    test_util::{Pair, size_of_returned},
+    tls::Current,
 };
 use culvert_wire::{
     DialId,
@@ -267,11 +270,7 @@ async fn names_that_hang_leave_threads_for_a_name_that_does_not() {
 /// Most streams are idle most of the time. The step that splices is on the heap.
 #[test]
 fn a_stream_has_no_room_for_what_it_rarely_does() {
-    /// Size of what a function returns.
-    fn returned<A, F>(_: impl FnOnce(A) -> F) -> usize {
-        size_of::<F>()
-    }
     type Arguments = (&'static Egress, (SendHalf, RecvHalf), Origin);
-    let size = returned(|(egress, halves, origin): Arguments| egress.serve(halves, origin));
+    let size = size_of_returned(|(egress, halves, origin): Arguments| egress.serve(halves, origin));
     assert!(size <= 2200, "{size} bytes");
 }

@@ -6,12 +6,13 @@ use culvert_agent::Agent;
 use culvert_loadtest::{
     flags::{AgentFlags, SYNC_OFTEN},
     frontend::{
+        Connection,
         FrontendKind::{self, ConnectTls, ConnectUnix, GrpcUnix},
         Protocol,
     },
     process::{Process, Signal, free_port},
     rig::Running,
-    targets,
+    targets::{self, Target},
 };
 use rstest::rstest;
 
@@ -47,6 +48,21 @@ async fn agent_process(rig: &Running, flags: &[&str]) -> Process {
     process
 }
 
+/// The same, killed while its one stream is open: that stream's frontend, which has written since, its
+/// target, and when the agent was killed.
+async fn killed_while_streaming(rig: &Running) -> (Connection, Target, Instant) {
+    let mut process = agent_process(rig, &[]).await;
+    rig.until_joined(1).await.unwrap();
+    let target = targets::echo().await.unwrap();
+    let mut frontend = rig.dial(target.address()).await.unwrap();
+    echo(&mut frontend, b"alive").await.unwrap();
+    process.signal(Signal::Kill).await.unwrap();
+    let killed = Instant::now();
+    // Over QUIC the next packet is answered by ICMP; over TCP the kernel has sent a reset.
+    let _ = frontend.write(b"?").await;
+    (frontend, target, killed)
+}
+
 fn tunnels_lost(rig: &Running) -> String {
     rig.server.scrape().lines().filter(|line| line.contains("tunnels_lost_total{")).collect()
 }
@@ -61,15 +77,7 @@ async fn an_agent_that_is_killed_while_streaming_ends_its_frontends_at_once(
     within(async {
         let rig = rig(frontend, carrier).agents(0).server_flag("--resume-timeout=0");
         let rig = rig.start().await.unwrap();
-        let mut process = agent_process(&rig, &[]).await;
-        rig.until_joined(1).await.unwrap();
-        let target = targets::echo().await.unwrap();
-        let mut frontend = rig.dial(target.address()).await.unwrap();
-        echo(&mut frontend, b"alive").await.unwrap();
-        process.signal(Signal::Kill).await.unwrap();
-        let killed = Instant::now();
-        // Over QUIC the next packet is answered by ICMP; over TCP the kernel has sent a reset.
-        let _ = frontend.write(b"?").await;
+        let (mut frontend, _target, killed) = killed_while_streaming(&rig).await;
         frontend.read_to_end().await.unwrap_err();
         assert!(killed.elapsed() < AT_ONCE, "{:?}", killed.elapsed());
         rig.until_joined(0).await.unwrap();
@@ -86,14 +94,7 @@ async fn an_agent_that_is_started_again_ends_the_frontends_of_its_older_process_
 ) {
     within(async {
         let rig = rig(frontend, carrier).agents(0).start().await.unwrap();
-        let mut process = agent_process(&rig, &[]).await;
-        rig.until_joined(1).await.unwrap();
-        let target = targets::echo().await.unwrap();
-        let mut frontend = rig.dial(target.address()).await.unwrap();
-        echo(&mut frontend, b"alive").await.unwrap();
-        process.signal(Signal::Kill).await.unwrap();
-        let killed = Instant::now();
-        let _ = frontend.write(b"?").await;
+        let (mut frontend, _target, killed) = killed_while_streaming(&rig).await;
         let _again = agent_process(&rig, &[]).await;
         frontend.read_to_end().await.unwrap_err();
         assert!(killed.elapsed() < AT_ONCE, "{:?}", killed.elapsed());

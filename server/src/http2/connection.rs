@@ -14,9 +14,9 @@ use culvert_transport::budget::StreamMemory;
 use http::Request;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::frames::{FrameHead, flag, kind};
 use super::{
     Error, Limits, Reason,
+    frames::{FrameHead, flag, kind},
     halves::{RecvStream, SendStream},
     hpack::Decoder,
     reader::{Frames, Reader},

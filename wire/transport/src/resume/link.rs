@@ -150,6 +150,12 @@ impl Link {
         self.state().on.clone()
     }
 
+    /// The state, if the stream has not left the tunnel of this epoch.
+    fn in_epoch(&self, epoch: u32) -> Option<MutexGuard<'_, State>> {
+        let state = self.state();
+        (epoch == self.epoch()).then_some(state)
+    }
+
     /// Removes the link from the session once neither side can need it.
     fn settle(&self, state: MutexGuard<'_, State>) {
         let is_settled = state.is_settled();
@@ -279,10 +285,7 @@ impl Link {
     /// Counts bytes that were read in this epoch; `false` if they do not count, because the stream
     /// has left that tunnel.
     pub(crate) fn received(&self, epoch: u32, bytes: u64) -> bool {
-        let mut state = self.state();
-        if epoch != self.epoch() {
-            return false;
-        }
+        let Some(mut state) = self.in_epoch(epoch) else { return false };
         state.received += bytes;
         self.report(state);
         true
@@ -290,10 +293,7 @@ impl Link {
 
     /// The same for the end.
     pub(crate) fn ended(&self, epoch: u32) -> bool {
-        let mut state = self.state();
-        if epoch != self.epoch() {
-            return false;
-        }
+        let Some(mut state) = self.in_epoch(epoch) else { return false };
         state.recv_end = Some(RecvEnd::Finished);
         self.report(state);
         true
@@ -301,10 +301,7 @@ impl Link {
 
     /// The same for a reset by the peer.
     pub(crate) fn was_reset(&self, epoch: u32) -> bool {
-        let mut state = self.state();
-        if epoch != self.epoch() {
-            return false;
-        }
+        let Some(mut state) = self.in_epoch(epoch) else { return false };
         state.recv_end = Some(RecvEnd::Reset);
         self.settle(state);
         true
@@ -562,13 +559,10 @@ impl Link {
         Ok(None)
     }
 
-    /// The state, if the stream has not left the tunnel of this epoch.
+    /// The same, if the stream was not given up either.
     fn current(&self, epoch: u32) -> Result<MutexGuard<'_, State>, ResumeFault> {
-        let state = self.state();
-        match epoch == self.epoch() && state.given_up.is_none() {
-            true => Ok(state),
-            false => Err(ResumeFault::Left),
-        }
+        let state = self.in_epoch(epoch).filter(|state| state.given_up.is_none());
+        state.ok_or(ResumeFault::Left)
     }
 }
 

@@ -22,7 +22,7 @@ use super::*;
 use crate::{
     Carrier, ReadError, Settings, TunnelLost, WriteError,
     qmux::Peer,
-    test_util::{Pair, Side},
+    test_util::{Pair, Side, size_of_returned},
 };
 
 use bench::{Bench, Shared, fill};
@@ -284,11 +284,7 @@ async fn a_dropped_splice_resets_both_sides() {
 /// Most splices are idle most of the time: `exec`, `logs -f`, watches.
 #[test]
 fn a_splice_has_no_room_for_what_it_rarely_does() {
-    /// Size of what a function returns.
-    fn returned<A, F>(_: impl FnOnce(A) -> F) -> usize {
-        size_of::<F>()
-    }
     type Arguments = (SocketLocal<TcpStream>, (SendHalf, RecvHalf), &'static Meter);
-    let size = returned(|(local, stream, meter): Arguments| splice(local, stream, meter));
+    let size = size_of_returned(|(local, stream, meter): Arguments| splice(local, stream, meter));
     assert!(size <= 3600, "{size} bytes");
 }
